@@ -1,0 +1,153 @@
+"""Hugging Face folders in and out: config.json and safetensors, tensor names exactly those on disk."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
+
+from rl.model import attention
+from rl.model.config import StepVLConfig, register
+from rl.model.step_vl import StepVL
+from rl.model.text import TextModel, packable
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """A model folder that cannot be used; the message names the folder and what is wrong with it."""
+
+
+def local_folder(path: str | Path) -> Path:
+    """`path` itself if it is a folder, else the local copy of that hub id (downloaded if need be)."""
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).is_absolute() or str(path).count("/") != 1:
+        raise CheckpointError(f"model.path {path} is neither a folder nor a hub id like owner/name")
+    try:
+        return Path(snapshot_download(str(path)))
+    except Exception as error:  # the hub client raises many kinds; all mean the same to the reader
+        raise CheckpointError(f"model.path {path}: no such folder, and the hub did not give it ({error})") from error
+
+
+def read_config(folder: str | Path) -> PretrainedConfig:
+    """The folder's config.json. Raises CheckpointError naming the folder."""
+    register()
+    if not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{folder}/config.json: {error}") from error
+
+
+def build(config: PretrainedConfig, *, device: str = "meta") -> StepVL | TextModel:
+    """The architecture a config names, with packed attention: no memory on "meta", random weights elsewhere."""
+    packable(getattr(config, "text_config", config))
+    with torch.device(device):
+        model = StepVL(config) if isinstance(config, StepVLConfig) else TextModel(config)
+    model.model.set_attn_implementation(attention.NAME)
+    return model
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it."""
+    if (index := folder / INDEX).is_file():
+        names: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in names.items()}
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}; only safetensors are read")
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return {name: folder / WEIGHTS for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def check(folder: str | Path) -> PretrainedConfig:
+    """Everything about a folder that can be known without reading its weights: cheap enough for a dry run.
+
+    Raises CheckpointError naming missing or extra tensors and wrong shapes.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    try:
+        model = build(config)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/config.json: {error}") from error
+    files = tensor_files(folder)
+    expected = state(model)
+    missing, extra = sorted(expected.keys() - files.keys()), sorted(files.keys() - state(model, tied=True).keys())
+    if missing or extra:
+        raise CheckpointError(f"{folder}: {_listed('missing', missing)}{_listed('unknown', extra)}")
+    for file in sorted(set(files.values())):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if name in expected and (got := tuple(tensors.get_slice(name).get_shape())) != tuple(expected[name].shape):
+                    raise CheckpointError(f"{file}: {name} is {got}, the config asks for {tuple(expected[name].shape)}")
+    return config
+
+
+def _listed(kind: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"{len(names)} {kind} tensors: {shown}. "
+
+
+def state(model: nn.Module, *, tied: bool = False) -> dict[str, Tensor]:
+    """Tensors by their names on disk. A tied head has no tensor of its own unless `tied` asks for its name."""
+    tensors = dict(model.state_dict())
+    if getattr(model.config, "tie_word_embeddings", False) and not tied:
+        tensors.pop("lm_head.weight", None)
+    return tensors
+
+
+def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StepVL | TextModel:
+    """The model in a folder, every tensor read and checked.
+
+    Raises CheckpointError naming missing or extra tensors and wrong shapes.
+    """
+    folder = Path(folder)
+    model = build(check(folder))
+    files = tensor_files(folder)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        with safe_open(file, "pt") as opened:
+            tensors |= {name: opened.get_tensor(name).to(device, dtype) for name in opened.keys()}  # noqa: SIM118
+    if getattr(model.config, "tie_word_embeddings", False):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, assign=True)
+    if getattr(model.config, "tie_word_embeddings", False):
+        model.lm_head.weight = model.model.embed_tokens.weight  # assignment made two parameters of one
+    materialize(model.model, device)
+    return model.eval()
+
+
+def materialize(trunk: nn.Module, device: str = "cpu") -> None:
+    """Rotary tables are computed, not stored: rebuild what the meta device left empty."""
+    trunk.rotary_emb = type(trunk.rotary_emb)(config=trunk.config, device=device)
+
+
+def save(
+    model: nn.Module, folder: str | Path, *, source: str | Path | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write a folder that `load`, transformers' layout and vLLM understand.
+
+    Args:
+        source: a model folder whose tokenizer, chat template and generation config go along.
+        dtype: what floating-point tensors are stored in; their own by default.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().to(dtype or t.dtype).cpu().contiguous() for name, t in state(model).items()}
+    save_torch_state_dict(tensors, folder, max_shard_size="4GB")
+    model.config.save_pretrained(folder)
+    if source is not None:
+        for file in sorted(Path(source).iterdir()):
+            if file.is_file() and file.suffix in {".json", ".jinja", ".txt", ".model"} and not (folder / file.name).exists():
+                if file.name != INDEX:
+                    shutil.copyfile(file, folder / file.name)

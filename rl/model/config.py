@@ -1,0 +1,155 @@
+"""The STEP3-VL configuration, `model_type: step_robotics`, known to transformers without `trust_remote_code`.
+
+Defaults are the published 10B's (config.json of the checkpoint). Light: no torch, so vLLM's plug-in and the
+recipe checks can read a config cheaply.
+"""
+
+import math
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig, Qwen3Config
+
+ARCHITECTURE = "StepVLForConditionalGeneration"
+DOWNSAMPLING = 4  # two stride-2 convolutions
+
+
+class StepVLVisionConfig(PretrainedConfig):
+    """Perception Encoder (PE-lang G/14) with absolute positions, 2-D RoPE and layer scale."""
+
+    model_type = "step_vl_vision"
+
+    def __init__(
+        self,
+        image_size: int = 728,
+        patch_size: int = 14,
+        width: int = 1536,
+        layers: int = 47,
+        heads: int = 16,
+        mlp_ratio: float = 8960 / 1536,
+        ls_init_value: float | None = 0.1,
+        hidden_act: str = "quick_gelu",
+        output_dim: int | None = None,
+        pool_type: str = "none",
+        use_cls_token: bool = False,
+        use_ln_pre: bool = True,
+        use_ln_post: bool = False,
+        use_abs_posemb: bool = True,
+        use_rope2d: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.width = width
+        self.layers = layers
+        self.heads = heads
+        self.mlp_ratio = mlp_ratio
+        self.ls_init_value = ls_init_value
+        self.hidden_act = hidden_act
+        self.output_dim = output_dim
+        self.pool_type = pool_type
+        self.use_cls_token = use_cls_token
+        self.use_ln_pre = use_ln_pre
+        self.use_ln_post = use_ln_post
+        self.use_abs_posemb = use_abs_posemb
+        self.use_rope2d = use_rope2d
+        super().__init__(**kwargs)
+        for name, built in {
+            "use_cls_token": False,
+            "use_abs_posemb": True,
+            "use_rope2d": True,
+            "hidden_act": "quick_gelu",
+            "pool_type": "none",
+        }.items():
+            if getattr(self, name) != built:
+                raise ValueError(
+                    f"vision_config.{name} is {getattr(self, name)!r}; STEP3-VL's encoder has {built!r} and "
+                    "nothing else is built"
+                )
+
+
+class StepVLConfig(PretrainedConfig):
+    """The whole model: vision tower, projector and a Qwen3 decoder."""
+
+    model_type = "step_robotics"
+    sub_configs = {"vision_config": StepVLVisionConfig, "text_config": Qwen3Config}  # noqa: RUF012 (transformers' own idiom)
+
+    def __init__(
+        self,
+        vision_config: dict[str, Any] | StepVLVisionConfig | None = None,
+        text_config: dict[str, Any] | Qwen3Config | None = None,
+        image_token_id: int = 151679,
+        image_token_len: int = 169,
+        patch_token_len: int = 81,
+        understand_projector_stride: int = 2,
+        projector_bias: bool = False,
+        vision_select_layer: int = -1,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(vision_config, StepVLVisionConfig):
+            vision_config = StepVLVisionConfig(**(vision_config or {}))
+        if not isinstance(text_config, Qwen3Config):
+            text_config = Qwen3Config(**(_TEXT_10B if text_config is None else _as_qwen3(text_config)))
+        text_config.architectures = ["Qwen3ForCausalLM"]  # vLLM picks its decoder class by this name
+        text_config.tie_word_embeddings = tie_word_embeddings
+        self.vision_config = vision_config
+        self.text_config = text_config
+        self.image_token_id = image_token_id
+        self.image_token_len = image_token_len
+        self.patch_token_len = patch_token_len
+        self.understand_projector_stride = understand_projector_stride
+        self.projector_bias = projector_bias
+        self.vision_select_layer = vision_select_layer
+        kwargs.setdefault("architectures", [ARCHITECTURE])
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        if self.global_size != vision_config.image_size:
+            raise ValueError(
+                f"image_token_len {image_token_len} means a global view of {self.global_size} pixels "
+                f"(patches of {vision_config.patch_size}), but vision_config.image_size is {vision_config.image_size}"
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text_config.hidden_size
+
+    @property
+    def global_size(self) -> int:
+        """Side of the global view in pixels: 728 for the 10B."""
+        return self._side(self.image_token_len, "image_token_len")
+
+    @property
+    def crop_size(self) -> int:
+        """Side of a crop in pixels: 504 for the 10B."""
+        return self._side(self.patch_token_len, "patch_token_len")
+
+    def _side(self, tokens: int, name: str) -> int:
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise ValueError(f"{name} is {tokens}; views are square, so it must be a square number")
+        return side * DOWNSAMPLING * self.vision_config.patch_size
+
+
+_TEXT_10B: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "bos_token_id": 151643,
+    "eos_token_id": [151643, 151645, 151679],
+}
+
+
+def _as_qwen3(text_config: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's text_config without keys that choose a class rather than a size."""
+    return {k: v for k, v in text_config.items() if k not in {"model_type", "architectures", "auto_map"}}
+
+
+def register() -> None:
+    """Make `AutoConfig` know `step_robotics`. Safe to call again."""
+    AutoConfig.register(StepVLConfig.model_type, StepVLConfig, exist_ok=True)

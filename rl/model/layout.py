@@ -1,0 +1,81 @@
+"""Sizes only: how a picture is padded, scaled and cut into crops. Pure integers, hand-checkable.
+
+Rules and thresholds: published serving code for STEP3-VL (window choice, rounding at 0.2, 3,024-pixel limit).
+They are stated for 728-pixel views; other sizes scale them, which is a reconstruction.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+PUBLISHED_GLOBAL, PUBLISHED_LIMIT = 728, 3024
+Size = tuple[int, int]  # (width, height) in pixels
+
+
+@dataclass(frozen=True)
+class CropGrid:
+    """Square windows of `window` pixels laid over a picture resized to `size`; no windows if `window` is 0."""
+
+    size: Size
+    window: int
+
+    @property
+    def columns(self) -> int:
+        return max(1, ceil(self.size[0] / self.window)) if self.window else 0
+
+    @property
+    def rows(self) -> int:
+        return max(1, ceil(self.size[1] / self.window)) if self.window else 0
+
+    @property
+    def count(self) -> int:
+        return self.rows * self.columns
+
+    def boxes(self) -> list[tuple[int, int, int, int]]:
+        """(left, top, right, bottom) of each window, row by row; the last of a row or column is pushed inside."""
+        return [
+            (x, y, x + self.window, y + self.window)
+            for y in self._starts(self.size[1], self.rows)
+            for x in self._starts(self.size[0], self.columns)
+        ]
+
+    def _starts(self, length: int, count: int) -> list[int]:
+        starts = [self.window * i for i in range(count)]
+        if count > 1:
+            starts[-1] = min(starts[-1], length - self.window)
+        return starts
+
+
+def squared(size: Size) -> Size:
+    """Thin strips (short side under 32, ratio over 4) are padded to a square; everything else stays."""
+    width, height = size
+    thin = min(width, height) < 32 and max(width, height) > 4 * min(width, height)
+    return (max(size), max(size)) if thin else size
+
+
+def resized(size: Size, global_size: int) -> Size:
+    """Long sides over the limit (3,024 for 728-pixel views) are scaled down to it."""
+    limit = round(PUBLISHED_LIMIT * global_size / PUBLISHED_GLOBAL)
+    if max(size) <= limit:
+        return size
+    scale = limit / max(size)
+    return int(size[0] * scale), int(size[1] * scale)
+
+
+def crop_grid(size: Size, global_size: int, crop_size: int) -> CropGrid:
+    """The crops of a picture: none for small, roughly square pictures."""
+    long, short = max(size), min(size)
+    if long < global_size:
+        window = short if long / short > 1.5 else 0
+    else:
+        window = min(short, crop_size) if long / short > 4 else crop_size
+    if not window:
+        return CropGrid(size, 0)
+    return CropGrid((_rounded(size[0], window), _rounded(size[1], window)), window)
+
+
+def _rounded(length: int, window: int) -> int:
+    """`length` as a multiple of `window`: up if more than a fifth of a window is left over, else down."""
+    if length < window:
+        return length
+    whole = length // window
+    return window * (whole + 1 if length / window - whole > 0.2 else whole)

@@ -1,0 +1,71 @@
+"""Pictures to the square views the vision tower sees, and the tokens they take in a prompt.
+
+A picture becomes one global view and, if it is large or long, a grid of crops. Thresholds are those of the
+published serving code for 728-pixel views and 504-pixel crops; for other sizes they scale with the views.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from rl.model.layout import CropGrid, crop_grid, resized, squared
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]  # CLIP's channel statistics
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+
+
+@dataclass(frozen=True)
+class Views:
+    """What the tower sees of one picture: pixels normalised, [3, side, side] float32 each."""
+
+    whole: Tensor
+    crops: tuple[Tensor, ...]
+
+
+def pixels(picture: Image.Image, side: int) -> Tensor:
+    """Normalise first, then resize to a square of `side` pixels (bilinear, antialiased): [3, side, side]."""
+    data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    data = data.view(picture.height, picture.width, 3).permute(2, 0, 1).float().div(255)
+    data = (data - MEAN) / STD
+    if data.shape[-2:] == (side, side):
+        return data.contiguous()
+    return F.interpolate(
+        data[None], size=(side, side), mode="bilinear", align_corners=False, antialias=True
+    )[0]
+
+
+def views(picture: Image.Image, global_size: int, crop_size: int) -> Views:
+    """The global view and the crops (row by row) of an RGB picture."""
+    picture = _padded(picture)
+    picture = picture.resize(resized(picture.size, global_size), Image.Resampling.BILINEAR)
+    grid = crop_grid(picture.size, global_size, crop_size)
+    return Views(pixels(picture, global_size), tuple(_crops(picture, grid, crop_size)))
+
+
+def _padded(picture: Image.Image) -> Image.Image:
+    size = squared(picture.size)
+    if size == picture.size:
+        return picture
+    canvas = Image.new("RGB", size, 0)
+    canvas.paste(picture, (0, 0))
+    return canvas
+
+
+def _crops(picture: Image.Image, grid: CropGrid, side: int) -> Sequence[Tensor]:
+    if grid.window == 0:
+        return []
+    if grid.size != picture.size:
+        picture = picture.resize(grid.size, Image.Resampling.BILINEAR)
+    return [pixels(picture.crop(box), side) for box in grid.boxes()]
+
+
+def tokens_of(size: tuple[int, int], global_size: int, crop_size: int, global_tokens: int, crop_tokens: int) -> int:
+    """How many prompt tokens a picture of `size` (width, height) takes, start, end and newline tokens included."""
+    grid = crop_grid(resized(squared(size), global_size), global_size, crop_size)
+    newlines = max(0, math.ceil(grid.count / grid.columns) - 1) if grid.count else 0
+    return grid.count * (crop_tokens + 2) + global_tokens + 2 + newlines
