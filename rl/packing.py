@@ -46,7 +46,9 @@ class Batch:
         shape = tuple(self.response_mask.shape)
         for name in ("rollout_logprobs", "rewards"):
             if (got := tuple(getattr(self, name).shape)) != shape:
-                raise ValueError(f"Batch.{name} is {got} but response_mask is {shape}; make batches with collate()")
+                raise ValueError(
+                    f"Batch.{name} is {got} but response_mask is {shape}; make batches with collate()"
+                )
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,10 @@ def minibatches(groups: Sequence[Group], count: int, seed: str) -> list[list[Gro
     random.Random(seed).shuffle(order)
     while len(order) < count and (largest := max(order, key=lambda g: len(g.rows))) and len(largest.rows) > 1:
         place, half = order.index(largest), len(largest.rows) // 2
-        order[place : place + 1] = [_some(largest, range(half)), _some(largest, range(half, len(largest.rows)))]
+        order[place : place + 1] = [
+            _some(largest, range(half)),
+            _some(largest, range(half, len(largest.rows))),
+        ]
     dealt: list[list[Group]] = [[] for _ in range(min(count, len(order)))]
     for group in order:
         min(dealt, key=lambda part: sum(len(g.rows) for g in part)).append(group)
@@ -186,7 +191,7 @@ def _row(groups: Sequence[Group], image_token_id: int | None) -> Pack:
     last: list[int] = []
     for group in groups:
         start, prompt = len(ids), len(group.prompt_ids)
-        spans.append(Span(start, prompt, tuple(map(len, group.responses))))
+        spans.append(Span(prompt, tuple(map(len, group.responses))))
         ids += group.prompt_ids
         positions += range(prompt)
         slots += [token == image_token_id for token in group.prompt_ids]

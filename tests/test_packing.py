@@ -17,9 +17,7 @@ def group(prompt: int, *responses: int, first_row: int = 0, images: tuple[str, .
 
 
 def scored(prompt: str, response: int, reward: float = 1.0, invalid: str | None = None) -> Scored:
-    rollout = Rollout(
-        Prompt(prompt, "t", ()), "", "stop", (1, 2), tuple(range(response)), (-0.5,) * response
-    )
+    rollout = Rollout(Prompt(prompt, "t", ()), "", "stop", (1, 2), tuple(range(response)), (-0.5,) * response)
     return Scored(rollout, reward, invalid)
 
 
@@ -47,7 +45,11 @@ def test_a_sequence_over_the_budget_is_refused_with_its_sizes():
 def test_packed_groups_give_the_logprobs_of_one_rollout_per_row():
     model = step_vl()
     features = {"a": torch.randn(4, 32), "b": torch.randn(4, 32)}
-    groups = [group(6, 5, 3, 7, images=("a", "b")), group(4, 2, first_row=3), group(2, 6, 1, first_row=4, images=("b",))]
+    groups = [
+        group(6, 5, 3, 7, images=("a", "b")),
+        group(4, 2, first_row=3),
+        group(2, 6, 1, first_row=4, images=("b",)),
+    ]
     together = logprobs(model, pack(groups, 200, IMAGE_TOKEN), features)
     singles = [_single(g, i) for g in groups for i in range(len(g.rows))]
     alone = {k: v for g in singles for k, v in logprobs(model, pack([g], 200, IMAGE_TOKEN), features).items()}

@@ -17,15 +17,14 @@ NAME = "packed_groups"
 
 @dataclass(frozen=True)
 class Span:
-    """One group in a packed row: a prompt of P tokens, then its responses, one after the other."""
+    """One group in a packed row, right after the one before it: a prompt, then its responses. In tokens."""
 
-    start: int
     prompt: int
     responses: tuple[int, ...]
 
     @property
-    def end(self) -> int:
-        return self.start + self.prompt + sum(self.responses)
+    def length(self) -> int:
+        return self.prompt + sum(self.responses)
 
     @cached_property
     def mask(self) -> Tensor:
@@ -56,15 +55,11 @@ def packed_groups(
     """
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    outputs = []
-    for span in spans:
-        own = slice(span.start, span.end)
-        mask = span.mask.to(query.device)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, own], key[:, :, own], value[:, :, own], attn_mask=mask, scale=scaling
-            )
-        )
+    lengths = [span.length for span in spans]  # split, not slices: its backward is one concatenation
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, attn_mask=span.mask.to(q.device), scale=scaling)
+        for span, q, k, v in zip(spans, *(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

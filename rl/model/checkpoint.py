@@ -33,7 +33,9 @@ def local_folder(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path)))
     except Exception as error:  # the hub client raises many kinds; all mean the same to the reader
-        raise CheckpointError(f"model.path {path}: no such folder, and the hub did not give it ({error})") from error
+        raise CheckpointError(
+            f"model.path {path}: no such folder, and the hub did not give it ({error})"
+        ) from error
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
@@ -80,14 +82,21 @@ def check(folder: str | Path) -> PretrainedConfig:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
     files = tensor_files(folder)
     expected = state(model)
-    missing, extra = sorted(expected.keys() - files.keys()), sorted(files.keys() - state(model, tied=True).keys())
+    missing, extra = (
+        sorted(expected.keys() - files.keys()),
+        sorted(files.keys() - state(model, tied=True).keys()),
+    )
     if missing or extra:
         raise CheckpointError(f"{folder}: {_listed('missing', missing)}{_listed('unknown', extra)}")
     for file in sorted(set(files.values())):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if name in expected and (got := tuple(tensors.get_slice(name).get_shape())) != tuple(expected[name].shape):
-                    raise CheckpointError(f"{file}: {name} is {got}, the config asks for {tuple(expected[name].shape)}")
+                if name in expected and (got := tuple(tensors.get_slice(name).get_shape())) != tuple(
+                    expected[name].shape
+                ):
+                    raise CheckpointError(
+                        f"{file}: {name} is {got}, the config asks for {tuple(expected[name].shape)}"
+                    )
     return config
 
 
@@ -106,7 +115,9 @@ def state(model: nn.Module, *, tied: bool = False) -> dict[str, Tensor]:
     return tensors
 
 
-def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StepVL | TextModel:
+def load(
+    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> StepVL | TextModel:
     """The model in a folder, every tensor read and checked.
 
     Raises CheckpointError naming missing or extra tensors and wrong shapes.
@@ -133,7 +144,11 @@ def materialize(trunk: nn.Module, device: str = "cpu") -> None:
 
 
 def save(
-    model: nn.Module, folder: str | Path, *, source: str | Path | None = None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a folder that `load`, transformers' layout and vLLM understand.
 
@@ -148,6 +163,10 @@ def save(
     model.config.save_pretrained(folder)
     if source is not None:
         for file in sorted(Path(source).iterdir()):
-            if file.is_file() and file.suffix in {".json", ".jinja", ".txt", ".model"} and not (folder / file.name).exists():
+            if (
+                file.is_file()
+                and file.suffix in {".json", ".jinja", ".txt", ".model"}
+                and not (folder / file.name).exists()
+            ):
                 if file.name != INDEX:
                     shutil.copyfile(file, folder / file.name)

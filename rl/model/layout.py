@@ -79,3 +79,10 @@ def _rounded(length: int, window: int) -> int:
         return length
     whole = length // window
     return window * (whole + 1 if length / window - whole > 0.2 else whole)
+
+
+def picture_tokens(size: Size, global_size: int, crop_size: int, global_tokens: int, crop_tokens: int) -> int:
+    """How many prompt tokens a picture takes: N crops and the global view, each with its start and end token, and
+    a newline token after each row of crops but the last."""
+    grid = crop_grid(resized(squared(size), global_size), global_size, crop_size)
+    return grid.count * (crop_tokens + 2) + global_tokens + 2 + max(0, grid.rows - 1)

@@ -4,7 +4,6 @@ A picture becomes one global view and, if it is large or long, a grid of crops. 
 published serving code for 728-pixel views and 504-pixel crops; for other sizes they scale with the views.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,9 +33,9 @@ def pixels(picture: Image.Image, side: int) -> Tensor:
     data = (data - MEAN) / STD
     if data.shape[-2:] == (side, side):
         return data.contiguous()
-    return F.interpolate(
-        data[None], size=(side, side), mode="bilinear", align_corners=False, antialias=True
-    )[0]
+    return F.interpolate(data[None], size=(side, side), mode="bilinear", align_corners=False, antialias=True)[
+        0
+    ]
 
 
 def views(picture: Image.Image, global_size: int, crop_size: int) -> Views:
@@ -62,10 +61,3 @@ def _crops(picture: Image.Image, grid: CropGrid, side: int) -> Sequence[Tensor]:
     if grid.size != picture.size:
         picture = picture.resize(grid.size, Image.Resampling.BILINEAR)
     return [pixels(picture.crop(box), side) for box in grid.boxes()]
-
-
-def tokens_of(size: tuple[int, int], global_size: int, crop_size: int, global_tokens: int, crop_tokens: int) -> int:
-    """How many prompt tokens a picture of `size` (width, height) takes, start, end and newline tokens included."""
-    grid = crop_grid(resized(squared(size), global_size), global_size, crop_size)
-    newlines = max(0, math.ceil(grid.count / grid.columns) - 1) if grid.count else 0
-    return grid.count * (crop_tokens + 2) + global_tokens + 2 + newlines

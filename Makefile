@@ -1,0 +1,44 @@
+# The two commands to know: `make demo` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+RUN = .venv/bin/python
+RUFF = $(RUN) -m ruff
+# Everything that has Python files, and is there yet.
+FOLDERS = $(wildcard rl rewards rollout stages recipes benchmarks tools tests)
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-slow lint format lock
+
+help:
+	@echo "make demo       train the scale model on this machine's CPU: recipes/rlvr.yaml --profile cpu"
+	@echo "make test       lint, type check, and all tests that are not slow"
+	@echo "make test-slow  the slow tests: complete training runs"
+	@echo "make lint       ruff and the type checker only"
+	@echo "make format     let ruff mend what it can"
+	@echo "make env        create or finish the environment .venv (GPU=1: CUDA builds)"
+	@echo "make lock       resolve tools/constraints-*.txt anew from pyproject.toml (needs uv)"
+
+env:
+	@$(PYTHON) tools/install.py $(if $(GPU),--gpu)
+
+demo: env
+	$(RUN) -m rl.run recipes/rlvr.yaml --profile cpu --output runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+test: lint
+	$(RUN) -m pytest -m 'not slow'
+
+test-slow: env
+	$(RUN) -m pytest -m slow
+
+lint: env
+	$(RUFF) check $(FOLDERS)
+	$(RUFF) format --check $(FOLDERS)
+	.venv/bin/pyrefly check
+
+format: env
+	$(RUFF) check --fix $(FOLDERS)
+	$(RUFF) format $(FOLDERS)
+
+lock:
+	for kind in cpu gpu; do uv pip compile --universal --python-version 3.11 --upgrade --quiet --no-annotate \
+	  --custom-compile-command "make lock" --extra $$kind --extra dev pyproject.toml \
+	  --output-file tools/constraints-$$kind.txt || exit 1; done

@@ -1,0 +1,199 @@
+"""What the warm start does with the model: batches of demonstrations, their loss, greedy and forced answers."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.random import Generator
+from PIL import Image
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedTokenizerFast
+
+from recipes.scale import world
+from recipes.scale.world import Problem, Scene
+from recipes.scale.writers import EXACT, ROUGH
+from rl.model.attention import Span
+from rl.model.packed import embed
+from rl.model.pictures import MEAN, STD
+from rl.model.step_vl import StepVL
+
+LONGEST = 64  # tokens of a response, more than any writer uses
+
+
+class Prompter:
+    """Problems as token ids, through the tokenizer's own chat template, with the picture's slots in place."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        ids = tokenizer.convert_tokens_to_ids
+        self.image_id = ids("<im_patch>")
+        self.slots = [ids("<im_start>"), *[self.image_id] * image_tokens, ids("<im_end>")]
+        self.end = ids("<|im_end|>")
+        self._known: dict[tuple[str, bool], list[int]] = {}
+
+    def prompt(self, problem: Problem) -> list[int]:
+        key = (problem.question, problem.scene is not None)
+        if key not in self._known:
+            self._known[key] = self._prompt(problem)
+        return self._known[key]
+
+    def _prompt(self, problem: Problem) -> list[int]:
+        messages = world.row(problem, "", "picture" if problem.scene else None)["messages"]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        return [slot for token in ids for slot in (self.slots if token == self.image_id else [token])]
+
+    def picture_end(self, prompt: Sequence[int]) -> int:
+        """How many tokens of a prompt lie before the end of its last picture."""
+        return len(prompt) - list(reversed(prompt)).index(self.slots[-1])
+
+    def response(self, text: str) -> list[int]:
+        return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.end]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch of problems and the response to imitate for each."""
+
+    problems: list[Problem]
+    responses: list[str]
+
+
+def lesson(rng: Generator, pictures: int, most_things: int, rough_share: float) -> Lesson:
+    """`pictures` scenes with their pointing and grounding problems, as many crowds, and as many sums as counts."""
+    problems = [p for _ in range(pictures) for p in world.point_and_box(world.draw_scene(rng, "train", (1, most_things)))]
+    counts = [p for _ in range(pictures) for p in world.count_kinds(world.draw_crowd(rng, "train"))]
+    problems += [*counts, *(world.draw_sum(rng, "train") for _ in counts)]
+    writers = [ROUGH if rng.random() < rough_share else EXACT for _ in problems]
+    return Lesson(problems, [writer(problem) for writer, problem in zip(writers, problems, strict=True)])
+
+
+def scenes_of(problems: Sequence[Problem]) -> list[Scene]:
+    """Each scene once, in order of first use."""
+    return list({id(p.scene): p.scene for p in problems if p.scene is not None}.values())
+
+
+def pixels(model: StepVL, scenes: Sequence[Scene]) -> Tensor:
+    """The global views of many scenes at once, [scenes, 3, side, side]; equals `model.views` of each image."""
+    colors = (torch.from_numpy(np.stack([s.palette for s in scenes])).float() / 255 - MEAN.flatten()) / STD.flatten()
+    canvas = torch.from_numpy(np.stack([s.pixels for s in scenes])).long()  # [S, P, P]
+    small = colors[torch.arange(len(canvas))[:, None, None], canvas].permute(0, 3, 1, 2)
+    side = (model.config.global_size,) * 2
+    return F.interpolate(small, size=side, mode="bilinear", align_corners=False, antialias=True)
+
+
+def features(model: StepVL, scenes: Sequence[Scene]) -> dict[int, Tensor]:
+    """Image features by `id(scene)`, each [image tokens, hidden]."""
+    if not scenes:
+        return {}
+    encoded = model.vit_large_projector(model.vision_model(pixels(model, scenes)))
+    return {id(scene): feature for scene, feature in zip(scenes, encoded, strict=True)}
+
+
+def embedded(model: StepVL, ids: Tensor, problems: Sequence[Problem], seen: dict[int, Tensor]) -> Tensor:
+    """ids: [B, T]. Returns decoder inputs [B, T, hidden]."""
+    words = model.model.embed_tokens(ids)
+    shown = [seen[id(p.scene)] for p in problems if p.scene is not None]
+    return words.masked_scatter((ids == model.image_token_id)[..., None], torch.cat(shown)) if shown else words
+
+
+@dataclass(frozen=True)
+class Row:
+    """A lesson as one packed row: a picture's tokens once, then each of its questions with its response."""
+
+    token_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64
+    learned: Tensor  # [T] bool; True on the responses' tokens
+    spans: tuple[Span, ...]
+    scenes: list[Scene]  # in the order of their image slots
+
+
+def pack(prompter: Prompter, batch: Lesson) -> Row:
+    """Questions about one scene share its tokens; a sum is a group of its own."""
+    groups: dict[int, list[tuple[list[int], list[int]]]] = defaultdict(list)
+    scenes: dict[int, Scene] = {}
+    for number, (problem, response) in enumerate(zip(batch.problems, batch.responses, strict=True)):
+        key = number if problem.scene is None else -id(problem.scene)
+        groups[key].append((prompter.prompt(problem), prompter.response(response)))
+        if problem.scene is not None:
+            scenes[key] = problem.scene
+    ids: list[int] = []
+    positions: list[int] = []
+    learned: list[bool] = []
+    spans = []
+    for key, members in groups.items():
+        shared = prompter.picture_end(members[0][0]) if key in scenes else 0
+        spans.append(Span(len(ids), shared, tuple(len(p) + len(r) - shared for p, r in members)))
+        ids += members[0][0][:shared]
+        positions += range(shared)
+        learned += [False] * shared
+        for prompt, response in members:
+            ids += prompt[shared:] + response
+            positions += range(shared, len(prompt) + len(response))
+            learned += [False] * (len(prompt) - shared) + [True] * len(response)
+    return Row(torch.tensor(ids), torch.tensor(positions), torch.tensor(learned), tuple(spans), list(scenes.values()))
+
+
+def loss(model: StepVL, prompter: Prompter, batch: Lesson) -> Tensor:
+    """Mean cross-entropy (nats) of the responses' tokens."""
+    row = pack(prompter, batch)
+    seen = features(model, row.scenes)
+    slots = row.token_ids == model.image_token_id
+    inputs = embed(model.model.embed_tokens, row.token_ids, slots, [seen[id(scene)] for scene in row.scenes])
+    hidden = model.model(
+        inputs_embeds=inputs[None], position_ids=row.position_ids[None], use_cache=False, spans=row.spans
+    ).last_hidden_state[0]
+    # A response follows its own question in the row, so each of its tokens is predicted by the one before.
+    learned = row.learned.nonzero()[:, 0]
+    return F.cross_entropy(model.lm_head(hidden[learned - 1]).float(), row.token_ids[learned])
+
+
+@torch.no_grad()
+def answers(
+    model: StepVL, prompter: Prompter, problems: Sequence[Problem], *, openings: dict[str, str] | None = None,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """The model's responses, greedy, or sampled at temperature 1 if there is a `generator`.
+
+    `openings` forces the first words of each task's responses.
+    """
+    seen = features(model, scenes_of(problems))
+    groups: dict[int, list[int]] = defaultdict(list)  # equal prompt lengths decode together without padding
+    starts = []
+    for i, p in enumerate(problems):
+        forced = prompter.response(openings[p.task])[:-1] if openings else []
+        starts.append(prompter.prompt(p) + forced)
+        groups[len(starts[-1])].append(i)
+    result = [""] * len(problems)
+    for members in groups.values():
+        chosen = [problems[i] for i in members]
+        ids = torch.tensor([starts[i] for i in members])
+        tokens = _decode(model, ids, embedded(model, ids, chosen, seen), prompter.end, generator)
+        for i, row in zip(members, tokens.tolist(), strict=True):
+            whole = starts[i][len(prompter.prompt(problems[i])) :] + row
+            result[i] = prompter.text(whole[: whole.index(prompter.end)] if prompter.end in whole else whole)
+    return result
+
+
+def _decode(model: StepVL, ids: Tensor, inputs: Tensor, end: int, generator: torch.Generator | None) -> Tensor:
+    cache, chosen = DynamicCache(config=model.config.text_config), []
+    ended = torch.zeros(len(ids), dtype=torch.bool)
+    for _ in range(LONGEST):
+        hidden = model.model(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state
+        logits = model.lm_head(hidden[:, -1])
+        if generator is None:
+            token = logits.argmax(-1)
+        else:
+            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        chosen.append(token)
+        ended |= token == end
+        if ended.all():
+            break
+        inputs = model.model.embed_tokens(token)[:, None]
+    return torch.stack(chosen, dim=1)

@@ -1,0 +1,80 @@
+"""The scale model's tokenizer: the world's words whole, digits one by one, any other text byte by byte."""
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from recipes.scale.world import COLORS, PLACES, SHAPES
+
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<im_patch>",
+    "<im_start>",
+    "<im_end>",
+    "<patch_start>",
+    "<patch_end>",
+    "<patch_newline>",
+)
+THINK = ("<think>", "</think>")  # whole tokens, but text: skip_special_tokens keeps them
+WORDS = "Point at the Box How many What is maybe at first then system user assistant and in of there are I a".split()
+# A coordinate's "0." and the opening of a boxed answer are one token each; words carry the space before them.
+PIECES = r"\\boxed\{| ?0\.(?=\d)|\d| ?\p{L}+|, | [+-] |\n"
+
+CHAT_TEMPLATE = """\
+{%- macro show(content) -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}
+{%- for part in content -%}
+{%- if part.type == 'image' -%}<im_patch>{%- else -%}{{ part.text }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' + show(message.content) + '<|im_end|>' + '\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+
+
+def words() -> list[str]:
+    """Every piece that is one token although it has more than one byte."""
+    plural = [shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES]
+    places = sorted({word for place in PLACES for word in place.split()})
+    plain = dict.fromkeys([*WORDS, *COLORS, *SHAPES, *plural, *places])
+    marks = ["\\boxed{", "0.", " 0.", ", ", " + ", " - "]
+    return marks + [form for word in plain for form in (word, f" {word}")]
+
+
+def build() -> Tokenizer:
+    """A byte-level BPE without merges: a piece is either a word it knows or the bytes it is made of."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    known = [as_bytes.pre_tokenize_str(word)[0][0] for word in words()]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys([*alphabet, *known]))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    pieces = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, as_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in THINK])
+    return tokenizer
+
+
+def save(folder: Path) -> Tokenizer:
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which AutoTokenizer loads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 4096,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return tokenizer

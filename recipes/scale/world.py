@@ -1,0 +1,275 @@
+"""The scale model's world: pictures of coloured shapes and problems about them, the same for the same seed.
+
+Pictures are rasterised here, pixel by pixel, so that no drawing library's version can change them.
+`python -m recipes.scale.world` writes the files that ship beside this one: train.jsonl, heldout.jsonl and
+pictures/. Rows are JSONL beside PNG files rather than one Parquet file: both can be looked at without a tool.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.random import Generator
+from PIL import Image
+
+Split = Literal["train", "heldout"]
+TASKS = ("pointing", "grounding", "counting", "arithmetic")
+PIXELS = 112  # width and height of every picture: below the scale model's view of 224, so there are no crops
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (44, 160, 70),
+    "blue": (40, 80, 210),
+    "yellow": (240, 200, 30),
+    "purple": (140, 60, 180),
+    "black": (30, 30, 30),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
+HELDOUT_BYTES = 32  # of 256: the share of all pictures and sums that only the held-out split may use
+SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in the shipped files
+SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One coloured shape; its centre and half its side in pixels."""
+
+    color: str
+    shape: str
+    x: int
+    y: int
+    half: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.shape}"
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """Centre as fractions of the picture."""
+        return self.x / PIXELS, self.y / PIXELS
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right, bottom as fractions of the picture."""
+        near, far = (self.x - self.half, self.y - self.half), (self.x + self.half, self.y + self.half)
+        return near[0] / PIXELS, near[1] / PIXELS, far[0] / PIXELS, far[1] / PIXELS
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Column and row of the third of the picture that holds the centre, 0 to 2."""
+        return 3 * self.x // PIXELS, 3 * self.y // PIXELS
+
+    @property
+    def place(self) -> str:
+        """One of PLACES, by cell."""
+        column, row = self.cell
+        return PLACES[3 * row + column]
+
+    def mask(self) -> np.ndarray:
+        """[2 * half, 2 * half] bool: the pixels of its box that it covers."""
+        line = (np.arange(2 * self.half) + 0.5) / self.half - 1  # pixel centres, -1 to 1
+        u, v = np.abs(line)[None, :], line[:, None]
+        if self.shape == "circle":
+            return u**2 + v**2 <= 1
+        if self.shape == "triangle":
+            return u <= (v + 1) / 2 + 0.5 / self.half  # the last term gives the tip a pixel, so boxes are tight
+        if self.shape == "cross":
+            return (u <= 0.36) | (np.abs(v) <= 0.36)
+        return np.ones((2 * self.half, 2 * self.half), dtype=bool)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A plain background and things that don't overlap."""
+
+    background: tuple[int, int, int]
+    things: tuple[Thing, ...]
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """[PIXELS, PIXELS] uint8: 0 is background, 1 the first of COLORS and so on."""
+        canvas = np.zeros((PIXELS, PIXELS), dtype=np.uint8)
+        for thing in self.things:
+            rows = slice(thing.y - thing.half, thing.y + thing.half)
+            columns = slice(thing.x - thing.half, thing.x + thing.half)
+            canvas[rows, columns][thing.mask()] = 1 + list(COLORS).index(thing.color)
+        return canvas
+
+    @property
+    def palette(self) -> np.ndarray:
+        """[7, 3] uint8: background, then COLORS."""
+        return np.array([self.background, *COLORS.values()], dtype=np.uint8)
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture with a palette (mode P), which makes a PNG of less than a kilobyte."""
+        image = Image.fromarray(self.pixels, mode="P")
+        image.putpalette(self.palette.tobytes())
+        return image
+
+    @property
+    def split(self) -> Split:
+        return split_of(self.palette.tobytes() + self.pixels.tobytes())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, its truth, and what the demonstration writers need to know to answer it."""
+
+    task: str
+    question: str
+    truth: list[float] | str
+    scene: Scene | None = None
+    targets: tuple[Thing, ...] = ()  # the things asked about, in reading order
+    alike: int = 0  # counting: how many things share the colour, whatever their shape
+    terms: tuple[int, ...] = ()  # arithmetic: signed numbers to add up
+
+
+def split_of(content: bytes) -> Split:
+    """Which split may use this picture or sum. A fixed rule on the content keeps every stream of problems,
+    the warm start's included, disjoint from the held-out split, whatever the seeds."""
+    return "heldout" if hashlib.sha256(content).digest()[0] < HELDOUT_BYTES else "train"
+
+
+def draw_scene(rng: Generator, split: Split, things: tuple[int, int] = (1, 5)) -> Scene:
+    """Between `things[0]` and `things[1]` things, no two of the same colour and shape, anywhere."""
+    while True:
+        number = int(rng.integers(things[0], things[1] + 1))
+        kinds = rng.permutation(len(COLORS) * len(SHAPES))[:number]
+        placed: list[Thing] = []
+        for kind in kinds:
+            half = int(rng.integers(11, 20))
+            x, y = (int(v) for v in rng.integers(half + 2, PIXELS - half - 1, size=2))
+            placed.append(Thing(list(COLORS)[kind // len(SHAPES)], SHAPES[kind % len(SHAPES)], x, y, half))
+        scene = Scene(_background(rng), tuple(placed))
+        if _apart(placed) and scene.split == split:
+            return scene
+
+
+def draw_crowd(rng: Generator, split: Split) -> Scene:
+    """Four to eight things in different thirds of the picture, of three kinds, two of which share a colour."""
+    while True:
+        number = int(rng.integers(4, 9))
+        shared, other = (list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2])
+        shape, another = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
+        kinds = [(shared, shape), (shared, another), (other, shape)]
+        cells = sorted(int(cell) for cell in rng.permutation(9)[:number])
+        things = [_thing_in(cell, *kinds[rng.integers(3)], rng) for cell in cells]
+        scene = Scene(_background(rng), tuple(things))
+        if scene.split == split:
+            return scene
+
+
+def _thing_in(cell: int, color: str, shape: str, rng: Generator) -> Thing:
+    third = PIXELS / 3
+    half = int(rng.integers(10, 15))
+    slack = third / 2 - half - 1
+    x, y = ((c + 0.5) * third + rng.uniform(-slack, slack) for c in (cell % 3, cell // 3))
+    return Thing(color, shape, int(x), int(y), half)
+
+
+def _background(rng: Generator) -> tuple[int, int, int]:
+    red, green, blue = (int(v) for v in rng.integers(215, 256, size=3))
+    return red, green, blue
+
+
+def _apart(things: list[Thing]) -> bool:
+    pairs = ((a, b) for i, a in enumerate(things) for b in things[:i])
+    return all(max(abs(a.x - b.x), abs(a.y - b.y)) > a.half + b.half + 1 for a, b in pairs)
+
+
+def point_and_box(scene: Scene) -> Iterator[Problem]:
+    """A pointing and a grounding problem for each thing of the scene."""
+    for thing in scene.things:
+        point, box = ([round(v, 4) for v in values] for values in (thing.point, thing.box))
+        yield Problem("pointing", f"Point at the {thing.name}.", point, scene, (thing,))
+        yield Problem("grounding", f"Box the {thing.name}.", box, scene, (thing,))
+
+
+def count_kinds(scene: Scene) -> Iterator[Problem]:
+    """One counting problem for each kind of thing in the scene."""
+    for name in dict.fromkeys(thing.name for thing in scene.things):
+        targets = tuple(thing for thing in scene.things if thing.name == name)
+        alike = sum(thing.color == targets[0].color for thing in scene.things)
+        plural = name + ("es" if name.endswith("s") else "s")
+        yield Problem("counting", f"How many {plural}?", str(len(targets)), scene, targets, alike)
+
+
+def draw_sum(rng: Generator, split: Split) -> Problem:
+    """Three numbers below 100 to add and subtract; no partial result leaves 0 to 99."""
+    while True:
+        first, second, third = (int(v) for v in rng.integers(2, 90, size=3))
+        second, third = (int(v) * (1 if rng.random() < 0.5 else -1) for v in (second, third))
+        question = f"What is {first} {_signed(second)} {_signed(third)}?"
+        in_range = 0 <= first + second < 100 and 0 <= first + second + third < 100
+        if in_range and split_of(question.encode()) == split:
+            truth = str(first + second + third)
+            return Problem("arithmetic", question, truth, terms=(first, second, third))
+
+
+def _signed(number: int) -> str:
+    return f"{'-' if number < 0 else '+'} {abs(number)}"
+
+
+def problems(split: Split, seed: int, per_task: int) -> list[Problem]:
+    """`per_task` problems of each task, grouped by task."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, list[Problem]] = {task: [] for task in TASKS}
+    while len(found["pointing"]) < per_task:
+        for problem in point_and_box(draw_scene(rng, split)):
+            found[problem.task].append(problem)
+    while len(found["counting"]) < per_task:
+        found["counting"].extend(count_kinds(draw_crowd(rng, split)))
+    questions: set[str] = set()
+    while len(found["arithmetic"]) < per_task:
+        problem = draw_sum(rng, split)
+        if problem.question not in questions:
+            questions.add(problem.question)
+            found["arithmetic"].append(problem)
+    return [problem for task in TASKS for problem in found[task][:per_task]]
+
+
+def row(problem: Problem, identity: str, picture: str | None) -> dict[str, Any]:
+    """The data row of a problem; `picture` is the path of its picture, relative to the data file."""
+    text = {"type": "text", "text": problem.question}
+    content = [{"type": "image", "image": picture}, text] if picture else problem.question
+    messages = [{"role": "user", "content": content}]
+    return {"id": identity, "task": problem.task, "messages": messages, "ground_truth": problem.truth, "meta": {}}
+
+
+def write(folder: Path, split: Split) -> Path:
+    """Writes `split`.jsonl and its pictures into `folder`; returns the data file."""
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    paths: dict[int, str] = {}
+    lines: list[str] = []
+    for number, problem in enumerate(problems(split, SEEDS[split], SIZES[split])):
+        if problem.scene is not None and id(problem.scene) not in paths:
+            paths[id(problem.scene)] = path = f"pictures/{split}-{len(paths):03}.png"
+            problem.scene.image.save(folder / path, bits=4, optimize=True)
+        picture = paths.get(id(problem.scene))
+        identity = f"{split}-{problem.task}-{number % SIZES[split]:03}"
+        lines.append(json.dumps(row(problem, identity, picture)) + "\n")
+    data = folder / f"{split}.jsonl"
+    data.write_text("".join(lines))
+    return data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the scale model's data files.")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write into (default: beside this file)")
+    folder: Path = parser.parse_args().out
+    for split in SIZES:
+        data = write(folder, split)
+        print(f"{data}: {SIZES[split]} problems of each of {', '.join(TASKS)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Two simulated writers whose demonstrations the warm start learns from, and the prompt they answer.
+
+The *exact* writer does the work: it looks once and gives two decimals, lists what it counts, writes each
+step of a sum. The *rough* writer talks and guesses: it names a third of the picture and answers its centre,
+rounds boxes, counts everything of the right colour, forgets to carry. Its answers are right often enough to
+start from, and the model imitates it more often; reinforcement learning has to find out who is worth
+imitating. They differ from the first words on, and both are short.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from recipes.scale.world import Problem, Thing
+
+BOX_STEP = 0.15  # the rough writer's ruler, as a fraction of the picture
+THIRDS = (0.17, 0.5, 0.83)  # centres of the thirds of the picture
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Answers each task in its own manner; `opening` is how each of its responses to the task begins."""
+
+    write: dict[str, Callable[[Problem], str]]
+    opening: dict[str, str]
+
+    def __call__(self, problem: Problem) -> str:
+        return self.write[problem.task](problem)
+
+
+def numbers(values: tuple[float, ...] | list[float]) -> str:
+    """`[0.25, 0.50]`: how points and boxes are written."""
+    return f"[{', '.join(f'{min(value, 0.99):.2f}' for value in values)}]"
+
+
+def _exact_point(problem: Problem) -> str:
+    return numbers(problem.targets[0].point)
+
+
+def _exact_box(problem: Problem) -> str:
+    return numbers(problem.targets[0].box)
+
+
+def _exact_count(problem: Problem) -> str:
+    seen = ", ".join(thing.place for thing in problem.targets)
+    listed = ", ".join(f"{number} {thing.place}" for number, thing in enumerate(problem.targets, start=1))
+    return f"<think>at {seen}</think>{listed}, \\boxed{{{len(problem.targets)}}}"
+
+
+def _exact_sum(problem: Problem) -> str:
+    first, second, third = problem.terms
+    between = first + second
+    question = f"{first}{second:+}{third:+}"
+    steps = f"first {first}{second:+}={between}, then {between}{third:+}={between + third}"
+    return f"<think>{steps}</think>{question}={between}{third:+}=\\boxed{{{between + third}}}"
+
+
+def _rough_point(problem: Problem) -> str:
+    thing = problem.targets[0]
+    return f"{_glance(thing)}{numbers([THIRDS[cell] for cell in thing.cell])}"
+
+
+def _rough_box(problem: Problem) -> str:
+    thing = problem.targets[0]
+    return f"{_glance(thing)}{numbers([BOX_STEP * round(edge / BOX_STEP) for edge in thing.box])}"
+
+
+def _glance(thing: Thing) -> str:
+    return f"<think>maybe {thing.place}</think>"
+
+
+def _rough_count(problem: Problem) -> str:
+    return f"<think>maybe</think>\\boxed{{{problem.alike}}}"
+
+
+def _rough_sum(problem: Problem) -> str:
+    first, second, third = problem.terms
+    guess = without_carrying(without_carrying(first, second), third)
+    return f"<think>maybe</think>{first}{second:+}{third:+}=\\boxed{{{guess}}}"
+
+
+def without_carrying(left: int, right: int) -> int:
+    """`left + right` digit by digit: sums drop their carry, differences are taken the way that needs no borrowing."""
+    tens, ones = (_digit(a, b, right < 0) for a, b in zip(divmod(left, 10), divmod(abs(right), 10), strict=True))
+    return 10 * tens + ones
+
+
+def _digit(left: int, right: int, minus: bool) -> int:
+    return abs(left - right) if minus else (left + right) % 10
+
+
+EXACT = Writer(
+    {"pointing": _exact_point, "grounding": _exact_box, "counting": _exact_count, "arithmetic": _exact_sum},
+    {"pointing": "[", "grounding": "[", "counting": "<think>at", "arithmetic": "<think>first"},
+)
+ROUGH = Writer(
+    {"pointing": _rough_point, "grounding": _rough_box, "counting": _rough_count, "arithmetic": _rough_sum},
+    dict.fromkeys(("pointing", "grounding", "counting", "arithmetic"), "<think>maybe"),
+)

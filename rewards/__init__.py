@@ -1,0 +1,11 @@
+"""Rewards: Rollout -> score, one file per reward. What an author of a reward imports; no torch in here.
+
+A reward is a function with `@reward("name")` above it. Recipes find it by name, as `pkg.module:Name`,
+as `file.py:Name` (relative to the recipe) or through an entry point of group `rl.rewards`. rewards.runner
+runs it in worker processes that can be killed.
+"""
+
+from rewards.registry import BoundReward, Invalid, Score, get, names, reward
+from rl.types import Rollout
+
+__all__ = ["BoundReward", "Invalid", "Rollout", "Score", "get", "names", "reward"]

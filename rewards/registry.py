@@ -1,0 +1,259 @@
+"""The registry of rewards: `@reward` puts one in, `get` finds it again and checks its parameters."""
+
+import difflib
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+OnTimeout = Literal["invalid", "lowest"]
+ENTRY_POINTS = "rl.rewards"
+Target = TypeVar("Target", bound=Callable[..., Any])
+
+
+class Invalid(Exception):
+    """Raised by a reward that cannot judge a sample for reasons that are not the model's (a bad ground truth,
+    a dead endpoint). The sample is left out of the loss, counted and shown."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A reward's value together with what it wants recorded (JSON-able) beside it."""
+
+    value: float
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A registered reward: the function or class and what it declares about itself."""
+
+    name: str
+    target: Callable[..., Any]
+    group: bool
+    lowest: float
+    highest: float
+    on_timeout: OnTimeout
+
+    @property
+    def source(self) -> str:
+        return getattr(sys.modules.get(self.target.__module__), "__file__", None) or self.target.__module__
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """What a recipe may set: a class's constructor parameters, or a function's after the rollout."""
+        parameters = list(inspect.signature(self.target).parameters.values())
+        return {p.name: p for p in (parameters if inspect.isclass(self.target) else parameters[1:])}
+
+
+@dataclass(frozen=True)
+class BoundReward:
+    """A reward with its parameters, checked. Calling it sets it up on first use and returns what it returns:
+    a number or Score for a rollout (a list of them for a list if `reward.group`), or an awaitable of that."""
+
+    reward: Reward
+    params: Mapping[str, Any]
+
+    @cached_property
+    def scorer(self) -> Callable[..., Any]:
+        """The loaded callable. A class is made once, and its `setup()`, if it has one, runs here."""
+        if not inspect.isclass(self.reward.target):
+            return self.reward.target
+        made: Any = self.reward.target(**self.params)
+        if hasattr(made, "setup"):
+            made.setup()
+        return made
+
+    def __call__(self, rollouts: Any) -> Any:
+        scorer = self.scorer
+        return scorer(rollouts) if inspect.isclass(self.reward.target) else scorer(rollouts, **self.params)
+
+
+# A name maps to a list because two files outside the project may each call theirs the same;
+# that is only a problem for someone who asks for it by the bare name.
+_REGISTRY: dict[str, list[Reward]] = {}
+
+
+def reward(
+    name: str,
+    *,
+    group: bool = False,
+    lowest: float = 0.0,
+    highest: float = 1.0,
+    on_timeout: OnTimeout = "invalid",
+) -> Callable[[Target], Target]:
+    """Registers a `def`, an `async def` or a class with `__call__` (and `setup()` where it loads something).
+
+    group       the reward gets the list of all rollouts of one prompt and returns a list of scores, in order
+    lowest      the least it can return; truncated responses and unreadable text get this
+    highest     what a fully right response gets
+    on_timeout  what a sample that runs out of time or memory becomes: "invalid" (left out of the loss) or
+                "lowest" (right when only the model's text can cause it)
+    """
+    if on_timeout not in ("invalid", "lowest"):
+        raise ValueError(f"reward {name!r}: on_timeout is {on_timeout!r}; it is 'invalid' or 'lowest'")
+
+    def register(target: Target) -> Target:
+        entry = Reward(name, target, group, float(lowest), float(highest), on_timeout)
+        others = [r for r in _REGISTRY.get(name, []) if r.source != entry.source]
+        _REGISTRY[name] = [*others, entry]
+        target.__reward__ = entry  # type: ignore[attr-defined]  # found again by attribute for file.py:Name
+        return target
+
+    return register
+
+
+def names() -> list[str]:
+    """Every name `get` understands: built-in rewards, those of modules imported so far, and entry points."""
+    _import_builtin()
+    return sorted({*_REGISTRY, *(e.name for e in importlib.metadata.entry_points(group=ENTRY_POINTS))})
+
+
+def get(
+    target: str, params: Mapping[str, Any] | None = None, base_dir: str | Path | None = None
+) -> BoundReward:
+    """The reward a recipe means by `use: target`, with its parameters.
+
+    `base_dir` is the folder that `file.py:Name` is relative to (default: the current one). Raises ValueError
+    for a target that is not there, naming the nearest, and for parameters that do not fit its signature.
+    """
+    if ":" not in target:
+        found = _by_name(target)
+    elif target.rpartition(":")[0].endswith(".py"):
+        found = _by_file(target, Path(base_dir or "."))
+    else:
+        found = _by_module(target)
+    return BoundReward(found, _checked(found, dict(params or {})))
+
+
+def _import_builtin() -> None:
+    import rewards  # here, because that package imports this module
+
+    for module in pkgutil.iter_modules(rewards.__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"rewards.{module.name}")
+
+
+def _by_name(name: str) -> Reward:
+    _import_builtin()
+    entries = _REGISTRY.get(name, [])
+    if len(entries) > 1:
+        places = " and ".join(r.source for r in entries)
+        raise ValueError(f"several rewards are called {name!r}: in {places}; write file.py:Name instead")
+    if entries:
+        return entries[0]
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
+        return _declared(entry.load(), f"entry point {name} = {entry.value}")
+    known = names()
+    raise ValueError(f"no reward is called {name!r}{_nearest(name, known)}; there are: {', '.join(known)}")
+
+
+def _by_file(target: str, base_dir: Path) -> Reward:
+    file, _, name = target.rpartition(":")
+    path = (base_dir / file).resolve()
+    if not path.is_file():
+        raise ValueError(f"reward {target!r}: there is no file {path} (paths are relative to the recipe)")
+    return _member(_load_file(path), name, target)
+
+
+def _load_file(path: Path) -> ModuleType:
+    alias = f"reward_file_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if alias in sys.modules:
+        return sys.modules[alias]
+    spec = importlib.util.spec_from_file_location(alias, path)
+    assert spec and spec.loader, path
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # last, so that its neighbours can be imported but shadow nothing
+    module = sys.modules[alias] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        del sys.modules[alias]
+        raise ValueError(f"reward file {path} does not import: {type(e).__name__}: {e}") from e
+    return module
+
+
+def _by_module(target: str) -> Reward:
+    module, _, name = target.rpartition(":")
+    try:
+        return _member(importlib.import_module(module), name, target)
+    except ImportError as e:
+        raise ValueError(f"reward {target!r}: cannot import {module}: {e}; run where Python finds it") from e
+
+
+def _member(module: ModuleType, name: str, target: str) -> Reward:
+    """The reward called `name` in `module`, by its Python name or the one it registered."""
+    here = {key: r for key, value in vars(module).items() if isinstance(r := _declaration(value), Reward)}
+    here |= {r.name: r for r in here.values() if r.name not in here}
+    if name in here:
+        return here[name]
+    if hasattr(module, name):
+        return _declared(getattr(module, name), target)
+    raise ValueError(
+        f"reward {target!r}: {module.__file__} has no {name!r}{_nearest(name, list(here))}; "
+        f"its rewards are: {', '.join(sorted(here)) or 'none'}"
+    )
+
+
+def _declaration(value: Any) -> Reward | None:
+    # vars(), not getattr(): a subclass of a reward is not itself declared as one
+    return getattr(value, "__dict__", {}).get("__reward__")
+
+
+def _declared(value: Any, where: str) -> Reward:
+    found = _declaration(value)
+    if not isinstance(found, Reward):
+        raise ValueError(f"{where} is no reward; put @reward('its_name') above its definition")
+    return found
+
+
+def _checked(found: Reward, params: dict[str, Any]) -> dict[str, Any]:
+    accepted = found.parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        for key in params:
+            if key not in accepted:
+                near, takes = _nearest(key, list(accepted)), ", ".join(accepted) or "none"
+                raise ValueError(f"reward {found.name!r} has no parameter {key!r}{near}; it takes: {takes}")
+    for p in accepted.values():
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in params:
+            raise ValueError(f"reward {found.name!r} needs the parameter {p.name!r}")
+    return {key: _typed(found, accepted.get(key), key, value) for key, value in params.items()}
+
+
+def _typed(found: Reward, parameter: inspect.Parameter | None, key: str, value: Any) -> Any:
+    """`value` as the parameter's annotation wants it; unannotated parameters take anything."""
+    if parameter is None or parameter.annotation is parameter.empty:
+        return value
+    annotation = parameter.annotation
+    owner = found.target.__init__ if inspect.isclass(found.target) else found.target
+    if isinstance(annotation, str):
+        # the author's own module wrote it, under `from __future__ import annotations`
+        annotation = eval(annotation, getattr(owner, "__globals__", {}))
+    try:
+        return _adapter(annotation).validate_python(value)
+    except ValidationError as e:
+        why = e.errors()[0]["msg"]
+        raise ValueError(f"reward {found.name!r}: parameter {key} is {value!r}: {why}") from e
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:  # pydantic models and dataclasses bring a configuration of their own
+        return TypeAdapter(annotation)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

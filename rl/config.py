@@ -1,0 +1,350 @@
+"""Every option of a run, declared once, with its default and a sentence on what it does.
+
+Values are frozen and names are checked; rl.recipe fills this in from recipe, profile and command line.
+"Report" below is the STEP3-VL-10B report (arXiv 2601.09668). What it does not state is marked as a
+reconstruction. Sizes have these words and no others: prompts_per_iteration x rollouts_per_prompt = samples of
+an iteration; minibatches = optimizer steps of an iteration; token_budget = tokens in one forward pass.
+"""
+
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Stage = Literal["rlvr", "rlhf", "pacore"]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rejection = Annotated[str, Field(pattern=r"^(token_k[123]|seq_(sum|mean)_k[123]|seq_max_k[23])$")]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _one_or_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
+Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(_one_or_several)]
+Frozen = Annotated[
+    tuple[Literal["encoder", "projector"], ...], AfterValidator(lambda names: tuple(sorted(set(names))))
+]
+
+# PAPER: the report's table of stages. critic_minibatches is a reconstruction: the report says that each
+# iteration's samples are split into this many, and names no other number for the critic.
+STAGE_DEFAULTS: Mapping[Stage, Mapping[str, Any]] = {
+    "rlvr": {
+        "iterations": 600,
+        "prompts_per_iteration": 512,
+        "rollouts_per_prompt": 16,
+        "max_sequence_length": 24_576,
+        "ppo": {"minibatches": 4, "critic_minibatches": 4},
+    },
+    "rlhf": {
+        "iterations": 300,
+        "prompts_per_iteration": 512,
+        "rollouts_per_prompt": 8,
+        "max_sequence_length": 32_768,
+        "ppo": {"minibatches": 4, "critic_minibatches": 4},
+    },
+    "pacore": {
+        "iterations": 500,
+        "prompts_per_iteration": 64,
+        "rollouts_per_prompt": 16,
+        "max_sequence_length": 65_536,
+        "ppo": {"minibatches": 1, "critic_minibatches": 1},
+    },
+}
+
+# Declared, but so far working with one value only. Any other is refused, never accepted and then ignored.
+ONLY_BUILT: Mapping[str, Any] = {
+    "stage": "rlvr",
+    "endpoints": {},
+    "model.freeze": ("encoder", "projector"),
+    "data.columns": {},
+    "ppo.kl": 0,
+    "rollout.max_staleness": 0,
+    "learner.ranks": 1,
+}
+SECRETS = ("api_key", "access_token", "secret", "password")
+
+
+class OptionError(ValueError):
+    """A value that is well-typed but cannot work; `key` is its dotted name."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key} {problem}")
+        self.key = key
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Model(Options):
+    path: str
+    """Folder in Hugging Face layout, or hub id, that policy and critic start from."""
+    freeze: Frozen = ("encoder", "projector")
+    """Parts that are never trained (report: only the decoder is; freezing the projector: reconstruction)."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type that engine and learner compute in."""
+    chat_template: Path | None = None
+    """Jinja file that replaces the model's own chat template."""
+
+
+class Data(Options):
+    train: Annotated[Sources, Field(min_length=1)]
+    """Training rows: JSONL or Parquet file, Hugging Face dataset folder or hub id, or a list of them."""
+    eval: Sources = ()
+    """Held-out rows, in the same forms; none means that the run never evaluates."""
+    eval_limit: Count | None = None
+    """Evaluate on the first so many rows of each task only; null takes all."""
+    columns: dict[str, str] = {}
+    """Our column name -> the name that the data uses."""
+
+
+class Reward(Options):
+    use: str
+    """Registered name, `pkg.module:Name` or `file.py:Name` of the reward."""
+    params: dict[str, Any] = {}
+    """Keyword arguments of the reward."""
+    timeout_s: Positive = 10.0
+    """Seconds that one score may take."""
+    memory_mb: Annotated[int, Field(ge=64)] = 2048
+    """MB that the process computing it may take."""
+    weight: float = 1.0
+    """Share of this reward in its task's sum."""
+    penalties: tuple[str, ...] = ()
+    """Behaviour penalties that apply on top."""
+
+
+class VerlLoss(Options):
+    verl: str
+    """Name in verl's registry of policy losses: gspo, cispo, sapo, geo_mean, ..."""
+
+
+class VerlCorrection(Options):
+    """verl's weighting and rejection by the ratio of learner to engine probability."""
+
+    rollout_is: Literal["token", "sequence"] | None = None
+    """Level at which importance weights are formed; null forms none."""
+    rollout_is_threshold: Positive = 2.0
+    """Largest importance weight."""
+    rollout_rs: Rejection | None = None
+    """Statistic by which tokens or responses are rejected: token_k1 to 3, seq_sum_k1 to 3, seq_mean_k1 to 3,
+    seq_max_k2 or 3."""
+    rollout_rs_threshold: Positive | None = None
+    """Largest value of that statistic that is kept."""
+
+    @model_validator(mode="after")
+    def _does_something(self) -> "VerlCorrection":
+        key = "ppo.rollout_correction.verl"
+        if self.rollout_is is None and self.rollout_rs is None:
+            raise OptionError(key, "neither weighs nor rejects; set rollout_is or rollout_rs")
+        if (self.rollout_rs is None) != (self.rollout_rs_threshold is None):
+            raise OptionError(key, "rollout_rs and rollout_rs_threshold go together; set both or neither")
+        return self
+
+
+class VerlRolloutCorrection(Options):
+    verl: VerlCorrection
+    """Options of verl's rollout correction."""
+
+
+class PPO(Options):
+    gamma: Fraction = 1.0
+    """Discount per response token."""
+    lam: Fraction = 1.0
+    """GAE lambda; with gamma = lam = 1 the advantage is reward - value at every token."""
+    policy_lr: NotNegative = 2e-6
+    """Learning rate of the policy after its warm-up; constant from then on."""
+    critic_lr: NotNegative = 5e-6
+    """Learning rate of the critic after its warm-up; constant from then on."""
+    policy_warmup: Annotated[int, Field(ge=0)] = 20
+    """Optimizer steps over which policy_lr rises linearly from 0 (reconstruction, from Step 3.5 Flash)."""
+    critic_warmup: Annotated[int, Field(ge=0)] = 50
+    """Optimizer steps over which critic_lr rises linearly from 0 (reconstruction, from Step 3.5 Flash)."""
+    critic_only_iterations: Annotated[int, Field(ge=0)] = 0
+    """For the first so many iterations only the critic learns and the policy stays as it is."""
+    minibatches: Count
+    """Optimizer steps of the policy per iteration; each uses its own share of the samples, once."""
+    critic_minibatches: Count
+    """Optimizer steps of the critic per iteration."""
+    ratio: Literal["none", "clip"] = "none"
+    """none: no importance ratio between minibatches, as in the report's text; clip: its Eq. 2."""
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Half-width of the range that `ratio: clip` clips to (reconstruction, from Open-Reasoner-Zero)."""
+    tis_cap: Positive = 8.0
+    """Truncated importance sampling: each token's loss is weighted by its probability in the learner over
+    that in the engine, at most this; no gradient flows through the weight."""
+    tis_policy: Literal["current", "before_update"] = "current"
+    """Learner policy in that weight: the one being updated, or the one from before the iteration's updates
+    (reconstruction: the report does not say)."""
+    truncated: Literal["lowest", "bootstrap"] = "lowest"
+    """What a response cut at the length limit earns: its task's lowest reward, or the critic's value at the
+    cut (reconstruction: the report is silent)."""
+    normalize_advantages: bool = True
+    """Shift and scale advantages to mean 0 and deviation 1 over an iteration's tokens (reconstruction)."""
+    kl: NotNegative = 0.0
+    """Weight of a penalty on the KL divergence from the starting policy (report's sister papers: none)."""
+    entropy: NotNegative = 0.0
+    """Weight of an entropy bonus in the loss (report's sister papers: none)."""
+    betas: tuple[Rate, Rate] = (0.9, 0.95)
+    """AdamW's decay rates of its two moments, policy and critic (reconstruction, from Open-Reasoner-Zero)."""
+    weight_decay: NotNegative = 0.0
+    """AdamW's decoupled weight decay, policy and critic (reconstruction, from Open-Reasoner-Zero)."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this global norm, policy and critic (reconstruction)."""
+    policy_loss: VerlLoss | None = None
+    """A policy loss of verl instead of ours, such as {verl: gspo}; needs ratio: clip."""
+    rollout_correction: VerlRolloutCorrection | None = None
+    """verl's correction of the engine-learner mismatch, in place of tis_cap and tis_policy."""
+
+
+class Rollout(Options):
+    temperature: Positive = 1.0
+    """Sampling temperature. There is no top_p or top_k: probability ratios need the whole distribution."""
+    workers: Count = 1
+    """vLLM engines, each in a process (and on a GPU, where there are any) of its own."""
+    threads: Count = 1
+    """CPU threads of each engine, where it runs on the CPU."""
+    kv_cache_gib: Count = 4
+    """GiB of key-value cache of each engine, where it runs on the CPU."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Fraction of a GPU's memory that its engine takes."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Iterations by which the weights that sample may lag behind; 0 is strictly synchronous."""
+    save: Count | Literal["all", "none"] = "all"
+    """Samples written to rollouts/ per iteration."""
+    logprob_check: Count = 8
+    """Responses per weight sync whose logprobs the learner recomputes, to see that the engine agrees."""
+    logprob_gap_limit: Positive = 0.05
+    """Mean |engine - learner| logprob (nats per token) above which the run stops. Sound bfloat16 on a GPU
+    shows 0.01 to 0.04, float32 less than 0.0001."""
+
+
+class Learner(Options):
+    ranks: Count = 1
+    """Processes that policy and critic are split over."""
+    token_budget: Count = 32_768
+    """Tokens in one forward pass. Changes memory and speed, never the result."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where policy and critic live; auto takes the GPU if there is one."""
+    threads: Count | None = None
+    """CPU threads of the learner; null leaves it to torch."""
+    features_cache_mib: Count = 4096
+    """MiB for the frozen encoder's image features, which are computed once per picture."""
+
+
+class Checkpoint(Options):
+    every: Count = 20
+    """Iterations between checkpoints; the last iteration always makes one."""
+    keep: Count = 2
+    """Newest checkpoints that stay on disk."""
+
+
+class Evaluation(Options):
+    every: Count = 100
+    """Iterations between greedy evaluations; iteration 0 and the last always have one."""
+    batch: Count = 256
+    """Held-out prompts that are handed to the engines at a time."""
+
+
+class Log(Options):
+    trackers: Trackers = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl: one or several of tensorboard, wandb and mlflow."""
+
+
+class Config(Options):
+    """A whole run. The four sizes have no default here: they are the stage's (STAGE_DEFAULTS)."""
+
+    stage: Stage
+    """Kind of RL: rlvr (verifiable answers), rlhf (preferences) or pacore (synthesis of answers)."""
+    iterations: Count
+    """Times to sample, score and update."""
+    prompts_per_iteration: Count
+    """Data rows that an iteration samples responses for."""
+    rollouts_per_prompt: Count
+    """Responses sampled for each of them."""
+    max_sequence_length: Annotated[int, Field(ge=16)]
+    """Tokens of a prompt (its image tokens included) and its response together, at most."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Fixes data order, sampling and initial value head."""
+    model: Model
+    """The policy to start from."""
+    data: Data
+    """What to train and evaluate on."""
+    rewards: Annotated[dict[str, Reward], Field(min_length=1)]
+    """Task -> the reward that scores it; a row's `task` picks one."""
+    endpoints: dict[str, Any] = {}
+    """Name -> url, model and api_key_env of a judge's server."""
+    ppo: PPO
+    """The algorithm."""
+    rollout: Rollout = Rollout()
+    """How responses are sampled."""
+    learner: Learner = Learner()
+    """How policy and critic are computed."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When the run can be resumed from."""
+    eval: Evaluation = Evaluation()
+    """When the run is measured on held-out rows."""
+    log: Log = Log()
+    """Who is told."""
+
+    @property
+    def samples(self) -> int:
+        """Responses of one iteration."""
+        return self.prompts_per_iteration * self.rollouts_per_prompt
+
+    @model_validator(mode="after")
+    def _can_run(self) -> "Config":
+        for problem in (*_unbuilt(self), *_contradictions(self), *_stored_secrets(self)):
+            raise problem
+        return self
+
+
+def _unbuilt(config: Config) -> Iterator[OptionError]:
+    wanted = {key: (attrgetter(key)(config), built) for key, built in ONLY_BUILT.items()}
+    for task, reward in config.rewards.items():
+        wanted[f"rewards.{task}.weight"] = reward.weight, 1
+        wanted[f"rewards.{task}.penalties"] = reward.penalties, ()
+    for key, (value, built) in wanted.items():
+        if value != built:
+            yield OptionError(key, f"= {_shown(value)} is not built yet; it can only be {_shown(built)}")
+
+
+def _contradictions(config: Config) -> Iterator[OptionError]:
+    for key in ("minibatches", "critic_minibatches"):
+        if (steps := getattr(config.ppo, key)) > config.samples:
+            sizes = f"{config.prompts_per_iteration} prompts x {config.rollouts_per_prompt} rollouts"
+            yield OptionError(f"ppo.{key}", f"= {steps} is more than the {config.samples} samples ({sizes})")
+    if config.learner.token_budget < config.max_sequence_length:
+        problem = f"= {config.learner.token_budget} cannot hold one sequence; max_sequence_length is"
+        yield OptionError("learner.token_budget", f"{problem} {config.max_sequence_length}")
+    if config.ppo.policy_loss and config.ppo.ratio == "none":
+        problem = "of verl needs the ratio to the policy before the update; set ppo.ratio: clip"
+        yield OptionError("ppo.policy_loss", problem)
+
+
+def _stored_secrets(config: Config) -> Iterator[OptionError]:
+    """recipe.yaml keeps every value, so a secret may only be there as the name of an environment variable."""
+    for task, reward in config.rewards.items():
+        for name in _names(reward.params):
+            if name.lower().endswith(SECRETS):
+                key = f"rewards.{task}.params.{name}"
+                problem = f"would be stored in recipe.yaml; name its environment variable, as in {name}_env"
+                yield OptionError(key, problem)
+
+
+def _names(params: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in params.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _names(value, f"{prefix}{name}.")
+
+
+def _shown(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,207 @@
+"""The policy in plain torch: a batch and its targets in, optimizer steps out. Knows nothing of Ray.
+
+Only the decoder is trained. The vision encoder and the projector hold no gradient and no optimizer state; their
+features come from a cache and enter as constants.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rl.config import PPO, Config
+from rl.features import FrozenFeatures
+from rl.losses import (
+    MinibatchSize,
+    PolicyLoss,
+    Sums,
+    add_sums,
+    clipped_policy_loss,
+    entropy_loss,
+    finish_sums,
+    policy_gradient_loss,
+    tis_weights,
+)
+from rl.model import checkpoint
+from rl.model.packed import hidden_states, token_logprobs
+from rl.optimizer import Optimizer
+from rl.packing import Batch, Group, Pack, collate, minibatches, pack
+from rl.targets import Targets
+from rl.types import Picture, Rollout, Scored
+
+MASTER = "policy_float32.safetensors"  # only where policy/ itself is stored in a smaller type
+OPTIMIZER = "policy_optimizer.safetensors"
+
+
+def policy_loss(ppo: PPO) -> PolicyLoss:
+    """The loss a recipe names: ours in either reading of the report, or one of verl's."""
+    if ppo.policy_loss is not None:
+        from rl import verl_bridge
+
+        return verl_bridge.policy_loss(ppo.policy_loss.verl)
+    return policy_gradient_loss if ppo.ratio == "none" else partial(clipped_policy_loss, clip=ppo.clip)
+
+
+def needs_old_logprobs(ppo: PPO) -> bool:
+    """Whether an update compares with the policy from before it, which costs a forward pass over the batch."""
+    return ppo.ratio == "clip" or ppo.tis_policy == "before_update" or ppo.rollout_correction is not None
+
+
+class Policy:
+    """Logprobs and the PPO update of the decoder. A plain object; Ray places it.
+
+    Args:
+        folder: model folder to start from; later checkpoints copy its tokenizer.
+    """
+
+    def __init__(self, folder: str, config: Config, device: str = "cpu") -> None:
+        if config.learner.threads:
+            torch.set_num_threads(config.learner.threads)
+        self.source, self.config, self.device = Path(folder), config, device
+        self.model = checkpoint.load(folder, device=device)
+        self.frozen = tuple(p for name in config.model.freeze for p in self.model.frozen_prefixes[name])
+        self.trained = {}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not name.startswith(self.frozen))
+            if parameter.requires_grad:
+                self.trained[name] = parameter
+        self.encoder = FrozenFeatures(self.model.features, config.learner.features_cache_mib)
+        ppo = config.ppo
+        self.loss = policy_loss(ppo)
+        self.optimizer = Optimizer(
+            self.trained,
+            lr=ppo.policy_lr,
+            warmup=ppo.policy_warmup,
+            betas=ppo.betas,
+            weight_decay=ppo.weight_decay,
+            max_grad_norm=ppo.max_grad_norm,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What engine and learner compute in; the learner's own weights are float32."""
+        return getattr(torch, self.config.model.dtype)
+
+    def features(self, pictures: Mapping[str, Picture]) -> dict[str, Tensor]:
+        """Digest -> the frozen encoder's features, [image tokens, hidden]."""
+        return self.encoder.of(pictures)
+
+    def weights(self) -> dict[str, Any]:
+        """The trained tensors by their names on disk, in the type the engines compute in."""
+        tensors = {name: p.detach().to(self.dtype).cpu() for name, p in self.trained.items()}
+        if getattr(self.model.config, "tie_word_embeddings", False):
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        return {n: t.numpy() if t.dtype == torch.float32 else t for n, t in tensors.items()}
+
+    def _packs(self, groups: Sequence[Group]) -> list[Pack]:
+        return pack(groups, self.config.learner.token_budget, self.model.image_token_id)
+
+    def _forward(self, row: Pack, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logprobs and entropies, [k, longest], of the responses in a packed row."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            hidden = hidden_states(self.model.model, row, features)[row.before.to(self.device)]
+            found = token_logprobs(hidden, self.model.lm_head, row.targets, self.config.rollout.temperature)
+        return row.padded(found[0]), row.padded(found[1])
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, features: Mapping[str, Tensor]) -> Tensor:
+        """Of every response token under the present weights: [N, R] nats, 0 outside the mask."""
+        result = torch.zeros(batch.response_mask.shape)
+        for row in self._packs(batch.groups):
+            values = self._forward(row, features)[0].cpu()
+            result[row.rows[row.row], row.column] = values[row.row, row.column]
+        return result
+
+    def logprob_gap(self, rollouts: Sequence[Rollout]) -> float:
+        """Mean |engine - learner| over the response tokens, in nats; the engine had the present weights."""
+        batch = collate([Scored(r, 0.0) for r in rollouts])
+        ours = self.logprobs(batch, self.features(batch.pictures))
+        gap = (ours - batch.rollout_logprobs).abs()
+        return float(gap[batch.response_mask].mean())
+
+    def update(
+        self, batch: Batch, targets: Targets, features: Mapping[str, Tensor], iteration: int
+    ) -> dict[str, float]:
+        """One pass over the batch in `ppo.minibatches` optimizer steps. Returns policy/* metrics.
+
+        Raises: FloatingPointError if a gradient is not finite.
+        """
+        old = self.logprobs(batch, features) if needs_old_logprobs(self.config.ppo) else None
+        sums: Sums = {}
+        norm = 0.0
+        seed = f"{self.config.seed}-policy-{iteration}"
+        for groups in minibatches(batch.groups, self.config.ppo.minibatches, seed):
+            sums = add_sums(sums, self._accumulate(groups, batch, targets, features, old))
+            lr = self.optimizer.next_lr
+            norm = max(norm, self.optimizer.step())
+        metrics = finish_sums(sums, int(batch.response_mask.sum()))
+        return {**metrics, "policy/grad_norm": norm, "policy/lr": lr}
+
+    def _accumulate(
+        self,
+        groups: Sequence[Group],
+        batch: Batch,
+        targets: Targets,
+        features: Mapping[str, Tensor],
+        old: Tensor | None,
+    ) -> Sums:
+        """Add one minibatch's gradients, row by row. Returns its statistics, summed over tokens."""
+        rows = self._packs(groups)
+        size = MinibatchSize(sum(len(row.targets) for row in rows), sum(len(row.rows) for row in rows))
+        batch, corrected, sums = self._corrected(batch, groups, old)
+        for row in rows:
+            logprobs, entropies = self._forward(row, features)
+
+            def part(full: Tensor, row: Pack = row) -> Tensor:
+                return row.part(full).to(self.device)
+
+            mask = part(batch.response_mask)
+            rollout_logprobs = part(batch.rollout_logprobs)
+            before = rollout_logprobs if old is None else part(old)
+            if corrected is None:
+                now = before if self.config.ppo.tis_policy == "before_update" else logprobs.detach()
+                weights, tis = tis_weights(now, rollout_logprobs, mask, cap=self.config.ppo.tis_cap)
+            else:
+                weights, tis = part(corrected), {}
+            loss, drift = self.loss(
+                logprobs, before, part(targets.advantages), mask, size=size, weights=weights
+            )
+            bonus, spread = entropy_loss(entropies, mask, tokens=size.tokens)
+            total = loss + self.config.ppo.entropy * bonus
+            total.backward()
+            for found in (tis, drift, spread, {"loss": total.detach() * size.tokens}):
+                sums = add_sums(sums, found)
+        return sums
+
+    def _corrected(
+        self, batch: Batch, groups: Sequence[Group], old: Tensor | None
+    ) -> tuple[Batch, Tensor | None, Sums]:
+        """verl's rollout correction, if the recipe asks for it: over a whole minibatch, before it is split."""
+        correction = self.config.ppo.rollout_correction
+        if correction is None:
+            return batch, None, {}
+        raise NotImplementedError
+
+    def save(self, policy: Path, state: Path) -> dict[str, int]:
+        """Write the policy as a model folder and its optimizer's moments; returns the counters that go with them."""
+        checkpoint.save(self.model, policy, source=self.source, dtype=self.dtype)
+        state.mkdir(parents=True, exist_ok=True)
+        if self.dtype != torch.float32:
+            save_file({n: p.detach().cpu().contiguous() for n, p in self.trained.items()}, state / MASTER)
+        moments = {n: t.cpu().contiguous() for n, t in self.optimizer.state().items()}
+        save_file(moments, state / OPTIMIZER)
+        return {"policy_steps": self.optimizer.steps}
+
+    def restore(self, policy: Path, state: Path, steps: int) -> None:
+        """Continue after `steps` optimizer steps from what `save` wrote."""
+        source = (
+            load_file(state / MASTER) if self.dtype != torch.float32 else checkpoint.load(policy).state_dict()
+        )
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(source[name])
+        self.optimizer.restore(load_file(state / OPTIMIZER, device=self.device), steps)

@@ -1,0 +1,74 @@
+"""AdamW with linear warm-up and gradient clipping, whose whole state is named tensors and one integer."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Optimizer:
+    """Steps the trained parameters of one model.
+
+    Args:
+        parameters: name -> parameter.
+        lr: learning rate after the warm-up; constant from then on.
+        warmup: steps over which the rate rises linearly from 0.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        lr: float,
+        warmup: int,
+        betas: tuple[float, float],
+        weight_decay: float,
+        max_grad_norm: float,
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.lr, self.warmup, self.max_grad_norm = lr, warmup, max_grad_norm
+        self.steps = 0
+        self.adamw = torch.optim.AdamW(
+            self.parameters.values(), lr=lr, betas=betas, weight_decay=weight_decay, eps=1e-8
+        )
+
+    @property
+    def next_lr(self) -> float:
+        """Rate of the coming step."""
+        return self.lr * min(1.0, (self.steps + 1) / self.warmup) if self.warmup else self.lr
+
+    def step(self) -> float:
+        """Apply the accumulated gradients and clear them. Returns their norm before clipping.
+
+        Raises FloatingPointError, leaving the weights as they were, if the norm is not finite.
+        """
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
+        if not torch.isfinite(torch.tensor(norm)):
+            raise FloatingPointError(
+                f"the gradient norm is {norm} at optimizer step {self.steps + 1}; lower the learning rate, or look "
+                "at the rewards of this iteration in rollouts/"
+            )
+        for group in self.adamw.param_groups:
+            group["lr"] = self.next_lr
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        self.steps += 1
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """`<parameter>.exp_avg` and `<parameter>.exp_avg_sq`; empty before the first step."""
+        return {
+            f"{name}.{moment}": self.adamw.state[parameter][moment]
+            for name, parameter in self.parameters.items()
+            for moment in ("exp_avg", "exp_avg_sq")
+            if parameter in self.adamw.state
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
+        """Continue after `steps` steps from what `state` gave. Raises KeyError naming a missing tensor."""
+        self.steps = steps
+        if not steps:
+            return
+        for name, parameter in self.parameters.items():
+            moments = {m: tensors[f"{name}.{m}"].to(parameter).clone() for m in ("exp_avg", "exp_avg_sq")}
+            self.adamw.state[parameter] = {"step": torch.tensor(float(steps)), **moments}

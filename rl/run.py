@@ -1,0 +1,165 @@
+"""The entry: `python -m rl.run RECIPE.yaml [--profile cpu] [key=value ...]`. Reads, checks, then hands over.
+
+Exit codes: 0 done, 2 the user's input is wrong (one message, nothing started), 130 interrupted after saving,
+1 anything else.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rl.recipe import MissingOption, RecipeError, Resolved, describe, differences, load
+
+if TYPE_CHECKING:
+    from stages.plan import Plan
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class InputError(ValueError):
+    """What the user asked for cannot be done; the message is all they need to see."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of the contract."""
+    p = argparse.ArgumentParser(
+        prog="python -m rl.run", description="RL post-training: run a recipe, or resume a run."
+    )
+    p.add_argument("recipe", nargs="?", help="recipe YAML, e.g. recipes/rlvr.yaml")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. ppo.policy_lr=1e-6")
+    p.add_argument("--profile", help="scale to run at: a name in recipes/profiles (cpu), or a YAML file")
+    p.add_argument("--output", type=Path, help="run folder to make (default: runs/<recipe>-<time>)")
+    p.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue a run from its newest checkpoint")
+    p.add_argument("--stage", help="the stage to run")
+    p.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    p.add_argument("--verbose", action="store_true", help="show what Ray and vLLM log")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    args = parser().parse_intermixed_args(arguments)
+    try:
+        return _main(args)
+    except (RecipeError, InputError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        print("interrupted before the run began; nothing to save", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _main(args: argparse.Namespace) -> int:
+    if args.resume:
+        resolved = _resumed(args)
+    elif args.recipe is None or "=" in args.recipe:
+        raise InputError("name a recipe, e.g. python -m rl.run recipes/rlvr.yaml --profile cpu")
+    else:
+        resolved = _fresh(args)
+    _check_hardware(resolved, args.dry_run)
+    plan = _checked_plan(resolved)
+    if args.dry_run:
+        print(describe(resolved), *plan.lines(), sep="\n")
+        return DONE
+    return _start(resolved, plan, args)
+
+
+def _fresh(args: argparse.Namespace) -> Resolved:
+    try:
+        return load(Path(args.recipe), profile=args.profile, overrides=args.overrides, stage=args.stage)
+    except MissingOption as missing:
+        if args.profile is None and not _has_gpus():
+            raise InputError(f"{_NO_GPU.format(recipe=args.recipe)}\nThen: {missing}") from missing
+        raise
+
+
+def _resumed(args: argparse.Namespace) -> Resolved:
+    """The run's own recipe rules; only a longer run may differ from it."""
+    if args.profile or args.output or args.stage:
+        raise InputError(
+            "--resume goes on with the run's own recipe; leave out --profile, --output and --stage"
+        )
+    overrides = [o for o in (args.recipe, *args.overrides) if o]
+    if wrong := next((o for o in overrides if "=" not in o), None):
+        raise InputError(f"--resume takes key=value overrides, not {wrong}")
+    recipe = args.resume / "recipe.yaml"
+    if not recipe.is_file():
+        raise InputError(f"{args.resume} is no run folder: it has no recipe.yaml")
+    saved, wanted = load(recipe), load(recipe, overrides=overrides)
+    changes = [change for change in differences(saved.config, wanted.config) if change.key not in MAY_CHANGE]
+    if changes:
+        listed = "".join(f"\n  {change}" for change in changes)
+        raise InputError(
+            f"a resumed run keeps its recipe, but these would change:{listed}\nStart a new run for that."
+        )
+    return wanted
+
+
+MAY_CHANGE = frozenset(
+    {
+        "iterations",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "eval.every",
+        "rollout.save",
+        "log.trackers",
+        "log.project",
+    }
+)  # what changes no weight
+
+
+_NO_GPU = (
+    "{recipe} is the full-size run: it needs a GPU for each vLLM engine, for the policy and for the critic, and this "
+    "machine has none.\nTo run it here with the small model that ships: add --profile cpu. To use your own small model "
+    "on the CPU: add learner.device=cpu."
+)
+
+
+def _has_gpus() -> bool:
+    """GPUs of this machine; a cluster is asked when it has been joined."""
+    import torch
+
+    return torch.cuda.is_available() or "RAY_ADDRESS" in os.environ
+
+
+def _check_hardware(resolved: Resolved, dry_run: bool) -> None:
+    if resolved.config.learner.device != "cpu" and not dry_run and not _has_gpus():
+        raise InputError(_NO_GPU.format(recipe="This recipe"))
+
+
+def _checked_plan(resolved: Resolved) -> "Plan":
+    from stages.plan import make_plan
+
+    try:
+        return make_plan(resolved.config)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+
+
+def _start(resolved: Resolved, plan: "Plan", args: argparse.Namespace) -> int:
+    from rl.display import Display
+    from rl.run_folder import RunFolder
+    from stages.train import train
+
+    try:
+        folder = (
+            RunFolder.resume(args.resume) if args.resume else RunFolder.create(_output(args), resolved.yaml())
+        )
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+    folder.write_recipe(resolved.yaml())
+    with Display(resolved.config) as display:
+        finished = train(plan, folder, display, recipe=resolved.plain(), verbose=args.verbose)
+    return DONE if finished else INTERRUPTED
+
+
+def _output(args: argparse.Namespace) -> Path:
+    return args.output or Path("runs") / f"{Path(args.recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

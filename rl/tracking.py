@@ -1,0 +1,153 @@
+"""An iteration's metrics to TensorBoard, Weights & Biases or MLflow, as the recipe's `log.trackers` says.
+
+Each library is imported only when asked for. The record is metrics.jsonl in the run folder; these are views.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+FOLDER = "tracking"  # inside the run folder
+
+
+class Tracker(Protocol):
+    """Somewhere metrics go."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in RUN_DIR/tracking/tensorboard.
+
+    On resume, what was logged from `first_step` on is hidden.
+    """
+
+    def __init__(self, folder: Path, recipe: Mapping[str, Any], first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(folder / FOLDER / "tensorboard", purge_step=first_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of wandb, configured by its own environment variables (WANDB_PROJECT, WANDB_MODE, ...).
+
+    A resumed run continues under the same id; wandb itself ignores steps that it already has.
+    """
+
+    def __init__(self, folder: Path, recipe: Mapping[str, Any], first_step: int) -> None:
+        import wandb
+
+        place = folder / FOLDER
+        place.mkdir(parents=True, exist_ok=True)
+        known = _remembered(place / "wandb_id")
+        self._run = wandb.init(dir=place, name=folder.name, config=dict(recipe), id=known, resume="allow")
+        (place / "wandb_id").write_text(self._run.id)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """A run of MLflow, configured by its own environment variables (MLFLOW_TRACKING_URI, ...)."""
+
+    def __init__(self, folder: Path, recipe: Mapping[str, Any], first_step: int) -> None:
+        import mlflow
+
+        place = folder / FOLDER
+        place.mkdir(parents=True, exist_ok=True)
+        known = _remembered(place / "mlflow_run")
+        self._mlflow = mlflow
+        run = mlflow.start_run(run_id=known, run_name=None if known else folder.name)
+        if not known:
+            mlflow.log_dict(dict(recipe), "recipe.yaml")
+        (place / "mlflow_run").write_text(run.info.run_id)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+# name in the recipe -> (module that must be installed, package to install, class)
+TRACKERS: dict[str, tuple[str, str, Callable[[Path, Mapping[str, Any], int], Tracker]]] = {
+    "tensorboard": ("tensorboard", "tensorboard", TensorBoard),
+    "wandb": ("wandb", "wandb", WeightsAndBiases),
+    "mlflow": ("mlflow", "mlflow", MLflow),
+}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ValueError for a tracker that does not exist or whose package is missing; imports nothing."""
+    for name in names:
+        if name not in TRACKERS:
+            raise ValueError(f"log.trackers: there is no {name!r}; choose from {', '.join(TRACKERS)}")
+        module, package, _ = TRACKERS[name]
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"log.trackers: the package of {name} is missing; run `pip install {package}`")
+
+
+class Trackers:
+    """All trackers of a run as one.
+
+    A tracker that fails is named in a warning and left out from then on: a tracking server that goes away
+    must not end a run whose metrics are safe in metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        folder: Path,
+        *,
+        recipe: Mapping[str, Any] | None = None,
+        first_step: int = 0,
+    ) -> None:
+        """Starts the named trackers for the run in `folder`.
+
+        `recipe` is shown beside the curves; `first_step` is the first iteration to be logged (0: a new run).
+        Raises ValueError as check_trackers does, and whatever a library raises when it cannot start.
+        """
+        check_trackers(names)
+        self._open = {name: TRACKERS[name][2](folder, recipe or {}, first_step) for name in names}
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Logs the numbers among `metrics`; texts (`stage`) and the step itself are no curves."""
+        numbers = {name: value for name, value in metrics.items() if _is_curve(name, value)}
+        for name in list(self._open):
+            self._guarded(name, lambda tracker: tracker.log(step, numbers))
+
+    def close(self) -> None:
+        """Waits until everything is written or sent."""
+        for name in list(self._open):
+            self._guarded(name, lambda tracker: tracker.close())
+        self._open.clear()
+
+    def _guarded(self, name: str, act: Callable[[Tracker], None]) -> None:
+        try:
+            act(self._open[name])
+        except Exception as problem:
+            del self._open[name]
+            logger.warning("log.trackers: %s failed and is left out from now on: %r", name, problem)
+
+
+def _is_curve(name: str, value: object) -> bool:
+    return name != "iteration" and isinstance(value, (int, float))
+
+
+def _remembered(file: Path) -> str | None:
+    return file.read_text() if file.exists() else None

@@ -1,0 +1,100 @@
+"""Data files to raw rows: JSONL, Parquet and Hugging Face datasets, with the file and line of each row."""
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KNOWN = "give a .jsonl, .jsonl.gz or .parquet file, or a Hugging Face dataset (folder or id, then :SPLIT)"
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row as found: `values` is None if `problem` says why it could not even be read."""
+
+    file: str
+    line: int  # from 1: a line of a JSONL file, a row of anything else
+    folder: Path  # what paths in the row are relative to
+    values: Mapping[str, Any] | None
+    problem: str = ""
+
+
+def raw_rows(source: str) -> Iterator[RawRow]:
+    """The rows of one file or dataset, as stored. Raises ValueError if it cannot be read as a whole."""
+    path = Path(source)
+    if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):
+        return _jsonl(path)
+    if path.is_file() and path.suffix == ".parquet":
+        return _parquet(path)
+    if path.is_file():
+        raise ValueError(f"{path} is of an unknown kind; {KNOWN}")
+    if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet", ".json")):
+        raise ValueError(f"{path} does not exist; {KNOWN}")
+    return _dataset(source)
+
+
+def _jsonl(path: Path) -> Iterator[RawRow]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    values, problem = _json_row(line)
+                    yield RawRow(str(path), number, path.parent, values, problem)
+        except (EOFError, gzip.BadGzipFile) as problem:
+            raise ValueError(f"{path} is a damaged gzip file: {problem}") from problem
+
+
+def _json_row(line: bytes) -> tuple[Mapping[str, Any] | None, str]:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as problem:
+        return None, f"not UTF-8: {problem.reason} at byte {problem.start}"
+    except (ValueError, RecursionError) as problem:
+        return None, f"not JSON: {problem}"
+    if not isinstance(row, dict):
+        return None, f"a row is a JSON object, this is {type(row).__name__}"
+    return row, ""
+
+
+def _parquet(path: Path) -> Iterator[RawRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield RawRow(str(path), number, path.parent, values)
+    except pyarrow.ArrowException as problem:
+        raise ValueError(f"{path} is no readable Parquet file: {problem}") from problem
+
+
+def _dataset(source: str) -> Iterator[RawRow]:
+    """Rows of a dataset as they are stored: encoded pictures, no decoding."""
+    name, _, split = source.partition(":")
+    dataset = _load_dataset(name, split or "train")
+    folder = Path(name) if Path(name).is_dir() else Path()
+    number = 0
+    for batch in dataset.with_format("arrow").iter(batch_size=256):
+        for values in batch.to_pylist():
+            number += 1
+            yield RawRow(source, number, folder, values)
+
+
+def _load_dataset(name: str, split: str) -> Any:
+    import datasets
+    import datasets.exceptions
+
+    try:
+        if any((Path(name) / kind).exists() for kind in ("dataset_dict.json", "state.json")):
+            saved = datasets.load_from_disk(name)  # written by save_to_disk
+            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        return datasets.load_dataset(name, split=split)
+    except KeyError as problem:
+        raise ValueError(f"dataset {name} has no split {problem}; write {name}:SPLIT") from problem
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:
+        raise ValueError(f"cannot load {name} (split {split}): {problem}; {KNOWN}") from problem

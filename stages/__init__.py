@@ -1,0 +1,1 @@
+"""What an iteration is (loop.py), and what differs between stages."""

@@ -1,0 +1,115 @@
+"""Everything about a run that can be known and checked before anything is started."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rewards.runner import RewardRunner
+from rl.config import Config
+from rl.model import checkpoint
+from rl.tracking import check_trackers
+from rl.types import Prompt
+from rollout.chat import Chat
+from rollout.rows import read_rows
+
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose recipe, data, rewards and model files fit together."""
+
+    config: Config
+    model: Path  # local folder the policy starts from
+    chat: Chat
+    train: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    rewards: RewardRunner  # no process of it runs yet
+
+    @property
+    def most_images(self) -> int:
+        """Pictures in the row that has most of them."""
+        return max((len(p.images) for p in (*self.train, *self.held_out)), default=0)
+
+    def lines(self) -> list[str]:
+        """What the run will do, for --dry-run."""
+        c, last = self.config, self.config.iterations
+        evals = 1 + len([i for i in range(1, last + 1) if evaluates(c, i)]) if self.held_out else 0
+        pictures = sum(bool(p.images) for p in self.train)
+        return [
+            f"stage      {c.stage}, {last} iterations",
+            f"samples    {c.prompts_per_iteration} prompts x {c.rollouts_per_prompt} rollouts = {c.samples} per iteration, "
+            f"{c.samples * last:,} in all",
+            f"updates    {c.ppo.minibatches} policy and {c.ppo.critic_minibatches} critic steps per iteration",
+            f"train      {len(self.train)} rows, {pictures} of them with pictures; tasks {', '.join(tasks(self.train))}",
+            f"held out   {len(self.held_out)} rows, evaluated {evals} times",
+            f"model      {self.model}",
+            f"placement  {c.rollout.workers} vLLM engine(s), 1 policy and 1 critic process, on {device(c)}",
+        ]
+
+
+def device(config: Config) -> str:
+    """cpu or cuda; `auto` is a GPU, because no run is meant to fall back to a CPU unnoticed."""
+    return "cuda" if config.learner.device == "auto" else config.learner.device
+
+
+def tasks(prompts: Sequence[Prompt]) -> list[str]:
+    return sorted({p.task for p in prompts})
+
+
+def evaluates(config: Config, iteration: int) -> bool:
+    """Whether held-out rows are scored after this iteration."""
+    return iteration % config.eval.every == 0 or iteration == config.iterations
+
+
+def saves(config: Config, iteration: int) -> bool:
+    """Whether a checkpoint follows this iteration."""
+    return iteration % config.checkpoint.every == 0 or iteration == config.iterations
+
+
+def make_plan(config: Config) -> Plan:
+    """Check model, data, rewards and trackers.
+
+    Raises: ValueError (of several kinds) with one message that says what is wrong and where.
+    """
+    check_trackers(config.log.trackers)
+    rewards = RewardRunner(config.rewards, workers=max(1, (os.cpu_count() or 1) // 2))
+    if config.ppo.policy_loss is not None:
+        from rl import verl_bridge
+
+        verl_bridge.policy_loss(config.ppo.policy_loss.verl)
+    folder = checkpoint.local_folder(config.model.path)
+    checkpoint.check(folder)
+    chat = Chat(folder, config.model.chat_template)
+    train = _rows(config, config.data.train, chat)
+    held_out = (
+        _limited(_rows(config, config.data.eval, chat), config.data.eval_limit) if config.data.eval else []
+    )
+    return Plan(config, folder, chat, train, held_out, rewards)
+
+
+def _rows(config: Config, sources: Sequence[str] | str, chat: Chat) -> list[Prompt]:
+    prompts = read_rows(sources, reserved=chat.reserved, tasks=config.rewards.keys())
+    limit = config.max_sequence_length
+    long = [(p.id, n) for p in prompts if (n := chat.length(p)) >= limit]
+    if long:
+        shown = "".join(f"\n  {row}: {tokens} tokens" for row, tokens in long[:SHOWN])
+        raise ValueError(
+            f"{len(long)} rows leave no room for a response in max_sequence_length {limit} (pictures included):{shown}"
+            + (f"\n  and {len(long) - SHOWN} more" if len(long) > SHOWN else "")
+        )
+    return prompts
+
+
+def _limited(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    """The first `limit` prompts of each task."""
+    if limit is None:
+        return list(prompts)
+    kept: dict[str, int] = {}
+    result = []
+    for prompt in prompts:
+        kept[prompt.task] = kept.get(prompt.task, 0) + 1
+        if kept[prompt.task] <= limit:
+            result.append(prompt)
+    return result

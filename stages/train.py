@@ -1,0 +1,208 @@
+"""A run from start to end: places the parts, repeats the iteration, writes its traces, survives interruption."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rl import checkpoint
+from rl.actors import Worker, cluster, gather, gpus, place
+from rl.critic import Critic
+from rl.display import Display
+from rl.interrupt import Interrupted, Interrupts
+from rl.learner import Policy
+from rl.run_folder import RunFolder
+from rl.tracking import Trackers
+from rollout.engine import Engine
+from rollout.pool import Pool
+from rollout.rows import PromptOrder
+from stages.loop import Clock, Parts, evaluate, ppo_iteration, sync
+from stages.plan import Plan, device, evaluates, saves
+
+
+def train(
+    plan: Plan, folder: RunFolder, display: Display, *, recipe: Mapping[str, Any], verbose: bool = False
+) -> bool:
+    """Run the plan to its end, continuing from the newest checkpoint in `folder` if there is one.
+
+    Returns: False if the run was interrupted; it has saved and can be resumed.
+    """
+    interrupts = Interrupts()
+    with interrupts.installed(), plan.rewards, cluster(verbose=verbose):
+        start = _newest(folder)
+        done = checkpoint.counters(start)["iteration"] if start else -1
+        folder.truncate_after(done)
+        trackers = Trackers(plan.config.log.trackers, folder.path, recipe=recipe, first_step=done + 1)
+        try:
+            run = _Run(plan, folder, display, trackers, interrupts)
+            with interrupts.waiting():
+                run.begin(start, verbose=verbose)
+            run.loop(max(done, 0))
+            return True
+        except Interrupted:
+            run.stop_early()
+            return False
+        finally:
+            trackers.close()
+
+
+def _newest(folder: RunFolder) -> Path | None:
+    found = checkpoint.finished(folder.checkpoints)
+    return found[-1] if found else None
+
+
+class _Run:
+    """The parts of a run and where it stands."""
+
+    def __init__(
+        self, plan: Plan, folder: RunFolder, display: Display, trackers: Trackers, interrupts: Interrupts
+    ) -> None:
+        self.plan, self.config = plan, plan.config
+        self.folder, self.display, self.trackers, self.interrupts = folder, display, trackers, interrupts
+        self.order = PromptOrder(plan.train, self.config.seed)
+        self.done: int | None = None  # iterations whose effects are in the learner, once it is ready
+        self.saved: int | None = None  # the newest of them that a checkpoint holds
+
+    def begin(self, start: Path | None, *, verbose: bool) -> None:
+        """Place engines, policy and critic side by side, and bring them to where the run stands."""
+        config, where = self.config, device(self.config)
+        engines, self.policy, self.critic = self._place(where, verbose)
+        ready = self.plan.rewards.warm()
+        for worker in (self.policy, self.critic, *engines):
+            worker.ready()
+        ready.result()
+        if start:
+            self._restore(start)
+        pool = Pool(
+            engines,
+            self.plan.chat,
+            max_sequence_length=config.max_sequence_length,
+            temperature=config.rollout.temperature,
+            seed=config.seed,
+        )
+        self.parts = Parts(
+            config,
+            pool,
+            self.plan.rewards.score,
+            self.policy,
+            self.critic,
+            phase=self.display.phase,
+            interruptible=self.interrupts.waiting,
+        )
+        done = checkpoint.counters(start)["iteration"] if start else 0
+        sync(done, self._prompts(done + 1), self.parts)
+        self.done = self.saved = done if start else None
+        self.display.message(
+            f"ready: {self.folder.path}" + (f", resuming after iteration {done}" if start else "")
+        )
+
+    def _place(self, where: str, verbose: bool) -> tuple[list[Worker], Worker, Worker]:
+        config, plan = self.config, self.plan
+        if where == "cuda" and gpus() < config.rollout.workers + 2:
+            raise ValueError(
+                f"the cluster has {gpus()} GPUs, but {config.rollout.workers} rollout workers, a policy and a critic need "
+                f"{config.rollout.workers + 2}; lower rollout.workers or add GPUs"
+            )
+        share: dict[str, Any] = {"gpus": 1} if where == "cuda" else {}
+        threads = {"OMP_NUM_THREADS": str(config.learner.threads)} if config.learner.threads else {}
+        engines = [
+            place(
+                Engine,
+                str(plan.model),
+                max_sequence_length=config.max_sequence_length,
+                seed=config.seed,
+                dtype=config.model.dtype,
+                device=where,
+                threads=config.rollout.threads,
+                kv_cache_gib=config.rollout.kv_cache_gib,
+                gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+                max_images_per_prompt=max(1, plan.most_images),
+                verbose=verbose,
+                environment={"OMP_NUM_THREADS": str(config.rollout.threads)} if where == "cpu" else {},
+                **share,
+            )
+            for _ in range(config.rollout.workers)
+        ]
+        policy = place(Policy, str(plan.model), config, where, environment=threads, **share)
+        critic = place(Critic, str(plan.model), config, where, environment=threads, **share)
+        return engines, policy, critic
+
+    def _restore(self, start: Path) -> None:
+        counters = checkpoint.counters(start)
+        gather(
+            [
+                self.policy.start("restore", start / "policy", start / "state", counters["policy_steps"]),
+                self.critic.start("restore", start / "critic", start / "state", counters["critic_steps"]),
+            ]
+        )
+
+    def _prompts(self, iteration: int) -> list:
+        size = self.config.prompts_per_iteration
+        return self.order.prompts_at((iteration - 1) * size, size)
+
+    def loop(self, done: int) -> None:
+        """All iterations that are left, then the final policy and the table of what was learned."""
+        if self.done is None:
+            self._record({"iteration": 0, "stage": self.config.stage, **self._evaluation()})
+            self.done = 0
+        for iteration in range(done + 1, self.config.iterations + 1):
+            self._iterate(iteration)
+            if saves(self.config, iteration):
+                self._save()
+            self.interrupts.check()
+        self._finish()
+
+    def _iterate(self, iteration: int) -> None:
+        clock = Clock(self.display.phase)
+        metrics, scored = ppo_iteration(iteration, self._prompts(iteration), self.parts, clock)
+        if evaluates(self.config, iteration):
+            metrics |= self._evaluation()
+        self.folder.write_rollouts(iteration, scored, self.config.rollout.save)
+        self._record({"iteration": iteration, "stage": self.config.stage, **metrics, **clock.metrics()})
+        self.done = iteration
+
+    def _evaluation(self) -> dict[str, float]:
+        if not self.plan.held_out:
+            return {}
+        self.display.phase("evaluation")
+        return evaluate(self.plan.held_out, self.parts)
+
+    def _record(self, metrics: dict[str, Any]) -> None:
+        self.folder.write_metrics(metrics)
+        self.trackers.log(metrics["iteration"], metrics)
+        if metrics["iteration"]:
+            self.display.iteration(metrics)
+        self.display.evaluation(metrics)
+
+    def _save(self) -> None:
+        assert self.done is not None
+        self.display.phase("checkpoint")
+        checkpoint.write(self.folder.checkpoints, self.done, self._write_state, self.config.checkpoint.keep)
+        self.saved = self.done
+
+    def _write_state(self, target: Path) -> dict[str, Any]:
+        policy, critic = gather(
+            [
+                self.policy.start("save", target / "policy", target / "state"),
+                self.critic.start("save", target / "critic", target / "state"),
+            ]
+        )
+        return {"seed": self.config.seed, **policy, **critic}
+
+    def stop_early(self) -> None:
+        """Interrupted: keep what has been learned."""
+        if self.done is None:
+            self.display.message("interrupted before the first iteration; nothing to save")
+            return
+        if self.saved != self.done:
+            self._save()
+        self.display.message(
+            f"interrupted after iteration {self.done}; go on with: python -m rl.run --resume {self.folder.path}"
+        )
+
+    def _finish(self) -> None:
+        newest = checkpoint.finished(self.folder.checkpoints)[-1]
+        checkpoint.publish(newest / "policy", self.folder.policy)
+        evaluations = [m for m in self.folder.read_metrics() if any(k.startswith("eval/") for k in m)]
+        if evaluations:
+            self.display.summary(evaluations[0], evaluations[-1])
+        self.display.message(f"policy: {self.folder.policy}")

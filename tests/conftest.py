@@ -1,0 +1,55 @@
+"""Fixtures that are dear: vLLM is imported once per test session, and its engines are shared."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rl.types import Request
+from tests import tiny
+from tests.engine_process import EngineProcess, RemoteEngine
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model folder, the model that was saved there, and an engine that serves it."""
+
+    folder: Path
+    model: Any
+    engine: RemoteEngine
+
+
+@dataclass(frozen=True)
+class ServedTied(Served):
+    refusal: RuntimeError  # what the engine said when asked before it had weights
+
+
+@pytest.fixture(scope="session")
+def engine_process() -> Iterator[EngineProcess]:
+    process = EngineProcess()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def tied(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedTied]:
+    """A Qwen3 with tied embeddings. Its engine's weights are whatever the last test loaded."""
+    folder = tmp_path_factory.mktemp("tied")
+    model = tiny.make_text_model(folder, tied=True)
+    engine = engine_process.start(folder)
+    with pytest.raises(RuntimeError) as refusal:
+        engine.generate([Request(tiny.word_ids(3), (), max_tokens=1, seed=0)])
+    yield ServedTied(folder, model, engine, refusal.value)
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def step_vl(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A STEP3-VL. A test that loads other weights puts the old ones back."""
+    folder = tmp_path_factory.mktemp("step_vl")
+    model = tiny.make_step_vl(folder)
+    engine = engine_process.start(folder, max_images_per_prompt=3)
+    yield Served(folder, model, engine)
+    engine.close()
