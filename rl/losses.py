@@ -116,9 +116,7 @@ def clipped_policy_loss(
     return -gain.sum() / size.tokens, sums
 
 
-def tis_weights(
-    logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, cap: float | None
-) -> tuple[Tensor, Sums]:
+def tis_weights(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, cap: float | None) -> tuple[Tensor, Sums]:
     """Truncated importance sampling weights min(pi / pi_rollout, cap), without gradient; 0 where mask is False.
 
     They correct for the engine that sampled the tokens not being quite the policy that learns from them. With

@@ -1,13 +1,14 @@
-"""One vLLM engine: requests to sampled tokens with the logprobs they were sampled with; new weights while it runs.
+"""One vLLM engine: requests to sampled tokens and their logprobs; takes new weights while it runs.
 
 A plain object; rl/actors.py puts it into a process of its own, which it needs: it sets environment variables
 before vLLM is imported, and vLLM alters torch for the whole process. What `generate` returns depends on the
-weights and the requests only, never on what was asked before.
+weights and the requests of that call (in the last digits also on how they share batches), never on earlier calls.
 """
 
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
     from vllm import LLM, RequestOutput, SamplingParams
+    from vllm.logprobs import Logprob
 
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "step3_vl_rl"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LEAST_TEMPERATURE = 0.01
+CAN_CHANGE_LATE = {"HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "VLLM_CPU_KVCACHE_SPACE"}
 
 
 class Engine:
@@ -34,7 +38,7 @@ class Engine:
         model: Hugging Face folder or hub id: StepVL or a text-only decoder.
         max_sequence_length: prompt with its image tokens + response, in tokens.
         seed: vLLM's own; sampling uses the seed of each request.
-        dtype: of weights and activations, e.g. "float32", "bfloat16".
+        dtype: of weights and activations; "auto" is what the folder's config says.
         device: "cpu" or "cuda"; must be what the installed vLLM was built for.
         threads: OpenMP threads on CPU.
         kv_cache_gib: memory for keys and values in GiB (CPU; whole GiB, as vLLM counts).
@@ -49,7 +53,7 @@ class Engine:
         *,
         max_sequence_length: int,
         seed: int = 0,
-        dtype: str = "auto",
+        dtype: Dtype = "auto",
         device: Literal["cpu", "cuda"] = "cpu",
         threads: int = 1,
         kv_cache_gib: int = 1,
@@ -105,7 +109,7 @@ class Engine:
         self._require_weights()
         if len({request.temperature == 0 for request in requests}) > 1:
             raise ValueError(
-                "greedy (temperature 0) and sampled requests in one call: vLLM would ignore the seeds; split them"
+                "greedy (temperature 0) and sampled requests in one call: vLLM would ignore all seeds; split them"
             )
         lengths = [self._prompt_length(i, request) for i, request in enumerate(requests)]
         prompts = _prompts([(request.prompt_ids, request.images) for request in requests])
@@ -129,7 +133,7 @@ class Engine:
         ids, logprobs = output.prompt_token_ids, output.prompt_logprobs
         if ids is None or logprobs is None or len(ids) != length:
             raise RuntimeError(f"vLLM scored a prompt of {length} tokens but returned {ids}")
-        return [at[token].logprob for token, at in zip(ids[1:], logprobs[1:], strict=True) if at is not None]
+        return _logprobs(ids[1:], logprobs[1:])
 
     def load(self, weights: "Mapping[str, np.ndarray | Tensor]", step: int) -> None:
         """Take over trained weights: names on disk -> full tensors, of whole layers; tensors not named stay.
@@ -164,8 +168,13 @@ class Engine:
             del self._llm
 
     def _run(self, prompts: list[Any], params: "list[SamplingParams]") -> "list[RequestOutput]":
+        from vllm.exceptions import VLLMClientError
+
         self._forget()
-        return self._llm.generate(prompts, params, use_tqdm=False)
+        try:
+            return self._llm.generate(prompts, params, use_tqdm=False)
+        except VLLMClientError as error:  # a class that processes without vLLM could not unpickle
+            raise ValueError(f"vLLM refuses a request: {error}") from error
 
     def _forget(self) -> None:
         """Drop cached keys and values, pixels and picture features.
@@ -192,9 +201,7 @@ class Engine:
         pictures = len(request.images)
         slots = request.prompt_ids.count(self._image_token_id) if self._image_token_id is not None else 0
         if pictures != slots:
-            raise ValueError(
-                f"request {index} has {pictures} pictures but {slots} image tokens in its prompt"
-            )
+            raise ValueError(f"request {index} has {pictures} pictures but {slots} image tokens in its prompt")
         if pictures > self.max_images_per_prompt:
             raise ValueError(
                 f"request {index} has {pictures} pictures; max_images_per_prompt is {self.max_images_per_prompt}"
@@ -229,19 +236,17 @@ class Engine:
 
 
 def stop_ids(model: str, config: "PretrainedConfig") -> tuple[int, ...]:
-    """Every token that ends a response: end-of-sequence ids of the generation config, the config, its text part
-    and the tokenizer, sorted. STEP3-VL lists its image token among them: sampled, it ends the response too.
+    """Every token that ends a response, sorted: end-of-sequence ids of generation config, config and tokenizer.
 
-    Raises ValueError if the folder names none.
+    STEP3-VL lists its image token among them: sampled, it ends the response too. Raises ValueError if the
+    folder names none.
     """
     from transformers import AutoTokenizer, GenerationConfig
 
     named = [getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())]
-    named.append(AutoTokenizer.from_pretrained(model).eos_token_id)
-    try:
+    named.append(getattr(AutoTokenizer.from_pretrained(model), "eos_token_id", None))
+    with suppress(OSError):  # the file is optional
         named.append(GenerationConfig.from_pretrained(model).eos_token_id)
-    except OSError:  # the file is optional
-        pass
     ids = {i for ids in named if ids is not None for i in (ids if isinstance(ids, Iterable) else (ids,))}
     if not ids:
         raise ValueError(f"{model} names no eos_token_id in config, generation config or tokenizer")
@@ -270,12 +275,11 @@ def _environment(model: str, device: str, threads: int, kv_cache_gib: int, verbo
 
 def _set_environment(variables: Mapping[str, str]) -> None:
     """Raises RuntimeError if vLLM was already imported with other values."""
-    late = {
-        k for k, v in variables.items() if os.environ.get(k) != v and k.startswith(("VLLM_", "TORCHDYNAMO"))
-    }
-    if "vllm" in sys.modules and late:
+    differing = {name for name, value in variables.items() if os.environ.get(name) != value}
+    if "vllm" in sys.modules and (late := differing - CAN_CHANGE_LATE):
         raise RuntimeError(
-            f"vllm is already imported in this process without {sorted(late)}; use a fresh process"
+            f"vllm is already imported in this process with other values of {', '.join(sorted(late))}; "
+            "start the engine in a fresh process"
         )
     os.environ.update(variables)
 
@@ -283,9 +287,7 @@ def _set_environment(variables: Mapping[str, str]) -> None:
 def _require_plugin() -> None:
     """vLLM's helper processes find our model class by the installed entry point only."""
     if not any(point.name == PLUGIN for point in entry_points(group=PLUGIN_GROUP)):
-        raise RuntimeError(
-            f"entry point {PLUGIN!r} of group {PLUGIN_GROUP!r} is missing: pip install --no-deps -e ."
-        )
+        raise RuntimeError(f"entry point {PLUGIN!r} of group {PLUGIN_GROUP!r} is missing: pip install --no-deps -e .")
 
 
 def _prepare_device(device: str, threads: int) -> None:
@@ -312,7 +314,8 @@ def _picture_tokens(llm: "LLM") -> Any:
     """vLLM's picture processor, which knows how many tokens a picture of given size takes."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    return MULTIMODAL_REGISTRY.get_processing_info(llm.model_config).get_image_processor()
+    info: Any = MULTIMODAL_REGISTRY.get_processing_info(llm.model_config)
+    return info.get_image_processor()
 
 
 def _prompts(pairs: Sequence[tuple[Sequence[int], Sequence[Picture]]]) -> list[Any]:
@@ -336,8 +339,12 @@ def _completion(output: "RequestOutput", prompt_length: int) -> Completion:
     prompt_ids = output.prompt_token_ids
     if prompt_ids is None or len(prompt_ids) != prompt_length:
         raise RuntimeError(f"vLLM expanded a prompt of {prompt_length} tokens to {len(prompt_ids or ())}")
-    if sampled.logprobs is None:
-        raise RuntimeError(f"vLLM returned no logprobs for request {output.request_id}")
     ids = tuple(sampled.token_ids)
-    logprobs = tuple(at[token].logprob for token, at in zip(ids, sampled.logprobs, strict=True))
-    return Completion(tuple(prompt_ids), ids, logprobs, sampled.finish_reason)
+    return Completion(tuple(prompt_ids), ids, tuple(_logprobs(ids, sampled.logprobs)), sampled.finish_reason)
+
+
+def _logprobs(ids: Sequence[int], choices: "Sequence[Mapping[int, Logprob] | None] | None") -> list[float]:
+    """The logprob of each token among those vLLM reports at its place."""
+    if choices is None or None in choices or len(choices) != len(ids):
+        raise RuntimeError(f"vLLM returned {len(choices or ())} logprobs for {len(ids)} tokens")
+    return [at[token].logprob for token, at in zip(ids, choices, strict=True) if at is not None]

@@ -20,9 +20,7 @@ def register() -> None:
     step_vl.register()
     ModelRegistry.register_model(step_vl.ARCHITECTURE, "rollout.vllm_step_vl:CuredStepVL")
     try:
-        WeightTransferEngineFactory.register_engine(
-            HOST_BACKEND, "rollout.weight_transfer", "HostWeightTransferEngine"
-        )
+        WeightTransferEngineFactory.register_engine(HOST_BACKEND, "rollout.weight_transfer", "HostWeightTransferEngine")
     except ValueError as error:
         if "already registered" not in str(error):
             raise

@@ -73,21 +73,17 @@ class ScaledProcessingInfo(Step3VLProcessingInfo):
     def get_image_processor(self, **kwargs: object) -> ScaledImageProcessor:
         """Built from the config; refuses overrides, which the learner's preprocessing could not follow."""
         if kwargs:
-            raise ValueError(
-                f"mm_processor_kwargs {sorted(kwargs)} are not supported: sizes are in the config"
-            )
-        config = self.get_hf_config()
+            raise ValueError(f"mm_processor_kwargs {sorted(kwargs)} are refused: sizes are in the config")
+        config = self.ctx.get_hf_config(StepVLConfig)
         return ScaledImageProcessor(config, getattr(config.vision_config, "enable_patch", True))
 
     def get_hf_processor(self, **kwargs: object) -> Step3VLProcessor:
         """Tokenizer and picture processor together."""
-        return Step3VLProcessor(
-            tokenizer=self.get_tokenizer(), image_processor=self.get_image_processor(**kwargs)
-        )
+        return Step3VLProcessor(tokenizer=self.get_tokenizer(), image_processor=self.get_image_processor(**kwargs))
 
     def get_image_size_with_most_features(self) -> ImageSize:
         """The square that gets most crops, as in vLLM's own class."""
-        side = largest_side(self.get_hf_config().global_size)
+        side = largest_side(self.ctx.get_hf_config(StepVLConfig).global_size)
         return ImageSize(side, side)
 
 

@@ -68,10 +68,11 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
 
         Raises FileNotFoundError if the segment is not on this machine.
         """
+        model: Any = self.model  # torch's type does not tell that vLLM's models load weights
         segment = SharedMemory(name=update_info.segment)
         try:
             # Copies: vLLM keeps a tensor until its whole layer has arrived, maybe in a later segment.
-            self.model.load_weights(
+            model.load_weights(
                 (str(tensor["name"]), _view(segment, tensor).to(self.device, copy=True))
                 for tensor in update_info.tensors
             )
@@ -96,7 +97,7 @@ def _partly_loaded(model: torch.nn.Module) -> Iterator[str]:
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
         padded = isinstance(layer, VocabParallelEmbedding)  # vocabulary rounded up: never "complete"
-        if not padded and info.can_load() and 0 < info.load_numel < info.load_numel_total:
+        if not padded and info.can_load() and 0 < info.load_numel < (info.load_numel_total or 0):
             yield name
 
 

@@ -67,6 +67,7 @@ def test_a_terminal_gets_a_panel_with_tasks_trend_and_time() -> None:
     with Display(Plan(), screen) as display:
         display.evaluation({"iteration": 0, "eval/counting": 0.125, "eval/pointing": 0.375})
         display.iteration(line(1))
+        display.evaluation(line(1))  # none in it: the last one stays
         display.phase("critic")
         display.iteration(line(2))
     text = shown(screen)
@@ -80,6 +81,7 @@ def test_a_terminal_gets_a_panel_with_tasks_trend_and_time() -> None:
         "3:00 left",
     ):
         assert words in text
+    assert "0.125" in text.rpartition("iteration 2/20")[2]
     assert "exact" not in text  # parts of a reward are for the charts
 
 

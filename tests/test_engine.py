@@ -18,8 +18,8 @@ from tests.engine_process import EngineProcess, shared_memory_segments
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def requests(count: int = 4, length: int = 20, max_tokens: int = 12, **options: float) -> list[Request]:
-    return [Request(tiny.word_ids(length, i), (), max_tokens, seed=i, **options) for i in range(count)]
+def requests(count: int = 4, length: int = 20, max_tokens: int = 12, temperature: float = 1.0) -> list[Request]:
+    return [Request(tiny.word_ids(length, i), (), max_tokens, i, temperature) for i in range(count)]
 
 
 def all_weights(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -125,7 +125,6 @@ def test_half_a_layer_is_refused_and_the_engine_says_it_is_broken(
     with pytest.raises(RuntimeError, match="start the engine anew"):
         engine.generate(requests(1))
     assert shared_memory_segments() == before
-    engine.close()
 
 
 def test_only_the_decoder_needs_sending(step_vl: Served) -> None:
@@ -204,9 +203,9 @@ def test_max_sequence_length_ends_a_response(step_vl: Served) -> None:
 def test_what_cannot_be_served_is_named(step_vl: Served) -> None:
     shown = tiny.picture(tiny.NO_CROP)
 
-    def refused(*prompt: int, images: int = 0, **options: float) -> str:
+    def refused(*prompt: int, images: int = 0, seed: int = 0, temperature: float = 1.0) -> str:
         with pytest.raises(ValueError) as error:
-            step_vl.engine.generate([Request(prompt, (shown,) * images, 5, **({"seed": 0} | options))])
+            step_vl.engine.generate([Request(prompt, (shown,) * images, 5, seed, temperature)])
         return str(error.value)
 
     assert "512 tokens with images, but max_sequence_length 512" in refused(*tiny.word_ids(512))
@@ -219,9 +218,7 @@ def test_what_cannot_be_served_is_named(step_vl: Served) -> None:
     assert "-5" in refused(-5)
 
 
-def test_device_that_the_installed_vllm_is_not_for_is_refused(
-    engine_process: EngineProcess, step_vl: Served
-) -> None:
+def test_device_that_the_installed_vllm_is_not_for_is_refused(engine_process: EngineProcess, step_vl: Served) -> None:
     with pytest.raises(ValueError, match="installed vLLM runs on 'cpu'"):
         engine_process.start(step_vl.folder, device="cuda")
 

@@ -1,5 +1,6 @@
 """rl.gae: advantages by hand, against a plain loop, with holes, and to the last digit on long responses."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,19 +15,20 @@ def row(*numbers: float) -> Tensor:
 
 
 def loop_gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None = None
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: object, lam: object, bootstrap: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The definition, token by token, in the dtype of `values`."""
-    advantages = torch.zeros_like(values)
-    v_next = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap.clone()
-    a_next = torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        here = mask[:, t]
-        delta = rewards[:, t] + gamma * v_next - values[:, t]
-        a_next = torch.where(here, delta + gamma * lam * a_next, a_next)
-        v_next = torch.where(here, values[:, t], v_next)
-        advantages[:, t] = torch.where(here, a_next, 0.0)
-    return advantages, torch.where(mask, advantages + values, 0.0)
+    """The definition, token by token, in the dtype of `values`; gamma and lam may differ by row ([N])."""
+    r, v, here = rewards.T.numpy(), values.T.numpy(), mask.T.numpy()
+    gamma, decay = (np.asarray(x, v.dtype) for x in (gamma, np.asarray(gamma) * np.asarray(lam)))
+    advantages = np.zeros_like(v)
+    v_next = np.zeros_like(v[0]) if bootstrap is None else bootstrap.numpy()
+    a_next = np.zeros_like(v[0])
+    for t in reversed(range(len(v))):
+        a_next = np.where(here[t], r[t] + gamma * v_next - v[t] + decay * a_next, a_next)
+        v_next = np.where(here[t], v[t], v_next)
+        advantages[t] = np.where(here[t], a_next, 0)
+    returns = np.where(here, advantages + v, 0)
+    return torch.from_numpy(advantages.T), torch.from_numpy(returns.T)
 
 
 def random_case(rows: int, columns: int, holes: bool, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,22 +97,21 @@ def test_equals_the_loop(gamma: float, lam: float, holes: bool, with_bootstrap: 
     torch.testing.assert_close(got, loop_gae(rewards, values, mask, gamma, lam, ending), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("holes", [False, True])
-def test_long_responses_are_as_precise_as_a_float32_loop(holes: bool) -> None:
-    rewards, values, mask = random_case(3, 65_536, holes, seed=1)
-    # All (gamma, lam) at once, as rows, so that the slow loop runs once per precision.
+def test_long_responses_are_as_precise_as_a_float32_loop() -> None:
     cases = [(1.0, 1.0), (1.0, 0.999), (1.0, 0.95), (0.9999, 1.0), (0.99, 0.9), (1.0, 0.0), (0.0, 1.0)]
-    gamma, lam = torch.tensor(cases, dtype=torch.float64).repeat_interleave(3, 0).unbind(1)
+    rewards, values, _ = random_case(2, 65_536, holes=False)
+    mask = torch.stack([torch.ones(65_536), torch.rand(65_536, generator=torch.Generator().manual_seed(2))]) > 0.3
+    # All (gamma, lam) as rows, so that the slow loop runs once per precision.
+    gamma, lam = np.repeat(np.array(cases), 2, axis=0).T
     many = [x.repeat(len(cases), 1) for x in (rewards, values, mask)]
-    exact = loop_gae(many[0].double(), many[1].double(), many[2], gamma, lam)  # pyrefly: ignore[bad-argument-type]
-    single = loop_gae(*many, gamma.float(), lam.float())  # pyrefly: ignore[bad-argument-type]
+    exact = loop_gae(many[0].double(), many[1].double(), many[2], gamma, lam)
+    single = loop_gae(many[0], many[1], many[2], gamma, lam)
     for case, (g, lm) in enumerate(cases):
-        rows = slice(3 * case, 3 * case + 3)
-        got = gae(rewards, values, mask, gamma=g, lam=lm)
-        for ours, theirs, truth in zip(got, single, exact, strict=True):
-            error = (ours.double() - truth[rows]).abs().max()
-            allowed = (theirs[rows].double() - truth[rows]).abs().max()
-            assert error <= max(float(allowed), 1e-6), (g, lm, float(error), float(allowed))
+        rows = slice(2 * case, 2 * case + 2)
+        for got, loop, truth in zip(gae(rewards, values, mask, gamma=g, lam=lm), single, exact, strict=True):
+            ours, theirs = (x.double() - truth[rows] for x in (got, loop[rows]))
+            assert ours.square().mean() <= 1.1 * theirs.square().mean(), (g, lm)
+            assert ours.abs().max() <= 2 * theirs.abs().max(), (g, lm)
 
 
 def test_lowered_matmul_precision_does_not_reach_the_advantages() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rl.model.config import StepVLConfig
 from rl.model.layout import picture_tokens
 from rl.model.packed import hidden_states, token_logprobs
 from rl.model.pictures import views
@@ -70,7 +71,7 @@ def test_another_picture_changes_the_logprobs(step_vl: Served, size: tuple[int, 
     assert (one - two).abs().max() > 1e-2
 
 
-def _engine_views(sizes: list[tuple[int, int]], config: object) -> list[tuple[int, Tensor, Tensor]]:
+def _engine_views(sizes: list[tuple[int, int]], config: StepVLConfig) -> list[tuple[int, Tensor, Tensor]]:
     from rollout.vllm_step_vl import ScaledImageProcessor
 
     processor = ScaledImageProcessor(config)
@@ -82,7 +83,17 @@ def _engine_views(sizes: list[tuple[int, int]], config: object) -> list[tuple[in
 def test_both_sides_see_the_same_pixels_and_count_the_same_tokens(
     step_vl: Served, engine_process: EngineProcess
 ) -> None:
-    sizes = [tiny.NO_CROP, tiny.ONE_CROP, WIDE_CROP, tiny.FOUR_CROPS, (100, 40), (700, 90), (90, 20), (750, 400), (31, 130)]
+    sizes = [
+        tiny.NO_CROP,
+        tiny.ONE_CROP,
+        WIDE_CROP,
+        tiny.FOUR_CROPS,
+        (100, 40),
+        (700, 90),
+        (90, 20),
+        (750, 400),
+        (31, 130),
+    ]
     config = step_vl.model.config
     for size, (count, whole, crops) in zip(sizes, engine_process.run(_engine_views, sizes, config), strict=True):
         assert picture_tokens(size, tiny.GLOBAL_SIZE, tiny.CROP_SIZE, 36, 25) == count

@@ -218,6 +218,7 @@ def test_text_that_is_not_utf_8_is_a_bad_row_and_not_a_crash(tmp_path: Path) -> 
     ("name", "content", "message"),
     [
         ("none.jsonl", None, "does not exist"),
+        ("no_folder", None, "does not exist"),
         ("rows.csv", b"a,b", "of an unknown kind; give a .jsonl"),
         ("rows.jsonl", b"\n", "has no rows"),
         ("rows.parquet", b"PAR?", "no readable Parquet file"),

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ def randomize(module: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(0.1 * noise + (not name.endswith("bias")))
 
 
-def _decoder() -> dict[str, object]:
+def _decoder() -> dict[str, Any]:
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,

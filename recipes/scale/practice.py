@@ -129,7 +129,7 @@ def pack(prompter: Prompter, batch: Lesson) -> Row:
     spans = []
     for key, members in groups.items():
         shared = prompter.picture_end(members[0][0]) if key in scenes else 0
-        spans.append(Span(len(ids), shared, tuple(len(p) + len(r) - shared for p, r in members)))
+        spans.append(Span(shared, tuple(len(p) + len(r) - shared for p, r in members)))
         ids += members[0][0][:shared]
         positions += range(shared)
         learned += [False] * shared
