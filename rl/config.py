@@ -114,7 +114,7 @@ class Reward(Options):
     timeout_s: Positive = 10.0
     """Seconds that one score may take."""
     memory_mb: Annotated[int, Field(ge=64)] = 2048
-    """MB that the process computing it may take."""
+    """MiB that scoring may take on top of what loading the reward took."""
     weight: float = 1.0
     """Share of this reward in its task's sum."""
     penalties: tuple[str, ...] = ()
@@ -124,6 +124,8 @@ class Reward(Options):
 class VerlLoss(Options):
     verl: str
     """Name in verl's registry of policy losses: gspo, cispo, sapo, geo_mean, ..."""
+    params: dict[str, float | str] = {}
+    """Its parameters by verl's names, e.g. clip_ratio."""
 
 
 class VerlCorrection(Options):

@@ -5,9 +5,10 @@ features come from a cache and enter as constants.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,6 +34,9 @@ from rl.packing import Batch, Group, Pack, collate, minibatches, pack
 from rl.targets import Targets
 from rl.types import Picture, Rollout, Scored
 
+if TYPE_CHECKING:
+    from rl.verl_bridge import RolloutCorrection
+
 MASTER = "policy_float32.safetensors"  # only where policy/ itself is stored in a smaller type
 OPTIMIZER = "policy_optimizer.safetensors"
 
@@ -42,7 +46,7 @@ def policy_loss(ppo: PPO) -> PolicyLoss:
     if ppo.policy_loss is not None:
         from rl import verl_bridge
 
-        return verl_bridge.policy_loss(ppo.policy_loss.verl)
+        return verl_bridge.policy_loss(ppo.policy_loss.verl, ppo.policy_loss.params)
     return policy_gradient_loss if ppo.ratio == "none" else partial(clipped_policy_loss, clip=ppo.clip)
 
 
@@ -150,26 +154,26 @@ class Policy:
         old: Tensor | None,
     ) -> Sums:
         """Add one minibatch's gradients, row by row. Returns its statistics, summed over tokens."""
-        rows = self._packs(groups)
-        size = MinibatchSize(sum(len(row.targets) for row in rows), sum(len(row.rows) for row in rows))
-        batch, corrected, sums = self._corrected(batch, groups, old)
-        for row in rows:
-            logprobs, entropies = self._forward(row, features)
+        correction = self._correction(groups, batch, old)
+        chosen = batch.response_mask if correction is None else correction.mask
+        sums: Sums = {} if correction is None else correction.sums
+        mine = chosen[[index for group in groups for index in group.rows]]
+        size = MinibatchSize(max(1, int(mine.sum())), max(1, int(mine.any(-1).sum())))
+        for row in self._packs(groups):
 
             def part(full: Tensor, row: Pack = row) -> Tensor:
                 return row.part(full).to(self.device)
 
-            mask = part(batch.response_mask)
-            rollout_logprobs = part(batch.rollout_logprobs)
-            before = rollout_logprobs if old is None else part(old)
-            if corrected is None:
+            logprobs, entropies = self._forward(row, features)
+            rollout_logprobs, mask = part(batch.rollout_logprobs), part(chosen)
+            before = rollout_logprobs if old is None or self._against_rollout else part(old)
+            weights, tis = None, {}
+            if correction is not None:
+                weights = None if correction.weights is None else part(correction.weights)
+            elif not self._against_rollout:
                 now = before if self.config.ppo.tis_policy == "before_update" else logprobs.detach()
                 weights, tis = tis_weights(now, rollout_logprobs, mask, cap=self.config.ppo.tis_cap)
-            else:
-                weights, tis = part(corrected), {}
-            loss, drift = self.loss(
-                logprobs, before, part(targets.advantages), mask, size=size, weights=weights
-            )
+            loss, drift = self.loss(logprobs, before, part(targets.advantages), mask, size=size, weights=weights)
             bonus, spread = entropy_loss(entropies, mask, tokens=size.tokens)
             total = loss + self.config.ppo.entropy * bonus
             total.backward()
@@ -177,14 +181,27 @@ class Policy:
                 sums = add_sums(sums, found)
         return sums
 
-    def _corrected(
-        self, batch: Batch, groups: Sequence[Group], old: Tensor | None
-    ) -> tuple[Batch, Tensor | None, Sums]:
+    @property
+    def _against_rollout(self) -> bool:
+        """verl's bypass mode compares with the engine's logprobs and makes its own weights."""
+        return getattr(self.loss, "against", "old") == "rollout"
+
+    def _correction(
+        self, groups: Sequence[Group], batch: Batch, old: Tensor | None
+    ) -> "RolloutCorrection | None":
         """verl's rollout correction, if the recipe asks for it: over a whole minibatch, before it is split."""
-        correction = self.config.ppo.rollout_correction
-        if correction is None:
-            return batch, None, {}
-        raise NotImplementedError
+        if self.config.ppo.rollout_correction is None or old is None:
+            return None
+        from rl.verl_bridge import rollout_correction
+
+        rows = torch.tensor([index for group in groups for index in group.rows])
+        options = self.config.ppo.rollout_correction.verl.model_dump()
+        if options["rollout_is"] is None:
+            options["rollout_is_threshold"] = None
+        found = rollout_correction(old[rows], batch.rollout_logprobs[rows], batch.response_mask[rows], **options)
+        whole = torch.zeros_like(batch.response_mask).index_put((rows,), found.mask)
+        weights = None if found.weights is None else torch.zeros_like(old).index_put((rows,), found.weights)
+        return replace(found, mask=whole, weights=weights)
 
     def save(self, policy: Path, state: Path) -> dict[str, int]:
         """Write the policy as a model folder and its optimizer's moments; returns the counters that go with them."""

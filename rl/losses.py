@@ -182,7 +182,7 @@ def kl_sum(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
 
 def add_sums(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Sums:
     """Statistics of two parts together."""
-    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in {**one, **other}}
+    return {**one, **{name: one[name] + total if name in one else total for name, total in other.items()}}
 
 
 def finish_sums(sums: Mapping[str, Tensor], tokens: int) -> dict[str, float]:

@@ -20,14 +20,12 @@ from torch import Tensor
 
 from rl.losses import MinibatchSize, Sums, kl_sum
 
-Parameter = float | str | None
+Parameters = Mapping[str, float | str]
 
 _OUT_OF_REACH = 1e9  # verl bounds log-ratios by 20 and e^20 is 4.9e8, so no ratio gets here
 _CLIP = ("clip_ratio", "clip_ratio_low", "clip_ratio_high")
 _SUM = ("loss_agg_mode", "loss_scale_factor")
-_REJECT = ("rollout_rs", "rollout_rs_threshold")
-_TEXT = {"loss_agg_mode", "loss_type", "rollout_is", "rollout_rs"}
-_TEXT_OR_NUMBER = {"rollout_is_threshold", "rollout_rs_threshold"}
+_AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 # What each of verl's losses reads. A loss that somebody else registered may be given any of these.
 _PARAMETERS: dict[str, tuple[str, ...]] = {
@@ -40,51 +38,53 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
     "geo_mean": _CLIP,
     "dro": ("dro_beta", *_SUM),
     "cispo": (*_CLIP, *_SUM),
-    "bypass_mode": ("loss_type", *_CLIP, "clip_ratio_c", *_SUM, *_REJECT),
-    "bypass_mode/reinforce": ("loss_type", "rollout_is", "rollout_is_threshold", *_SUM, *_REJECT),
 }
-_DEFAULTS: dict[str, dict[str, Parameter]] = {
+_DEFAULTS: dict[str, Parameters] = {
     "vanilla": {"clip_ratio_c": _OUT_OF_REACH},
-    "bypass_mode": {"clip_ratio_c": _OUT_OF_REACH, "rollout_is": None},
-    "dppo_tv": {"clip_ratio_c": 20.0},  # what verl's comments and the paper (arXiv:2602.04879) use; its config says 3
+    "dppo_tv": {"clip_ratio_c": 20.0},  # what verl's comments and arXiv:2602.04879 use; its config would say 3
     "dppo_kl": {"clip_ratio_c": 20.0},
 }
 _REFUSED = {
-    "clip_cov": "it drops tokens drawn at random by their covariance within whatever part of the minibatch it is given",
-    "kl_cov": "it picks the tokens of largest covariance within whatever part of the minibatch it is given",
+    "clip_cov": "its gradient depends on how a minibatch is split: it drops tokens, drawn at random, by their "
+    "covariance within the part it is given",
+    "kl_cov": "its gradient depends on how a minibatch is split: it penalises the tokens of largest covariance "
+    "within the part it is given",
+    "bypass_mode": "it takes the engine's logprobs for the old policy's and makes weights of its own; "
+    "ppo.ratio, ppo.tis_cap and ppo.rollout_correction say the same plainly",
 }
 
 
 def policy_loss_names() -> list[str]:
-    """The policy losses that policy_loss accepts: all that verl has registered but the refused ones."""
+    """All that verl has registered, but the refused ones."""
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
     return [name for name in POLICY_LOSS_REGISTRY if name not in _REFUSED]
 
 
-def policy_loss(name: str, parameters: Mapping[str, Parameter] | None = None) -> "VerlPolicyLoss":
+def policy_loss(name: str, parameters: Parameters | None = None) -> "VerlPolicyLoss":
     """One of verl's registered policy losses as a rl.losses.PolicyLoss.
 
     Args:
         name: as in verl's registry.
-        parameters: verl's own names and meanings (clip_ratio, clip_ratio_low, tau_pos, dro_beta, ...); what is
-            not given has verl's default, except `clip_ratio_c` (see above). clip_ratio sets both sides.
+        parameters: verl's own names and meanings (clip_ratio, clip_ratio_low, tau_pos, dro_beta, ...). What is not
+            given has verl's default, except `clip_ratio_c`: out of reach for vanilla, and 20 for dppo_*, where it
+            caps the weight. clip_ratio sets both sides.
     Raises:
-        ValueError: verl has no such loss; the loss does not read such a parameter, or needs one; or its gradient
-            depends on how a minibatch is split, which is tried out on a small example here.
+        ValueError: verl has no such loss; the loss does not read such a parameter, or needs one; or it is refused.
+            So is every loss whose gradient depends on how a minibatch is split: that is tried out on a small
+            example here, and thus holds for losses that others registered too.
     """
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
+    choose = f"choose one of {', '.join(policy_loss_names())}"
     if name not in POLICY_LOSS_REGISTRY:
-        raise ValueError(f"verl has no policy loss {name!r}; choose one of {', '.join(policy_loss_names())}")
+        raise ValueError(f"verl has no policy loss {name!r}; {choose}")
     if name in _REFUSED:
-        raise ValueError(
-            f"verl's policy loss {name} is refused, because its gradient depends on how a minibatch is split "
-            f"({_REFUSED[name]}); choose one of {', '.join(policy_loss_names())}"
-        )
+        raise ValueError(f"verl's policy loss {name} is refused ({_REFUSED[name]}); {choose}")
     given = dict(parameters or {})
     _check_parameters(name, given)
-    loss = VerlPolicyLoss(name, POLICY_LOSS_REGISTRY[name], _actor_config(name, given, POLICY_LOSS_REGISTRY[name]))
+    compute = POLICY_LOSS_REGISTRY[name]
+    loss = VerlPolicyLoss(name, compute, _actor_config(name, given, compute))
     if _depends_on_split(loss):
         raise ValueError(
             f"verl's policy loss {name} with {given} is refused: on an example its gradient depends on how the "
@@ -102,11 +102,6 @@ class VerlPolicyLoss:
     compute: Callable[..., tuple[Tensor, dict[str, Any]]]  # as verl registered it
     config: Any  # verl's ActorConfig
 
-    @property
-    def against(self) -> Literal["old", "rollout"]:
-        """Whose logprobs belong in `old_logprobs`: verl's bypass mode wants the engine's there."""
-        return "rollout" if self.name == "bypass_mode" else "old"
-
     def __call__(
         self,
         logprobs: Tensor,
@@ -117,13 +112,7 @@ class VerlPolicyLoss:
         size: MinibatchSize,
         weights: Tensor | None = None,
     ) -> tuple[Tensor, Sums]:
-        """The loss (scalar) and the sums approx_kl and clip_fraction, as in rl.losses; all tensors [n, R].
-
-        Raises:
-            ValueError: weights for bypass_mode, which makes its own.
-        """
-        if weights is not None and self.name == "bypass_mode":
-            raise ValueError("verl's bypass_mode corrects for the rollout itself; set ppo.tis_cap to null with it")
+        """The loss (scalar) and the sums approx_kl and clip_fraction, as in rl.losses; all tensors [n, R]."""
         loss, metrics = self.compute(
             *(torch.where(mask, x, 0.0) for x in (old_logprobs, logprobs, advantages)),
             mask.to(logprobs.dtype),
@@ -145,39 +134,30 @@ class VerlPolicyLoss:
         }
 
 
-def _check_parameters(name: str, given: Mapping[str, Parameter]) -> None:
-    reinforce = name == "bypass_mode" and given.get("loss_type") == "reinforce"
-    everything = tuple(dict.fromkeys(key for keys in _PARAMETERS.values() for key in keys))
-    known = _PARAMETERS.get("bypass_mode/reinforce" if reinforce else name, everything)
+def _check_parameters(name: str, given: Parameters) -> None:
+    known = _PARAMETERS.get(name) or tuple(dict.fromkeys(key for keys in _PARAMETERS.values() for key in keys))
     for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
             raise ValueError(f"verl's policy loss {name} has no parameter {key}; {hint}")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and key not in _TEXT or isinstance(value, str) and key in _TEXT | _TEXT_OR_NUMBER):
-            raise ValueError(f"{key} of verl's policy loss {name} is {value!r}; give {_kind(key)}")
+        if key == "loss_agg_mode" and value not in _AGGREGATIONS:
+            raise ValueError(f"loss_agg_mode is {value!r}; choose one of {', '.join(_AGGREGATIONS)}")
+        if key != "loss_agg_mode" and not isinstance(value, int | float):
+            raise ValueError(f"{key} of verl's policy loss {name} is {value!r}; give a number")
     if given.get("loss_agg_mode") == "seq-mean-token-sum-norm" and "loss_scale_factor" not in given:
-        raise ValueError(
-            "loss_agg_mode seq-mean-token-sum-norm needs loss_scale_factor, a number of tokens to divide by"
-        )
+        raise ValueError("loss_agg_mode seq-mean-token-sum-norm needs loss_scale_factor, the tokens to divide by")
 
 
-def _kind(key: str) -> str:
-    return "a text" if key in _TEXT else "a number or a text" if key in _TEXT_OR_NUMBER else "a number"
-
-
-def _actor_config(name: str, given: Mapping[str, Parameter], compute: Callable[..., Any]) -> Any:
+def _actor_config(name: str, given: Parameters, compute: Callable[..., Any]) -> Any:
     """verl's ActorConfig with the given parameters where verl's losses look for them."""
-    from verl.trainer.config import RolloutCorrectionConfig
     from verl.workers.config import ActorConfig, PolicyLossConfig
 
     values = {"loss_agg_mode": _default_aggregation(compute), **_DEFAULTS.get(name, {}), **given}
-    if "clip_ratio" in values:  # verl reads the two sides, and only if they are None this one
+    if "clip_ratio" in values:  # verl reads the two sides, and this one only where they are None
         values = {"clip_ratio_low": values["clip_ratio"], "clip_ratio_high": values["clip_ratio"], **values}
-    correction = RolloutCorrectionConfig(**_fields_of(RolloutCorrectionConfig, values))
-    loss = PolicyLossConfig(loss_mode=name, rollout_correction=correction, **_fields_of(PolicyLossConfig, values))
-    return ActorConfig(  # pyrefly: ignore[unexpected-keyword]
+    loss = PolicyLossConfig(loss_mode=name, **_fields_of(PolicyLossConfig, values))
+    return ActorConfig(
         strategy="none", rollout_n=1, use_dynamic_bsz=True, policy_loss=loss, **_fields_of(ActorConfig, values)
     )
 
@@ -185,8 +165,7 @@ def _actor_config(name: str, given: Mapping[str, Parameter], compute: Callable[.
 def _default_aggregation(compute: Callable[..., Any]) -> str:
     """The way to add up tokens that the loss's own signature names: over tokens, or (GSPO) over responses."""
     parameter = inspect.signature(compute).parameters.get("loss_agg_mode")
-    named = parameter is not None and isinstance(parameter.default, str)
-    return parameter.default if named else "token-mean"
+    return parameter.default if parameter and isinstance(parameter.default, str) else "token-mean"
 
 
 def _fields_of(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,7 +213,7 @@ def rollout_correction(
     mask: Tensor,
     *,
     rollout_is: Literal["token", "sequence"] | None = None,
-    rollout_is_threshold: float | str | None = None,
+    rollout_is_threshold: float | str = 2.0,
     rollout_is_batch_normalize: bool = False,
     rollout_rs: str | None = None,
     rollout_rs_threshold: float | str | None = None,
@@ -251,16 +230,16 @@ def rollout_correction(
         mask: [N, R] bool; rows are whole responses.
         rollout_is: a weight per token, or one per response (the product over its tokens).
         rollout_is_threshold: a number caps the weights there (truncated importance sampling); "low_high" makes
-            weights outside of the two 0 (IcePop).
+            weights outside of the two 0 (IcePop). Read only with rollout_is.
         rollout_is_batch_normalize: divide the weights by their mean.
         rollout_rs: comma-separated reasons to leave out tokens (token_k1, ...) or responses (seq_mean_k1, ...).
         rollout_rs_threshold: one for all reasons or one for each, comma-separated; "low_high" ratios for k1.
     Raises:
-        ValueError: no token is chosen; nothing is asked for; a threshold without its kind, or the reverse; or
+        ValueError: no token is chosen; nothing is asked for; rollout_rs without its threshold or the reverse; or
             verl knows no such kind or threshold.
     Source: verl.trainer.ppo.rollout_corr_helper, whose text explains every kind.
     """
-    _check_correction(rollout_is, rollout_is_threshold, rollout_is_batch_normalize, rollout_rs, rollout_rs_threshold)
+    _check_correction(rollout_is, rollout_is_batch_normalize, rollout_rs, rollout_rs_threshold)
     if not mask.any():
         raise ValueError("no token to correct: mask is False everywhere; leave such a minibatch out")
     from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
@@ -276,7 +255,7 @@ def rollout_correction(
         rollout_rs_threshold=rollout_rs_threshold,
     )
     kept = kept.bool()
-    weights = None if proto is None else proto.batch["rollout_is_weights"]
+    weights: Any = None if proto is None else proto.batch["rollout_is_weights"]
     high = metrics.get("rollout_corr/rollout_is_ratio_fraction_high", 0.0)
     sums = {
         "tis_mean": kept.sum() * 1.0 if weights is None else torch.where(kept, weights, 0.0).sum(),
@@ -285,13 +264,9 @@ def rollout_correction(
     return RolloutCorrection(weights, kept, sums, metrics)
 
 
-def _check_correction(
-    kind: str | None, threshold: float | str | None, normalize: bool, reject: str | None, limit: float | str | None
-) -> None:
+def _check_correction(kind: str | None, normalize: bool, reject: str | None, limit: float | str | None) -> None:
     if kind is None and reject is None:
         raise ValueError("rollout_correction asks for nothing; set rollout_is (token or sequence), rollout_rs or both")
-    if (kind is None) != (threshold is None):
-        raise ValueError(f"rollout_is is {kind} and rollout_is_threshold {threshold}; set both or neither")
     if (reject is None) != (limit is None):
         raise ValueError(f"rollout_rs is {reject} and rollout_rs_threshold {limit}; set both or neither")
     if normalize and kind is None:

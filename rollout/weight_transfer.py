@@ -81,12 +81,13 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
 
     def finish_weight_update(self) -> None:
         """Repack the layers. Raises RuntimeError if a layer got only part of its tensors."""
-        if partial := list(_partly_loaded(self.model)):
+        partial = list(_partly_loaded(self.model))
+        finalize_layerwise_reload(self.model, self.model_config)
+        if partial:
             raise RuntimeError(
                 f"weight update is incomplete: {partial[0]} and {len(partial) - 1} more layers got only some of "
                 "their tensors; send all tensors of a layer (q, k and v together, gate and up together)"
             )
-        finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
         """Holds nothing between updates."""

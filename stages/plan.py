@@ -75,10 +75,10 @@ def make_plan(config: Config) -> Plan:
     """
     check_trackers(config.log.trackers)
     rewards = RewardRunner(config.rewards, workers=max(1, (os.cpu_count() or 1) // 2))
-    if config.ppo.policy_loss is not None:
+    if loss := config.ppo.policy_loss:
         from rl import verl_bridge
 
-        verl_bridge.policy_loss(config.ppo.policy_loss.verl)
+        verl_bridge.policy_loss(loss.verl, loss.params)
     folder = checkpoint.local_folder(config.model.path)
     checkpoint.check(folder)
     chat = Chat(folder, config.model.chat_template)

@@ -1,0 +1,228 @@
+"""Supervised warm start of the scale model: from random weights to one that answers, not yet well.
+
+    python -m recipes.scale.warm_start --out runs/scale
+
+trains tower, projector and decoder on freshly drawn pictures and on demonstrations of two writers (writers.py),
+and writes OUT/model (a Hugging Face folder; the one that ships beside this file was made this way) and
+OUT/report.json. Interrupted, the same command goes on from OUT/state.safetensors.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import rewards
+from recipes.scale import practice, tokenizer, world
+from recipes.scale.practice import Prompter
+from recipes.scale.world import Problem
+from recipes.scale.writers import ROUGH
+from rl.model import attention, checkpoint
+from rl.model.config import StepVLConfig
+from rl.model.step_vl import StepVL
+from rl.types import Prompt, Rollout
+
+REWARDS = {"pointing": "point_distance", "grounding": "iou", "counting": "exact", "arithmetic": "math_verify"}
+READY = (0.2, 0.6)  # greedy held-out reward of every task, so that reinforcement learning has work to do
+PEAK_LR, WARM_UP, BETAS = 1e-3, 100, (0.9, 0.98)
+PICTURES = 4  # scenes and crowds a step, each
+ROUGH_SHARE = 0.7  # of the demonstrations in the last part of the training; half before, to learn both well
+LAST_PART = 0.85
+
+
+def config(words: Any) -> StepVLConfig:
+    """A StepVL of 1.4 million parameters: views of 224 pixels, 16 image tokens, crops of 168 pixels, 9 tokens."""
+    ids = words.convert_tokens_to_ids
+    ends = [ids("<|endoftext|>"), ids("<|im_end|>"), ids("<im_patch>")]  # as the 10B's: the last is the image token
+    vision = {"image_size": 224, "patch_size": 14, "width": 64, "layers": 2, "heads": 4, "mlp_ratio": 4.0}
+    text = {
+        "vocab_size": len(words),
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+        "initializer_range": 0.05,
+        "bos_token_id": ends[0],
+        "eos_token_id": ends,
+        "pad_token_id": ends[0],
+    }
+    return StepVLConfig(
+        vision_config=vision | {"ls_init_value": 1.0},
+        text_config=text,
+        image_token_id=ids("<im_patch>"),
+        image_token_len=16,
+        patch_token_len=9,
+    )
+
+
+def newborn(words: Any, seed: int) -> StepVL:
+    """Random weights, but positions that start as 2-D sines and cosines: from random ones the model learns the
+    answers' format and nothing about places for a long time."""
+    torch.manual_seed(seed)
+    model = StepVL(config(words))
+    model.model.set_attn_implementation(attention.NAME)
+    table = model.vision_model.positional_embedding
+    with torch.no_grad():
+        table.copy_(_sines(model.vision_model.grid, table.shape[1]))
+    return model
+
+
+def _sines(grid: int, width: int) -> Tensor:
+    """[grid * grid, width]: half of the channels know the row, half the column."""
+    frequencies = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(grid)[:, None] * frequencies
+    line = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    rows, columns = line[:, None].expand(grid, grid, -1), line[None].expand(grid, grid, -1)
+    return 0.5 * torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+
+class School:
+    """Model and optimizer under training; a step's data depends on seed and step only, so it can go on anywhere."""
+
+    def __init__(self, folder: Path, steps: int, seed: int) -> None:
+        self.folder, self.steps, self.seed, self.step = folder, steps, seed, 0
+        tokenizer.save(folder / "model")
+        self.words = AutoTokenizer.from_pretrained(folder / "model")
+        self.model = newborn(self.words, seed)
+        self.prompter = Prompter(self.words, self.model.config.image_token_len)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=BETAS, weight_decay=0.0)
+        if self.state_file.exists():
+            self._resume()
+
+    @property
+    def state_file(self) -> Path:
+        return self.folder / "state.safetensors"
+
+    def learn(self) -> float:
+        """One optimizer step. Returns the loss (nats per token)."""
+        done = self.step / self.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = PEAK_LR * min(1, (self.step + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
+        rng = np.random.default_rng([self.seed, self.step])
+        batch = practice.lesson(rng, PICTURES, most_things(done), ROUGH_SHARE if done > LAST_PART else 0.5)
+        loss = practice.loss(self.model, self.prompter, batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return float(loss.detach())
+
+    def save_state(self) -> None:
+        """Weights, moments and position in one file, replaced in one step."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        for name, parameter in self.model.named_parameters():
+            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
+        position = {"step": str(self.step), "steps": str(self.steps), "seed": str(self.seed)}
+        partial = self.state_file.with_suffix(".partial")
+        save_file(tensors, partial, metadata=position)
+        os.replace(partial, self.state_file)
+
+    def _resume(self) -> None:
+        with safe_open(self.state_file, "pt") as file:
+            position = {key: int(value) for key, value in file.metadata().items() if key != "format"}
+            asked = {"steps": self.steps, "seed": self.seed}
+            if (begun := {key: position[key] for key in asked}) != asked:
+                raise SystemExit(f"{self.state_file} was begun with {begun}, not {asked}: use those, or another --out")
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters():
+                    parameter.copy_(file.get_tensor(f"model.{name}"))
+                    moments = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                    self.optimizer.state[parameter] = moments
+        self.step = position["step"]
+
+    def save_model(self) -> None:
+        folder = self.folder / "model"
+        checkpoint.save(self.model, folder)
+        text = self.model.config.text_config
+        generation = {key: getattr(text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        (folder / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True}, indent=2) + "\n")
+
+
+def most_things(done: float) -> int:
+    """Things in a scene, at most: one at first, so that reading a place is learned before finding the right thing."""
+    return 1 if done < 0.1 else 2 if done < 0.2 else 5
+
+
+def score(problem: Problem, text: str) -> float:
+    """The reward that the task's responses get in training."""
+    prompt = Prompt("warm-start", problem.task, (), ground_truth=problem.truth)
+    given = rewards.get(REWARDS[problem.task])(Rollout(prompt, text))
+    return given.value if isinstance(given, rewards.Score) else float(given)
+
+
+def report(model: StepVL, prompter: Prompter, problems: Sequence[Problem], seed: int = 0) -> dict[str, dict[str, float]]:
+    """Per task: greedy reward; at temperature 1 the share of rough responses, and the reward of either kind."""
+    model.model.set_attn_implementation("sdpa")  # whole batches with a cache, which packed attention has not
+    greedy = practice.answers(model, prompter, problems)
+    sampled = practice.answers(model, prompter, problems, generator=torch.Generator().manual_seed(seed))
+    model.model.set_attn_implementation(attention.NAME)
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for problem, first, second in zip(problems, greedy, sampled, strict=True):
+        rough = second.startswith(ROUGH.opening[problem.task])
+        found[problem.task]["greedy"].append(score(problem, first))
+        found[problem.task]["rough share"].append(rough)
+        found[problem.task]["rough" if rough else "exact"].append(score(problem, second))
+    return {task: {key: round(fmean(values), 3) for key, values in row.items()} for task, row in found.items()}
+
+
+def show(table: dict[str, dict[str, float]]) -> None:
+    for task, row in table.items():
+        low, high = READY
+        verdict = "" if low <= row["greedy"] <= high else f"  greedy is not within {low} to {high}"
+        print(f"  {task:10}  " + "  ".join(f"{key} {value:.3f}" for key, value in sorted(row.items())) + verdict)
+
+
+def train(school: School, every: int, heldout: Sequence[Problem]) -> dict[str, dict[str, float]]:
+    """Learns to the end; every `every` steps saves the state. Returns the report on the held-out problems."""
+    started, losses = time.monotonic(), []
+    while school.step < school.steps:
+        losses.append(school.learn())
+        if school.step % every == 0:
+            school.save_state()
+            took = (time.monotonic() - started) / len(losses)
+            left = took * (school.steps - school.step) / 60
+            print(f"step {school.step}/{school.steps}  loss {fmean(losses[-every:]):.3f}  {took:.2f} s a step, "
+                  f"{left:.0f} min left", flush=True)
+    school.save_model()
+    return report(school.model, school.prompter, heldout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Warm start of the scale model; goes on where it was interrupted.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for model/, report.json and the state")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=100, help="steps between saved states")
+    parser.add_argument("--heldout", type=int, default=256, help="held-out problems per task for the report")
+    given = parser.parse_args()
+    school = School(given.out, given.steps, given.seed)
+    if school.step:
+        print(f"going on at step {school.step} of {school.steps}")
+    heldout = world.problems("heldout", world.SEEDS["heldout"], given.heldout)
+    table = train(school, given.save_every, heldout)
+    (given.out / "report.json").write_text(json.dumps(table, indent=2) + "\n")
+    print(f"{given.out / 'model'}: held-out rewards")
+    show(table)
+
+
+if __name__ == "__main__":
+    main()
