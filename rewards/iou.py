@@ -9,9 +9,7 @@ from rewards.geometry import Coordinates, last_box, read, truth, units
 
 
 @reward("iou", on_timeout="lowest")
-def iou(
-    rollout: Rollout, power: Annotated[float, Field(gt=0)] = 2, coordinates: Coordinates = "unit"
-) -> Score:
+def iou(rollout: Rollout, power: Annotated[float, Field(gt=0)] = 2, coordinates: Coordinates = "unit") -> Score:
     """IoU ** power of one box; 0.0 if the answer has no usable box.
 
     The report names IoU with a strict, decaying shape and gives no formula. Power 2 is a reconstruction: the

@@ -120,9 +120,7 @@ def names() -> list[str]:
     return sorted({*_REGISTRY, *(e.name for e in importlib.metadata.entry_points(group=ENTRY_POINTS))})
 
 
-def get(
-    target: str, params: Mapping[str, Any] | None = None, base_dir: str | Path | None = None
-) -> BoundReward:
+def get(target: str, params: Mapping[str, Any] | None = None, base_dir: str | Path | None = None) -> BoundReward:
     """The reward a recipe means by `use: target`, with its parameters.
 
     `base_dir` is the folder that `file.py:Name` is relative to (default: the current one). Raises ValueError

@@ -5,7 +5,6 @@ like the object itself, and whose `start` answers later.
 """
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,7 +80,8 @@ def place(
     Args:
         environment: variables set in its process before anything heavy is imported.
     """
-    actor = ray.remote(_Holder).options(num_cpus=cpus, num_gpus=gpus).remote(environment or {})
+    remote: Any = ray.remote(_Holder)
+    actor = remote.options(num_cpus=cpus, num_gpus=gpus).remote(environment or {})
     return Worker(actor, Later(actor.make.remote(factory, args, kwargs)))
 
 
@@ -117,8 +117,3 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
 def gpus() -> int:
     """GPUs of the cluster that has been joined or started."""
     return int(ray.cluster_resources().get("GPU", 0))
-
-
-def python() -> str:
-    """The interpreter that workers on this machine run."""
-    return sys.executable

@@ -29,9 +29,7 @@ def _one_or_several(value: Any) -> Any:
 
 Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
 Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(_one_or_several)]
-Frozen = Annotated[
-    tuple[Literal["encoder", "projector"], ...], AfterValidator(lambda names: tuple(sorted(set(names))))
-]
+Frozen = Annotated[tuple[Literal["encoder", "projector"], ...], AfterValidator(lambda names: tuple(sorted(set(names))))]
 
 # PAPER: the report's table of stages. critic_minibatches is a reconstruction: the report says that each
 # iteration's samples are split into this many, and names no other number for the critic.

@@ -4,6 +4,8 @@ Every tensor is [N, R]: N responses, padded to R columns; `mask` (bool) is True 
 A row may have holes (text that a tool wrote) as well as padding.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -88,7 +90,7 @@ def _gae_rows(
 def _working_dtype(values: Tensor) -> torch.dtype:
     """float32 unless the caller's values are finer, or matrix products are set to round float32 to less."""
     backend = torch.backends.mkldnn if values.device.type == "cpu" else torch.backends.cuda
-    exact = backend.matmul.fp32_precision in ("none", "ieee")
+    exact = backend.matmul.fp32_precision in ("none", "ieee")  # pyrefly: ignore[missing-attribute]
     return torch.promote_types(values.dtype, torch.float32 if exact else torch.float64)
 
 
@@ -105,7 +107,7 @@ def _zero_outside(x: Tensor, keep: Tensor) -> Tensor:
 def _packed_columns(mask: Tensor) -> Tensor | None:
     """[n, R] where each chosen token goes if a row's tokens move left together; None if all are there already."""
     ones = mask.view(torch.int8)
-    if mask.numel() == 0 or not (ones[:, 1:] - ones[:, :-1] > 0).any():
+    if ones[:, 1:].numel() == 0 or (ones[:, 1:] - ones[:, :-1]).amax() <= 0:
         return None
     return (mask.cumsum(1) - 1).clamp_(min=0)
 
@@ -123,13 +125,20 @@ def _discounted_sums_to_come(x: Tensor, decay: float) -> Tensor:
     size = max(1, min(_CHUNK, width))
     if width % size:
         x = F.pad(x, (0, -width % size))
-    steps = torch.arange(size, dtype=torch.float64, device=x.device)
-    weights = torch.tril(decay ** (steps[:, None] - steps).clamp(min=0)).to(x.dtype)  # [later, earlier]
-    sums = x.reshape(n, -1, size) @ weights
+    within, until_next = _powers(decay, size, x.dtype, x.device)
+    sums = x.reshape(n, -1, size) @ within
     if sums.shape[1] > 1:
         totals = _discounted_sums_to_come(sums[:, :, 0], decay**size)
-        sums[:, :-1].addcmul_(totals[:, 1:, None], (decay ** (size - steps)).to(x.dtype))
+        sums[:, :-1].addcmul_(totals[:, 1:, None], until_next)
     return sums.reshape(n, -1)[:, :width]
+
+
+@lru_cache(maxsize=64)
+def _powers(decay: float, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """decay^(j - i) for j >= i, else 0, as [j, i], and decay^(size - i), as [i]; exact before they are rounded."""
+    steps = torch.arange(size, dtype=torch.float64, device=device)
+    within = torch.tril(decay ** (steps[:, None] - steps).clamp(min=0))
+    return within.to(dtype), (decay ** (size - steps)).to(dtype)
 
 
 def normalize(advantages: Tensor, mask: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ class Policy:
         """
         old = self.logprobs(batch, features) if needs_old_logprobs(self.config.ppo) else None
         sums: Sums = {}
-        norm = 0.0
+        norm = lr = 0.0
         seed = f"{self.config.seed}-policy-{iteration}"
         for groups in minibatches(batch.groups, self.config.ppo.minibatches, seed):
             sums = add_sums(sums, self._accumulate(groups, batch, targets, features, old))
@@ -186,9 +186,7 @@ class Policy:
         """verl's bypass mode compares with the engine's logprobs and makes its own weights."""
         return getattr(self.loss, "against", "old") == "rollout"
 
-    def _correction(
-        self, groups: Sequence[Group], batch: Batch, old: Tensor | None
-    ) -> "RolloutCorrection | None":
+    def _correction(self, groups: Sequence[Group], batch: Batch, old: Tensor | None) -> "RolloutCorrection | None":
         """verl's rollout correction, if the recipe asks for it: over a whole minibatch, before it is split."""
         if self.config.ppo.rollout_correction is None or old is None:
             return None
@@ -215,9 +213,7 @@ class Policy:
 
     def restore(self, policy: Path, state: Path, steps: int) -> None:
         """Continue after `steps` optimizer steps from what `save` wrote."""
-        source = (
-            load_file(state / MASTER) if self.dtype != torch.float32 else checkpoint.load(policy).state_dict()
-        )
+        source = load_file(state / MASTER) if self.dtype != torch.float32 else checkpoint.load(policy).state_dict()
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(source[name])

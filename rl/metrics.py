@@ -64,15 +64,13 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "response/tokens_mean",
         "neither",
-        "Mean response length in tokens; reasoning tends to lengthen and perception to shorten while both"
-        " improve.",
+        "Mean response length in tokens; reasoning tends to lengthen and perception to shorten while both improve.",
     ),
     Metric("response/tokens_mean/<task>", "neither", "Mean response length in tokens of one task."),
     Metric(
         "response/truncated_fraction",
         "lower",
-        "Share of responses cut off at the length limit; if it grows, the model rambles or the limit is "
-        "too tight.",
+        "Share of responses cut off at the length limit; if it grows, the model rambles or the limit is too tight.",
     ),
     Metric(
         "policy/loss",
@@ -94,8 +92,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "policy/clip_fraction",
         "lower",
-        "Share of tokens whose ratio the clipped loss cut off; 0 by definition where the ratio is not "
-        "clipped.",
+        "Share of tokens whose ratio the clipped loss cut off; 0 by definition where the ratio is not clipped.",
     ),
     Metric("policy/grad_norm", "neither", "Norm of the policy's gradient before clipping; watch for jumps."),
     Metric("policy/lr", "neither", "The policy's learning rate at the last step, warm-up included."),
@@ -107,8 +104,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "policy/tis_capped_fraction",
         "lower",
-        "Share of tokens whose importance weight hit the cap; above a few per mille, engine and learner "
-        "disagree.",
+        "Share of tokens whose importance weight hit the cap; above a few per mille, engine and learner disagree.",
     ),
     Metric("value/loss", "lower", "Half the mean squared error of the critic's values against the returns."),
     Metric("value/grad_norm", "neither", "Norm of the critic's gradient before clipping; watch for jumps."),

@@ -46,9 +46,7 @@ class Batch:
         shape = tuple(self.response_mask.shape)
         for name in ("rollout_logprobs", "rewards"):
             if (got := tuple(getattr(self, name).shape)) != shape:
-                raise ValueError(
-                    f"Batch.{name} is {got} but response_mask is {shape}; make batches with collate()"
-                )
+                raise ValueError(f"Batch.{name} is {got} but response_mask is {shape}; make batches with collate()")
 
 
 @dataclass(frozen=True)

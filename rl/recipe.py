@@ -88,9 +88,7 @@ def describe(resolved: Resolved) -> str:
     """One line per option: its name, its value, and where the value came from."""
     values = {key: _short(value) for key, value in flatten(resolved.plain()).items()}
     wide, long = max(map(len, values)), min(40, max(map(len, values.values())))
-    return "\n".join(
-        f"{key:<{wide}}  {value:<{long}}  {resolved.provenance[key]}" for key, value in values.items()
-    )
+    return "\n".join(f"{key:<{wide}}  {value:<{long}}  {resolved.provenance[key]}" for key, value in values.items())
 
 
 def differences(saved: Config, new: Config) -> list[Change]:

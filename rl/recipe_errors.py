@@ -42,9 +42,7 @@ def declared(tasks: Sequence[str] = ("TASK",)) -> dict[str, Declared]:
     return {**dict(_declared(Config, tasks)), **files_only}
 
 
-def _declared(
-    model: type[BaseModel], tasks: Sequence[str], prefix: str = ""
-) -> Iterator[tuple[str, Declared]]:
+def _declared(model: type[BaseModel], tasks: Sequence[str], prefix: str = "") -> Iterator[tuple[str, Declared]]:
     for name, field in model.model_fields.items():
         key, annotation = f"{prefix}{name}", field.annotation
         section = _section((annotation, *get_args(annotation)))

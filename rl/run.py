@@ -26,9 +26,7 @@ class InputError(ValueError):
 
 def parser() -> argparse.ArgumentParser:
     """The command line of the contract."""
-    p = argparse.ArgumentParser(
-        prog="python -m rl.run", description="RL post-training: run a recipe, or resume a run."
-    )
+    p = argparse.ArgumentParser(prog="python -m rl.run", description="RL post-training: run a recipe, or resume a run.")
     p.add_argument("recipe", nargs="?", help="recipe YAML, e.g. recipes/rlvr.yaml")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. ppo.policy_lr=1e-6")
     p.add_argument("--profile", help="scale to run at: a name in recipes/profiles (cpu), or a YAML file")
@@ -80,9 +78,7 @@ def _fresh(args: argparse.Namespace) -> Resolved:
 def _resumed(args: argparse.Namespace) -> Resolved:
     """The run's own recipe rules; only a longer run may differ from it."""
     if args.profile or args.output or args.stage:
-        raise InputError(
-            "--resume goes on with the run's own recipe; leave out --profile, --output and --stage"
-        )
+        raise InputError("--resume goes on with the run's own recipe; leave out --profile, --output and --stage")
     overrides = [o for o in (args.recipe, *args.overrides) if o]
     if wrong := next((o for o in overrides if "=" not in o), None):
         raise InputError(f"--resume takes key=value overrides, not {wrong}")
@@ -93,9 +89,7 @@ def _resumed(args: argparse.Namespace) -> Resolved:
     changes = [change for change in differences(saved.config, wanted.config) if change.key not in MAY_CHANGE]
     if changes:
         listed = "".join(f"\n  {change}" for change in changes)
-        raise InputError(
-            f"a resumed run keeps its recipe, but these would change:{listed}\nStart a new run for that."
-        )
+        raise InputError(f"a resumed run keeps its recipe, but these would change:{listed}\nStart a new run for that.")
     return wanted
 
 
@@ -146,9 +140,7 @@ def _start(resolved: Resolved, plan: "Plan", args: argparse.Namespace) -> int:
     from stages.train import train
 
     try:
-        folder = (
-            RunFolder.resume(args.resume) if args.resume else RunFolder.create(_output(args), resolved.yaml())
-        )
+        folder = RunFolder.resume(args.resume) if args.resume else RunFolder.create(_output(args), resolved.yaml())
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
     folder.write_recipe(resolved.yaml())

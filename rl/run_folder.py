@@ -72,9 +72,7 @@ class RunFolder:
         meaning.check(metrics)
         iteration = metrics["iteration"]
         if iteration <= self._last:
-            raise ValueError(
-                f"{self.metrics} already has iteration {self._last}, so {iteration} cannot follow"
-            )
+            raise ValueError(f"{self.metrics} already has iteration {self._last}, so {iteration} cannot follow")
         with self.metrics.open("ab") as file:
             file.write(json.dumps(dict(metrics), allow_nan=False).encode() + b"\n")
             _to_disk(file)

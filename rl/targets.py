@@ -29,9 +29,7 @@ def make_targets(batch: Batch, values: Tensor, final: Tensor, ppo: PPO) -> Targe
     if ppo.truncated == "bootstrap":  # R = V(s_T), as in Step 3.5 Flash: no reward of its own
         bootstrap = final * batch.truncated
         rewards = rewards.masked_fill(batch.truncated[:, None], 0.0)
-    advantages, returns = gae(
-        rewards, values, batch.response_mask, gamma=ppo.gamma, lam=ppo.lam, bootstrap=bootstrap
-    )
+    advantages, returns = gae(rewards, values, batch.response_mask, gamma=ppo.gamma, lam=ppo.lam, bootstrap=bootstrap)
     if ppo.normalize_advantages:
         advantages = normalize(advantages, batch.response_mask)
     return Targets(advantages, returns, values)

@@ -105,9 +105,7 @@ class Scored:
 
     rollout: Rollout
     reward: float
-    invalid: str | None = (
-        None  # why the sample is left out of the loss (never because of what the model wrote)
-    )
+    invalid: str | None = None  # why the sample is left out of the loss (never because of what the model wrote)
     parts: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rl.losses import MinibatchSize, Sums, kl_sum
+from rl.losses import MAX_LOG_RATIO, MinibatchSize, Sums, kl_sum
 
 Parameters = Mapping[str, float | str]
 
@@ -113,12 +113,18 @@ class VerlPolicyLoss:
         weights: Tensor | None = None,
     ) -> tuple[Tensor, Sums]:
         """The loss (scalar) and the sums approx_kl and clip_fraction, as in rl.losses; all tensors [n, R]."""
+        logprobs, old_logprobs, advantages = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, advantages))
+        if self.name == "geo_mean":  # the only one whose ratio could overflow
+            now = logprobs.detach()
+            old_logprobs = now - (now - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         loss, metrics = self.compute(
-            *(torch.where(mask, x, 0.0) for x in (old_logprobs, logprobs, advantages)),
+            old_logprobs,
+            logprobs,
+            advantages,
             mask.to(logprobs.dtype),
             self.config.loss_agg_mode,
             dataclasses.replace(self.config, global_batch_info=self._global_batch_info(size)),
-            weights,
+            None if weights is None else torch.where(mask, weights, 0.0),
         )
         if self.name == "geo_mean":  # a mean over the rows of this call, whatever verl is told
             loss = loss * (len(mask) / size.responses)

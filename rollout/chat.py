@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
@@ -26,17 +26,16 @@ class Chat:
 
     def __init__(self, folder: str | Path, template: Path | None = None) -> None:
         self.config = read_config(folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = cast(Any, AutoTokenizer.from_pretrained(folder))
         if template is not None:
             self.tokenizer.chat_template = template.read_text()
         if not self.tokenizer.chat_template:
-            raise ValueError(
-                f"{folder} has no chat template; name a Jinja file in model.chat_template of the recipe"
-            )
+            raise ValueError(f"{folder} has no chat template; name a Jinja file in model.chat_template of the recipe")
         self.sees = isinstance(self.config, StepVLConfig)
         if self.sees and self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != self.config.image_token_id:
             raise ValueError(
-                f"{folder}: the tokenizer does not give {IMAGE_TOKEN} the config's image_token_id {self.config.image_token_id}"
+                f"{folder}: the tokenizer does not give {IMAGE_TOKEN} the config's image_token_id "
+                f"{self.config.image_token_id}"
             )
 
         self._control = frozenset(self.tokenizer.all_special_ids)

@@ -32,9 +32,7 @@ def raw_rows(source: str) -> Iterator[RawRow]:
         raise ValueError(f"{path} is of an unknown kind; {KNOWN}")
     folder = Path(source.partition(":")[0])
     no_hub_id = folder.is_absolute() or len(folder.parts) > 2
-    if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet", ".json")) or (
-        no_hub_id and not folder.is_dir()
-    ):
+    if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet", ".json")) or (no_hub_id and not folder.is_dir()):
         raise ValueError(f"{path} does not exist; {KNOWN}")
     return _dataset(source)
 

@@ -231,9 +231,7 @@ def _chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[dict[st
         if found := [word for word in reserved if word in text]:
             raise _Bad(f"the text holds {found[0]!r}, control text of the model; write it differently")
     if messages[-1]["role"] not in ("user", "tool"):
-        raise _Bad(
-            f"the last message is from {messages[-1]['role']!r}; a prompt ends with what is to be answered"
-        )
+        raise _Bad(f"the last message is from {messages[-1]['role']!r}; a prompt ends with what is to be answered")
     chat = [_message(m["role"], content) for m, content in zip(messages, parts, strict=True)]
     return chat, sources
 
@@ -285,9 +283,7 @@ def _pieces(number: int, part: Any) -> list[dict[str, Any]]:
             return [given]
         case {"type": "text", "text": str(text), **rest} if not rest:
             return _split_at_marks(text)
-    raise _Bad(
-        f"message {number}: {_shown(given)} is neither {{type: text, text}} nor {{type: image, image}}"
-    )
+    raise _Bad(f"message {number}: {_shown(given)} is neither {{type: text, text}} nor {{type: image, image}}")
 
 
 def _split_at_marks(text: str) -> list[dict[str, Any]]:

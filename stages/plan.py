@@ -39,10 +39,10 @@ class Plan:
         pictures = sum(bool(p.images) for p in self.train)
         return [
             f"stage      {c.stage}, {last} iterations",
-            f"samples    {c.prompts_per_iteration} prompts x {c.rollouts_per_prompt} rollouts = {c.samples} per iteration, "
-            f"{c.samples * last:,} in all",
+            f"samples    {c.prompts_per_iteration} prompts x {c.rollouts_per_prompt} rollouts = {c.samples} "
+            f"per iteration, {c.samples * last:,} in all",
             f"updates    {c.ppo.minibatches} policy and {c.ppo.critic_minibatches} critic steps per iteration",
-            f"train      {len(self.train)} rows, {pictures} of them with pictures; tasks {', '.join(tasks(self.train))}",
+            f"train      {len(self.train)} rows, {pictures} with pictures; tasks {', '.join(tasks(self.train))}",
             f"held out   {len(self.held_out)} rows, evaluated {evals} times",
             f"model      {self.model}",
             f"placement  {c.rollout.workers} vLLM engine(s), 1 policy and 1 critic process, on {device(c)}",
@@ -83,9 +83,7 @@ def make_plan(config: Config) -> Plan:
     checkpoint.check(folder)
     chat = Chat(folder, config.model.chat_template)
     train = _rows(config, config.data.train, chat)
-    held_out = (
-        _limited(_rows(config, config.data.eval, chat), config.data.eval_limit) if config.data.eval else []
-    )
+    held_out = _limited(_rows(config, config.data.eval, chat), config.data.eval_limit) if config.data.eval else []
     return Plan(config, folder, chat, train, held_out, rewards)
 
 

@@ -19,9 +19,7 @@ from stages.loop import Clock, Parts, evaluate, ppo_iteration, sync
 from stages.plan import Plan, device, evaluates, saves
 
 
-def train(
-    plan: Plan, folder: RunFolder, display: Display, *, recipe: Mapping[str, Any], verbose: bool = False
-) -> bool:
+def train(plan: Plan, folder: RunFolder, display: Display, *, recipe: Mapping[str, Any], verbose: bool = False) -> bool:
     """Run the plan to its end, continuing from the newest checkpoint in `folder` if there is one.
 
     Returns: False if the run was interrupted; it has saved and can be resumed.
@@ -32,8 +30,8 @@ def train(
         done = checkpoint.counters(start)["iteration"] if start else -1
         folder.truncate_after(done)
         trackers = Trackers(plan.config.log.trackers, folder.path, recipe=recipe, first_step=done + 1)
+        run = _Run(plan, folder, display, trackers, interrupts)
         try:
-            run = _Run(plan, folder, display, trackers, interrupts)
             with interrupts.waiting():
                 run.begin(start, verbose=verbose)
             run.loop(max(done, 0))
@@ -91,16 +89,14 @@ class _Run:
         done = checkpoint.counters(start)["iteration"] if start else 0
         sync(done, self._prompts(done + 1), self.parts)
         self.done = self.saved = done if start else None
-        self.display.message(
-            f"ready: {self.folder.path}" + (f", resuming after iteration {done}" if start else "")
-        )
+        self.display.message(f"ready: {self.folder.path}" + (f", resuming after iteration {done}" if start else ""))
 
     def _place(self, where: str, verbose: bool) -> tuple[list[Worker], Worker, Worker]:
         config, plan = self.config, self.plan
         if where == "cuda" and gpus() < config.rollout.workers + 2:
             raise ValueError(
-                f"the cluster has {gpus()} GPUs, but {config.rollout.workers} rollout workers, a policy and a critic need "
-                f"{config.rollout.workers + 2}; lower rollout.workers or add GPUs"
+                f"the cluster has {gpus()} GPUs, but {config.rollout.workers} rollout workers, a policy and a critic "
+                f"need {config.rollout.workers + 2}; lower rollout.workers or add GPUs"
             )
         share: dict[str, Any] = {"gpus": 1} if where == "cuda" else {}
         threads = {"OMP_NUM_THREADS": str(config.learner.threads)} if config.learner.threads else {}

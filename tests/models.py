@@ -23,19 +23,24 @@ IMAGE_TOKEN = 7
 M = TypeVar("M", bound=torch.nn.Module)
 
 
-def step_vl(seed: int = 0, **changes: object) -> StepVL:
+def step_vl(seed: int = 0) -> StepVL:
     """112-pixel global view (4 image tokens) and 56-pixel crops (1 token); every parameter random, norms included."""
-    options = {"image_token_id": IMAGE_TOKEN, "image_token_len": 4, "patch_token_len": 1} | changes
     vision = {"image_size": 112, "width": 16, "layers": 2, "heads": 2, "mlp_ratio": 2.0}
-    config = StepVLConfig(vision_config=vision, text_config=TEXT, **options)
-    return randomized(checkpoint.build(config, device="cpu"), seed)
+    config = StepVLConfig(
+        vision_config=vision, text_config=TEXT, image_token_id=IMAGE_TOKEN, image_token_len=4, patch_token_len=1
+    )
+    model = checkpoint.build(config, device="cpu")
+    assert isinstance(model, StepVL)
+    return randomized(model, seed)
 
 
 def text_model(seed: int = 0, *, tied: bool = False) -> TextModel:
     from transformers import Qwen3Config
 
     config = Qwen3Config(**TEXT, tie_word_embeddings=tied, architectures=["Qwen3ForCausalLM"])
-    return randomized(checkpoint.build(config, device="cpu"), seed)
+    model = checkpoint.build(config, device="cpu")
+    assert isinstance(model, TextModel)
+    return randomized(model, seed)
 
 
 def randomized(model: M, seed: int) -> M:

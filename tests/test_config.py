@@ -55,9 +55,7 @@ def test_the_three_stages_make_the_reports_number_of_rollouts():
     sizes = ("iterations", "prompts_per_iteration", "rollouts_per_prompt")
     totals = [
         iterations * prompts * rollouts
-        for iterations, prompts, rollouts in (
-            [stage[size] for size in sizes] for stage in STAGE_DEFAULTS.values()
-        )
+        for iterations, prompts, rollouts in ([stage[size] for size in sizes] for stage in STAGE_DEFAULTS.values())
     ]
     # 600*512*16 + 300*512*8 + 500*64*16
     assert sum(totals) == 6_656_000

@@ -37,9 +37,7 @@ def line(iteration: int, counting: float = 0.5, pointing: float = 0.25) -> dict[
 
 
 def console(terminal: bool = False, width: int = 100) -> Console:
-    return Console(
-        file=io.StringIO(), force_terminal=terminal, width=width, height=30, _environ={"TERM": "xterm"}
-    )
+    return Console(file=io.StringIO(), force_terminal=terminal, width=width, height=30, _environ={"TERM": "xterm"})
 
 
 def shown(console: Console) -> str:
@@ -54,9 +52,7 @@ def test_without_a_terminal_each_iteration_is_one_plain_line() -> None:
         display.iteration(line(1, counting=0.5))
         display.iteration(line(2, counting=1.0))
     first, second = shown(screen).splitlines()
-    assert first.startswith(
-        "rlvr 1/20  reward 0.375 (avg 0.375)  counting 0.500  pointing 0.250  tokens 20.0"
-    )
+    assert first.startswith("rlvr 1/20  reward 0.375 (avg 0.375)  counting 0.500  pointing 0.250  tokens 20.0")
     assert "rollout 50% policy 30% other 20%" in first
     assert first.endswith("left 3:10")  # 19 iterations of 10 s
     assert "reward 0.625 (avg 0.500)" in second and second.endswith("left 3:00")
@@ -101,9 +97,7 @@ def test_evaluations_are_a_table_first_and_then_a_line_with_the_change() -> None
     display.evaluation({"iteration": 0, "eval/counting": 0.25, "eval/pointing": 0.75})
     assert "│ average  │  0.500 │" in shown(screen)
     display.evaluation({"iteration": 10, "eval/counting": 0.5, "eval/pointing": 1.0})
-    expected = (
-        "held-out at iteration 10:  counting 0.500 (+0.250)  pointing 1.000 (+0.250)  average 0.750 (+0.250)"
-    )
+    expected = "held-out at iteration 10:  counting 0.500 (+0.250)  pointing 1.000 (+0.250)  average 0.750 (+0.250)"
     assert shown(screen).splitlines()[-1] == expected
 
 
@@ -113,9 +107,7 @@ def test_the_summary_shows_each_family_before_and_after_and_the_average() -> Non
         {"eval/counting": 0.25, "eval/pointing": 0.75, "iteration": 0},
         {"eval/counting": 0.75, "eval/pointing": 0.5},
     )
-    rows = [
-        [cell.strip() for cell in row.split("│")[1:-1]] for row in shown(screen).splitlines() if "│" in row
-    ]
+    rows = [[cell.strip() for cell in row.split("│")[1:-1]] for row in shown(screen).splitlines() if "│" in row]
     assert rows == [
         ["counting", "0.250", "0.750", "+0.500"],
         ["pointing", "0.750", "0.500", "-0.250"],
@@ -149,9 +141,7 @@ class Closed(io.StringIO):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_closed_output_warns_and_does_not_end_the_run(
-    terminal: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_closed_output_warns_and_does_not_end_the_run(terminal: bool, caplog: pytest.LogCaptureFixture) -> None:
     screen = Console(file=Closed(), force_terminal=terminal, width=80, _environ={"TERM": "xterm"})
     with caplog.at_level(logging.WARNING), Display(Plan(), screen) as display:
         display.iteration(line(1))

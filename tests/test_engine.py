@@ -153,6 +153,36 @@ def test_same_call_gives_the_same_bits_whatever_came_between(step_vl: Served) ->
     assert [a.response_ids for a in first] == [a.response_ids for a in step_vl.engine.generate(ask)]
 
 
+def _reuse(key: int, asked: list[Request]) -> tuple[int, int]:
+    """Prompt tokens taken from the prefix cache, and pictures that went through the tower, in one generate()."""
+    from rollout.vllm_step_vl import CuredStepVL
+    from tests.engine_process import _engines
+
+    cached: list[int] = []
+    encoded: list[int] = []
+    engine, run, project = _engines[key], _engines[key]._run, CuredStepVL._process_image_features
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            CuredStepVL, "_process_image_features", lambda self, x: encoded.append(len(x)) or project(self, x)
+        )
+        patch.setattr(engine, "_run", lambda *a: [cached.append(o.num_cached_tokens) or o for o in run(*a)])
+        engine.generate(asked)
+    return sum(cached), sum(encoded)
+
+
+def test_nothing_is_reused_from_earlier_calls(step_vl: Served, engine_process: EngineProcess) -> None:
+    shown = (tiny.picture(tiny.NO_CROP),)
+    asked = [Request((tiny.IMAGE, *tiny.word_ids(300)), shown, 2, seed=0)]
+    for _ in range(2):
+        assert engine_process.run(_reuse, step_vl.engine._key, asked) == (0, 1)
+
+
+def test_requests_of_one_call_share_their_pictures(step_vl: Served, engine_process: EngineProcess) -> None:
+    shown = (tiny.picture(tiny.NO_CROP), tiny.picture(tiny.ONE_CROP))
+    asked = [Request((tiny.IMAGE, tiny.IMAGE, *tiny.word_ids(5, i)), shown, 2, seed=i) for i in range(4)]
+    assert engine_process.run(_reuse, step_vl.engine._key, asked)[1] == 2 + 1  # two views and a crop, not four times
+
+
 def test_each_request_keeps_its_own_seed(step_vl: Served) -> None:
     prompt = tiny.word_ids(10)
     asked = [Request(prompt, (), 12, seed=seed) for seed in (1, 2, 1)]

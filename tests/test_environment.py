@@ -17,9 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 HOOK_FOLDER = ROOT / "tools"
-cpu_torch_only = pytest.mark.skipif(
-    torch.version.cuda is not None, reason="the hook is for CPU builds of torch"
-)
+cpu_torch_only = pytest.mark.skipif(torch.version.cuda is not None, reason="the hook is for CPU builds of torch")
 
 
 def run_python(code: str, *arguments: str) -> str:
@@ -94,9 +92,7 @@ def test_a_proper_torchvision_is_left_alone(tmp_path: Path) -> None:
     assert run_python(IMPORT_FAKE, str(HOOK_FOLDER), str(tmp_path)) == "[] 0"
 
 
-def test_a_half_unpacked_package_is_forgotten_and_a_whole_one_kept(
-    installer: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_half_unpacked_package_is_forgotten_and_a_whole_one_kept(installer: dict[str, Any], tmp_path: Path) -> None:
     for name in ("whole-1.0.dist-info", "half-1.0.dist-info"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "METADATA").touch()

@@ -1,6 +1,7 @@
 """The PPO update: what is trained and what is not, and what must never change its gradient."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def batch_of(policy: Policy) -> Batch:
     batch = collate(scored)
     logprobs = policy.logprobs(batch, policy.features(batch.pictures))
     noise = 0.1 * torch.randn(logprobs.shape, generator=generator)
-    return Batch(**{**vars(batch), "rollout_logprobs": (logprobs + noise) * batch.response_mask})
+    return replace(batch, rollout_logprobs=(logprobs + noise) * batch.response_mask)
 
 
 def targets_of(batch: Batch, policy: Policy) -> Targets:
@@ -82,7 +83,11 @@ def gradients(policy: Policy, batch: Batch, budget: int, old: torch.Tensor | Non
         {},
         {"ratio": "clip", "entropy": 0.01},
         {"tis_policy": "before_update"},
-        {"rollout_correction": {"verl": {"rollout_is": "sequence", "rollout_rs": "token_k1", "rollout_rs_threshold": 1.1}}},
+        {
+            "rollout_correction": {
+                "verl": {"rollout_is": "sequence", "rollout_rs": "token_k1", "rollout_rs_threshold": 1.1}
+            }
+        },
         {"ratio": "clip", "policy_loss": {"verl": "gspo"}},
     ],
 )
@@ -213,7 +218,9 @@ def test_saving_and_restoring_continues_bit_for_bit(folder, tmp_path):
         policy.update(batch, targets, features, iteration)
 
     step(policy, critic, 1)
-    counters = policy.save(tmp_path / "policy", tmp_path / "state") | critic.save(tmp_path / "critic", tmp_path / "state")
+    counters = policy.save(tmp_path / "policy", tmp_path / "state") | critic.save(
+        tmp_path / "critic", tmp_path / "state"
+    )
     step(policy, critic, 2)
     other, valuer = Policy(folder, cfg), Critic(folder, cfg)
     other.restore(tmp_path / "policy", tmp_path / "state", counters["policy_steps"])

@@ -43,9 +43,7 @@ def test_a_name_finds_its_sentence(name: str, entry: str) -> None:
     assert describe(name).name == entry
 
 
-@pytest.mark.parametrize(
-    "name", ["policy/los", "eval", "eval/", "eval/a/b", "reward/a/b/c", "response/x/y", ""]
-)
+@pytest.mark.parametrize("name", ["policy/los", "eval", "eval/", "eval/a/b", "reward/a/b/c", "response/x/y", ""])
 def test_a_name_without_a_sentence_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="has no sentence"):
         describe(name)

@@ -50,7 +50,7 @@ def test_view_sizes_follow_from_the_token_counts():
 
 
 def test_a_config_whose_views_and_tokens_disagree_is_refused():
-    with pytest.raises(ValueError, match="global view of 728 pixels .*image_size is 448"):
+    with pytest.raises(ValueError, match=r"global view of 728 pixels .*image_size is 448"):
         StepVLConfig(vision_config={"image_size": 448})
 
 
@@ -155,9 +155,7 @@ def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(5)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(
-        checkpoint.CheckpointError, match=r"model\.norm\.weight is \(5,\), the config asks for \(32,\)"
-    ):
+    with pytest.raises(checkpoint.CheckpointError, match=r"model\.norm\.weight is \(5,\), the config asks for \(32,\)"):
         checkpoint.load(tmp_path)
 
 

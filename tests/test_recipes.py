@@ -52,12 +52,8 @@ def test_every_shipped_recipe_loads(recipe: Path, profile: str | None):
 
 def test_the_rlvr_recipe_repeats_the_defaults_and_changes_none():
     full = load(SHIPPED / "rlvr.yaml", overrides=[ROWS]).config
-    bare = load(
-        None, stage="rlvr", overrides=["model.path=stepfun-ai/Step3-VL-10B", ROWS, "rewards.x.use=exact"]
-    )
-    assert [
-        change.key for change in differences(bare.config, full) if not change.key.startswith("rewards.")
-    ] == []
+    bare = load(None, stage="rlvr", overrides=["model.path=stepfun-ai/Step3-VL-10B", ROWS, "rewards.x.use=exact"])
+    assert [change.key for change in differences(bare.config, full) if not change.key.startswith("rewards.")] == []
 
 
 def test_the_cpu_profile_only_scales():
@@ -156,9 +152,7 @@ def test_paths_are_relative_to_the_file_that_names_them():
     write("profiles/other.yaml", "data: {eval: ../rows/held.jsonl}\nmodel: {chat_template: chat.jinja}")
     write("mine/r.yaml", MINE.replace("math_verify", "own.py:Right"))
     here = Path.cwd()
-    config = load(
-        Path("mine/r.yaml"), profile="profiles/other.yaml", overrides=["data.train=[t.jsonl]"]
-    ).config
+    config = load(Path("mine/r.yaml"), profile="profiles/other.yaml", overrides=["data.train=[t.jsonl]"]).config
     assert config.model.path == str(here / "mine/model")
     assert config.model.chat_template == here / "profiles/chat.jinja"
     assert config.data.eval == (str(here / "rows/held.jsonl"),)

@@ -97,9 +97,7 @@ class Spec:
     memory_mb: int = 256
 
 
-def rollout(
-    text: str, task: str = "obey", prompt: str = "p", finish: Finish = "stop", truth: Any = "5"
-) -> Rollout:
+def rollout(text: str, task: str = "obey", prompt: str = "p", finish: Finish = "stop", truth: Any = "5") -> Rollout:
     return Rollout(Prompt(prompt, task, (), ground_truth=truth), text, finish)
 
 
@@ -129,9 +127,7 @@ def runner(folder: Path) -> Iterator[RewardRunner]:
 
 def workers() -> list[psutil.Process]:
     children = psutil.Process().children(recursive=True)
-    return [
-        c for c in children if c.status() != psutil.STATUS_ZOMBIE and "rewards.worker" in str(c.cmdline())
-    ]
+    return [c for c in children if c.status() != psutil.STATUS_ZOMBIE and "rewards.worker" in str(c.cmdline())]
 
 
 def test_order_is_kept_and_the_parameters_reach_the_reward(runner: RewardRunner) -> None:
@@ -229,12 +225,8 @@ def test_a_truncated_member_of_a_group_gets_the_lowest_value(runner: RewardRunne
     assert [(s.reward, s.details) for s in scored] == [(0.0, {}), (0.0, {"truncated": True})]
 
 
-@pytest.mark.parametrize(
-    ("text", "why"), [("hang", "took longer than 2 s"), ("short", "1 scores for a group of 2")]
-)
-def test_a_group_that_cannot_be_scored_is_invalid_as_a_whole(
-    runner: RewardRunner, text: str, why: str
-) -> None:
+@pytest.mark.parametrize(("text", "why"), [("hang", "took longer than 2 s"), ("short", "1 scores for a group of 2")])
+def test_a_group_that_cannot_be_scored_is_invalid_as_a_whole(runner: RewardRunner, text: str, why: str) -> None:
     scored = runner.score([rollout(text, task="rank"), rollout(text, task="rank")])
     assert all(s.invalid and why in s.invalid for s in scored)
 
@@ -270,9 +262,7 @@ def test_lowest_and_highest_are_what_the_reward_declares(runner: RewardRunner) -
 def test_a_row_whose_task_has_no_reward_is_named_together_with_the_tasks_there_are(
     runner: RewardRunner,
 ) -> None:
-    with pytest.raises(
-        ValueError, match="row 'p7': task 'chess' has no reward; the recipe has rewards for obey"
-    ):
+    with pytest.raises(ValueError, match="row 'p7': task 'chess' has no reward; the recipe has rewards for obey"):
         runner.check_tasks([Prompt("p1", "obey", ()), Prompt("p7", "chess", ())])
 
 

@@ -103,9 +103,7 @@ def test_a_file_is_found_relative_to_the_recipe_and_its_missing_parameter_is_nam
         get("mine.py:right_and_short", {}, tmp_path)
 
 
-def test_a_file_is_also_found_by_module_and_by_entry_point(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_also_found_by_module_and_by_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin(tmp_path, TEN_LINES, "some_module.py")
     about = tmp_path / "some_plugin-1.0.dist-info"
     about.mkdir()

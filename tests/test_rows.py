@@ -109,9 +109,7 @@ def test_fields_that_arrow_fills_with_nulls_are_absent(tmp_path: Path) -> None:
 def test_a_hugging_face_folder_gives_the_same_prompts_as_its_rows(tmp_path: Path) -> None:
     import datasets
 
-    rows = [
-        row(id=str(n), messages=[{"role": "user", "content": "<image>?"}], images=[png()]) for n in range(3)
-    ]
+    rows = [row(id=str(n), messages=[{"role": "user", "content": "<image>?"}], images=[png()]) for n in range(3)]
     saved = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
     datasets.DatasetDict({"held_out": saved}).save_to_disk(tmp_path / "set")
     assert read_rows(f"{tmp_path}/set:held_out") == read_rows(parquet(tmp_path, *rows))
@@ -193,19 +191,14 @@ def test_a_bad_row_says_what_is_wrong(tmp_path: Path, changes: dict[str, Any], r
 
 def test_a_task_without_a_reward_is_named(tmp_path: Path) -> None:
     path = jsonl(tmp_path, row())
-    assert reasons(path, tasks=["counting", "chat"]) == [
-        "task 'sums' has no reward; the recipe has chat, counting"
-    ]
+    assert reasons(path, tasks=["counting", "chat"]) == ["task 'sums' has no reward; the recipe has chat, counting"]
     assert len(read_rows(path, tasks=["sums"])) == 1
 
 
 def test_pictures_given_twice_over_are_refused(tmp_path: Path) -> None:
     (tmp_path / "ok.png").write_bytes(png())
     chat = user({"type": "image", "image": "ok.png"}, text("?"))
-    assert (
-        "both in messages and in the column"
-        in reasons(jsonl(tmp_path, row(messages=chat, images=["ok.png"])))[0]
-    )
+    assert "both in messages and in the column" in reasons(jsonl(tmp_path, row(messages=chat, images=["ok.png"])))[0]
 
 
 def test_text_that_is_not_utf_8_is_a_bad_row_and_not_a_crash(tmp_path: Path) -> None:
@@ -225,9 +218,7 @@ def test_text_that_is_not_utf_8_is_a_bad_row_and_not_a_crash(tmp_path: Path) -> 
         ("rows.jsonl.gz", b"\x1f\x8b\x08", "damaged gzip file"),
     ],
 )
-def test_a_source_that_cannot_be_read_is_named(
-    tmp_path: Path, name: str, content: bytes | None, message: str
-) -> None:
+def test_a_source_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)

@@ -37,16 +37,12 @@ def test_after_a_resume_tensorboard_shows_each_iteration_once(tmp_path: Path) ->
     assert curve(tmp_path, "reward/mean") == [(0, 1.0), (1, 1.0), (2, 2.0), (3, 2.0)]
 
 
-def test_wandb_gets_each_number_and_a_resumed_run_keeps_its_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_gets_each_number_and_a_resumed_run_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for first_step in (0, 1):
         trackers = Trackers(["wandb"], tmp_path, recipe={"seed": 1}, first_step=first_step)
-        trackers.log(
-            first_step, {"iteration": first_step, "stage": "rlvr", "reward/mean": first_step + 0.125}
-        )
+        trackers.log(first_step, {"iteration": first_step, "stage": "rlvr", "reward/mean": first_step + 0.125})
         trackers.close()
     identity = (tmp_path / "tracking" / "wandb_id").read_text()
     files = [file.read_bytes() for file in tmp_path.rglob(f"run-{identity}.wandb")]

@@ -1,5 +1,6 @@
 """What the warm start does with the model: batches of demonstrations, their loss, greedy and forced answers."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from numpy.random import Generator
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from recipes.scale import world
@@ -67,11 +68,23 @@ class Lesson:
 
 def lesson(rng: Generator, pictures: int, most_things: int, rough_share: float) -> Lesson:
     """`pictures` scenes with their pointing and grounding problems, as many crowds, and as many sums as counts."""
-    problems = [p for _ in range(pictures) for p in world.point_and_box(world.draw_scene(rng, "train", (1, most_things)))]
+    problems = [
+        p for _ in range(pictures) for p in world.point_and_box(world.draw_scene(rng, "train", (1, most_things)))
+    ]
     counts = [p for _ in range(pictures) for p in world.count_kinds(world.draw_crowd(rng, "train"))]
     problems += [*counts, *(world.draw_sum(rng, "train") for _ in counts)]
     writers = [ROUGH if rng.random() < rough_share else EXACT for _ in problems]
     return Lesson(problems, [writer(problem) for writer, problem in zip(writers, problems, strict=True)])
+
+
+@dataclass(frozen=True)
+class Sightings:
+    """What lies at each of the S x N image tokens of S scenes; kinds and boxes count only where `seen`."""
+
+    seen: Tensor  # [S, N] bool
+    color: Tensor  # [S, N] int64, index into COLORS
+    form: Tensor  # [S, N] int64, index into SHAPES
+    box: Tensor  # [S, N, 4] fractions of the picture
 
 
 def scenes_of(problems: Sequence[Problem]) -> list[Scene]:
@@ -84,8 +97,8 @@ def pixels(model: StepVL, scenes: Sequence[Scene]) -> Tensor:
     colors = (torch.from_numpy(np.stack([s.palette for s in scenes])).float() / 255 - MEAN.flatten()) / STD.flatten()
     canvas = torch.from_numpy(np.stack([s.pixels for s in scenes])).long()  # [S, P, P]
     small = colors[torch.arange(len(canvas))[:, None, None], canvas].permute(0, 3, 1, 2)
-    side = (model.config.global_size,) * 2
-    return F.interpolate(small, size=side, mode="bilinear", align_corners=False, antialias=True)
+    side = (model.config.global_size,) * 2  # larger than the pictures, so antialiasing would change nothing
+    return F.interpolate(small, size=side, mode="bilinear", align_corners=False)
 
 
 def features(model: StepVL, scenes: Sequence[Scene]) -> dict[int, Tensor]:
@@ -94,6 +107,33 @@ def features(model: StepVL, scenes: Sequence[Scene]) -> dict[int, Tensor]:
         return {}
     encoded = model.vit_large_projector(model.vision_model(pixels(model, scenes)))
     return {id(scene): feature for scene, feature in zip(scenes, encoded, strict=True)}
+
+
+def sightings(scenes: Sequence[Scene], grid: int) -> Sightings:
+    """Where the things are, on the grid of the tower's output tokens."""
+    shape = (len(scenes), grid * grid)
+    seen = torch.zeros(shape, dtype=torch.bool)
+    color, form = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    box = torch.zeros(*shape, 4)
+    for number, scene in enumerate(scenes):
+        for thing in scene.things:
+            token = grid * thing.y // world.PIXELS * grid + grid * thing.x // world.PIXELS
+            seen[number, token] = True
+            color[number, token] = list(world.COLORS).index(thing.color)
+            form[number, token] = world.SHAPES.index(thing.shape)
+            box[number, token] = torch.tensor(thing.box)
+    return Sightings(seen, color, form, box)
+
+
+def sight_loss(model: StepVL, head: nn.Linear, scenes: Sequence[Scene]) -> Tensor:
+    """How badly a linear look at each image token tells whether a thing's centre lies there, and which and where."""
+    tokens = model.vit_large_projector(model.vision_model(pixels(model, scenes)))
+    told = head(tokens)
+    truth = sightings(scenes, math.isqrt(tokens.shape[1]))
+    exists = F.binary_cross_entropy_with_logits(told[..., 0], truth.seen.float())
+    color, form, box = told[truth.seen][:, 1:].split([len(world.COLORS), len(world.SHAPES), 4], dim=1)
+    kinds = F.cross_entropy(color, truth.color[truth.seen]) + F.cross_entropy(form, truth.form[truth.seen])
+    return exists + kinds + 10 * F.l1_loss(box, truth.box[truth.seen])
 
 
 def embedded(model: StepVL, ids: Tensor, problems: Sequence[Problem], seen: dict[int, Tensor]) -> Tensor:
@@ -156,7 +196,11 @@ def loss(model: StepVL, prompter: Prompter, batch: Lesson) -> Tensor:
 
 @torch.no_grad()
 def answers(
-    model: StepVL, prompter: Prompter, problems: Sequence[Problem], *, openings: dict[str, str] | None = None,
+    model: StepVL,
+    prompter: Prompter,
+    problems: Sequence[Problem],
+    *,
+    openings: dict[str, str] | None = None,
     generator: torch.Generator | None = None,
 ) -> list[str]:
     """The model's responses, greedy, or sampled at temperature 1 if there is a `generator`.

@@ -169,7 +169,9 @@ def score(problem: Problem, text: str) -> float:
     return given.value if isinstance(given, rewards.Score) else float(given)
 
 
-def report(model: StepVL, prompter: Prompter, problems: Sequence[Problem], seed: int = 0) -> dict[str, dict[str, float]]:
+def report(
+    model: StepVL, prompter: Prompter, problems: Sequence[Problem], seed: int = 0
+) -> dict[str, dict[str, float]]:
     """Per task: greedy reward; at temperature 1 the share of rough responses, and the reward of either kind."""
     model.model.set_attn_implementation("sdpa")  # whole batches with a cache, which packed attention has not
     greedy = practice.answers(model, prompter, problems)
@@ -200,8 +202,11 @@ def train(school: School, every: int, heldout: Sequence[Problem]) -> dict[str, d
             school.save_state()
             took = (time.monotonic() - started) / len(losses)
             left = took * (school.steps - school.step) / 60
-            print(f"step {school.step}/{school.steps}  loss {fmean(losses[-every:]):.3f}  {took:.2f} s a step, "
-                  f"{left:.0f} min left", flush=True)
+            print(
+                f"step {school.step}/{school.steps}  loss {fmean(losses[-every:]):.3f}  {took:.2f} s a step, "
+                f"{left:.0f} min left",
+                flush=True,
+            )
     school.save_model()
     return report(school.model, school.prompter, heldout)
 

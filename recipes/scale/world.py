@@ -1,7 +1,7 @@
 """The scale model's world: pictures of coloured shapes and problems about them, the same for the same seed.
 
 Pictures are rasterised here, pixel by pixel, so that no drawing library's version can change them.
-`python -m recipes.scale.world` writes the files that ship beside this one: train.jsonl, heldout.jsonl and
+`python -m recipes.scale.world` writes the files that ship in data/: train.jsonl, heldout.jsonl and
 pictures/. Rows are JSONL beside PNG files rather than one Parquet file: both can be looked at without a tool.
 """
 
@@ -29,12 +29,12 @@ COLORS = {
     "purple": (140, 60, 180),
     "black": (30, 30, 30),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("ring", "square", "triangle", "cross")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 HELDOUT_BYTES = 32  # of 256: the share of all pictures and sums that only the held-out split may use
 SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in the shipped files
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
-HERE = Path(__file__).parent
+SHIPPED = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Thing:
         """[2 * half, 2 * half] bool: the pixels of its box that it covers."""
         line = (np.arange(2 * self.half) + 0.5) / self.half - 1  # pixel centres, -1 to 1
         u, v = np.abs(line)[None, :], line[:, None]
-        if self.shape == "circle":
-            return u**2 + v**2 <= 1
+        if self.shape == "ring":
+            return (u**2 + v**2 <= 1) & (u**2 + v**2 >= 0.25)
         if self.shape == "triangle":
             return u <= (v + 1) / 2 + 0.5 / self.half  # the last term gives the tip a pixel, so boxes are tight
         if self.shape == "cross":
@@ -264,7 +264,7 @@ def write(folder: Path, split: Split) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the scale model's data files.")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write into (default: beside this file)")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder to write into (default: the shipped one)")
     folder: Path = parser.parse_args().out
     for split in SIZES:
         data = write(folder, split)

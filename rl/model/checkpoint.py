@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -33,9 +34,7 @@ def local_folder(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path)))
     except Exception as error:  # the hub client raises many kinds; all mean the same to the reader
-        raise CheckpointError(
-            f"model.path {path}: no such folder, and the hub did not give it ({error})"
-        ) from error
+        raise CheckpointError(f"model.path {path}: no such folder, and the hub did not give it ({error})") from error
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
@@ -94,9 +93,7 @@ def check(folder: str | Path) -> PretrainedConfig:
                 if name in expected and (got := tuple(tensors.get_slice(name).get_shape())) != tuple(
                     expected[name].shape
                 ):
-                    raise CheckpointError(
-                        f"{file}: {name} is {got}, the config asks for {tuple(expected[name].shape)}"
-                    )
+                    raise CheckpointError(f"{file}: {name} is {got}, the config asks for {tuple(expected[name].shape)}")
     return config
 
 
@@ -115,9 +112,7 @@ def state(model: nn.Module, *, tied: bool = False) -> dict[str, Tensor]:
     return tensors
 
 
-def load(
-    folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> StepVL | TextModel:
+def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StepVL | TextModel:
     """The model in a folder, every tensor read and checked.
 
     Raises CheckpointError naming missing or extra tensors and wrong shapes.
@@ -138,13 +133,13 @@ def load(
     return model.eval()
 
 
-def materialize(trunk: nn.Module, device: str = "cpu") -> None:
+def materialize(trunk: Any, device: str = "cpu") -> None:
     """Rotary tables are computed, not stored: rebuild what the meta device left empty."""
     trunk.rotary_emb = type(trunk.rotary_emb)(config=trunk.config, device=device)
 
 
 def save(
-    model: nn.Module,
+    model: StepVL | TextModel,
     folder: str | Path,
     *,
     source: str | Path | None = None,
@@ -162,11 +157,12 @@ def save(
     save_torch_state_dict(tensors, folder, max_shard_size="4GB")
     model.config.save_pretrained(folder)
     if source is not None:
-        for file in sorted(Path(source).iterdir()):
-            if (
-                file.is_file()
-                and file.suffix in {".json", ".jinja", ".txt", ".model"}
-                and not (folder / file.name).exists()
-            ):
-                if file.name != INDEX:
-                    shutil.copyfile(file, folder / file.name)
+        _copy_companions(Path(source), folder)
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, chat template and generation config; nothing that was written already, and no weights."""
+    for file in sorted(source.iterdir()):
+        companion = file.suffix in {".json", ".jinja", ".txt", ".model"} and file.name != INDEX
+        if companion and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)

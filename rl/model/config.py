@@ -101,7 +101,8 @@ class StepVLConfig(PretrainedConfig):
         self.projector_bias = projector_bias
         self.vision_select_layer = vision_select_layer
         kwargs.setdefault("architectures", [ARCHITECTURE])
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
+        super().__init__(**kwargs)
         if self.global_size != vision_config.image_size:
             raise ValueError(
                 f"image_token_len {image_token_len} means a global view of {self.global_size} pixels "

@@ -46,9 +46,7 @@ def hidden_states(trunk: Any, pack: Pack, features: Mapping[str, Tensor]) -> Ten
     return out.last_hidden_state[0]
 
 
-def token_logprobs(
-    hidden: Tensor, head: nn.Linear, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def token_logprobs(hidden: Tensor, head: nn.Linear, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability of each target token and entropy of its distribution, in nats.
 
     Logits are made for CHUNK tokens at a time, and again in the backward pass, so that no [n, vocabulary] matrix is

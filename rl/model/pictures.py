@@ -33,9 +33,7 @@ def pixels(picture: Image.Image, side: int) -> Tensor:
     data = (data - MEAN) / STD
     if data.shape[-2:] == (side, side):
         return data.contiguous()
-    return F.interpolate(data[None], size=(side, side), mode="bilinear", align_corners=False, antialias=True)[
-        0
-    ]
+    return F.interpolate(data[None], size=(side, side), mode="bilinear", align_corners=False, antialias=True)[0]
 
 
 def views(picture: Image.Image, global_size: int, crop_size: int) -> Views:

@@ -31,9 +31,9 @@ def rope_2d(head_dim: int, grid: int, rows: int, columns: int) -> tuple[Tensor, 
     frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))
     row = (torch.arange(rows).float()[:, None] * frequencies).repeat_interleave(2, dim=-1)
     column = (torch.arange(columns).float()[:, None] * frequencies).repeat_interleave(2, dim=-1)
-    angles = torch.cat(
-        [column[None].expand(rows, -1, -1), row[:, None].expand(-1, columns, -1)], dim=-1
-    ).reshape(rows * columns, head_dim)
+    angles = torch.cat([column[None].expand(rows, -1, -1), row[:, None].expand(-1, columns, -1)], dim=-1).reshape(
+        rows * columns, head_dim
+    )
     return angles.cos(), angles.sin()
 
 

@@ -19,9 +19,7 @@ class TextModel(nn.Module):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         if config.model_type not in FAMILIES:
-            raise ValueError(
-                f"model_type {config.model_type!r} is not built; text models can be {', '.join(FAMILIES)}"
-            )
+            raise ValueError(f"model_type {config.model_type!r} is not built; text models can be {', '.join(FAMILIES)}")
         self.config = config
         self.model = AutoModel.from_config(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

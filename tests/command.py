@@ -1,0 +1,102 @@
+"""Runs the project's commands as a user would, and finds processes that they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "STEP3_VL_RL_TEST_RUN"
+PATIENCE = 240  # seconds that a small run may take on a busy machine
+
+
+class Command:
+    """`python -m ...`, started in `folder`; every process it starts, however indirectly, carries a mark."""
+
+    def __init__(self, *arguments: object, folder: Path = ROOT, **environment: str) -> None:
+        self.mark = uuid.uuid4().hex
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "VLLM_", "OMP_"))}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, arguments)],
+            cwd=folder,
+            env=clean | environment | {MARK: self.mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self, timeout: float = PATIENCE) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error."""
+        try:
+            out, err = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        return self.process.returncode, out, err
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """kill -9 of this process alone, as a crash would be."""
+        self.process.kill()
+        self.process.communicate()
+
+    def left_behind(self, patience: float = 20) -> list[str]:
+        """Command lines of processes with our mark that are still there after `patience` seconds."""
+        deadline = time.monotonic() + patience
+        while (found := self._marked()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return found
+
+    def _marked(self) -> list[str]:
+        wanted, found = f"{MARK}={self.mark}".encode(), []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                if wanted in (entry / "environ").read_bytes():
+                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:  # gone, or not ours
+                continue
+        return [line for line in found if line]
+
+
+def run(*arguments: object, **options: Any) -> tuple[int, str, str]:
+    """A command from start to end, after which nothing of it may be left."""
+    command = Command(*arguments, **options)
+    result = command.finish()
+    assert command.left_behind() == []
+    return result
+
+
+def wait_for_iteration(folder: Path, iteration: int, command: Command) -> None:
+    """Until metrics.jsonl has that iteration."""
+    deadline = time.monotonic() + PATIENCE
+    while not any(line["iteration"] >= iteration for line in metrics(folder)):
+        assert command.process.poll() is None, command.finish()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "metrics.jsonl"
+    whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What must be the same in two runs: everything but times and throughput."""
+    return [
+        {k: v for k, v in line.items() if not k.startswith("time/") and k != "rollout/tokens_per_second"}
+        for line in lines
+    ]
+
+
+INTERRUPT, TERMINATE = signal.SIGINT, signal.SIGTERM

@@ -1,0 +1,217 @@
+"""The command people run, with real parts: Ray, vLLM, critic, learner and pictures, in the small.
+
+One run to its end is shared by most tests; the others are broken off and resumed, and must come out the same.
+"""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rl.model import checkpoint
+from tests.command import INTERRUPT, ROOT, TERMINATE, Command, metrics, run, wait_for_iteration, without_times
+
+SMALL = (
+    "rl.run",
+    ROOT / "recipes/rlvr.yaml",
+    "--profile",
+    "cpu",
+    "iterations=4",
+    "prompts_per_iteration=8",
+    "rollouts_per_prompt=4",
+    "data.eval_limit=4",
+    "checkpoint.every=2",
+    "eval.every=2",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that nothing disturbed, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    code, out, err = run(*SMALL, "--output", folder)
+    assert code == 0, err
+    return folder, out
+
+
+def test_a_run_leaves_the_folder_of_the_contract(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoints",
+        "metrics.jsonl",
+        "policy",
+        "recipe.yaml",
+        "rollouts",
+        "tracking",
+    ]
+    assert [line["iteration"] for line in metrics(folder)] == [0, 1, 2, 3, 4]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["000002", "000004"]
+    assert sorted(p.name for p in (folder / "rollouts").iterdir()) == [f"{i:06d}.jsonl.gz" for i in range(1, 5)]
+
+
+def test_held_out_rows_are_scored_before_training_and_as_often_as_the_recipe_says(finished: tuple[Path, str]) -> None:
+    evaluated = [m["iteration"] for m in metrics(finished[0]) if any(k.startswith("eval/") for k in m)]
+    assert evaluated == [0, 2, 4]
+
+
+def test_every_iteration_has_the_metrics_of_the_contract(finished: tuple[Path, str]) -> None:
+    names = {
+        "reward/mean", "reward/std", "reward/invalid_fraction", "reward/flat_group_fraction", "response/tokens_mean",
+        "response/truncated_fraction", "policy/loss", "policy/entropy", "policy/approx_kl", "policy/clip_fraction",
+        "policy/grad_norm", "policy/lr", "policy/tis_mean", "policy/tis_capped_fraction", "value/loss",
+        "rollout/logprob_gap", "rollout/tokens_per_second", "rollout/staleness", "time/rollout", "time/reward",
+        "time/critic", "time/policy", "time/sync", "time/total",
+    }  # fmt: skip
+    for line in metrics(finished[0])[1:]:
+        assert names <= line.keys()
+        assert line["rollout/logprob_gap"] < 1e-4
+        assert line["reward/invalid_fraction"] == 0
+
+
+def test_samples_hold_the_row_the_response_and_its_score(finished: tuple[Path, str]) -> None:
+    with gzip.open(finished[0] / "rollouts/000001.jsonl.gz", "rt") as file:
+        samples = [json.loads(line) for line in file]
+    assert len(samples) == 32
+    assert {"id", "task", "messages", "ground_truth", "response", "reward", "finish"} <= samples[0].keys()
+    assert any(isinstance(s["messages"][0]["content"], list) for s in samples)  # pictures were shown
+
+
+def test_tower_and_projector_stay_bit_identical_and_the_decoder_moves(finished: tuple[Path, str]) -> None:
+    before = load_file(ROOT / "recipes/scale/model/model.safetensors")
+    after = load_file(finished[0] / "policy/model.safetensors")
+    frozen = {name for name in before if name.startswith(("vision_model.", "vit_large_projector."))}
+    assert all(torch.equal(before[name].float(), after[name]) for name in frozen)
+    assert any(not torch.equal(before[name].float(), after[name]) for name in before.keys() - frozen)
+
+
+def test_the_screen_shows_progress_and_what_was_learned(finished: tuple[Path, str]) -> None:
+    out = finished[1]
+    assert "rlvr 4/4" in out and "held-out reward before and after training" in out
+    assert str(finished[0] / "policy") in out
+
+
+@pytest.mark.parametrize("blow", ["kill", "interrupt", "terminate"])
+def test_a_run_broken_off_and_resumed_ends_like_one_that_was_not(
+    finished: tuple[Path, str], tmp_path: Path, blow: str
+) -> None:
+    folder = tmp_path / "broken"
+    command = Command(*SMALL, "--output", folder)
+    wait_for_iteration(folder, 3, command)
+    if blow == "kill":
+        command.kill()
+    else:
+        command.signal(INTERRUPT if blow == "interrupt" else TERMINATE)
+        code, out, _ = command.finish()
+        assert code == 130 and f"--resume {folder}" in out
+    assert command.left_behind() == []
+    code, _, err = run("rl.run", "--resume", folder)
+    assert code == 0, err
+    assert without_times(metrics(folder)) == without_times(metrics(finished[0]))
+    for part in ("policy", "checkpoints/000004/critic", "checkpoints/000004/state"):
+        for file in sorted((finished[0] / part).glob("*.safetensors")):
+            ours, theirs = load_file(folder / part / file.name), load_file(file)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), file
+    for file in sorted((finished[0] / "rollouts").iterdir()):
+        assert (folder / "rollouts" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_final_policy_gives_the_same_logprobs_in_vllm_and_in_our_code(
+    finished: tuple[Path, str], engine_process
+) -> None:
+    from rl.learner import Policy
+    from rl.recipe import load
+    from rl.types import Request, Rollout
+    from rollout.chat import Chat
+    from rollout.rows import read_rows
+
+    folder = str(finished[0] / "policy")
+    chat, rows = Chat(folder), read_rows(ROOT / "recipes/scale/data/heldout.jsonl")[::200]
+    engine = engine_process.start(Path(folder), max_sequence_length=128)
+    try:
+        asked = [Request(chat.prompt_ids(p), p.images, 24, seed) for seed, p in enumerate(rows)]
+        answers = engine.generate(asked)
+    finally:
+        engine.close()
+    made = [
+        Rollout(p, "", a.finish, a.prompt_ids, a.response_ids, a.logprobs) for p, a in zip(rows, answers, strict=True)
+    ]
+    policy = Policy(folder, load(finished[0] / "recipe.yaml").config)
+    assert policy.logprob_gap(made) < 1e-4
+
+
+def test_resuming_refuses_changed_values_and_names_them(finished: tuple[Path, str]) -> None:
+    code, _, err = run("rl.run", "--resume", finished[0], "ppo.gamma=0.5", "iterations=9")
+    assert code == 2 and "ppo.gamma: 1.0 -> 0.5" in err and "iterations" not in err
+
+
+def test_a_dry_run_prints_every_value_with_its_origin_and_starts_nothing(tmp_path: Path) -> None:
+    code, out, err = run(*SMALL, "--dry-run", "--output", tmp_path / "none")
+    assert code == 0, err
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert lines["iterations"].endswith("command line")
+    assert "profile cpu" in lines["model.path"]
+    assert lines["ppo.tis_cap"].endswith("rlvr.yaml")
+    assert "8 prompts x 4 rollouts = 32 per iteration" in out
+    assert not (tmp_path / "none").exists()
+
+
+BAD_ROW = '{"id": "1", "task": "arithmetic", "messages": [{"role": "user", "content": "1+1"}], "ground_truth": "2"}\n'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ppo.gama=1",), "did you mean ppo.gamma?"),
+        (("ppo.gamma=high",), "ppo.gamma"),
+        (("data.train={tmp}/none.jsonl",), "none.jsonl"),
+        (("data.train={tmp}/bad.jsonl",), "bad.jsonl:2"),
+        (("rewards.arithmetic={{use: math_verifi}}",), "math_verify"),
+        (("rewards.arithmetic={{use: math_verify, penalties: [citation]}}",), "not built yet"),
+        (("learner.ranks=2",), "learner.ranks"),
+        (("model.path={tmp}/holes",), "missing tensors"),
+        (("max_sequence_length=20", "learner.token_budget=20"), "leave no room"),
+    ],
+)
+def test_bad_input_gets_one_clear_message_and_nothing_is_started(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "bad.jsonl").write_text(BAD_ROW + '{"id": "2", "task": "arithmetic"}\n')
+    _model_with_a_hole(tmp_path / "holes")
+    code, out, err = run(*SMALL, "--output", tmp_path / "run", *(a.format(tmp=tmp_path) for a in arguments))
+    assert code == 2, err
+    assert message in err and "Traceback" not in err
+    assert out == "" and not (tmp_path / "run").exists()
+
+
+def _model_with_a_hole(folder: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    shutil.copytree(ROOT / "recipes/scale/model", folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_the_full_size_recipe_without_gpus_says_what_it_needs_and_names_the_cpu_profile() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has GPUs")
+    code, _, err = run("rl.run", ROOT / "recipes/rlvr.yaml")
+    assert code == 2 and "--profile cpu" in err and "GPU" in err
+
+
+def test_an_output_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    code, _, err = run(*SMALL, "--output", tmp_path)
+    assert code == 2 and str(tmp_path) in err
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_saved_checkpoint_is_a_whole_model_folder(finished: tuple[Path, str]) -> None:
+    model = checkpoint.load(finished[0] / "checkpoints/000002/policy")
+    assert model.image_token_id is not None
