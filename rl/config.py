@@ -177,9 +177,9 @@ class PPO(Options):
     """none: no importance ratio between minibatches, as in the report's text; clip: its Eq. 2."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Half-width of the range that `ratio: clip` clips to (reconstruction, from Open-Reasoner-Zero)."""
-    tis_cap: Positive = 8.0
+    tis_cap: Positive | None = 8.0
     """Truncated importance sampling: each token's loss is weighted by its probability in the learner over
-    that in the engine, at most this; no gradient flows through the weight."""
+    that in the engine, at most this; no gradient flows through the weight. null: no weights."""
     tis_policy: Literal["current", "before_update"] = "current"
     """Learner policy in that weight: the one being updated, or the one from before the iteration's updates
     (reconstruction: the report does not say)."""
@@ -327,6 +327,8 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
     if config.ppo.policy_loss and config.ppo.ratio == "none":
         problem = "of verl needs the ratio to the policy before the update; set ppo.ratio: clip"
         yield OptionError("ppo.policy_loss", problem)
+    if config.ppo.policy_loss and config.ppo.clip != PPO.model_fields["clip"].default:
+        yield OptionError("ppo.clip", "is not read by verl's losses; set clip_ratio in ppo.policy_loss.params")
 
 
 def _stored_secrets(config: Config) -> Iterator[OptionError]:

@@ -137,13 +137,16 @@ class Policy:
         old = self.logprobs(batch, features) if needs_old_logprobs(self.config.ppo) else None
         sums: Sums = {}
         norm = lr = 0.0
+        tokens = 0
         seed = f"{self.config.seed}-policy-{iteration}"
         for groups in minibatches(batch.groups, self.config.ppo.minibatches, seed):
-            sums = add_sums(sums, self._accumulate(groups, batch, targets, features, old))
-            lr = self.optimizer.next_lr
-            norm = max(norm, self.optimizer.step())
-        metrics = finish_sums(sums, int(batch.response_mask.sum()))
-        return {**metrics, "policy/grad_norm": norm, "policy/lr": lr}
+            size, found = self._accumulate(groups, batch, targets, features, old)
+            tokens += size.tokens
+            sums = add_sums(sums, found)
+            if size.tokens:
+                lr = self.optimizer.next_lr
+                norm = max(norm, self.optimizer.step())
+        return {**finish_sums(sums, max(1, tokens)), "policy/grad_norm": norm, "policy/lr": lr}
 
     def _accumulate(
         self,
@@ -152,39 +155,36 @@ class Policy:
         targets: Targets,
         features: Mapping[str, Tensor],
         old: Tensor | None,
-    ) -> Sums:
-        """Add one minibatch's gradients, row by row. Returns its statistics, summed over tokens."""
+    ) -> tuple[MinibatchSize, Sums]:
+        """Add one minibatch's gradients, packed row by packed row.
+
+        Returns: how much of it counts (verl's correction may reject tokens, even all of them), and its statistics,
+        summed over those tokens.
+        """
         correction = self._correction(groups, batch, old)
         chosen = batch.response_mask if correction is None else correction.mask
-        sums: Sums = {} if correction is None else correction.sums
         mine = chosen[[index for group in groups for index in group.rows]]
-        size = MinibatchSize(max(1, int(mine.sum())), max(1, int(mine.any(-1).sum())))
-        for row in self._packs(groups):
-
-            def part(full: Tensor, row: Pack = row) -> Tensor:
-                return row.part(full).to(self.device)
-
+        size = MinibatchSize(int(mine.sum()), int(mine.any(-1).sum()))
+        sums: Sums = {} if correction is None else correction.sums
+        for row in self._packs(groups) if size.tokens else ():
             logprobs, entropies = self._forward(row, features)
-            rollout_logprobs, mask = part(batch.rollout_logprobs), part(chosen)
-            before = rollout_logprobs if old is None or self._against_rollout else part(old)
-            weights, tis = None, {}
-            if correction is not None:
-                weights = None if correction.weights is None else part(correction.weights)
-            elif not self._against_rollout:
-                now = before if self.config.ppo.tis_policy == "before_update" else logprobs.detach()
-                weights, tis = tis_weights(now, rollout_logprobs, mask, cap=self.config.ppo.tis_cap)
-            loss, drift = self.loss(logprobs, before, part(targets.advantages), mask, size=size, weights=weights)
+            mask, sampled, advantages = (
+                row.part(full).to(self.device) for full in (chosen, batch.rollout_logprobs, targets.advantages)
+            )
+            before = sampled if old is None else row.part(old).to(self.device)
+            if correction is None:
+                now = before if self.config.ppo.tis_policy == "before_update" else logprobs
+                weights, tis = tis_weights(now, sampled, mask, cap=self.config.ppo.tis_cap)
+            else:
+                weights, tis = correction.weights, {}
+                weights = None if weights is None else row.part(weights).to(self.device)
+            loss, drift = self.loss(logprobs, before, advantages, mask, size=size, weights=weights)
             bonus, spread = entropy_loss(entropies, mask, tokens=size.tokens)
             total = loss + self.config.ppo.entropy * bonus
             total.backward()
             for found in (tis, drift, spread, {"loss": total.detach() * size.tokens}):
                 sums = add_sums(sums, found)
-        return sums
-
-    @property
-    def _against_rollout(self) -> bool:
-        """verl's bypass mode compares with the engine's logprobs and makes its own weights."""
-        return getattr(self.loss, "against", "old") == "rollout"
+        return size, sums
 
     def _correction(self, groups: Sequence[Group], batch: Batch, old: Tensor | None) -> "RolloutCorrection | None":
         """verl's rollout correction, if the recipe asks for it: over a whole minibatch, before it is split."""

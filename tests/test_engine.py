@@ -158,7 +158,7 @@ def _reuse(key: int, asked: list[Request]) -> tuple[int, int]:
     from rollout.vllm_step_vl import CuredStepVL
     from tests.engine_process import _engines
 
-    cached: list[int] = []
+    cached: list[int | None] = []
     encoded: list[int] = []
     engine, run, project = _engines[key], _engines[key]._run, CuredStepVL._process_image_features
     with pytest.MonkeyPatch.context() as patch:
@@ -167,7 +167,7 @@ def _reuse(key: int, asked: list[Request]) -> tuple[int, int]:
         )
         patch.setattr(engine, "_run", lambda *a: [cached.append(o.num_cached_tokens) or o for o in run(*a)])
         engine.generate(asked)
-    return sum(cached), sum(encoded)
+    return sum(n or 0 for n in cached), sum(encoded)
 
 
 def test_nothing_is_reused_from_earlier_calls(step_vl: Served, engine_process: EngineProcess) -> None:
