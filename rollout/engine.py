@@ -1,7 +1,7 @@
 """One vLLM engine: requests to sampled tokens and their logprobs; takes new weights while it runs.
 
 A plain object; rl/actors.py puts it into a process of its own, which it needs: it sets environment variables
-before vLLM is imported, and vLLM alters torch for the whole process. What `generate` returns depends on the
+before torch and vLLM are imported, and vLLM alters torch for the whole process. What `generate` returns depends on the
 weights and the requests of that call (in the last digits also on how they share batches), never on earlier calls.
 """
 
@@ -13,7 +13,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rl.model.config import StepVLConfig
 from rl.types import Completion, Picture, Request
 from rollout.vllm_plugin import HOST_BACKEND, register
 
@@ -66,6 +65,8 @@ class Engine:
         register()
         from transformers import AutoConfig
         from vllm import LLM
+
+        from rl.model.config import StepVLConfig
 
         _prepare_device(device, threads)
         config = AutoConfig.from_pretrained(model)

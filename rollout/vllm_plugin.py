@@ -4,8 +4,6 @@ Light: only names are registered here; rollout/vllm_step_vl.py and rollout/weigh
 vLLM when it needs them.
 """
 
-from rl.model import config as step_vl
-
 HOST_BACKEND = "host"  # name of our weight-transfer engine
 
 
@@ -16,6 +14,8 @@ def register() -> None:
     """
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.model_executor.models import ModelRegistry
+
+    from rl.model import config as step_vl
 
     step_vl.register()
     ModelRegistry.register_model(step_vl.ARCHITECTURE, "rollout.vllm_step_vl:CuredStepVL")

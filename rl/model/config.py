@@ -1,7 +1,7 @@
 """The STEP3-VL configuration, `model_type: step_robotics`, known to transformers without `trust_remote_code`.
 
-Defaults are the published 10B's (config.json of the checkpoint). Light: no torch, so vLLM's plug-in and the
-recipe checks can read a config cheaply.
+Defaults are those of the published 10B (config.json of the checkpoint). Holds no tensors, so vLLM's plug-in and
+the recipe checks read a config cheaply.
 """
 
 import math
