@@ -1,0 +1,39 @@
+"""Where a signal ends a run: at once while waiting, else at the next border."""
+
+import os
+import signal
+
+import pytest
+
+from rl.interrupt import Interrupted, Interrupts
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_waiting_is_raised_at_once(number: int) -> None:
+    with Interrupts().installed() as interrupts, pytest.raises(Interrupted), interrupts.waiting():
+        os.kill(os.getpid(), number)
+        raise AssertionError("went on")
+
+
+def test_a_signal_during_an_update_waits_for_its_end() -> None:
+    reached = False
+    with Interrupts().installed() as interrupts:
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached = True
+        with pytest.raises(Interrupted):
+            interrupts.check()
+    assert reached
+
+
+def test_a_run_that_was_asked_to_stop_does_not_start_waiting_again() -> None:
+    with Interrupts().installed() as interrupts:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted), interrupts.waiting():
+            raise AssertionError("went on")
+
+
+def test_handlers_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupts().installed():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,0 +1,113 @@
+"""One iteration with a scripted sampler and the real learner and critic: the rewarded token becomes likelier."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from rl.config import Config
+from rl.critic import Critic
+from rl.learner import Policy
+from rl.model import checkpoint
+from rl.packing import collate
+from rl.types import Prompt, Rollout, Scored
+from stages.loop import Clock, Parts, evaluate, ppo_iteration, sync
+from tests.models import text_model
+from tests.test_learner import config
+
+PROMPTS = [Prompt(str(i), "t", ()) for i in range(4)]
+GOOD, BAD = 20, 30
+
+
+class Here:
+    """What an actor would answer, answered here."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self.target, method)(*args)
+
+    start = call
+
+
+class Scripted:
+    """Alternates a good and a bad answer, with the policy's own logprobs, off by `lie` nats."""
+
+    def __init__(self, policy: Policy, lie: float = 0.0) -> None:
+        self.policy, self.lie, self.loads = policy, lie, 0
+
+    def sample(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Rollout]:
+        return [self._rollout(p, GOOD if i % 2 else BAD) for p in prompts for i in range(per_prompt)]
+
+    def greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        return [self._rollout(p, GOOD) for p in prompts]
+
+    def load(self, weights: Any, policy_step: int) -> None:
+        self.loads += 1
+
+    def _rollout(self, prompt: Prompt, token: int) -> Rollout:
+        made = Rollout(prompt, str(token), "stop", (10, 11, 12), (token,), (0.0,))
+        logprob = float(self.policy.logprobs(collate([Scored(made, 0.0)]), {})[0, 0]) + self.lie
+        return Rollout(prompt, str(token), "stop", (10, 11, 12), (token,), (logprob,))
+
+
+def score(rollouts: Sequence[Rollout]) -> list[Scored]:
+    return [Scored(r, float(r.text == str(GOOD)), parts={"exact": 1.0}) for r in rollouts]
+
+
+@pytest.fixture
+def parts(tmp_path) -> Parts:
+    checkpoint.save(text_model(), tmp_path)
+    made: Config = config(str(tmp_path), policy_lr=1e-2, critic_lr=1e-2)
+    policy, critic = Policy(str(tmp_path), made), Critic(str(tmp_path), made)
+    return Parts(made, Scripted(policy), score, Here(policy), Here(critic))
+
+
+def likelihood(parts: Parts, token: int) -> float:
+    policy = parts.policy.target  # type: ignore[attr-defined]
+    return float(torch.tensor(Scripted(policy)._rollout(PROMPTS[0], token).rollout_logprobs[0]).exp())
+
+
+def test_the_policy_learns_to_say_the_rewarded_token(parts: Parts) -> None:
+    before = likelihood(parts, GOOD) / likelihood(parts, BAD)
+    for iteration in range(1, 4):
+        ppo_iteration(iteration, PROMPTS, parts, Clock(parts.phase))
+    assert likelihood(parts, GOOD) / likelihood(parts, BAD) > 10 * before
+
+
+def test_an_iteration_reports_and_hands_on_the_weights(parts: Parts) -> None:
+    clock = Clock(parts.phase)
+    metrics, scored = ppo_iteration(1, PROMPTS, parts, clock)
+    assert metrics["reward/mean"] == pytest.approx(1 / 3)  # of three rollouts per prompt the second is good
+    assert len(scored) == 12
+    assert parts.sampler.loads == 1  # type: ignore[attr-defined]
+    assert {"time/rollout", "time/critic", "time/policy", "time/sync", "time/total"} <= clock.metrics().keys()
+    json.dumps(metrics)
+
+
+def test_while_only_the_critic_learns_the_policy_stays_as_it_is(parts: Parts) -> None:
+    parts.config = parts.config.model_copy(
+        update={"ppo": parts.config.ppo.model_copy(update={"critic_only_iterations": 1})}
+    )
+    before = likelihood(parts, GOOD)
+    metrics, _ = ppo_iteration(1, PROMPTS, parts, Clock(parts.phase))
+    assert likelihood(parts, GOOD) == before and "value/loss" in metrics
+    ppo_iteration(2, PROMPTS, parts, Clock(parts.phase))
+    assert likelihood(parts, GOOD) != before
+
+
+def test_engines_that_disagree_with_the_learner_stop_the_run_with_both_numbers(parts: Parts) -> None:
+    parts.sampler = Scripted(parts.policy.target, lie=0.3)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=r"iteration 5 engine and learner differ by 0\.3000 nats .* is 0\.05"):
+        sync(5, PROMPTS, parts)
+
+
+def test_evaluation_is_greedy_per_task_and_leaves_invalid_samples_out(parts: Parts) -> None:
+    def half(rollouts: Sequence[Rollout]) -> list[Scored]:
+        return [Scored(r, 1.0, "judge down" if r.prompt.id == "0" else None) for r in rollouts]
+
+    parts.score = half
+    assert evaluate(PROMPTS, parts) == {"eval/t": 1.0}

@@ -1,0 +1,107 @@
+"""Prompts to rollouts: who gets which request, with which seed, and in what order answers come back."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from rl.types import Completion, Prompt, Request
+from rollout.pool import Pool, seed_of
+
+
+class Done:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def result(self) -> Any:
+        return self.value
+
+
+class Echo:
+    """An engine that answers with the first prompt token and the request's seed."""
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+        self.loaded: list[tuple[Any, int]] = []
+
+    def start(self, method: str, *args: Any) -> Done:
+        return Done(getattr(self, method)(*args))
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        self.asked += requests
+        return [Completion(r.prompt_ids, (r.prompt_ids[0], r.seed), (-0.5, -0.5), "stop") for r in requests]
+
+    def load(self, weights: Any, step: int) -> None:
+        self.loaded.append((weights, step))
+
+
+class Letters:
+    """A chat whose prompt is one token, the row's number."""
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        return (int(prompt.id),)
+
+    def length(self, prompt: Prompt) -> int:
+        return 1
+
+    def text(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+        return f"answer to {response_ids[0]}"
+
+
+def pool(workers: int, length: int = 10) -> tuple[Pool, list[Echo]]:
+    engines = [Echo() for _ in range(workers)]
+    chat: Any = Letters()
+    return Pool(engines, chat, max_sequence_length=length, temperature=0.7, seed=3), engines
+
+
+PROMPTS = [Prompt(str(i), "t", ()) for i in range(5)]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_rollouts_come_back_in_order_with_a_prompts_own_as_neighbours(workers: int) -> None:
+    made, _ = pool(workers)
+    rollouts = made.sample(PROMPTS, 2, iteration=1)
+    assert [r.text for r in rollouts] == [f"answer to {i}" for i in range(5) for _ in range(2)]
+
+
+def test_every_sample_has_a_seed_of_its_own_that_does_not_depend_on_the_number_of_workers() -> None:
+    seeds = [[r.response_ids[1] for r in pool(n)[0].sample(PROMPTS, 3, iteration=2)] for n in (1, 2)]
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds[0])) == 15
+    assert seeds[0] != [r.response_ids[1] for r in pool(1)[0].sample(PROMPTS, 3, iteration=3)]
+
+
+def test_work_is_dealt_by_a_fixed_rule() -> None:
+    made, engines = pool(2)
+    made.sample(PROMPTS, 1, iteration=1)
+    assert [[r.prompt_ids[0] for r in e.asked] for e in engines] == [[0, 2, 4], [1, 3]]
+
+
+def test_the_prompt_and_its_response_share_the_sequence_length() -> None:
+    made, engines = pool(1, length=10)
+    made.sample(PROMPTS[:1], 1, iteration=1)
+    assert engines[0].asked[0].max_tokens == 9
+
+
+def test_greedy_asks_once_at_temperature_zero() -> None:
+    made, engines = pool(1)
+    assert len(made.greedy(PROMPTS)) == 5
+    assert {r.temperature for r in engines[0].asked} == {0.0}
+
+
+def test_loaded_weights_reach_every_engine_and_mark_the_rollouts() -> None:
+    made, engines = pool(2)
+    made.load("weights", 7)
+    assert [e.loaded for e in engines] == [[("weights", 7)]] * 2
+    assert made.sample(PROMPTS[:1], 1, iteration=8)[0].policy_step == 7
+
+
+def test_a_prompt_that_fills_the_sequence_is_refused_by_name() -> None:
+    made, _ = pool(1, length=1)
+    with pytest.raises(ValueError, match="row 0 has 1 tokens .* max_sequence_length 1"):
+        made.sample(PROMPTS[:1], 1, iteration=1)
+
+
+def test_seeds_are_the_same_on_every_machine() -> None:
+    assert seed_of(0, 1, 2, 3) == seed_of(0, 1, 2, 3) < 2**31
+    assert seed_of(0, 1, 23) != seed_of(0, 12, 3)

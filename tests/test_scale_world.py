@@ -1,0 +1,197 @@
+"""The scale model's pictures, problems, demonstrations and tokenizer."""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoTokenizer
+
+from recipes.scale import tokenizer, world
+from recipes.scale.warm_start import score
+from recipes.scale.world import Problem, Scene, Thing
+from recipes.scale.writers import EXACT, ROUGH, without_carrying
+from rollout.rows import read_rows
+
+SPLITS: tuple[world.Split, ...] = ("train", "heldout")
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def heldout() -> list[Problem]:
+    return world.problems("heldout", world.SEEDS["heldout"], world.SIZES["heldout"])
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    for split in SPLITS:
+        world.write(folder, split)
+    return folder
+
+
+def shipped(split: str) -> list[dict]:
+    return [json.loads(line) for line in (world.SHIPPED / f"{split}.jsonl").read_text().splitlines()]
+
+
+def pictures(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "pictures").iterdir())
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_generator_writes_the_shipped_rows_again(split: str, written: Path) -> None:
+    assert (written / f"{split}.jsonl").read_bytes() == (world.SHIPPED / f"{split}.jsonl").read_bytes()
+
+
+def test_the_generator_draws_the_shipped_pictures_again(written: Path) -> None:
+    assert pictures(written) == pictures(world.SHIPPED)
+    for name in pictures(written):  # pixels, because PNG compression may differ between zlib versions
+        with Image.open(written / "pictures" / name) as new, Image.open(world.SHIPPED / "pictures" / name) as old:
+            assert np.array_equal(np.asarray(new.convert("RGB")), np.asarray(old.convert("RGB"))), name
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_shipped_rows_are_rows_the_reader_accepts(split: str) -> None:
+    prompts = read_rows(world.SHIPPED / f"{split}.jsonl", reserved=tokenizer.SPECIAL, tasks=world.TASKS)
+    assert Counter(prompt.task for prompt in prompts) == dict.fromkeys(world.TASKS, world.SIZES[split])
+    assert all(len(prompt.images) == (prompt.task != "arithmetic") for prompt in prompts)
+
+
+def test_there_are_256_heldout_problems_of_each_task() -> None:
+    assert world.SIZES["heldout"] >= 256
+
+
+def test_train_and_heldout_share_no_picture_and_no_sum() -> None:
+    digests = {name: hashlib.sha256((world.SHIPPED / "pictures" / name).read_bytes()) for name in pictures(world.SHIPPED)}
+    seen = {split: {d.digest() for name, d in digests.items() if name.startswith(split)} for split in SPLITS}
+    assert seen["train"] and seen["heldout"] and not seen["train"] & seen["heldout"]
+    sums = {s: {r["messages"][0]["content"] for r in shipped(s) if r["task"] == "arithmetic"} for s in SPLITS}
+    assert len(sums["heldout"]) == world.SIZES["heldout"] and not sums["train"] & sums["heldout"]
+
+
+def test_no_seed_draws_a_heldout_problem_for_training(heldout: list[Problem]) -> None:
+    sums = {p.question for p in heldout if p.task == "arithmetic"}
+    drawn = world.problems("train", seed=world.SEEDS["heldout"], per_task=256)
+    assert not sums & {p.question for p in drawn}
+    assert all(p.scene.split == "train" for p in drawn if p.scene)
+
+
+def test_the_same_seed_gives_the_same_problems_and_another_seed_others() -> None:
+    first, again, other = (world.problems("train", seed, 8) for seed in (5, 5, 6))
+    assert first == again
+    assert not {p.question for p in first if p.task == "arithmetic"} & {p.question for p in other}
+
+
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_a_box_touches_its_shape_on_all_four_sides(shape: str) -> None:
+    scene = Scene((255, 255, 255), (Thing("red", shape, x=40, y=60, half=12),))
+    rows, columns = np.nonzero(scene.pixels)
+    # 40 - 12 = 28 to 40 + 12 = 52 across, 48 to 72 down; the last pixel of a box is one before its edge
+    assert (columns.min(), rows.min(), columns.max(), rows.max()) == (28, 48, 51, 71)
+    assert scene.things[0].box == (28 / 112, 48 / 112, 52 / 112, 72 / 112)
+
+
+def test_a_described_thing_is_the_only_one_of_its_kind_in_the_picture(heldout: list[Problem]) -> None:
+    for problem in heldout:
+        if problem.task in ("pointing", "grounding") and problem.scene:
+            assert [t.name for t in problem.scene.things].count(problem.targets[0].name) == 1
+
+
+def test_counts_are_of_colour_and_shape(heldout: list[Problem]) -> None:
+    for problem in heldout:
+        if problem.task == "counting" and problem.scene:
+            names = [thing.name for thing in problem.scene.things]
+            assert problem.truth == str(names.count(problem.targets[0].name))
+
+
+def test_the_exact_writer_is_nearly_always_right(heldout: list[Problem]) -> None:
+    for task in world.TASKS:  # two decimals cost a little: a box of 0.2 by 0.2 off by 0.005 has IoU squared 0.9
+        assert fmean(score(p, EXACT(p)) for p in heldout if p.task == task) > 0.9, task
+
+
+def test_the_rough_writer_is_right_often_enough_to_learn_from(heldout: list[Problem]) -> None:
+    for task in world.TASKS:
+        assert 0.3 < fmean(score(p, ROUGH(p)) for p in heldout if p.task == task) < 0.6, task
+
+
+def test_the_writers_differ_from_their_first_words_on(heldout: list[Problem]) -> None:
+    for problem in heldout:
+        assert EXACT(problem).startswith(EXACT.opening[problem.task])
+        assert ROUGH(problem).startswith(ROUGH.opening[problem.task])
+        assert not EXACT(problem).startswith(ROUGH.opening[problem.task])
+
+
+def test_reasoning_answers_show_their_work_after_the_thinking() -> None:
+    problem = Problem("arithmetic", "What is 27 + 15 - 8?", "34", terms=(27, 15, -8))
+    thinking, answer = EXACT(problem).split("</think>")
+    assert thinking == "<think>first 27+15=42, then 42-8=34"
+    assert answer == "27+15-8=42-8=\\boxed{34}"
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "guess"),
+    [(12, 35, 47), (27, 15, 32), (42, -8, 46), (85, 20, 5)],  # 7 + 5 loses its ten; |2 - 8| is 6; 80 + 20 its hundred
+)
+def test_the_rough_writer_forgets_to_carry(left: int, right: int, guess: int) -> None:
+    assert without_carrying(left, right) == guess
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Point at the red ring.",
+        "How many purple crosses?",
+        "<think>maybe top left</think>[0.17, 0.50]",
+        "10.5 is not 0.5\n\tnor  .5",
+        "héllo wörld, 你好 👍 a\u0301 \x00 <tool_call>{}",
+        "",
+    ],
+)
+def test_any_text_survives_the_tokenizer(text: str, words) -> None:
+    ids = words(text, add_special_tokens=False).input_ids
+    assert words.decode(ids, skip_special_tokens=True) == text
+
+
+def test_demonstrations_are_short_and_survive_the_tokenizer(heldout: list[Problem], words) -> None:
+    for problem in heldout:
+        for text in (EXACT(problem), ROUGH(problem)):
+            ids = words(text).input_ids
+            assert len(ids) <= 48 and words.decode(ids) == text
+
+
+def test_a_coordinate_is_three_tokens(words) -> None:
+    assert words.tokenize("[0.37, 0.52]") == ["[", "0.", "3", "7", ",Ġ", "0.", "5", "2", "]"]
+
+
+def test_the_chat_template_has_one_mark_per_picture(words) -> None:
+    content = [{"type": "image"}, {"type": "text", "text": "Box the red ring."}]
+    text = words.apply_chat_template(
+        [{"role": "system", "content": "Be exact."}, {"role": "user", "content": content}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert text == (
+        "<|im_start|>system\nBe exact.<|im_end|>\n"
+        "<|im_start|>user\n<im_patch>Box the red ring.<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_think_tags_are_single_tokens_that_decoding_keeps(words) -> None:
+    ids = words("<think>maybe</think>4<|im_end|>").input_ids
+    assert len(ids) == 5 and words.decode(ids, skip_special_tokens=True) == "<think>maybe</think>4"
+
+
+def test_everything_that_ships_is_below_ten_megabytes() -> None:
+    files = (path for path in world.SHIPPED.parent.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert sum(path.stat().st_size for path in files) < 10 * MEGABYTE
