@@ -8,11 +8,12 @@ Every random choice of a run is drawn from (seed, iteration, place), so the coun
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from rl.disk import replacing_folder
 
 STATE = "run.json"
 
@@ -24,15 +25,11 @@ def write(folder: Path, iteration: int, save: Callable[[Path], dict[str, Any]], 
         save: writes everything into the folder it is given and returns the counters for run.json.
     Returns: the finished checkpoint. It gets its name only when all of it is on disk.
     """
-    partial, final = folder / f".{iteration:06d}.partial", folder / f"{iteration:06d}"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    counters = save(partial)
-    (partial / "state").mkdir(exist_ok=True)
-    (partial / "state" / STATE).write_text(json.dumps({"iteration": iteration, **counters}, indent=2) + "\n")
-    flush(partial)
-    replace(partial, final)
+    final = folder / f"{iteration:06d}"
+    with replacing_folder(final) as partial:
+        counted = save(partial)
+        (partial / "state").mkdir(exist_ok=True)
+        (partial / "state" / STATE).write_text(json.dumps({"iteration": iteration, **counted}, indent=2) + "\n")
     for old in finished(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -50,34 +47,7 @@ def counters(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state" / STATE).read_text())
 
 
-def replace(partial: Path, final: Path) -> None:
-    """Give a finished folder its name, in place of what had it before; lasting when this returns."""
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    _sync(final.parent)
-
-
 def publish(folder: Path, target: Path) -> None:
-    """Copy a finished folder to `target`, which is complete or absent at any time."""
-    partial = target.with_name(f".{target.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    shutil.copytree(folder, partial)
-    flush(partial)
-    replace(partial, target)
-
-
-def flush(folder: Path) -> None:
-    """Wait until every file under `folder` is on disk."""
-    for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Copy a finished folder to `target`, in place of what was there."""
+    with replacing_folder(target) as partial:
+        shutil.copytree(folder, partial, dirs_exist_ok=True)

@@ -1,18 +1,16 @@
-"""A run's folder: recipe, metrics and samples, written so that a crash at any moment leaves whole lines and
-files.
+"""A run's folder: recipe, metrics and samples, written so that a crash at any moment leaves whole lines and files.
 
 RUN_DIR/recipe.yaml, metrics.jsonl, rollouts/000001.jsonl.gz, checkpoints/, policy/. Knows nothing of torch.
 """
 
-import contextlib
 import gzip
 import json
-import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from rl import metrics as meaning
+from rl.disk import replacing, to_disk
 from rl.types import Picture, Prompt, Scored
 
 Save = Literal["all", "none"] | int
@@ -75,7 +73,7 @@ class RunFolder:
             raise ValueError(f"{self.metrics} already has iteration {self._last}, so {iteration} cannot follow")
         with self.metrics.open("ab") as file:
             file.write(json.dumps(dict(metrics), allow_nan=False).encode() + b"\n")
-            _to_disk(file)
+        to_disk(self.metrics)
         self._last = iteration
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -136,34 +134,6 @@ def sample_record(sample: Scored) -> dict[str, Any]:
         "response_tokens": len(rollout.response_ids),
         "policy_step": rollout.policy_step,
     }
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Generator[IO[bytes], None, None]:
-    """A file to write that takes `path`'s place, whole and on disk, when the block ends without an error."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            _to_disk(file)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _folder_to_disk(path.parent)
-
-
-def _to_disk(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _folder_to_disk(folder: Path) -> None:
-    """Without this a power cut can undo a rename."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _occupied(path: Path, found: list[str]) -> str:

@@ -68,7 +68,7 @@ def test_a_folder_without_a_template_says_where_to_name_one(folder: Path) -> Non
             file.write_text("{}" if name.endswith("json") else "")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="has no chat template; name a Jinja file in model.chat_template"):
+    with pytest.raises(ValueError, match=r"has no chat template; name a Jinja file in model.chat_template"):
         Chat(folder)
 
 

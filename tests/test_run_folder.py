@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rl.run_folder import RunFolder, Save, replacing
+from rl.disk import replacing
+from rl.run_folder import RunFolder, Save
 from rl.types import Picture, Prompt, Rollout, Scored
 
 

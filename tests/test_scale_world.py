@@ -66,7 +66,9 @@ def test_there_are_256_heldout_problems_of_each_task() -> None:
 
 
 def test_train_and_heldout_share_no_picture_and_no_sum() -> None:
-    digests = {name: hashlib.sha256((world.SHIPPED / "pictures" / name).read_bytes()) for name in pictures(world.SHIPPED)}
+    digests = {
+        name: hashlib.sha256((world.SHIPPED / "pictures" / name).read_bytes()) for name in pictures(world.SHIPPED)
+    }
     seen = {split: {d.digest() for name, d in digests.items() if name.startswith(split)} for split in SPLITS}
     assert seen["train"] and seen["heldout"] and not seen["train"] & seen["heldout"]
     sums = {s: {r["messages"][0]["content"] for r in shipped(s) if r["task"] == "arithmetic"} for s in SPLITS}
