@@ -40,8 +40,9 @@ class Command:
             raise
         return self.process.returncode, out, err
 
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
+    def interrupt(self) -> None:
+        """Ctrl-C, as a terminal sends it: to every process of the group."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def kill(self) -> None:
         """kill -9 of this process alone, as a crash would be."""
@@ -97,6 +98,3 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {k: v for k, v in line.items() if not k.startswith("time/") and k != "rollout/tokens_per_second"}
         for line in lines
     ]
-
-
-INTERRUPT, TERMINATE = signal.SIGINT, signal.SIGTERM

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from rl.model import checkpoint
-from tests.command import INTERRUPT, ROOT, TERMINATE, Command, metrics, run, wait_for_iteration, without_times
+from rl.run import main
+from tests.command import ROOT, Command, metrics, run, wait_for_iteration, without_times
 
 SMALL = (
     "rl.run",
@@ -93,7 +94,7 @@ def test_the_screen_shows_progress_and_what_was_learned(finished: tuple[Path, st
     assert str(finished[0] / "policy") in out
 
 
-@pytest.mark.parametrize("blow", ["kill", "interrupt", "terminate"])
+@pytest.mark.parametrize("blow", ["kill", "interrupt"])
 def test_a_run_broken_off_and_resumed_ends_like_one_that_was_not(
     finished: tuple[Path, str], tmp_path: Path, blow: str
 ) -> None:
@@ -103,7 +104,7 @@ def test_a_run_broken_off_and_resumed_ends_like_one_that_was_not(
     if blow == "kill":
         command.kill()
     else:
-        command.signal(INTERRUPT if blow == "interrupt" else TERMINATE)
+        command.interrupt()
         code, out, _ = command.finish()
         assert code == 130 and f"--resume {folder}" in out
     assert command.left_behind() == []
@@ -143,9 +144,12 @@ def test_the_final_policy_gives_the_same_logprobs_in_vllm_and_in_our_code(
     assert policy.logprob_gap(made) < 1e-4
 
 
-def test_resuming_refuses_changed_values_and_names_them(finished: tuple[Path, str]) -> None:
-    code, _, err = run("rl.run", "--resume", finished[0], "ppo.gamma=0.5", "iterations=9")
-    assert code == 2 and "ppo.gamma: 1.0 -> 0.5" in err and "iterations" not in err
+def test_resuming_refuses_changed_values_and_names_them(
+    finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--resume", str(finished[0]), "ppo.gamma=0.5", "iterations=9"]) == 2
+    said = capsys.readouterr().err
+    assert "ppo.gamma: 1.0 -> 0.5" in said and "iterations" not in said
 
 
 def test_a_dry_run_prints_every_value_with_its_origin_and_starts_nothing(tmp_path: Path) -> None:
@@ -177,14 +181,15 @@ BAD_ROW = '{"id": "1", "task": "arithmetic", "messages": [{"role": "user", "cont
     ],
 )
 def test_bad_input_gets_one_clear_message_and_nothing_is_started(
-    tmp_path: Path, arguments: tuple[str, ...], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "bad.jsonl").write_text(BAD_ROW + '{"id": "2", "task": "arithmetic"}\n')
     _model_with_a_hole(tmp_path / "holes")
-    code, out, err = run(*SMALL, "--output", tmp_path / "run", *(a.format(tmp=tmp_path) for a in arguments))
-    assert code == 2, err
-    assert message in err and "Traceback" not in err
-    assert out == "" and not (tmp_path / "run").exists()
+    asked = [*map(str, SMALL[1:]), "--output", str(tmp_path / "run"), *(a.format(tmp=tmp_path) for a in arguments)]
+    assert main(asked) == 2
+    said = capsys.readouterr()
+    assert message in said.err and "Traceback" not in said.err
+    assert said.out == "" and not (tmp_path / "run").exists()
 
 
 def _model_with_a_hole(folder: Path) -> None:
@@ -205,10 +210,10 @@ def test_the_full_size_recipe_without_gpus_says_what_it_needs_and_names_the_cpu_
     assert code == 2 and "--profile cpu" in err and "GPU" in err
 
 
-def test_an_output_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
+def test_an_output_folder_that_is_not_empty_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.txt").write_text("precious")
-    code, _, err = run(*SMALL, "--output", tmp_path)
-    assert code == 2 and str(tmp_path) in err
+    assert main([*map(str, SMALL[1:]), "--output", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -20,7 +21,9 @@ from rl.model import checkpoint
 from rl.model.packed import embed
 from rl.model.step_vl import StepVL
 
-SHIPPED = Path(warm_start.__file__).parent / "model"
+HERE = Path(warm_start.__file__).parent
+SHIPPED = HERE / "model"
+PLAN = warm_start.Plan(eyes=3, words=3, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,8 @@ def test_things_are_sighted_at_the_token_that_holds_their_centre() -> None:
     seen = practice.sightings([Scene((255, 255, 255), (Thing("green", "cross", 40, 90, 12),))], grid=4)
     assert seen.seen.nonzero().tolist() == [[0, 13]]
     assert (int(seen.color[0, 13]), int(seen.form[0, 13])) == (1, 3)
-    assert seen.box[0, 13].tolist() == pytest.approx([28 / 112, 78 / 112, 52 / 112, 102 / 112])
+    at, box = [40 / 112, 90 / 112], [28 / 112, 78 / 112, 52 / 112, 102 / 112]
+    assert seen.places[0, 13].tolist() == pytest.approx(at + box, abs=0.01)
 
 
 def test_forced_openings_begin_the_answers(model: StepVL, prompter: Prompter) -> None:
@@ -100,32 +104,45 @@ def test_forced_openings_begin_the_answers(model: StepVL, prompter: Prompter) ->
     assert all(text.startswith("<think>maybe") for text in given)
 
 
-def test_an_interrupted_warm_start_ends_with_the_same_weights(tmp_path: Path) -> None:
-    whole = warm_start.School(tmp_path / "whole", steps=6, seed=0)
+@pytest.mark.parametrize("stopped", [2, 4])  # while seeing, while answering
+def test_an_interrupted_warm_start_ends_with_the_same_weights(tmp_path: Path, stopped: int) -> None:
+    whole = warm_start.School(tmp_path / "whole", PLAN)
     for _ in range(6):
         whole.learn()
-    first = warm_start.School(tmp_path / "halves", steps=6, seed=0)
-    for _ in range(4):
+    first = warm_start.School(tmp_path / "halves", PLAN)
+    for _ in range(stopped):
         first.learn()
     first.save_state()
-    second = warm_start.School(tmp_path / "halves", steps=6, seed=0)
-    assert second.step == 4
-    for _ in range(2):
+    second = warm_start.School(tmp_path / "halves", PLAN)
+    assert second.step == stopped
+    for _ in range(6 - stopped):
         second.learn()
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(parameter, second.model.get_parameter(name)), name
 
 
 def test_a_warm_start_begun_otherwise_is_not_continued(tmp_path: Path) -> None:
-    school = warm_start.School(tmp_path, steps=5, seed=0)
+    school = warm_start.School(tmp_path, PLAN)
     school.learn()
     school.save_state()
     with pytest.raises(SystemExit, match="was begun with"):
-        warm_start.School(tmp_path, steps=5, seed=1)
+        warm_start.School(tmp_path, replace(PLAN, seed=1))
 
 
 def test_the_script_runs_and_writes_a_model_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run("--out", str(tmp_path), "--steps", "4", "--save-every", "2", "--heldout", "1", monkeypatch=monkeypatch)
+    run(
+        "--out",
+        str(tmp_path),
+        "--eyes",
+        "2",
+        "--steps",
+        "2",
+        "--save-every",
+        "2",
+        "--heldout",
+        "1",
+        monkeypatch=monkeypatch,
+    )
     saved, state = checkpoint.load(tmp_path / "model"), load_file(tmp_path / "state.safetensors")
     for name, parameter in saved.named_parameters():
         assert torch.equal(parameter, state[f"model.{name}"]), name
@@ -149,7 +166,7 @@ def test_the_shipped_model_answers_but_not_yet_well() -> None:
 
 
 def test_the_shipped_report_is_within_bounds_for_every_task() -> None:
-    table = json.loads((SHIPPED / "report.json").read_text())
+    table = json.loads((HERE / "report.json").read_text())
     low, high = warm_start.READY
     assert all(low <= table[task]["greedy"] <= high for task in world.TASKS)
     assert all(table[task]["exact"] > table[task]["rough"] + 0.1 for task in world.TASKS)

@@ -4,14 +4,14 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.random import Generator
-from PIL import Image
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache
 
 from recipes.scale import world
 from recipes.scale.world import Problem, Scene
@@ -27,7 +27,7 @@ LONGEST = 64  # tokens of a response, more than any writer uses
 class Prompter:
     """Problems as token ids, through the tokenizer's own chat template, with the picture's slots in place."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, image_tokens: int) -> None:
         self.tokenizer = tokenizer
         ids = tokenizer.convert_tokens_to_ids
         self.image_id = ids("<im_patch>")
@@ -66,25 +66,31 @@ class Lesson:
     responses: list[str]
 
 
-def lesson(rng: Generator, pictures: int, most_things: int, rough_share: float) -> Lesson:
-    """`pictures` scenes with their pointing and grounding problems, as many crowds, and as many sums as counts."""
-    problems = [
-        p for _ in range(pictures) for p in world.point_and_box(world.draw_scene(rng, "train", (1, most_things)))
-    ]
-    counts = [p for _ in range(pictures) for p in world.count_kinds(world.draw_crowd(rng, "train"))]
-    problems += [*counts, *(world.draw_sum(rng, "train") for _ in counts)]
+def lesson(rng: Generator, pictures: int, things: tuple[int, int], rough_share: float) -> Lesson:
+    """`pictures` scenes with their pointing and grounding problems, as many crowds, and four times as many sums."""
+    scenes = [world.draw_scene(rng, "train", things) for _ in range(pictures)]
+    crowds = [world.draw_crowd(rng, "train") for _ in range(pictures)]
+    problems = [p for scene in scenes for p in world.point_and_box(scene)]
+    problems += [p for crowd in crowds for p in world.count_kinds(crowd)]
+    problems += [world.draw_sum(rng, "train") for _ in range(4 * pictures)]
     writers = [ROUGH if rng.random() < rough_share else EXACT for _ in problems]
     return Lesson(problems, [writer(problem) for writer, problem in zip(writers, problems, strict=True)])
 
 
+def some_scenes(rng: Generator, pictures: int) -> list[Scene]:
+    """`pictures` scenes and as many crowds, to look at without a question."""
+    scenes = [world.draw_scene(rng, "train") for _ in range(pictures)]
+    return scenes + [world.draw_crowd(rng, "train") for _ in range(pictures)]
+
+
 @dataclass(frozen=True)
 class Sightings:
-    """What lies at each of the S x N image tokens of S scenes; kinds and boxes count only where `seen`."""
+    """What lies at each of the S x N image tokens of S scenes; kinds and places count only where `seen`."""
 
     seen: Tensor  # [S, N] bool
     color: Tensor  # [S, N] int64, index into COLORS
     form: Tensor  # [S, N] int64, index into SHAPES
-    box: Tensor  # [S, N, 4] fractions of the picture
+    places: Tensor  # [S, N, 6] centre and box, fractions of the picture
 
 
 def scenes_of(problems: Sequence[Problem]) -> list[Scene]:
@@ -114,26 +120,50 @@ def sightings(scenes: Sequence[Scene], grid: int) -> Sightings:
     shape = (len(scenes), grid * grid)
     seen = torch.zeros(shape, dtype=torch.bool)
     color, form = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    box = torch.zeros(*shape, 4)
+    places = torch.zeros(*shape, 6)
     for number, scene in enumerate(scenes):
         for thing in scene.things:
             token = grid * thing.y // world.PIXELS * grid + grid * thing.x // world.PIXELS
             seen[number, token] = True
             color[number, token] = list(world.COLORS).index(thing.color)
             form[number, token] = world.SHAPES.index(thing.shape)
-            box[number, token] = torch.tensor(thing.box)
-    return Sightings(seen, color, form, box)
+            places[number, token] = torch.tensor([*thing.point, *thing.box])
+    return Sightings(seen, color, form, places)
 
 
-def sight_loss(model: StepVL, head: nn.Linear, scenes: Sequence[Scene]) -> Tensor:
-    """How badly a linear look at each image token tells whether a thing's centre lies there, and which and where."""
+class SightHead(nn.Module):
+    """A linear look at one image token: whether a thing's centre lies there, where it is, and what it is called.
+
+    The names are read off as likeness to the decoder's own word embeddings, so that a token that shows a red circle
+    resembles the words red and circle before the decoder has learned anything.
+    """
+
+    def __init__(self, model: StepVL, tokenizer: Any) -> None:
+        super().__init__()
+        hidden = model.config.hidden_size
+        self.exists = nn.Linear(hidden, 1)
+        self.places = nn.Linear(hidden, 6)
+        self.digits = nn.Linear(hidden, 60)
+        for kind, words in (("colors", list(world.COLORS)), ("forms", world.SHAPES)):
+            ids = [tokenizer(f" {word}", add_special_tokens=False).input_ids for word in words]
+            embeddings = model.model.embed_tokens.weight.detach()[torch.tensor(ids)[:, 0]].clone()
+            self.register_buffer(kind, LIKENESS * embeddings, persistent=False)
+
+
+LIKENESS = 5.0  # word embeddings are short; without it image tokens would have to be long
+
+
+def sight_loss(model: StepVL, head: SightHead, scenes: Sequence[Scene]) -> Tensor:
+    """How badly that look tells what is there. Places are told as numbers and as their first digits."""
     tokens = model.vit_large_projector(model.vision_model(pixels(model, scenes)))
-    told = head(tokens)
     truth = sightings(scenes, math.isqrt(tokens.shape[1]))
-    exists = F.binary_cross_entropy_with_logits(told[..., 0], truth.seen.float())
-    color, form, box = told[truth.seen][:, 1:].split([len(world.COLORS), len(world.SHAPES), 4], dim=1)
-    kinds = F.cross_entropy(color, truth.color[truth.seen]) + F.cross_entropy(form, truth.form[truth.seen])
-    return exists + kinds + 10 * F.l1_loss(box, truth.box[truth.seen])
+    exists = F.binary_cross_entropy_with_logits(head.exists(tokens)[..., 0], truth.seen.float())
+    shown, places = tokens[truth.seen], truth.places[truth.seen]
+    names = F.cross_entropy(shown @ head.colors.T, truth.color[truth.seen])
+    names = names + F.cross_entropy(shown @ head.forms.T, truth.form[truth.seen])
+    digits = head.digits(shown).unflatten(-1, (6, 10)).flatten(0, 1)
+    told = F.cross_entropy(digits, (10 * places).long().clamp(0, 9).flatten())
+    return 3 * exists + names + told + 10 * F.l1_loss(head.places(shown), places)
 
 
 def embedded(model: StepVL, ids: Tensor, problems: Sequence[Problem], seen: dict[int, Tensor]) -> Tensor:
@@ -183,7 +213,8 @@ def pack(prompter: Prompter, batch: Lesson) -> Row:
 def loss(model: StepVL, prompter: Prompter, batch: Lesson) -> Tensor:
     """Mean cross-entropy (nats) of the responses' tokens."""
     row = pack(prompter, batch)
-    seen = features(model, row.scenes)
+    with torch.no_grad():  # the eyes have learned before
+        seen = features(model, row.scenes)
     slots = row.token_ids == model.image_token_id
     inputs = embed(model.model.embed_tokens, row.token_ids, slots, [seen[id(scene)] for scene in row.scenes])
     hidden = model.model(

@@ -2,9 +2,10 @@
 
     python -m recipes.scale.warm_start --out runs/scale
 
-trains tower, projector and decoder on freshly drawn pictures and on demonstrations of two writers (writers.py),
-and writes OUT/model (a Hugging Face folder; the one that ships beside this file was made this way) and
-OUT/report.json. Interrupted, the same command goes on from OUT/state.safetensors.
+first teaches tower and projector to tell which thing lies where, on freshly drawn pictures, then, with these
+frozen, the decoder to answer as two writers do (writers.py). It writes OUT/model (a Hugging Face folder; the one
+that ships beside this file was made this way) and OUT/report.json. Interrupted, the same command goes on from
+OUT/state.safetensors.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,6 +25,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim import AdamW
 from transformers import AutoTokenizer
 
 import rewards
@@ -35,11 +38,17 @@ from rl.model.config import StepVLConfig
 from rl.model.step_vl import StepVL
 from rl.types import Prompt, Rollout
 
-REWARDS = {"pointing": "point_distance", "grounding": "iou", "counting": "exact", "arithmetic": "math_verify"}
+REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # as in recipes/rlvr.yaml
+    "pointing": ("point_distance", {}),
+    "grounding": ("iou", {"power": 1}),
+    "counting": ("exact", {}),
+    "arithmetic": ("math_verify", {}),
+}
 READY = (0.2, 0.6)  # greedy held-out reward of every task, so that reinforcement learning has work to do
-PEAK_LR, WARM_UP, BETAS = 1e-3, 100, (0.9, 0.98)
-PICTURES = 4  # scenes and crowds a step, each
-ROUGH_SHARE = 0.7  # of the demonstrations in the last part of the training; half before, to learn both well
+EYES = ("vision_model.", "vit_large_projector.")
+PEAK_LR, WARM_UP, BETAS = 2e-3, 50, (0.9, 0.98)
+PICTURES = 8  # scenes and crowds a step, each
+EARLY_ROUGH_SHARE, ROUGH_SHARE = 0.4, 0.7  # of the demonstrations: early to learn the exact way, in the last part
 LAST_PART = 0.85
 
 
@@ -94,16 +103,33 @@ def _sines(grid: int, width: int) -> Tensor:
     return 0.5 * torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
-class School:
-    """Model and optimizer under training; a step's data depends on seed and step only, so it can go on anywhere."""
+@dataclass(frozen=True)
+class Plan:
+    """How long to train: optimizer steps of tower and projector, then of the decoder."""
 
-    def __init__(self, folder: Path, steps: int, seed: int) -> None:
-        self.folder, self.steps, self.seed, self.step = folder, steps, seed, 0
+    eyes: int
+    words: int
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        return self.eyes + self.words
+
+
+class School:
+    """Model and optimizers under training; a step's data depends on seed and step only, so it can go on anywhere."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.plan, self.step = folder, plan, 0
         tokenizer.save(folder / "model")
-        self.words = AutoTokenizer.from_pretrained(folder / "model")
-        self.model = newborn(self.words, seed)
-        self.prompter = Prompter(self.words, self.model.config.image_token_len)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=BETAS, weight_decay=0.0)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder / "model")
+        self.model = newborn(self.tokenizer, plan.seed)
+        self.head = practice.SightHead(self.model, self.tokenizer)  # only teaches the eyes; no part of the model
+        self.prompter = Prompter(self.tokenizer, self.model.config.image_token_len)
+        sight = [p for name, p in self.model.named_parameters() if name.startswith(EYES)]
+        rest = [p for name, p in self.model.named_parameters() if not name.startswith(EYES)]
+        self.eyes = AdamW([*sight, *self.head.parameters()], betas=BETAS, weight_decay=0.0)
+        self.words = AdamW(rest, betas=BETAS, weight_decay=0.0)
         if self.state_file.exists():
             self._resume()
 
@@ -112,42 +138,65 @@ class School:
         return self.folder / "state.safetensors"
 
     def learn(self) -> float:
-        """One optimizer step. Returns the loss (nats per token)."""
-        done = self.step / self.steps
-        for group in self.optimizer.param_groups:
-            group["lr"] = PEAK_LR * min(1, (self.step + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
-        rng = np.random.default_rng([self.seed, self.step])
-        batch = practice.lesson(rng, PICTURES, most_things(done), ROUGH_SHARE if done > LAST_PART else 0.5)
-        loss = practice.loss(self.model, self.prompter, batch)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        """One optimizer step. Returns its loss."""
+        rng = np.random.default_rng([self.plan.seed, self.step])
+        seeing = self.step < self.plan.eyes
+        first, length = (0, self.plan.eyes) if seeing else (self.plan.eyes, self.plan.words)
+        done = (self.step - first) / length
+        if seeing:
+            loss = practice.sight_loss(self.model, self.head, practice.some_scenes(rng, PICTURES))
+        else:
+            batch = practice.lesson(rng, PICTURES, things(done), ROUGH_SHARE if done > LAST_PART else EARLY_ROUGH_SHARE)
+            loss = practice.loss(self.model, self.prompter, batch)
+        optimizer = self.eyes if seeing else self.words
+        rate = PEAK_LR * min(1, (self.step - first + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
+        self._update(optimizer, loss, rate)
         self.step += 1
         return float(loss.detach())
 
+    def _update(self, optimizer: AdamW, loss: Tensor, rate: float) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        optimizer.step()
+
+    def _parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {**dict(self.model.named_parameters(prefix="model")), **dict(self.head.named_parameters(prefix="head"))}
+
     def save_state(self) -> None:
         """Weights, moments and position in one file, replaced in one step."""
-        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for name, parameter in self.model.named_parameters():
-            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
-        position = {"step": str(self.step), "steps": str(self.steps), "seed": str(self.seed)}
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._parameters().items():
+            tensors[name] = parameter.detach()
+            moments = self.eyes.state.get(parameter) or self.words.state.get(parameter) or {}
+            tensors |= {f"{key}:{name}": value for key, value in moments.items()}
+        position = {"step": self.step, **asdict(self.plan)}
         partial = self.state_file.with_suffix(".partial")
-        save_file(tensors, partial, metadata=position)
+        save_file(tensors, partial, metadata={key: str(value) for key, value in position.items()})
         os.replace(partial, self.state_file)
 
     def _resume(self) -> None:
         with safe_open(self.state_file, "pt") as file:
             position = {key: int(value) for key, value in file.metadata().items() if key != "format"}
-            asked = {"steps": self.steps, "seed": self.seed}
-            if (begun := {key: position[key] for key in asked}) != asked:
-                raise SystemExit(f"{self.state_file} was begun with {begun}, not {asked}: use those, or another --out")
-            with torch.no_grad():
-                for name, parameter in self.model.named_parameters():
-                    parameter.copy_(file.get_tensor(f"model.{name}"))
-                    moments = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-                    self.optimizer.state[parameter] = moments
-        self.step = position["step"]
+            self.step = position.pop("step")
+            if position != asdict(self.plan):
+                raise SystemExit(
+                    f"{self.state_file} was begun with {position}, not {asdict(self.plan)}: "
+                    "use the same values, or another --out"
+                )
+            kept = set(file.keys())
+            for name, parameter in self._parameters().items():
+                with torch.no_grad():
+                    parameter.copy_(file.get_tensor(name))
+                if f"step:{name}" in kept:
+                    optimizer = (
+                        self.eyes if name.startswith((*(f"model.{prefix}" for prefix in EYES), "head.")) else self.words
+                    )
+                    optimizer.state[parameter] = {
+                        k: file.get_tensor(f"{k}:{name}") for k in ("step", "exp_avg", "exp_avg_sq")
+                    }
 
     def save_model(self) -> None:
         folder = self.folder / "model"
@@ -157,15 +206,16 @@ class School:
         (folder / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True}, indent=2) + "\n")
 
 
-def most_things(done: float) -> int:
-    """Things in a scene, at most: one at first, so that reading a place is learned before finding the right thing."""
-    return 1 if done < 0.1 else 2 if done < 0.2 else 5
+def things(done: float) -> tuple[int, int]:
+    """How many things a scene has: one at first, so that reading a place is learned; then always several, so that
+    the question has to be read."""
+    return (1, 1) if done < 0.03 else (2, 3)
 
 
 def score(problem: Problem, text: str) -> float:
     """The reward that the task's responses get in training."""
     prompt = Prompt("warm-start", problem.task, (), ground_truth=problem.truth)
-    given = rewards.get(REWARDS[problem.task])(Rollout(prompt, text))
+    given = rewards.get(*REWARDS[problem.task])(Rollout(prompt, text))
     return given.value if isinstance(given, rewards.Score) else float(given)
 
 
@@ -193,39 +243,44 @@ def show(table: dict[str, dict[str, float]]) -> None:
         print(f"  {task:10}  " + "  ".join(f"{key} {value:.3f}" for key, value in sorted(row.items())) + verdict)
 
 
-def train(school: School, every: int, heldout: Sequence[Problem]) -> dict[str, dict[str, float]]:
-    """Learns to the end; every `every` steps saves the state. Returns the report on the held-out problems."""
+def train(school: School, every: int) -> None:
+    """Learns to the end of the plan; every `every` steps saves state and model, and shows a few held-out rewards."""
+    glance = world.problems("heldout", world.SEEDS["heldout"], 32)
     started, losses = time.monotonic(), []
-    while school.step < school.steps:
+    while school.step < school.plan.steps:
         losses.append(school.learn())
-        if school.step % every == 0:
+        if school.step % every == 0 or school.step == school.plan.steps:
             school.save_state()
+            school.save_model()
             took = (time.monotonic() - started) / len(losses)
-            left = took * (school.steps - school.step) / 60
+            left = took * (school.plan.steps - school.step) / 60
+            phase = "eyes" if school.step <= school.plan.eyes else "words"
             print(
-                f"step {school.step}/{school.steps}  loss {fmean(losses[-every:]):.3f}  {took:.2f} s a step, "
-                f"{left:.0f} min left",
+                f"step {school.step}/{school.plan.steps} {phase}  loss {fmean(losses[-every:]):.3f}  "
+                f"{took:.2f} s a step, {left:.0f} min left",
                 flush=True,
             )
-    school.save_model()
-    return report(school.model, school.prompter, heldout)
+            if phase == "words":
+                show(report(school.model, school.prompter, glance))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Warm start of the scale model; goes on where it was interrupted.")
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, report.json and the state")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--eyes", type=int, default=1000, help="optimizer steps of tower and projector")
+    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps of the decoder, after them")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=100, help="steps between saved states")
+    parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
     parser.add_argument("--heldout", type=int, default=256, help="held-out problems per task for the report")
     given = parser.parse_args()
-    school = School(given.out, given.steps, given.seed)
+    school = School(given.out, Plan(given.eyes, given.steps, given.seed))
     if school.step:
-        print(f"going on at step {school.step} of {school.steps}")
+        print(f"going on at step {school.step} of {school.plan.steps}")
+    train(school, given.save_every)
     heldout = world.problems("heldout", world.SEEDS["heldout"], given.heldout)
-    table = train(school, given.save_every, heldout)
+    table = report(school.model, school.prompter, heldout)
     (given.out / "report.json").write_text(json.dumps(table, indent=2) + "\n")
-    print(f"{given.out / 'model'}: held-out rewards")
+    print(f"{given.out / 'model'}: rewards on {given.heldout} held-out problems a task")
     show(table)
 
 

@@ -34,6 +34,7 @@ PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom lef
 HELDOUT_BYTES = 32  # of 256: the share of all pictures and sums that only the held-out split may use
 SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in the shipped files
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
+SHARES = (0.6, 0.25, 0.15)  # of the kinds in a crowd
 SHIPPED = Path(__file__).parent / "data"
 
 
@@ -139,30 +140,31 @@ def split_of(content: bytes) -> Split:
     return "heldout" if hashlib.sha256(content).digest()[0] < HELDOUT_BYTES else "train"
 
 
-def draw_scene(rng: Generator, split: Split, things: tuple[int, int] = (1, 5)) -> Scene:
-    """Between `things[0]` and `things[1]` things, no two of the same colour and shape, anywhere."""
+def draw_scene(rng: Generator, split: Split, things: tuple[int, int] = (1, 3)) -> Scene:
+    """Between `things[0]` and `things[1]` things of different colours, anywhere."""
     while True:
         number = int(rng.integers(things[0], things[1] + 1))
-        kinds = rng.permutation(len(COLORS) * len(SHAPES))[:number]
+        colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[:number]]
         placed: list[Thing] = []
-        for kind in kinds:
+        for color in colors:
             half = int(rng.integers(11, 20))
             x, y = (int(v) for v in rng.integers(half + 2, PIXELS - half - 1, size=2))
-            placed.append(Thing(list(COLORS)[kind // len(SHAPES)], SHAPES[kind % len(SHAPES)], x, y, half))
+            placed.append(Thing(color, SHAPES[int(rng.integers(len(SHAPES)))], x, y, half))
         scene = Scene(_background(rng), tuple(placed))
         if _apart(placed) and scene.split == split:
             return scene
 
 
 def draw_crowd(rng: Generator, split: Split) -> Scene:
-    """Four to eight things in different thirds of the picture, of three kinds, two of which share a colour."""
+    """Three to six things in different thirds of the picture, of three kinds, two of which share a colour; most are
+    of the first kind."""
     while True:
-        number = int(rng.integers(4, 9))
+        number = int(rng.integers(3, 7))
         shared, other = (list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2])
         shape, another = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
         kinds = [(shared, shape), (shared, another), (other, shape)]
         cells = sorted(int(cell) for cell in rng.permutation(9)[:number])
-        things = [_thing_in(cell, *kinds[rng.integers(3)], rng) for cell in cells]
+        things = [_thing_in(cell, *kinds[int(rng.choice(3, p=SHARES))], rng) for cell in cells]
         scene = Scene(_background(rng), tuple(things))
         if scene.split == split:
             return scene
@@ -204,13 +206,12 @@ def count_kinds(scene: Scene) -> Iterator[Problem]:
 
 
 def draw_sum(rng: Generator, split: Split) -> Problem:
-    """Three numbers below 100 to add and subtract; no partial result leaves 0 to 99."""
+    """A number below 20, then two single digits to add or subtract; no partial result is negative."""
     while True:
-        first, second, third = (int(v) for v in rng.integers(2, 90, size=3))
-        second, third = (int(v) * (1 if rng.random() < 0.5 else -1) for v in (second, third))
+        first, second, third = int(rng.integers(1, 20)), *(int(v) for v in rng.integers(1, 10, size=2))
+        second, third = (v * (1 if rng.random() < 0.5 else -1) for v in (second, third))
         question = f"What is {first} {_signed(second)} {_signed(third)}?"
-        in_range = 0 <= first + second < 100 and 0 <= first + second + third < 100
-        if in_range and split_of(question.encode()) == split:
+        if first + second >= 0 and first + second + third >= 0 and split_of(question.encode()) == split:
             truth = str(first + second + third)
             return Problem("arithmetic", question, truth, terms=(first, second, third))
 

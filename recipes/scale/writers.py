@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from recipes.scale.world import Problem, Thing
 
-BOX_STEP = 0.15  # the rough writer's ruler, as a fraction of the picture
+BOX_STEP = 0.2  # the rough writer's ruler, as a fraction of the picture
 THIRDS = (0.17, 0.5, 0.83)  # centres of the thirds of the picture
 
 
