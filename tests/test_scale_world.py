@@ -34,7 +34,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shipped(split: str) -> list[dict]:
+def shipped(split: world.Split) -> list[dict]:
     return [json.loads(line) for line in (world.SHIPPED / f"{split}.jsonl").read_text().splitlines()]
 
 
@@ -43,7 +43,7 @@ def pictures(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_generator_writes_the_shipped_rows_again(split: str, written: Path) -> None:
+def test_the_generator_writes_the_shipped_rows_again(split: world.Split, written: Path) -> None:
     assert (written / f"{split}.jsonl").read_bytes() == (world.SHIPPED / f"{split}.jsonl").read_bytes()
 
 
@@ -55,7 +55,7 @@ def test_the_generator_draws_the_shipped_pictures_again(written: Path) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_shipped_rows_are_rows_the_reader_accepts(split: str) -> None:
+def test_the_shipped_rows_are_rows_the_reader_accepts(split: world.Split) -> None:
     prompts = read_rows(world.SHIPPED / f"{split}.jsonl", reserved=tokenizer.SPECIAL, tasks=world.TASKS)
     assert Counter(prompt.task for prompt in prompts) == dict.fromkeys(world.TASKS, world.SIZES[split])
     assert all(len(prompt.images) == (prompt.task != "arithmetic") for prompt in prompts)

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,8 @@ PLAN = warm_start.Plan(eyes=3, words=3, seed=0)
 def words(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    made: Any = AutoTokenizer.from_pretrained(folder)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +154,14 @@ def test_the_script_runs_and_writes_a_model_that_loads(tmp_path: Path, monkeypat
 def test_the_shipped_model_is_what_the_script_would_build(words) -> None:
     shipped, made = checkpoint.load(SHIPPED), warm_start.newborn(words, seed=0)
     assert {n: p.shape for n, p in shipped.named_parameters()} == {n: p.shape for n, p in made.named_parameters()}
-    assert AutoTokenizer.from_pretrained(SHIPPED).get_vocab() == words.get_vocab()
+    theirs: Any = AutoTokenizer.from_pretrained(SHIPPED)
+    assert theirs.get_vocab() == words.get_vocab()
 
 
 def test_the_shipped_model_answers_but_not_yet_well() -> None:
     """A quick look at 48 problems a task; report.json beside the model has all 256."""
     model, words = checkpoint.load(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
+    assert isinstance(model, StepVL)
     problems = world.problems("heldout", world.SEEDS["heldout"], per_task=48)
     table = warm_start.report(model, Prompter(words, model.config.image_token_len), problems)
     for task, row in table.items():

@@ -20,28 +20,8 @@ SPECIAL = (
 )
 THINK = ("<think>", "</think>")  # whole tokens, but text: skip_special_tokens keeps them
 WORDS = [
-    "Point",
-    "at",
-    "the",
-    "Box",
-    "How",
-    "many",
-    "What",
-    "is",
-    "maybe",
-    "at",
-    "first",
-    "then",
-    "system",
-    "user",
-    "assistant",
-    "and",
-    "in",
-    "of",
-    "there",
-    "are",
-    "I",
-    "a",
+    *("Point", "at", "the", "Box", "How", "many", "What", "is", "maybe", "at", "first"),
+    *("then", "system", "user", "assistant", "and", "in", "of", "there", "are", "I", "a"),
 ]
 # A coordinate's "0." and the opening of a boxed answer are one token each; words carry the space before them.
 PIECES = r"\\boxed\{| ?0\.(?=\d)|\d| ?\p{L}+|, | [+-] |\n"
