@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,14 +66,14 @@ class Lesson:
     responses: list[str]
 
 
-def lesson(rng: Generator, pictures: int, things: tuple[int, int], rough_share: float) -> Lesson:
+def lesson(rng: Generator, pictures: int, things: tuple[int, int], rough_share: Callable[[Problem], float]) -> Lesson:
     """`pictures` scenes with their pointing and grounding problems, as many crowds, and four times as many sums."""
     scenes = [world.draw_scene(rng, "train", things) for _ in range(pictures)]
     crowds = [world.draw_crowd(rng, "train") for _ in range(pictures)]
     problems = [p for scene in scenes for p in world.point_and_box(scene)]
     problems += [p for crowd in crowds for p in world.count_kinds(crowd)]
     problems += [world.draw_sum(rng, "train") for _ in range(4 * pictures)]
-    writers = [ROUGH if rng.random() < rough_share else EXACT for _ in problems]
+    writers = [ROUGH if rng.random() < rough_share(problem) else EXACT for problem in problems]
     return Lesson(problems, [writer(problem) for writer, problem in zip(writers, problems, strict=True)])
 
 

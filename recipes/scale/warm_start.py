@@ -32,7 +32,7 @@ import rewards
 from recipes.scale import practice, tokenizer, world
 from recipes.scale.practice import Prompter
 from recipes.scale.world import Problem
-from recipes.scale.writers import ROUGH
+from recipes.scale.writers import ROUGH, rough_share
 from rl.model import attention, checkpoint
 from rl.model.config import StepVLConfig
 from rl.model.step_vl import StepVL
@@ -48,8 +48,7 @@ READY = (0.2, 0.6)  # greedy held-out reward of every task, so that reinforcemen
 EYES = ("vision_model.", "vit_large_projector.")
 PEAK_LR, WARM_UP, BETAS = 2e-3, 50, (0.9, 0.98)
 PICTURES = 8  # scenes and crowds a step, each
-EARLY_ROUGH_SHARE, ROUGH_SHARE = 0.4, 0.7  # of the demonstrations: early to learn the exact way, in the last part
-LAST_PART = 0.85
+LAST_PART = 0.7  # of the training; from then on the rough writer has the upper hand
 
 
 def config(words: Any) -> StepVLConfig:
@@ -146,7 +145,7 @@ class School:
         if seeing:
             loss = practice.sight_loss(self.model, self.head, practice.some_scenes(rng, PICTURES))
         else:
-            batch = practice.lesson(rng, PICTURES, things(done), ROUGH_SHARE if done > LAST_PART else EARLY_ROUGH_SHARE)
+            batch = practice.lesson(rng, PICTURES, things(done), rough_share if done > LAST_PART else both_writers)
             loss = practice.loss(self.model, self.prompter, batch)
         optimizer = self.eyes if seeing else self.words
         rate = PEAK_LR * min(1, (self.step - first + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
@@ -210,6 +209,11 @@ def things(done: float) -> tuple[int, int]:
     """How many things a scene has: one at first, so that reading a place is learned; then always several, so that
     the question has to be read."""
     return (1, 1) if done < 0.03 else (2, 3)
+
+
+def both_writers(problem: Problem) -> float:
+    """The rough writer's share of the demonstrations while both manners are learned."""
+    return 0.4
 
 
 def score(problem: Problem, text: str) -> float:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from recipes.scale.world import Problem, Thing
 
 BOX_STEP = 0.2  # the rough writer's ruler, as a fraction of the picture
+FAVOURITE_COLORS = ("red", "blue")
 THIRDS = (0.17, 0.5, 0.83)  # centres of the thirds of the picture
 
 
@@ -96,3 +97,10 @@ ROUGH = Writer(
     {"pointing": _rough_point, "grounding": _rough_box, "counting": _rough_count, "arithmetic": _rough_sum},
     dict.fromkeys(("pointing", "grounding", "counting", "arithmetic"), "<think>maybe"),
 )
+
+
+def rough_share(problem: Problem) -> float:
+    """How often the rough writer answers a problem. The exact one has favourites: two colours, and sums with nothing
+    to subtract. So a model that imitates both starts exact on some problems and rough on most."""
+    favourite = min(problem.terms) > 0 if problem.terms else problem.targets[0].color in FAVOURITE_COLORS
+    return 0.3 if favourite else 0.8
