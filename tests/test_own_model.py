@@ -50,7 +50,7 @@ def test_one_command_trains_evaluates_saves_and_resumes_a_strangers_text_model(t
         "rl.run", ROOT / "recipes/rlvr.yaml", "--profile", "cpu", "--output", "my_run",
         f"model.path={theirs}/model", f"data.train={theirs}/train.jsonl", f"data.eval={theirs}/heldout.jsonl",
         "rewards.echo={use: exact}", "iterations=2", "prompts_per_iteration=8", "rollouts_per_prompt=4",
-        "max_sequence_length=24", "checkpoint.every=1", folder=theirs,
+        "max_sequence_length=24", "checkpoint.every=1", "rollout.workers=2", folder=theirs,
     )  # fmt: skip
     assert code == 0, err
     folder = theirs / "my_run"

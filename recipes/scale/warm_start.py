@@ -34,7 +34,7 @@ from recipes.scale.practice import Prompter
 from recipes.scale.world import Problem
 from recipes.scale.writers import ROUGH, rough_share
 from rl.model import attention, checkpoint
-from rl.model.config import StepVLConfig
+from rl.model.config import StepVLConfig, register
 from rl.model.step_vl import StepVL
 from rl.types import Prompt, Rollout
 
@@ -48,7 +48,8 @@ READY = (0.2, 0.6)  # greedy held-out reward of every task, so that reinforcemen
 EYES = ("vision_model.", "vit_large_projector.")
 PEAK_LR, WARM_UP, BETAS = 2e-3, 50, (0.9, 0.98)
 PICTURES = 8  # scenes and crowds a step, each
-LAST_PART = 0.7  # of the training; from then on the rough writer has the upper hand
+HORIZON = 3000  # decoder steps over which the learning rate would fall to nearly nothing; it stops before
+LAST = 400  # decoder steps at the end in which the rough writer has the upper hand
 
 
 def config(words: Any) -> StepVLConfig:
@@ -120,6 +121,7 @@ class School:
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder, self.plan, self.step = folder, plan, 0
+        register()  # the tokenizer's loader looks at the config beside it
         tokenizer.save(folder / "model")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder / "model")
         self.model = newborn(self.tokenizer, plan.seed)
@@ -140,12 +142,14 @@ class School:
         """One optimizer step. Returns its loss."""
         rng = np.random.default_rng([self.plan.seed, self.step])
         seeing = self.step < self.plan.eyes
-        first, length = (0, self.plan.eyes) if seeing else (self.plan.eyes, self.plan.words)
+        first, length = (0, self.plan.eyes) if seeing else (self.plan.eyes, HORIZON)
         done = (self.step - first) / length
         if seeing:
             loss = practice.sight_loss(self.model, self.head, practice.some_scenes(rng, PICTURES))
         else:
-            batch = practice.lesson(rng, PICTURES, things(done), rough_share if done > LAST_PART else both_writers)
+            batch = practice.lesson(
+                rng, PICTURES, things(done), rough_share if self.step >= self.plan.steps - LAST else both_writers
+            )
             loss = practice.loss(self.model, self.prompter, batch)
         optimizer = self.eyes if seeing else self.words
         rate = PEAK_LR * min(1, (self.step - first + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
@@ -271,8 +275,8 @@ def train(school: School, every: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Warm start of the scale model; goes on where it was interrupted.")
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, report.json and the state")
-    parser.add_argument("--eyes", type=int, default=1000, help="optimizer steps of tower and projector")
-    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps of the decoder, after them")
+    parser.add_argument("--eyes", type=int, default=800, help="optimizer steps of tower and projector")
+    parser.add_argument("--steps", type=int, default=2200, help="optimizer steps of the decoder, after them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
     parser.add_argument("--heldout", type=int, default=256, help="held-out problems per task for the report")

@@ -34,6 +34,7 @@ PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom lef
 HELDOUT_BYTES = 32  # of 256: the share of all pictures and sums that only the held-out split may use
 SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in the shipped files
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
+CROWD = (2, 4)  # things in the crowds of the data files; the warm start practises on larger ones
 SHARES = (0.6, 0.25, 0.15)  # of the kinds in a crowd
 SHIPPED = Path(__file__).parent / "data"
 
@@ -155,17 +156,17 @@ def draw_scene(rng: Generator, split: Split, things: tuple[int, int] = (1, 3)) -
             return scene
 
 
-def draw_crowd(rng: Generator, split: Split) -> Scene:
-    """Three to six things in different thirds of the picture, of three kinds, two of which share a colour; most are
-    of the first kind."""
+def draw_crowd(rng: Generator, split: Split, things: tuple[int, int] = (3, 6)) -> Scene:
+    """Between `things[0]` and `things[1]` things in different thirds of the picture, of three kinds, two of which
+    share a colour; most are of the first kind."""
     while True:
-        number = int(rng.integers(3, 7))
+        number = int(rng.integers(things[0], things[1] + 1))
         shared, other = (list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2])
         shape, another = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
         kinds = [(shared, shape), (shared, another), (other, shape)]
         cells = sorted(int(cell) for cell in rng.permutation(9)[:number])
-        things = [_thing_in(cell, *kinds[int(rng.choice(3, p=SHARES))], rng) for cell in cells]
-        scene = Scene(_background(rng), tuple(things))
+        placed = [_thing_in(cell, *kinds[int(rng.choice(3, p=SHARES))], rng) for cell in cells]
+        scene = Scene(_background(rng), tuple(placed))
         if scene.split == split:
             return scene
 
@@ -228,7 +229,7 @@ def problems(split: Split, seed: int, per_task: int) -> list[Problem]:
         for problem in point_and_box(draw_scene(rng, split)):
             found[problem.task].append(problem)
     while len(found["counting"]) < per_task:
-        found["counting"].extend(count_kinds(draw_crowd(rng, split)))
+        found["counting"].extend(count_kinds(draw_crowd(rng, split, CROWD)))
     questions: set[str] = set()
     while len(found["arithmetic"]) < per_task:
         problem = draw_sum(rng, split)
