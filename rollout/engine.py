@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vllm.logprobs import Logprob
 
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "step3_vl_rl"
+MOST_SEQUENCES, STEP_TOKENS = 256, 65_536  # sequences at a time and tokens in one step, on CPU
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LEAST_TEMPERATURE = 0.01
@@ -92,6 +93,7 @@ class Engine:
             limit_mm_per_prompt={"image": max_images_per_prompt} if self._image_token_id is not None else {},
             weight_transfer_config={"backend": HOST_BACKEND},
             use_tqdm_on_load=verbose,
+            **(_whole_prompts(max_sequence_length) if device == "cpu" else {}),
         )
         self._picture_tokens = _picture_tokens(self._llm) if self._image_token_id is not None else None
         self._llm.init_weight_transfer_engine({"init_info": {}})
@@ -272,6 +274,20 @@ def _environment(model: str, device: str, threads: int, kv_cache_gib: int, verbo
     if Path(model).is_dir():
         variables["HF_HUB_OFFLINE"] = "1"
     return variables
+
+
+def _whole_prompts(max_sequence_length: int) -> dict[str, Any]:
+    """Scheduler limits under which every prompt is processed in one step, with all its pictures.
+
+    Part of a prompt makes vLLM draw a token, throw it away and rewind the request's generator, which CPU generators
+    cannot do. So there are never more sequences than one step has room for.
+    """
+    sequences = max(1, min(MOST_SEQUENCES, STEP_TOKENS // max_sequence_length))
+    return {
+        "enable_chunked_prefill": False,
+        "max_num_seqs": sequences,
+        "max_num_batched_tokens": sequences * max_sequence_length,
+    }
 
 
 def _set_environment(variables: Mapping[str, str]) -> None:

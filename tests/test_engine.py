@@ -274,3 +274,13 @@ def _compare_with_vllm(sizes: list[tuple[int, int]]) -> list[str]:
 def test_scaled_processor_is_vllms_own_for_the_published_sizes(engine_process: EngineProcess) -> None:
     sizes = [(50, 60), (727, 300), (727, 700), (728, 728), (900, 500), (600, 130), (1000, 200), (300, 20), (3100, 900)]
     assert engine_process.run(_compare_with_vllm, sizes) == []
+
+
+def test_more_seeded_prompts_than_one_step_holds_are_served_and_repeat(step_vl: Served) -> None:
+    """vLLM cannot rewind a CPU generator, which it does when a step has room for part of a prompt only."""
+    shown = [tiny.picture(tiny.NO_CROP, seed) for seed in range(40)]
+    prompt = (*tiny.word_ids(4), tiny.IMAGE, *tiny.word_ids(6, seed=1))
+    requests = [Request(prompt, (shown[i % 40],), max_tokens=2, seed=i) for i in range(300)]
+    first = step_vl.engine.generate(requests)
+    assert sum(len(c.prompt_ids) for c in first) > 8192
+    assert step_vl.engine.generate(requests) == first
