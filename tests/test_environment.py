@@ -120,3 +120,9 @@ def test_the_constraints_allow_what_pyproject_asks_for(installer: dict[str, Any]
 def test_vllm_finds_our_plugin() -> None:
     plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
     assert plugins["step3_vl_rl"].value == "rollout.vllm_plugin:register"
+
+
+def test_make_demo_runs_the_main_job_on_the_cpu_profile() -> None:
+    done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "tools/install.py" in done.stdout
+    assert "-m rl.run recipes/rlvr.yaml --profile cpu" in done.stdout
