@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from recipes.scale import world
 from recipes.scale.world import Problem, Scene
 from recipes.scale.writers import EXACT, ROUGH
+from rl.model import attention
 from rl.model.attention import Span
 from rl.model.packed import embed
 from rl.model.pictures import MEAN, STD
@@ -246,6 +247,7 @@ def answers(
         starts.append(prompter.prompt(p) + forced)
         groups[len(starts[-1])].append(i)
     result = [""] * len(problems)
+    model.model.set_attn_implementation("sdpa")  # whole batches with a cache, which packed attention has not
     for members in groups.values():
         chosen = [problems[i] for i in members]
         ids = torch.tensor([starts[i] for i in members])
@@ -253,6 +255,7 @@ def answers(
         for i, row in zip(members, tokens.tolist(), strict=True):
             whole = starts[i][len(prompter.prompt(problems[i])) :] + row
             result[i] = prompter.text(whole[: whole.index(prompter.end)] if prompter.end in whole else whole)
+    model.model.set_attn_implementation(attention.NAME)
     return result
 
 

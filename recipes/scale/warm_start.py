@@ -231,10 +231,8 @@ def report(
     model: StepVL, prompter: Prompter, problems: Sequence[Problem], seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """Per task: greedy reward; at temperature 1 the share of rough responses, and the reward of either kind."""
-    model.model.set_attn_implementation("sdpa")  # whole batches with a cache, which packed attention has not
     greedy = practice.answers(model, prompter, problems)
     sampled = practice.answers(model, prompter, problems, generator=torch.Generator().manual_seed(seed))
-    model.model.set_attn_implementation(attention.NAME)
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for problem, first, second in zip(problems, greedy, sampled, strict=True):
         rough = second.startswith(ROUGH.opening[problem.task])
