@@ -5,6 +5,7 @@ like the object itself, and whose `start` answers later.
 """
 
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +108,8 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
     if address:
         ray.init(address=address, **options)
     else:
+        # Else Ray leaves a token in the home folder, and any cluster started later asks for it.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(include_dashboard=False, **options)
     try:
         yield
