@@ -5,7 +5,6 @@ like the object itself, and whose `start` answers later.
 """
 
 import os
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,9 +107,10 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
     if address:
         ray.init(address=address, **options)
     else:
-        # Else Ray leaves a token in the home folder, and any cluster started later asks for it.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(include_dashboard=False, **options)
+        # Else Ray leaves a token in the home folder, and any cluster started later asks for it. Ours is reached
+        # from this machine only.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)
     try:
         yield
     finally:
