@@ -5,7 +5,7 @@ as `file.py:Name` (relative to the recipe) or through an entry point of group `r
 runs it in worker processes that can be killed.
 """
 
-from rewards.registry import BoundReward, Invalid, Score, get, names, reward
+from rewards.registry import BoundReward, Invalid, Score, get, names, penalty, reward
 from rl.types import Rollout
 
-__all__ = ["BoundReward", "Invalid", "Rollout", "Score", "get", "names", "reward"]
+__all__ = ["BoundReward", "Invalid", "Rollout", "Score", "get", "names", "penalty", "reward"]

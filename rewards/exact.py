@@ -4,7 +4,7 @@ from rewards import Invalid, Rollout, Score, reward
 from rewards.text import WINDOW, marked_answer, normalised
 
 
-@reward("exact", on_timeout="lowest")
+@reward("exact", on_timeout="lowest", verifiable=lambda truth: str(truth))
 def exact(rollout: Rollout) -> Score:
     """Equal text, ignoring case, runs of white space and one final period.
 

@@ -12,7 +12,12 @@ LONGEST_PROSE = 1500
 LONGEST_BARE = 200
 
 
-@reward("math_verify", on_timeout="lowest")
+def _boxed(truth: object) -> str:
+    """A ground truth as a response; some are whole solutions that box their result."""
+    return text if last_boxed(text := str(truth)) else f"\\boxed{{{text}}}"
+
+
+@reward("math_verify", on_timeout="lowest", verifiable=_boxed)
 class MathVerify:
     """Equality as mathematics: 1/2, 0.5 and \\frac{2}{4} are the same.
 

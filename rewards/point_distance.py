@@ -1,30 +1,64 @@
-"""How near the last point of an answer is to the true one."""
+"""How near the point of an answer is to the true one, or whether it lies in the true box."""
 
+import json
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from rewards import Rollout, Score, reward
-from rewards.geometry import Coordinates, last_point, read, truth, units
+from rewards import Invalid, Rollout, Score, reward
+from rewards.geometry import (
+    POINTS,
+    Coordinates,
+    Shape,
+    centre,
+    inside,
+    is_shape,
+    readable,
+    shapes,
+    shown,
+    true_shape,
+    units,
+)
 
 
-@reward("point_distance", on_timeout="lowest")
+def _as_point(truth: Any) -> str:
+    """The middle of a true box; a true point as it is."""
+    return json.dumps(centre(truth) if is_shape(truth) else truth)
+
+
+@reward("point_distance", on_timeout="lowest", verifiable=_as_point)
 def point_distance(
     rollout: Rollout, radius: Annotated[float, Field(gt=0)] = 0.2, coordinates: Coordinates = "unit"
 ) -> Score:
-    """max(0, 1 - d / radius): 1 at the target, falling with every step away, 0 from `radius` on.
+    """max(0, 1 - d / radius) of a point; where the truth is a box, 1.0 inside it and 0.0 outside.
 
-    d is the Euclidean distance with x in picture widths and y in picture heights, whatever `coordinates` the
-    row and the answer use; `radius` is in the same fractions. The report asks for strict distance decay and
-    gives neither formula nor radius: both are a reconstruction. 0.0 if the answer has no usable point.
+    So a point earns 1 at the target, less with every step away, and exactly 0 from `radius` on. d is the
+    Euclidean distance with x in picture widths and y in picture heights, whatever `coordinates` the row and
+    the answer use; `radius` is in the same fractions. A box's edges are inside.
+
+    The answer is its last point, or the list that this is part of: "(...), no, (...)" gives one point,
+    "[[...], [...]]" gives two. A list of n points earns 1/n of what its best point earns.
+
+    The report asks for strict distance decay and gives neither formula nor radius: both are a reconstruction,
+    as is the rule for lists. 0.0 if the answer has no usable point.
     """
-    true = truth(rollout, coordinates, 2)
-    numbers = last_point(rollout.answer)
-    if numbers is None:
+    given, row = rollout.prompt.ground_truth, rollout.prompt.id
+    if isinstance(given, list | tuple) and any(isinstance(one, list | tuple | dict) for one in given):
+        raise Invalid(f"row {row} has a list of points as ground truth; point_distance takes one, count takes many")
+    true = true_shape(rollout, given, coordinates, (2, 4), "[x, y], or the box [x1, y1, x2, y2] to point into")
+    found = shapes(POINTS, rollout.answer, last_list=True)
+    if not found:
         return Score(0.0, {"why": "no point in the answer"})
-    point = read(numbers, units(rollout, coordinates))
-    if isinstance(point, str):
-        return Score(0.0, {"why": point, "point": [repr(n) for n in numbers]})
-    distance = math.dist(point, true)
-    return Score(max(0.0, 1 - distance / radius), {"distance": distance, "point": list(numbers)})
+    points, why = readable(found, units(rollout, coordinates))
+    if not points:
+        return Score(0.0, {"why": why, "points": shown(found)})
+    best = max(_value(point, true, radius) for point in points)
+    distance = min(math.dist(point, centre(true)) for point in points)
+    return Score(best / len(found), {"distance": distance, "given": len(found), "points": shown(found)})
+
+
+def _value(point: Shape, true: Shape, radius: float) -> float:
+    if len(true) == 4:
+        return float(inside(point, true))
+    return max(0.0, 1 - math.dist(point, true) / radius)

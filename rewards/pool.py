@@ -1,84 +1,53 @@
-"""Worker processes kept alive: jobs in, outcomes out. A worker that hangs or dies is replaced at once."""
+"""Worker processes kept alive for rewards that compute: jobs in, outcomes out.
+
+`workers` of them compute at a time. One that dies is replaced at once. One that takes much longer than its like
+gives its turn to a reserve, computes on when the cores are idle, and is killed when its time is up: a hung sample
+costs the others next to nothing.
+"""
 
 import atexit
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rewards.process import Died, SetupFailed, WorkerProcess
-from rewards.worker import Task
+from rewards.worker import Orders
 from rl.types import Rollout
 
 Outcome = Mapping[str, Any]
-"""What became of a rollout: {"value", "details"}, {"invalid": why} or {"exhausted": what ran out}."""
+"""What became of a rollout: {"value", "details"}, {"invalid": why}, {"exhausted": what ran out} or {"away": endpoint,
+"why"}; and the "seconds" it took."""
+
+LONG = 10  # times the usual duration after which a job is taken for stuck
+LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0  # but never sooner than this; while nothing is known of its like
+MOST_STUCK = 8
 
 
 @dataclass(frozen=True)
 class Job:
-    """Rollouts to be scored together.
+    """Rollouts to be scored together by one unit (a reward with its parameters).
 
     With `again`, a sample whose process dies is tried once more, and a second death counts as exhaustion: one
     that the text causes repeats itself, any other must not cost the sample.
     """
 
-    task: str
+    unit: str
     rollouts: Sequence[Rollout]
     timeout_s: float
     again: bool
     outcomes: Future[list[Outcome]] = field(default_factory=Future)
 
-
-class WorkerPool:
-    """`workers` processes that each hold every task's reward; started by warm() or by the first job."""
-
-    def __init__(self, tasks: Mapping[str, Task], base_dir: Path, workers: int, setup_s: float):
-        self.tasks, self.base_dir, self.setup_s = dict(tasks), base_dir, setup_s
-        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.closed = False
-        self._slots = [_Slot(self) for _ in range(workers)]
-        self._warm: Future[float] | None = None
-        self._lock = threading.Lock()
-
-    def warm(self) -> Future[float]:
-        """Starts the processes and loads every reward in each, in the background; see RewardRunner.warm."""
-        with self._lock:
-            if self.closed:
-                raise RuntimeError("these reward workers are closed")
-            if self._warm is None:
-                self._warm = Future()
-                atexit.register(self.close)
-                ready = _Countdown(len(self._slots), self._warm)
-                for slot in self._slots:
-                    slot.start(ready)
-            return self._warm
-
-    def put(self, job: Job) -> None:
-        """Queues a job; its future is resolved by the next free worker."""
-        self.warm()
-        self.jobs.put(job)
-
-    def close(self) -> None:
-        """Ends all processes, also those in the middle of a job. Unfinished jobs are cancelled."""
-        with self._lock:
-            self.closed = True
-        atexit.unregister(self.close)
-        for slot in self._slots:
-            self.jobs.put(None)
-            slot.kill()
-        for slot in self._slots:
-            slot.join()
-        while not self.jobs.empty():
-            if job := self.jobs.get():
-                job.outcomes.cancel()
+    def all(self, kind: str, why: object) -> list[Outcome]:
+        """The same outcome for each of its rollouts."""
+        return [{kind: str(why)}] * len(self.rollouts)
 
 
-class _Countdown:
-    """Resolves a future with the seconds passed once `count` slots have said they are ready."""
+class Countdown:
+    """Resolves a future with the seconds passed once `count` callers have said they are ready."""
 
     def __init__(self, count: int, future: Future[float]):
         self.left, self.future, self.start = count, future, time.monotonic()
@@ -97,6 +66,96 @@ class _Countdown:
             self.future.set_result(time.monotonic() - self.start)
 
 
+class WorkerPool:
+    """`workers` processes, and one in reserve, that each hold every unit; started by warm() or by the first job."""
+
+    def __init__(self, orders: Orders, workers: int, setup_s: float):
+        self.orders, self.workers, self.setup_s = orders, workers, setup_s
+        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.turns = threading.Semaphore(workers)  # one for each process that computes and is not stuck
+        self.closed = False
+        self._slots: list[_Slot] = []
+        self._stuck = 0
+        self._usual_s: dict[str, float] = {}
+        self._warm: Future[float] | None = None
+        self._lock = threading.Lock()
+
+    def warm(self) -> Future[float]:
+        """Starts the processes and loads every unit in each, in the background; see RewardRunner.warm."""
+        with self._lock:
+            if self.closed:
+                raise RuntimeError("these reward workers are closed")
+            if self._warm is None:
+                self._warm = Future()
+                if not self.orders.units:
+                    self._warm.set_result(0.0)
+                    return self._warm
+                atexit.register(self.close)
+                ready = Countdown(self.workers, self._warm)
+                for _ in range(self.workers):
+                    self._add(ready.done)
+                self._warm.add_done_callback(lambda _: self._keep_reserve())
+            return self._warm
+
+    def put(self, job: Job) -> None:
+        """Queues a job; its future is resolved by the next free worker."""
+        self.warm()
+        self.jobs.put(job)
+
+    def close(self) -> None:
+        """Ends all processes, also those in the middle of a job. Unfinished jobs are cancelled."""
+        with self._lock:
+            self.closed = True
+            slots = list(self._slots)
+        atexit.unregister(self.close)
+        for slot in slots:
+            self.jobs.put(None)
+            slot.kill()
+        self.turns.release(max(1, len(slots)))
+        for slot in slots:
+            slot.join()
+        while not self.jobs.empty():
+            if job := self.jobs.get():
+                job.outcomes.cancel()
+
+    def patience_s(self, unit: str) -> float:
+        """Seconds after which a job of this unit is longer than any of its like."""
+        usual = self._usual_s.get(unit)
+        return FIRST_PATIENCE_S if usual is None else max(LEAST_PATIENCE_S, LONG * usual)
+
+    def took(self, unit: str, seconds: float) -> None:
+        usual = self._usual_s.get(unit, seconds)
+        self._usual_s[unit] = 0.9 * usual + 0.1 * seconds
+
+    def gets_stuck(self) -> bool:
+        """Hands the caller's turn to a reserve, if anybody waits for one and not too many are stuck already."""
+        with self._lock:
+            if self.closed or self.jobs.empty() or self._stuck >= MOST_STUCK:
+                return False
+            self._stuck += 1
+        self._keep_reserve()
+        self.turns.release()
+        return True
+
+    def is_stuck_no_more(self, slot: "_Slot") -> bool:
+        """Whether `slot` is needed further."""
+        with self._lock:
+            self._stuck -= 1
+            if len(self._slots) - self._stuck <= self.workers + 1:
+                return True
+            self._slots.remove(slot)
+            return False
+
+    def _keep_reserve(self) -> None:
+        with self._lock:
+            if not self.closed and len(self._slots) - self._stuck < self.workers + 1:
+                self._add(lambda failed: None)  # a reserve that can't be set up says so when it is used
+
+    def _add(self, ready: Callable[[str | None], None]) -> None:
+        self._slots.append(_Slot(self))
+        self._slots[-1].start(ready)
+
+
 class _Slot:
     """One thread and the process it keeps alive. Only this thread starts processes, and it outlives them: the
     kernel ends a worker together with the thread that started it."""
@@ -104,10 +163,11 @@ class _Slot:
     def __init__(self, pool: WorkerPool):
         self.pool = pool
         self.worker: WorkerProcess | None = None
+        self.stuck = False  # on its current job; its turn is with another slot
         self.lock = threading.Lock()  # so that no process is started behind close()'s back
         self.thread: threading.Thread | None = None
 
-    def start(self, ready: _Countdown) -> None:
+    def start(self, ready: Callable[[str | None], None]) -> None:
         self.thread = threading.Thread(target=self._run, args=(ready,), name="rewards", daemon=True)
         self.thread.start()
 
@@ -120,33 +180,55 @@ class _Slot:
         if self.thread:
             self.thread.join()
 
-    def _run(self, ready: _Countdown) -> None:
+    def _run(self, ready: Callable[[str | None], None]) -> None:
         try:
-            ready.done(self._load())
-            while not self.pool.closed and (job := self.pool.jobs.get()):
-                if job.outcomes.set_running_or_notify_cancel():
-                    self._serve(job)
+            ready(self._load())
+            while self._next():
+                pass
         finally:
             self._drop()
 
+    def _next(self) -> bool:
+        """One job in one turn; whether there may be more."""
+        self.pool.turns.acquire()
+        self.stuck = False
+        try:
+            job = None if self.pool.closed else self.pool.jobs.get()
+            if job and job.outcomes.set_running_or_notify_cancel():
+                self._serve(job)
+        finally:
+            if not self.stuck:
+                self.pool.turns.release()
+        if not self.stuck:
+            return job is not None
+        self._drop()  # it has the lowest priority by now, which cannot be raised again
+        if not self.pool.is_stuck_no_more(self):
+            return False
+        self._load()
+        return True
+
     def _load(self) -> str | None:
-        """Loads every task's reward; why that failed, or None."""
+        """Loads every unit; why that failed, or None."""
         failed: str | None = None
-        for task in self.pool.tasks:
+        for unit in self.pool.orders.units:
             try:
-                self._process().load(task, self.pool.setup_s)
+                self._process().load(unit, self.pool.setup_s)
             except (SetupFailed, Died, CancelledError) as e:
-                failed = failed or f"rewards.{task}: {e or 'closed while it was set up'}"
+                failed = failed or f"reward {unit}: {e or 'closed while it was set up'}"
                 self._drop()
         return failed
 
     def _serve(self, job: Job) -> None:
+        began = time.monotonic()
         try:
             outcomes = self._outcomes(job)
         except BaseException as e:  # whoever waits for the job must hear of it, whatever it is
             job.outcomes.set_exception(e)
         else:
-            job.outcomes.set_result(outcomes)
+            seconds = time.monotonic() - began
+            if not self.stuck:
+                self.pool.took(job.unit, seconds)
+            job.outcomes.set_result([{**outcome, "seconds": seconds / len(outcomes)} for outcome in outcomes])
 
     def _outcomes(self, job: Job) -> list[Outcome]:
         try:
@@ -154,43 +236,52 @@ class _Slot:
         except Died as e:
             first = e
         if not job.again:
-            return self._all(job, "invalid", first)
+            return job.all("invalid", first)
         try:
             return self._score(job)
         except Died as e:
-            return self._all(job, "exhausted", e)
+            return job.all("exhausted", e)
 
     def _score(self, job: Job) -> list[Outcome]:
+        pool = self.pool
         try:
-            outcomes, retire = self._process().score(job.task, job.rollouts, self.pool.setup_s, job.timeout_s)
+            outcomes, retire = self._process().score(
+                job.unit, job.rollouts, pool.setup_s, job.timeout_s, pool.patience_s(job.unit), self._gets_stuck
+            )
         except Died:
+            if pool.closed:
+                raise CancelledError from None
             self._replace()
             raise
         except SetupFailed as e:
             self._replace()
-            return self._all(job, "invalid", e)
+            return job.all("invalid", e)
         except TimeoutError as e:
             self._replace()
-            return self._all(job, "exhausted", e)
+            return job.all("exhausted", e)
         if retire:
             self._replace()
         return list(outcomes)
 
-    def _all(self, job: Job, kind: str, why: Exception) -> list[Outcome]:
-        return [{kind: str(why)}] * len(job.rollouts)
+    def _gets_stuck(self) -> bool:
+        if not self.stuck and self.pool.gets_stuck():
+            self.stuck = True
+            self._process().yield_cores()
+        return self.stuck
 
     def _process(self) -> WorkerProcess:
         with self.lock:
             if self.pool.closed:
                 raise CancelledError
             if self.worker is None:
-                self.worker = WorkerProcess(self.pool.tasks, self.pool.base_dir)
+                self.worker = WorkerProcess(self.pool.orders)
             return self.worker
 
     def _replace(self) -> None:
         """Starts the next process right away: it comes up while the outcome is on its way."""
         self._drop()
-        self._process()
+        if not self.stuck:
+            self._process()
 
     def _drop(self) -> None:
         with self.lock:

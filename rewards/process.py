@@ -7,12 +7,12 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
-from rewards.worker import Task
+from rewards.worker import Orders
 from rl.types import Rollout
 
 
@@ -24,18 +24,18 @@ class SetupFailed(Exception):
     """The reward could not be loaded in the process, or not in time; the message says why."""
 
 
-class WorkerProcess:
-    """A fresh interpreter running rewards.worker.
+class Process:
+    """A fresh interpreter running `main()` of `module`, told its orders.
 
     Its prints go to this process's stderr. It sits in a process group of its own, so that killing it takes
     along what a reward started.
     """
 
-    def __init__(self, tasks: Mapping[str, Task], base_dir: Path):
+    def __init__(self, module: str, orders: Orders):
         self.connection, theirs = Pipe()
         fd = theirs.fileno()
         # -P: only the path below counts, not a folder called rewards that happens to be the current one
-        command = [sys.executable, "-P", "-c", "from rewards.worker import main; main()"]
+        command = [sys.executable, "-P", "-c", f"from {module} import main; main()"]
         command += [str(fd), str(os.getpid())]
         self.process = subprocess.Popen(
             command,
@@ -46,27 +46,23 @@ class WorkerProcess:
             start_new_session=True,
         )
         theirs.close()
-        self._send((dict(tasks), base_dir))
+        self.send(orders)
 
-    def load(self, task: str, setup_s: float) -> float:
-        """Seconds that importing and setting up the task's reward took (about 0 if it was loaded).
+    def send(self, message: Any) -> None:
+        """Raises Died."""
+        try:
+            self.connection.send_bytes(pickle.dumps(message))
+        except OSError:
+            raise Died(self._epitaph()) from None
 
-        Raises SetupFailed (also when it takes longer than `setup_s` seconds) or Died.
-        """
-        self._send((task, []))
-        return self._loaded(setup_s)
-
-    def score(
-        self, task: str, rollouts: Sequence[Rollout], setup_s: float, timeout_s: float
-    ) -> tuple[list[dict[str, Any]], bool]:
-        """Outcomes in order (see rewards.worker.outcome) and whether the process asks to be replaced.
-
-        `timeout_s` counts from when the reward is loaded. Raises SetupFailed, TimeoutError or Died.
-        """
-        self._send((task, list(rollouts)))
-        self._loaded(setup_s)
-        reply = self._receive(timeout_s)
-        return reply["outcomes"], reply["retire"]
+    def receive(self, seconds: float) -> dict[str, Any]:
+        """Raises TimeoutError or Died."""
+        try:
+            if not self.connection.poll(seconds):
+                raise TimeoutError(f"took longer than {seconds:g} s")
+            return json.loads(self.connection.recv_bytes())
+        except (EOFError, ConnectionError):
+            raise Died(self._epitaph()) from None
 
     def kill(self) -> None:
         """Ends the process and its children; safe to call while another thread waits for an answer."""
@@ -79,28 +75,20 @@ class WorkerProcess:
         self.process.wait()
         self.connection.close()
 
-    def _loaded(self, setup_s: float) -> float:
+    def yield_cores(self) -> None:
+        """From now on it computes only when nothing else wants to. There is no way back."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
+
+    def loaded(self, setup_s: float) -> float:
+        """Seconds that importing and setting up took, from the answer to a job. Raises SetupFailed or Died."""
         try:
-            reply = self._receive(setup_s)
+            reply = self.receive(setup_s)
         except TimeoutError:
             raise SetupFailed(f"its setup took longer than {setup_s:g} s") from None
         if reply["failed"]:
             raise SetupFailed(reply["failed"])
         return reply["seconds"]
-
-    def _send(self, message: Any) -> None:
-        try:
-            self.connection.send_bytes(pickle.dumps(message))
-        except OSError:
-            raise Died(self._epitaph()) from None
-
-    def _receive(self, seconds: float) -> dict[str, Any]:
-        try:
-            if not self.connection.poll(seconds):
-                raise TimeoutError(f"took longer than {seconds:g} s")
-            return json.loads(self.connection.recv_bytes())
-        except (EOFError, ConnectionError):
-            raise Died(self._epitaph()) from None
 
     def _epitaph(self) -> str:
         try:
@@ -110,6 +98,48 @@ class WorkerProcess:
         if code < 0:
             return f"its process was killed by {signal.Signals(-code).name}"
         return f"its process ended with exit code {code}"
+
+
+class WorkerProcess(Process):
+    """A process that computes one job at a time (rewards.worker)."""
+
+    def __init__(self, orders: Orders):
+        super().__init__("rewards.worker", orders)
+
+    def load(self, unit: str, setup_s: float) -> float:
+        """Seconds that importing and setting up the unit's reward took (about 0 if it was loaded).
+
+        Raises SetupFailed (also when it takes longer than `setup_s` seconds) or Died.
+        """
+        self.send((unit, []))
+        return self.loaded(setup_s)
+
+    def score(
+        self,
+        unit: str,
+        rollouts: Sequence[Rollout],
+        setup_s: float,
+        timeout_s: float,
+        patience_s: float,
+        impatient: Callable[[], bool],
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Outcomes in order (see rewards.worker.outcome) and whether the process asks to be replaced.
+
+        `timeout_s` counts from when the reward is loaded. Every `patience_s` that the answer is not there
+        `impatient` is called, until it returns True. Raises SetupFailed, TimeoutError or Died.
+        """
+        self.send((unit, list(rollouts)))
+        self.loaded(setup_s)
+        left = timeout_s
+        while left > patience_s and not self.connection.poll(patience_s):
+            left -= patience_s
+            if impatient():
+                break
+        try:
+            reply = self.receive(left)
+        except TimeoutError:
+            raise TimeoutError(f"took longer than {timeout_s:g} s") from None
+        return reply["outcomes"], reply["retire"]
 
 
 def _environment() -> dict[str, str]:

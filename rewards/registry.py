@@ -6,9 +6,10 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import json
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,10 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
+from rewards.endpoint import is_endpoint_name
+
 OnTimeout = Literal["invalid", "lowest"]
+Kind = Literal["reward", "penalty"]
 ENTRY_POINTS = "rl.rewards"
 Target = TypeVar("Target", bound=Callable[..., Any])
 
@@ -45,6 +49,15 @@ class Reward:
     lowest: float
     highest: float
     on_timeout: OnTimeout
+    kind: Kind
+    truth_as_text: Callable[[Any], str] | None
+    timeout_s: float
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether scoring waits for something else (an endpoint), so that many samples run at once."""
+        called = self.target.__call__ if inspect.isclass(self.target) else self.target
+        return inspect.iscoroutinefunction(called)
 
     @property
     def source(self) -> str:
@@ -56,6 +69,14 @@ class Reward:
         parameters = list(inspect.signature(self.target).parameters.values())
         return {p.name: p for p in (parameters if inspect.isclass(self.target) else parameters[1:])}
 
+    def annotation(self, parameter: inspect.Parameter) -> Any:
+        """The parameter's annotation as an object."""
+        if not isinstance(parameter.annotation, str):
+            return parameter.annotation
+        # the author's own module wrote it, under `from __future__ import annotations`
+        owner = self.target.__init__ if inspect.isclass(self.target) else self.target
+        return eval(parameter.annotation, getattr(owner, "__globals__", {}))
+
 
 @dataclass(frozen=True)
 class BoundReward:
@@ -64,6 +85,14 @@ class BoundReward:
 
     reward: Reward
     params: Mapping[str, Any]
+
+    @property
+    def endpoints(self) -> list[str]:
+        """The endpoints that its parameters name."""
+        accepted = self.reward.parameters
+        named = [name for name, p in accepted.items() if is_endpoint_name(self.reward.annotation(p))]
+        values = [self.params.get(name, accepted[name].default) for name in named]
+        return [value for value in values if isinstance(value, str)]
 
     @cached_property
     def scorer(self) -> Callable[..., Any]:
@@ -92,6 +121,8 @@ def reward(
     lowest: float = 0.0,
     highest: float = 1.0,
     on_timeout: OnTimeout = "invalid",
+    verifiable: bool | Callable[[Any], str] = False,
+    timeout_s: float = 10.0,
 ) -> Callable[[Target], Target]:
     """Registers a `def`, an `async def` or a class with `__call__` (and `setup()` where it loads something).
 
@@ -100,12 +131,41 @@ def reward(
     highest     what a fully right response gets
     on_timeout  what a sample that runs out of time or memory becomes: "invalid" (left out of the loss) or
                 "lowest" (right when only the model's text can cause it)
+    verifiable  whether a response that only states the row's ground truth gets `highest`, which
+                `python -m rewards try` then checks; a function says how such a response is written, where that
+                is not the truth as it stands (text) or as JSON
+    timeout_s   seconds for one sample, unless the recipe says otherwise
     """
+    return _registered(name, "reward", group, lowest, highest, on_timeout, verifiable, timeout_s)
+
+
+def penalty(
+    name: str, *, group: bool = False, on_timeout: OnTimeout = "invalid", timeout_s: float = 10.0
+) -> Callable[[Target], Target]:
+    """Registers a behaviour penalty: written like a reward, it returns how badly the rollout offends, 0 (not at
+    all) to 1. A recipe lists it under a reward's `penalties`; there it takes the reward towards its lowest value:
+
+        lowest + (value - lowest) * product over penalties of (1 - magnitude * offence)
+    """
+    return _registered(name, "penalty", group, 0.0, 1.0, on_timeout, False, timeout_s)
+
+
+def _registered(
+    name: str,
+    kind: Kind,
+    group: bool,
+    lowest: float,
+    highest: float,
+    on_timeout: OnTimeout,
+    verifiable: bool | Callable[[Any], str],
+    timeout_s: float,
+) -> Callable[[Target], Target]:
     if on_timeout not in ("invalid", "lowest"):
-        raise ValueError(f"reward {name!r}: on_timeout is {on_timeout!r}; it is 'invalid' or 'lowest'")
+        raise ValueError(f"{kind} {name!r}: on_timeout is {on_timeout!r}; it is 'invalid' or 'lowest'")
+    as_text = as_response if verifiable is True else verifiable or None
 
     def register(target: Target) -> Target:
-        entry = Reward(name, target, group, float(lowest), float(highest), on_timeout)
+        entry = Reward(name, target, group, float(lowest), float(highest), on_timeout, kind, as_text, timeout_s)
         others = [r for r in _REGISTRY.get(name, []) if r.source != entry.source]
         _REGISTRY[name] = [*others, entry]
         target.__reward__ = entry  # type: ignore[attr-defined]  # found again by attribute for file.py:Name
@@ -114,17 +174,34 @@ def reward(
     return register
 
 
+def as_response(truth: Any) -> str:
+    """A ground truth as a response that states nothing else: text as it stands, anything else as JSON."""
+    return truth if isinstance(truth, str) else json.dumps(truth)
+
+
 def names() -> list[str]:
     """Every name `get` understands: built-in rewards, those of modules imported so far, and entry points."""
     _import_builtin()
     return sorted({*_REGISTRY, *(e.name for e in importlib.metadata.entry_points(group=ENTRY_POINTS))})
 
 
-def get(target: str, params: Mapping[str, Any] | None = None, base_dir: str | Path | None = None) -> BoundReward:
+def all_rewards() -> list[Reward]:
+    """Everything `names` lists, loaded, in order of name. Raises ValueError for an entry point that does not load."""
+    found = {reward.name: reward for name in names() for reward in _REGISTRY.get(name, []) or [_by_name(name)]}
+    return [found[name] for name in sorted(found)]
+
+
+def get(
+    target: str,
+    params: Mapping[str, Any] | None = None,
+    base_dir: str | Path | None = None,
+    endpoints: Container[str] | None = None,
+) -> BoundReward:
     """The reward a recipe means by `use: target`, with its parameters.
 
     `base_dir` is the folder that `file.py:Name` is relative to (default: the current one). Raises ValueError
-    for a target that is not there, naming the nearest, and for parameters that do not fit its signature.
+    for a target that is not there, naming the nearest, for parameters that do not fit its signature, and for an
+    endpoint that is not among `endpoints`, if these are given.
     """
     if ":" not in target:
         found = _by_name(target)
@@ -132,7 +209,14 @@ def get(target: str, params: Mapping[str, Any] | None = None, base_dir: str | Pa
         found = _by_file(target, Path(base_dir or "."))
     else:
         found = _by_module(target)
-    return BoundReward(found, _checked(found, dict(params or {})))
+    bound = BoundReward(found, _checked(found, dict(params or {})))
+    for name in bound.endpoints:
+        if endpoints is not None and name not in endpoints:
+            raise ValueError(
+                f"reward {found.name!r} asks the endpoint {name!r}, which the recipe does not have: add it under "
+                f"endpoints, as in endpoints: {{{name}: {{url: http://HOST:8000/v1, model: NAME}}}}"
+            )
+    return bound
 
 
 def _import_builtin() -> None:
@@ -152,7 +236,11 @@ def _by_name(name: str) -> Reward:
     if entries:
         return entries[0]
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
-        return _declared(entry.load(), f"entry point {name} = {entry.value}")
+        try:
+            loaded = entry.load()
+        except Exception as e:
+            raise ValueError(f"entry point {name} = {entry.value} does not load: {type(e).__name__}: {e}") from e
+        return _declared(loaded, f"entry point {name} = {entry.value}")
     known = names()
     raise ValueError(f"no reward is called {name!r}{_nearest(name, known)}; there are: {', '.join(known)}")
 
@@ -233,13 +321,8 @@ def _typed(found: Reward, parameter: inspect.Parameter | None, key: str, value: 
     """`value` as the parameter's annotation wants it; unannotated parameters take anything."""
     if parameter is None or parameter.annotation is parameter.empty:
         return value
-    annotation = parameter.annotation
-    owner = found.target.__init__ if inspect.isclass(found.target) else found.target
-    if isinstance(annotation, str):
-        # the author's own module wrote it, under `from __future__ import annotations`
-        annotation = eval(annotation, getattr(owner, "__globals__", {}))
     try:
-        return _adapter(annotation).validate_python(value)
+        return _adapter(found.annotation(parameter)).validate_python(value)
     except ValidationError as e:
         why = e.errors()[0]["msg"]
         raise ValueError(f"reward {found.name!r}: parameter {key} is {value!r}: {why}") from e

@@ -1,97 +1,216 @@
-"""Runs a recipe's rewards: Rollout in, Scored out, and nothing that a reward does hurts the run."""
+"""Runs a recipe's rewards: Rollout in, Scored out, and nothing that a reward does hurts the run.
 
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from functools import partial
+A task has one reward or several weighted ones, each with penalties. What computes goes to rewards.pool, what waits
+for an endpoint to rewards.async_pool; this file puts their answers together again.
+"""
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from rewards.async_pool import AsyncPool, EndpointAway, Outage
+from rewards.endpoint import EndpointSpec
 from rewards.pool import Job, Outcome, WorkerPool
-from rewards.registry import BoundReward, get
-from rewards.worker import Task
+from rewards.registry import BoundReward, Kind, get
+from rewards.worker import Orders, Unit
 from rl.types import Prompt, Rollout, Scored
 
+__all__ = ["EndpointAway", "Outage", "RewardRunner", "Scoring"]
 
-class RewardSpec(Protocol):
-    """What a recipe says of one task's reward."""
+REMEMBERED = 100_000  # judgements kept, so that the same question about the same response is asked once
+
+
+class PenaltySpec(Protocol):
+    """What a recipe says of a penalty."""
 
     @property
     def use(self) -> str: ...
     @property
     def params(self) -> Mapping[str, Any]: ...
     @property
-    def timeout_s(self) -> float: ...
+    def timeout_s(self) -> float | None: ...
     @property
     def memory_mb(self) -> int: ...
+    @property
+    def magnitude(self) -> float: ...
+
+
+class RewardSpec(Protocol):
+    """What a recipe says of one of a task's rewards."""
+
+    @property
+    def use(self) -> str: ...
+    @property
+    def params(self) -> Mapping[str, Any]: ...
+    @property
+    def timeout_s(self) -> float | None: ...
+    @property
+    def memory_mb(self) -> int: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def penalties(self) -> Sequence[PenaltySpec]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A reward or penalty of a task: what scores it, and what it is called in metrics."""
+
+    name: str
+    unit: str
+    bound: BoundReward
+    timeout_s: float
+    factor: float  # a reward's weight, a penalty's magnitude
+    penalties: tuple["_Part", ...] = ()
+
+    @property
+    def everything(self) -> tuple["_Part", ...]:
+        return (self, *self.penalties)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """All of a task's rewards."""
+
+    rewards: tuple[_Part, ...]
+
+    @property
+    def parts(self) -> list[_Part]:
+        return [part for reward in self.rewards for part in reward.everything]
+
+    @property
+    def group(self) -> bool:
+        """Whether any part wants all rollouts of a prompt at once."""
+        return any(part.bound.reward.group for part in self.parts)
+
+    def bound(self, edge: str) -> float:
+        """The "lowest" or "highest" that the weighted sum can be."""
+        other = {"lowest": "highest", "highest": "lowest"}[edge]
+        return sum(r.factor * getattr(r.bound.reward, edge if r.factor >= 0 else other) for r in self.rewards)
 
 
 class RewardRunner:
-    """Scores rollouts with the reward of their task, in `workers` processes that can be killed.
+    """Scores rollouts with the rewards of their task, in processes that can be killed.
 
-    tasks       task -> its reward: `use` and `params` as `rewards.get` takes them; `timeout_s`, wall-clock
-                seconds for scoring one sample (a group gets that times its size), counted from when the
-                reward is loaded; `memory_mb`, MiB that scoring may take on top of what loading took
+    tasks       task -> its rewards. `use` and `params` as `rewards.get` takes them; `timeout_s`, wall-clock
+                seconds for scoring one sample (a group gets that times its size; waiting for a free slot at an
+                endpoint does not count), from when the reward is loaded; `memory_mb`, MiB that scoring may take on
+                top of what loading took
+    endpoints   the judges' servers by name, of which rewards ask
+    max_wait_s  endpoint -> seconds for which samples wait for it when it stays away, before EndpointAway ends it all
     base_dir    the folder `file.py:Name` is relative to
+    workers     processes for rewards that compute
     setup_s     seconds that importing a reward and its `setup()` may take
 
-    Raises ValueError, before any process is started, for a reward or parameter that does not exist. A sample
-    whose reward raises, dies or returns no number comes back invalid, with the reason; so does one that ran
-    out of time or memory, unless the reward declares on_timeout="lowest". Other samples never notice.
+    A task's reward is the sum of weight * value over its rewards, each value first taken towards its lowest by its
+    penalties (rewards.penalty). Raises ValueError, before any process is started, for a reward, parameter or endpoint
+    that does not exist. A sample one of whose rewards or penalties raises, dies or returns no number comes back
+    invalid, with the reason; so does one that ran out of time or memory, unless the reward declares
+    on_timeout="lowest" (for a penalty: a full offence). Other samples never notice.
     """
 
     def __init__(
         self,
-        tasks: Mapping[str, RewardSpec],
+        tasks: Mapping[str, Sequence[RewardSpec]],
         base_dir: str | Path = ".",
         workers: int = 2,
+        endpoints: Mapping[str, EndpointSpec] | None = None,
+        max_wait_s: Mapping[str, float] | None = None,
         setup_s: float = 300.0,
     ):
         if workers < 1:
             raise ValueError(f"{workers} reward workers; at least 1 is needed")
+        self.on_outage: Callable[[Outage], None] = lambda outage: None  # called in the thread that waits for scores
         folder = Path(base_dir).resolve()
-        self._rewards = {task: _get(task, spec, folder) for task, spec in tasks.items()}
-        self._timeout_s = {task: spec.timeout_s for task, spec in tasks.items()}
-        told = {task: Task(s.use, dict(s.params), s.memory_mb) for task, s in tasks.items()}
-        self._pool = WorkerPool(told, folder, workers, setup_s)
+        self._endpoints = dict(endpoints or {})
+        builder = _Builder(folder, self._endpoints)
+        self._tasks = {task: builder.task(task, specs) for task, specs in tasks.items()}
+        waits = {part.unit for task in self._tasks.values() for part in task.parts if part.bound.reward.asynchronous}
+        waiting = {unit: found for unit, found in builder.units.items() if unit in waits}
+        computing = {unit: found for unit, found in builder.units.items() if unit not in waits}
+        self._pool = WorkerPool(Orders(computing, folder, self._endpoints), workers, setup_s)
+        self._async = AsyncPool(Orders(waiting, folder, self._endpoints), max_wait_s or {}, setup_s)
+        self._remembered: OrderedDict[bytes, Future[list[Outcome]]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def lowest(self, task: str) -> float:
         """The least this task's reward can be."""
-        return self._reward(task).reward.lowest
+        return self._task(task).bound("lowest")
 
     def highest(self, task: str) -> float:
         """What a fully right response to this task gets."""
-        return self._reward(task).reward.highest
+        return self._task(task).bound("highest")
 
     def is_group(self, task: str) -> bool:
-        """Whether the task's reward wants all rollouts of a prompt at once."""
-        return self._reward(task).reward.group
+        """Whether one of the task's rewards wants all rollouts of a prompt at once."""
+        return self._task(task).group
+
+    def asks(self) -> set[str]:
+        """The endpoints that the rewards of this recipe ask."""
+        return {name for task in self._tasks.values() for part in task.parts for name in part.bound.endpoints}
 
     def check_tasks(self, prompts: Iterable[Prompt]) -> None:
         """Raises ValueError for a row whose task has no reward."""
         for prompt in prompts:
-            if prompt.task not in self._rewards:
+            if prompt.task not in self._tasks:
                 raise ValueError(f"row {prompt.id!r}: {self._no_reward(prompt.task)}")
+
+    def served(self, urls: Mapping[str, str]) -> None:
+        """Where endpoints are that the run serves itself; to be told before anything is started."""
+        for name, url in urls.items():
+            self._endpoints[name] = replace(self._endpoints[name], url=url)
 
     def warm(self) -> Future[float]:
         """Starts the processes and loads every reward in each, without waiting for it.
 
         The future holds the seconds that took, or RuntimeError if a reward's setup failed.
         """
-        return self._pool.warm()
+        both: Future[float] = Future()
+        left = [self._pool.warm(), self._async.warm()]
+
+        def one_is_there(_: Future[float]) -> None:
+            with self._lock:
+                if not all(future.done() for future in left) or both.done():
+                    return
+                failures = [error for future in left if (error := future.exception())]
+                if failures:
+                    both.set_exception(failures[0])
+                else:
+                    both.set_result(max(future.result() for future in left))
+
+        for future in left:
+            future.add_done_callback(one_is_there)
+        return both
 
     def submit(self, rollout: Rollout) -> Future[Scored]:
         """Scores one rollout as soon as a process is free. Group rewards take submit_group."""
         task = rollout.prompt.task
         if self.is_group(task):
-            raise ValueError(f"the reward of task {task!r} scores all rollouts of a prompt: use submit_group")
-        return self._put([rollout])[0]
+            raise ValueError(f"a reward of task {task!r} scores all rollouts of a prompt: use submit_group")
+        return self.submit_group([rollout])[0]
 
     def submit_group(self, rollouts: Sequence[Rollout]) -> list[Future[Scored]]:
-        """Scores all rollouts of one prompt, in order: together for a group reward, else each by itself."""
-        if rollouts and self.is_group(rollouts[0].prompt.task):
-            return self._put(rollouts)
-        return [self.submit(rollout) for rollout in rollouts]
+        """Scores all rollouts of one prompt, in order: group rewards together, others each by itself."""
+        task = self._task(rollouts[0].prompt.task)
+        made = [_Assembly(task, rollout) for rollout in rollouts]
+        for index, part in enumerate(task.parts):
+            members = made if part.bound.reward.group else [one for one in made if not one.truncated]
+            batches = [members] if part.bound.reward.group else [[one] for one in members]
+            for batch in batches:
+                if any(not one.truncated for one in batch):
+                    self._put(part, index, batch)
+        return [one.future for one in made]
+
+    def begin(self, per_prompt: int) -> "Scoring":
+        """Scores a batch of `per_prompt` rollouts per prompt while it is still being sampled."""
+        return Scoring(self, per_prompt)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         """Scores all of these and waits; the result has their order. A group is what shares a prompt id."""
@@ -102,11 +221,21 @@ class RewardRunner:
         for members in groups.values():
             submitted = self.submit_group([rollouts[i] for i in members])
             futures.update(zip(members, submitted, strict=True))
-        return [futures[i].result() for i in range(len(rollouts))]
+        return self.results([futures[i] for i in range(len(rollouts))])
+
+    def results(self, futures: Sequence[Future[Scored]]) -> list[Scored]:
+        """Waits for all; calls `on_outage` meanwhile. Raises EndpointAway."""
+        waiting = set(futures)
+        while waiting:
+            _, waiting = wait(waiting, timeout=0.2)
+            while not self._async.news.empty():
+                self.on_outage(self._async.news.get())
+        return [future.result() for future in futures]
 
     def close(self) -> None:
         """Ends all processes, also those in the middle of a sample; what is unfinished is cancelled."""
         self._pool.close()
+        self._async.close()
 
     def __enter__(self) -> "RewardRunner":
         return self
@@ -116,58 +245,197 @@ class RewardRunner:
     ) -> None:
         self.close()
 
-    def _put(self, rollouts: Sequence[Rollout]) -> list[Future[Scored]]:
-        """One job for the workers, unless every one of the rollouts is truncated: those need no reward."""
-        futures: list[Future[Scored]] = [Future() for _ in rollouts]
-        task = rollouts[0].prompt.task
-        again = self._reward(task).reward.on_timeout == "lowest"
-        job = Job(task, rollouts, self._timeout_s[task] * len(rollouts), again)
-        job.outcomes.add_done_callback(partial(self._settle, rollouts, futures))
-        if all(rollout.finish == "length" for rollout in rollouts):
-            job.outcomes.set_result([{}] * len(rollouts))
+    def _put(self, part: _Part, index: int, batch: Sequence["_Assembly"]) -> None:
+        """Has `part` score a batch, and gives each of it its outcome."""
+        reward, rollouts = part.bound.reward, [one.rollout for one in batch]
+        if reward.asynchronous and not reward.group:
+            outcomes = self._judgement(part, rollouts[0])
         else:
-            self._pool.put(job)
-        return futures
+            outcomes = self._start(part, rollouts)
 
-    def _settle(
-        self,
-        rollouts: Sequence[Rollout],
-        futures: Sequence[Future[Scored]],
-        outcomes: Future[list[Outcome]],
-    ) -> None:
-        for i, (rollout, future) in enumerate(zip(rollouts, futures, strict=True)):
-            if outcomes.cancelled():
-                future.cancel()
-            if not future.set_running_or_notify_cancel():
-                continue
-            if error := outcomes.exception():
-                future.set_exception(error)
-            else:
-                future.set_result(self._scored(rollout, outcomes.result()[i]))
+        def settle(finished: Future[list[Outcome]]) -> None:
+            for place, one in enumerate(batch):
+                one.take(index, finished, place)
 
-    def _scored(self, rollout: Rollout, outcome: Outcome) -> Scored:
-        reward = self._rewards[rollout.prompt.task].reward
-        if rollout.finish == "length":  # whatever a group reward made of it
-            outcome = {"value": reward.lowest, "details": {"truncated": True}}
-        elif "exhausted" in outcome and reward.on_timeout == "lowest":
-            outcome = {"value": reward.lowest, "details": {"why": outcome["exhausted"]}}
-        if "value" not in outcome:
-            why = outcome.get("invalid") or outcome["exhausted"]
-            return Scored(rollout, reward.lowest, f"reward {reward.name}: {why}")
-        return Scored(rollout, outcome["value"], None, {reward.name: outcome["value"]}, outcome["details"])
+        outcomes.add_done_callback(settle)
 
-    def _reward(self, task: str) -> BoundReward:
-        if task not in self._rewards:
+    def _start(self, part: _Part, rollouts: Sequence[Rollout]) -> Future[list[Outcome]]:
+        reward = part.bound.reward
+        job = Job(part.unit, rollouts, part.timeout_s * len(rollouts), reward.on_timeout == "lowest")
+        (self._async if reward.asynchronous else self._pool).put(job)
+        return job.outcomes
+
+    def _judgement(self, part: _Part, rollout: Rollout) -> Future[list[Outcome]]:
+        """The outcome of an identical question asked before in this run, or under way; else a new one."""
+        key = _question(part, rollout)
+        with self._lock:
+            known = self._remembered.get(key)
+            if known and not (known.done() and not _is_judgement(known)):
+                self._remembered.move_to_end(key)
+                return known
+        asked = self._start(part, [rollout])
+        with self._lock:
+            self._remembered[key] = asked
+            if len(self._remembered) > REMEMBERED:
+                self._remembered.popitem(last=False)
+        return asked
+
+    def _task(self, task: str) -> _Task:
+        if task not in self._tasks:
             raise ValueError(self._no_reward(task))
-        return self._rewards[task]
+        return self._tasks[task]
 
     def _no_reward(self, task: str) -> str:
-        known = ", ".join(self._rewards) or "no task"
+        known = ", ".join(self._tasks) or "no task"
         return f"task {task!r} has no reward; the recipe has rewards for {known}"
 
 
-def _get(task: str, spec: RewardSpec, base_dir: Path) -> BoundReward:
-    try:
-        return get(spec.use, spec.params, base_dir)
-    except ValueError as e:
-        raise ValueError(f"rewards.{task}: {e}") from e
+class Scoring:
+    """The scores of a batch, begun as its rollouts come in, in any order."""
+
+    def __init__(self, runner: RewardRunner, per_prompt: int):
+        self._runner, self._per_prompt = runner, per_prompt
+        self._futures: dict[int, Future[Scored]] = {}
+        self._incomplete: dict[int, dict[int, Rollout]] = {}  # groups that a group reward waits for
+
+    def add(self, place: int, rollout: Rollout) -> None:
+        """`place` is the rollout's in the batch, in which the rollouts of a prompt are neighbours."""
+        if not self._runner.is_group(rollout.prompt.task):
+            self._futures[place] = self._runner.submit(rollout)
+            return
+        group = self._incomplete.setdefault(place // self._per_prompt, {})
+        group[place] = rollout
+        if len(group) == self._per_prompt:
+            places = sorted(group)
+            submitted = self._runner.submit_group([group[one] for one in places])
+            self._futures.update(zip(places, submitted, strict=True))
+            del self._incomplete[place // self._per_prompt]
+
+    def results(self) -> list[Scored]:
+        """Waits for all scores, in the order of their places."""
+        if self._incomplete:
+            raise ValueError(f"{len(self._incomplete)} prompts have not all of their {self._per_prompt} rollouts yet")
+        return self._runner.results([self._futures[place] for place in sorted(self._futures)])
+
+
+class _Builder:
+    """Recipe to parts; equal rewards of several tasks become one unit, loaded once."""
+
+    def __init__(self, folder: Path, endpoints: Mapping[str, EndpointSpec]):
+        self.folder, self.endpoints = folder, endpoints
+        self.units: dict[str, Unit] = {}
+
+    def task(self, task: str, specs: Sequence[RewardSpec]) -> _Task:
+        taken: dict[str, int] = {}
+        rewards = []
+        for spec in specs:
+            made = self._part(task, spec, "reward", spec.weight, taken)
+            penalties = [self._part(task, one, "penalty", one.magnitude, taken) for one in spec.penalties]
+            rewards.append(replace(made, penalties=tuple(penalties)))
+        return _Task(tuple(rewards))
+
+    def _part(
+        self, task: str, spec: RewardSpec | PenaltySpec, kind: Kind, factor: float, taken: dict[str, int]
+    ) -> _Part:
+        try:
+            bound = get(spec.use, spec.params, self.folder, self.endpoints)
+        except ValueError as e:
+            raise ValueError(f"rewards.{task}: {e}") from e
+        reward = bound.reward
+        if reward.kind != kind:
+            belongs = "under penalties" if reward.kind == "penalty" else "under rewards"
+            raise ValueError(f"rewards.{task}: {reward.name!r} is a {reward.kind} and belongs {belongs}")
+        taken[reward.name] = taken.get(reward.name, 0) + 1
+        name = reward.name if taken[reward.name] == 1 else f"{reward.name}_{taken[reward.name]}"
+        timeout_s = reward.timeout_s if spec.timeout_s is None else spec.timeout_s
+        return _Part(name, self._unit(spec, reward.name), bound, timeout_s, factor)
+
+    def _unit(self, spec: RewardSpec | PenaltySpec, name: str) -> str:
+        unit = Unit(spec.use, dict(spec.params), spec.memory_mb)
+        for known, other in self.units.items():
+            if other == unit:
+                return known
+        key = name if name not in self.units else f"{name}#{len(self.units)}"
+        self.units[key] = unit
+        return key
+
+
+class _Assembly:
+    """A rollout whose parts are being scored; resolves its future when the last is there."""
+
+    def __init__(self, task: _Task, rollout: Rollout):
+        self.task, self.rollout = task, rollout
+        self.future: Future[Scored] = Future()
+        self.truncated = rollout.finish == "length"  # earns the lowest value, whatever a group reward makes of it
+        self._outcomes: dict[int, Outcome] = {}
+        self._lock = threading.Lock()
+        if self.truncated:
+            self.future.set_result(Scored(rollout, task.bound("lowest"), details={"truncated": True}))
+
+    def take(self, part: int, finished: Future[list[Outcome]], place: int) -> None:
+        """One part's outcome, or why there is none."""
+        if self.future.done():
+            return
+        if finished.cancelled():
+            self.future.cancel()
+            return
+        if error := finished.exception():
+            with self._lock:
+                if not self.future.done():
+                    self.future.set_exception(error)
+            return
+        with self._lock:
+            self._outcomes[part] = finished.result()[place]
+            last = len(self._outcomes) == len(self.task.parts) and not self.future.done()
+        if last:
+            self.future.set_result(self._scored())
+
+    def _scored(self) -> Scored:
+        outcomes = dict(zip(self.task.parts, (self._outcomes[i] for i in range(len(self._outcomes))), strict=True))
+        return _sum(self.rollout, self.task, outcomes)
+
+
+def _sum(rollout: Rollout, task: _Task, outcomes: Mapping[_Part, Outcome]) -> Scored:
+    total, values, details, invalid = 0.0, {}, {}, []
+    for reward in task.rewards:
+        lowest, kept = reward.bound.reward.lowest, 1.0
+        for part in reward.everything:
+            value, said, why = _read(part, outcomes[part])
+            if why:
+                invalid.append(f"{part.bound.reward.kind} {part.name}: {why}")
+                continue
+            values[part.name] = value
+            if said:
+                details[part.name] = said
+            if part is not reward:
+                kept *= 1 - part.factor * value
+        total += reward.factor * (lowest + (values.get(reward.name, lowest) - lowest) * kept)
+    seconds = sum(outcome.get("seconds", 0.0) for outcome in outcomes.values())
+    if invalid:
+        return Scored(rollout, task.bound("lowest"), "; ".join(invalid), values, details, seconds)
+    if len(task.parts) == 1:
+        details = next(iter(details.values()), {})
+    return Scored(rollout, total, None, values, details, seconds)
+
+
+def _read(part: _Part, outcome: Outcome) -> tuple[float, Mapping[str, Any], str | None]:
+    """Value, details, and why the sample is invalid, if it is."""
+    reward = part.bound.reward
+    if "exhausted" in outcome and reward.on_timeout == "lowest":
+        return (reward.lowest if reward.kind == "reward" else 1.0), {"why": outcome["exhausted"]}, None
+    if "value" not in outcome:
+        return 0.0, {}, outcome.get("invalid") or outcome["exhausted"]
+    return outcome["value"], outcome["details"], None
+
+
+def _is_judgement(finished: Future[list[Outcome]]) -> bool:
+    """Whether it is worth remembering: what went wrong is asked again."""
+    return not finished.cancelled() and not finished.exception() and "value" in finished.result()[0]
+
+
+def _question(part: _Part, rollout: Rollout) -> bytes:
+    """A digest of all that a reward can see of a rollout."""
+    prompt = rollout.prompt
+    seen = [prompt.task, prompt.messages, prompt.ground_truth, prompt.reference, prompt.meta, rollout.text]
+    text = json.dumps([part.unit, seen, [p.digest for p in prompt.images]], sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

@@ -1,8 +1,5 @@
 """The process that rewards run in, as seen from inside. Started by rewards.process only."""
 
-import asyncio
-import ctypes
-import inspect
 import json
 import math
 import os
@@ -17,7 +14,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from rewards.endpoint import EndpointSpec, configure
 from rewards.registry import BoundReward, Invalid, Score, get
+from rl.children import die_with
 from rl.types import Rollout
 
 try:
@@ -25,50 +24,55 @@ try:
 except ImportError:  # Windows: time limits only
     resource = None
 
-PR_SET_PDEATHSIG = 1
-
 
 @dataclass(frozen=True)
-class Task:
-    """What a worker is told of a task's reward; scoring may take `memory_mb` on top of what loading took."""
+class Unit:
+    """A reward with its parameters; scoring may take `memory_mb` on top of what loading took."""
 
     use: str
     params: Mapping[str, Any]
     memory_mb: int
 
 
+@dataclass(frozen=True)
+class Orders:
+    """What a worker process is told when it starts."""
+
+    units: Mapping[str, Unit]
+    base_dir: Path  # that `file.py:Name` is relative to
+    endpoints: Mapping[str, EndpointSpec]
+
+
 class Worker:
     """Loads rewards as they are asked for and scores with them, one job at a time."""
 
-    def __init__(self, tasks: Mapping[str, Task], base_dir: Path):
-        self.tasks, self.base_dir = tasks, base_dir
+    def __init__(self, orders: Orders):
+        self.units, self.base_dir = orders.units, orders.base_dir
+        configure(orders.endpoints)
         self.loaded: dict[str, BoundReward] = {}
         self.baseline = 0  # bytes of address space when nothing is being scored
-        self.runner = asyncio.Runner()  # one event loop for good: clients of async rewards outlive a call
 
-    def load(self, task: str) -> str | None:
-        """Why the task's reward could not be loaded; None if it is ready."""
-        if task in self.loaded:
+    def load(self, unit: str) -> str | None:
+        """Why the unit could not be loaded; None if it is ready."""
+        if unit in self.loaded:
             return None
         try:
-            spec = self.tasks[task]
+            spec = self.units[unit]
             bound = get(spec.use, spec.params, self.base_dir)
             _ = bound.scorer  # imports and setup() happen here, outside the sample's time limit
         except (Exception, SystemExit) as e:
             return f"its setup failed: {last_line(e)}"
-        self.loaded[task] = bound
+        self.loaded[unit] = bound
         self.baseline = address_space()
         return None
 
-    def score(self, task: str, rollouts: Sequence[Rollout]) -> tuple[list[dict[str, Any]], bool]:
+    def score(self, unit: str, rollouts: Sequence[Rollout]) -> tuple[list[dict[str, Any]], bool]:
         """One outcome per rollout, and whether this process should be replaced now."""
-        bound, room = self.loaded[task], self.tasks[task].memory_mb << 20
+        bound, room = self.loaded[unit], self.units[unit].memory_mb << 20
         limit_memory(self.baseline + room)
         try:
             result = bound(list(rollouts) if bound.reward.group else rollouts[0])
-            if inspect.isawaitable(result):
-                result = self.runner.run(_awaited(result))
-            outcomes = self._outcomes(bound, result, len(rollouts))
+            outcomes = outcomes_of(bound, result, len(rollouts))
         except (MemoryError, RecursionError) as e:
             return [{"exhausted": last_line(e)}] * len(rollouts), True
         except (Exception, SystemExit) as e:
@@ -78,17 +82,15 @@ class Worker:
         # What a library keeps from call to call must not eat the room of the samples to come.
         return outcomes, address_space() - self.baseline > room // 2
 
-    def _outcomes(self, bound: BoundReward, result: Any, count: int) -> list[dict[str, Any]]:
-        if not bound.reward.group:
-            return [outcome(bound, result)]
-        if not isinstance(result, Sequence) or len(result) != count:
-            got = f"{len(result)} scores" if isinstance(result, Sequence) else repr(result)
-            return [{"invalid": f"returned {got} for a group of {count} rollouts"}] * count
-        return [outcome(bound, one) for one in result]
 
-
-async def _awaited(result: Any) -> Any:
-    return await result
+def outcomes_of(bound: BoundReward, result: Any, count: int) -> list[dict[str, Any]]:
+    """One outcome for each of `count` rollouts, from what the reward returned for all of them."""
+    if not bound.reward.group:
+        return [outcome(bound, result)]
+    if not isinstance(result, Sequence) or len(result) != count:
+        got = f"{len(result)} scores" if isinstance(result, Sequence) else repr(result)
+        return [{"invalid": f"returned {got} for a group of {count} rollouts"}] * count
+    return [outcome(bound, one) for one in result]
 
 
 def outcome(bound: BoundReward, result: Any) -> dict[str, Any]:
@@ -105,6 +107,8 @@ def outcome(bound: BoundReward, result: Any) -> dict[str, Any]:
             "invalid": f"returned {value}, but its lowest value, which truncated responses get, is "
             f"{bound.reward.lowest}; declare it: @reward({bound.reward.name!r}, lowest=...)"
         }
+    if bound.reward.kind == "penalty" and value > 1:
+        return {"invalid": f"returned {value}; a penalty is between 0 (no offence) and 1"}
     try:
         details = json.loads(json.dumps(dict(score.details)))
     except (TypeError, ValueError) as e:
@@ -135,28 +139,19 @@ def limit_memory(size: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def die_with(parent: int) -> None:
-    """On Linux the kernel kills this process with its parent, even in the middle of a reward that hangs."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before we could ask
-            os._exit(1)
-
-
 def serve(connection: Connection) -> None:
-    """Answers jobs until the other end closes. A job is (task, rollouts); no rollouts means: only load."""
-    tasks, base_dir = pickle.loads(connection.recv_bytes())
-    worker = Worker(tasks, base_dir)
+    """Answers jobs until the other end closes. A job is (unit, rollouts); no rollouts means: only load."""
+    worker = Worker(pickle.loads(connection.recv_bytes()))
     while True:
         try:
-            task, rollouts = pickle.loads(connection.recv_bytes())
+            unit, rollouts = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         start = time.monotonic()
-        failed = worker.load(task)
+        failed = worker.load(unit)
         say(connection, {"failed": failed, "seconds": time.monotonic() - start})
         if rollouts and not failed:
-            outcomes, retire = worker.score(task, rollouts)
+            outcomes, retire = worker.score(unit, rollouts)
             say(connection, {"outcomes": outcomes, "retire": retire})
 
 
@@ -164,8 +159,12 @@ def say(connection: Connection, message: dict[str, Any]) -> None:
     connection.send_bytes(json.dumps(message).encode())
 
 
-def main() -> None:
-    """Run with two arguments: the connection's file descriptor and the parent's process id."""
+def connected() -> Connection:
+    """The connection to the parent, which gave two arguments: its file descriptor and its own process id."""
     die_with(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    serve(Connection(int(sys.argv[1])))
+    return Connection(int(sys.argv[1]))
+
+
+def main() -> None:
+    serve(connected())

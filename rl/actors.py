@@ -29,6 +29,9 @@ class _Holder:
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.target, method)(*args, **kwargs)
 
+    def stream(self, method: str, *args: Any) -> Iterator[Any]:
+        yield from getattr(self.target, method)(*args)
+
 
 class Later:
     """An answer that may not be there yet. Given as an argument to another `start`, it travels without passing
@@ -39,12 +42,16 @@ class Later:
 
     def result(self) -> Any:
         """Waits; raises what the method raised, or RuntimeError if its process died."""
-        try:
-            return ray.get(self.reference)
-        except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
-        except RayError as error:
-            raise RuntimeError(f"a worker process of the run died: {error}") from error
+        return _get(self.reference)
+
+
+def _get(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from None
+    except RayError as error:
+        raise RuntimeError(f"a worker process of the run died: {error}") from error
 
 
 class Worker:
@@ -61,6 +68,10 @@ class Worker:
         """Begin `object.method(...)`; calls to one worker run in order."""
         plain = [a.reference if isinstance(a, Later) else a for a in args]
         return Later(self._actor.call.remote(method, *plain, **kwargs))
+
+    def stream(self, method: str, *args: Any) -> Any:
+        """Begin the generator `object.method(...)`; `as_they_come` has what it yields."""
+        return self._actor.stream.options(num_returns="streaming").remote(method, *args)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """`object.method(...)`, waited for."""
@@ -90,6 +101,20 @@ def gather(pending: Sequence[Later]) -> list[Any]:
     return [later.result() for later in pending]
 
 
+def as_they_come(streams: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """What several generators (of Worker.stream) yield, in the order of its arrival, with each one's index."""
+    running: dict[Any, int] = {stream: index for index, stream in enumerate(streams)}
+    while running:
+        ready: list[Any] = ray.wait(list(running), num_returns=1)[0]
+        for stream in ready:
+            try:
+                reference = next(stream)
+            except StopIteration:
+                del running[stream]
+            else:
+                yield running[stream], _get(reference)
+
+
 @contextmanager
 def cluster(*, verbose: bool = False) -> Iterator[None]:
     """Join the Ray cluster that RAY_ADDRESS names (a submitted job has it set), or start one on this machine.
@@ -115,6 +140,11 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def node_address() -> str:
+    """Address at which other nodes of the cluster reach this one; of this machine alone if it is the cluster."""
+    return ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
 
 
 def gpus() -> int:

@@ -6,12 +6,12 @@ reconstruction. Sizes have these words and no others: prompts_per_iteration x ro
 an iteration; minibatches = optimizer steps of an iteration; token_budget = tokens in one forward pass.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WrapSerializer, model_validator
 
 Stage = Literal["rlvr", "rlhf", "pacore"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
@@ -25,6 +25,22 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 def _one_or_several(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _named_alone(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple({"use": item} if isinstance(item, str) else item for item in value)
+
+
+def _one_alone(value: Any) -> Any:
+    return (value,) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
+
+
+def _alone_again(rewards: Any, dump: Callable[[Any], list[Any]]) -> Any:
+    """A task's only reward is written without a list, so that its options can be named: rewards.TASK.params."""
+    dumped = dump(rewards)
+    return dumped[0] if len(dumped) == 1 else dumped
 
 
 Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
@@ -60,7 +76,6 @@ STAGE_DEFAULTS: Mapping[Stage, Mapping[str, Any]] = {
 # Declared, but so far working with one value only. Any other is refused, never accepted and then ignored.
 ONLY_BUILT: Mapping[str, Any] = {
     "stage": "rlvr",
-    "endpoints": {},
     "model.freeze": ("encoder", "projector"),
     "data.columns": {},
     "ppo.kl": 0,
@@ -104,19 +119,56 @@ class Data(Options):
     """Our column name -> the name that the data uses."""
 
 
-class Reward(Options):
+class Scorer(Options):
+    """What rewards and penalties have in common."""
+
     use: str
     """Registered name, `pkg.module:Name` or `file.py:Name` of the reward."""
     params: dict[str, Any] = {}
     """Keyword arguments of the reward."""
-    timeout_s: Positive = 10.0
-    """Seconds that one score may take."""
+    timeout_s: Positive | None = None
+    """Seconds that one score may take; null is what the reward declares (10, those that ask a judge 600)."""
     memory_mb: Annotated[int, Field(ge=64)] = 2048
     """MiB that scoring may take on top of what loading the reward took."""
-    weight: float = 1.0
-    """Share of this reward in its task's sum."""
-    penalties: tuple[str, ...] = ()
-    """Behaviour penalties that apply on top."""
+
+
+class Penalty(Scorer):
+    magnitude: Fraction = 1.0
+    """Share of the reward that a full offence costs; 1 takes it to its lowest value (report: citations zero the
+    reward; the other penalties' magnitudes are unpublished, and 1 is Step 3.5 Flash's)."""
+
+
+class Reward(Scorer):
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Factor of this reward in its task's sum."""
+    penalties: Annotated[tuple[Penalty, ...], BeforeValidator(_named_alone)] = ()
+    """Behaviour penalties on this reward: names, or mappings like a reward's with a magnitude."""
+
+
+Rewards = Annotated[tuple[Reward, ...], Field(min_length=1), BeforeValidator(_one_alone), WrapSerializer(_alone_again)]
+
+
+class Endpoint(Options):
+    url: str | None = None
+    """Base URL of an OpenAI-compatible server, such as http://judge:8000/v1; null: the run serves `model` itself."""
+    model: str
+    """Name of the model there; without a url a Hugging Face folder or hub id."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key; keys themselves are never stored."""
+    concurrency: Count = 32
+    """Requests under way at a time."""
+    timeout_s: Positive = 120.0
+    """Seconds that one request may take."""
+    retries: Annotated[int, Field(ge=0)] = 5
+    """Further attempts at a request after 429, 5xx, a timeout or a broken connection."""
+    max_wait: Positive = 3600.0
+    """Seconds that the run waits for an endpoint that stays away, after saving; then it stops."""
+    images: bool = False
+    """Whether the model is shown pictures."""
+    serve: dict[str, str | int | float | bool] = {}
+    """Where the run serves the model: arguments of `vllm serve` by their long names, as in {max-model-len: 8192}."""
+    structured: bool = True
+    """Whether the server can be held to a JSON schema (response_format); else the prompt only asks for JSON."""
 
 
 class VerlLoss(Options):
@@ -277,10 +329,14 @@ class Config(Options):
     """The policy to start from."""
     data: Data
     """What to train and evaluate on."""
-    rewards: Annotated[dict[str, Reward], Field(min_length=1)]
-    """Task -> the reward that scores it; a row's `task` picks one."""
-    endpoints: dict[str, Any] = {}
-    """Name -> url, model and api_key_env of a judge's server."""
+    rewards: Annotated[dict[str, Rewards], Field(min_length=1)]
+    """Task -> the reward that scores it, or a list of several that are weighted and added; a row's `task` picks."""
+    reward_workers: Count | None = None
+    """Processes that rewards which compute run in; null: one per CPU core, at most 32."""
+    max_invalid_fraction: Fraction = 0.1
+    """Share of an iteration's samples that may be invalid (a reward or its endpoint failed) before the run stops."""
+    endpoints: dict[str, Endpoint] = {}
+    """Name -> the server of a judge, for rewards that ask one."""
     ppo: PPO
     """The algorithm."""
     rollout: Rollout = Rollout()
@@ -307,12 +363,8 @@ class Config(Options):
 
 
 def _unbuilt(config: Config) -> Iterator[OptionError]:
-    wanted = {key: (attrgetter(key)(config), built) for key, built in ONLY_BUILT.items()}
-    for task, reward in config.rewards.items():
-        wanted[f"rewards.{task}.weight"] = reward.weight, 1
-        wanted[f"rewards.{task}.penalties"] = reward.penalties, ()
-    for key, (value, built) in wanted.items():
-        if value != built:
+    for key, built in ONLY_BUILT.items():
+        if (value := attrgetter(key)(config)) != built:
             yield OptionError(key, f"= {_shown(value)} is not built yet; it can only be {_shown(built)}")
 
 
@@ -333,12 +385,16 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
 
 def _stored_secrets(config: Config) -> Iterator[OptionError]:
     """recipe.yaml keeps every value, so a secret may only be there as the name of an environment variable."""
-    for task, reward in config.rewards.items():
-        for name in _names(reward.params):
-            if name.lower().endswith(SECRETS):
-                key = f"rewards.{task}.params.{name}"
-                problem = f"would be stored in recipe.yaml; name its environment variable, as in {name}_env"
-                yield OptionError(key, problem)
+    for name, endpoint in config.endpoints.items():
+        if endpoint.url is not None and endpoint.serve:
+            yield OptionError(f"endpoints.{name}.serve", "is for models that the run serves itself; leave out the url")
+    for task, rewards in config.rewards.items():
+        for scorer in (one for reward in rewards for one in (reward, *reward.penalties)):
+            for name in _names(scorer.params):
+                if name.lower().endswith(SECRETS):
+                    key = f"rewards.{task}.params.{name}"
+                    problem = f"would be stored in recipe.yaml; name its environment variable, as in {name}_env"
+                    yield OptionError(key, problem)
 
 
 def _names(params: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -157,12 +157,36 @@ def _make_paths_absolute(values: dict[str, Any], layers: Layers) -> None:
         if isinstance(holder, dict) and origin:
             holder[name] = _absolute(holder.get(name), origin.folder, always=name == "chat_template")
     rewards = values.get("rewards")
-    for task, reward in rewards.items() if isinstance(rewards, dict) else ():
-        use = reward.get("use") if isinstance(reward, dict) else None
-        origin = layers.origin(f"rewards.{task}.use")
-        if isinstance(use, str) and ".py:" in use and origin:
-            file, _, name = use.rpartition(":")
-            reward["use"] = f"{_absolute(file, origin.folder, always=True)}:{name}"
+    for task, given in rewards.items() if isinstance(rewards, dict) else ():
+        if origin := layers.origin(f"rewards.{task}.use"):
+            for reward in given if isinstance(given, list) else [given]:
+                _make_reward_absolute(reward, origin.folder)
+    endpoints = values.get("endpoints")
+    for name, endpoint in endpoints.items() if isinstance(endpoints, dict) else ():
+        origin = layers.origin(f"endpoints.{name}.model")
+        if isinstance(endpoint, dict) and endpoint.get("url") is None and origin:  # then its model is a folder or id
+            endpoint["model"] = _absolute(endpoint.get("model"), origin.folder)
+
+
+def _make_reward_absolute(reward: Any, folder: Path) -> None:
+    """In place: the file in `use`, and parameters that are paths: those that begin with a dot, and existing files."""
+    if not isinstance(reward, dict):
+        return
+    use, params = reward.get("use"), reward.get("params")
+    if isinstance(use, str) and ".py:" in use:
+        file, _, name = use.rpartition(":")
+        reward["use"] = f"{_absolute(file, folder, always=True)}:{name}"
+    if isinstance(params, dict):
+        reward["params"] = {name: _path_or_other(value, folder) for name, value in params.items()}
+    for penalty in reward.get("penalties") or ():
+        _make_reward_absolute(penalty, folder)
+
+
+def _path_or_other(value: Any, folder: Path) -> Any:
+    if not isinstance(value, str) or len(value) > 255 or "\n" in value:
+        return value
+    is_path = value.startswith(("./", "../", "~/")) or (("/" in value or "." in value) and (folder / value).exists())
+    return _absolute(value, folder, always=True) if is_path else value
 
 
 def _absolute(value: Any, folder: Path, *, always: bool = False) -> Any:

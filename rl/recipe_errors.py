@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -33,39 +33,48 @@ class Declared:
     """An option of rl.config."""
 
     section: bool  # its own options are declared as well
-    meaning: str  # the sentence under it
+    meaning: str = ""  # the sentence under it
+    several: bool = False  # a list of such sections will do
 
 
-def declared(tasks: Sequence[str] = ("TASK",)) -> dict[str, Declared]:
-    """Every dotted name that a recipe may use, those of a reward once for each task."""
-    files_only = {"base": Declared(False, "Recipe this one starts from"), "chain": Declared(False, "")}
-    return {**dict(_declared(Config, tasks)), **files_only}
+def declared(values: Mapping[str, Any]) -> dict[str, Declared]:
+    """Every dotted name that a recipe with these values may use; those of a reward once for each task and so on."""
+    files_only = {"base": Declared(False, "Recipe this one starts from"), "chain": Declared(False)}
+    return {**dict(_declared(Config, values)), **files_only}
 
 
-def _declared(model: type[BaseModel], tasks: Sequence[str], prefix: str = "") -> Iterator[tuple[str, Declared]]:
+def _declared(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Declared]]:
     for name, field in model.model_fields.items():
         key, annotation = f"{prefix}{name}", field.annotation
-        section = _section((annotation, *get_args(annotation)))
-        yield key, Declared(section is not None, " ".join((field.description or "").split()))
+        section, several = _section(annotation), _is_list(annotation)
+        yield key, Declared(section is not None, " ".join((field.description or "").split()), several)
         if section is None:
             continue
         places = [key]
         if get_origin(annotation) is dict:  # a level of free names lies between, as in rewards.TASK.use
-            places = [f"{key}.{task}" for task in tasks]
-            yield from ((place, Declared(True, "")) for place in places)
+            given = values.get(name)
+            places = [f"{key}.{free}" for free in (given if isinstance(given, Mapping) else ["NAME"])]
+            yield from ((place, Declared(True, several=_is_list(get_args(annotation)[1]))) for place in places)
         for place in places:
-            yield from _declared(section, tasks, f"{place}.")
+            yield from _declared(section, {}, f"{place}.")
 
 
-def _section(kinds: Sequence[Any]) -> type[BaseModel] | None:
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+def _is_list(annotation: Any) -> bool:
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return get_origin(annotation) is tuple
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The options that a value of this type has below it, itself or in what it holds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section(inner))), None)
 
 
 def check_names(values: Mapping[str, Any], where: str) -> None:
     """Raises RecipeError if `values`, as written in `where`, use names that are not declared."""
-    rewards = values.get("rewards")
-    names = declared([str(task) for task in rewards] if isinstance(rewards, Mapping) else [])
-    if problems := [f"{where}: {problem}" for problem in _misnamed(values, names)]:
+    if problems := [f"{where}: {problem}" for problem in _misnamed(values, declared(values))]:
         raise RecipeError("\n".join(problems))
 
 
@@ -77,7 +86,11 @@ def _misnamed(values: Mapping[Any, Any], names: Mapping[str, Declared], prefix: 
         elif names[key].section and isinstance(value, Mapping):
             yield from _misnamed(value, names, f"{key}.")
         elif names[key].section and isinstance(value, list):
-            yield f"{key} is a list; it should be a mapping of options"
+            if not names[key].several:
+                yield f"{key} is a list; it should be a mapping of options"
+            for item in value:
+                if isinstance(item, Mapping):
+                    yield from _misnamed(item, names, f"{key}.")
 
 
 def _advice(key: str, names: Mapping[str, Declared]) -> str:
@@ -117,7 +130,7 @@ def explain(details: Sequence[ErrorDetails], values: dict[str, Any], where: Call
     for detail in details:
         key, text = _problem(detail, values)
         problems.setdefault(key, []).append(text)
-    names = declared(list(values["rewards"]) if isinstance(values.get("rewards"), dict) else [])
+    names = declared(values)
     lines = []
     for key, (text, *others) in problems.items():  # others: further forms that its type would have allowed
         choices = " or ".join([text, *(other.split(" should be ", 1)[-1] for other in others)])
@@ -146,6 +159,8 @@ def _place(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, Any]:
     value: Any = values
     for part in detail["loc"]:
         items = dict(enumerate(value)) if isinstance(value, list) else value
+        if part == 0 and isinstance(value, dict):  # what stands alone is checked as a list of one
+            continue
         if isinstance(items, dict) and part in items:
             value = items[part]
         elif detail["type"] != "missing":

@@ -63,15 +63,15 @@ class Layers:
     def _in_force(self, key: str) -> tuple[Layer, ...]:
         """The layers whose word on `key` counts: for a task, the last that says its `use` and those above."""
         section, *rest = key.split(".")
-        use = f"rewards.{rest[0]}.use" if section == "rewards" and rest else None
-        naming = [index for index, layer in enumerate(self.ordered) if use in layer.flat]
+        task = f"rewards.{rest[0]}" if section == "rewards" and rest else None
+        naming = [index for index, layer in enumerate(self.ordered) if {task, f"{task}.use"} & layer.flat.keys()]
         return self.ordered[naming[-1] if naming else 0 :]
 
     def merged(self) -> DictConfig:
-        """OmegaConf's merge, except that saying a task's `use` drops what was said of its reward before."""
+        """OmegaConf's merge, except that saying a task's `use`, or a list, drops what was said of its reward before."""
         merged = OmegaConf.create({})
         for layer in self.ordered:
-            for key in filter(re.compile(r"rewards\.[^.]+\.use").fullmatch, layer.flat):
+            for key in filter(re.compile(r"rewards\.[^.]+(\.use)?").fullmatch, layer.flat):
                 if isinstance(rewards := merged.get("rewards"), DictConfig):
                     rewards.pop(key.split(".")[1], None)
             try:
@@ -107,7 +107,7 @@ def read(file: Path, label: str | None = None, above: tuple[Path, ...] = ()) -> 
 
 
 def _layer(label: str, where: str, folder: Path, values: DictConfig, file: Path | None = None) -> Layer:
-    _unwrap_rewards(values, where)
+    _unwrap_rewards(values)
     check_names(plain(values), where)
     return Layer(label, where, folder, values, file)
 
@@ -158,14 +158,11 @@ def _command_line(overrides: Sequence[str]) -> Layer:
     return _layer(COMMAND_LINE, COMMAND_LINE, Path.cwd(), values)
 
 
-def _unwrap_rewards(values: DictConfig, where: str) -> None:
-    """A task may give its reward as a list; a list of one is all that is built."""
+def _unwrap_rewards(values: DictConfig) -> None:
+    """A task may give its reward as a list; one of one is that reward, whose options then can be named."""
     rewards = plain(values).get("rewards")
     for task, given in rewards.items() if isinstance(rewards, dict) else ():
-        if isinstance(given, list):
-            if len(given) != 1:
-                problem = f"a list of {len(given)}; so far it can only be of one (more is not built yet)"
-                raise RecipeError(f"{where}: rewards.{task} is {problem}")
+        if isinstance(given, list) and len(given) == 1:
             values.rewards[task] = given[0]
 
 

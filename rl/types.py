@@ -100,7 +100,7 @@ class Scored:
     """A rollout and what its task's rewards said of it.
 
     `reward` is the number PPO maximises; it counts only when `invalid` is None. `parts` has one number per
-    component reward and `details` whatever the rewards recorded, both JSON-able.
+    component reward and `details` whatever the rewards recorded, both JSON-able. `seconds` is how long scoring took.
     """
 
     rollout: Rollout
@@ -108,6 +108,7 @@ class Scored:
     invalid: str | None = None  # why the sample is left out of the loss (never because of what the model wrote)
     parts: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ weights and the requests of that call (in the last digits also on how they share
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -32,7 +32,7 @@ CAN_CHANGE_LATE = {"HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "
 
 
 class Engine:
-    """vLLM behind `generate`, `load` and `score`.
+    """vLLM behind `stream` (or `generate`), `load` and `score`.
 
     Args:
         model: Hugging Face folder or hub id: StepVL or a text-only decoder.
@@ -99,16 +99,21 @@ class Engine:
         self._llm.init_weight_transfer_engine({"init_info": {}})
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One response per request, in order.
+        """One response per request, in order; see `stream`."""
+        answers = dict(pair for finished in self.stream(requests) for pair in finished)
+        return [answers[index] for index in range(len(requests))]
 
-        Returns: prompt ids with image slots expanded; response ids up to and including the token that ended the
+    def stream(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Completion]]]:
+        """Responses as they finish, each with its request's index; those of one engine step come together.
+
+        Yields: prompt ids with image slots expanded; response ids up to and including the token that ended the
         response, if one did; logprobs in nats of the distribution sampled from (at temperature 0: of the
         model's own distribution).
         Raises: ValueError for a request that cannot be served (which, and why); RuntimeError if vLLM breaks a
         request off, or if the engine waits for weights.
         """
         if not requests:
-            return []
+            return
         self._require_weights()
         if len({request.temperature == 0 for request in requests}) > 1:
             raise ValueError(
@@ -116,8 +121,8 @@ class Engine:
             )
         lengths = [self._prompt_length(i, request) for i, request in enumerate(requests)]
         prompts = _prompts([(request.prompt_ids, request.images) for request in requests])
-        outputs = self._run(prompts, [self._sampling(request) for request in requests])
-        return [_completion(output, length) for output, length in zip(outputs, lengths, strict=True)]
+        for finished in self._run(prompts, [self._sampling(request) for request in requests]):
+            yield [(index, _completion(output, lengths[index])) for index, output in finished]
 
     def score(self, token_ids: Sequence[int], images: Sequence[Picture] = ()) -> list[float]:
         """Logprob in nats of each token but the first given those before it, image slots expanded.
@@ -132,7 +137,7 @@ class Engine:
         request = Request(tuple(token_ids), tuple(images), max_tokens=1, seed=0)
         length = self._prompt_length(0, request)
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-        (output,) = self._run(_prompts([(request.prompt_ids, request.images)]), [params])
+        (((_, output),),) = self._run(_prompts([(request.prompt_ids, request.images)]), [params])
         ids, logprobs = output.prompt_token_ids, output.prompt_logprobs
         if ids is None or logprobs is None or len(ids) != length:
             raise RuntimeError(f"vLLM scored a prompt of {length} tokens but returned {ids}")
@@ -170,14 +175,25 @@ class Engine:
             self._llm.llm_engine.engine_core.shutdown()
             del self._llm
 
-    def _run(self, prompts: list[Any], params: "list[SamplingParams]") -> "list[RequestOutput]":
+    def _run(self, prompts: list[Any], params: "list[SamplingParams]") -> "Iterator[list[tuple[int, RequestOutput]]]":
+        """What each engine step finished, each with its prompt's index."""
         from vllm.exceptions import VLLMClientError
 
         self._forget()
+        engine = self._llm.llm_engine
         try:
-            return self._llm.generate(prompts, params, use_tqdm=False)
+            ids = self._llm.enqueue(prompts, params, use_tqdm=False)
         except VLLMClientError as error:  # a class that processes without vLLM could not unpickle
             raise ValueError(f"vLLM refuses a request: {error}") from error
+        first = int(ids[0].partition("-")[0])  # vLLM numbers its requests, and adds random characters inside
+        try:
+            while engine.has_unfinished_requests():
+                outputs: list[Any] = engine.step()
+                if finished := [(int(output.request_id) - first, output) for output in outputs if output.finished]:
+                    yield finished
+        finally:
+            if engine.has_unfinished_requests():  # nobody waits for the rest any more
+                engine.abort_request(ids, internal=True)
 
     def _forget(self) -> None:
         """Drop cached keys and values, pixels and picture features.

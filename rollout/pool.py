@@ -5,8 +5,7 @@ recipe gives the same samples again.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from rl.types import Completion, Prompt, Request, Rollout
@@ -21,6 +20,11 @@ class Worker(Protocol):
     """A rollout.engine.Engine somewhere."""
 
     def start(self, method: str, *args: Any) -> Pending: ...
+    def stream(self, method: str, *args: Any) -> Any: ...
+
+
+Finished = Callable[[int, Rollout], None]
+"""Told of each rollout, and its place in the result, when it is there."""
 
 
 def seed_of(*parts: object) -> int:
@@ -33,6 +37,7 @@ class Pool:
 
     Args:
         workers: engines, each anywhere.
+        as_they_come: what several of their streams yield, in order of arrival, with each stream's index.
         max_sequence_length: tokens of prompt and response together.
         temperature: of `sample`.
     """
@@ -40,17 +45,24 @@ class Pool:
     def __init__(
         self,
         workers: Sequence[Worker],
+        as_they_come: Callable[[Sequence[Any]], Iterable[tuple[int, Any]]],
         chat: Chat,
         *,
         max_sequence_length: int,
         temperature: float,
         seed: int,
     ) -> None:
-        self.workers, self.chat = list(workers), chat
+        self.workers, self.as_they_come, self.chat = list(workers), as_they_come, chat
         self.max_sequence_length, self.temperature, self.seed = max_sequence_length, temperature, seed
         self.policy_step = 0
 
-    def sample(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Rollout]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        per_prompt: int,
+        iteration: int,
+        finished: Finished = lambda place, rollout: None,
+    ) -> list[Rollout]:
         """`per_prompt` rollouts of each prompt, neighbours in the result."""
         return self._run(
             [
@@ -61,11 +73,12 @@ class Pool:
                 for place, p in enumerate(prompts)
             ],
             prompts,
+            finished,
         )
 
-    def greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+    def greedy(self, prompts: Sequence[Prompt], finished: Finished = lambda place, rollout: None) -> list[Rollout]:
         """The single most likely response of each prompt."""
-        return self._run([[self._request(p, 0, 0.0)] for p in prompts], prompts)
+        return self._run([[self._request(p, 0, 0.0)] for p in prompts], prompts, finished)
 
     def load(self, weights: Any, policy_step: int) -> None:
         """Give all engines new weights, a mapping from tensor names on disk or a pending one."""
@@ -82,19 +95,25 @@ class Pool:
             )
         return Request(self.chat.prompt_ids(prompt), prompt.images, room, seed, temperature)
 
-    def _run(self, requests: Sequence[Sequence[Request]], prompts: Sequence[Prompt]) -> list[Rollout]:
-        count = len(self.workers)
-        pending = [
-            worker.start("generate", list(chain.from_iterable(requests[index::count])))
-            for index, worker in enumerate(self.workers)
-            if requests[index::count]
-        ]
-        answers = [iter(p.result()) for p in pending]
-        return [
-            self._rollout(prompt, next(answers[place % count]))
-            for place, prompt in enumerate(prompts)
-            for _ in requests[place]
-        ]
+    def _run(
+        self, requests: Sequence[Sequence[Request]], prompts: Sequence[Prompt], finished: Finished
+    ) -> list[Rollout]:
+        places = [(row, index) for row, group in enumerate(requests) for index in range(len(group))]
+        shares: list[list[int]] = [[] for _ in self.workers]  # of places in the result
+        for place, (row, _) in enumerate(places):
+            shares[row % len(self.workers)].append(place)
+        busy = [(worker, share) for worker, share in zip(self.workers, shares, strict=True) if share]
+        asked = [[requests[row][index] for row, index in (places[place] for place in share)] for _, share in busy]
+        streams = [worker.stream("stream", share) for (worker, _), share in zip(busy, asked, strict=True)]
+        found: dict[int, Rollout] = {}
+        for number, completions in self.as_they_come(streams):
+            for index, completion in completions:
+                place = busy[number][1][index]
+                found[place] = self._rollout(prompts[places[place][0]], completion)
+                finished(place, found[place])
+        if len(found) < len(places):
+            raise RuntimeError(f"the engines returned {len(found)} of {len(places)} responses")
+        return [found[place] for place in range(len(places))]
 
     def _rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
         return Rollout(

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from rl.metrics import task_name_problem
-from rl.types import Picture, Prompt
+from rl.types import Picture, Prompt, Rollout
 from rollout.data_files import RawRow, raw_rows
 
 MARK = "<image>"
@@ -101,6 +101,28 @@ def read_rows(
     return prompts
 
 
+def read_samples(source: str | Path) -> list[Rollout]:
+    """Rows that come with a response, such as a run's rollouts/ files, in file order.
+
+    A sample has the columns of a row and `response`, and may have `finish` ("stop" or "length"). The same id may
+    come again; a sample without id is called by its line, one without task or messages has none to show.
+    Raises RowError or ValueError as read_rows does.
+    """
+    checker = _Checker({}, (), None)
+    samples: list[Rollout] = []
+    bad: list[BadRow] = []
+    for raw in raw_rows(str(source)):
+        try:
+            samples.append(_sample(raw, checker))
+        except _Bad as problem:
+            bad.append(BadRow(raw.file, raw.line, str(problem)))
+    if bad:
+        raise RowError(bad)
+    if not samples:
+        raise ValueError(f"{source} has no samples")
+    return samples
+
+
 class PromptOrder:
     """Which prompts an iteration gets: each pass over the data is shuffled anew, and no row is ever skipped.
 
@@ -148,9 +170,27 @@ def _prompt(raw: RawRow, checker: _Checker) -> Prompt:
     if identity in checker.seen:
         raise _Bad(f"id {identity!r} was used before, at {checker.seen[identity]}")
     checker.seen[identity] = f"{raw.file}:{raw.line}"
-    task = _task(row, checker.tasks)
-    messages, sources = _chat(row, checker.reserved)
     _check_answer(row)
+    return _made(row, raw, checker)
+
+
+def _sample(raw: RawRow, checker: _Checker) -> Rollout:
+    if raw.values is None:
+        raise _Bad(raw.problem)
+    text, finish = raw.values.get("response"), raw.values.get("finish") or "stop"
+    if not isinstance(text, str):
+        raise _Bad(f"response must be a text, this is {_kind(text)}")
+    if finish not in ("stop", "length"):
+        raise _Bad(f"finish must be stop or length, this is {_kind(finish)}")
+    row = {name: raw.values[name] for name in COLUMNS if raw.values.get(name) is not None}
+    row = {"id": f"line {raw.line}", "task": "sample", **row}
+    return Rollout(_made(row, raw, checker), text, finish)
+
+
+def _made(row: Mapping[str, Any], raw: RawRow, checker: _Checker) -> Prompt:
+    identity, task = _identity(row), _task(row, checker.tasks)
+    messages, sources = _chat(row, checker.reserved) if "messages" in row else ([], [])
+    _check_json("ground_truth", row.get("ground_truth"))
     meta = row.get("meta", {})
     if not isinstance(meta, dict):
         raise _Bad(f"meta must be an object, this is {_kind(meta)}")
@@ -203,7 +243,6 @@ def _check_answer(row: Mapping[str, Any]) -> None:
         raise _Bad("neither ground_truth nor reference: nothing to score a response by")
     if not isinstance(row.get("reference", ""), str):
         raise _Bad(f"reference must be a text, this is {_kind(row['reference'])}")
-    _check_json("ground_truth", row.get("ground_truth"))
 
 
 def _check_json(name: str, value: Any) -> None:
@@ -281,6 +320,8 @@ def _pieces(number: int, part: Any) -> list[dict[str, Any]]:
     match given:
         case {"type": "image", **rest} if rest.keys() <= {"image"}:
             return [given]
+        case {"type": "image", "digest": str(digest), **rest} if not rest:  # in samples: a picture that came as bytes
+            return [{"type": "image", "image": {"digest": digest}}]
         case {"type": "text", "text": str(text), **rest} if not rest:
             return _split_at_marks(text)
     raise _Bad(f"message {number}: {_shown(given)} is neither {{type: text, text}} nor {{type: image, image}}")
@@ -295,7 +336,10 @@ def _split_at_marks(text: str) -> list[dict[str, Any]]:
 
 
 def _picture(source: Any, folder: Path, known: dict[Path, Picture]) -> Picture:
-    """`source` is a path, encoded bytes, or the {bytes, path} of a Hugging Face Image column."""
+    """`source` is a path, encoded bytes, the {bytes, path} of a Hugging Face Image column, or the {digest} of a
+    sample whose picture is only known by name."""
+    if isinstance(source, dict) and (digest := source.get("digest")):
+        return Picture(b"", digest)
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, bytes):

@@ -4,6 +4,7 @@ prompts -> rollouts -> scores -> values -> targets -> critic and policy updates 
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,13 +16,30 @@ from rl.packing import collate
 from rl.targets import make_targets
 from rl.types import Prompt, Rollout, Scored
 
+Finished = Callable[[int, Rollout], None]
+
 
 class Sampler(Protocol):
     """rollout.pool.Pool, or a scripted one."""
 
-    def sample(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Rollout]: ...
-    def greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]: ...
+    def sample(
+        self, prompts: Sequence[Prompt], per_prompt: int, iteration: int, finished: Finished = ...
+    ) -> list[Rollout]: ...
+    def greedy(self, prompts: Sequence[Prompt], finished: Finished = ...) -> list[Rollout]: ...
     def load(self, weights: Any, policy_step: int) -> None: ...
+
+
+class Scoring(Protocol):
+    """A batch that is scored while its rollouts come in (rewards.runner.Scoring)."""
+
+    def add(self, place: int, rollout: Rollout) -> None: ...
+    def results(self) -> list[Scored]: ...
+
+
+class Scorer(Protocol):
+    """rewards.runner.RewardRunner, or a scripted one."""
+
+    def begin(self, per_prompt: int) -> Scoring: ...
 
 
 class Remote(Protocol):
@@ -37,7 +55,7 @@ class Parts:
 
     config: Config
     sampler: Sampler
-    score: Callable[[Sequence[Rollout]], list[Scored]]
+    scorer: Scorer
     policy: Remote
     critic: Remote
     phase: Callable[[str], Any] = lambda name: None  # told what is going on
@@ -74,9 +92,10 @@ def ppo_iteration(
     config, policy, critic = parts.config, parts.policy, parts.critic
     with parts.interruptible():
         with clock("rollout"):
-            rollouts = parts.sampler.sample(prompts, config.rollouts_per_prompt, iteration)
+            scoring = parts.scorer.begin(config.rollouts_per_prompt)
+            rollouts = parts.sampler.sample(prompts, config.rollouts_per_prompt, iteration, scoring.add)
         with clock("reward"):
-            scored = parts.score(rollouts)
+            scored = enough_valid(scoring.results(), config.max_invalid_fraction)
     batch = collate(scored)
     with clock("critic"):
         features = policy.start("features", batch.pictures)
@@ -92,6 +111,21 @@ def ppo_iteration(
     stats["rollout/tokens_per_second"] = tokens / clock.seconds["rollout"]
     stats["rollout/staleness"] = 0.0  # strictly synchronous
     return rollout_metrics(scored, config.rollouts_per_prompt) | stats, scored
+
+
+def enough_valid(scored: list[Scored], limit: float) -> list[Scored]:
+    """`scored`, unless more than the share `limit` of it is invalid.
+
+    Raises: RuntimeError with the most frequent reasons.
+    """
+    reasons = Counter(s.invalid for s in scored if s.invalid is not None)
+    if reasons.total() <= limit * len(scored):
+        return scored
+    listed = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(5))
+    raise RuntimeError(
+        f"{reasons.total()} of {len(scored)} samples are invalid, which is more than max_invalid_fraction = {limit:g} "
+        f"allows: something around the model fails, and what is left would teach the wrong thing.{listed}"
+    )
 
 
 def sync(iteration: int, prompts: Sequence[Prompt], parts: Parts) -> dict[str, float]:
@@ -118,7 +152,9 @@ def evaluate(prompts: Sequence[Prompt], parts: Parts) -> dict[str, float]:
     rewards: dict[str, list[float]] = {}
     size = parts.config.eval.batch
     for start in range(0, len(prompts), size):
-        for s in parts.score(parts.sampler.greedy(prompts[start : start + size])):
+        scoring = parts.scorer.begin(1)
+        parts.sampler.greedy(prompts[start : start + size], scoring.add)
+        for s in enough_valid(scoring.results(), parts.config.max_invalid_fraction):
             if s.invalid is None:
                 rewards.setdefault(s.rollout.prompt.task, []).append(s.reward)
     return {f"eval/{task}": sum(values) / len(values) for task, values in sorted(rewards.items())}

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rewards.endpoint import EndpointSpec
 from rewards.runner import RewardRunner
-from rl.config import Config
+from rl.config import Config, Endpoint
 from rl.model import checkpoint
 from rl.tracking import check_trackers
 from rl.types import Prompt
@@ -14,6 +15,7 @@ from rollout.chat import Chat
 from rollout.rows import read_rows
 
 SHOWN = 20
+MOST_REWARD_WORKERS = 32  # more than that rarely have work, and each holds its libraries in memory
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,23 @@ class Plan:
             f"updates    {c.ppo.minibatches} policy and {c.ppo.critic_minibatches} critic steps per iteration",
             f"train      {len(self.train)} rows, {pictures} with pictures; tasks {', '.join(tasks(self.train))}",
             f"held out   {len(self.held_out)} rows, evaluated {evals} times",
+            f"rewards    {'; '.join(self._reward(task) for task in tasks((*self.train, *self.held_out)))}",
+            *(f"judge      {self._judge(name)}" for name in sorted(self.rewards.asks())),
             f"model      {self.model}",
             f"placement  {c.rollout.workers} vLLM engine(s), 1 policy and 1 critic process, on {device(c)}",
         ]
+
+    def _reward(self, task: str) -> str:
+        """As in `chat: 0.8 genrm - citation + 0.2 format_tags`."""
+        shown = []
+        for one in self.config.rewards[task]:
+            weight = "" if one.weight == 1 else f"{one.weight:g} "
+            shown.append(weight + " - ".join(scorer.use for scorer in (one, *one.penalties)))
+        return f"{task}: {' + '.join(shown)}"
+
+    def _judge(self, name: str) -> str:
+        endpoint = self.config.endpoints[name]
+        return f"{name}: {endpoint.model} {f'at {endpoint.url}' if endpoint.url else 'served by this run'}"
 
 
 def device(config: Config) -> str:
@@ -74,7 +90,12 @@ def make_plan(config: Config) -> Plan:
     Raises: ValueError (of several kinds) with one message that says what is wrong and where.
     """
     check_trackers(config.log.trackers)
-    rewards = RewardRunner(config.rewards, workers=max(1, (os.cpu_count() or 1) // 2))
+    rewards = RewardRunner(
+        config.rewards,
+        workers=config.reward_workers or min(MOST_REWARD_WORKERS, os.cpu_count() or 1),
+        endpoints={name: endpoint_spec(name, one) for name, one in config.endpoints.items()},
+        max_wait_s={name: one.max_wait for name, one in config.endpoints.items()},
+    )
     if loss := config.ppo.policy_loss:
         from rl import verl_bridge
 
@@ -85,6 +106,21 @@ def make_plan(config: Config) -> Plan:
     train = _rows(config, config.data.train, chat)
     held_out = _limited(_rows(config, config.data.eval, chat), config.data.eval_limit) if config.data.eval else []
     return Plan(config, folder, chat, train, held_out, rewards)
+
+
+def served_here(config: Config, rewards: RewardRunner) -> dict[str, Endpoint]:
+    """The judges that this run has to serve itself: those without a URL that a reward asks."""
+    return {name: one for name, one in config.endpoints.items() if one.url is None and name in rewards.asks()}
+
+
+def judge_gpus(judge: Endpoint) -> int:
+    """GPUs that serving it takes."""
+    return int(judge.serve.get("tensor-parallel-size", 1)) * int(judge.serve.get("pipeline-parallel-size", 1))
+
+
+def endpoint_spec(name: str, given: Endpoint) -> EndpointSpec:
+    """What rewards are told of an endpoint; its url is empty while the run has not started the server."""
+    return EndpointSpec(name=name, url=given.url or "", **given.model_dump(exclude={"url", "max_wait", "serve"}))
 
 
 def _rows(config: Config, sources: Sequence[str] | str, chat: Chat) -> list[Prompt]:

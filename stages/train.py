@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rewards.runner import Outage
 from rl import checkpoint
-from rl.actors import Worker, cluster, gather, gpus, place
+from rl.actors import Worker, as_they_come, cluster, gather, gpus, place
 from rl.critic import Critic
 from rl.display import Display
 from rl.interrupt import Interrupted, Interrupts
@@ -13,10 +14,11 @@ from rl.learner import Policy
 from rl.run_folder import RunFolder
 from rl.tracking import Trackers
 from rollout.engine import Engine
+from rollout.judge_server import JudgeServer
 from rollout.pool import Pool
 from rollout.rows import PromptOrder
 from stages.loop import Clock, Parts, evaluate, ppo_iteration, sync
-from stages.plan import Plan, device, evaluates, saves
+from stages.plan import Plan, device, evaluates, judge_gpus, saves, served_here
 
 
 def train(plan: Plan, folder: RunFolder, display: Display, *, recipe: Mapping[str, Any], verbose: bool = False) -> bool:
@@ -59,11 +61,14 @@ class _Run:
         self.order = PromptOrder(plan.train, self.config.seed)
         self.done: int | None = None  # iterations whose effects are in the learner, once it is ready
         self.saved: int | None = None  # the newest of them that a checkpoint holds
+        self.judges: list[Worker] = []  # kept, because an actor ends with its last handle
+        plan.rewards.on_outage = self._rides_out
 
     def begin(self, start: Path | None, *, verbose: bool) -> None:
         """Place engines, policy and critic side by side, and bring them to where the run stands."""
         config, where = self.config, device(self.config)
         engines, self.policy, self.critic = self._place(where, verbose)
+        self._serve_judges(where)
         ready = self.plan.rewards.warm()
         for worker in (self.policy, self.critic, *engines):
             worker.ready()
@@ -72,6 +77,7 @@ class _Run:
             self._restore(start)
         pool = Pool(
             engines,
+            as_they_come,
             self.plan.chat,
             max_sequence_length=config.max_sequence_length,
             temperature=config.rollout.temperature,
@@ -80,7 +86,7 @@ class _Run:
         self.parts = Parts(
             config,
             pool,
-            self.plan.rewards.score,
+            self.plan.rewards,
             self.policy,
             self.critic,
             phase=self.display.phase,
@@ -93,10 +99,11 @@ class _Run:
 
     def _place(self, where: str, verbose: bool) -> tuple[list[Worker], Worker, Worker]:
         config, plan = self.config, self.plan
-        if where == "cuda" and gpus() < config.rollout.workers + 2:
+        judges = sum(judge_gpus(judge) for judge in served_here(config, plan.rewards).values())
+        if where == "cuda" and gpus() < (needed := config.rollout.workers + 2 + judges):
             raise ValueError(
-                f"the cluster has {gpus()} GPUs, but {config.rollout.workers} rollout workers, a policy and a critic "
-                f"need {config.rollout.workers + 2}; lower rollout.workers or add GPUs"
+                f"the cluster has {gpus()} GPUs, but {config.rollout.workers} rollout workers, a policy, a critic and "
+                f"{judges} for judges need {needed}; lower rollout.workers or add GPUs"
             )
         share: dict[str, Any] = {"gpus": 1} if where == "cuda" else {}
         threads = {"OMP_NUM_THREADS": str(config.learner.threads)} if config.learner.threads else {}
@@ -121,6 +128,35 @@ class _Run:
         policy = place(Policy, str(plan.model), config, where, environment=threads, **share)
         critic = place(Critic, str(plan.model), config, where, environment=threads, **share)
         return engines, policy, critic
+
+    def _serve_judges(self, where: str) -> None:
+        """Start the judges that have no server yet; rewards learn where they are."""
+        asked = served_here(self.config, self.plan.rewards).items()
+        servers = {
+            name: place(
+                JudgeServer,
+                judge.model,
+                device=where,
+                options=judge.serve,
+                gpus=judge_gpus(judge) if where == "cuda" else 0,
+            )
+            for name, judge in asked
+        }
+        self.judges = list(servers.values())
+        self.plan.rewards.served({name: server.call("url") for name, server in servers.items()})
+
+    def _rides_out(self, outage: Outage) -> None:
+        """An endpoint stays away, or is back: what has been learned is saved, and the run waits."""
+        if outage.why is None:
+            self.display.message(f"endpoint {outage.endpoint} is back after {outage.seconds:.0f} s")
+            return
+        if self.done is not None and self.saved != self.done:
+            self._save()
+        wait = self.config.endpoints[outage.endpoint].max_wait
+        self.display.message(
+            f"endpoint {outage.endpoint} does not answer ({outage.why}); waiting for up to {wait:.0f} s"
+            + (f", everything up to iteration {self.saved} is saved" if self.saved is not None else "")
+        )
 
     def _restore(self, start: Path) -> None:
         counters = checkpoint.counters(start)

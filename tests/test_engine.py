@@ -1,7 +1,9 @@
 """The vLLM engine: its traps (each test fails without the cure), its weight transfer, what it refuses."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,7 +167,13 @@ def _reuse(key: int, asked: list[Request]) -> tuple[int, int]:
         patch.setattr(
             CuredStepVL, "_process_image_features", lambda self, x: encoded.append(len(x)) or project(self, x)
         )
-        patch.setattr(engine, "_run", lambda *a: [cached.append(o.num_cached_tokens) or o for o in run(*a)])
+
+        def noting(*given: Any) -> Iterator[list[tuple[int, Any]]]:
+            for finished in run(*given):
+                cached.extend(output.num_cached_tokens for _, output in finished)
+                yield finished
+
+        patch.setattr(engine, "_run", noting)
         engine.generate(asked)
     return sum(n or 0 for n in cached), sum(encoded)
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "recipes": ROOMS,
     "tools": set(),
 }
-LOOK_OUTWARD = {"rl/run.py", "rl/evaluate.py"}  # entry points: they pick a stage
+LOOK_OUTWARD = {"rl/run.py", "rl/evaluate.py", "rewards/__main__.py"}  # entry points: they pick a stage
 ONE_DOOR = {  # the first file is the one to go through
     "ray": ["rl/actors.py", "rl/run.py"],
     "vllm": [

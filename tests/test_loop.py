@@ -1,7 +1,7 @@
 """One iteration with a scripted sampler and the real learner and critic: the rewarded token becomes likelier."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from rl.learner import Policy
 from rl.model import checkpoint
 from rl.packing import collate
 from rl.types import Prompt, Rollout, Scored
-from stages.loop import Clock, Parts, evaluate, ppo_iteration, sync
+from stages.loop import Clock, Finished, Parts, evaluate, ppo_iteration, sync
 from tests.models import text_model
 from tests.test_learner import config
 
@@ -39,11 +39,20 @@ class Scripted:
     def __init__(self, policy: Policy, lie: float = 0.0) -> None:
         self.policy, self.lie, self.loads = policy, lie, 0
 
-    def sample(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Rollout]:
-        return [self._rollout(p, GOOD if i % 2 else BAD) for p in prompts for i in range(per_prompt)]
+    def sample(
+        self, prompts: Sequence[Prompt], per_prompt: int, iteration: int, finished: Finished = lambda i, r: None
+    ) -> list[Rollout]:
+        return self._all(
+            [self._rollout(p, GOOD if i % 2 else BAD) for p in prompts for i in range(per_prompt)], finished
+        )
 
-    def greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        return [self._rollout(p, GOOD) for p in prompts]
+    def greedy(self, prompts: Sequence[Prompt], finished: Finished = lambda i, r: None) -> list[Rollout]:
+        return self._all([self._rollout(p, GOOD) for p in prompts], finished)
+
+    def _all(self, rollouts: list[Rollout], finished: Finished) -> list[Rollout]:
+        for place in reversed(range(len(rollouts))):
+            finished(place, rollouts[place])
+        return rollouts
 
     def load(self, weights: Any, policy_step: int) -> None:
         self.loads += 1
@@ -54,8 +63,24 @@ class Scripted:
         return Rollout(prompt, str(token), "stop", (10, 11, 12), (token,), (logprob,))
 
 
-def score(rollouts: Sequence[Rollout]) -> list[Scored]:
-    return [Scored(r, float(r.text == str(GOOD)), parts={"exact": 1.0}) for r in rollouts]
+class Scores:
+    """Scores each rollout when it comes."""
+
+    def __init__(self, score: Callable[[Rollout], Scored]) -> None:
+        self.score, self.found = score, dict[int, Scored]()
+
+    def begin(self, per_prompt: int) -> "Scores":
+        return Scores(self.score)
+
+    def add(self, place: int, rollout: Rollout) -> None:
+        self.found[place] = self.score(rollout)
+
+    def results(self) -> list[Scored]:
+        return [self.found[place] for place in sorted(self.found)]
+
+
+def right(rollout: Rollout) -> Scored:
+    return Scored(rollout, float(rollout.text == str(GOOD)), parts={"exact": 1.0})
 
 
 @pytest.fixture
@@ -63,7 +88,7 @@ def parts(tmp_path) -> Parts:
     checkpoint.save(text_model(), tmp_path)
     made: Config = config(str(tmp_path), policy_lr=1e-2, critic_lr=1e-2)
     policy, critic = Policy(str(tmp_path), made), Critic(str(tmp_path), made)
-    return Parts(made, Scripted(policy), score, Here(policy), Here(critic))
+    return Parts(made, Scripted(policy), Scores(right), Here(policy), Here(critic))
 
 
 def likelihood(parts: Parts, token: int) -> float:
@@ -106,8 +131,22 @@ def test_engines_that_disagree_with_the_learner_stop_the_run_with_both_numbers(p
 
 
 def test_evaluation_is_greedy_per_task_and_leaves_invalid_samples_out(parts: Parts) -> None:
-    def half(rollouts: Sequence[Rollout]) -> list[Scored]:
-        return [Scored(r, 1.0, "judge down" if r.prompt.id == "0" else None) for r in rollouts]
+    def half(rollout: Rollout) -> Scored:
+        return Scored(rollout, 1.0, "judge down" if rollout.prompt.id == "0" else None)
 
-    parts.score = half
+    parts.scorer = Scores(half)
+    parts.config = parts.config.model_copy(update={"max_invalid_fraction": 0.25})
     assert evaluate(PROMPTS, parts) == {"eval/t": 1.0}
+    parts.config = parts.config.model_copy(update={"max_invalid_fraction": 0.2})
+    with pytest.raises(
+        RuntimeError, match=r"1 of 4 samples are invalid.*max_invalid_fraction = 0.2(.|\n)*1 x judge down"
+    ):
+        evaluate(PROMPTS, parts)
+
+
+def test_an_iteration_with_too_many_invalid_samples_stops_before_it_learns_from_the_rest(parts: Parts) -> None:
+    before = likelihood(parts, GOOD)
+    parts.scorer = Scores(lambda rollout: Scored(rollout, 0.0, f"judge {rollout.prompt.id} away"))
+    with pytest.raises(RuntimeError, match=r"12 of 12 samples are invalid(.|\n)*3 x judge 0 away"):
+        ppo_iteration(1, PROMPTS, parts, Clock(parts.phase))
+    assert likelihood(parts, GOOD) == before

@@ -1,11 +1,11 @@
 """Prompts to rollouts: who gets which request, with which seed, and in what order answers come back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
-from rl.types import Completion, Prompt, Request
+from rl.types import Completion, Prompt, Request, Rollout
 from rollout.pool import Pool, seed_of
 
 
@@ -27,9 +27,14 @@ class Echo:
     def start(self, method: str, *args: Any) -> Done:
         return Done(getattr(self, method)(*args))
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def stream(self, method: str, *args: Any) -> list[list[tuple[int, Completion]]]:
+        """The last first, two at a time."""
+        assert method == "stream"
+        requests: Sequence[Request] = args[0]
         self.asked += requests
-        return [Completion(r.prompt_ids, (r.prompt_ids[0], r.seed), (-0.5, -0.5), "stop") for r in requests]
+        made = [Completion(r.prompt_ids, (r.prompt_ids[0], r.seed), (-0.5, -0.5), "stop") for r in requests]
+        pairs = list(enumerate(made))[::-1]
+        return [pairs[i : i + 2] for i in range(0, len(pairs), 2)]
 
     def load(self, weights: Any, step: int) -> None:
         self.loaded.append((weights, step))
@@ -48,10 +53,16 @@ class Letters:
         return f"answer to {response_ids[0]}"
 
 
+def in_turns(streams: Sequence[list]) -> Iterator[tuple[int, Any]]:
+    """A step of each stream after the other, while there are any."""
+    for step in range(max(map(len, streams))):
+        yield from ((number, stream[step]) for number, stream in enumerate(streams) if step < len(stream))
+
+
 def pool(workers: int, length: int = 10) -> tuple[Pool, list[Echo]]:
     engines = [Echo() for _ in range(workers)]
     chat: Any = Letters()
-    return Pool(engines, chat, max_sequence_length=length, temperature=0.7, seed=3), engines
+    return Pool(engines, in_turns, chat, max_sequence_length=length, temperature=0.7, seed=3), engines
 
 
 PROMPTS = [Prompt(str(i), "t", ()) for i in range(5)]
@@ -62,6 +73,14 @@ def test_rollouts_come_back_in_order_with_a_prompts_own_as_neighbours(workers: i
     made, _ = pool(workers)
     rollouts = made.sample(PROMPTS, 2, iteration=1)
     assert [r.text for r in rollouts] == [f"answer to {i}" for i in range(5) for _ in range(2)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_rollout_is_told_with_its_place_as_soon_as_it_is_there(workers: int) -> None:
+    told: dict[int, Rollout] = {}
+    rollouts = pool(workers)[0].sample(PROMPTS, 2, iteration=1, finished=told.__setitem__)
+    assert [told[place] for place in range(10)] == rollouts
+    assert next(iter(told)) != 0  # the engines answer their last request first
 
 
 def test_every_sample_has_a_seed_of_its_own_that_does_not_depend_on_the_number_of_workers() -> None:

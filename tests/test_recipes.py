@@ -117,13 +117,34 @@ def test_another_reward_does_not_inherit_parameters():
     write("base.yaml", "rewards: {box: {use: iou, params: {power: 2}}, dot: {use: exact, timeout_s: 3}}")
     resolved = mine("  box: {use: exact}\n  dot: {memory_mb: 100}\nbase: base.yaml")
     rewards = resolved.config.rewards
-    assert (rewards["box"].params, resolved.provenance["rewards.box.params"]) == ({}, "default")
-    assert (rewards["dot"].use, rewards["dot"].timeout_s, rewards["dot"].memory_mb) == ("exact", 3, 100)
+    assert (rewards["box"][0].params, resolved.provenance["rewards.box.params"]) == ({}, "default")
+    assert (rewards["dot"][0].use, rewards["dot"][0].timeout_s, rewards["dot"][0].memory_mb) == ("exact", 3, 100)
 
 
 def test_a_list_of_one_reward_is_that_reward():
-    assert mine("  box: [{use: iou}]").config.rewards["box"].use == "iou"
-    assert "rewards.box is a list of 2" in refusal("  box: [{use: iou}, {use: exact}]")
+    resolved = mine("  box: [{use: iou}]", "rewards.box.params.power=1")
+    assert resolved.config.rewards["box"][0].use == "iou"
+    assert resolved.plain()["rewards"]["box"]["params"] == {"power": 1}
+
+
+def test_several_rewards_are_weighted_and_have_penalties():
+    text = "  box: [{use: iou, weight: 0.8, penalties: [citation, {use: own.py:Rude, magnitude: 0.5}]}, {use: exact}]"
+    first, second = mine(text).config.rewards["box"]
+    assert (first.weight, second.weight) == (0.8, 1.0)
+    assert [(penalty.use, penalty.magnitude) for penalty in first.penalties] == [
+        ("citation", 1.0),
+        (f"{Path.cwd()}/own.py:Rude", 0.5),
+    ]
+    assert "unknown option rewards.box.wait; did you mean rewards.box.weight?" in refusal(
+        "  box: [{use: a}, {wait: 1}]"
+    )
+
+
+def test_a_list_of_rewards_replaces_what_a_base_recipe_says():
+    write("base.yaml", "rewards: {box: {use: iou, params: {power: 2}}}")
+    resolved = mine("  box: [{use: exact, weight: 0.5}, {use: iou, weight: 0.5}]\nbase: base.yaml")
+    assert [(one.use, one.params) for one in resolved.config.rewards["box"]] == [("exact", {}), ("iou", {})]
+    assert resolved.provenance["rewards.box"] == "mine.yaml"
 
 
 def test_values_may_refer_to_each_other_and_to_the_environment(monkeypatch: pytest.MonkeyPatch):
@@ -157,7 +178,7 @@ def test_paths_are_relative_to_the_file_that_names_them():
     assert config.model.chat_template == here / "profiles/chat.jinja"
     assert config.data.eval == (str(here / "rows/held.jsonl"),)
     assert config.data.train == (str(here / "t.jsonl"),)
-    assert config.rewards["math"].use == f"{here}/mine/own.py:Right"
+    assert config.rewards["math"][0].use == f"{here}/mine/own.py:Right"
 
 
 def test_hub_ids_stay_as_they_are_unless_a_folder_has_that_name():
@@ -178,7 +199,7 @@ def test_a_saved_recipe_loads_as_the_same_config_from_anywhere(monkeypatch: pyte
     again = load(Path("..") / saved)
     assert again.config == before.config
     assert again.yaml() == before.yaml()
-    assert before.config.rewards["math"].params == {"template": "${x}", "tag": "1e3"}
+    assert before.config.rewards["math"][0].params == {"template": "${x}", "tag": "1e3"}
 
 
 # What is said

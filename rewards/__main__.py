@@ -1,0 +1,244 @@
+"""The author's tools: `python -m rewards list`, and `python -m rewards try TARGET SAMPLES.jsonl [--json]`.
+
+`try` scores samples as a run would, in processes that can be killed, and shows score, details and time of each. For
+a reward that compares with ground truths it also checks that each truth, given as the response, scores the maximum.
+Exit codes as of rl.run: 0 done, 2 the input is wrong (also: a ground truth that does not score the maximum).
+"""
+
+import argparse
+import inspect
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+
+from rewards.endpoint import EndpointSpec, is_endpoint_name
+from rewards.registry import Reward, all_rewards, get
+from rewards.runner import Outage, PenaltySpec, RewardRunner, RewardSpec
+from rl.types import Prompt, Rollout, Scored
+
+DONE, WRONG_INPUT, INTERRUPTED = 0, 2, 130
+SHOWN = 10  # ground truths that fail, spelled out
+MOST_WAIT_S = 60.0  # for an endpoint that does not answer: somebody sits and watches
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A reward as the command line names it."""
+
+    use: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    timeout_s: float | None = None
+    memory_mb: int = 2048
+    weight: float = 1.0
+    penalties: Sequence[PenaltySpec] = ()
+    magnitude: float = 1.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """What scores the samples: the rewards of one task."""
+
+    specs: Sequence[RewardSpec]
+    endpoints: Mapping[str, EndpointSpec]
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m rewards", description="List rewards, and try one on samples.")
+    commands = p.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="every reward and penalty with its parameters")
+    trial = commands.add_parser("try", help="score samples with a reward")
+    trial.add_argument("target", help="registered name, pkg.module:Name, file.py:Name, or RECIPE.yaml:task")
+    trial.add_argument("samples", help="JSONL of data rows with a `response`, such as a run's rollouts/000001.jsonl.gz")
+    trial.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the reward")
+    trial.add_argument("--json", action="store_true", help="one JSON object per sample")
+    trial.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes to score in")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    args = parser().parse_args(arguments)
+    try:
+        return _list() if args.command == "list" else _try(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+# list
+
+
+def _list() -> int:
+    for found in all_rewards():
+        kind = " (penalty)" if found.kind == "penalty" else " (sees the group)" if found.group else ""
+        print(f"{found.name}{kind}: {_first_line(found)}")
+        for parameter in found.parameters.values():
+            print(f"    {_parameter(parameter, found.annotation(parameter))}")
+    return DONE
+
+
+def _first_line(found: Reward) -> str:
+    lines = (inspect.getdoc(found.target) or "no docstring").splitlines()
+    return lines[0].strip()
+
+
+def _parameter(parameter: inspect.Parameter, annotation: Any) -> str:
+    shown = "any" if annotation is parameter.empty else _type(annotation)
+    needed = parameter.default is parameter.empty
+    return f"{parameter.name}: {shown}" + ("  (required)" if needed else f"  (default {parameter.default!r})")
+
+
+def _type(annotation: Any) -> str:
+    """As a recipe's author thinks of it: `number > 0`, `'all' | 'majority'`, `name of an endpoint`."""
+    inner = get_args(annotation)
+    match get_origin(annotation):
+        case typing.Annotated if is_endpoint_name(annotation):
+            return "name of an endpoint"
+        case typing.Annotated:
+            bounds = [m for mark in inner[1:] for m in getattr(mark, "metadata", [mark])]
+            return " ".join([_type(inner[0]), *(text for bound in bounds for text in _bounds(bound))])
+        case typing.Literal:
+            return " | ".join(map(repr, inner))
+        case typing.Union | types.UnionType:
+            return " | ".join(map(_type, inner))
+        case None:
+            return "none" if annotation is type(None) else getattr(annotation, "__name__", str(annotation))
+        case origin:
+            return f"{origin.__name__}[{', '.join(_type(one) for one in inner if one is not ...)}]"
+
+
+def _bounds(mark: Any) -> Iterator[str]:
+    for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+        if (limit := getattr(mark, name, None)) is not None:
+            yield f"{sign} {limit:g}"
+
+
+# try
+
+
+def _try(args: argparse.Namespace) -> int:
+    from rollout.rows import read_samples
+
+    target = _target(args.target, args.param, args.samples)
+    samples = read_samples(args.samples)
+    # One task for all: whatever the samples' own task was called, this is the reward they get now.
+    asked = [replace(one, prompt=replace(one.prompt, task="tried")) for one in samples]
+    with _runner({"tried": target.specs}, target, args.workers) as runner:
+        scored = runner.score(asked)
+    for sample in _as_lines(samples, scored) if args.json else _as_table(samples, scored):
+        print(sample)
+    return _check_truths(target, [one.prompt for one in samples], args.workers)
+
+
+def _target(target: str, params: Sequence[str], samples: str) -> Target:
+    file, _, task = target.rpartition(":")
+    if file.endswith((".yaml", ".yml")):
+        if params:
+            raise ValueError(f"{target} has its parameters in the recipe; leave out --param")
+        return _of_recipe(file, task, samples)
+    given = dict(_assignment(text) for text in params)
+    if get(target, given).reward.kind == "penalty":  # shown by what it leaves of a reward of 1
+        return Target([Spec("constant", penalties=[Spec(target, given)])], {})
+    return Target([Spec(target, given)], {})
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise ValueError(f"--param {text!r} is not NAME=VALUE")
+    return name, yaml.safe_load(value)
+
+
+def _of_recipe(file: str, task: str, samples: str) -> Target:
+    from rl.recipe import load
+    from stages.plan import endpoint_spec
+
+    config = load(Path(file), overrides=[f"data.train={json.dumps(os.path.abspath(samples))}"]).config
+    if task not in config.rewards:
+        raise ValueError(f"{file} has no rewards.{task}; its tasks are {', '.join(config.rewards)}")
+    endpoints = {name: endpoint_spec(name, one) for name, one in config.endpoints.items()}
+    return Target(config.rewards[task], endpoints)
+
+
+def _runner(tasks: Mapping[str, Sequence[RewardSpec]], target: Target, workers: int) -> RewardRunner:
+    waits = dict.fromkeys(target.endpoints, MOST_WAIT_S)
+    runner = RewardRunner(tasks, workers=workers, endpoints=target.endpoints, max_wait_s=waits)
+    if unserved := [name for name in sorted(runner.asks()) if not target.endpoints[name].url]:
+        raise ValueError(
+            f"endpoint {unserved[0]!r} is served by a run; start it by hand and give its url to try it here"
+        )
+    runner.on_outage = _tell
+    return runner
+
+
+def _tell(outage: Outage) -> None:
+    state = f"does not answer: {outage.why}; trying for {MOST_WAIT_S:.0f} s" if outage.why else "is back"
+    print(f"endpoint {outage.endpoint} {state}", file=sys.stderr)
+
+
+def _as_lines(samples: Sequence[Rollout], scored: Sequence[Scored]) -> Iterator[str]:
+    for sample, one in zip(samples, scored, strict=True):
+        result = {"score": one.reward} if one.invalid is None else {"invalid": one.invalid}
+        parts = {"parts": dict(one.parts)} if len(one.parts) > 1 else {}
+        line = {
+            "id": sample.prompt.id,
+            **result,
+            **parts,
+            "details": dict(one.details),
+            "seconds": round(one.seconds, 4),
+        }
+        yield json.dumps(line)
+
+
+def _as_table(samples: Sequence[Rollout], scored: Sequence[Scored]) -> Iterator[str]:
+    width = max(6, *(min(32, len(sample.prompt.id)) for sample in samples))
+    yield f"{'sample':{width}}  {'score':>8}  {'seconds':>8}  details"
+    for sample, one in zip(samples, scored, strict=True):
+        score = f"{one.reward:8.4f}" if one.invalid is None else " invalid"
+        parts = {"parts": dict(one.parts)} if len(one.parts) > 1 else {}
+        said = json.dumps({**parts, **one.details}, ensure_ascii=False) if one.invalid is None else one.invalid
+        yield f"{sample.prompt.id[:32]:{width}}  {score}  {one.seconds:8.3f}  {said[:200]}"
+    valid = [one.reward for one in scored if one.invalid is None]
+    mean = f"mean {sum(valid) / len(valid):.4f}, " if valid else ""
+    yield f"{len(scored)} samples, {mean}{len(scored) - len(valid)} invalid"
+
+
+def _check_truths(target: Target, prompts: Sequence[Prompt], workers: int) -> int:
+    """Each ground truth as a response must score the maximum of each reward that compares with it."""
+    checked = [spec for spec in target.specs if get(spec.use, spec.params).reward.truth_as_text]
+    distinct = {json.dumps([p.id, p.ground_truth], default=repr): p for p in prompts if p.ground_truth is not None}
+    if not checked or not distinct:
+        return DONE
+    alone = {str(i): [Spec(one.use, one.params, one.timeout_s, one.memory_mb)] for i, one in enumerate(checked)}
+    with _runner(alone, target, workers) as runner:
+        wrong = [line for i, spec in enumerate(checked) for line in _failing(runner, str(i), spec, distinct.values())]
+    if not wrong:
+        print(f"ground truths: all {len(distinct)} score the maximum against themselves", file=sys.stderr)
+        return DONE
+    print(f"ground truths: {len(wrong)} do not score the maximum against themselves:", file=sys.stderr)
+    print(*wrong[:SHOWN], *(["  ..."] if len(wrong) > SHOWN else []), sep="\n", file=sys.stderr)
+    return WRONG_INPUT
+
+
+def _failing(runner: RewardRunner, task: str, spec: RewardSpec, prompts: Any) -> Iterator[str]:
+    as_text = get(spec.use, spec.params).reward.truth_as_text
+    assert as_text
+    responses = [Rollout(replace(one, task=task), as_text(one.ground_truth)) for one in prompts]
+    for one in runner.score(responses):
+        if one.invalid or one.reward < runner.highest(task) - 1e-9:
+            found = one.invalid or f"{one.reward:g} instead of {runner.highest(task):g} {json.dumps(dict(one.details))}"
+            yield f"  {one.rollout.prompt.id}: {one.rollout.text[:80]!r}: {found}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,284 @@
+"""One process for rewards that wait, such as those that ask a judge: many jobs at a time, outages ridden out.
+
+A job that blocks or kills the process is found by asking everything that was under way once more, one at a time. A
+job whose endpoint stays away is held; the endpoint is probed with one job until it answers or has been waited for
+too long.
+"""
+
+import atexit
+import itertools
+import os
+import queue
+import random
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+
+from rewards.pool import Job, Outcome
+from rewards.process import Died, Process, SetupFailed
+from rewards.worker import Orders
+
+MOST_AT_ONCE = 1024  # jobs given to the process; an endpoint's own limit is its `concurrency`
+STALL_S = (2.0, 30.0)  # silence after which the process counts as blocked: least and most
+PROBE_S = (2.0, 60.0)  # between probes of an endpoint that is away: first and most
+
+
+class EndpointAway(RuntimeError):
+    """An endpoint stayed away for longer than the run may wait."""
+
+
+@dataclass(frozen=True)
+class Outage:
+    """News of an endpoint: it does not answer (and why), or it is back (`why` is None) after `seconds`."""
+
+    endpoint: str
+    why: str | None
+    seconds: float = 0.0
+
+
+@dataclass
+class _Away:
+    """An endpoint that does not answer, and what waits for it."""
+
+    since: float
+    why: str
+    probe_at: float
+    pause_s: float
+    held: list[Job] = field(default_factory=list)
+    probe: Job | None = None
+
+
+class AsyncPool:
+    """Jobs of async units in, outcomes out; started by warm() or by the first job.
+
+    max_wait_s  endpoint -> seconds after which its outage fails what waits for it with EndpointAway
+    news        outages as they begin and end, for whoever wants to hear
+    """
+
+    def __init__(self, orders: Orders, max_wait_s: Mapping[str, float], setup_s: float):
+        self.orders, self.max_wait_s, self.setup_s = orders, dict(max_wait_s), setup_s
+        self.news: queue.SimpleQueue[Outage] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._wake, self._waker = os.pipe()
+        self._numbers = itertools.count()
+        self._running: dict[int, Job] = {}
+        self._suspects: list[Job] = []  # were under way when the process ended; asked again, each alone
+        self._alone: Job | None = None
+        self._away: dict[str, _Away] = {}
+        self._heard = 0.0  # when the process last said something
+        self._process: Process | None = None
+        self._thread: threading.Thread | None = None
+        self._warm: Future[float] | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def warm(self) -> Future[float]:
+        """Starts the process and loads every unit, in the background; see RewardRunner.warm."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("these reward workers are closed")
+            if self._warm is None:
+                self._warm = Future()
+                if not self.orders.units:
+                    self._warm.set_result(0.0)
+                    return self._warm
+                atexit.register(self.close)
+                self._thread = threading.Thread(target=self._run, name="async rewards", daemon=True)
+                self._thread.start()
+            return self._warm
+
+    def put(self, job: Job) -> None:
+        self.warm()
+        self._jobs.put(job)
+        os.write(self._waker, b".")
+
+    def close(self) -> None:
+        """Ends the process; unfinished jobs are cancelled."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        atexit.unregister(self.close)
+        os.write(self._waker, b".")
+        if self._thread:
+            self._thread.join()
+        held = [job for away in self._away.values() for job in (*away.held, away.probe) if job]
+        for job in (*self._running.values(), *self._suspects, *held, *self._waiting()):
+            _cancel(job)
+        os.close(self._wake)
+        os.close(self._waker)
+
+    def _run(self) -> None:
+        assert self._warm
+        start = time.monotonic()
+        try:
+            self._begin()
+        except (SetupFailed, Died) as e:
+            self._warm.set_exception(RuntimeError(str(e)))
+        else:
+            self._warm.set_result(time.monotonic() - start)
+        try:
+            while not self._closed:
+                try:
+                    self._turn()
+                except (SetupFailed, Died) as e:
+                    self._lost(e)
+        finally:
+            self._end()
+
+    def _begin(self) -> None:
+        """A process with every unit loaded. Raises SetupFailed or Died, with no process left."""
+        self._process = Process("rewards.async_worker", self.orders)
+        try:
+            for unit in self.orders.units:
+                self._process.send((0, unit, [], 0.0))
+                self._loaded(unit)
+        except (SetupFailed, Died):
+            self._end()
+            raise
+        self._heard = time.monotonic()
+
+    def _loaded(self, unit: str) -> None:
+        deadline = time.monotonic() + self.setup_s
+        while not self._closed:
+            assert self._process
+            try:
+                reply = self._process.receive(min(0.2, max(0.0, deadline - time.monotonic())))
+            except TimeoutError:
+                if time.monotonic() > deadline:
+                    raise SetupFailed(f"reward {unit}: its setup took longer than {self.setup_s:g} s") from None
+                continue
+            if "failed" in reply:
+                if reply["failed"]:
+                    raise SetupFailed(f"reward {unit}: {reply['failed']}")
+                return
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process:
+            process.bury()
+
+    def _turn(self) -> None:
+        """Hand out what may run, then wait for an answer, a job or the time of a probe."""
+        if self._process is None:
+            self._begin()
+        assert self._process
+        self._release()
+        self._hand_out()
+        ready = wait([self._process.connection, self._wake], timeout=0.5)
+        if self._wake in ready:
+            os.read(self._wake, 4096)
+        if self._process.connection in ready:
+            self._heard = time.monotonic()
+            reply = self._process.receive(0)
+            if "number" in reply:
+                self._answered(self._running.pop(reply["number"]), reply["outcomes"])
+        elif time.monotonic() - self._heard > self._stall_s():
+            raise Died(f"it blocked the event loop for {time.monotonic() - self._heard:.0f} s")
+
+    def _stall_s(self) -> float:
+        least, most = STALL_S
+        return min([most, *(max(least, job.timeout_s) for job in self._running.values())])
+
+    def _hand_out(self) -> None:
+        if self._alone is None and not self._suspects:
+            for job in self._waiting(MOST_AT_ONCE - len(self._running)):
+                self._send(job)
+        elif self._alone is None and not self._running:
+            self._alone = self._suspects.pop(0)
+            self._send(self._alone)
+
+    def _waiting(self, most: float = float("inf")) -> list[Job]:
+        found: list[Job] = []
+        while len(found) < most and not self._jobs.empty():
+            found.append(self._jobs.get())
+        return found
+
+    def _send(self, job: Job) -> None:
+        if job.outcomes.cancelled():
+            return
+        assert self._process
+        number = next(self._numbers)
+        self._running[number] = job
+        self._process.send((number, job.unit, list(job.rollouts), job.timeout_s))
+
+    def _answered(self, job: Job, outcomes: list[Outcome]) -> None:
+        if job is self._alone:
+            self._alone = None
+        if absent := next((outcome for outcome in outcomes if "away" in outcome), None):
+            self._hold(job, absent["away"], absent["why"])
+            return
+        for endpoint in [name for name, away in self._away.items() if away.probe is job]:
+            self._back(endpoint)
+        _resolve(job, outcomes)
+
+    def _lost(self, error: Exception) -> None:
+        """The process has ended, or can't be started; what it had is asked again, what it had alone is to blame."""
+        self._end()
+        if isinstance(error, SetupFailed):
+            for job in (*self._running.values(), *self._suspects, *self._waiting()):
+                _resolve(job, job.all("invalid", error))
+            self._suspects.clear()
+        elif self._alone is not None:
+            _resolve(self._alone, self._alone.all("exhausted" if self._alone.again else "invalid", error))
+        else:
+            self._suspects += self._running.values()
+        self._running.clear()
+        self._alone = None
+
+    def _hold(self, job: Job, endpoint: str, why: str) -> None:
+        now = time.monotonic()
+        away = self._away.get(endpoint)
+        if away is None:
+            away = self._away[endpoint] = _Away(now, why, now + PROBE_S[0], PROBE_S[0])
+            self.news.put(Outage(endpoint, why))
+        if away.probe is job:
+            away.probe = None
+            away.pause_s = min(PROBE_S[1], 2 * away.pause_s)
+            away.probe_at = now + away.pause_s * random.uniform(0.8, 1.2)
+        away.why = why
+        away.held.append(job)
+
+    def _release(self) -> None:
+        """Probe endpoints whose time has come; give up on those that were waited for too long."""
+        now = time.monotonic()
+        for endpoint, away in list(self._away.items()):
+            if now - away.since > self.max_wait_s.get(endpoint, 0.0):
+                error = EndpointAway(
+                    f"endpoint {endpoint!r} has not answered for {now - away.since:.0f} s, longer than its max_wait: "
+                    f"{away.why}"
+                )
+                for job in (*away.held, away.probe):
+                    if job:
+                        _fail(job, error)
+                del self._away[endpoint]
+            elif away.probe is None and away.held and now >= away.probe_at:
+                away.probe = away.held.pop(0)
+                self._jobs.put(away.probe)
+
+    def _back(self, endpoint: str) -> None:
+        away = self._away.pop(endpoint)
+        self.news.put(Outage(endpoint, None, time.monotonic() - away.since))
+        for job in away.held:
+            self._jobs.put(job)
+
+
+def _resolve(job: Job, outcomes: list[Outcome]) -> None:
+    try:
+        job.outcomes.set_result(outcomes)
+    except InvalidStateError:  # cancelled, or given up on, in the meantime
+        return
+
+
+def _fail(job: Job, error: Exception) -> None:
+    try:
+        job.outcomes.set_exception(error)
+    except InvalidStateError:
+        return
+
+
+def _cancel(job: Job) -> None:
+    job.outcomes.cancel()

@@ -1,0 +1,37 @@
+"""Behaviour penalty: an answer that claims more certainty than it has grounds for, in a judge's eyes."""
+
+from rewards import Rollout, Score, penalty
+from rewards.endpoint import EndpointName
+from rewards.judge import Finding, Judge, MaxChars, MaxTokens, offence, question
+
+
+class Certainty(Finding):
+    overconfident: bool
+
+    @property
+    def offends(self) -> bool:
+        return self.overconfident
+
+
+@penalty("calibration", timeout_s=600)
+class Calibration:
+    """1.0 for an answer the judge calls overconfident, else 0.0.
+
+    endpoint    the judge. It sees the question (with pictures, where it takes them), the reasoning and the answer
+    max_tokens  of one verdict, a reasoning judge's thinking included
+    max_chars   of the answer, and of the reasoning, that are shown: their beginning and, mostly, their end
+
+    An empty answer claims nothing. One on which the judge gives no verdict, though it gives one on a harmless answer
+    to the same row, counts as offending. The report suppresses "unjustified certainty" and publishes neither prompt
+    nor magnitude: the prompt is a reconstruction.
+    """
+
+    def __init__(self, endpoint: EndpointName, max_tokens: MaxTokens = 2048, max_chars: MaxChars = 16_000):
+        self.judge = Judge(endpoint, "calibration.jinja", Certainty, max_tokens=max_tokens, max_chars=max_chars)
+
+    def setup(self) -> None:
+        self.judge.setup({"question", "reasoning", "answer"})
+
+    async def __call__(self, rollout: Rollout) -> Score:
+        written = {"answer": rollout.answer, "reasoning": rollout.reasoning}
+        return await offence(self.judge, rollout.prompt, {"question": question(rollout.prompt)}, written)

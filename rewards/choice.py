@@ -1,0 +1,98 @@
+"""1.0 when an answer picks the right one of the choices A to J, else 0.0."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rewards import Invalid, Rollout, Score, reward
+from rewards.text import marked_answer, normalised
+
+LETTERS = "ABCDEFGHIJ"
+
+# Bounded and possessive, so that no text makes these patterns step back over what they have read.
+_DECORATION = r"(?:[\s*_(\[{\"'`$]|\\(?:text|textbf|mathbf|mathrm|boxed)\{){0,12}+"
+_CLOSING = r"[)\].:,;*_}\"'`$]"
+_WORD = r"(?:(?:option|choice|letter)\s{1,4}+)?"
+_PHRASE = re.compile(
+    r"\b(?:answer|option|choice)\s{1,4}+(?:is|was|must be|should be|would be)\b[ \t*]{0,4}+:?", re.IGNORECASE
+)
+_FIRST = re.compile(rf"{_DECORATION}{_WORD}{_DECORATION}([A-J])(?![\w'\u2019-])", re.IGNORECASE)
+_LABEL_ENDS = re.compile(rf"\s{{0,8}}+(?:{_CLOSING}|$)")
+# A second choice behind the first: with a word or comma between, or set off as the first one is.
+_SECOND = re.compile(
+    rf"(?:{_CLOSING}|\s){{0,12}}+"
+    rf"(?:(?<=,)|(?:[,;/&+]|or\b|and\b))\s{{0,8}}+{_WORD}[*_(\[{{\"'`$]{{0,8}}+([A-J])(?![\w'\u2019-]|\s{{1,4}}[a-z])"
+    rf"|(?:{_CLOSING}|\s){{0,12}}+[*_(\[{{\"'`$]{{0,8}}+([A-J])(?={_CLOSING}|\s{{0,8}}$|\s{{1,4}}[A-J]\b)"
+)
+_ANYWHERE = re.compile(
+    rf"\(([A-Ja-j])\)|\b(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{{1,4}}+([A-J])\b|(?<![\w'\u2019-])(?:([B-HJ])(?![\w'\u2019-])"
+    rf"|([AI])(?={_CLOSING}|\s{{0,8}}(?:$|[,;/&+]|or\b|and\b)))"
+)
+
+
+@reward("choice", on_timeout="lowest", verifiable=True)
+def choice(rollout: Rollout) -> Score:
+    """The letter, or the text, of the right option; several letters are wrong.
+
+    What counts of the answer is its last `\\boxed{...}` if there is one, else what follows its last "Answer:", else
+    what follows its last "the answer is", else all of it, if short. That part begins with the letter ("B", "(b)",
+    "**B**", "B. Paris", "option B because ...") or is the text of an option. An answer that marks nothing may name
+    a single letter anywhere ("I think it's B").
+
+    The ground truth is a letter or the text of an option. The options come from the row's `meta["options"]`, a
+    list in the order of the letters or a mapping from letter to text; rows without them are judged by letter.
+    """
+    options = _options(rollout)
+    true = _true_letter(rollout, options)
+    text = marked_answer(rollout.answer)
+    if text is None:
+        return Score(0.0, {"why": "a long answer that marks no choice"})
+    marked = text != rollout.answer
+    if not marked and (phrases := list(_PHRASE.finditer(text))):
+        text, marked = text[phrases[-1].end() :], True
+    letters = _letters(text, marked, options)
+    if len(letters) != 1:
+        return Score(0.0, {"why": "several choices" if letters else "no choice in the answer", "answer": text[:200]})
+    return Score(float(letters == {true}), {"choice": letters.pop()})
+
+
+def _letters(text: str, marked: bool, options: Mapping[str, str]) -> set[str]:
+    """The letters that the part of an answer that counts picks."""
+    plain = normalised(text)
+    if len(plain) > 1 and (meant := {letter for letter, option in options.items() if option == plain}):
+        return {min(meant)}
+    first = _FIRST.match(text)
+    # "a cat" and "I think" begin with a word, not with a letter
+    if first and (_LABEL_ENDS.match(text, first.end()) or first[1] in (LETTERS if marked else "BCDEFGHJ")):
+        second = _SECOND.match(text, first.end())
+        return {first[1].upper()} | ({(second[1] or second[2]).upper()} if second else set())
+    return set() if marked else {"".join(found).upper() for found in _ANYWHERE.findall(text)}
+
+
+def _options(rollout: Rollout) -> dict[str, str]:
+    """Letter -> text, normalised; {} if the row has no options."""
+    given, row = rollout.prompt.meta.get("options"), rollout.prompt.id
+    if given is None:
+        return {}
+    if isinstance(given, list | tuple) and len(given) <= len(LETTERS):
+        given = dict(zip(LETTERS, given, strict=False))
+    if not isinstance(given, Mapping) or not all(_letter(key) for key in given):
+        raise Invalid(f"the options of row {row} are a list of up to {len(LETTERS)} or a mapping with keys A to J")
+    return {_letter(key): normalised(str(text)) for key, text in given.items()}
+
+
+def _true_letter(rollout: Rollout, options: Mapping[str, str]) -> str:
+    truth, row = rollout.prompt.ground_truth, rollout.prompt.id
+    letter = _letter(truth)
+    if letter and (letter in options or not options):
+        return letter
+    meant = [key for key, option in options.items() if option == normalised(str(truth))]
+    if len(meant) != 1:
+        raise Invalid(f"choice needs a letter A to J, or the text of one of the row's options; row {row} has {truth!r}")
+    return meant[0]
+
+
+def _letter(value: Any) -> str:
+    """The letter that a row's value is ("B", "(b)", "B."), or ""."""
+    bare = value.strip().strip("().:").upper() if isinstance(value, str) else ""
+    return bare if len(bare) == 1 and bare in LETTERS else ""

@@ -1,0 +1,341 @@
+"""Behaviour penalty `citation`: references and links in an answer that nothing vouches for.
+
+The report "zeros the reward" on fabricated references or links. How it tells them is not published; what counts as
+a reference here, and what vouches for it, is a reconstruction.
+"""
+
+# ruff: noqa: RUF001  # punctuation and headings of several scripts are matched
+
+import importlib
+import importlib.util
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from rewards import Invalid, Rollout, Score, penalty
+
+MAX_LENGTH = 2048  # characters of a URL or identifier; a longer one is an offence
+MAX_ENTRY = 500  # characters of a reference list's entry that are compared
+MAX_ASKED = 20  # references the resolver is asked about, so that no answer can make it run out of time
+
+_URL_CHARACTERS = r"[^\s<>\"'`^{}|\\\[\]「」『』（）《》【】“”‘’«»。，；：！？、]"
+_LINK = re.compile(rf"(?:https?|ftp)://{_URL_CHARACTERS}*+", re.IGNORECASE)
+_BARE = re.compile(
+    rf"(?<![\w.@/:%-])(?:www\.[a-z0-9-]|(?:[a-z0-9-]{{1,63}}\.){{1,6}}(?:com|org|net|edu|gov|info|io|ai|dev|eu|uk|de|fr"
+    rf"|cn|jp|ru)(?::\d{{1,5}})?/){_URL_CHARACTERS}*+",
+    re.IGNORECASE,
+)
+_MARKDOWN = re.compile(
+    r"\]\([ ]{0,3}<?((?:[a-z0-9-]{1,63}\.){1,6}[a-z]{2,24}(?:[/?:][^\s()<>]*+)?)[>)\s]", re.IGNORECASE
+)
+_DOI = re.compile(
+    r"(?<![\w./])(doi[\s:.]{0,3})?(10\.\d{4,9}(?:\.\d{1,5}){0,3}/[^\s\"<>{}|\\\[\]，。；、]++)", re.IGNORECASE
+)
+_ARXIV = re.compile(
+    r"(?<!\w)arxiv[\s:./]{1,3}(\d{4}\.\d{4,5}|[a-z-]{2,12}(?:\.[a-z]{2})?/\d{7})(?:v\d{1,2})?", re.IGNORECASE
+)
+_ARXIV_PATH = re.compile(
+    r"/(?:abs|pdf|html)/(\d{4}\.\d{4,5}|[a-z-]{2,12}(?:\.[a-z]{2})?/\d{7})(?:v\d{1,2})?(?:\.pdf)?", re.IGNORECASE
+)
+_TRACKING = re.compile(r"(?:utm_\w{1,20}|fbclid|gclid)=", re.IGNORECASE)
+
+_HEADING = re.compile(
+    r"^[#*_>\s\d.]{0,12}+(?:references|bibliography|sources|works cited|citations?|further reading|références|"
+    r"bibliographie|literatur(?:verzeichnis)?|quellen|referencias|bibliografía|fuentes|referências|fontes|"
+    r"список литературы|литература|источники|参考文献|参考资料|参考資料|引用文献|出典|참고\s?문헌|출처|"
+    r"المراجع|المصادر|संदर्भ)"
+    r"[*_\s]{0,4}(?:[:：][*_]{0,2}|$)",
+    re.IGNORECASE,
+)
+_NUMBERED = re.compile(r"^[\s>*-]{0,6}+\[(\d{1,3})\]:?\s{0,4}(.*)")
+_ITEM = re.compile(r"^[\s>]{0,4}+(?:[*•-]|\(?\d{1,3}[.)])\s{1,4}(.*)")
+_YEAR = re.compile(r"(?<!\d)(?:1[5-9]|20)\d\d[a-z]?(?!\d)")
+_AUTHORS = re.compile(
+    r"[^\W\d_][\w'’-]{1,40}(?: et al\b|,? (?:[^\W\d_]\.[ -]?){1,3})|(?:[^\W\d_]\. ?){1,3}[^\W\d_][\w'’-]{1,40}"
+)
+_PUBLISHED = re.compile(
+    r"\bet al\b|\(\d{4}[a-z]?\)[.,:]|\b(?:journal|proceedings|conference|press|publish|verlag|éditions|retrieved)"
+    r"|\b(?:vol|pp)\.|\[[MJCDR]\]|出版|学报|期刊|Изд|журнал",
+    re.IGNORECASE,
+)
+_MARK = re.compile(r"(?:(?<=[.,;)\]。，])|(?<=[\w.,;)\]。，] ))\[(\d{1,3})\](?=[\s.,;:)\[。，]|\Z)")
+_CODE_AND_FORMULAS = re.compile(r"```.*?```|`[^`\n]{1,400}+`|\$\$[^$]{1,4000}+\$\$|\$[^$\n]{1,1000}+\$", re.DOTALL)
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One thing referred to: `id` is what is compared and what a resolver gets ("mark:3" for a "[3]" that no
+    list has); "" if it is not well-formed."""
+
+    id: str
+    host: str  # of a URL, or of the site that keeps such identifiers
+    shown: str
+
+
+@penalty("citation", timeout_s=30.0)
+class Citation:
+    """1.0 if the answer has a reference or link that nothing vouches for, else 0.0.
+
+    Details: how many references there were and the first five that offend.
+
+    What counts: links (with a scheme, "www.", a domain with a path, or a domain or file as a markdown target), DOIs,
+    arXiv identifiers, and the entries of a reference list: lines under a heading such as "References", "Sources" or
+    "参考文献" that are numbered "[1]" or have a year and the look of a publication, and "[1]" lines anywhere that begin
+    with authors and have a year. An entry with a link or identifier in it stands or falls with that; any other is
+    taken for fabricated unless vouched for. Under such a heading, "[3]" after a word needs an entry 3. Without one,
+    "[3]" is an index or a list. Links in code and formulas count like others. Not judged: books and papers named in
+    running text.
+
+    What vouches for a reference: the prompt's messages (every role); the row's ground truth and the teacher's
+    response, because a link that a second model gave independently was not made up by this one; `allowed`; the
+    resolver. URLs are compared without scheme, "www.", fragment, tracking parameters and a final slash; DOIs without
+    case; arXiv identifiers without version. URLs with a user name, invisible characters or a host that is not well
+    formed are vouched for by nothing.
+
+    allowed   domains, subdomains included ("wikipedia.org"; "doi.org" and "arxiv.org" stand for the identifiers too),
+              URLs, or DOI prefixes ("10.1038")
+    resolver  `pkg.module:function` or `file.py:function` (relative to the current folder): called with
+              "https://host/path", "doi:10.1000/182", "arxiv:1706.03762" or "text:<entry of a list>", normalised, in
+              printable characters and at most 2,048 long; says whether that exists. It is asked 20 times an answer
+              at most; more references than that which nothing else vouches for are an offence. For example:
+
+                  def in_catalogue(reference: str) -> bool:
+                      return reference in open("catalogue.txt").read().split("\\n")
+
+    limit     references that are looked at, those written alike counted once; more are an offence
+
+    Raises ValueError for a resolver that is not there, Invalid when it raises: that is not the model's doing.
+    """
+
+    def __init__(self, allowed: list[str] | None = None, resolver: str | None = None, limit: int = 200):
+        if limit < 1:
+            raise ValueError(f"citation: limit is {limit}; it is 1 or more")
+        self.resolver_name, self.limit = resolver, limit
+        self.resolver: Callable[[str], Any] | None = None
+        entries = [entry.strip() for entry in allowed or []]
+        if not all(entries):
+            raise ValueError(f"citation: allowed is {allowed}; its entries are domains, URLs or DOI prefixes")
+        self.doi_prefixes = tuple(e.lower() for e in entries if re.match(r"10\.\d", e))
+        self.domains = {e.lower().removeprefix("www.") for e in entries if "/" not in e and not re.match(r"10\.\d", e)}
+        self.urls = {_url(e, e).id for e in entries if "/" in e and not re.match(r"10\.\d", e)}
+        if "" in self.urls:
+            raise ValueError(f"citation: allowed is {allowed}; one of its URLs is not well-formed")
+
+    def setup(self) -> None:
+        if self.resolver_name:
+            self.resolver = _imported(self.resolver_name)
+
+    def __call__(self, rollout: Rollout) -> Score:
+        answer = _plain(rollout.answer)
+        found: dict[str, Reference] = {}
+        for looked, reference in enumerate(references(answer, rollout.answer)):
+            if looked == self.limit:
+                return Score(1.0, {"references": looked, "why": f"more than {self.limit} references"})
+            found.setdefault(reference.id or reference.shown, reference)
+        if not found:
+            return Score(0.0, {"references": 0})
+        given = _plain("\n".join(_given(rollout)))
+        known = {r.id for r in references(given, given)}
+        words = f" {' '.join(_words(given))} "
+        offending, asked = [], 0
+        for reference in found.values():
+            kind, _, name = reference.id.partition(":")
+            if not reference.id or kind == "mark":
+                vouched = bool(reference.id) and f"[{name}]" in given
+            elif reference.id in known or self.allows(reference) or (kind == "text" and f" {name} " in words):
+                vouched = True
+            else:
+                asked += 1
+                vouched = asked <= MAX_ASKED and self.confirmed(reference.id)
+            if not vouched:
+                offending.append(reference.shown)
+            if len(offending) == 5:
+                break
+        return Score(float(bool(offending)), {"references": len(found), "offending": offending})
+
+    def allows(self, reference: Reference) -> bool:
+        """Whether an entry of `allowed` covers a well-formed reference."""
+        if reference.id in self.urls:
+            return True
+        if reference.id.startswith("doi:") and self.doi_prefixes:
+            doi = reference.id.removeprefix("doi:")
+            # "10.1038" is a whole registrant, not also 10.10385
+            if any(doi.startswith(p if "/" in p else f"{p}/") for p in self.doi_prefixes):
+                return True
+        labels = reference.host.split(".")
+        return any(".".join(labels[i:]) in self.domains for i in range(len(labels)))
+
+    def confirmed(self, identifier: str) -> bool:
+        askable = _askable(identifier)
+        if self.resolver is None or askable is None:
+            return False
+        try:
+            return bool(self.resolver(askable))
+        except Exception as e:
+            raise Invalid(f"resolver {self.resolver_name} failed: {type(e).__name__}: {e}") from e
+
+
+def references(text: str, original: str) -> Iterator[Reference]:
+    """The links, identifiers and list entries of a text, those written alike once. `text` is without the invisible
+    characters that `original` may have; a URL that only shows when they are gone is not well-formed."""
+    found = [m[0] for pattern in (_LINK, _BARE) for m in pattern.finditer(text)]
+    for url in dict.fromkeys([*found, *(m[1] for m in _MARKDOWN.finditer(text))]):
+        yield _url(url, original)
+    yield from dict.fromkeys(_identifiers(text))
+    yield from dict.fromkeys(_listed(text))
+
+
+def _identifiers(text: str) -> Iterator[Reference]:
+    for match in _DOI.finditer(text):
+        doi = _trimmed(match[2]).lower()
+        suffix = doi.partition("/")[2]
+        # A quotient such as 10.2500/4 is none, unless it says so.
+        if suffix[:1].isalnum() and (match[1] or len(suffix) > 5 or re.search(r"[a-z]", suffix)):
+            yield _doi(doi)
+    for match in _ARXIV.finditer(text):
+        yield _arxiv(match[1])
+
+
+def _url(found: str, original: str) -> Reference:
+    shown = _trimmed(found)
+    bad = Reference("", "", shown[:200])
+    if len(shown) > MAX_LENGTH or shown not in original:
+        return bad
+    address = shown.replace("&amp;", "&")
+    try:
+        parts = urlsplit(address if "://" in address[:8] else f"http://{address}")
+        host, port = (parts.hostname or "").rstrip("."), parts.port
+    except ValueError:  # an address or a port that is none
+        return bad
+    if "@" in parts.netloc or "%" in parts.netloc or not re.fullmatch(r"[\w-]{1,63}(?:\.[\w-]{1,63})+", host):
+        return bad
+    host = host.removeprefix("www.")
+    path = unquote(parts.path).rstrip("/")
+    if host in ("doi.org", "dx.doi.org") and path.startswith("/10."):
+        return _doi(path[1:].lower())
+    if host in ("arxiv.org", "export.arxiv.org") and (paper := _ARXIV_PATH.fullmatch(path)):
+        return _arxiv(paper[1])
+    query = "&".join(one for one in parts.query.split("&") if one and not _TRACKING.match(one))
+    named_port = f":{port}" if port not in (None, 80, 443) else ""
+    return Reference(f"https://{host}{named_port}{path}{'?' if query else ''}{query}", host, shown[:200])
+
+
+def _doi(doi: str) -> Reference:
+    if doi.startswith("10.48550/arxiv."):
+        return _arxiv(re.sub(r"v\d{1,2}$", "", doi.removeprefix("10.48550/arxiv.")))
+    return Reference(f"doi:{doi}" if len(doi) <= MAX_LENGTH else "", "doi.org", f"doi:{doi}"[:200])
+
+
+def _arxiv(paper: str) -> Reference:
+    return Reference(f"arxiv:{paper.lower()}", "arxiv.org", f"arxiv:{paper}"[:200])
+
+
+def _trimmed(found: str) -> str:
+    """Without the punctuation that ends a sentence or closes a bracket opened before the link."""
+    found = found[: MAX_LENGTH + 1]
+    while found and (found[-1] in ".,;:!?*_~'\"" or (found[-1] == ")" and found.count("(") < found.count(")"))):
+        found = found[:-1]
+    return found
+
+
+def _listed(text: str) -> Iterator[Reference]:
+    """The entries of reference lists that have no link in them, and marks that a list has no entry for."""
+    listing, headed = False, False
+    numbers: set[str] = set()
+    prose: list[str] = []
+    for whole in text.split("\n"):
+        line = whole[: 4 * MAX_ENTRY]
+        if heading := _HEADING.match(line):
+            listing = headed = True
+            line = line[heading.end() :]
+        elif line.lstrip().startswith("#"):
+            listing = False
+        numbered, item = _NUMBERED.match(line), line
+        if numbered:
+            item = numbered[2]
+        elif bullet := _ITEM.match(line):
+            item = bullet[1]
+        if not _is_entry(item, bool(numbered), listing):
+            prose.append(line)
+            continue
+        if numbered:
+            numbers.add(numbered[1])
+        if not any(pattern.search(item) for pattern in (_LINK, _BARE, _MARKDOWN)) and not any(_identifiers(item)):
+            words = " ".join(_words(item))[:MAX_ENTRY].strip()
+            yield Reference(f"text:{words}" if words else "", "", line.strip()[:200])
+    if headed:
+        for mark in _MARK.finditer(_CODE_AND_FORMULAS.sub(" ", "\n".join(prose))):
+            if mark[1] not in numbers:
+                yield Reference(f"mark:{mark[1]}", "", f"[{mark[1]}]")
+
+
+def _is_entry(item: str, numbered: bool, listing: bool) -> bool:
+    """Whether a line refers to a publication. Under a heading "[1]" is enough; bulleted lists of other things have
+    headings like "Sources" too, and numbered steps come without one, so that those have to look like a publication."""
+    if numbered and listing:
+        return bool(item.strip())
+    if not _YEAR.search(item):
+        return False
+    written = _AUTHORS.match(item.lstrip("*_ ")) is not None
+    return (written or _PUBLISHED.search(item) is not None) if listing else (numbered and written)
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
+
+
+def _plain(text: str) -> str:
+    """Without invisible characters and lone surrogates; full-width letters and signs of links made plain."""
+    kept = (c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    plain = "".join(kept).translate({0xFF0E: ".", 0xFF0F: "/"} | {0xFF21 + i: 0x41 + i for i in range(58)})
+    return plain.replace("：//", "://")
+
+
+def _given(rollout: Rollout) -> Iterator[str]:
+    for message in rollout.prompt.messages:
+        yield from _texts(message)
+    yield rollout.prompt.reference or ""
+    truth = rollout.prompt.ground_truth
+    yield truth if isinstance(truth, str) else ""
+
+
+def _texts(message: Mapping[str, Any]) -> Sequence[str]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return [content]
+    return [str(part.get("text") or "") for part in content or () if part.get("type") == "text"]
+
+
+def _askable(identifier: str) -> str | None:
+    """An identifier as a resolver gets it; None if it cannot be written plainly."""
+    if not identifier.startswith("https://"):
+        return identifier if identifier.isprintable() and len(identifier) <= MAX_LENGTH else None
+    host, slash, rest = identifier.removeprefix("https://").partition("/")
+    try:
+        address = f"https://{host.encode('idna').decode()}{slash}{quote(rest, safe='/?&=:+,;@~!$()*-._')}"
+    except UnicodeError:
+        return None
+    return address if len(address) <= MAX_LENGTH else None
+
+
+def _imported(target: str) -> Callable[[str], Any]:
+    place, _, name = target.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(f"resolver_{Path(place).stem}", Path(place).resolve())
+            assert spec and spec.loader, place
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except Exception as e:
+        raise ValueError(f"citation: resolver {target!r} does not import: {type(e).__name__}: {e}") from e
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"citation: resolver {target!r}: {place} has no function {name!r}")
+    return function

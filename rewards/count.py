@@ -1,0 +1,88 @@
+"""Whether an answer counts right: its number, or its points on the things that were to be counted."""
+
+import math
+import re
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from rewards import Invalid, Rollout, Score, reward
+from rewards.geometry import EITHER, POINTS, Coordinates, matched, readable, shapes, shown, true_shapes, units
+from rewards.text import marked_answer, normalised
+
+_SMALL = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+_SMALL += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_WORDS = {word: n for n, word in enumerate(_SMALL)} | {word: 10 * n for n, word in enumerate(_TENS, 2)} | {"none": 0}
+# No part of a power, a fraction, a name or a longer number: "9^9", "3/4", "B2" and "1.2.3" count nothing.
+_FIGURES = re.compile(r"(?<![\w.,^/\u2212-])\d{1,15}+(?:,\d{3})*+(?:\.\d{0,15}+)?(?![\w^/]|[-.,]\d)")
+_SPELLED = re.compile(rf"\b(?:({'|'.join(_TENS)})[- ])?({'|'.join(_WORDS)})\b")
+
+
+@reward("count", on_timeout="lowest", verifiable=True)
+class Count:
+    """1.0 for the true number, else 0.0; where the truth is a list of points, how well the answer's match them.
+
+    Number: the last one in figures, else the last one in words, of the last `\\boxed{...}`, else of what follows
+    the last "Answer:", else of a short answer as a whole; the coordinates of points and boxes are skipped.
+
+    Points (predict the points, and by that the count, as Perception-R1 does): matched one to one so that the
+    sum of max(0, 1 - d / radius) is the largest, and that sum / max(points given, true points). d is the
+    Euclidean distance in fractions of the picture. Missing and superfluous points cost the same. An answer that
+    only states a number earns 0.0 here: it shows nothing that could be checked against the picture.
+
+    The report describes no reward for counting; formula and radius are a reconstruction.
+    """
+
+    def __init__(self, radius: Annotated[float, Field(gt=0)] = 0.1, coordinates: Coordinates = "unit") -> None:
+        self.radius = radius
+        self.coordinates: Coordinates = coordinates
+
+    def setup(self) -> None:
+        matched(np.ones((1, 1)))  # its first call imports, which no sample's time and memory should pay for
+
+    def __call__(self, rollout: Rollout) -> Score:
+        if isinstance(rollout.prompt.ground_truth, list | tuple):
+            return self._points(rollout)
+        true = _true_number(rollout)
+        text = marked_answer(rollout.answer)
+        if text is None:
+            return Score(0.0, {"why": "a long answer that marks no result"})
+        number = _number(text)
+        if number is None:
+            return Score(0.0, {"why": "no number in the answer", "answer": text[:200]})
+        return Score(float(number == true), {"number": number})
+
+    def _points(self, rollout: Rollout) -> Score:
+        true = true_shapes(rollout, self.coordinates, 2, "a number or a list of points [x, y] (0 for none)")
+        found = shapes(POINTS, rollout.answer)
+        if not found:
+            return Score(0.0, {"why": "no point in the answer"})
+        points, why = readable(found, units(rollout, self.coordinates))
+        if not points:
+            return Score(0.0, {"why": why, "points": shown(found)})
+        apart = np.linalg.norm(np.asarray(points)[:, None] - np.asarray(true)[None], axis=-1)  # [given, true]
+        value = float(matched(np.clip(1 - apart / self.radius, 0, None)).sum()) / max(len(found), len(true))
+        return Score(value, {"given": len(found), "true": len(true), "points": shown(found)})
+
+
+def _number(text: str) -> float | None:
+    text = normalised(EITHER.sub(" ", text))
+    if figures := _FIGURES.findall(text):
+        return float(figures[-1].replace(",", ""))
+    if words := _SPELLED.findall(text):
+        tens, rest = words[-1]
+        return float(_WORDS.get(tens, 0) + _WORDS[rest])
+    return None
+
+
+def _true_number(rollout: Rollout) -> float:
+    given, row = rollout.prompt.ground_truth, rollout.prompt.id
+    try:
+        number = float(given) if isinstance(given, str | int | float) and not isinstance(given, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not 0 <= number < 1e15 or number != int(number):
+        raise Invalid(f"count needs a whole number or a list of points as ground truth; row {row} has {given!r}")
+    return number

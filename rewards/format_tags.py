@@ -1,0 +1,45 @@
+"""1.0 when a whole response, thinking included, keeps the agreed tags, else 0.0."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from rewards import Rollout, Score, reward
+
+Tag = Annotated[str, Field(pattern=r"^[A-Za-z][\w-]{0,40}$")]
+
+
+@reward("format_tags", on_timeout="lowest")
+def format_tags(
+    rollout: Rollout, tags: Annotated[tuple[Tag, ...], Field(min_length=1)] = ("think",), answer_tag: Tag | None = None
+) -> Score:
+    """1.0 for `<think>...</think>` and then an answer: each tag opened and closed once, in the order of `tags`.
+
+    Nothing but white space stands before and between the tagged parts. What follows is the answer and not empty;
+    with `answer_tag` it stands in that tag, and nothing after it. A tagged part of `tags` may be empty, as that
+    of a model told not to think is.
+
+    The report mentions no format reward; this one is a reconstruction of the usual kind.
+    """
+    why = _breach(rollout.text, tags, answer_tag)
+    return Score(0.0, {"why": why}) if why else Score(1.0)
+
+
+def _breach(text: str, tags: tuple[str, ...], answer_tag: str | None) -> str:
+    """The first rule that the text breaks, or ""."""
+    end, content = 0, ""
+    for tag in (*tags, *([answer_tag] if answer_tag else [])):
+        opening, closing = f"<{tag}>", f"</{tag}>"
+        if text.count(opening) != 1 or text.count(closing) != 1:
+            return f"{opening} and {closing} are not there once each"
+        start = text.index(opening)
+        if start < end or text[end:start].strip():
+            return f"{opening} does not follow at once"
+        end = text.index(closing) + len(closing)
+        if end <= start:
+            return f"{closing} comes before {opening}"
+        content = text[start + len(opening) : end - len(closing)]
+    rest = text[end:].strip()
+    if answer_tag and rest:
+        return f"text after </{answer_tag}>"
+    return "" if (content if answer_tag else rest).strip() else "no answer"

@@ -1,0 +1,115 @@
+"""How a judge prefers the answer to a teacher's reference, compared in both orders."""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rewards import Invalid, Rollout, Score, reward
+from rewards.endpoint import EndpointName
+from rewards.judge import (
+    REASON_CHARS,
+    Judge,
+    MaxChars,
+    MaxTokens,
+    Unjudgeable,
+    Verdict,
+    clean,
+    cut,
+    empty,
+    question,
+    together,
+)
+
+BEST = 10.0
+"""Grades go from 0 to this."""
+SCALE = 2.0
+
+Grade = Annotated[float, Field(ge=0, le=BEST, allow_inf_nan=False)]
+
+
+class Comparison(Verdict):
+    grade_a: Grade
+    grade_b: Grade
+
+
+@reward("genrm", timeout_s=600)
+class GenRM:
+    """A generative reward model: it compares answer and reference, gives reasons, then grades both from 0 to 10.
+
+    Two comparisons are asked for, with the answer first and with the reference first, and each side's grades are
+    averaged, so that a judge's liking for the first (or second) place cancels out. With s the averaged grades:
+
+        bradley_terry   1 / (1 + exp(-(s_answer - s_reference) / scale))     the chance that the answer wins
+        linear          1/2 + (s_answer - s_reference) / 20
+
+    endpoint     the judge. It sees the question (with pictures, where it takes them) and both texts, not which is which
+    rule, scale  as above; scale, in grades, is 2 unless given, and belongs to bradley_terry
+    temperature  the judge samples at
+    max_tokens   of one comparison, a reasoning judge's thinking included
+    max_chars    of answer and of reference that are shown: their beginning and, mostly, their end
+
+    An empty answer, and one that the judge compares with nothing though it compares a harmless one, scores 0.0. A row
+    without reference is Invalid. The report has pairwise comparison with a teacher's response, reasons and a
+    fine-grained score; grades, criteria, both orders and the scale are reconstructions. The win probability follows
+    Step 3.5 Flash (Bradley and Terry 1952).
+    """
+
+    def __init__(
+        self,
+        endpoint: EndpointName,
+        rule: Literal["bradley_terry", "linear"] = "bradley_terry",
+        scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None,
+        temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0,
+        max_tokens: MaxTokens = 4096,
+        max_chars: MaxChars = 16_000,
+    ):
+        if rule == "linear" and scale is not None:
+            raise ValueError(f"genrm: scale is {scale:g}, but rule: linear has none; leave it out")
+        self.rule, self.scale, self.max_chars = rule, scale or SCALE, max_chars
+        self.judge = Judge(
+            endpoint,
+            "genrm.jinja",
+            Comparison,
+            max_tokens=max_tokens,
+            max_chars=max_chars,
+            temperature=temperature,
+        )
+
+    def setup(self) -> None:
+        self.judge.setup({"question", "response_a", "response_b"})
+
+    async def __call__(self, rollout: Rollout) -> Score:
+        row = rollout.prompt
+        reference = clean(Rollout(row, row.reference or "").answer).strip()  # a teacher's thinking is no part of it
+        if not reference:
+            raise Invalid(f"row {row.id} has no reference to compare with")
+        if empty(rollout.answer):
+            return Score(0.0, {"why": "an empty answer"})
+        asked, reference = question(row), cut(reference, self.max_chars)
+        try:
+            first, second = await together(
+                self.judge.ask(row, {"question": asked, "response_b": reference}, {"response_a": rollout.answer}),
+                self.judge.ask(row, {"question": asked, "response_a": reference}, {"response_b": rollout.answer}),
+            )
+        except Unjudgeable as e:
+            return Score(0.0, {"why": str(e)})
+        return self._score(first, second)
+
+    def _score(self, first: Comparison, second: Comparison) -> Score:
+        """From the comparison with the answer as A and the one with it as B."""
+        answer = (first.grade_a + second.grade_b) / 2
+        reference = (first.grade_b + second.grade_a) / 2
+        agreed = _sign(first.grade_a - first.grade_b) == _sign(second.grade_b - second.grade_a)
+        reasons = [first.reasoning[:REASON_CHARS], second.reasoning[:REASON_CHARS]]
+        details = {"answer": answer, "reference": reference, "orders_agree": agreed, "reasons": reasons}
+        return Score(self._value(answer - reference), details)
+
+    def _value(self, lead: float) -> float:
+        if self.rule == "linear":
+            return 0.5 + lead / (2 * BEST)
+        return 0.5 + 0.5 * math.tanh(lead / self.scale / 2)  # the logistic function, for any scale without overflow
+
+
+def _sign(lead: float) -> int:
+    return (lead > 0) - (lead < 0)

@@ -1,0 +1,108 @@
+"""Whether an answer clicks the right element of a screen, or rightly says that the task is done."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rewards import Invalid, Rollout, Score, reward
+from rewards.geometry import (
+    EITHER,
+    Coordinates,
+    Shape,
+    box_iou,
+    centre,
+    counted,
+    inside,
+    read,
+    shapes,
+    true_shape,
+    units,
+)
+
+HIT, NEAR, MISS, COMPLETED, STOPPED_EARLY = 1.0, 0.5, -1.0, 2.0, -0.5
+NEAR_IOU = 0.5
+
+_CLICK = ("click", "left_click", "tap", "press", "select")
+_DONE = ("done", "stop", "finish", "finished", "terminate", "complete", "completed")
+_OTHER = ("scroll", "swipe", "drag", "type", "write", "input", "wait", "back", "home", "hotkey", "long_press", "open")
+_VERB = "|".join(sorted((*_CLICK, *_DONE, *_OTHER), key=len, reverse=True))
+_ACTION = re.compile(
+    rf"(?<![a-z])action(?:_type)?[\"']?\s{{0,8}}+[:=]\s{{0,8}}+[\"']?(?P<named>{_VERB})\b|\b(?P<called>{_VERB})\(",
+    re.IGNORECASE,
+)
+_BARE_DONE = re.compile(rf"\W{{0,8}}+(?:{'|'.join(_DONE)})\W{{0,8}}+", re.IGNORECASE)
+
+
+# Not verifiable: a row with an element to click earns 1 at best, and only one where the task is done earns the 2
+# that is the highest.
+@reward("gui_click", on_timeout="lowest", lowest=MISS, highest=COMPLETED)
+def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
+    """Hit 1, near 0.5, miss -1, task rightly declared done 2, declared too early -0.5.
+
+    The ground truth is {"box": [x1, y1, x2, y2]} for an element to click, with the optional "elements", a list of
+    the boxes of all elements of the screen; or {"done": true} where nothing is left to do.
+
+    The answer's last action counts: a point or a box (a click on its middle) in any usual way to write it,
+    `click(x, y)`, {"action": "click", "point": [x, y]}; or `done()`, `DONE`, {"action": "terminate"} and the like.
+    A hit lies in the true box, edges included. A click beside it is near if the smallest of the `elements` under
+    it overlaps the true one by an IoU over 0.5: so near needs `elements`, as a box with that IoU always has its
+    middle in the true one. All else, unreadable text included, is a miss.
+
+    The values, the threshold, what near means for a click and how an answer is read are a reconstruction.
+    """
+    target, elements = _truth(rollout, coordinates)
+    action = _action(rollout.answer)
+    if action is None:
+        return Score(MISS, {"why": "no click and no completion in the answer"})
+    if action == "done":
+        return Score(COMPLETED if target is None else STOPPED_EARLY, {"outcome": "declared done"})
+    if isinstance(action, str):
+        return Score(MISS, {"why": f"the action is {action}"})
+    clicked = read(action, units(rollout, coordinates))
+    if isinstance(clicked, str):
+        return Score(MISS, {"why": clicked})
+    if target is None:
+        return Score(MISS, {"outcome": "a click when the task was done"})
+    point = centre(clicked)
+    if inside(point, target):
+        return Score(HIT, {"outcome": "hit"})
+    under = [box for box in elements if inside(point, box)]
+    if under and box_iou(min(under, key=_area), target) > NEAR_IOU:
+        return Score(NEAR, {"outcome": "near"})
+    return Score(MISS, {"outcome": "miss"})
+
+
+def _truth(rollout: Rollout, coordinates: Coordinates) -> tuple[Shape | None, list[Shape]]:
+    """The box to click (None if the task is done) and the boxes of all elements."""
+    truth, row = rollout.prompt.ground_truth, rollout.prompt.id
+    if isinstance(truth, Mapping) and truth.get("done") is True and truth.get("box") is None:
+        return None, []
+    if not isinstance(truth, Mapping) or truth.get("box") is None or truth.get("done"):
+        raise Invalid(f'gui_click needs {{"box": [x1, y1, x2, y2]}} or {{"done": true}}; row {row} has {truth!r}'[:500])
+    elements: Any = truth.get("elements") or []
+    if not isinstance(elements, list | tuple):
+        raise Invalid(f'"elements" of row {row} is {elements!r}, which is no list of boxes'[:500])
+    box, *others = (true_shape(rollout, b, coordinates, [4], "[x1, y1, x2, y2]") for b in (truth["box"], *elements))
+    return box, others
+
+
+def _action(answer: str) -> Shape | str | None:
+    """Where the answer's last action clicks, "done", the name of an action that is neither, or None."""
+    text = counted(answer)
+    if text is None:
+        return None
+    if _BARE_DONE.fullmatch(text):
+        return "done"
+    verb = ""
+    for match in _ACTION.finditer(text):
+        verb = (match["named"] or match["called"]).lower()
+    if verb in _DONE:
+        return "done"
+    if verb in _OTHER:
+        return verb
+    found = shapes(EITHER, answer, last_list=True)
+    return found[-1] if found else None
+
+
+def _area(box: Shape) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])

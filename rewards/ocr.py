@@ -1,0 +1,70 @@
+"""How close the text an answer reads out comes to the true text, by edit distance."""
+
+import re
+import unicodedata
+from typing import Any
+
+from rapidfuzz.distance import Levenshtein
+
+from rewards import Invalid, Rollout, Score, reward
+from rewards.registry import as_response
+from rewards.text import marked_answer
+
+LONGEST_TRUTH = 20_000
+"""Characters; the comparison takes time with the product of both lengths."""
+LONGEST_TIMES, LONGEST_PLUS = 4, 64
+"""An answer of more than 4 times the truth's characters + 64 could earn little over 1/4 and is not compared."""
+
+_FENCE = re.compile(r"```\w{0,20}+\n(.*)\n```", re.DOTALL)
+
+
+def _first(truth: Any) -> str:
+    return as_response(truth[0] if isinstance(truth, list | tuple) and truth else truth)
+
+
+@reward("ocr", on_timeout="lowest", verifiable=_first)
+def ocr(rollout: Rollout, case_sensitive: bool = True) -> Score:
+    """1 - edit distance / the longer length, after folding white space and Unicode forms.
+
+    Compared is the last `\\boxed{...}` of the answer if there is one, else what follows its last "Answer:", else
+    all of it, without a code fence around it. Where the true text itself holds such a mark, the whole answer is
+    the transcription. The ground truth is text or a list of acceptable texts, of which the nearest counts.
+
+    The report describes no reward for reading text; edit distance is what the paper it cites, Perception-R1,
+    uses, and its normalisation here is a reconstruction.
+    """
+    best = 0.0
+    for true in _true_texts(rollout):
+        wanted, limit = _folded(true, case_sensitive), LONGEST_TIMES * len(true) + LONGEST_PLUS
+        text = _transcription(rollout.answer, true, limit)
+        if len(text) <= limit and len(given := _folded(text, case_sensitive)) <= limit:
+            best = max(best, Levenshtein.normalized_similarity(given, wanted))
+    return Score(best) if best else Score(0.0, {"why": "nothing in common with the true text, or far longer"})
+
+
+def _true_texts(rollout: Rollout) -> list[str]:
+    truth, row = rollout.prompt.ground_truth, rollout.prompt.id
+    texts = list(truth) if isinstance(truth, list | tuple) else [truth]
+    for text in texts:
+        if not isinstance(text, str | int | float) or not _folded(str(text), True):
+            raise Invalid(f"ocr needs text or a list of texts as ground truth; row {row} has {truth!r}"[:500])
+        if len(str(text)) > LONGEST_TRUTH:
+            raise Invalid(f"the true text of row {row} has {len(str(text))} characters; ocr takes {LONGEST_TRUTH}")
+    if not texts:
+        raise Invalid(f"ocr needs text or a list of texts as ground truth; row {row} has an empty list")
+    return [str(text) for text in texts]
+
+
+def _transcription(answer: str, true: str, limit: int) -> str:
+    """What of the answer is compared; "" if it marks nothing and is longer than `limit`."""
+    marks_itself = marked_answer(true, len(true)) != true.strip()
+    text = answer if marks_itself else marked_answer(answer, limit) or ""
+    fenced = _FENCE.fullmatch(text) if len(text) <= limit else None
+    return fenced[1] if fenced else text
+
+
+def _folded(text: str, case_sensitive: bool) -> str:
+    text = unicodedata.normalize("NFKC", text)
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
+    text = " ".join(text.split())
+    return text if case_sensitive else text.casefold()

@@ -1,0 +1,99 @@
+"""A reward model's number for a response: a Hugging Face folder that classifies a chat into one score."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from rewards import Invalid, Rollout, Score, reward
+
+CHARACTERS_PER_TOKEN = 16
+"""An answer is cut to its last so many characters per token of room first: tokenizing a megabyte takes seconds."""
+
+
+@reward("reward_model", timeout_s=60)
+class RewardModel:
+    """A local reward model's judgement of prompt and answer, 0 to 1; the model sees no pictures.
+
+    path        the folder: a sequence classifier with one label, its tokenizer and the tokenizer's chat template
+    max_length  tokens the model reads; a longer chat loses its beginning, so that the answer's end stays
+    squash      "sigmoid" takes the unbounded score s to 1 / (1 + exp(-s)), a preference model's probability that
+                this answer beats one of score 0; "none" is for a model whose score lies between 0 and 1 as it is,
+                and cuts it off there
+    device      where torch runs it
+
+    The chat is the row's messages, text parts only, and `rollout.answer`; the reasoning is not shown. Control
+    tokens that the answer spells out become blanks: it can't close its turn and open another. An empty answer
+    gets 0. How long a score takes does not depend on what the policy wrote (it is cut to `max_length`), so running
+    out of time makes a sample invalid. The report's preference reward is a generative judge; this one is not in it.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        max_length: Annotated[int, Field(gt=0)] = 4096,
+        squash: Literal["sigmoid", "none"] = "sigmoid",
+        device: str = "cpu",
+    ) -> None:
+        self.path, self.max_length, self.squash, self.device = path, max_length, squash, device
+
+    def setup(self) -> None:
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+        if not Path(self.path, "config.json").is_file():
+            raise ValueError(f"reward_model: {self.path} is no model folder, it has no config.json")
+        config = AutoConfig.from_pretrained(self.path)
+        if config.num_labels != 1:
+            raise ValueError(f"reward_model: {self.path} has {config.num_labels} labels (num_labels); a reward has 1")
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.path)
+        self.tokenizer = tokenizer
+        if not self.tokenizer.chat_template:
+            raise ValueError(f"reward_model: the tokenizer of {self.path} has no chat template")
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(self.path, output_loading_info=True)
+        model, report = loaded
+        if report["missing_keys"]:
+            missing = ", ".join(sorted(report["missing_keys"])[:3])
+            raise ValueError(f"reward_model: {self.path} has no weights for {missing}; was it saved as a classifier?")
+        self.model = model.to(self.device).eval()
+        self.room = min(self.max_length, getattr(config, "max_position_embeddings", self.max_length))
+
+    def __call__(self, rollout: Rollout) -> Score:
+        if not rollout.answer:
+            return Score(0.0, {"why": "no answer"})
+        ids = self._ids(rollout)
+        raw = self._score(ids)
+        if not math.isfinite(raw):
+            raise Invalid(f"reward_model: the score of row {rollout.prompt.id} is {raw}")
+        if self.squash == "none":
+            return Score(min(1.0, max(0.0, raw)), {"score": raw, "tokens": len(ids)})
+        return Score(_sigmoid(raw), {"score": raw, "tokens": len(ids)})
+
+    def _score(self, ids: list[int]) -> float:
+        import torch
+
+        with torch.inference_mode():
+            batch = torch.tensor([ids], device=self.device)
+            return self.model(input_ids=batch, attention_mask=torch.ones_like(batch)).logits[0, 0].float().item()
+
+    def _ids(self, rollout: Rollout) -> list[int]:
+        answer = rollout.answer[-CHARACTERS_PER_TOKEN * self.room :]
+        for token in self.tokenizer.get_added_vocab():
+            answer = answer.replace(token, " ")
+        chat = [{"role": m["role"], "content": _text(m["content"])} for m in rollout.prompt.messages]
+        chat.append({"role": "assistant", "content": answer})
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False)
+        return self.tokenizer(text, add_special_tokens=False).input_ids[-self.room :]
+
+
+def _text(content: str | list[Mapping[str, Any]]) -> str:
+    """A message's content without its pictures."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part.get("type") == "text")
+
+
+def _sigmoid(score: float) -> float:
+    """1 / (1 + exp(-score)), in the form that no score overflows."""
+    return 0.5 * (1 + math.tanh(score / 2))

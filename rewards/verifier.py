@@ -1,0 +1,102 @@
+"""Whether a judge finds the final answer equal to the ground truth, in whatever form it is written."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rewards import Rollout, Score, reward
+from rewards.endpoint import EndpointName
+from rewards.judge import (
+    REASON_CHARS,
+    Judge,
+    MaxChars,
+    MaxTokens,
+    Unjudgeable,
+    Verdict,
+    empty,
+    question,
+    together,
+    truth,
+)
+
+
+class AnswerVerdict(Verdict):
+    verdict: Literal["correct", "incorrect"]
+
+    @property
+    def right(self) -> bool:
+        return self.verdict == "correct"
+
+
+class ProcessVerdict(AnswerVerdict):
+    reasoning_supported: bool
+
+    @property
+    def right(self) -> bool:
+        return super().right and self.reasoning_supported
+
+
+@reward("verifier", timeout_s=600)
+class Verifier:
+    """1.0 for an answer the judge calls correct, else 0.0.
+
+    endpoint     the judge. It sees the question (with pictures, where it takes them), the ground truth and the answer
+    votes        verdicts asked for at once, with different seeds
+    rule         "majority": more than half of them have to be for the answer; "all": every one
+    process      also show the reasoning, and reject a right answer that it does not support
+    temperature  the judge samples at; several votes need it above 0, or they would all be the same
+    max_tokens   of one verdict, a reasoning judge's thinking included
+    max_chars    of the answer, and of the reasoning, that are shown: their beginning and, mostly, their end
+    template     a Jinja file in place of rewards/prompts/verifier.jinja, which lists the variables. Relative paths
+                 start at the folder the run is started in
+
+    An empty answer, and one on which the judge gives no verdict though it gives one on a harmless answer to the same
+    row, scores 0.0. The report names the properties (independent of form, equal expressions accepted, process
+    consistency) and publishes no prompt and no number of votes: those are reconstructions.
+    """
+
+    def __init__(
+        self,
+        endpoint: EndpointName,
+        votes: Annotated[int, Field(ge=1)] = 1,
+        rule: Literal["all", "majority"] = "majority",
+        process: bool = False,
+        temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0,
+        max_tokens: MaxTokens = 2048,
+        max_chars: MaxChars = 16_000,
+        template: str | None = None,
+    ):
+        if votes > 1 and temperature == 0:
+            raise ValueError(f"verifier: {votes} votes at temperature 0 are one vote; raise it or set votes: 1")
+        self.votes, self.rule, self.process = votes, rule, process
+        self.judge: Judge[AnswerVerdict] = Judge(
+            endpoint,
+            Path(template).absolute() if template else "verifier.jinja",
+            ProcessVerdict if process else AnswerVerdict,
+            max_tokens=max_tokens,
+            max_chars=max_chars,
+            temperature=temperature,
+        )
+
+    def setup(self) -> None:
+        needed = {"question", "truth", "answer", *(["reasoning"] if self.process else [])}
+        self.judge.setup(needed, {"reasoning", "process"})
+
+    async def __call__(self, rollout: Rollout) -> Score:
+        row = rollout.prompt
+        shown = {"question": question(row), "truth": truth(row), "process": self.process}
+        if empty(rollout.answer):
+            return Score(0.0, {"why": "an empty answer"})
+        written = {"answer": rollout.answer, "reasoning": rollout.reasoning}
+        try:
+            verdicts = await together(*(self.judge.ask(row, shown, written, vote) for vote in range(self.votes)))
+        except Unjudgeable as e:
+            return Score(0.0, {"why": str(e)})
+        return self._counted(verdicts)
+
+    def _counted(self, verdicts: list[AnswerVerdict]) -> Score:
+        votes = [verdict.right for verdict in verdicts]
+        right = all(votes) if self.rule == "all" else 2 * sum(votes) > len(votes)
+        deciding = next(v for v in verdicts if v.right == right)
+        return Score(float(right), {"votes": votes, "reason": deciding.reasoning[:REASON_CHARS]})

@@ -1,0 +1,127 @@
+"""A judge that the run serves itself: `vllm serve` in a process of its own, behind an OpenAI-compatible URL.
+
+A plain object; rl/actors.py puts it where its GPUs are. The server ends with the process that holds the object.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+LAST_LINES = 15  # of its log, in a message
+START = """\
+import os, signal, sys
+from rl.children import die_with
+die_with(int(sys.argv[1]), signal.SIGTERM)  # vLLM then ends its own children
+os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *sys.argv[2:]])
+"""
+
+
+class JudgeServer:
+    """`vllm serve model`, started at once; `url` waits until it answers.
+
+    Args:
+        model: Hugging Face folder or hub id; also the model's name there.
+        host: address to listen on; None is this node's, which only this machine can reach if Ray runs on it alone.
+        device: "cpu" or "cuda"; must be what the installed vLLM was built for.
+        options: arguments of `vllm serve` by their long names, such as {"max-model-len": 8192}.
+        threads: OpenMP threads on CPU.
+        kv_cache_gib: memory for keys and values in GiB (CPU).
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        host: str | None = None,
+        device: Literal["cpu", "cuda"] = "cpu",
+        options: Mapping[str, str | int | float | bool] | None = None,
+        threads: int = 1,
+        kv_cache_gib: int = 1,
+    ) -> None:
+        self.host, self.port = host or _node_address(), 0
+        with socket.socket() as free:
+            free.bind((self.host, 0))
+            self.port = free.getsockname()[1]
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the object
+        arguments = [model, "--host", self.host, "--port", str(self.port), *_arguments(device, options or {})]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", START, str(os.getpid()), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **_environment(model, device, threads, kv_cache_gib)},
+        )
+        self.model = model
+
+    def url(self, timeout_s: float = 3600.0) -> str:
+        """The server's base URL, once it answers.
+
+        Raises: RuntimeError with the end of its log if it stops or takes longer than `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._answers():
+            if (code := self._process.poll()) is not None:
+                raise RuntimeError(f"the judge {self.model} did not start (exit code {code}):\n{self._last_lines()}")
+            if time.monotonic() > deadline:
+                self.close()
+                raise RuntimeError(f"the judge {self.model} did not start in {timeout_s:g} s:\n{self._last_lines()}")
+            time.sleep(0.25)
+        return f"http://{self.host}:{self.port}/v1"
+
+    def close(self) -> None:
+        """Ends the server; by force if it takes longer than ten seconds."""
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{self.host}:{self.port}/health", timeout=2) as reply:
+                return reply.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _last_lines(self) -> str:
+        self._log.seek(0)
+        return "\n".join(self._log.read().decode("utf-8", "replace").splitlines()[-LAST_LINES:])
+
+
+def _node_address() -> str:
+    from rl.actors import node_address
+
+    return node_address()
+
+
+def _arguments(device: str, options: Mapping[str, str | int | float | bool]) -> list[str]:
+    given = {"enforce-eager": True, **options} if device == "cpu" else dict(options)
+    arguments: list[str] = []
+    for name, value in given.items():
+        if value is not False:
+            arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return arguments
+
+
+def _environment(model: str, device: str, threads: int, kv_cache_gib: int) -> dict[str, str]:
+    variables = {"VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    if device == "cpu":
+        variables |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(threads),
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+    if Path(model).is_dir():
+        variables["HF_HUB_OFFLINE"] = "1"
+    return variables
