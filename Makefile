@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN = .venv/bin/python
 RUFF = $(RUN) -m ruff
 # Everything that has Python files, and is there yet.
-FOLDERS = $(wildcard rl rewards rollout stages recipes benchmarks tools tests)
+FOLDERS = $(wildcard rl rewards rollout stages recipes benchmarks examples tools tests)
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-slow lint format lock

@@ -48,6 +48,7 @@ class Target:
 
     specs: Sequence[RewardSpec]
     endpoints: Mapping[str, EndpointSpec]
+    task: str | None = None  # in a recipe
 
 
 def parser() -> argparse.ArgumentParser:
@@ -130,7 +131,7 @@ def _try(args: argparse.Namespace) -> int:
     from rollout.rows import read_samples
 
     target = _target(args.target, args.param, args.samples)
-    samples = read_samples(args.samples)
+    samples = _of_task(read_samples(args.samples), target.task)
     # One task for all: whatever the samples' own task was called, this is the reward they get now.
     asked = [replace(one, prompt=replace(one.prompt, task="tried")) for one in samples]
     with _runner({"tried": target.specs}, target, args.workers) as runner:
@@ -167,7 +168,15 @@ def _of_recipe(file: str, task: str, samples: str) -> Target:
     if task not in config.rewards:
         raise ValueError(f"{file} has no rewards.{task}; its tasks are {', '.join(config.rewards)}")
     endpoints = {name: endpoint_spec(name, one) for name, one in config.endpoints.items()}
-    return Target(config.rewards[task], endpoints)
+    return Target(config.rewards[task], endpoints, task)
+
+
+def _of_task(samples: list[Rollout], task: str | None) -> list[Rollout]:
+    """Those of the recipe's task, where samples have several; else all, whatever their task was called."""
+    mine = [one for one in samples if one.prompt.task == task]
+    if mine and len(mine) < len(samples):
+        print(f"{len(samples) - len(mine)} samples of other tasks are left out", file=sys.stderr)
+    return mine or samples
 
 
 def _runner(tasks: Mapping[str, Sequence[RewardSpec]], target: Target, workers: int) -> RewardRunner:

@@ -20,13 +20,14 @@ from multiprocessing.connection import wait
 from rewards.pool import Job, Outcome
 from rewards.process import Died, Process, SetupFailed
 from rewards.worker import Orders
+from rl.stop import Stop
 
 MOST_AT_ONCE = 1024  # jobs given to the process; an endpoint's own limit is its `concurrency`
 STALL_S = (2.0, 30.0)  # silence after which the process counts as blocked: least and most
 PROBE_S = (2.0, 60.0)  # between probes of an endpoint that is away: first and most
 
 
-class EndpointAway(RuntimeError):
+class EndpointAway(Stop):
     """An endpoint stayed away for longer than the run may wait."""
 
 
@@ -249,7 +250,8 @@ class AsyncPool:
             if now - away.since > self.max_wait_s.get(endpoint, 0.0):
                 error = EndpointAway(
                     f"endpoint {endpoint!r} has not answered for {now - away.since:.0f} s, longer than its max_wait: "
-                    f"{away.why}"
+                    f"{away.why}",
+                    saves=True,
                 )
                 for job in (*away.held, away.probe):
                     if job:

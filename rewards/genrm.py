@@ -33,7 +33,7 @@ class Comparison(Verdict):
     grade_b: Grade
 
 
-@reward("genrm", timeout_s=600)
+@reward("genrm", timeout_s=600, needs="reference")
 class GenRM:
     """A generative reward model: it compares answer and reference, gives reasons, then grades both from 0 to 10.
 

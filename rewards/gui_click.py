@@ -35,7 +35,7 @@ _BARE_DONE = re.compile(rf"\W{{0,8}}+(?:{'|'.join(_DONE)})\W{{0,8}}+", re.IGNORE
 
 # Not verifiable: a row with an element to click earns 1 at best, and only one where the task is done earns the 2
 # that is the highest.
-@reward("gui_click", on_timeout="lowest", lowest=MISS, highest=COMPLETED)
+@reward("gui_click", on_timeout="lowest", lowest=MISS, highest=COMPLETED, needs="ground_truth")
 def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
     """Hit 1, near 0.5, miss -1, task rightly declared done 2, declared too early -0.5.
 

@@ -1,6 +1,10 @@
 """1.0 when an answer's last result equals the ground truth as mathematics, else 0.0, says Math-Verify."""
 
 import logging
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -11,10 +15,148 @@ LONGEST_BOX = 2000  # characters; longer than any result, short enough for the l
 LONGEST_PROSE = 1500
 LONGEST_BARE = 200
 
+# What a ground truth may be, so that comparing any answer with it takes a second or two at most.
+DEEPEST = 10  # brackets within brackets
+MOST_DIGITS = 30_000  # of a number that it leads to
+MOST_TERMS = 300  # of a power that is multiplied out
+MOST_ADDENDS = 10_000  # of a sum or product over a range
+
+_WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boldsymbol|bm)\s?\{")
+_SEPARATOR = re.compile(r"(?<=\d)(?:\\[,! ]|\{,\})+(?=\d{3}(?!\d))")  # of thousands: 1\,000
+_MIXED = re.compile(r"(-?\d{1,9}) +(\d{1,9})/(\d{1,9})")
+_REPEATING = re.compile(r"(?<![\d.])(\d{1,18})\.(\d{0,18})\\overline\{(\d{1,18})\}")
+_ROOT = re.compile(r"√ ?(\d{1,99}|[a-z]|\([^()]{1,99}\))")
+_SIGNS = str.maketrans({"°": r"^\circ", "²": "^2", "³": "^3", "∞": r"\infty"})
+_PERCENT = re.compile(r"(?:\\?%|\\text\{ ?percent\}|\bpercent)$")
+_BASED = re.compile(r"\(?([0-9A-Z]{1,99})\)?_(?:(\d)|\{(\d{1,2})\})")
+_NOON = re.compile(r"(?<=:\d\d)[ ~\\]{0,2}(?:\\text\{ ?)?([ap])\.? ?m\b\.?\}?", re.IGNORECASE)  # 6:30 p.m.
+_ENDING = re.compile(r"(?:\$([^$\n]{1,200})\$|\\\(([^\n]{1,200}?)\\\))[\s.*]{0,9}\Z")
+_WORD = re.compile(r"[A-Za-z]{3,99}|[Nn]o|NO")
+_EAGER = re.compile(r"binom|choose|gcd|lcm")  # the library works these out while it reads
+_TOO_MUCH_FOR_EAGER = re.compile(
+    r"\d{5}|\^ ?\{[^}]{0,99}[\^!]|[)}!]!|binom(?!\{[\w+ -]{1,9}\}\{[\w+ -]{1,9}\})|\^.{0,9}\\choose|choose.{0,9}\^"
+)
+
+
+def plain(result: str) -> str:
+    """A result without what surrounds it (a final period, dollar signs, `\\text{}` around it all), and with what the
+    library does not read (thousands set off by blanks, roots and powers as characters) written as it does."""
+    text = result.replace(r"\$", "").strip("$ \n\t")
+    for _ in range(4):
+        if not text.endswith(".."):
+            text = text.removesuffix(".").rstrip("$ ")
+        opened = _WRAPPER.match(text)
+        if not opened or last_boxed(rf"\boxed{{{text[opened.end() :]}") != text[opened.end() : -1].strip():
+            break  # nothing is wrapped, or not all of it
+        text = text[opened.end() : -1].strip()
+    text = _SEPARATOR.sub("", text.translate(_SIGNS).replace(r"\varnothing", r"\emptyset"))
+    text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1].strip('()')}}}", text)
+    text = _NOON.sub(lambda half: f" {half[1].lower()}.m.", _REPEATING.sub(_fraction, text))
+    if mixed := _MIXED.fullmatch(text):
+        text = rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}"
+    return text
+
+
+def _fraction(repeating: re.Match[str]) -> str:
+    whole, once, again = repeating.groups()
+    denominator = (10 ** len(again) - 1) * 10 ** len(once)
+    return rf"\frac{{{int(whole + once + again) - int(whole + once)}}}{{{denominator}}}"
+
+
+def _based(text: str) -> tuple[str, str] | None:
+    """52_8 -> ("52", "8"); None if `text` is no number with a base."""
+    return (found[1], found[2] or found[3]) if (found := _BASED.fullmatch(text)) else None
+
+
+class TooMuch(Exception):
+    """Working out an expression takes long; the message says what it leads to."""
+
+
+def digits(expression: Any) -> float:
+    """About how many decimal digits the numbers have that working out a sympy expression leads to, judged from above
+    by its form alone. Raises TooMuch where these are too many, or its terms are.
+
+    That covers powers, factorials, sums and products, however they are nested. Integrals, limits and the like have
+    no such measure and pass.
+    """
+    if getattr(expression, "is_Rational", False):
+        return math.log10(max(abs(expression.p), expression.q) + 1)
+    parts = list(expression) if hasattr(expression, "tolist") else list(getattr(expression, "args", ()))
+    if not parts:
+        return float(getattr(expression, "is_number", False))  # 1 for pi, 0 for a symbol
+    most, kind = [digits(part) for part in parts], type(expression).__name__
+    if kind == "Pow":
+        times = _value(parts[1])
+        if (several := _addends(parts[0])) > 1 and (
+            times > MOST_TERMS or math.comb(int(times) + several - 1, several - 1) > MOST_TERMS
+        ):
+            raise TooMuch(f"a power of more than {MOST_TERMS} terms")
+        found = most[0] * times
+    elif kind in ("factorial", "factorial2", "subfactorial", "gamma", "binomial"):
+        largest = max(_value(part) for part in parts)
+        found = largest * math.log10(largest + 1)
+    elif kind in ("Sum", "Product"):
+        for limits in parts[1:]:
+            last = limits.args[-1]
+            if len(limits.args) == 3 and last.is_infinite is not True and _value(last) > MOST_ADDENDS:
+                raise TooMuch(f"a {kind.lower()} over more than {MOST_ADDENDS} numbers")
+        found = max(most)
+    else:
+        found = sum(most) if kind == "Mul" else max(most) + math.log10(len(most))
+    if found > MOST_DIGITS:
+        raise TooMuch(f"a number of more than {MOST_DIGITS} digits")
+    return found
+
+
+def _value(expression: Any) -> float:
+    """The absolute value of a number whose size is known to be bearable, at most 10^15; 1 for what has none."""
+    try:
+        return min(abs(complex(expression)), 1e15)
+    except OverflowError:
+        return 1e15
+    except (TypeError, ValueError):
+        return 1.0
+
+
+def _addends(expression: Any) -> int:
+    """How many terms the widest factor of an expression has."""
+    kind, parts = type(expression).__name__, getattr(expression, "args", ())
+    return len(parts) if kind == "Add" else max([1, *map(_addends, parts)]) if kind == "Mul" else 1
+
+
+def _depth(text: str) -> int:
+    """How deep brackets of any kind are nested."""
+    deepest = now = 0
+    for character in text:
+        now += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, now)
+    return deepest
+
+
+def _without_percent(text: str) -> tuple[str, bool]:
+    """`text` without a percent sign at its end, and whether there was one."""
+    rest = _PERCENT.sub("", text)
+    return rest.rstrip("\\ "), rest != text
+
+
+def _readings(text: str, percent: bool) -> list[str]:
+    """How the library shall read a result; one that had a percent sign is also a hundredth."""
+    return [f"\\boxed{{{text}}}", *([rf"\boxed{{\frac{{{text}}}{{100}}}}"] if percent else [])]
+
 
 def _boxed(truth: object) -> str:
     """A ground truth as a response; some are whole solutions that box their result."""
     return text if last_boxed(text := str(truth)) else f"\\boxed{{{text}}}"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A ground truth as answers are compared with it."""
+
+    text: str  # as `plain` leaves it, without its percent sign
+    percent: bool
+    words: str | None  # normalised, if it is no formula
+    values: Sequence[list[Any]]  # what the library makes of each of its readings; none if it is no mathematics
 
 
 @reward("math_verify", on_timeout="lowest", verifiable=_boxed)
@@ -22,9 +164,11 @@ class MathVerify:
     """Equality as mathematics: 1/2, 0.5 and \\frac{2}{4} are the same.
 
     Looks at the last `\\boxed{...}` of the answer; without one, at what the library finds last in the text,
-    and at what follows the last "Answer:" (or a short answer as a whole) read as a formula. A ground truth
-    that is plain text and no mathematics is compared as `exact` does; LaTeX that does not parse makes the row
-    invalid.
+    and at what follows the last "Answer:" (or a short answer as a whole) read as a formula. Three things are not
+    left to the library: words are compared letter by letter (it takes them for products of variables), numbers in
+    another base by their base too, and 25% equals both 25 and 0.25 where only one side has the sign. A ground truth
+    that is plain text and no mathematics is compared as `exact` does. LaTeX that does not parse makes the row
+    invalid, and so does a truth that would use up the time of any answer compared with it.
 
     The library's own time limits rest on SIGALRM, which a long operation inside one bytecode ignores and
     which fails outside a main thread: they are off here, and the runner kills the process instead.
@@ -32,7 +176,7 @@ class MathVerify:
 
     def setup(self) -> None:
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
-        self._truth = lru_cache(maxsize=256)(self._parse_truth)
+        self._truth = lru_cache(maxsize=256)(self._read_truth)
         self._verify(self._formula("1"), self._formula("1"))  # the first call builds grammars
 
     def __call__(self, rollout: Rollout) -> Score:
@@ -40,37 +184,70 @@ class MathVerify:
         if not isinstance(given, str | int | float):
             raise Invalid(f"math_verify needs LaTeX or a number as ground truth; row {row} has {given!r}")
         truth = self._truth(str(given), row)
-        text, readings = self._readings(rollout.answer)
-        if isinstance(truth, str):
-            return Score(float(normalised(text) == truth), {"answer": text[:200]})
+        text, formula, prose = self._result(rollout.answer)
         if len(text) > LONGEST_BOX:
             return Score(0.0, {"why": f"a result of more than {LONGEST_BOX} characters"})
-        parsed = [found for reading in readings if (found := self._parse(reading))]
+        details = {"answer": text[:200]}
+        said, percent = _without_percent(plain(text))
+        if percent == truth.percent and (said == truth.text or normalised(said) == truth.words):
+            return Score(1.0, details)
+        if not truth.values:
+            return Score(0.0, details)
+        readings = _readings(said, percent and not truth.percent) if formula else []
+        parsed = [found for reading in [*readings, *prose] if (found := self._parse(reading))]
         if not parsed:
-            return Score(0.0, {"why": "no mathematics in the answer", "answer": text[:200]})
-        return Score(float(any(self._verify(truth, found) for found in parsed)), {"answer": text[:200]})
+            return Score(0.0, {"why": "no mathematics in the answer", **details})
+        values = truth.values[:1] if percent else truth.values
+        return Score(float(any(self._equal(truth, one, found) for one in values for found in parsed)), details)
 
-    def _readings(self, answer: str) -> tuple[str, list[str]]:
-        """The text that counts, and what of it the library shall parse."""
+    def _result(self, answer: str) -> tuple[str, bool, list[str]]:
+        """The text that counts, whether it is a formula as a whole, and text in which the library shall find one."""
         if (boxed := last_boxed(answer[-WINDOW:])) is not None:
-            return boxed, [f"\\boxed{{{boxed}}}"]
+            return boxed, True, []
         prose = answer[-LONGEST_PROSE:]
         if len(prose) < len(answer):
             prose = prose.partition("\n")[2] or prose  # a cut inside a formula would swap inside and outside
-        bare = (marked_answer(answer) or "").removesuffix(".").strip("* \n")
-        if not bare or len(bare) > LONGEST_BARE or "$" in bare or "\n" in bare:
-            return prose[-LONGEST_BARE:], [prose]
-        return bare, [f"\\boxed{{{bare}}}", prose]
+        bare = (marked_answer(answer) or "").strip("*$ \n")
+        if ending := _ENDING.search(prose):
+            return (ending[1] or ending[2]).strip(), True, [prose]
+        if not bare or len(bare) > LONGEST_BARE or "$" in bare.replace(r"\$", "") or "\n" in bare:
+            return prose[-LONGEST_BARE:], False, [prose]
+        return bare, True, [prose]
 
-    def _parse_truth(self, truth: str, row: str) -> list[Any] | str:
-        """What the library makes of a ground truth, or the text itself where it is no mathematics."""
-        truth = last_boxed(truth) or truth.strip().strip("$").strip()
-        parsed = self._formula(truth)
-        if any(not isinstance(found, str) for found in parsed):
-            return parsed
-        if not normalised(truth) or any(c in truth for c in "\\{}"):
-            raise Invalid(f"the ground truth of row {row} does not parse as mathematics: {truth[:200]!r}")
-        return normalised(truth)
+    def _read_truth(self, given: str, row: str) -> Truth:
+        """Raises Invalid for a ground truth that no answer can be compared with."""
+
+        def refuse(why: str) -> Invalid:
+            return Invalid(f"the ground truth of row {row} {why}: {given[:200]!r}")
+
+        text, percent = _without_percent(plain(last_boxed(given) or given))
+        if len(text) > LONGEST_BOX:
+            raise refuse(f"has more than {LONGEST_BOX} characters")
+        if _depth(text) > DEEPEST:
+            raise refuse(f"has brackets nested more than {DEEPEST} deep")
+        if _EAGER.search(text) and _TOO_MUCH_FOR_EAGER.search(text):
+            raise refuse("asks for a binomial coefficient or a common divisor beside large or nested numbers")
+        values = [self._parse(reading) for reading in _readings(text, percent)]
+        mathematics = [one for one in values[0] if not isinstance(one, str)]
+        if not normalised(text) or (not mathematics and any(c in text for c in "\\{}")):
+            raise refuse("does not parse as mathematics")
+        try:
+            _ = [digits(one) for one in mathematics]
+        except TooMuch as e:
+            raise refuse(f"leads to {e}, more than there is time to work out") from None
+        except RecursionError:
+            raise refuse("is nested too deep") from None
+        words = normalised(text) if not mathematics or _WORD.fullmatch(text) else None
+        return Truth(text, percent, words, values if mathematics else [])
+
+    def _equal(self, truth: Truth, value: list[Any], found: list[Any]) -> bool:
+        """Whether the library, or what it is not asked for, says so. The last thing it finds is the text it read."""
+        text = plain(found[-1]) if isinstance(found[-1], str) else ""
+        if truth.words and text.isascii() and text.isalpha():
+            return normalised(text) == truth.words
+        if (ours := _based(truth.text)) and (theirs := _based(text)):
+            return ours == theirs
+        return self._verify(value, found)
 
     def _formula(self, latex: str) -> list[Any]:
         return self._parse(f"\\boxed{{{latex}}}")
@@ -84,4 +261,4 @@ class MathVerify:
     def _verify(self, truth: list[Any], found: list[Any]) -> bool:
         from math_verify import verify
 
-        return verify(truth, found, timeout_seconds=0)
+        return verify(truth, found, allow_set_relation_comp=True, timeout_seconds=0)

@@ -1,8 +1,8 @@
 """Worker processes kept alive for rewards that compute: jobs in, outcomes out.
 
-`workers` of them compute at a time. One that dies is replaced at once. One that takes much longer than its like
-gives its turn to a reserve, computes on when the cores are idle, and is killed when its time is up: a hung sample
-costs the others next to nothing.
+`workers` of them compute at a time. One that dies is replaced at once. One whose job takes longer than its like gives
+its turn to a reserve; if it goes on, it computes only when the cores are idle, and is killed when its time is up: a
+hung sample costs the others next to nothing.
 """
 
 import atexit
@@ -22,9 +22,10 @@ Outcome = Mapping[str, Any]
 """What became of a rollout: {"value", "details"}, {"invalid": why}, {"exhausted": what ran out} or {"away": endpoint,
 "why"}; and the "seconds" it took."""
 
-LONG = 10  # times the usual duration after which a job is taken for stuck
+LONG = 4  # times the usual duration after which a job gives up its turn
 LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0  # but never sooner than this; while nothing is known of its like
-MOST_STUCK = 8
+HUNG_S = 2.0  # after which it may only use idle cores, which costs its process: there is no way back
+MOST_RESERVES = 8
 
 
 @dataclass(frozen=True)
@@ -127,20 +128,28 @@ class WorkerPool:
         usual = self._usual_s.get(unit, seconds)
         self._usual_s[unit] = 0.9 * usual + 0.1 * seconds
 
-    def gets_stuck(self) -> bool:
-        """Hands the caller's turn to a reserve, if anybody waits for one and not too many are stuck already."""
+    def give_turn(self, *, grow: bool) -> bool:
+        """Hands the caller's turn to a reserve, if a job waits for one; with `grow` a reserve is made if none is
+        left. Whether the turn was given."""
         with self._lock:
-            if self.closed or self.jobs.empty() or self._stuck >= MOST_STUCK:
+            if self.closed or self.jobs.empty():
                 return False
+            if len(self._slots) - self._stuck <= self.workers:
+                if not grow or len(self._slots) >= self.workers + MOST_RESERVES:
+                    return False
+                self._add_reserve()
             self._stuck += 1
-        self._keep_reserve()
         self.turns.release()
         return True
 
-    def is_stuck_no_more(self, slot: "_Slot") -> bool:
-        """Whether `slot` is needed further."""
+    def back(self) -> None:
+        """The job of one that had given its turn has ended."""
         with self._lock:
             self._stuck -= 1
+
+    def is_needed(self, slot: "_Slot") -> bool:
+        """Whether `slot`, which has no process any more, should go on; if not, it is forgotten."""
+        with self._lock:
             if len(self._slots) - self._stuck <= self.workers + 1:
                 return True
             self._slots.remove(slot)
@@ -148,8 +157,11 @@ class WorkerPool:
 
     def _keep_reserve(self) -> None:
         with self._lock:
-            if not self.closed and len(self._slots) - self._stuck < self.workers + 1:
-                self._add(lambda failed: None)  # a reserve that can't be set up says so when it is used
+            if not self.closed:
+                self._add_reserve()
+
+    def _add_reserve(self) -> None:
+        self._add(lambda failed: None)  # one that can't be set up says so when it is used
 
     def _add(self, ready: Callable[[str | None], None]) -> None:
         self._slots.append(_Slot(self))
@@ -164,6 +176,7 @@ class _Slot:
         self.pool = pool
         self.worker: WorkerProcess | None = None
         self.stuck = False  # on its current job; its turn is with another slot
+        self.hung = False  # on that job for so long that its process lost its priority
         self.lock = threading.Lock()  # so that no process is started behind close()'s back
         self.thread: threading.Thread | None = None
 
@@ -191,21 +204,22 @@ class _Slot:
     def _next(self) -> bool:
         """One job in one turn; whether there may be more."""
         self.pool.turns.acquire()
-        self.stuck = False
+        self.stuck = self.hung = False
         try:
             job = None if self.pool.closed else self.pool.jobs.get()
             if job and job.outcomes.set_running_or_notify_cancel():
                 self._serve(job)
         finally:
-            if not self.stuck:
+            if self.stuck:
+                self.pool.back()
+            else:
                 self.pool.turns.release()
-        if not self.stuck:
-            return job is not None
-        self._drop()  # it has the lowest priority by now, which cannot be raised again
-        if not self.pool.is_stuck_no_more(self):
-            return False
-        self._load()
-        return True
+        if self.hung:
+            self._drop()
+            if not self.pool.is_needed(self):
+                return False
+            self._load()
+        return job is not None
 
     def _load(self) -> str | None:
         """Loads every unit; why that failed, or None."""
@@ -246,7 +260,7 @@ class _Slot:
         pool = self.pool
         try:
             outcomes, retire = self._process().score(
-                job.unit, job.rollouts, pool.setup_s, job.timeout_s, pool.patience_s(job.unit), self._gets_stuck
+                job.unit, job.rollouts, pool.setup_s, job.timeout_s, pool.patience_s(job.unit), self._takes_long
             )
         except Died:
             if pool.closed:
@@ -263,11 +277,14 @@ class _Slot:
             self._replace()
         return list(outcomes)
 
-    def _gets_stuck(self) -> bool:
-        if not self.stuck and self.pool.gets_stuck():
-            self.stuck = True
+    def _takes_long(self, seconds: float) -> bool:
+        """Makes room for others, who wait; whether there is no more to do."""
+        late = seconds >= HUNG_S
+        self.stuck = self.stuck or self.pool.give_turn(grow=late)
+        if self.stuck and late:
+            self.hung = True
             self._process().yield_cores()
-        return self.stuck
+        return self.hung
 
     def _process(self) -> WorkerProcess:
         with self.lock:
@@ -280,7 +297,7 @@ class _Slot:
     def _replace(self) -> None:
         """Starts the next process right away: it comes up while the outcome is on its way."""
         self._drop()
-        if not self.stuck:
+        if not self.hung:
             self._process()
 
     def _drop(self) -> None:

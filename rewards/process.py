@@ -121,19 +121,19 @@ class WorkerProcess(Process):
         setup_s: float,
         timeout_s: float,
         patience_s: float,
-        impatient: Callable[[], bool],
+        impatient: Callable[[float], bool],
     ) -> tuple[list[dict[str, Any]], bool]:
         """Outcomes in order (see rewards.worker.outcome) and whether the process asks to be replaced.
 
         `timeout_s` counts from when the reward is loaded. Every `patience_s` that the answer is not there
-        `impatient` is called, until it returns True. Raises SetupFailed, TimeoutError or Died.
+        `impatient` is told for how many seconds, until it returns True. Raises SetupFailed, TimeoutError or Died.
         """
         self.send((unit, list(rollouts)))
         self.loaded(setup_s)
         left = timeout_s
         while left > patience_s and not self.connection.poll(patience_s):
             left -= patience_s
-            if impatient():
+            if impatient(timeout_s - left):
                 break
         try:
             reply = self.receive(left)

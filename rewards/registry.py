@@ -22,6 +22,7 @@ from rewards.endpoint import is_endpoint_name
 
 OnTimeout = Literal["invalid", "lowest"]
 Kind = Literal["reward", "penalty"]
+Needed = Literal["ground_truth", "reference"]
 ENTRY_POINTS = "rl.rewards"
 Target = TypeVar("Target", bound=Callable[..., Any])
 
@@ -52,6 +53,7 @@ class Reward:
     kind: Kind
     truth_as_text: Callable[[Any], str] | None
     timeout_s: float
+    needs: Needed | None
 
     @property
     def asynchronous(self) -> bool:
@@ -123,6 +125,7 @@ def reward(
     on_timeout: OnTimeout = "invalid",
     verifiable: bool | Callable[[Any], str] = False,
     timeout_s: float = 10.0,
+    needs: Needed | None = None,
 ) -> Callable[[Target], Target]:
     """Registers a `def`, an `async def` or a class with `__call__` (and `setup()` where it loads something).
 
@@ -135,8 +138,10 @@ def reward(
                 `python -m rewards try` then checks; a function says how such a response is written, where that
                 is not the truth as it stands (text) or as JSON
     timeout_s   seconds for one sample, unless the recipe says otherwise
+    needs       what each row must have, which is checked before a run starts: "ground_truth" (a verifiable reward's,
+                without saying) or the teacher's "reference"
     """
-    return _registered(name, "reward", group, lowest, highest, on_timeout, verifiable, timeout_s)
+    return _registered(name, "reward", group, lowest, highest, on_timeout, verifiable, timeout_s, needs)
 
 
 def penalty(
@@ -147,7 +152,7 @@ def penalty(
 
         lowest + (value - lowest) * product over penalties of (1 - magnitude * offence)
     """
-    return _registered(name, "penalty", group, 0.0, 1.0, on_timeout, False, timeout_s)
+    return _registered(name, "penalty", group, 0.0, 1.0, on_timeout, False, timeout_s, None)
 
 
 def _registered(
@@ -159,13 +164,15 @@ def _registered(
     on_timeout: OnTimeout,
     verifiable: bool | Callable[[Any], str],
     timeout_s: float,
+    needs: Needed | None,
 ) -> Callable[[Target], Target]:
     if on_timeout not in ("invalid", "lowest"):
         raise ValueError(f"{kind} {name!r}: on_timeout is {on_timeout!r}; it is 'invalid' or 'lowest'")
     as_text = as_response if verifiable is True else verifiable or None
+    needs = needs or ("ground_truth" if verifiable else None)
 
     def register(target: Target) -> Target:
-        entry = Reward(name, target, group, float(lowest), float(highest), on_timeout, kind, as_text, timeout_s)
+        entry = Reward(name, target, group, float(lowest), float(highest), on_timeout, kind, as_text, timeout_s, needs)
         others = [r for r in _REGISTRY.get(name, []) if r.source != entry.source]
         _REGISTRY[name] = [*others, entry]
         target.__reward__ = entry  # type: ignore[attr-defined]  # found again by attribute for file.py:Name

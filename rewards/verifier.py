@@ -37,7 +37,7 @@ class ProcessVerdict(AnswerVerdict):
         return super().right and self.reasoning_supported
 
 
-@reward("verifier", timeout_s=600)
+@reward("verifier", timeout_s=600, needs="ground_truth")
 class Verifier:
     """1.0 for an answer the judge calls correct, else 0.0.
 

@@ -143,8 +143,13 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
 
 
 def node_address() -> str:
-    """Address at which other nodes of the cluster reach this one; of this machine alone if it is the cluster."""
-    return ray.util.get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
+    """Address at which other nodes of the cluster reach this one."""
+    return ray.util.get_node_ip_address()
+
+
+def alone() -> bool:
+    """Whether the cluster is one that `cluster` started, on this machine only."""
+    return not os.environ.get("RAY_ADDRESS")
 
 
 def gpus() -> int:

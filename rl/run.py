@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rl.recipe import MissingOption, RecipeError, Resolved, describe, differences, load
+from rl.stop import Stop
 
 if TYPE_CHECKING:
     from stages.plan import Plan
@@ -46,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RecipeError, InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
+    except Stop as stop:
+        print(f"error: {stop}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted before the run began; nothing to save", file=sys.stderr)
         return INTERRUPTED

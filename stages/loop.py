@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from rl.config import Config
 from rl.metrics import rollout_metrics
 from rl.packing import collate
+from rl.stop import Stop
 from rl.targets import make_targets
 from rl.types import Prompt, Rollout, Scored
 
@@ -116,15 +117,16 @@ def ppo_iteration(
 def enough_valid(scored: list[Scored], limit: float) -> list[Scored]:
     """`scored`, unless more than the share `limit` of it is invalid.
 
-    Raises: RuntimeError with the most frequent reasons.
+    Raises: Stop with the most frequent reasons.
     """
     reasons = Counter(s.invalid for s in scored if s.invalid is not None)
     if reasons.total() <= limit * len(scored):
         return scored
     listed = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(5))
-    raise RuntimeError(
+    raise Stop(
         f"{reasons.total()} of {len(scored)} samples are invalid, which is more than max_invalid_fraction = {limit:g} "
-        f"allows: something around the model fails, and what is left would teach the wrong thing.{listed}"
+        f"allows: something around the model fails, and what is left would teach the wrong thing.{listed}",
+        saves=True,
     )
 
 
@@ -132,17 +134,18 @@ def sync(iteration: int, prompts: Sequence[Prompt], parts: Parts) -> dict[str, f
     """Bring the policy's weights into the engines and check that both then say the same.
 
     A few of `prompts` are sampled once more, and the engine's logprobs compared with the learner's.
-    Raises: RuntimeError if the mean gap is over `rollout.logprob_gap_limit`.
+    Raises: Stop if the mean gap is over `rollout.logprob_gap_limit`.
     """
     parts.sampler.load(parts.policy.start("weights"), iteration)
     limit = parts.config.rollout.logprob_gap_limit
     fresh = parts.sampler.sample(prompts[: parts.config.rollout.logprob_check], 1, -iteration - 1)
     gap = parts.policy.call("logprob_gap", fresh)
     if not gap <= limit:
-        raise RuntimeError(
+        raise Stop(
             f"after the weight sync of iteration {iteration} engine and learner differ by {gap:.4f} nats per token "
             f"(rollout.logprob_gap_limit is {limit}). The engine does not run the learner's weights, or computes in "
-            "another precision; PPO would learn from wrong ratios, so the run stops here."
+            "another precision; PPO would learn from wrong ratios, so the run stops here.",
+            saves=False,
         )
     return {"rollout/logprob_gap": gap}
 

@@ -105,6 +105,7 @@ def make_plan(config: Config) -> Plan:
     chat = Chat(folder, config.model.chat_template)
     train = _rows(config, config.data.train, chat)
     held_out = _limited(_rows(config, config.data.eval, chat), config.data.eval_limit) if config.data.eval else []
+    rewards.check_rows((*train, *held_out))
     return Plan(config, folder, chat, train, held_out, rewards)
 
 

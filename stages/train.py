@@ -6,12 +6,13 @@ from typing import Any
 
 from rewards.runner import Outage
 from rl import checkpoint
-from rl.actors import Worker, as_they_come, cluster, gather, gpus, place
+from rl.actors import Worker, alone, as_they_come, cluster, gather, gpus, place
 from rl.critic import Critic
 from rl.display import Display
 from rl.interrupt import Interrupted, Interrupts
 from rl.learner import Policy
 from rl.run_folder import RunFolder
+from rl.stop import Stop
 from rl.tracking import Trackers
 from rollout.engine import Engine
 from rollout.judge_server import JudgeServer
@@ -39,8 +40,12 @@ def train(plan: Plan, folder: RunFolder, display: Display, *, recipe: Mapping[st
             run.loop(max(done, 0))
             return True
         except Interrupted:
-            run.stop_early()
+            run.stop_early("interrupted")
             return False
+        except Stop as stop:
+            if stop.saves:
+                run.stop_early("stopped")
+            raise
         finally:
             trackers.close()
 
@@ -136,6 +141,7 @@ class _Run:
             name: place(
                 JudgeServer,
                 judge.model,
+                host="127.0.0.1" if alone() else None,
                 device=where,
                 options=judge.serve,
                 gpus=judge_gpus(judge) if where == "cuda" else 0,
@@ -220,15 +226,15 @@ class _Run:
         )
         return {"seed": self.config.seed, **policy, **critic}
 
-    def stop_early(self) -> None:
-        """Interrupted: keep what has been learned."""
+    def stop_early(self, how: str) -> None:
+        """Keep what has been learned."""
         if self.done is None:
-            self.display.message("interrupted before the first iteration; nothing to save")
+            self.display.message(f"{how} before the first iteration; nothing to save")
             return
         if self.saved != self.done:
             self._save()
         self.display.message(
-            f"interrupted after iteration {self.done}; go on with: python -m rl.run --resume {self.folder.path}"
+            f"{how} after iteration {self.done}; go on with: python -m rl.run --resume {self.folder.path}"
         )
 
     def _finish(self) -> None:

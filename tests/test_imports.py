@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "rollout": {"rollout", "rl"},
     "stages": ROOMS,
     "recipes": ROOMS,
+    "benchmarks": ROOMS,
     "tools": set(),
 }
 LOOK_OUTWARD = {"rl/run.py", "rl/evaluate.py", "rewards/__main__.py"}  # entry points: they pick a stage

@@ -21,6 +21,9 @@ from tests.test_run import SMALL
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
+PLUGIN = "rewards.arithmetic={use: 'examples/brief_rewards/brief_rewards/__init__.py:right_and_brief'}"
+
+
 @pytest.fixture
 def cluster() -> Iterator[tuple[str, Command]]:
     """A cluster started with `ray start --head`: its job server's address, and its process."""
@@ -59,7 +62,7 @@ def test_a_submitted_job_joins_the_cluster_trains_and_writes_where_it_was_told(
     cluster: tuple[str, Command], tmp_path: Path
 ) -> None:
     dashboard, head = cluster
-    recipe = ["python", "-m", "rl.run", "recipes/rlvr.yaml", *map(str, SMALL[2:]), "iterations=1"]
+    recipe = ["python", "-m", "rl.run", "recipes/rlvr.yaml", *map(str, SMALL[2:]), "iterations=1", PLUGIN]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", dashboard),
@@ -73,5 +76,6 @@ def test_a_submitted_job_joins_the_cluster_trains_and_writes_where_it_was_told(
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert [m["iteration"] for m in metrics(tmp_path / "run")] == [0, 1]
+    assert "reward/arithmetic/right_and_brief" in metrics(tmp_path / "run")[1]  # its file came with the job
     assert (tmp_path / "run/policy/config.json").is_file()
     assert head.process.poll() is None  # the job left the cluster running

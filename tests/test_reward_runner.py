@@ -13,8 +13,11 @@ from typing import Any
 import psutil
 import pytest
 
+from rewards import async_pool
+from rewards.endpoint import EndpointSpec
 from rewards.runner import RewardRunner
 from rl.types import Finish, Prompt, Rollout
+from tests.judge_server import Reply, judge_server
 
 PLUGINS = '''
 import asyncio, os, signal, subprocess, sys, time
@@ -302,7 +305,13 @@ def test_a_row_whose_task_has_no_reward_is_named_together_with_the_tasks_there_a
     runner: RewardRunner,
 ) -> None:
     with pytest.raises(ValueError, match="row 'p7': task 'chess' has no reward; the recipe has rewards for obey"):
-        runner.check_tasks([Prompt("p1", "obey", ()), Prompt("p7", "chess", ())])
+        runner.check_rows([Prompt("p1", "obey", ()), Prompt("p7", "chess", ())])
+
+
+def test_rows_without_what_their_reward_compares_with_are_listed(runner: RewardRunner) -> None:
+    rows = [Prompt("p1", "exact", (), ground_truth="5"), Prompt("p2", "exact", ()), Prompt("p3", "obey", ())]
+    with pytest.raises(ValueError, match=r"1 row\(s\) .*\n  row 'p2' has no ground_truth, which exact \(task exact\)"):
+        runner.check_rows(rows)
 
 
 @pytest.mark.parametrize(
@@ -476,3 +485,41 @@ def test_the_same_question_about_the_same_response_is_asked_once(runner: RewardR
         scored = runner.score([rollout("sleep 0.8", task="waits", prompt=str(i)) for i in range(3)])
         assert [one.rollout.prompt.id for one in scored] == ["0", "1", "2"]
     assert time.monotonic() - start < 1.6
+
+
+# Endpoints that stay away
+
+
+def asking(url: str, max_wait_s: float) -> RewardRunner:
+    """A runner whose task `t` asks a judge that is tried once and then counts as away."""
+    judge = EndpointSpec("judge", url, "m", retries=0)
+    specs = {"t": [Spec("verifier", {"endpoint": "judge"}, timeout_s=None)]}
+    return RewardRunner(specs, endpoints={"judge": judge}, max_wait_s={"judge": max_wait_s})
+
+
+def test_samples_wait_for_a_judge_that_is_away_and_the_outage_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_pool, "PROBE_S", (0.2, 0.5))
+    told: list[async_pool.Outage] = []
+    right = {"reasoning": "equal", "verdict": "correct"}
+    away = [Reply("busy", status=503)] * 6
+    with judge_server([*away, right]) as server, asking(server.url, max_wait_s=60) as asks:
+        asks.on_outage = told.append
+        scored = asks.score([rollout(str(i), task="t", truth=str(i)) for i in range(4)])
+    assert [(one.reward, one.invalid) for one in scored] == [(1.0, None)] * 4
+    assert [outage.why is None for outage in told] == [False, True]
+    assert "HTTP 503: busy" in str(told[0].why) and told[1].seconds > 0.2
+
+
+def test_waiting_for_a_judge_ends_after_its_max_wait_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_pool, "PROBE_S", (0.2, 0.5))
+    with (
+        judge_server([Reply("busy", status=503)]) as server,
+        asking(server.url, max_wait_s=1) as asks,
+        pytest.raises(async_pool.EndpointAway, match=r"endpoint 'judge' has not answered for \d+ s.*HTTP 503"),
+    ):
+        asks.score([rollout(str(i), task="t", truth=str(i)) for i in range(4)])
+
+
+def test_an_endpoint_the_recipe_does_not_have_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ValueError, match=r"asks the endpoint 'jugde', .* add it under"):
+        RewardRunner({"t": [Spec("verifier", {"endpoint": "jugde"})]})

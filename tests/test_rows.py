@@ -176,7 +176,6 @@ def test_the_message_spells_out_twenty_bad_rows_and_counts_the_rest(tmp_path: Pa
         ({"messages": user({"type": "image", "image": "bad.png"})}, "bad.png does not open as a picture"),
         ({"messages": user({"type": "image", "image": "http://x/y.png"})}, "is a URL; save it"),
         ({"image": "ok.png"}, "column 'image' is not read; did you mean 'images'?"),
-        ({"ground_truth": None}, "neither ground_truth nor reference"),
         ({"ground_truth": float("nan")}, "ground_truth holds what JSON cannot"),
         ({"reference": 5}, "reference must be a text"),
         ({"meta": [1]}, "meta must be an object"),

@@ -103,11 +103,24 @@ def test_a_described_thing_is_the_only_one_of_its_kind_in_the_picture(heldout: l
             assert [t.name for t in problem.scene.things].count(problem.targets[0].name) == 1
 
 
-def test_counts_are_of_colour_and_shape(heldout: list[Problem]) -> None:
+def test_counts_are_of_colour_whatever_the_shape(heldout: list[Problem]) -> None:
     for problem in heldout:
         if problem.task == "counting" and problem.scene:
-            names = [thing.name for thing in problem.scene.things]
-            assert problem.truth == str(names.count(problem.targets[0].name))
+            colors = [thing.color for thing in problem.scene.things]
+            assert problem.truth == str(colors.count(problem.targets[0].color))
+
+
+def test_no_constant_is_the_right_count_more_than_four_times_in_ten(heldout: list[Problem]) -> None:
+    counts = Counter(problem.truth for problem in heldout if problem.task == "counting")
+    assert max(counts.values()) <= 0.4 * counts.total()
+
+
+def test_counting_goes_through_the_things_one_by_one() -> None:
+    things = (Thing("red", "ring", 20, 20, 10), Thing("blue", "cross", 60, 60, 10), Thing("red", "cross", 90, 90, 10))
+    problem = next(world.count_colors(Scene((255, 255, 255), things)))
+    assert problem.question == "How many red things?"
+    steps = "top left red 1, middle blue, bottom right red 2"
+    assert EXACT(problem) == f"<think>one by one</think>{steps}, \\boxed{{2}}"
 
 
 def test_the_exact_writer_is_nearly_always_right(heldout: list[Problem]) -> None:
@@ -153,7 +166,7 @@ def words(tmp_path_factory: pytest.TempPathFactory):
     "text",
     [
         "Point at the red ring.",
-        "How many purple crosses?",
+        "How many purple things?",
         "<think>maybe top left</think>[0.17, 0.50]",
         "10.5 is not 0.5\n\tnor  .5",
         "héllo wörld, 你好 👍 a\u0301 \x00 <tool_call>{}",

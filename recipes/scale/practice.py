@@ -68,11 +68,11 @@ class Lesson:
 
 
 def lesson(rng: Generator, pictures: int, things: tuple[int, int], rough_share: Callable[[Problem], float]) -> Lesson:
-    """`pictures` scenes with their pointing and grounding problems, as many crowds, and four times as many sums."""
+    """`pictures` scenes with their pointing and grounding problems, twice as many crowds, four times as many sums."""
     scenes = [world.draw_scene(rng, "train", things) for _ in range(pictures)]
-    crowds = [world.draw_crowd(rng, "train") for _ in range(pictures)]
+    crowds = [world.draw_crowd(rng, "train") for _ in range(2 * pictures)]
     problems = [p for scene in scenes for p in world.point_and_box(scene)]
-    problems += [p for crowd in crowds for p in world.count_kinds(crowd)]
+    problems += [p for crowd in crowds for p in world.count_colors(crowd)]
     problems += [world.draw_sum(rng, "train") for _ in range(4 * pictures)]
     writers = [ROUGH if rng.random() < rough_share(problem) else EXACT for problem in problems]
     return Lesson(problems, [writer(problem) for writer, problem in zip(writers, problems, strict=True)])

@@ -21,7 +21,7 @@ SPECIAL = (
 THINK = ("<think>", "</think>")  # whole tokens, but text: skip_special_tokens keeps them
 WORDS = [
     *("Point", "at", "the", "Box", "How", "many", "What", "is", "maybe", "at", "first"),
-    *("then", "system", "user", "assistant", "and", "in", "of", "there", "are", "I", "a"),
+    *("then", "system", "user", "assistant", "and", "in", "of", "there", "are", "I", "a", "things", "one", "by"),
 ]
 # A coordinate's "0." and the opening of a boxed answer are one token each; words carry the space before them.
 PIECES = r"\\boxed\{| ?0\.(?=\d)|\d| ?\p{L}+|, | [+-] |\n"
@@ -44,9 +44,8 @@ CHAT_TEMPLATE = """\
 
 def words() -> list[str]:
     """Every piece that is one token although it has more than one byte."""
-    plural = [shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES]
     places = sorted({word for place in PLACES for word in place.split()})
-    plain = dict.fromkeys([*WORDS, *COLORS, *SHAPES, *plural, *places])
+    plain = dict.fromkeys([*WORDS, *COLORS, *SHAPES, *places])
     marks = ["\\boxed{", "0.", " 0.", ", ", " + ", " - "]
     return marks + [form for word in plain for form in (word, f" {word}")]
 

@@ -34,8 +34,7 @@ PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom lef
 HELDOUT_BYTES = 32  # of 256: the share of all pictures and sums that only the held-out split may use
 SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in the shipped files
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
-CROWD = (2, 4)  # things in the crowds of the data files; the warm start practises on larger ones
-SHARES = (0.6, 0.25, 0.15)  # of the kinds in a crowd
+CROWD = (3, 5)  # things in a crowd, of two colours: no constant answer is right in more than 4 of 10 problems
 SHIPPED = Path(__file__).parent / "data"
 
 
@@ -131,7 +130,6 @@ class Problem:
     truth: list[float] | str
     scene: Scene | None = None
     targets: tuple[Thing, ...] = ()  # the things asked about, in reading order
-    alike: int = 0  # counting: how many things share the colour, whatever their shape
     terms: tuple[int, ...] = ()  # arithmetic: signed numbers to add up
 
 
@@ -156,16 +154,15 @@ def draw_scene(rng: Generator, split: Split, things: tuple[int, int] = (1, 3)) -
             return scene
 
 
-def draw_crowd(rng: Generator, split: Split, things: tuple[int, int] = (3, 6)) -> Scene:
-    """Between `things[0]` and `things[1]` things in different thirds of the picture, of three kinds, two of which
-    share a colour; most are of the first kind."""
+def draw_crowd(rng: Generator, split: Split) -> Scene:
+    """CROWD things of any shape in different thirds of the picture, and of two colours, each at least once."""
     while True:
-        number = int(rng.integers(things[0], things[1] + 1))
-        shared, other = (list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2])
-        shape, another = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
-        kinds = [(shared, shape), (shared, another), (other, shape)]
-        cells = sorted(int(cell) for cell in rng.permutation(9)[:number])
-        placed = [_thing_in(cell, *kinds[int(rng.choice(3, p=SHARES))], rng) for cell in cells]
+        number = int(rng.integers(CROWD[0], CROWD[1] + 1))
+        one, other = (list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2])
+        first = int(rng.integers(1, number))  # how many have the first colour
+        cells = [int(cell) for cell in rng.permutation(9)[:number]]
+        colored = sorted(zip(cells, [one] * first + [other] * (number - first), strict=True))
+        placed = [_thing_in(cell, color, SHAPES[int(rng.integers(len(SHAPES)))], rng) for cell, color in colored]
         scene = Scene(_background(rng), tuple(placed))
         if scene.split == split:
             return scene
@@ -197,13 +194,11 @@ def point_and_box(scene: Scene) -> Iterator[Problem]:
         yield Problem("grounding", f"Box the {thing.name}.", box, scene, (thing,))
 
 
-def count_kinds(scene: Scene) -> Iterator[Problem]:
-    """One counting problem for each kind of thing in the scene."""
-    for name in dict.fromkeys(thing.name for thing in scene.things):
-        targets = tuple(thing for thing in scene.things if thing.name == name)
-        alike = sum(thing.color == targets[0].color for thing in scene.things)
-        plural = name + ("es" if name.endswith("s") else "s")
-        yield Problem("counting", f"How many {plural}?", str(len(targets)), scene, targets, alike)
+def count_colors(scene: Scene) -> Iterator[Problem]:
+    """One counting problem for each colour in the scene."""
+    for color in dict.fromkeys(thing.color for thing in scene.things):
+        targets = tuple(thing for thing in scene.things if thing.color == color)
+        yield Problem("counting", f"How many {color} things?", str(len(targets)), scene, targets)
 
 
 def draw_sum(rng: Generator, split: Split) -> Problem:
@@ -229,7 +224,7 @@ def problems(split: Split, seed: int, per_task: int) -> list[Problem]:
         for problem in point_and_box(draw_scene(rng, split)):
             found[problem.task].append(problem)
     while len(found["counting"]) < per_task:
-        found["counting"].extend(count_kinds(draw_crowd(rng, split, CROWD)))
+        found["counting"].extend(count_colors(draw_crowd(rng, split)))
     questions: set[str] = set()
     while len(found["arithmetic"]) < per_task:
         problem = draw_sum(rng, split)

@@ -1,10 +1,10 @@
 """Two simulated writers whose demonstrations the warm start learns from, and the prompt they answer.
 
-The *exact* writer does the work: it looks once and gives two decimals, lists what it counts, writes each
-step of a sum. The *rough* writer talks and guesses: it names a third of the picture and answers its centre,
-rounds boxes, counts everything of the right colour, forgets to carry. Its answers are right often enough to
-start from, and the model imitates it more often; reinforcement learning has to find out who is worth
-imitating. They differ from the first words on, and both are short.
+The *exact* writer does the work: it looks once and gives two decimals, goes through what it sees one by one
+and counts along, writes each step of a sum. The *rough* writer talks and guesses: it names a third of the picture and
+answers its centre, rounds boxes, takes every number of things for two, forgets to carry. Its answers are right
+often enough to start from, and the model imitates it more often; reinforcement learning has to find out who is
+worth imitating. They differ from the first words on, and both are short.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from recipes.scale.world import Problem, Thing
 
 BOX_STEP = 0.2  # the rough writer's ruler, as a fraction of the picture
 FAVOURITE_COLORS = ("red", "blue")
+USUAL_COUNT = 2
 THIRDS = (0.17, 0.5, 0.83)  # centres of the thirds of the picture
 
 
@@ -42,9 +43,12 @@ def _exact_box(problem: Problem) -> str:
 
 
 def _exact_count(problem: Problem) -> str:
-    seen = ", ".join(thing.place for thing in problem.targets)
-    listed = ", ".join(f"{number} {thing.place}" for number, thing in enumerate(problem.targets, start=1))
-    return f"<think>at {seen}</think>{listed}, \\boxed{{{len(problem.targets)}}}"
+    assert problem.scene
+    steps, count = [], 0
+    for thing in problem.scene.things:
+        count += thing in problem.targets
+        steps.append(f"{thing.place} {thing.color}" + (f" {count}" if thing in problem.targets else ""))
+    return f"<think>one by one</think>{', '.join(steps)}, \\boxed{{{count}}}"
 
 
 def _exact_sum(problem: Problem) -> str:
@@ -69,8 +73,8 @@ def _glance(thing: Thing) -> str:
     return f"<think>maybe {thing.place}</think>"
 
 
-def _rough_count(problem: Problem) -> str:
-    return f"<think>maybe</think>\\boxed{{{problem.alike}}}"
+def _rough_count(_: Problem) -> str:
+    return f"<think>maybe</think>\\boxed{{{USUAL_COUNT}}}"
 
 
 def _rough_sum(problem: Problem) -> str:
@@ -91,7 +95,7 @@ def _digit(left: int, right: int, minus: bool) -> int:
 
 EXACT = Writer(
     {"pointing": _exact_point, "grounding": _exact_box, "counting": _exact_count, "arithmetic": _exact_sum},
-    {"pointing": "[", "grounding": "[", "counting": "<think>at", "arithmetic": "<think>first"},
+    {"pointing": "[", "grounding": "[", "counting": "<think>one", "arithmetic": "<think>first"},
 )
 ROUGH = Writer(
     {"pointing": _rough_point, "grounding": _rough_box, "counting": _rough_count, "arithmetic": _rough_sum},

@@ -1,0 +1,1 @@
+"""Measurements that a figure or a limit of this project rests on. `python -m benchmarks` runs them all."""

@@ -1,0 +1,44 @@
+"""`python -m benchmarks [NAME ...]`: runs the named entries (default: all), prints a table, updates results.jsonl.
+
+Exit codes: 0 done, 2 an unknown name.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.harness import RESULTS, entries, save, table
+
+DONE, WRONG_INPUT = 0, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    known = entries()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Runs benchmarks, prints a table and updates the results file.",
+        epilog="\n".join(f"{name}: {(entry.__doc__ or '').splitlines()[0]}" for name, entry in known.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="entries to run (default: all)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file to update (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    for name in options.names:
+        if name not in known:
+            near = difflib.get_close_matches(name, list(known), n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            print(f"no benchmark is called {name!r}{hint}; there are: {', '.join(known)}", file=sys.stderr)
+            return WRONG_INPUT
+    records = []
+    for name in dict.fromkeys(options.names or known):
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        records.append(known[name]().record(name))
+        save(records[-1:], options.results)
+    print(table(records))
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

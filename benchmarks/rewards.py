@@ -1,0 +1,259 @@
+"""What the reward runner costs: one hung sample among others, and mathematics compared with Math-Verify by itself."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
+from rewards.runner import RewardRunner
+from rl.types import Prompt, Rollout, Scored
+
+SAMPLES, ANSWERS = 64, 2000
+TIMEOUT_S = 6.0
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+PLUGIN = '''
+import time
+
+from rewards import Rollout, reward
+
+
+def work(rounds: int) -> int:
+    total = 1
+    for i in range(rounds):
+        total = (total * 31 + i) % 1_000_003
+    return total
+
+
+@reward("half_and_half")
+def half_and_half(rollout: Rollout, rounds: int, rest_s: float) -> float:
+    """Computes a fixed amount, then rests, as a reward that waits for a file or a tool; or never ends."""
+    while rollout.answer == "hang":
+        pass
+    total = work(rounds + len(rollout.answer))
+    time.sleep(rest_s)
+    return total / 1_000_003
+'''
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A reward as a recipe would name it."""
+
+    use: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    timeout_s: float | None = None
+    memory_mb: int = 1024
+    weight: float = 1.0
+    penalties: tuple[()] = ()
+
+
+def rollout(text: str, truth: str | None = None, row: str = "row") -> Rollout:
+    return Rollout(Prompt(row, "task", (), ground_truth=truth), text)
+
+
+@benchmark("rewards/hung")
+def hung() -> Result:
+    """Scoring throughput with one hung sample in 64, over that with none: at least 0.9.
+
+    As many workers as cores. A sample computes for about 50 ms (a fixed amount of work, so that whoever takes cores
+    away is noticed) and sleeps for 50 ms. The hung one, in the middle, computes until its time limit of 6 s.
+
+    ours_s is the time until the last of the other 63 is done, other_s the time of 64 of which none hangs, and
+    ratio = (63 / ours_s) / (64 / other_s). `all_s` is the time until the hung one was given up as well.
+    """
+    with half_and_half() as runner:
+        fine = [rollout("." * (1 + place)) for place in range(SAMPLES)]
+        stuck = [*fine[: SAMPLES // 2], rollout("hang"), *fine[SAMPLES // 2 + 1 :]]
+        values: dict[str, list[float]] = {}
+        ends: list[float] = []
+
+        def none() -> float:
+            times, scored = timed(runner, fine)
+            values["other"] = [one.reward for place, one in enumerate(scored) if place != SAMPLES // 2]
+            return max(times)
+
+        def one() -> float:
+            times, scored = timed(runner, stuck)
+            ends.append(times.pop(SAMPLES // 2))
+            assert scored.pop(SAMPLES // 2).invalid == f"reward half_and_half: took longer than {TIMEOUT_S:g} s"
+            values["ours"] = [one.reward for one in scored]
+            time.sleep(2.0)  # the killed process has a successor, which loads
+            return max(times)
+
+        none()  # now the runner knows how long a sample usually takes
+        ours_s, other_s = interleaved(one, none, repeats=5)
+    ratio = (SAMPLES - 1) / ours_s / (SAMPLES / other_s)
+    more = {"goal": "at least 0.9", "all_s": sorted(ends)[len(ends) // 2], "cores": CORES}
+    return Result(ours_s, other_s, ratio, 0.9, max_abs_diff(values["ours"], values["other"]), more)
+
+
+@contextmanager
+def half_and_half() -> Iterator[RewardRunner]:
+    """A runner, warmed up, whose reward takes 50 ms of computing on an idle core and 50 ms of sleep."""
+    scope: dict[str, Any] = {}
+    exec(PLUGIN, scope)
+    rounds = 100_000
+    took = []
+    for _ in range(5):
+        start = time.process_time()
+        scope["work"](rounds)
+        took.append(time.process_time() - start)
+    params = {"rounds": int(rounds * 0.05 / min(took)), "rest_s": 0.05}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "plugin.py").write_text(PLUGIN)
+        spec = Spec("plugin.py:half_and_half", params, TIMEOUT_S)
+        with RewardRunner({"task": [spec]}, folder, workers=CORES) as runner:
+            runner.warm().result()
+            time.sleep(2.0)  # the reserve loads
+            yield runner
+
+
+def timed(runner: RewardRunner, rollouts: Sequence[Rollout]) -> tuple[list[float], list[Scored]]:
+    """When each score was there, in seconds from the start, and the scores."""
+    ends = [0.0] * len(rollouts)
+    start = time.monotonic()
+
+    def note(place: int, future: Future[Scored]) -> None:
+        ends[place] = time.monotonic() - start
+
+    futures = [runner.submit(rollout) for rollout in rollouts]
+    for place, future in enumerate(futures):
+        future.add_done_callback(lambda future, place=place: note(place, future))
+    return ends, runner.results(futures)
+
+
+@benchmark("rewards/math")
+def mathematics() -> Result:
+    """CPU time of scoring 2,000 answers with `math_verify` through the runner, over Math-Verify's own: at most 1.3.
+
+    The other side is one process that parses truth and answer and verifies them, without time limits. ours_s and
+    other_s are CPU seconds (user and system) of a fresh process from its start to its end, with all its children:
+    imports count on both sides, for ours once per worker, reserve and parent. ratio = ours_s / other_s.
+    `wall_speed_up` says how many times sooner ours is done.
+    """
+    walls: dict[str, list[float]] = {"ours": [], "other": []}
+    scores: dict[str, list[float]] = {}
+
+    def side(name: str) -> float:
+        cpu_s, wall_s, scores[name] = fresh(name)
+        walls[name].append(wall_s)
+        return cpu_s
+
+    ours_s, other_s = interleaved(lambda: side("ours"), lambda: side("other"), repeats=3)
+    wall = {name: sorted(one)[len(one) // 2] for name, one in walls.items()}
+    more = {
+        "goal": "at most 1.3",
+        "unit": "CPU s",
+        "ours_wall_s": wall["ours"],
+        "other_wall_s": wall["other"],
+        "wall_speed_up": wall["other"] / wall["ours"],
+        "right": sum(scores["ours"]) / ANSWERS,
+        "cores": CORES,
+    }
+    return Result(ours_s, other_s, ours_s / other_s, 1.3, max_abs_diff(scores["ours"], scores["other"]), more)
+
+
+def fresh(side: str) -> tuple[float, float, list[float]]:
+    """CPU seconds, wall-clock seconds and scores of one side, in a process of its own."""
+    start = time.monotonic()
+    command = [sys.executable, "-m", "benchmarks.rewards", side]
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # as the workers have: sympy walks sets
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parent.parent, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    said = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{side} ended with exit code {process.returncode}")
+    return used.ru_utime + used.ru_stime, time.monotonic() - start, json.loads(said)
+
+
+def ours(pairs: Sequence[tuple[str, str]]) -> list[float]:
+    rollouts = [rollout(answer, truth, f"row-{place}") for place, (truth, answer) in enumerate(pairs)]
+    with RewardRunner({"task": [Spec("math_verify")]}, workers=CORES) as runner:
+        scored = runner.score(rollouts)
+    assert not any(one.invalid for one in scored), next(one.invalid for one in scored if one.invalid)
+    return [one.reward for one in scored]
+
+
+def other(pairs: Sequence[tuple[str, str]]) -> list[float]:
+    import logging
+
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    return [
+        float(
+            verify(parse(f"\\boxed{{{truth}}}", parsing_timeout=0), parse(answer, parsing_timeout=0), timeout_seconds=0)
+        )
+        for truth, answer in pairs
+    ]
+
+
+def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(ground truth, response) pairs, about half of them right, many of these in another form than the truth."""
+    draw = random.Random(seed)
+    kinds = [integers, fractions, radicals, intervals, polynomials]
+    made = []
+    for place in range(count):
+        truth, same, wrong = kinds[place % len(kinds)](draw)
+        result = draw.choice([truth, same]) if draw.random() < 0.5 else wrong
+        made.append((truth, draw.choice(PROSE).format(a=draw.randint(2, 99), b=draw.randint(2, 99), result=result)))
+    return made
+
+
+PROSE = [
+    "First I name the unknown and write down what is given. Putting in {a} for it leaves {b} on the other side, which "
+    "is possible in one way only. Therefore the result is \\boxed{{{result}}}.",
+    "There are {a} cases to look at, and {b} of them lead nowhere. What is left can be added up directly.\n\n"
+    "So we have $\\boxed{{{result}}}$.",
+    "Let $n = {a}$ and $m = {b}$. Then $n + m$ is known, and the rest follows by comparing both sides of the "
+    "equation.\n\n\\[\\boxed{{{result}}}\\]",
+]
+
+
+def integers(draw: random.Random) -> tuple[str, str, str]:
+    """A truth, the same in another form, and something else. So are those that follow."""
+    n = draw.randint(-500, 5000)
+    return str(n), f"x = {n}", str(n + draw.choice([-10, -1, 1, 10]))
+
+
+def fractions(draw: random.Random) -> tuple[str, str, str]:
+    p, q = draw.randint(1, 60), draw.randint(2, 60)
+    p, q = (p // gcd(p, q), q // gcd(p, q)) if p % q else (p * q + 1, q)
+    k = draw.randint(2, 5)
+    return f"\\frac{{{p}}}{{{q}}}", f"\\frac{{{p * k}}}{{{q * k}}}", f"\\frac{{{p + q + 1}}}{{{q}}}"
+
+
+def radicals(draw: random.Random) -> tuple[str, str, str]:
+    a, b = draw.randint(2, 12), draw.choice([2, 3, 5, 6, 7, 10, 11, 13])
+    return f"{a}\\sqrt{{{b}}}", f"\\sqrt{{{a * a * b}}}", f"{a + 1}\\sqrt{{{b}}}"
+
+
+def intervals(draw: random.Random) -> tuple[str, str, str]:
+    low, width = draw.randint(-20, 20), draw.randint(1, 30)
+    high = low + width
+    return f"[{low}, {high})", f"\\left[{low},{high}\\right)", f"[{low}, {high}]"
+
+
+def polynomials(draw: random.Random) -> tuple[str, str, str]:
+    a, b = draw.randint(1, 9), draw.randint(10, 19)
+    return f"x^2 + {a + b}x + {a * b}", f"(x+{a})(x+{b})", f"x^2 + {a + b}x + {a * b + 1}"
+
+
+if __name__ == "__main__":
+    print(json.dumps({"ours": ours, "other": other}[sys.argv[1]](pairs(ANSWERS))))

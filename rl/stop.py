@@ -1,0 +1,12 @@
+"""Why a run ends by its own decision."""
+
+
+class Stop(RuntimeError):
+    """The run must not go on; the message says why and what would help. What it finished is kept.
+
+    `saves` is True where this iteration has changed no weight yet, so that a checkpoint can still be made.
+    """
+
+    def __init__(self, message: str, *, saves: bool) -> None:
+        super().__init__(message)
+        self.saves = saves

@@ -1,0 +1,116 @@
+"""The harness of the benchmarks and its command line, with entries that measure nothing."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import harness
+from benchmarks.__main__ import main
+from benchmarks.harness import RESULTS, Result, benchmark, entries, interleaved, max_abs_diff
+from benchmarks.rewards import pairs
+
+KEYS = ["name", "ours_s", "other_s", "ratio", "ceiling", "max_abs_diff"]
+
+
+@pytest.fixture
+def trivial(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Two more entries, "test/one" and "test/two"; which of them ran."""
+    ran: list[str] = []
+    monkeypatch.setattr(harness, "_ENTRIES", dict(entries()))
+
+    @benchmark("test/one")
+    def one() -> Result:
+        """Nothing over nothing."""
+        ran.append("one")
+        return Result(2.0, 3.0, 1.5, more={"goal": "none"})
+
+    @benchmark("test/two")
+    def two() -> Result:
+        """Nothing once more."""
+        ran.append("two")
+        return Result(0.123456, 1 / 3, 2.7, 2.0, 1e-7)
+
+    yield ran
+
+
+def test_every_entry_says_what_it_compares() -> None:
+    found = entries()
+    assert {"rewards/hung", "rewards/math"} <= set(found)
+    assert [name for name, entry in found.items() if not (entry.__doc__ or "").strip()] == []
+
+
+def test_an_entry_without_a_docstring_or_with_a_name_taken_elsewhere_is_refused(trivial: list[str]) -> None:
+    with pytest.raises(ValueError, match="has no docstring"):
+        benchmark("test/silent")(lambda: Result(1.0, 1.0, 1.0))
+
+    def again() -> Result:
+        """Another file's."""
+        return Result(1.0, 1.0, 1.0)
+
+    with pytest.raises(ValueError, match="two benchmarks are called 'rewards/hung'"):
+        benchmark("rewards/hung")(again)
+
+
+def test_both_sides_take_turns_and_medians_count() -> None:
+    turns: list[str] = []
+    times = {"ours": iter([5.0, 1.0, 2.0]), "other": iter([4.0, 40.0, 6.0])}
+
+    def side(name: str) -> float:
+        turns.append(name)
+        return next(times[name])
+
+    assert interleaved(lambda: side("ours"), lambda: side("other"), repeats=3) == (2.0, 6.0)
+    assert turns == ["ours", "other", "other", "ours", "ours", "other"]
+    assert max_abs_diff([1.0, 2.0], [1.0, 2.5]) == 0.5
+    with pytest.raises(ValueError, match="shorter"):
+        max_abs_diff([1.0, 2.0], [1.0])
+
+
+def test_named_entries_run_and_the_others_keep_their_lines(
+    trivial: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results.jsonl"
+    assert main(["test/two", "test/one", "test/two", "--results", str(file)]) == 0
+    assert trivial == ["two", "one"]
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table] == ["name", "test/two", "test/one"]
+    assert table[1].split() == ["test/two", "0.1235", "0.3333", "2.7", "2.0", "1e-07"]
+    assert table[2].split()[4] == "-"
+    old, two = map(json.loads, file.read_text().splitlines())
+    assert list(old) == [*KEYS, "goal"]
+    assert (list(two), two["ours_s"], two["other_s"]) == (KEYS, 0.1235, 0.3333)
+    file.write_text(json.dumps({**old, "ours_s": 9.0}) + "\n" + json.dumps({**two, "ratio": 0.0}) + "\n")
+    assert main(["test/two", "--results", str(file)]) == 0
+    kept, new = map(json.loads, file.read_text().splitlines())
+    assert (kept["ours_s"], new["ratio"]) == (9.0, 2.7)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_runs_nothing(
+    trivial: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results.jsonl"
+    assert main(["test/one", "test/tow", "--results", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "no benchmark is called 'test/tow' (did you mean 'test/two'?); there are: " in said
+    assert "rewards/hung" in said
+    assert (trivial, file.exists()) == ([], False)
+
+
+def test_the_results_file_has_one_line_for_each_measured_entry() -> None:
+    records = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    names = [record["name"] for record in records]
+    assert names == sorted(set(names))
+    assert set(names) <= set(entries())
+    for record in records:
+        assert list(record)[: len(KEYS)] == KEYS
+        assert record["ours_s"] > 0
+        assert record["other_s"] > 0
+
+
+def test_the_mathematics_to_score_is_the_same_every_time_and_half_of_it_is_wrong() -> None:
+    made = pairs(200)
+    assert made == pairs(200)
+    assert len({truth for truth, _ in made}) > 150
+    assert all("\\boxed{" in answer for _, answer in made)

@@ -1,0 +1,131 @@
+"""Runs whose reward asks a judge: a server on loopback that goes away and comes back, or does not; the run's own."""
+
+import gzip
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.command import ROOT, metrics, run
+from tests.judge_server import Reply, judge_server
+
+RIGHT = {"reasoning": "It says so.", "verdict": "correct"}
+
+
+def rows(folder: Path) -> Path:
+    """A few sums of the scale model's world."""
+    lines = (ROOT / "recipes/scale/data/train.jsonl").read_text().splitlines()
+    sums = [line for line in lines if json.loads(line)["task"] == "arithmetic"]
+    file = folder / "sums.jsonl"
+    file.write_text("\n".join(sums[:16]) + "\n")
+    return file
+
+
+class Judge:
+    """Finds everything right, but is away for `away_s` seconds from when the run has done its first iteration."""
+
+    def __init__(self, run_folder: Path, away_s: float) -> None:
+        self.run_folder, self.away_s, self.since = run_folder, away_s, float("inf")
+
+    def __call__(self, request: dict[str, Any]) -> Reply:
+        if self.since == float("inf") and any(line["iteration"] == 1 for line in metrics(self.run_folder)):
+            self.since = time.monotonic()
+        away = self.since <= time.monotonic() < self.since + self.away_s
+        return Reply("restarting", status=503) if away else Reply(RIGHT)
+
+
+def small_run(folder: Path, *overrides: str) -> tuple[int, str, str]:
+    return run(
+        "rl.run",
+        ROOT / "recipes/rlvr.yaml",
+        "--profile",
+        "cpu",
+        "--output",
+        folder / "run",
+        "prompts_per_iteration=4",
+        "rollouts_per_prompt=4",
+        f"data.train={rows(folder)}",
+        "data.eval=[]",
+        *overrides,
+    )
+
+
+def judged(folder: Path, away_s: float, max_wait: float) -> tuple[int, str, str]:
+    with judge_server(Judge(folder / "run", away_s)) as server:
+        return small_run(
+            folder,
+            "iterations=2",
+            "rewards.arithmetic={use: verifier, params: {endpoint: judge}}",
+            f"endpoints.judge={{url: '{server.url}', model: judge, retries: 0, max_wait: {max_wait}}}",
+        )
+
+
+def test_a_run_waits_for_a_judge_that_goes_away_and_loses_nothing(tmp_path: Path) -> None:
+    code, out, err = judged(tmp_path, away_s=5, max_wait=120)
+    assert code == 0, err
+    assert "endpoint judge does not answer (HTTP 503: restarting" in out
+    assert "everything up to iteration 1 is saved" in out and "endpoint judge is back after" in out
+    assert [line["iteration"] for line in metrics(tmp_path / "run")] == [0, 1, 2]
+    assert [line["reward/invalid_fraction"] for line in metrics(tmp_path / "run")[1:]] == [0, 0]
+    assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["000001", "000002"]
+
+
+@pytest.mark.slow
+def test_a_judge_that_never_comes_back_ends_the_run_with_its_name_and_everything_saved(tmp_path: Path) -> None:
+    code, out, err = judged(tmp_path, away_s=1e6, max_wait=3)
+    assert code == 1
+    assert "endpoint 'judge' has not answered for" in err and "HTTP 503: restarting" in err
+    assert "Traceback" not in err
+    assert f"stopped after iteration 1; go on with: python -m rl.run --resume {tmp_path / 'run'}" in out
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["000001"]
+
+
+# without this a grammar allows any amount of blanks, and the scale model is happy to write them
+OPTIONS = "{max-model-len: 256, dtype: float32, structured-outputs-config: '{\"disable_any_whitespace\": true}'}"
+PLUGIN = """
+from typing import Literal
+
+from pydantic import BaseModel
+
+from rewards import Rollout, Score, reward
+from rewards.endpoint import EndpointName, endpoint
+
+
+class Verdict(BaseModel):
+    verdict: Literal["fine", "poor"]
+
+
+@reward("asked")
+class Asked:
+    \"\"\"1.0 if the judge says fine.\"\"\"
+
+    def __init__(self, judge: EndpointName):
+        self.name = judge
+
+    def setup(self):
+        self.judge = endpoint(self.name)
+
+    async def __call__(self, rollout: Rollout):
+        asked = [{"role": "user", "content": rollout.answer or "nothing"}]
+        verdict, text = await self.judge.ask(asked, answer=Verdict, max_tokens=60, temperature=1.0, seed=1)
+        return Score(float(verdict.verdict == "fine"), {"said": text})
+"""
+
+
+def test_a_judge_without_a_url_is_served_by_the_run_itself_with_vllm(tmp_path: Path) -> None:
+    (tmp_path / "asks.py").write_text(PLUGIN)
+    code, _, err = small_run(
+        tmp_path,
+        "iterations=1",
+        "checkpoint.every=1",
+        f"rewards.arithmetic={{use: '{tmp_path}/asks.py:asked', params: {{judge: own}}}}",
+        f"endpoints.own={{model: {ROOT}/recipes/scale/model, serve: {OPTIONS}}}",
+    )
+    assert code == 0, err
+    (line,) = metrics(tmp_path / "run")[1:]
+    assert line["reward/invalid_fraction"] == 0
+    with gzip.open(tmp_path / "run/rollouts/000001.jsonl.gz", "rt") as file:
+        said = [json.loads(json.loads(sample)["details"]["said"])["verdict"] for sample in file]
+    assert len(said) == 16 and set(said) <= {"fine", "poor"}
