@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
+from typing import Any
 
 from rewards.pool import Job, Outcome
 from rewards.process import Died, Process, SetupFailed
@@ -164,14 +165,15 @@ class AsyncPool:
 
     def _turn(self) -> None:
         """Hand out what may run, then wait for an answer, a job or the time of a probe."""
+        self._release()
         if self._process is None:
+            if self._jobs.empty() and not self._suspects:
+                self._sleep([])
+                return
             self._begin()
         assert self._process
-        self._release()
         self._hand_out()
-        ready = wait([self._process.connection, self._wake], timeout=0.5)
-        if self._wake in ready:
-            os.read(self._wake, 4096)
+        ready = self._sleep([self._process.connection])
         if self._process.connection in ready:
             self._heard = time.monotonic()
             reply = self._process.receive(0)
@@ -179,6 +181,13 @@ class AsyncPool:
                 self._answered(self._running.pop(reply["number"]), reply["outcomes"])
         elif time.monotonic() - self._heard > self._stall_s():
             raise Died(f"it blocked the event loop for {time.monotonic() - self._heard:.0f} s")
+
+    def _sleep(self, connections: list[Any]) -> list[Any]:
+        """Until one of these has something, a job comes, or half a second has passed; those that have something."""
+        ready = wait([*connections, self._wake], timeout=0.5)
+        if self._wake in ready:
+            os.read(self._wake, 4096)
+        return ready
 
     def _stall_s(self) -> float:
         least, most = STALL_S

@@ -83,7 +83,8 @@ def test_a_judge_that_never_comes_back_ends_the_run_with_its_name_and_everything
 
 
 # without this a grammar allows any amount of blanks, and the scale model is happy to write them
-OPTIONS = "{max-model-len: 256, dtype: float32, structured-outputs-config: '{\"disable_any_whitespace\": true}'}"
+TERSE = '{"backend": "xgrammar", "disable_any_whitespace": true}'
+OPTIONS = f"{{max-model-len: 256, dtype: float32, structured-outputs-config: '{TERSE}'}}"
 PLUGIN = """
 from typing import Literal
 
