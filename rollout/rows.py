@@ -171,7 +171,8 @@ def _prompt(raw: RawRow, checker: _Checker) -> Prompt:
         raise _Bad(f"id {identity!r} was used before, at {checker.seen[identity]}")
     checker.seen[identity] = f"{raw.file}:{raw.line}"
     _check_reference(row)
-    return _made(row, raw, checker)
+    _task(row, checker.tasks)
+    return _made(row, raw, checker, _chat(row, checker.reserved))
 
 
 def _sample(raw: RawRow, checker: _Checker) -> Rollout:
@@ -184,12 +185,16 @@ def _sample(raw: RawRow, checker: _Checker) -> Rollout:
         raise _Bad(f"finish must be stop or length, this is {_kind(finish)}")
     row = {name: raw.values[name] for name in COLUMNS if raw.values.get(name) is not None}
     row = {"id": f"line {raw.line}", "task": "sample", **row}
-    return Rollout(_made(row, raw, checker), text, finish)
+    chat = _chat(row, checker.reserved) if "messages" in row else ([], [])
+    return Rollout(_made(row, raw, checker, chat), text, finish)
 
 
-def _made(row: Mapping[str, Any], raw: RawRow, checker: _Checker) -> Prompt:
+Content = tuple[list[dict[str, Any]], list[Any]]  # messages, and the sources of their pictures
+
+
+def _made(row: Mapping[str, Any], raw: RawRow, checker: _Checker, chat: Content) -> Prompt:
     identity, task = _identity(row), _task(row, checker.tasks)
-    messages, sources = _chat(row, checker.reserved) if "messages" in row else ([], [])
+    messages, sources = chat
     _check_json("ground_truth", row.get("ground_truth"))
     meta = row.get("meta", {})
     if not isinstance(meta, dict):

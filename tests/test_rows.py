@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from rl.types import Prompt
-from rollout.rows import PromptOrder, RowError, read_rows
+from rollout.rows import PromptOrder, RowError, read_rows, read_samples
 
 CHAT = [{"role": "user", "content": "1 + 1?"}]
 
@@ -267,3 +267,31 @@ def test_the_order_depends_on_the_seed_and_not_on_the_file() -> None:
 def test_more_prompts_than_rows_come_from_several_passes() -> None:
     drawn = ids(PromptOrder(prompts(2), seed=0).prompts_at(1, 5))
     assert len(drawn) == 5 and sorted(drawn[1:3]) == ["0", "1"]
+
+
+# Samples
+
+
+def test_samples_are_rows_with_a_response_and_may_say_little_else(tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    file.write_text(
+        '{"response": "5", "ground_truth": 5}\n'
+        '{"id": "a", "task": "sums", "messages": [{"role": "user", "content": "2 + 3?"}], "response": "", '
+        '"finish": "length", "reward": 0.0}\n'
+        '{"id": "a", "messages": [{"role": "user", "content": [{"type": "image", "digest": "d1"}]}], "response": "x"}\n'
+    )
+    bare, whole, seen = read_samples(file)
+    assert (bare.prompt.id, bare.prompt.messages, bare.prompt.ground_truth, bare.text) == ("line 1", (), 5, "5")
+    assert (whole.prompt.task, whole.finish, len(whole.prompt.messages)) == ("sums", "length", 1)
+    assert [picture.digest for picture in seen.prompt.images] == ["d1"]  # known by name only: it came as bytes
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [('{"id": "a"}', "response must be a text, this is missing"), ('{"response": "", "finish": "no"}', "finish must")],
+)
+def test_a_sample_without_a_proper_response_is_told_with_its_line(tmp_path: Path, line: str, why: str) -> None:
+    file = tmp_path / "samples.jsonl"
+    file.write_text(f'{{"response": "fine"}}\n{line}\n')
+    with pytest.raises(RowError, match=rf"samples.jsonl:2: {why}"):
+        read_samples(file)
