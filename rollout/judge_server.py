@@ -13,15 +13,22 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 LAST_LINES = 15  # of its log, in a message
 START = """\
-import os, signal, sys
-from rl.children import die_with
-die_with(int(sys.argv[1]), signal.SIGTERM)  # vLLM then ends its own children
-os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *sys.argv[2:]])
+# Stays beside the server, whose own children outlive it: ends them all when the process that wanted them is gone.
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, lambda *_: None)  # the server gets it as well, and then ends
+parent = int(sys.argv[1])
+server = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *sys.argv[2:]])
+while server.poll() is None and os.getppid() == parent:
+    time.sleep(0.2)
+if server.returncode is None:
+    os.killpg(0, signal.SIGKILL)
+sys.exit(server.returncode)
 """
 
 
@@ -68,6 +75,7 @@ class JudgeServer:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **_environment(model, device, threads, kv_cache_gib)},
+            start_new_session=True,  # a process group of its own, so that close() gets vLLM's children too
         )
         self.model = model
 
@@ -87,13 +95,14 @@ class JudgeServer:
         return f"http://{self.host}:{self.port}/v1"
 
     def close(self) -> None:
-        """Ends the server; by force if it takes longer than ten seconds."""
-        self._process.send_signal(signal.SIGTERM)
-        try:
+        """Ends the server and all its processes; by force if it takes longer than ten seconds."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _answers(self) -> bool:
         try:

@@ -48,6 +48,7 @@ def train(plan: Plan, folder: RunFolder, display: Display, *, recipe: Mapping[st
             raise
         finally:
             trackers.close()
+            run.close_judges()
 
 
 def _newest(folder: RunFolder) -> Path | None:
@@ -150,6 +151,10 @@ class _Run:
         }
         self.judges = list(servers.values())
         self.plan.rewards.served({name: server.call("url") for name, server in servers.items()})
+
+    def close_judges(self) -> None:
+        """End the servers; killed with their actor they would take their time, and some of their children longer."""
+        gather([judge.start("close") for judge in self.judges])
 
     def _rides_out(self, outage: Outage) -> None:
         """An endpoint stays away, or is back: what has been learned is saved, and the run waits."""
