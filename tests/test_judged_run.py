@@ -115,6 +115,7 @@ class Asked:
 """
 
 
+@pytest.mark.slow
 def test_a_judge_without_a_url_is_served_by_the_run_itself_with_vllm(tmp_path: Path) -> None:
     (tmp_path / "asks.py").write_text(PLUGIN)
     code, _, err = small_run(
