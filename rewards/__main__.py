@@ -2,7 +2,8 @@
 
 `try` scores samples as a run would, in processes that can be killed, and shows score, details and time of each. For
 a reward that compares with ground truths it also checks that each truth, given as the response, scores the maximum.
-Exit codes as of rl.run: 0 done, 2 the input is wrong (also: a ground truth that does not score the maximum).
+Exit codes as of rl.run: 0 done, 2 the input is wrong (also: a ground truth that does not score the maximum), 1 anything
+else, such as an endpoint that does not answer.
 """
 
 import argparse
@@ -22,9 +23,11 @@ import yaml
 from rewards.endpoint import EndpointSpec, is_endpoint_name
 from rewards.registry import Reward, all_rewards, get
 from rewards.runner import Outage, PenaltySpec, RewardRunner, RewardSpec
+from rl.stop import Stop
 from rl.types import Prompt, Rollout, Scored
 
-DONE, WRONG_INPUT, INTERRUPTED = 0, 2, 130
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+TRIED = "tried"  # the task that all samples are scored as
 SHOWN = 10  # ground truths that fail, spelled out
 MOST_WAIT_S = 60.0  # for an endpoint that does not answer: somebody sits and watches
 
@@ -50,6 +53,12 @@ class Target:
     endpoints: Mapping[str, EndpointSpec]
     task: str | None = None  # in a recipe
 
+    @property
+    def verifiable(self) -> dict[str, RewardSpec]:
+        """The rewards that compare with ground truths, by number."""
+        found = [one for one in self.specs if get(one.use, one.params).reward.truth_as_text]
+        return {str(number): one for number, one in enumerate(found)}
+
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m rewards", description="List rewards, and try one on samples.")
@@ -69,9 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         return _list() if args.command == "list" else _try(args)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
+    except Stop as stop:
+        print(f"error: {stop}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -133,12 +145,12 @@ def _try(args: argparse.Namespace) -> int:
     target = _target(args.target, args.param, args.samples)
     samples = _of_task(read_samples(args.samples), target.task)
     # One task for all: whatever the samples' own task was called, this is the reward they get now.
-    asked = [replace(one, prompt=replace(one.prompt, task="tried")) for one in samples]
-    with _runner({"tried": target.specs}, target, args.workers) as runner:
+    asked = [replace(one, prompt=replace(one.prompt, task=TRIED)) for one in samples]
+    with _runner(target, args.workers) as runner:
         scored = runner.score(asked)
-    for sample in _as_lines(samples, scored) if args.json else _as_table(samples, scored):
-        print(sample)
-    return _check_truths(target, [one.prompt for one in samples], args.workers)
+        for sample in _as_lines(samples, scored) if args.json else _as_table(samples, scored):
+            print(sample)
+        return _check_truths(runner, target, [one.prompt for one in samples])
 
 
 def _target(target: str, params: Sequence[str], samples: str) -> Target:
@@ -179,7 +191,10 @@ def _of_task(samples: list[Rollout], task: str | None) -> list[Rollout]:
     return mine or samples
 
 
-def _runner(tasks: Mapping[str, Sequence[RewardSpec]], target: Target, workers: int) -> RewardRunner:
+def _runner(target: Target, workers: int) -> RewardRunner:
+    """Knows the target's rewards as one task, and each that compares with ground truths as a task of its own."""
+    alone = {name: [Spec(one.use, one.params, one.timeout_s, one.memory_mb)] for name, one in target.verifiable.items()}
+    tasks: dict[str, Sequence[RewardSpec]] = {TRIED: target.specs, **alone}
     waits = dict.fromkeys(target.endpoints, MOST_WAIT_S)
     runner = RewardRunner(tasks, workers=workers, endpoints=target.endpoints, max_wait_s=waits)
     if unserved := [name for name in sorted(runner.asks()) if not target.endpoints[name].url]:
@@ -222,15 +237,13 @@ def _as_table(samples: Sequence[Rollout], scored: Sequence[Scored]) -> Iterator[
     yield f"{len(scored)} samples, {mean}{len(scored) - len(valid)} invalid"
 
 
-def _check_truths(target: Target, prompts: Sequence[Prompt], workers: int) -> int:
+def _check_truths(runner: RewardRunner, target: Target, prompts: Sequence[Prompt]) -> int:
     """Each ground truth as a response must score the maximum of each reward that compares with it."""
-    checked = [spec for spec in target.specs if get(spec.use, spec.params).reward.truth_as_text]
     distinct = {json.dumps([p.id, p.ground_truth], default=repr): p for p in prompts if p.ground_truth is not None}
-    if not checked or not distinct:
+    if not target.verifiable or not distinct:
         return DONE
-    alone = {str(i): [Spec(one.use, one.params, one.timeout_s, one.memory_mb)] for i, one in enumerate(checked)}
-    with _runner(alone, target, workers) as runner:
-        wrong = [line for i, spec in enumerate(checked) for line in _failing(runner, str(i), spec, distinct.values())]
+    checked = target.verifiable.items()
+    wrong = [line for name, spec in checked for line in _failing(runner, name, spec, distinct.values())]
     if not wrong:
         print(f"ground truths: all {len(distinct)} score the maximum against themselves", file=sys.stderr)
         return DONE

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
@@ -51,6 +52,12 @@ class _Away:
     pause_s: float
     held: list[Job] = field(default_factory=list)
     probe: Job | None = None
+
+    def probe_again(self) -> None:
+        """The probe under way has ended without an answer; the next one comes after a longer pause."""
+        self.probe = None
+        self.pause_s = min(PROBE_S[1], 2 * self.pause_s)
+        self.probe_at = time.monotonic() + self.pause_s * random.uniform(0.8, 1.2)
 
 
 class AsyncPool:
@@ -100,18 +107,22 @@ class AsyncPool:
     def close(self) -> None:
         """Ends the process; unfinished jobs are cancelled."""
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
+            if self._waker < 0:
+                return
         atexit.unregister(self.close)
         os.write(self._waker, b".")
         if self._thread:
             self._thread.join()
-        held = [job for away in self._away.values() for job in (*away.held, away.probe) if job]
-        for job in (*self._running.values(), *self._suspects, *held, *self._waiting()):
-            _cancel(job)
+        for job in self._unfinished():
+            job.outcomes.cancel()
         os.close(self._wake)
         os.close(self._waker)
+        self._wake = self._waker = -1
+
+    def _unfinished(self) -> list[Job]:
+        held = [job for away in self._away.values() for job in (*away.held, away.probe) if job]
+        return [*self._running.values(), *self._suspects, *held, *self._waiting()]
 
     def _run(self) -> None:
         assert self._warm
@@ -128,6 +139,11 @@ class AsyncPool:
                     self._turn()
                 except (SetupFailed, Died) as e:
                     self._lost(e)
+        except BaseException as e:  # whoever waits for a job must hear of it, whatever it is
+            self._closed = True
+            for job in self._unfinished():
+                _fail(job, e)
+            raise
         finally:
             self._end()
 
@@ -230,14 +246,20 @@ class AsyncPool:
         self._end()
         if isinstance(error, SetupFailed):
             for job in (*self._running.values(), *self._suspects, *self._waiting()):
-                _resolve(job, job.all("invalid", error))
+                self._blame(job, "invalid", error)
             self._suspects.clear()
         elif self._alone is not None:
-            _resolve(self._alone, self._alone.all("exhausted" if self._alone.again else "invalid", error))
+            self._blame(self._alone, "exhausted" if self._alone.again else "invalid", error)
         else:
             self._suspects += self._running.values()
         self._running.clear()
         self._alone = None
+
+    def _blame(self, job: Job, kind: str, error: Exception) -> None:
+        for away in self._away.values():
+            if away.probe is job:  # it said nothing about the endpoint
+                away.probe_again()
+        _resolve(job, job.all(kind, error))
 
     def _hold(self, job: Job, endpoint: str, why: str) -> None:
         now = time.monotonic()
@@ -246,9 +268,7 @@ class AsyncPool:
             away = self._away[endpoint] = _Away(now, why, now + PROBE_S[0], PROBE_S[0])
             self.news.put(Outage(endpoint, why))
         if away.probe is job:
-            away.probe = None
-            away.pause_s = min(PROBE_S[1], 2 * away.pause_s)
-            away.probe_at = now + away.pause_s * random.uniform(0.8, 1.2)
+            away.probe_again()
         away.why = why
         away.held.append(job)
 
@@ -278,18 +298,10 @@ class AsyncPool:
 
 
 def _resolve(job: Job, outcomes: list[Outcome]) -> None:
-    try:
+    with suppress(InvalidStateError):  # cancelled, or given up on, in the meantime
         job.outcomes.set_result(outcomes)
-    except InvalidStateError:  # cancelled, or given up on, in the meantime
-        return
 
 
-def _fail(job: Job, error: Exception) -> None:
-    try:
+def _fail(job: Job, error: BaseException) -> None:
+    with suppress(InvalidStateError):  # likewise
         job.outcomes.set_exception(error)
-    except InvalidStateError:
-        return
-
-
-def _cancel(job: Job) -> None:
-    job.outcomes.cancel()

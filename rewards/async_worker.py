@@ -28,22 +28,21 @@ class AsyncWorker(Worker):
     async def _outcomes(
         self, bound: BoundReward, rollouts: Sequence[Rollout], timeout_s: float
     ) -> list[dict[str, Any]]:
+        counting = SampleClock()
+        clock.set(counting)
         try:
-            return outcomes_of(bound, await self._limited(bound, rollouts, timeout_s), len(rollouts))
+            result = await counting.limit(timeout_s, bound(list(rollouts) if bound.reward.group else rollouts[0]))
+            return outcomes_of(bound, result, len(rollouts))
         except Unreachable as e:
             found = {"away": e.endpoint, "why": e.why}
-        except TimeoutError:
-            found = {"exhausted": f"took longer than {timeout_s:g} s"}
+        except TimeoutError as e:  # ours, or one that the reward raised
+            late = counting.elapsed >= timeout_s
+            found = {"exhausted": f"took longer than {timeout_s:g} s"} if late else {"invalid": last_line(e)}
         except (MemoryError, RecursionError):
             os._exit(3)  # whose memory it was is found out by asking again, one at a time
         except (Exception, SystemExit, asyncio.CancelledError) as e:
             found = {"invalid": last_line(e)}
         return [found] * len(rollouts)
-
-    async def _limited(self, bound: BoundReward, rollouts: Sequence[Rollout], timeout_s: float) -> Any:
-        counting = SampleClock()
-        clock.set(counting)
-        return await counting.limit(timeout_s, bound(list(rollouts) if bound.reward.group else rollouts[0]))
 
 
 async def serve(connection: Connection) -> None:
@@ -64,6 +63,7 @@ async def serve(connection: Connection) -> None:
                     running.add(task)  # the loop itself keeps no hold on its tasks
                     task.add_done_callback(running.discard)
                 else:
+                    limit_memory(None)  # that of the units loaded before
                     start, failed = time.monotonic(), worker.load(unit)
                     say(connection, {"failed": failed, "seconds": time.monotonic() - start})
                     limit_memory(address_space() + (max(u.memory_mb for u in worker.units.values()) << 20))

@@ -446,7 +446,7 @@ def _is_judgement(finished: Future[list[Outcome]]) -> bool:
 
 
 def _question(part: _Part, rollout: Rollout) -> bytes:
-    """A digest of all that a reward can see of a rollout."""
+    """A digest of what is asked about a rollout: the content of its row, whatever that is called, and the response."""
     prompt = rollout.prompt
     seen = [prompt.task, prompt.messages, prompt.ground_truth, prompt.reference, prompt.meta, rollout.text]
     text = json.dumps([part.unit, seen, [p.digest for p in prompt.images]], sort_keys=True, default=repr)

@@ -158,9 +158,8 @@ def _make_paths_absolute(values: dict[str, Any], layers: Layers) -> None:
             holder[name] = _absolute(holder.get(name), origin.folder, always=name == "chat_template")
     rewards = values.get("rewards")
     for task, given in rewards.items() if isinstance(rewards, dict) else ():
-        if origin := layers.origin(f"rewards.{task}.use"):
-            for reward in given if isinstance(given, list) else [given]:
-                _make_reward_absolute(reward, origin.folder)
+        for reward in given if isinstance(given, list) else [given]:
+            _make_reward_absolute(reward, f"rewards.{task}", layers)
     endpoints = values.get("endpoints")
     for name, endpoint in endpoints.items() if isinstance(endpoints, dict) else ():
         origin = layers.origin(f"endpoints.{name}.model")
@@ -168,18 +167,23 @@ def _make_paths_absolute(values: dict[str, Any], layers: Layers) -> None:
             endpoint["model"] = _absolute(endpoint.get("model"), origin.folder)
 
 
-def _make_reward_absolute(reward: Any, folder: Path) -> None:
+def _make_reward_absolute(reward: Any, key: str, layers: Layers) -> None:
     """In place: the file in `use`, and parameters that are paths: those that begin with a dot, and existing files."""
     if not isinstance(reward, dict):
         return
+
+    def folder(name: str) -> Path:
+        origin = layers.origin(f"{key}.{name}")
+        return origin.folder if origin else Path.cwd()
+
     use, params = reward.get("use"), reward.get("params")
     if isinstance(use, str) and ".py:" in use:
         file, _, name = use.rpartition(":")
-        reward["use"] = f"{_absolute(file, folder, always=True)}:{name}"
+        reward["use"] = f"{_absolute(file, folder('use'), always=True)}:{name}"
     if isinstance(params, dict):
-        reward["params"] = {name: _path_or_other(value, folder) for name, value in params.items()}
+        reward["params"] = {n: _path_or_other(value, folder(f"params.{n}")) for n, value in params.items()}
     for penalty in reward.get("penalties") or ():
-        _make_reward_absolute(penalty, folder)
+        _make_reward_absolute(penalty, f"{key}.penalties", layers)
 
 
 def _path_or_other(value: Any, folder: Path) -> Any:

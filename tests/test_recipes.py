@@ -181,6 +181,14 @@ def test_paths_are_relative_to_the_file_that_names_them():
     assert config.rewards["math"][0].use == f"{here}/mine/own.py:Right"
 
 
+def test_a_parameter_that_is_a_path_is_relative_to_whoever_names_it():
+    write("mine/judge.jinja", "")
+    recipe = write("mine/r.yaml", MINE + "  box: {use: verifier, params: {template: judge.jinja, rule: all}}\n")
+    config, other = load(recipe).config, load(recipe, overrides=["rewards.box.params.template=./mine.jinja"]).config
+    assert config.rewards["box"][0].params == {"template": f"{Path.cwd()}/mine/judge.jinja", "rule": "all"}
+    assert other.rewards["box"][0].params["template"] == f"{Path.cwd()}/mine.jinja"
+
+
 def test_hub_ids_stay_as_they_are_unless_a_folder_has_that_name():
     hub = mine("", "model.path=owner/name", "data.train=owner/rows:train").config
     assert (hub.model.path, hub.data.train) == ("owner/name", ("owner/rows:train",))

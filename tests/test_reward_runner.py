@@ -22,6 +22,7 @@ from tests.judge_server import Reply, judge_server
 PLUGINS = '''
 import asyncio, os, signal, subprocess, sys, time
 from rewards import Invalid, Score, penalty, reward
+from rewards.endpoint import Unreachable
 
 
 @reward("obey")
@@ -98,6 +99,15 @@ async def waits(rollout):
             return float(len([bytearray(1 << 24) for _ in range(1 << 20)]))
         case ["raise"]:
             return {}["nothing"]
+        case ["tire"]:
+            raise TimeoutError("its own patience is over")
+        case ["patient" | "fragile" as kind, seen]:  # `seen` is a file that says how often it was asked
+            with open(seen, "a") as file:
+                file.write("x")
+            if os.path.getsize(seen) == 1:
+                raise Unreachable("judge", "not there yet")
+            if kind == "fragile":
+                os.kill(os.getpid(), signal.SIGKILL)
     return Score(0.25, {"pid": os.getpid()})
 
 
@@ -467,6 +477,7 @@ def test_async_rewards_wait_side_by_side_in_one_process(runner: RewardRunner) ->
     [
         ("hang", "took longer than 1 s"),
         ("raise", "KeyError: 'nothing' (plugins.py:"),
+        ("tire", "TimeoutError: its own patience is over (plugins.py:"),
         ("die", "its process was killed by SIGKILL"),
         ("eat", "its process ended with exit code 3"),
         ("block", "it blocked the event loop for "),
@@ -518,6 +529,17 @@ def test_waiting_for_a_judge_ends_after_its_max_wait_with_its_name(monkeypatch: 
         pytest.raises(async_pool.EndpointAway, match=r"endpoint 'judge' has not answered for \d+ s.*HTTP 503"),
     ):
         asks.score([rollout(str(i), task="t", truth=str(i)) for i in range(4)])
+
+
+def test_a_probe_that_dies_does_not_strand_what_waits_for_the_endpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_pool, "PROBE_S", (0.2, 0.5))
+    answers = [f"{kind} {tmp_path / kind}" for kind in ("fragile", "patient")]
+    with RewardRunner({"t": [Spec("plugins.py:waits")]}, folder, max_wait_s={"judge": 30}) as waiting:
+        fragile, patient = waiting.score([rollout(answer, task="t") for answer in answers])
+    assert fragile.invalid == "reward waits: its process was killed by SIGKILL"
+    assert (patient.reward, patient.invalid) == (0.25, None)
 
 
 def test_an_endpoint_the_recipe_does_not_have_is_refused_before_anything_starts() -> None:
