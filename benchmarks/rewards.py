@@ -7,16 +7,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from math import gcd
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
 from rewards.runner import RewardRunner
+from rl.config import Reward
 from rl.types import Prompt, Rollout, Scored
 
 SAMPLES, ANSWERS = 64, 2000
@@ -45,18 +45,6 @@ def half_and_half(rollout: Rollout, rounds: int, rest_s: float) -> float:
     time.sleep(rest_s)
     return total / 1_000_003
 '''
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A reward as a recipe would name it."""
-
-    use: str
-    params: Mapping[str, Any] = field(default_factory=dict)
-    timeout_s: float | None = None
-    memory_mb: int = 1024
-    weight: float = 1.0
-    penalties: tuple[()] = ()
 
 
 def rollout(text: str, truth: str | None = None, row: str = "row") -> Rollout:
@@ -113,7 +101,7 @@ def half_and_half() -> Iterator[RewardRunner]:
     params = {"rounds": int(rounds * 0.05 / min(took)), "rest_s": 0.05}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "plugin.py").write_text(PLUGIN)
-        spec = Spec("plugin.py:half_and_half", params, TIMEOUT_S)
+        spec = Reward(use="plugin.py:half_and_half", params=params, timeout_s=TIMEOUT_S)
         with RewardRunner({"task": [spec]}, folder, workers=CORES) as runner:
             runner.warm().result()
             time.sleep(2.0)  # the reserve loads
@@ -184,7 +172,7 @@ def fresh(side: str) -> tuple[float, float, list[float]]:
 
 def ours(pairs: Sequence[tuple[str, str]]) -> list[float]:
     rollouts = [rollout(answer, truth, f"row-{place}") for place, (truth, answer) in enumerate(pairs)]
-    with RewardRunner({"task": [Spec("math_verify")]}, workers=CORES) as runner:
+    with RewardRunner({"task": [Reward(use="math_verify")]}, workers=CORES) as runner:
         scored = runner.score(rollouts)
     assert not any(one.invalid for one in scored), next(one.invalid for one in scored if one.invalid)
     return [one.reward for one in scored]

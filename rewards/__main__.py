@@ -14,15 +14,17 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
 
+from rewards import registry
 from rewards.endpoint import EndpointSpec, is_endpoint_name
-from rewards.registry import Reward, all_rewards, get
-from rewards.runner import Outage, PenaltySpec, RewardRunner, RewardSpec
+from rewards.registry import all_rewards, get
+from rewards.runner import Outage, RewardRunner
+from rl.config import Penalty, Reward
 from rl.stop import Stop
 from rl.types import Prompt, Rollout, Scored
 
@@ -33,28 +35,15 @@ MOST_WAIT_S = 60.0  # for an endpoint that does not answer: somebody sits and wa
 
 
 @dataclass(frozen=True)
-class Spec:
-    """A reward as the command line names it."""
-
-    use: str
-    params: Mapping[str, Any] = field(default_factory=dict)
-    timeout_s: float | None = None
-    memory_mb: int = 2048
-    weight: float = 1.0
-    penalties: Sequence[PenaltySpec] = ()
-    magnitude: float = 1.0
-
-
-@dataclass(frozen=True)
 class Target:
     """What scores the samples: the rewards of one task."""
 
-    specs: Sequence[RewardSpec]
+    specs: Sequence[Reward]
     endpoints: Mapping[str, EndpointSpec]
     task: str | None = None  # in a recipe
 
     @property
-    def verifiable(self) -> dict[str, RewardSpec]:
+    def verifiable(self) -> dict[str, Reward]:
         """The rewards that compare with ground truths, by number."""
         found = [one for one in self.specs if get(one.use, one.params).reward.truth_as_text]
         return {str(number): one for number, one in enumerate(found)}
@@ -100,7 +89,7 @@ def _list() -> int:
     return DONE
 
 
-def _first_line(found: Reward) -> str:
+def _first_line(found: registry.Reward) -> str:
     lines = (inspect.getdoc(found.target) or "no docstring").splitlines()
     return lines[0].strip()
 
@@ -161,8 +150,8 @@ def _target(target: str, params: Sequence[str], samples: str) -> Target:
         return _of_recipe(file, task, samples)
     given = dict(_assignment(text) for text in params)
     if get(target, given).reward.kind == "penalty":  # shown by what it leaves of a reward of 1
-        return Target([Spec("constant", penalties=[Spec(target, given)])], {})
-    return Target([Spec(target, given)], {})
+        return Target([Reward(use="constant", penalties=(Penalty(use=target, params=given),))], {})
+    return Target([Reward(use=target, params=given)], {})
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -193,10 +182,10 @@ def _of_task(samples: list[Rollout], task: str | None) -> list[Rollout]:
 
 def _runner(target: Target, workers: int) -> RewardRunner:
     """Knows the target's rewards as one task, and each that compares with ground truths as a task of its own."""
-    alone = {name: [Spec(one.use, one.params, one.timeout_s, one.memory_mb)] for name, one in target.verifiable.items()}
-    tasks: dict[str, Sequence[RewardSpec]] = {TRIED: target.specs, **alone}
-    waits = dict.fromkeys(target.endpoints, MOST_WAIT_S)
-    runner = RewardRunner(tasks, workers=workers, endpoints=target.endpoints, max_wait_s=waits)
+    alone = {name: [one.model_copy(update={"penalties": (), "weight": 1.0})] for name, one in target.verifiable.items()}
+    tasks: dict[str, Sequence[Reward]] = {TRIED: target.specs, **alone}
+    endpoints = {name: replace(one, max_wait=MOST_WAIT_S) for name, one in target.endpoints.items()}
+    runner = RewardRunner(tasks, workers=workers, endpoints=endpoints)
     if unserved := [name for name in sorted(runner.asks()) if not target.endpoints[name].url]:
         raise ValueError(
             f"endpoint {unserved[0]!r} is served by a run; start it by hand and give its url to try it here"
@@ -252,7 +241,7 @@ def _check_truths(runner: RewardRunner, target: Target, prompts: Sequence[Prompt
     return WRONG_INPUT
 
 
-def _failing(runner: RewardRunner, task: str, spec: RewardSpec, prompts: Any) -> Iterator[str]:
+def _failing(runner: RewardRunner, task: str, spec: Reward, prompts: Any) -> Iterator[str]:
     as_text = get(spec.use, spec.params).reward.truth_as_text
     assert as_text
     responses = [Rollout(replace(one, task=task), as_text(one.ground_truth)) for one in prompts]

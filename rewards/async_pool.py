@@ -12,14 +12,13 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
 
-from rewards.pool import Job, Outcome
+from rewards.pool import Job, Outcome, Pool
 from rewards.process import Died, Process, SetupFailed
 from rewards.worker import Orders
 from rl.stop import Stop
@@ -60,15 +59,15 @@ class _Away:
         self.probe_at = time.monotonic() + self.pause_s * random.uniform(0.8, 1.2)
 
 
-class AsyncPool:
-    """Jobs of async units in, outcomes out; started by warm() or by the first job.
+class AsyncPool(Pool):
+    """Jobs of async units in, outcomes out. An outage longer than the endpoint's `max_wait` fails what waits for it
+    with EndpointAway.
 
-    max_wait_s  endpoint -> seconds after which its outage fails what waits for it with EndpointAway
-    news        outages as they begin and end, for whoever wants to hear
+    news  outages as they begin and end, for whoever wants to hear
     """
 
-    def __init__(self, orders: Orders, max_wait_s: Mapping[str, float], setup_s: float):
-        self.orders, self.max_wait_s, self.setup_s = orders, dict(max_wait_s), setup_s
+    def __init__(self, orders: Orders, setup_s: float):
+        super().__init__(orders, setup_s)
         self.news: queue.SimpleQueue[Outage] = queue.SimpleQueue()
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._wake, self._waker = os.pipe()
@@ -80,24 +79,10 @@ class AsyncPool:
         self._heard = 0.0  # when the process last said something
         self._process: Process | None = None
         self._thread: threading.Thread | None = None
-        self._warm: Future[float] | None = None
-        self._closed = False
-        self._lock = threading.Lock()
 
-    def warm(self) -> Future[float]:
-        """Starts the process and loads every unit, in the background; see RewardRunner.warm."""
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("these reward workers are closed")
-            if self._warm is None:
-                self._warm = Future()
-                if not self.orders.units:
-                    self._warm.set_result(0.0)
-                    return self._warm
-                atexit.register(self.close)
-                self._thread = threading.Thread(target=self._run, name="async rewards", daemon=True)
-                self._thread.start()
-            return self._warm
+    def _start(self, ready: Future[float]) -> None:
+        self._thread = threading.Thread(target=self._run, args=(ready,), name="async rewards", daemon=True)
+        self._thread.start()
 
     def put(self, job: Job) -> None:
         self.warm()
@@ -107,7 +92,7 @@ class AsyncPool:
     def close(self) -> None:
         """Ends the process; unfinished jobs are cancelled."""
         with self._lock:
-            self._closed = True
+            self.closed = True
             if self._waker < 0:
                 return
         atexit.unregister(self.close)
@@ -124,23 +109,22 @@ class AsyncPool:
         held = [job for away in self._away.values() for job in (*away.held, away.probe) if job]
         return [*self._running.values(), *self._suspects, *held, *self._waiting()]
 
-    def _run(self) -> None:
-        assert self._warm
+    def _run(self, ready: Future[float]) -> None:
         start = time.monotonic()
         try:
             self._begin()
         except (SetupFailed, Died) as e:
-            self._warm.set_exception(RuntimeError(str(e)))
+            ready.set_exception(RuntimeError(str(e)))
         else:
-            self._warm.set_result(time.monotonic() - start)
+            ready.set_result(time.monotonic() - start)
         try:
-            while not self._closed:
+            while not self.closed:
                 try:
                     self._turn()
                 except (SetupFailed, Died) as e:
                     self._lost(e)
         except BaseException as e:  # whoever waits for a job must hear of it, whatever it is
-            self._closed = True
+            self.closed = True
             for job in self._unfinished():
                 _fail(job, e)
             raise
@@ -161,7 +145,7 @@ class AsyncPool:
 
     def _loaded(self, unit: str) -> None:
         deadline = time.monotonic() + self.setup_s
-        while not self._closed:
+        while not self.closed:
             assert self._process
             try:
                 reply = self._process.receive(min(0.2, max(0.0, deadline - time.monotonic())))
@@ -276,7 +260,7 @@ class AsyncPool:
         """Probe endpoints whose time has come; give up on those that were waited for too long."""
         now = time.monotonic()
         for endpoint, away in list(self._away.items()):
-            if now - away.since > self.max_wait_s.get(endpoint, 0.0):
+            if now - away.since > self.orders.endpoints[endpoint].max_wait:
                 error = EndpointAway(
                     f"endpoint {endpoint!r} has not answered for {now - away.since:.0f} s, longer than its max_wait: "
                     f"{away.why}",

@@ -6,17 +6,16 @@ a reference here, and what vouches for it, is a reconstruction.
 
 # ruff: noqa: RUF001  # punctuation and headings of several scripts are matched
 
-import importlib
-import importlib.util
 import re
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from rewards import Invalid, Rollout, Score, penalty
+from rewards.registry import load_module
+from rewards.text import visible, words_of
 
 MAX_LENGTH = 2048  # characters of a URL or identifier; a longer one is an offence
 MAX_ENTRY = 500  # characters of a reference list's entry that are compared
@@ -176,7 +175,7 @@ class Citation:
             return False
         try:
             return bool(self.resolver(askable))
-        except Exception as e:
+        except Exception as e:  # somebody's function, which may raise anything
             raise Invalid(f"resolver {self.resolver_name} failed: {type(e).__name__}: {e}") from e
 
 
@@ -291,24 +290,15 @@ def _words(text: str) -> list[str]:
 
 def _plain(text: str) -> str:
     """Without invisible characters and lone surrogates; full-width letters and signs of links made plain."""
-    kept = (c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
-    plain = "".join(kept).translate({0xFF0E: ".", 0xFF0F: "/"} | {0xFF21 + i: 0x41 + i for i in range(58)})
+    plain = visible(text).translate({0xFF0E: ".", 0xFF0F: "/"} | {0xFF21 + i: 0x41 + i for i in range(58)})
     return plain.replace("：//", "://")
 
 
 def _given(rollout: Rollout) -> Iterator[str]:
-    for message in rollout.prompt.messages:
-        yield from _texts(message)
+    yield from map(words_of, rollout.prompt.messages)
     yield rollout.prompt.reference or ""
     truth = rollout.prompt.ground_truth
     yield truth if isinstance(truth, str) else ""
-
-
-def _texts(message: Mapping[str, Any]) -> Sequence[str]:
-    content = message.get("content")
-    if isinstance(content, str):
-        return [content]
-    return [str(part.get("text") or "") for part in content or () if part.get("type") == "text"]
 
 
 def _askable(identifier: str) -> str | None:
@@ -326,16 +316,9 @@ def _askable(identifier: str) -> str | None:
 def _imported(target: str) -> Callable[[str], Any]:
     place, _, name = target.rpartition(":")
     try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(f"resolver_{Path(place).stem}", Path(place).resolve())
-            assert spec and spec.loader, place
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-    except Exception as e:
-        raise ValueError(f"citation: resolver {target!r} does not import: {type(e).__name__}: {e}") from e
-    function = getattr(module, name, None)
+        function = getattr(load_module(place, Path()), name, None)
+    except ValueError as e:
+        raise ValueError(f"citation: resolver {target!r}: {e}") from e
     if not callable(function):
         raise ValueError(f"citation: resolver {target!r}: {place} has no function {name!r}")
     return function

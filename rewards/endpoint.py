@@ -145,6 +145,7 @@ class EndpointSpec:
     retries: int = 5  # of one request, after 429, 5xx, a timeout or a broken connection
     images: bool = False  # whether the model is shown pictures
     structured: bool = True  # whether the server honours response_format json_schema
+    max_wait: float = 3600.0  # seconds that samples wait for it when it stays away, before that ends the run
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.timeout_s <= 0 or self.retries < 0:

@@ -1,14 +1,13 @@
 """How close the text an answer reads out comes to the true text, by edit distance."""
 
 import re
-import unicodedata
 from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
 from rewards import Invalid, Rollout, Score, reward
 from rewards.registry import as_response
-from rewards.text import marked_answer
+from rewards.text import folded, marked_answer
 
 LONGEST_TRUTH = 20_000
 """Characters; the comparison takes time with the product of both lengths."""
@@ -35,9 +34,9 @@ def ocr(rollout: Rollout, case_sensitive: bool = True) -> Score:
     """
     best = 0.0
     for true in _true_texts(rollout):
-        wanted, limit = _folded(true, case_sensitive), LONGEST_TIMES * len(true) + LONGEST_PLUS
+        wanted, limit = _comparable(true, case_sensitive), LONGEST_TIMES * len(true) + LONGEST_PLUS
         text = _transcription(rollout.answer, true, limit)
-        if len(text) <= limit and len(given := _folded(text, case_sensitive)) <= limit:
+        if len(text) <= limit and len(given := _comparable(text, case_sensitive)) <= limit:
             best = max(best, Levenshtein.normalized_similarity(given, wanted))
     return Score(best) if best else Score(0.0, {"why": "nothing in common with the true text, or far longer"})
 
@@ -46,7 +45,7 @@ def _true_texts(rollout: Rollout) -> list[str]:
     truth, row = rollout.prompt.ground_truth, rollout.prompt.id
     texts = list(truth) if isinstance(truth, list | tuple) else [truth]
     for text in texts:
-        if not isinstance(text, str | int | float) or not _folded(str(text), True):
+        if not isinstance(text, str | int | float) or not folded(str(text)):
             raise Invalid(f"ocr needs text or a list of texts as ground truth; row {row} has {truth!r}"[:500])
         if len(str(text)) > LONGEST_TRUTH:
             raise Invalid(f"the true text of row {row} has {len(str(text))} characters; ocr takes {LONGEST_TRUTH}")
@@ -63,8 +62,5 @@ def _transcription(answer: str, true: str, limit: int) -> str:
     return fenced[1] if fenced else text
 
 
-def _folded(text: str, case_sensitive: bool) -> str:
-    text = unicodedata.normalize("NFKC", text)
-    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
-    text = " ".join(text.split())
-    return text if case_sensitive else text.casefold()
+def _comparable(text: str, case_sensitive: bool) -> str:
+    return folded(text) if case_sensitive else folded(text).casefold()

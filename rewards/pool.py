@@ -67,17 +67,12 @@ class Countdown:
             self.future.set_result(time.monotonic() - self.start)
 
 
-class WorkerPool:
-    """`workers` processes, and one in reserve, that each hold every unit; started by warm() or by the first job."""
+class Pool:
+    """What holds units and scores jobs with them; started by warm() or by the first job."""
 
-    def __init__(self, orders: Orders, workers: int, setup_s: float):
-        self.orders, self.workers, self.setup_s = orders, workers, setup_s
-        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.turns = threading.Semaphore(workers)  # one for each process that computes and is not stuck
+    def __init__(self, orders: Orders, setup_s: float):
+        self.orders, self.setup_s = orders, setup_s
         self.closed = False
-        self._slots: list[_Slot] = []
-        self._stuck = 0
-        self._usual_s: dict[str, float] = {}
         self._warm: Future[float] | None = None
         self._lock = threading.Lock()
 
@@ -88,15 +83,38 @@ class WorkerPool:
                 raise RuntimeError("these reward workers are closed")
             if self._warm is None:
                 self._warm = Future()
-                if not self.orders.units:
+                if self.orders.units:
+                    atexit.register(self.close)
+                    self._start(self._warm)
+                else:
                     self._warm.set_result(0.0)
-                    return self._warm
-                atexit.register(self.close)
-                ready = Countdown(self.workers, self._warm)
-                for _ in range(self.workers):
-                    self._add(ready.done)
-                self._warm.add_done_callback(lambda _: self._keep_reserve())
             return self._warm
+
+    def _start(self, ready: Future[float]) -> None:
+        """To begin loading; `ready` gets the seconds it took, or RuntimeError."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class WorkerPool(Pool):
+    """`workers` processes, and one in reserve, that each hold every unit."""
+
+    def __init__(self, orders: Orders, workers: int, setup_s: float):
+        super().__init__(orders, setup_s)
+        self.workers = workers
+        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.turns = threading.Semaphore(workers)  # one for each process that computes and is not stuck
+        self._slots: list[_Slot] = []
+        self._stuck = 0
+        self._usual_s: dict[str, float] = {}
+
+    def _start(self, ready: Future[float]) -> None:
+        countdown = Countdown(self.workers, ready)
+        for _ in range(self.workers):
+            self._add(countdown.done)
+        ready.add_done_callback(lambda _: self._keep_reserve())
 
     def put(self, job: Job) -> None:
         """Queues a job; its future is resolved by the next free worker."""

@@ -141,7 +141,13 @@ def reward(
     needs       what each row must have, which is checked before a run starts: "ground_truth" (a verifiable reward's,
                 without saying) or the teacher's "reference"
     """
-    return _registered(name, "reward", group, lowest, highest, on_timeout, verifiable, timeout_s, needs)
+    as_text = as_response if verifiable is True else verifiable or None
+    needs = needs or ("ground_truth" if verifiable else None)
+    return _register(
+        lambda target: Reward(
+            name, target, group, float(lowest), float(highest), on_timeout, "reward", as_text, timeout_s, needs
+        )
+    )
 
 
 def penalty(
@@ -152,29 +158,17 @@ def penalty(
 
         lowest + (value - lowest) * product over penalties of (1 - magnitude * offence)
     """
-    return _registered(name, "penalty", group, 0.0, 1.0, on_timeout, False, timeout_s, None)
+    return _register(lambda target: Reward(name, target, group, 0.0, 1.0, on_timeout, "penalty", None, timeout_s, None))
 
 
-def _registered(
-    name: str,
-    kind: Kind,
-    group: bool,
-    lowest: float,
-    highest: float,
-    on_timeout: OnTimeout,
-    verifiable: bool | Callable[[Any], str],
-    timeout_s: float,
-    needs: Needed | None,
-) -> Callable[[Target], Target]:
-    if on_timeout not in ("invalid", "lowest"):
-        raise ValueError(f"{kind} {name!r}: on_timeout is {on_timeout!r}; it is 'invalid' or 'lowest'")
-    as_text = as_response if verifiable is True else verifiable or None
-    needs = needs or ("ground_truth" if verifiable else None)
-
+def _register(declared: Callable[[Callable[..., Any]], Reward]) -> Callable[[Target], Target]:
     def register(target: Target) -> Target:
-        entry = Reward(name, target, group, float(lowest), float(highest), on_timeout, kind, as_text, timeout_s, needs)
-        others = [r for r in _REGISTRY.get(name, []) if r.source != entry.source]
-        _REGISTRY[name] = [*others, entry]
+        entry = declared(target)
+        if entry.on_timeout not in ("invalid", "lowest"):
+            wrong = f"on_timeout is {entry.on_timeout!r}; it is 'invalid' or 'lowest'"
+            raise ValueError(f"{entry.kind} {entry.name!r}: {wrong}")
+        others = [r for r in _REGISTRY.get(entry.name, []) if r.source != entry.source]
+        _REGISTRY[entry.name] = [*others, entry]
         target.__reward__ = entry  # type: ignore[attr-defined]  # found again by attribute for file.py:Name
         return target
 
@@ -210,12 +204,7 @@ def get(
     for a target that is not there, naming the nearest, for parameters that do not fit its signature, and for an
     endpoint that is not among `endpoints`, if these are given.
     """
-    if ":" not in target:
-        found = _by_name(target)
-    elif target.rpartition(":")[0].endswith(".py"):
-        found = _by_file(target, Path(base_dir or "."))
-    else:
-        found = _by_module(target)
+    found = _by_place(target, Path(base_dir or ".")) if ":" in target else _by_name(target)
     bound = BoundReward(found, _checked(found, dict(params or {})))
     for name in bound.endpoints:
         if endpoints is not None and name not in endpoints:
@@ -245,19 +234,36 @@ def _by_name(name: str) -> Reward:
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
         try:
             loaded = entry.load()
-        except Exception as e:
+        except Exception as e:  # somebody's package, which may raise anything
             raise ValueError(f"entry point {name} = {entry.value} does not load: {type(e).__name__}: {e}") from e
         return _declared(loaded, f"entry point {name} = {entry.value}")
     known = names()
     raise ValueError(f"no reward is called {name!r}{_nearest(name, known)}; there are: {', '.join(known)}")
 
 
-def _by_file(target: str, base_dir: Path) -> Reward:
-    file, _, name = target.rpartition(":")
-    path = (base_dir / file).resolve()
+def _by_place(target: str, base_dir: Path) -> Reward:
+    place, _, name = target.rpartition(":")
+    try:
+        module = load_module(place, base_dir)
+    except ValueError as e:
+        raise ValueError(f"reward {target!r}: {e}") from e
+    return _member(module, name, target)
+
+
+def load_module(place: str, base_dir: Path) -> ModuleType:
+    """What stands before the colon in `file.py:Name` (relative to `base_dir`) and `pkg.module:Name`, imported.
+
+    Raises ValueError if it is not there or does not import.
+    """
+    if not place.endswith(".py"):
+        try:
+            return importlib.import_module(place)
+        except Exception as e:  # somebody's module, which may raise anything
+            raise ValueError(f"cannot import {place}: {type(e).__name__}: {e}; run where Python finds it") from e
+    path = (base_dir / place).resolve()
     if not path.is_file():
-        raise ValueError(f"reward {target!r}: there is no file {path} (paths are relative to the recipe)")
-    return _member(_load_file(path), name, target)
+        raise ValueError(f"there is no file {path}")
+    return _load_file(path)
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -271,18 +277,10 @@ def _load_file(path: Path) -> ModuleType:
     module = sys.modules[alias] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    except Exception as e:  # somebody's file, which may raise anything
         del sys.modules[alias]
         raise ValueError(f"reward file {path} does not import: {type(e).__name__}: {e}") from e
     return module
-
-
-def _by_module(target: str) -> Reward:
-    module, _, name = target.rpartition(":")
-    try:
-        return _member(importlib.import_module(module), name, target)
-    except ImportError as e:
-        raise ValueError(f"reward {target!r}: cannot import {module}: {e}; run where Python finds it") from e
 
 
 def _member(module: ModuleType, name: str, target: str) -> Reward:

@@ -1,13 +1,13 @@
 """A reward model's number for a response: a Hugging Face folder that classifies a chat into one score."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from rewards import Invalid, Rollout, Score, reward
+from rewards.text import words_of
 
 CHARACTERS_PER_TOKEN = 16
 """An answer is cut to its last so many characters per token of room first: tokenizing a megabyte takes seconds."""
@@ -81,17 +81,10 @@ class RewardModel:
         answer = rollout.answer[-CHARACTERS_PER_TOKEN * self.room :]
         for token in self.tokenizer.get_added_vocab():
             answer = answer.replace(token, " ")
-        chat = [{"role": m["role"], "content": _text(m["content"])} for m in rollout.prompt.messages]
+        chat = [{"role": m["role"], "content": words_of(m)} for m in rollout.prompt.messages]
         chat.append({"role": "assistant", "content": answer})
         text = self.tokenizer.apply_chat_template(chat, tokenize=False)
         return self.tokenizer(text, add_special_tokens=False).input_ids[-self.room :]
-
-
-def _text(content: str | list[Mapping[str, Any]]) -> str:
-    """A message's content without its pictures."""
-    if isinstance(content, str):
-        return content
-    return "\n".join(part["text"] for part in content if part.get("type") == "text")
 
 
 def _sigmoid(score: float) -> float:

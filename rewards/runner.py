@@ -1,7 +1,7 @@
 """Runs a recipe's rewards: Rollout in, Scored out, and nothing that a reward does hurts the run.
 
-A task has one reward or several weighted ones, each with penalties. What computes goes to rewards.pool, what waits
-for an endpoint to rewards.async_pool; this file puts their answers together again.
+What computes goes to rewards.pool, what waits for an endpoint to rewards.async_pool; how their outcomes make one score
+is in rewards.compose.
 """
 
 import hashlib
@@ -10,91 +10,22 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
 
 from rewards.async_pool import AsyncPool, EndpointAway, Outage
+from rewards.compose import Assembly, Builder, Part, Task
 from rewards.endpoint import EndpointSpec
 from rewards.pool import Job, Outcome, WorkerPool
-from rewards.registry import BoundReward, Kind, get
-from rewards.worker import Orders, Unit
+from rewards.worker import Orders
+from rl import config
 from rl.types import Prompt, Rollout, Scored
 
 __all__ = ["EndpointAway", "Outage", "RewardRunner", "Scoring"]
 
 SHOWN = 20  # bad rows that a message spells out
 REMEMBERED = 100_000  # judgements kept, so that the same question about the same response is asked once
-
-
-class PenaltySpec(Protocol):
-    """What a recipe says of a penalty."""
-
-    @property
-    def use(self) -> str: ...
-    @property
-    def params(self) -> Mapping[str, Any]: ...
-    @property
-    def timeout_s(self) -> float | None: ...
-    @property
-    def memory_mb(self) -> int: ...
-    @property
-    def magnitude(self) -> float: ...
-
-
-class RewardSpec(Protocol):
-    """What a recipe says of one of a task's rewards."""
-
-    @property
-    def use(self) -> str: ...
-    @property
-    def params(self) -> Mapping[str, Any]: ...
-    @property
-    def timeout_s(self) -> float | None: ...
-    @property
-    def memory_mb(self) -> int: ...
-    @property
-    def weight(self) -> float: ...
-    @property
-    def penalties(self) -> Sequence[PenaltySpec]: ...
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A reward or penalty of a task: what scores it, and what it is called in metrics."""
-
-    name: str
-    unit: str
-    bound: BoundReward
-    timeout_s: float
-    factor: float  # a reward's weight, a penalty's magnitude
-    penalties: tuple["_Part", ...] = ()
-
-    @property
-    def everything(self) -> tuple["_Part", ...]:
-        return (self, *self.penalties)
-
-
-@dataclass(frozen=True)
-class _Task:
-    """All of a task's rewards."""
-
-    rewards: tuple[_Part, ...]
-
-    @property
-    def parts(self) -> list[_Part]:
-        return [part for reward in self.rewards for part in reward.everything]
-
-    @property
-    def group(self) -> bool:
-        """Whether any part wants all rollouts of a prompt at once."""
-        return any(part.bound.reward.group for part in self.parts)
-
-    def bound(self, edge: str) -> float:
-        """The "lowest" or "highest" that the weighted sum can be."""
-        other = {"lowest": "highest", "highest": "lowest"}[edge]
-        return sum(r.factor * getattr(r.bound.reward, edge if r.factor >= 0 else other) for r in self.rewards)
 
 
 class RewardRunner:
@@ -105,7 +36,6 @@ class RewardRunner:
                 endpoint does not count), from when the reward is loaded; `memory_mb`, MiB that scoring may take on
                 top of what loading took
     endpoints   the judges' servers by name, of which rewards ask
-    max_wait_s  endpoint -> seconds for which samples wait for it when it stays away, before EndpointAway ends it all
     base_dir    the folder `file.py:Name` is relative to
     workers     processes for rewards that compute
     setup_s     seconds that importing a reward and its `setup()` may take
@@ -119,11 +49,10 @@ class RewardRunner:
 
     def __init__(
         self,
-        tasks: Mapping[str, Sequence[RewardSpec]],
+        tasks: Mapping[str, Sequence[config.Reward]],
         base_dir: str | Path = ".",
         workers: int = 2,
         endpoints: Mapping[str, EndpointSpec] | None = None,
-        max_wait_s: Mapping[str, float] | None = None,
         setup_s: float = 300.0,
     ):
         if workers < 1:
@@ -131,13 +60,13 @@ class RewardRunner:
         self.on_outage: Callable[[Outage], None] = lambda outage: None  # called in the thread that waits for scores
         folder = Path(base_dir).resolve()
         self._endpoints = dict(endpoints or {})
-        builder = _Builder(folder, self._endpoints)
+        builder = Builder(folder, self._endpoints)
         self._tasks = {task: builder.task(task, specs) for task, specs in tasks.items()}
         waits = {part.unit for task in self._tasks.values() for part in task.parts if part.bound.reward.asynchronous}
         waiting = {unit: found for unit, found in builder.units.items() if unit in waits}
         computing = {unit: found for unit, found in builder.units.items() if unit not in waits}
         self._pool = WorkerPool(Orders(computing, folder, self._endpoints), workers, setup_s)
-        self._async = AsyncPool(Orders(waiting, folder, self._endpoints), max_wait_s or {}, setup_s)
+        self._async = AsyncPool(Orders(waiting, folder, self._endpoints), setup_s)
         self._remembered: OrderedDict[bytes, Future[list[Outcome]]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -211,7 +140,7 @@ class RewardRunner:
     def submit_group(self, rollouts: Sequence[Rollout]) -> list[Future[Scored]]:
         """Scores all rollouts of one prompt, in order: group rewards together, others each by itself."""
         task = self._task(rollouts[0].prompt.task)
-        made = [_Assembly(task, rollout) for rollout in rollouts]
+        made = [Assembly(task, rollout) for rollout in rollouts]
         for index, part in enumerate(task.parts):
             members = made if part.bound.reward.group else [one for one in made if not one.truncated]
             batches = [members] if part.bound.reward.group else [[one] for one in members]
@@ -257,7 +186,7 @@ class RewardRunner:
     ) -> None:
         self.close()
 
-    def _put(self, part: _Part, index: int, batch: Sequence["_Assembly"]) -> None:
+    def _put(self, part: Part, index: int, batch: Sequence["Assembly"]) -> None:
         """Has `part` score a batch, and gives each of it its outcome."""
         reward, rollouts = part.bound.reward, [one.rollout for one in batch]
         if reward.asynchronous and not reward.group:
@@ -271,13 +200,13 @@ class RewardRunner:
 
         outcomes.add_done_callback(settle)
 
-    def _start(self, part: _Part, rollouts: Sequence[Rollout]) -> Future[list[Outcome]]:
+    def _start(self, part: Part, rollouts: Sequence[Rollout]) -> Future[list[Outcome]]:
         reward = part.bound.reward
         job = Job(part.unit, rollouts, part.timeout_s * len(rollouts), reward.on_timeout == "lowest")
         (self._async if reward.asynchronous else self._pool).put(job)
         return job.outcomes
 
-    def _judgement(self, part: _Part, rollout: Rollout) -> Future[list[Outcome]]:
+    def _judgement(self, part: Part, rollout: Rollout) -> Future[list[Outcome]]:
         """The outcome of an identical question asked before in this run, or under way; else a new one."""
         key = _question(part, rollout)
         with self._lock:
@@ -292,7 +221,7 @@ class RewardRunner:
                 self._remembered.popitem(last=False)
         return asked
 
-    def _task(self, task: str) -> _Task:
+    def _task(self, task: str) -> Task:
         if task not in self._tasks:
             raise ValueError(self._no_reward(task))
         return self._tasks[task]
@@ -330,122 +259,12 @@ class Scoring:
         return self._runner.results([self._futures[place] for place in sorted(self._futures)])
 
 
-class _Builder:
-    """Recipe to parts; equal rewards of several tasks become one unit, loaded once."""
-
-    def __init__(self, folder: Path, endpoints: Mapping[str, EndpointSpec]):
-        self.folder, self.endpoints = folder, endpoints
-        self.units: dict[str, Unit] = {}
-
-    def task(self, task: str, specs: Sequence[RewardSpec]) -> _Task:
-        taken: dict[str, int] = {}
-        rewards = []
-        for spec in specs:
-            made = self._part(task, spec, "reward", spec.weight, taken)
-            penalties = [self._part(task, one, "penalty", one.magnitude, taken) for one in spec.penalties]
-            rewards.append(replace(made, penalties=tuple(penalties)))
-        return _Task(tuple(rewards))
-
-    def _part(
-        self, task: str, spec: RewardSpec | PenaltySpec, kind: Kind, factor: float, taken: dict[str, int]
-    ) -> _Part:
-        try:
-            bound = get(spec.use, spec.params, self.folder, self.endpoints)
-        except ValueError as e:
-            raise ValueError(f"rewards.{task}: {e}") from e
-        reward = bound.reward
-        if reward.kind != kind:
-            belongs = "under penalties" if reward.kind == "penalty" else "under rewards"
-            raise ValueError(f"rewards.{task}: {reward.name!r} is a {reward.kind} and belongs {belongs}")
-        taken[reward.name] = taken.get(reward.name, 0) + 1
-        name = reward.name if taken[reward.name] == 1 else f"{reward.name}_{taken[reward.name]}"
-        timeout_s = reward.timeout_s if spec.timeout_s is None else spec.timeout_s
-        return _Part(name, self._unit(spec, reward.name), bound, timeout_s, factor)
-
-    def _unit(self, spec: RewardSpec | PenaltySpec, name: str) -> str:
-        unit = Unit(spec.use, dict(spec.params), spec.memory_mb)
-        for known, other in self.units.items():
-            if other == unit:
-                return known
-        key = name if name not in self.units else f"{name}#{len(self.units)}"
-        self.units[key] = unit
-        return key
-
-
-class _Assembly:
-    """A rollout whose parts are being scored; resolves its future when the last is there."""
-
-    def __init__(self, task: _Task, rollout: Rollout):
-        self.task, self.rollout = task, rollout
-        self.future: Future[Scored] = Future()
-        self.truncated = rollout.finish == "length"  # earns the lowest value, whatever a group reward makes of it
-        self._outcomes: dict[int, Outcome] = {}
-        self._lock = threading.Lock()
-        if self.truncated:
-            self.future.set_result(Scored(rollout, task.bound("lowest"), details={"truncated": True}))
-
-    def take(self, part: int, finished: Future[list[Outcome]], place: int) -> None:
-        """One part's outcome, or why there is none."""
-        if self.future.done():
-            return
-        if finished.cancelled():
-            self.future.cancel()
-            return
-        if error := finished.exception():
-            with self._lock:
-                if not self.future.done():
-                    self.future.set_exception(error)
-            return
-        with self._lock:
-            self._outcomes[part] = finished.result()[place]
-            last = len(self._outcomes) == len(self.task.parts) and not self.future.done()
-        if last:
-            self.future.set_result(self._scored())
-
-    def _scored(self) -> Scored:
-        outcomes = dict(zip(self.task.parts, (self._outcomes[i] for i in range(len(self._outcomes))), strict=True))
-        return _sum(self.rollout, self.task, outcomes)
-
-
-def _sum(rollout: Rollout, task: _Task, outcomes: Mapping[_Part, Outcome]) -> Scored:
-    total, values, details, invalid = 0.0, {}, {}, []
-    for reward in task.rewards:
-        lowest, kept = reward.bound.reward.lowest, 1.0
-        for part in reward.everything:
-            value, said, why = _read(part, outcomes[part])
-            if why:
-                invalid.append(f"{part.bound.reward.kind} {part.name}: {why}")
-                continue
-            values[part.name] = value
-            if said:
-                details[part.name] = said
-            if part is not reward:
-                kept *= 1 - part.factor * value
-        total += reward.factor * (lowest + (values.get(reward.name, lowest) - lowest) * kept)
-    seconds = sum(outcome.get("seconds", 0.0) for outcome in outcomes.values())
-    if invalid:
-        return Scored(rollout, task.bound("lowest"), "; ".join(invalid), values, details, seconds)
-    if len(task.parts) == 1:
-        details = next(iter(details.values()), {})
-    return Scored(rollout, total, None, values, details, seconds)
-
-
-def _read(part: _Part, outcome: Outcome) -> tuple[float, Mapping[str, Any], str | None]:
-    """Value, details, and why the sample is invalid, if it is."""
-    reward = part.bound.reward
-    if "exhausted" in outcome and reward.on_timeout == "lowest":
-        return (reward.lowest if reward.kind == "reward" else 1.0), {"why": outcome["exhausted"]}, None
-    if "value" not in outcome:
-        return 0.0, {}, outcome.get("invalid") or outcome["exhausted"]
-    return outcome["value"], outcome["details"], None
-
-
 def _is_judgement(finished: Future[list[Outcome]]) -> bool:
     """Whether it is worth remembering: what went wrong is asked again."""
     return not finished.cancelled() and not finished.exception() and "value" in finished.result()[0]
 
 
-def _question(part: _Part, rollout: Rollout) -> bytes:
+def _question(part: Part, rollout: Rollout) -> bytes:
     """A digest of what is asked about a rollout: the content of its row, whatever that is called, and the response."""
     prompt = rollout.prompt
     seen = [prompt.task, prompt.messages, prompt.ground_truth, prompt.reference, prompt.meta, rollout.text]

@@ -2,6 +2,8 @@
 
 import re
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 WINDOW = 4096
 """Characters of an answer, counted from its end, that rewards look at."""
@@ -38,11 +40,28 @@ def marked_answer(answer: str, window: int = WINDOW) -> str | None:
     return tail.strip() if len(answer) <= window else None
 
 
-def normalised(text: str) -> str:
-    """Without case, runs of white space, invisible marks, a final period, and a `\\text{}` around it all."""
+def words_of(message: Mapping[str, Any]) -> str:
+    """The text of a message of a chat, without its pictures."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")
+
+
+def visible(text: str) -> str:
+    """Without control and direction marks and lone surrogates; line breaks and tabs stay."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+
+
+def folded(text: str) -> str:
+    """Without invisible marks and runs of white space, letters of one kind written alike (NFKC)."""
     text = unicodedata.normalize("NFKC", text)
-    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
-    text = " ".join(text.split())
+    return " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
+
+
+def normalised(text: str) -> str:
+    """Folded, and without case, a final period, and a `\\text{}` around it all."""
+    text = folded(text)
     if wrapped := _WRAPPED.fullmatch(text):
         text = wrapped[1].strip()
     return text.removesuffix(".").strip().casefold()

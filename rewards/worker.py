@@ -1,5 +1,6 @@
 """The process that rewards run in, as seen from inside. Started by rewards.process only."""
 
+import ctypes
 import json
 import math
 import os
@@ -16,13 +17,15 @@ from typing import Any
 
 from rewards.endpoint import EndpointSpec, configure
 from rewards.registry import BoundReward, Invalid, Score, get
-from rl.children import die_with
 from rl.types import Rollout
 
 try:
     import resource
 except ImportError:  # Windows: time limits only
     resource = None
+
+
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,14 @@ def limit_memory(size: int | None) -> None:
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     soft = hard if size is None else size if hard == resource.RLIM_INFINITY else min(size, hard)
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def die_with(parent: int) -> None:
+    """To be called in the child: on Linux the kernel kills it when the thread that started it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before we could ask
+            os._exit(1)
 
 
 def serve(connection: Connection) -> None:

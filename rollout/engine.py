@@ -281,15 +281,23 @@ def _environment(model: str, device: str, threads: int, kv_cache_gib: int, verbo
         "TORCH_CPP_LOG_LEVEL": "INFO" if verbose else "ERROR",
     }
     if device == "cpu":
-        variables |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
-            "OMP_NUM_THREADS": str(threads),
-            "TORCHDYNAMO_DISABLE": "1",  # saves compiling a sampler for 40 s that is not used with seeds
-        }
-    if Path(model).is_dir():
-        variables["HF_HUB_OFFLINE"] = "1"
-    return variables
+        variables |= cpu_variables(threads, kv_cache_gib)
+    return variables | offline(model)
+
+
+def cpu_variables(threads: int, kv_cache_gib: int) -> dict[str, str]:
+    """What vLLM has to know on CPU."""
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
+        "OMP_NUM_THREADS": str(threads),
+        "TORCHDYNAMO_DISABLE": "1",  # saves compiling a sampler for 40 s that is not used with seeds
+    }
+
+
+def offline(model: str) -> dict[str, str]:
+    """Keeps the hub client quiet where the model is a folder."""
+    return {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
 
 
 def _whole_prompts(max_sequence_length: int) -> dict[str, Any]:

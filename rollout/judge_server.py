@@ -14,8 +14,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Literal
+
+from rollout.engine import cpu_variables, offline
 
 LAST_LINES = 15  # of its log, in a message
 START = """\
@@ -134,12 +135,5 @@ def _arguments(device: str, options: Mapping[str, str | int | float | bool]) -> 
 def _environment(model: str, device: str, threads: int, kv_cache_gib: int) -> dict[str, str]:
     variables = {"VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     if device == "cpu":
-        variables |= {
-            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(threads),
-            "TORCHDYNAMO_DISABLE": "1",
-        }
-    if Path(model).is_dir():
-        variables["HF_HUB_OFFLINE"] = "1"
-    return variables
+        variables |= cpu_variables(threads, kv_cache_gib)
+    return variables | offline(model)

@@ -94,7 +94,6 @@ def make_plan(config: Config) -> Plan:
         config.rewards,
         workers=config.reward_workers or min(MOST_REWARD_WORKERS, os.cpu_count() or 1),
         endpoints={name: endpoint_spec(name, one) for name, one in config.endpoints.items()},
-        max_wait_s={name: one.max_wait for name, one in config.endpoints.items()},
     )
     if loss := config.ppo.policy_loss:
         from rl import verl_bridge
@@ -121,7 +120,7 @@ def judge_gpus(judge: Endpoint) -> int:
 
 def endpoint_spec(name: str, given: Endpoint) -> EndpointSpec:
     """What rewards are told of an endpoint; its url is empty while the run has not started the server."""
-    return EndpointSpec(name=name, url=given.url or "", **given.model_dump(exclude={"url", "max_wait", "serve"}))
+    return EndpointSpec(name=name, url=given.url or "", **given.model_dump(exclude={"url", "serve"}))
 
 
 def _rows(config: Config, sources: Sequence[str] | str, chat: Chat) -> list[Prompt]:

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from rewards import Invalid, Rollout, get
 from rewards.runner import RewardRunner
+from rl.config import Reward
 from rl.types import Prompt
 
 MATHS = get("math_verify")
@@ -202,19 +202,9 @@ def test_large_ground_truths_that_can_be_worked_out_are_no_fault(truth: str) -> 
     assert (score(f"\\boxed{{{truth}}}", truth), score(r"\boxed{-5}", truth)) == (1.0, 0.0)
 
 
-@dataclass(frozen=True)
-class Spec:
-    use: str = "math_verify"
-    params: dict[str, Any] = field(default_factory=dict)
-    timeout_s: float | None = 3.0
-    memory_mb: int = 1024
-    weight: float = 1.0
-    penalties: tuple[()] = ()
-
-
 @pytest.fixture(scope="module")
 def runner() -> Iterator[RewardRunner]:
-    with RewardRunner({"math": [Spec()]}, workers=1) as made:
+    with RewardRunner({"math": [Reward(use="math_verify", timeout_s=3.0, memory_mb=1024)]}, workers=1) as made:
         made.warm().result()
         yield made
 

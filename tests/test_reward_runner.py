@@ -5,8 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 from rewards import async_pool
 from rewards.endpoint import EndpointSpec
 from rewards.runner import RewardRunner
+from rl.config import Penalty, Reward
 from rl.types import Finish, Prompt, Rollout
 from tests.judge_server import Reply, judge_server
 
@@ -131,15 +131,12 @@ class NeverSetUp:
 '''
 
 
-@dataclass(frozen=True)
-class Spec:
-    use: str
-    params: dict[str, Any] = field(default_factory=dict)
-    timeout_s: float | None = 1.0
-    memory_mb: int = 256
-    weight: float = 1.0
-    penalties: Sequence["Spec"] = ()
-    magnitude: float = 1.0
+def spec(use: str, params: dict[str, Any] | None = None, **more: Any) -> Reward:
+    return Reward.model_validate({"use": use, "params": params or {}, "timeout_s": 1.0, "memory_mb": 256, **more})
+
+
+def penalty_spec(use: str, magnitude: float = 1.0) -> Penalty:
+    return Penalty(use=use, magnitude=magnitude, timeout_s=1.0, memory_mb=256)
 
 
 def rollout(text: str, task: str = "obey", prompt: str = "p", finish: Finish = "stop", truth: Any = "5") -> Rollout:
@@ -147,20 +144,20 @@ def rollout(text: str, task: str = "obey", prompt: str = "p", finish: Finish = "
 
 
 TASKS = {
-    "obey": [Spec("plugins.py:obey", {"gift": 0.25})],
-    "obey_lowest": [Spec("plugins.py:obey_lowest")],
-    "die_once": [Spec("plugins.py:die_once")],
-    "rank": [Spec("plugins.py:rank")],
-    "slow": [Spec("plugins.py:slow_to_set_up")],
-    "waits": [Spec("plugins.py:waits")],
-    "math": [Spec("math_verify", timeout_s=2.0)],
-    "exact": [Spec("exact")],
+    "obey": [spec("plugins.py:obey", {"gift": 0.25})],
+    "obey_lowest": [spec("plugins.py:obey_lowest")],
+    "die_once": [spec("plugins.py:die_once")],
+    "rank": [spec("plugins.py:rank")],
+    "slow": [spec("plugins.py:slow_to_set_up")],
+    "waits": [spec("plugins.py:waits")],
+    "math": [spec("math_verify", timeout_s=2.0)],
+    "exact": [spec("exact")],
     "sum": [
-        Spec("plugins.py:obey", {"gift": 0.5}, weight=0.8, penalties=[Spec("plugins.py:rude", magnitude=0.5)]),
-        Spec("exact", weight=0.2),
-        Spec("plugins.py:rank", {"unit": 1.0}, weight=-0.1),
+        spec("plugins.py:obey", {"gift": 0.5}, weight=0.8, penalties=(penalty_spec("plugins.py:rude", 0.5),)),
+        spec("exact", weight=0.2),
+        spec("plugins.py:rank", {"unit": 1.0}, weight=-0.1),
     ],
-    "signed": [Spec("plugins.py:signed", penalties=[Spec("plugins.py:rude")])],
+    "signed": [spec("plugins.py:signed", penalties=(penalty_spec("plugins.py:rude"),))],
 }
 
 
@@ -325,23 +322,23 @@ def test_rows_without_what_their_reward_compares_with_are_listed(runner: RewardR
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("given", "said"),
     [
-        (Spec("exact", {"limit": 1}), "rewards.t: reward 'exact' has no parameter 'limit'"),
-        (Spec("exakt"), "rewards.t: no reward is called 'exakt'"),
+        (spec("exact", {"limit": 1}), "rewards.t: reward 'exact' has no parameter 'limit'"),
+        (spec("exakt"), "rewards.t: no reward is called 'exakt'"),
     ],
 )
-def test_a_reward_that_cannot_be_is_refused_before_anything_starts(spec: Spec, said: str) -> None:
+def test_a_reward_that_cannot_be_is_refused_before_anything_starts(given: Reward, said: str) -> None:
     before = workers()
     with pytest.raises(ValueError, match=said):
-        RewardRunner({"t": [spec]})
+        RewardRunner({"t": [given]})
     assert workers() == before
 
 
 def test_warming_up_says_how_long_it_took_or_which_setup_failed(folder: Path) -> None:
-    with RewardRunner({"slow": [Spec("plugins.py:slow_to_set_up")]}, folder, workers=1) as slow:
+    with RewardRunner({"slow": [spec("plugins.py:slow_to_set_up")]}, folder, workers=1) as slow:
         assert 1.5 < slow.warm().result() < 10.0
-    with RewardRunner({"t": [Spec("plugins.py:never_set_up")]}, folder, workers=1) as broken:
+    with RewardRunner({"t": [spec("plugins.py:never_set_up")]}, folder, workers=1) as broken:
         with pytest.raises(RuntimeError, match=r"reward never_set_up: .*no model there"):
             broken.warm().result()
         (scored,) = broken.score([rollout("", task="t")])
@@ -367,8 +364,8 @@ def test_closing_leaves_no_process_behind_not_even_a_hung_one_or_its_children(fo
 PARENT = """
 import sys
 sys.path[:0] = {path!r}
-from tests.test_reward_runner import RewardRunner, Spec, rollout
-runner = RewardRunner({{"obey": [Spec("plugins.py:obey", timeout_s=300)]}}, {folder!r}, workers=2)
+from tests.test_reward_runner import RewardRunner, rollout, spec
+runner = RewardRunner({{"obey": [spec("plugins.py:obey", timeout_s=300)]}}, {folder!r}, workers=2)
 print(runner.score([rollout("fine")])[0].details["pid"], flush=True)
 runner.submit(rollout("spin")), runner.submit(rollout("hang"))
 {then}
@@ -425,10 +422,10 @@ def test_a_sample_is_invalid_if_any_of_its_parts_is(runner: RewardRunner) -> Non
     assert offended.invalid == "penalty rude: returned 1.5; a penalty is between 0 (no offence) and 1"
 
 
-@pytest.mark.parametrize("spec", [Spec("plugins.py:rude"), Spec("exact", penalties=[Spec("exact")])])
-def test_a_penalty_is_no_reward_and_a_reward_no_penalty(folder: Path, spec: Spec) -> None:
+@pytest.mark.parametrize("given", [spec("plugins.py:rude"), spec("exact", penalties=(penalty_spec("exact"),))])
+def test_a_penalty_is_no_reward_and_a_reward_no_penalty(folder: Path, given: Reward) -> None:
     with pytest.raises(ValueError, match=r"is a (penalty|reward) and belongs under (penalties|rewards)"):
-        RewardRunner({"t": [spec]}, folder)
+        RewardRunner({"t": [given]}, folder)
 
 
 # A batch that is scored while it is sampled
@@ -455,7 +452,7 @@ def test_a_group_that_never_became_complete_is_told(runner: RewardRunner) -> Non
 
 
 def test_a_hung_sample_gives_its_turn_to_a_reserve_process(folder: Path) -> None:
-    with RewardRunner({"obey": [Spec("plugins.py:obey", timeout_s=20.0)]}, folder, workers=1) as single:
+    with RewardRunner({"obey": [spec("plugins.py:obey", timeout_s=20.0)]}, folder, workers=1) as single:
         single.score([rollout("fine")])
         hung = single.submit(rollout("spin"))
         assert [one.reward for one in single.score([rollout("fine") for _ in range(20)])] == [1.0] * 20
@@ -503,9 +500,9 @@ def test_the_same_question_about_the_same_response_is_asked_once(runner: RewardR
 
 def asking(url: str, max_wait_s: float) -> RewardRunner:
     """A runner whose task `t` asks a judge that is tried once and then counts as away."""
-    judge = EndpointSpec("judge", url, "m", retries=0)
-    specs = {"t": [Spec("verifier", {"endpoint": "judge"}, timeout_s=None)]}
-    return RewardRunner(specs, endpoints={"judge": judge}, max_wait_s={"judge": max_wait_s})
+    judge = EndpointSpec("judge", url, "m", retries=0, max_wait=max_wait_s)
+    specs = {"t": [spec("verifier", {"endpoint": "judge"}, timeout_s=None)]}
+    return RewardRunner(specs, endpoints={"judge": judge})
 
 
 def test_samples_wait_for_a_judge_that_is_away_and_the_outage_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -535,8 +532,9 @@ def test_a_probe_that_dies_does_not_strand_what_waits_for_the_endpoint(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(async_pool, "PROBE_S", (0.2, 0.5))
+    away = EndpointSpec("judge", "http://127.0.0.1:9/v1", "m", max_wait=30)
     answers = [f"{kind} {tmp_path / kind}" for kind in ("fragile", "patient")]
-    with RewardRunner({"t": [Spec("plugins.py:waits")]}, folder, max_wait_s={"judge": 30}) as waiting:
+    with RewardRunner({"t": [spec("plugins.py:waits")]}, folder, endpoints={"judge": away}) as waiting:
         fragile, patient = waiting.score([rollout(answer, task="t") for answer in answers])
     assert fragile.invalid == "reward waits: its process was killed by SIGKILL"
     assert (patient.reward, patient.invalid) == (0.25, None)
@@ -544,4 +542,4 @@ def test_a_probe_that_dies_does_not_strand_what_waits_for_the_endpoint(
 
 def test_an_endpoint_the_recipe_does_not_have_is_refused_before_anything_starts() -> None:
     with pytest.raises(ValueError, match=r"asks the endpoint 'jugde', .* add it under"):
-        RewardRunner({"t": [Spec("verifier", {"endpoint": "jugde"})]})
+        RewardRunner({"t": [spec("verifier", {"endpoint": "jugde"})]})

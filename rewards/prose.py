@@ -1,0 +1,161 @@
+"""What of a text is prose, and in which script: code, formulas and quotations taken out, words put together to runs.
+
+Bounded and linear in time, whatever the text.
+"""
+
+# ruff: noqa: RUF001  # letters of many scripts are what this file is about
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rewards.text import visible
+
+MAX_CHARS = 1 << 18  # of a text; of a longer one, the first and last halves of this are read
+
+RANGES = {
+    "Latin": "A-Za-zªºÀ-ÖØ-öø-ʯḀ-ỿ",
+    "Greek": "Ͱ-ͽͿ-Ͽἀ-῿",
+    "Cyrillic": "Ѐ-ԯ",
+    "Armenian": "Ա-Ֆՙ-֏",
+    "Hebrew": "\u05b0-\u05f4",
+    "Arabic": "\u0620-\u063f\u0641-\u065f\u066e-\u06d3\u06d5\u06fa-\u06ff\u0750-\u077f\ufb50-\ufdff\ufe70-\ufefc",
+    "Devanagari": "\u0900-\u0963\u0970-\u097f",
+    "Bengali": "\u0980-\u09e3",
+    "Gurmukhi": "\u0a00-\u0a65\u0a70-\u0a7f",
+    "Gujarati": "\u0a80-\u0ae3",
+    "Tamil": "\u0b80-\u0be5",
+    "Telugu": "\u0c00-\u0c65",
+    "Kannada": "\u0c80-\u0ce5",
+    "Malayalam": "\u0d00-\u0d65",
+    "Thai": "\u0e01-\u0e3a\u0e40-\u0e4e",
+    "Georgian": "\u10a0-\u10ff",
+    "Hangul": "\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3",
+    "Kana": "\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9d",
+    "Han": "\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f",
+}
+WORD = re.compile(
+    "|".join(f"(?P<{s}>[{r}][{r}\u0300-\u036f]*+(?:['’][{r}\u0300-\u036f]++)*+)" for s, r in RANGES.items())
+)
+_LETTERS_PER_SIGN = {"Han": 3, "Kana": 2, "Hangul": 2}
+UNSPACED = {"Han": 4, "Kana": 8, "Thai": 12}  # scripts without blanks between words, and letters of a long word
+_HIRAGANA, _HIRAGANA_OR_HAN = re.compile("[ぁ-ゖ]"), re.compile(f"[ぁ-ゖ{RANGES['Han']}]")
+
+_FENCE = re.compile(r"^[ \t>]{0,16}+(`{3,}+|~{3,}+)([^\n]*+)$", re.MULTILINE)
+_ENVIRONMENT = re.compile(
+    r"\\(begin|end)\{(?:equation|align|aligned|alignat|gather|gathered|multline|split|cases|array|eqnarray|math|"
+    r"displaymath|tabular|verbatim|lstlisting|minted|tikzpicture|[a-zA-Z]?matrix|smallmatrix)\*?\}"
+)
+# Each alternative that needs an end looks for it over a bounded length and stops at the next start of its kind, so
+# that unbalanced marks cost linear time and leave the text after them in the check.
+_NOT_PROSE = re.compile(
+    r"""
+      `{1,2}+[^`\n]{1,400}+`{1,2}+
+    | \$\$[^$]{1,4000}+\$\$
+    | \$(?!\s)[^$\n]{1,1000}+(?<!\s)\$(?!\d)
+    | \\\[(?:[^\\]|\\[^][]){0,4000}+\\\]
+    | \\\((?:[^\\]|\\[^()]){0,2000}+\\\)
+    | \\(?:begin|end)\{[a-zA-Z]{1,30}+\*?\} | \\[a-zA-Z]++\*?
+    | (?:https?|ftp)://[^\s<>]++ | (?<!\w)www\.[^\s<>]++
+    | </?[a-zA-Z][^<>\n]{0,200}+>
+    | "[^"\n]{1,300}+" | “[^“”\n]{1,300}+” | „[^„“”\n]{1,300}+[“”] | «[^«»\n]{1,300}+»
+    | 「[^「」\n]{1,300}+」 | 『[^『』\n]{1,300}+』 | 《[^《》\n]{1,100}+》
+    | ^[ ]{0,3}>[^\n]*+$
+    | \b(?:sin|cos|tan|log|exp|lim|max|min|mod|gcd|lcm)\b
+    | (?<![A-Za-z0-9_])(?=[A-Za-z_]{0,40}+\d)[A-Za-z0-9_]++
+    """,
+    re.VERBOSE | re.MULTILINE,
+)
+_SENTENCE = re.compile(r"(?:[^.!?。！？।؟；\n]|[.!?](?!\s|\Z))++")
+_FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive words of one script within a sentence."""
+
+    script: str
+    text: str
+    words: int
+    weight: float
+
+
+def script_runs(prose: str) -> dict[str, list[Run]]:
+    """The stretches of one script, sentence by sentence. Chinese and Japanese share Han: hiragana decide."""
+    found: dict[str, list[Run]] = {}
+    japanese = _is_japanese(prose)
+    for sentence in _SENTENCE.findall(prose):
+        words = [(m.lastgroup or "", m[0]) for m in WORD.finditer(sentence)]
+        words = [(s, w) for s, w in words if not (s == "Greek" and len(w) < 3)]  # the letters of formulas
+        han = sum(len(w) for s, w in words if s == "Han")
+        # Japanese nouns may be Han alone, but no sentence of a dozen characters is.
+        if _is_japanese(sentence) or (japanese and han < 12):
+            words = [("Kana" if s == "Han" else s, w) for s, w in words]
+        korean = any(s == "Hangul" for s, _ in words)
+        for run in _joined(words):
+            # Hanja in Korean are glosses of its own words.
+            if not (run.script == "Han" and korean and len(run.text) <= 4):
+                found.setdefault(run.script, []).append(run)
+    return found
+
+
+def without_code_and_quotations(text: str) -> str:
+    """The prose of a text: code, formulas, quotations, URLs, tags and words with digits replaced by a blank."""
+    text = _cut(text, _fenced(text))
+    text = _cut(text, _environments(text))
+    return _NOT_PROSE.sub(" ", text)
+
+
+def _fenced(text: str) -> Iterator[tuple[int, int]]:
+    opened: re.Match[str] | None = None
+    for line in _FENCE.finditer(text):
+        if opened is None:
+            opened = line
+        elif line[1].startswith(opened[1]) and not line[2].strip():
+            yield opened.start(), line.end()
+            opened = None
+
+
+def _environments(text: str) -> Iterator[tuple[int, int]]:
+    depth, start = 0, 0
+    for mark in _ENVIRONMENT.finditer(text):
+        if mark[1] == "begin":
+            start = start if depth else mark.start()
+            depth += 1
+        elif depth:
+            depth -= 1
+            if not depth:
+                yield start, mark.end()
+
+
+def _cut(text: str, spans: Iterable[tuple[int, int]]) -> str:
+    kept, position = [], 0
+    for start, end in spans:
+        kept.append(text[position:start])
+        position = end
+    return "\n".join([*kept, text[position:]])
+
+
+def plain(text: str) -> str:
+    """What of a text can be seen, bounded in length, full-width letters made plain."""
+    if len(text) > MAX_CHARS:
+        text = text[: MAX_CHARS // 2] + "\n" + text[-MAX_CHARS // 2 :]
+    return visible(text).translate(_FULL_WIDTH)
+
+
+def _joined(words: Sequence[tuple[str, str]]) -> Iterator[Run]:
+    start = 0
+    for end in range(1, len(words) + 1):
+        if end == len(words) or words[end][0] != words[start][0]:
+            script, texts = words[start][0], [word for _, word in words[start:end]]
+            # Single Latin letters are variables more often than words: they help to identify but do not weigh.
+            weighing = [t for t in texts if script != "Latin" or len(t) > 1]
+            weight = _LETTERS_PER_SIGN.get(script, 1) * sum(len(t) for t in weighing)
+            if weight:
+                yield Run(script, ("" if script in UNSPACED else " ").join(texts), len(weighing), float(weight))
+            start = end
+
+
+def _is_japanese(text: str) -> bool:
+    """Whether Han come with hiragana; a Chinese text may have a name in katakana."""
+    return len(_HIRAGANA.findall(text)) > 0.08 * len(_HIRAGANA_OR_HAN.findall(text))
