@@ -1,4 +1,4 @@
-"""Fixtures that are dear: vLLM is imported once per test session, and its engines are shared."""
+"""Fixtures that several files share. vLLM is imported once per test session, and its engines are shared."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from rewards.runner import RewardRunner
 from rl.types import Request
 from tests import tiny
 from tests.engine_process import EngineProcess, RemoteEngine
+from tests.judge_server import hurry
+from tests.reward_plugins import PLUGINS, TASKS
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,24 @@ def step_vl(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFact
     engine = engine_process.start(folder, max_images_per_prompt=3)
     yield Served(folder, model, engine)
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with plugins.py, whose rewards do what the answer says."""
+    path = tmp_path_factory.mktemp("recipe")
+    path.joinpath("plugins.py").write_text(PLUGINS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runner(plugins: Path) -> Iterator[RewardRunner]:
+    """Scores the tasks of tests/reward_plugins.py."""
+    with RewardRunner(TASKS, plugins, workers=2) as made:
+        yield made
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries follow at once."""
+    hurry(monkeypatch)
