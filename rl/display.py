@@ -45,7 +45,7 @@ def _harmless(method: Callable[Concatenate["Display", P], None]) -> Callable[Con
     def guarded(self: "Display", *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             method(self, *args, **kwargs)
-        except Exception as problem:
+        except Exception as problem:  # whatever it is, it is not worth a run
             self._stop()
             logger.warning("the progress display failed (%r); the run goes on, see metrics.jsonl", problem)
 
@@ -167,7 +167,7 @@ class Display:
         try:
             if live:
                 live.stop()
-        except Exception as problem:
+        except Exception as problem:  # likewise
             logger.warning("the progress display did not stop cleanly: %r", problem)
 
     @_harmless

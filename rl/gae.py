@@ -90,7 +90,7 @@ def _gae_rows(
 def _working_dtype(values: Tensor) -> torch.dtype:
     """float32 unless the caller's values are finer, or matrix products are set to round float32 to less."""
     backend = torch.backends.mkldnn if values.device.type == "cpu" else torch.backends.cuda
-    exact = backend.matmul.fp32_precision in ("none", "ieee")  # pyrefly: ignore[missing-attribute]
+    exact = backend.matmul.fp32_precision in ("none", "ieee")  # pyrefly: ignore[missing-attribute]  # set up at run time
     return torch.promote_types(values.dtype, torch.float32 if exact else torch.float64)
 
 

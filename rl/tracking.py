@@ -140,7 +140,7 @@ class Trackers:
     def _guarded(self, name: str, act: Callable[[Tracker], None]) -> None:
         try:
             act(self._open[name])
-        except Exception as problem:
+        except Exception as problem:  # a service may fail in any way, and none is worth a run
             del self._open[name]
             logger.warning("log.trackers: %s failed and is left out from now on: %r", name, problem)
 

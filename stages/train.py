@@ -67,7 +67,7 @@ class _Run:
         self.order = PromptOrder(plan.train, self.config.seed)
         self.done: int | None = None  # iterations whose effects are in the learner, once it is ready
         self.saved: int | None = None  # the newest of them that a checkpoint holds
-        self.judges: list[Worker] = []  # kept, because an actor ends with its last handle
+        self.judges: list[Worker] = []  # servers that this run has started
         plan.rewards.on_outage = self._rides_out
 
     def begin(self, start: Path | None, *, verbose: bool) -> None:
@@ -149,12 +149,15 @@ class _Run:
             )
             for name, judge in asked
         }
-        self.judges = list(servers.values())
         self.plan.rewards.served({name: server.call("url") for name, server in servers.items()})
+        self.judges = list(servers.values())  # kept, because an actor ends with its last handle
 
     def close_judges(self) -> None:
-        """End the servers; killed with their actor they would take their time, and some of their children longer."""
-        gather([judge.start("close") for judge in self.judges])
+        """End the servers in good order; those still starting end with their actor."""
+        try:
+            gather([judge.start("close") for judge in self.judges])
+        except RuntimeError as error:  # must not hide why the run ends
+            self.display.message(f"a judge's server did not end in good order: {error}")
 
     def _rides_out(self, outage: Outage) -> None:
         """An endpoint stays away, or is back: what has been learned is saved, and the run waits."""

@@ -148,7 +148,7 @@ def test_a_judge_is_asked_as_the_guide_says(folder: Path) -> None:
         recipe = folder / "judged.yaml"
         recipe.write_text(recipe.read_text().replace("http://127.0.0.1:8000/v1", server.url))
         _, *lines, last = follow(trial, folder).splitlines()
-    found = dict(re.match(r"(.+?)  +([\d.]+) ", line).groups() for line in lines)  # type: ignore[union-attr]
+    found = dict(re.findall(r"^(.+?)  +([\d.]+) ", "\n".join(lines), re.MULTILINE))
     assert found == {"short": "1.0000", "long": "1.0000", "wrong": "0.3000", "no end": "0.0000"}
     assert last == "4 samples, mean 0.5750, 0 invalid"
 

@@ -123,7 +123,7 @@ def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         with safe_open(file, "pt") as opened:
-            tensors |= {name: opened.get_tensor(name).to(device, dtype) for name in opened.keys()}  # noqa: SIM118
+            tensors |= {name: opened.get_tensor(name).to(device, dtype) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     if getattr(model.config, "tie_word_embeddings", False):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors, assign=True)

@@ -5,6 +5,7 @@ report (arXiv 2601.09668) section 2; details that only the published serving cod
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -150,7 +151,10 @@ class PerceptionEncoder(nn.Module):
 class StepVL(nn.Module):
     """The whole model. Its parts keep their names on disk; see rl/model/__init__.py for the protocol it fills."""
 
-    frozen_prefixes = {"encoder": ("vision_model.",), "projector": ("vit_large_projector.",)}  # noqa: RUF012
+    frozen_prefixes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "encoder": ("vision_model.",),
+        "projector": ("vit_large_projector.",),
+    }
 
     def __init__(self, config: StepVLConfig) -> None:
         super().__init__()
