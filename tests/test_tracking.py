@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,9 +46,14 @@ def test_wandb_gets_each_number_and_a_resumed_run_keeps_its_id(tmp_path: Path, m
         trackers.log(first_step, {"iteration": first_step, "stage": "rlvr", "reward/mean": first_step + 0.125})
         trackers.close()
     identity = (tmp_path / "tracking" / "wandb_id").read_text()
-    files = [file.read_bytes() for file in tmp_path.rglob(f"run-{identity}.wandb")]
-    assert len(files) == 2 and all(b"reward/mean" in content for content in files)
-    assert [sum(value in content for content in files) for value in (b"0.125", b"1.125")] == [1, 1]
+    found = [0, 0]
+    deadline = time.monotonic() + 30  # offline, wandb's own process may still be writing when finish() is back
+    while found != [1, 1] and time.monotonic() < deadline:
+        time.sleep(0.1)
+        files = [file.read_bytes() for file in tmp_path.rglob(f"run-{identity}.wandb")]
+        assert len(files) == 2
+        found = [sum(value in f and b"reward/mean" in f for f in files) for value in (b"0.125", b"1.125")]
+    assert found == [1, 1]
 
 
 def test_an_unknown_tracker_and_a_missing_package_are_named_before_anything_starts(
