@@ -22,9 +22,9 @@ Outcome = Mapping[str, Any]
 """What became of a rollout: {"value", "details"}, {"invalid": why}, {"exhausted": what ran out} or {"away": endpoint,
 "why"}; and the "seconds" it took."""
 
-LONG = 4  # times the usual duration after which a job gives up its turn
+LONG = 3  # times the usual duration after which a job gives up its turn
 LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0  # but never sooner than this; while nothing is known of its like
-HUNG_S = 2.0  # after which it may only use idle cores, which costs its process: there is no way back
+HUNG_S = 1.0  # after which it may only use idle cores, which costs its process: there is no way back
 MOST_RESERVES = 8
 
 
