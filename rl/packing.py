@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rl.gae import terminal_rewards
-from rl.model.attention import Span
+from rl.model.attention import Layout, Span
 from rl.types import Picture, Scored
 
 
@@ -57,7 +57,7 @@ class Pack:
     position_ids: Tensor  # [T] int64
     image_slots: Tensor  # [T] bool; True where the prompt shows a picture
     images: tuple[str, ...]  # digests, in order of their slots
-    spans: tuple[Span, ...]
+    layout: Layout
     rows: Tensor  # [k] int64; the batch rows of the k responses
     before: Tensor  # [n] int64; index of the token whose hidden state predicts response token i
     targets: Tensor  # [n] int64; that response token
@@ -208,7 +208,7 @@ def _row(groups: Sequence[Group], image_token_id: int | None) -> Pack:
         position_ids=torch.tensor(positions),
         image_slots=torch.tensor(slots),
         images=tuple(digest for group in groups for digest in group.images),
-        spans=tuple(spans),
+        layout=Layout(tuple(spans)),
         rows=torch.tensor([row for group in groups for row in group.rows]),
         before=torch.tensor(before),
         targets=torch.tensor(targets),

@@ -17,7 +17,7 @@ from recipes.scale import world
 from recipes.scale.world import Problem, Scene
 from recipes.scale.writers import EXACT, ROUGH
 from rl.model import attention
-from rl.model.attention import Span
+from rl.model.attention import Layout, Span
 from rl.model.packed import embed
 from rl.model.pictures import MEAN, STD
 from rl.model.step_vl import StepVL
@@ -181,7 +181,7 @@ class Row:
     token_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64
     learned: Tensor  # [T] bool; True on the responses' tokens
-    spans: tuple[Span, ...]
+    layout: Layout
     scenes: list[Scene]  # in the order of their image slots
 
 
@@ -208,7 +208,9 @@ def pack(prompter: Prompter, batch: Lesson) -> Row:
             ids += prompt[shared:] + response
             positions += range(shared, len(prompt) + len(response))
             learned += [False] * (len(prompt) - shared) + [True] * len(response)
-    return Row(torch.tensor(ids), torch.tensor(positions), torch.tensor(learned), tuple(spans), list(scenes.values()))
+    return Row(
+        torch.tensor(ids), torch.tensor(positions), torch.tensor(learned), Layout(tuple(spans)), list(scenes.values())
+    )
 
 
 def loss(model: StepVL, prompter: Prompter, batch: Lesson) -> Tensor:
@@ -219,7 +221,7 @@ def loss(model: StepVL, prompter: Prompter, batch: Lesson) -> Tensor:
     slots = row.token_ids == model.image_token_id
     inputs = embed(model.model.embed_tokens, row.token_ids, slots, [seen[id(scene)] for scene in row.scenes])
     hidden = model.model(
-        inputs_embeds=inputs[None], position_ids=row.position_ids[None], use_cache=False, spans=row.spans
+        inputs_embeds=inputs[None], position_ids=row.position_ids[None], use_cache=False, layout=row.layout
     ).last_hidden_state[0]
     # A response follows its own question in the row, so each of its tokens is predicted by the one before.
     learned = row.learned.nonzero()[:, 0]

@@ -42,7 +42,7 @@ def hidden_states(trunk: Any, pack: Pack, features: Mapping[str, Tensor]) -> Ten
         [features[digest].to(device) for digest in pack.images],
     )
     positions = pack.position_ids.to(device)[None]
-    out = trunk(inputs_embeds=inputs[None], position_ids=positions, use_cache=False, spans=pack.spans)
+    out = trunk(inputs_embeds=inputs[None], position_ids=positions, use_cache=False, layout=pack.layout)
     return out.last_hidden_state[0]
 
 
