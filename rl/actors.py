@@ -5,7 +5,8 @@ like the object itself, and whose `start` answers later.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,27 @@ class _Holder:
         os.environ.update(environment)
         self.target: Any = None
 
+    def free_address(self) -> str:
+        """host:port on this node at which other processes can meet."""
+        host = node_address()
+        with socket.socket() as found:
+            found.bind((host, 0))
+            return f"{host}:{found.getsockname()[1]}"
+
     def make(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.target = factory(*args, **kwargs)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.target, method)(*args, **kwargs)
+        there = [_Fetched(a) if isinstance(a, dict) else a for a in args]
+        return getattr(self.target, method)(*there, **kwargs)
 
     def stream(self, method: str, *args: Any) -> Iterator[Any]:
         yield from getattr(self.target, method)(*args)
 
 
 class Later:
-    """An answer that may not be there yet. Given as an argument to another `start`, it travels without passing
-    through this process."""
+    """An answer that may not be there yet. Given as an argument to another `start`, by itself or as a value of a
+    mapping, it travels without passing through this process."""
 
     def __init__(self, reference: Any) -> None:
         self.reference = reference
@@ -43,6 +52,25 @@ class Later:
     def result(self) -> Any:
         """Waits; raises what the method raised, or RuntimeError if its process died."""
         return _get(self.reference)
+
+
+class _Fetched(Mapping[str, Any]):
+    """A mapping whose values may be answers of other processes: each is fetched when it is first looked at."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self._given, self._found = given, dict[str, Any]()
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._found:
+            value = self._given[key]
+            self._found[key] = value.result() if isinstance(value, Later) else value
+        return self._found[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._given)
+
+    def __len__(self) -> int:
+        return len(self._given)
 
 
 def _get(reference: Any) -> Any:
@@ -58,11 +86,15 @@ class Worker:
     """An object in an actor."""
 
     def __init__(self, actor: Any, made: Later) -> None:
-        self._actor, self._made = actor, made
+        self._actor, self.made = actor, made
 
     def ready(self) -> None:
         """Waits until the object exists; raises what its constructor raised."""
-        self._made.result()
+        self.made.result()
+
+    def end(self) -> None:
+        """Stop its process at once."""
+        ray.kill(self._actor)
 
     def start(self, method: str, *args: Any, **kwargs: Any) -> Later:
         """Begin `object.method(...)`; calls to one worker run in order."""
@@ -76,6 +108,70 @@ class Worker:
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """`object.method(...)`, waited for."""
         return self.start(method, *args, **kwargs).result()
+
+
+class Together(Later):
+    """The answer of several workers to one call, which is the first one's."""
+
+    def __init__(self, team: "Team", pending: Sequence[Later]) -> None:
+        super().__init__(pending[0].reference)
+        self._team, self._pending = team, list(pending)
+
+    def result(self) -> Any:
+        """Waits for all; if one fails, the others, which may wait for it for ever, are ended."""
+        waiting = {later.reference: later for later in self._pending}
+        try:
+            while waiting:
+                for reference in ray.wait(list(waiting), num_returns=1)[0]:
+                    waiting.pop(reference).result()
+        except BaseException:
+            if waiting:
+                self._team.end()
+            raise
+        return super().result()
+
+
+class Team:
+    """Workers that hold one model together: they get every call, in the same order, and answer as one."""
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self.workers = list(workers)
+
+    def ready(self) -> None:
+        """Waits until all objects exist; raises what a constructor raised."""
+        Together(self, [worker.made for worker in self.workers]).result()
+
+    def start(self, method: str, *args: Any) -> Together:
+        """Begin `object.method(...)` on all."""
+        if len(self.workers) > 1:  # store what they all need once
+            args = tuple(a if isinstance(a, Later | dict) else Later(ray.put(a)) for a in args)
+        return Together(self, [worker.start(method, *args) for worker in self.workers])
+
+    def call(self, method: str, *args: Any) -> Any:
+        """`object.method(...)`, waited for."""
+        return self.start(method, *args).result()
+
+    def end(self) -> None:
+        """Stop all processes at once."""
+        for worker in self.workers:
+            worker.end()
+
+
+def place_team(
+    make: Callable[..., Any],
+    *args: Any,
+    count: int,
+    cpus: float = 0,
+    gpus: float = 0,
+    environment: dict[str, str] | None = None,
+) -> Team:
+    """Make `make(*args, rank, count, address)` in `count` actors that can meet at `address`. Returns at once if one
+    is enough, else when the first actor's process runs."""
+    remote: Any = ray.remote(_Holder)
+    actors = [remote.options(num_cpus=cpus, num_gpus=gpus).remote(environment or {}) for _ in range(count)]
+    address = _get(actors[0].free_address.remote()) if count > 1 else None
+    made = [Later(a.make.remote(make, (*args, rank, count, address), {})) for rank, a in enumerate(actors)]
+    return Team([Worker(actor, one) for actor, one in zip(actors, made, strict=True)])
 
 
 def place(

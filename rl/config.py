@@ -80,7 +80,6 @@ ONLY_BUILT: Mapping[str, Any] = {
     "data.columns": {},
     "ppo.kl": 0,
     "rollout.max_staleness": 0,
-    "learner.ranks": 1,
 }
 SECRETS = ("api_key", "access_token", "secret", "password")
 
@@ -280,15 +279,18 @@ class Rollout(Options):
 
 class Learner(Options):
     ranks: Count = 1
-    """Processes that policy and critic are split over."""
+    """Processes that the policy is split over (FSDP2), and as many again for the critic; each takes a GPU."""
     token_budget: Count = 32_768
     """Tokens in one forward pass. Changes memory and speed, never the result."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where policy and critic live; auto takes the GPU if there is one."""
     threads: Count | None = None
     """CPU threads of the learner; null leaves it to torch."""
-    features_cache_mib: Count = 4096
-    """MiB for the frozen encoder's image features, which are computed once per picture."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more work."""
+    features_mib: Count = 65_536
+    """MiB of the frozen encoder's image features that are kept; each picture is encoded once while there is room. Ray
+    moves what its object store cannot hold to disk."""
 
 
 class Checkpoint(Options):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from rl.config import Config
 from rl.losses import explained_variance, value_loss
 from rl.model import checkpoint
-from rl.model.packed import hidden_states
+from rl.model.packed import hidden_states, pairs_per_token, recompute_layers
 from rl.optimizer import Optimizer
-from rl.packing import Batch, Group, Pack, minibatches, pack
+from rl.packing import Batch, Group, Pack, Row, minibatches, rows_of_rank
+from rl.ranks import Ranks
 from rl.targets import Targets
 
 WEIGHTS = "model.safetensors"
@@ -27,36 +28,37 @@ class ValueModel(nn.Module):
     def __init__(self, trunk: Any, hidden: int) -> None:
         super().__init__()
         self.model = trunk
-        self.value_head = nn.Linear(hidden, 1, bias=False)
-
-    def initialize_head(self, seed: int) -> None:
-        """Small normal weights, std 1 / (hidden + 1), so that values start near 0 (Open-Reasoner-Zero's code)."""
-        generator = torch.Generator().manual_seed(seed)
-        weight = self.value_head.weight
-        with torch.no_grad():
-            weight.copy_(torch.randn(weight.shape, generator=generator) / (weight.shape[1] + 1))
+        self.value_head = nn.Linear(hidden, 1, bias=False, device=trunk.device)
 
     def forward(self, row: Pack, features: Mapping[str, Tensor]) -> Tensor:
         """The value of the state after every token of a packed row, [T] float32."""
         return self.value_head(hidden_states(self.model, row, features))[:, 0].float()
 
 
+def initial_head(hidden: int, seed: int) -> Tensor:
+    """[1, hidden] small normal weights, std 1 / (hidden + 1), so that values start near 0 (Open-Reasoner-Zero's
+    code)."""
+    return torch.randn((1, hidden), generator=torch.Generator().manual_seed(seed)) / (hidden + 1)
+
+
 class Critic:
-    """Values for advantages, and the value update. A plain object; Ray places it.
+    """Values for advantages, and the value update. A plain object; Ray places it, possibly split over several ranks.
+
+    Every rank gets the same calls with the same arguments, works on its share, and has the whole answer.
 
     Args:
         folder: model folder whose decoder the critic starts from.
     """
 
-    def __init__(self, folder: str, config: Config, device: str = "cpu") -> None:
-        if config.learner.threads:
-            torch.set_num_threads(config.learner.threads)
-        self.config, self.device = config, device
-        base = checkpoint.load(folder, device=device)
+    def __init__(self, folder: str, config: Config, ranks: Ranks | None = None) -> None:
+        self.config, self.ranks = config, ranks or Ranks()
+        base = checkpoint.load(folder, device=self.ranks.device, prepare=self._prepare, own=self.ranks.own)
         self.image_token_id = base.image_token_id
-        text = getattr(base.config, "text_config", base.config)
-        self.model = ValueModel(base.model, text.hidden_size).to(device)
-        self.model.initialize_head(config.seed)
+        head = self.model.value_head
+        weight = self.ranks.own(initial_head(head.in_features, config.seed), head.weight)
+        self.model.load_state_dict({"value_head.weight": weight}, strict=False, assign=True)
+        if config.learner.activation_checkpointing:
+            recompute_layers(self.model.model)
         self.optimizer = Optimizer(
             dict(self.model.named_parameters()),
             lr=config.ppo.critic_lr,
@@ -66,56 +68,85 @@ class Critic:
             max_grad_norm=config.ppo.max_grad_norm,
         )
 
-    def _packs(self, groups: Sequence[Group]) -> list[Pack]:
-        return pack(groups, self.config.learner.token_budget, self.image_token_id)
+    def _prepare(self, base: Any) -> None:
+        """Exchange the head, which takes no memory yet, and split the parameters over the ranks."""
+        self.model = ValueModel(base.model, getattr(base.config, "text_config", base.config).hidden_size)
+        self.ranks.shard(self.model, base.model.layers, self.dtype)
 
-    def _forward(self, row: Pack, features: Mapping[str, Tensor]) -> Tensor:
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.config.model.dtype == "bfloat16"):
-            return self.model(row, features)
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in; the critic's own weights are float32."""
+        return getattr(torch, self.config.model.dtype)
+
+    def _rows(self, groups: Sequence[Group]) -> list[Row]:
+        return rows_of_rank(
+            groups,
+            self.config.learner.token_budget,
+            self.image_token_id,
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
+            pairs_per_token=pairs_per_token(self.model.model.config),
+        )
+
+    def _forward(self, row: Row, features: Mapping[str, Tensor]) -> Tensor:
+        with self.ranks.autocast(self.dtype):
+            return self.model(row.pack, features)
 
     @torch.no_grad()
     def values(self, batch: Batch, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Values before each response token [N, R] (0 outside the mask) and after the last one [N]."""
         values = torch.zeros(batch.response_mask.shape)
         final = torch.zeros(len(values))
-        for row in self._packs(batch.groups):
+        for row in self._rows(batch.groups):
             every = self._forward(row, features).cpu()
-            values[row.rows[row.row], row.column] = every[row.before]
-            final[row.rows] = every[row.last]
-        return values, final
+            if row.counts:
+                row.pack.put(values, row.pack.padded(every[row.pack.before]))
+                final[row.pack.rows] = every[row.pack.last]
+        return self.ranks.sum(values), self.ranks.sum(final)
 
     def update(
         self, batch: Batch, targets: Targets, features: Mapping[str, Tensor], iteration: int
     ) -> dict[str, float]:
         """One pass over the batch in `ppo.critic_minibatches` optimizer steps. Returns value/* metrics."""
         seed = f"{self.config.seed}-critic-{iteration}"
-        total, norm = 0.0, 0.0
-        parts = minibatches(batch.groups, self.config.ppo.critic_minibatches, seed)
-        for groups in parts:
-            packs = self._packs(groups)
-            tokens = sum(len(row.targets) for row in packs)
-            for row in packs:
-                values = row.padded(self._forward(row, features)[row.before.to(self.device)])
-                mask = row.part(batch.response_mask).to(self.device)
-                returns = row.part(targets.returns).to(self.device)
+        total, norm = torch.zeros(()), 0.0
+        device = self.ranks.device
+        for groups in minibatches(batch.groups, self.config.ppo.critic_minibatches, seed):
+            tokens = sum(len(response) for group in groups for response in group.responses)
+            for row in self._rows(groups):
+                pack = row.pack
+                values = pack.padded(self._forward(row, features)[pack.before.to(device)])
+                mask, returns = (pack.part(full).to(device) for full in (batch.response_mask, targets.returns))
                 loss = value_loss(values, returns, mask, tokens=tokens)
-                loss.backward()
-                total += float(loss.detach()) * tokens
+                # FSDP averages gradients over the ranks; the loss is a sum over all of them.
+                (loss * (row.counts * self.ranks.count)).backward()
+                total += loss.detach().cpu() * (row.counts * tokens)
             norm = max(norm, self.optimizer.step())
-        metrics = {"value/loss": total / int(batch.response_mask.sum()), "value/grad_norm": norm}
+        loss = float(self.ranks.sum(total)) / int(batch.response_mask.sum())
+        metrics = {"value/loss": loss, "value/grad_norm": norm}
         explained = explained_variance(targets.values, targets.returns, batch.response_mask)
         return metrics if math.isnan(explained) else metrics | {"value/explained_variance": explained}
 
     def save(self, critic: Path, state: Path) -> dict[str, int]:
         """Write weights and optimizer moments; returns the counters that go with them."""
-        for folder in (critic, state):
-            folder.mkdir(parents=True, exist_ok=True)
-        save_file({n: t.cpu().contiguous() for n, t in self.model.state_dict().items()}, critic / WEIGHTS)
-        moments = {n: t.cpu().contiguous() for n, t in self.optimizer.state().items()}
-        save_file(moments, state / OPTIMIZER)
+        weights = self.ranks.gathered(self.model.state_dict())
+        moments = self.ranks.gathered(self.optimizer.state())
+        if self.ranks.first:
+            for folder in (critic, state):
+                folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights, critic / WEIGHTS)
+            save_file(moments, state / OPTIMIZER)
         return {"critic_steps": self.optimizer.steps}
 
     def restore(self, critic: Path, state: Path, steps: int) -> None:
         """Continue after `steps` optimizer steps from what `save` wrote."""
-        self.model.load_state_dict(load_file(critic / WEIGHTS, device=self.device))
-        self.optimizer.restore(load_file(state / OPTIMIZER, device=self.device), steps)
+        weights = load_file(critic / WEIGHTS)
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(self.ranks.own(weights[name], tensor))
+        self.optimizer.restore(load_file(state / OPTIMIZER), steps, self.ranks.own)
+
+
+def make_critic(folder: str, config: Config, device: str, rank: int, count: int, address: str | None) -> Critic:
+    """One rank's critic, in the process that calls this."""
+    return Critic(folder, config, Ranks(device, rank, count, address, config.learner.threads))

@@ -1,45 +1,60 @@
-"""Features of the frozen encoder, computed once per distinct picture and kept while there is room."""
+"""Features of the frozen encoder: computed once per distinct picture, and kept where the learner's processes can
+read them."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-
-import torch
-from PIL import Image
-from torch import Tensor
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 from rl.types import Picture
 
 
-class FrozenFeatures:
-    """A least-recently-used cache from picture digests to features.
+class Encoder(Protocol):
+    """A learner process (rl.learner.Policy) somewhere."""
+
+    def start(self, method: str, *args: Any) -> Any: ...
+    def call(self, method: str, *args: Any) -> Any: ...
+
+
+class FeatureStore:
+    """Knows which pictures have been encoded; policy and critic read the features in every pass of every iteration.
+
+    The features are in Ray's object store, which moves what does not fit into memory to disk. Past the limit the
+    least recently used are forgotten, and computed again if they are asked for.
 
     Args:
-        encode: pictures -> one [image tokens, hidden] tensor each.
-        limit_mib: memory for features; those of the request at hand are always given, over the limit or not.
+        encoders: take pictures in turn.
+        limit_mib: of features, in memory and on disk; those of the last request always stay.
     """
 
-    def __init__(self, encode: Callable[[Sequence[Image.Image]], list[Tensor]], limit_mib: int) -> None:
-        self._encode, self._limit = encode, limit_mib << 20
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
-        self.forwards = 0  # pictures that went through the tower
+    def __init__(self, encoders: Sequence[Encoder], limit_mib: int) -> None:
+        self._encoders, self._limit = list(encoders), limit_mib << 20
+        self._kept: OrderedDict[str, Any] = OrderedDict()  # digest -> pending features, the last used at the end
+        self._bytes: dict[str, int] = {}
+        self._asked = 0
+        self.forwards = 0  # pictures that went through the tower, as far as `trim` has heard
 
-    @torch.no_grad()
-    def of(self, pictures: Mapping[str, Picture]) -> dict[str, Tensor]:
-        """Digest -> [image tokens, hidden] on the CPU."""
+    def of(self, pictures: Iterable[Picture]) -> dict[str, Any]:
+        """Digest -> features [image tokens, hidden], each possibly still being computed."""
         result = {}
-        for digest, picture in pictures.items():
-            # One at a time: a picture's features must not depend, in their last bits, on what was asked with it
-            # or was still in the cache, or a resumed run would differ from one never interrupted.
-            feature = self._kept.pop(digest) if digest in self._kept else self._made(picture)
-            self._kept[digest] = result[digest] = feature
-        self._shrink()
+        for picture in pictures:
+            pending = self._kept.pop(picture.digest, None)
+            if pending is None:
+                # One by one: a picture's features must not depend, in their last bits, on what was asked with it or
+                # was still kept, or a resumed run would differ from one never interrupted.
+                pending = self._encoders[self._asked % len(self._encoders)].start("encode", picture)
+                self._asked += 1
+            self._kept[picture.digest] = result[picture.digest] = pending
         return result
 
-    def _made(self, picture: Picture) -> Tensor:
-        self.forwards += 1
-        return self._encode([picture.load()])[0].cpu()
-
-    def _shrink(self) -> None:
-        size = sum(f.nbytes for f in self._kept.values())
-        while size > self._limit and self._kept:
-            size -= self._kept.popitem(last=False)[1].nbytes
+    def trim(self, using: Iterable[str] = ()) -> None:
+        """Forget the least recently used beyond the limit, but none of the digests in `using`."""
+        for sizes in [encoder.start("encoded") for encoder in self._encoders]:
+            found = sizes.result()
+            self.forwards += len(found)
+            self._bytes |= dict(found)
+        held = sum(self._bytes[digest] for digest in self._kept)
+        for digest in [d for d in self._kept if d not in set(using)]:
+            if held <= self._limit:
+                return
+            del self._kept[digest]
+            held -= self._bytes.pop(digest)

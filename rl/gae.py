@@ -1,20 +1,20 @@
-"""Advantages and returns along the tokens a policy chose: pure functions, no loop over time.
+"""Advantages and returns along the tokens a policy chose: pure functions of tensors.
 
 Every tensor is [N, R]: N responses, padded to R columns; `mask` (bool) is True where the policy chose the token.
 A row may have holes (text that a tool wrote) as well as padding.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK = 32  # columns that one triangular matrix product covers; larger ones cost more and round worse
-_BLOCK = 1 << 18  # elements worked on at a time, so that temporaries stay in the processor's cache
+_TASK = 1 << 20  # elements a thread takes at a time: milliseconds of work, and enough tasks to share evenly
 
 
-@torch.no_grad()
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, bootstrap: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -26,6 +26,9 @@ def gae(
     "next" is the next column whose mask is True; columns in between add no delta and cost no factor of gamma.
     After the last one A_next = 0 and V_next = `bootstrap`.
 
+    Computed in float64 by a compiled loop on the CPU, with torch.get_num_threads() threads, wherever the tensors
+    are. A process's first call compiles it, which takes a second or two.
+
     Args:
         rewards: [N, R] float, paid on emitting token t.
         values: [N, R] float, the critic's estimate before token t is emitted.
@@ -34,23 +37,30 @@ def gae(
         bootstrap: [N] float, value of the state after the last token, for responses cut off before they
             ended; 0 for those that did end. None: 0 for all.
     Returns:
-        advantages, returns (advantages + values): [N, R] float32 (float64 if `values` is), 0 where mask is
-        False, not normalised.
+        advantages, returns (advantages + values): [N, R] float32 (float64 if `values` is) on the device of
+        `values`, 0 where mask is False, not normalised, without gradient.
     Raises:
         ValueError: shapes differ, the mask is not bool, or gamma or lam is outside [0, 1].
     Source: Schulman et al. 2016, arXiv:1506.02438, section 3; Eq. 1 of the STEP3-VL-10B report.
     """
     _check(rewards, values, mask, gamma, lam, bootstrap)
+    count, width = values.shape
     dtype = torch.promote_types(values.dtype, torch.float32)
-    advantages = torch.empty(values.shape, dtype=dtype, device=values.device)
-    returns = torch.empty_like(advantages)
-    rows = max(1, _BLOCK // max(1, values.shape[1])) if values.device.type == "cpu" else max(1, len(values))
-    for start in range(0, len(values), rows):
-        part = slice(start, start + rows)
-        ending = None if bootstrap is None else bootstrap[part]
-        a, ret = _gae_rows(rewards[part], values[part], mask[part], gamma, lam, ending)
-        advantages[part], returns[part] = a, ret
-    return advantages, returns
+    ending = torch.zeros(count) if bootstrap is None else bootstrap
+    inputs = _array(rewards, dtype), _array(values, dtype), _array(mask, torch.bool), _array(ending, torch.float64)
+    # numpy asks for huge pages and torch does not: page faults would cost more than the arithmetic. Zeros come with
+    # new pages, so that padding is never written to.
+    advantages, returns = np.zeros((count, width), inputs[1].dtype), np.zeros((count, width), inputs[1].dtype)
+
+    kernel = _compiled()
+    rows = max(1, _TASK // max(1, width))
+
+    def work(start: int) -> None:
+        kernel(start, min(start + rows, count), *inputs, float(gamma), float(gamma * lam), advantages, returns)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(work, range(0, count, rows)))  # the list raises what a thread raised
+    return torch.from_numpy(advantages).to(values.device), torch.from_numpy(returns).to(values.device)
 
 
 def _check(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None) -> None:
@@ -67,78 +77,46 @@ def _check(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: flo
 
 
 def _gae_rows(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns of some rows, by way of the returns G = A + V, which take fewer passes over memory:
-    G_t = r_t + gamma * (1 - lam) * V_next + gamma * lam * G_next, where G_next = V_next after the last token."""
-    column = _packed_columns(mask)
-    keep = _bits(mask, _working_dtype(values))
-    value, income = _pack(values, keep, column), _pack(rewards, keep, column)
-    if gamma * (1 - lam):
-        income[:, :-1].add_(value[:, 1:], alpha=gamma * (1 - lam))
-    if bootstrap is not None:
-        length = mask.sum(1, keepdim=True)
-        ending = torch.where(length > 0, gamma * bootstrap.to(income.dtype)[:, None], 0.0)
-        income.scatter_add_(1, (length - 1).clamp(min=0), ending)
-    returns = _discounted_sums_to_come(income, gamma * lam)
-    advantages = returns - value
-    if column is None:
-        return advantages, returns
-    return _zero_outside(advantages.gather(1, column), keep), _zero_outside(returns.gather(1, column), keep)
+    start: int,
+    stop: int,
+    rewards: np.ndarray,
+    values: np.ndarray,
+    mask: np.ndarray,
+    bootstrap: np.ndarray,
+    gamma: float,
+    decay: float,
+    advantages: np.ndarray,
+    returns: np.ndarray,
+) -> None:
+    """Fills in rows `start` to `stop` of the last two arrays, which hold 0; a_next and v_next are float64."""
+    width = values.shape[1]
+    for i in range(start, stop):
+        a_next, v_next = 0.0, bootstrap[i]
+        for back in range(width):
+            t = np.uint64(width - 1 - back)  # a signed index would be tested for < 0 each time, a third slower
+            if mask[i, t]:
+                a_next = rewards[i, t] + gamma * v_next - values[i, t] + decay * a_next
+                v_next = values[i, t]
+                advantages[i, t] = a_next
+                returns[i, t] = a_next + v_next
 
 
-def _working_dtype(values: Tensor) -> torch.dtype:
-    """float32 unless the caller's values are finer, or matrix products are set to round float32 to less."""
-    backend = torch.backends.mkldnn if values.device.type == "cpu" else torch.backends.cuda
-    exact = backend.matmul.fp32_precision in ("none", "ieee")  # pyrefly: ignore[missing-attribute]  # set up at run time
-    return torch.promote_types(values.dtype, torch.float32 if exact else torch.float64)
+@cache
+def _compiled() -> Callable[..., None]:
+    """_gae_rows as machine code that runs without the interpreter's lock.
+
+    numba is imported here because processes that only want this file's other functions need not pay for it. The
+    code is not kept on disk: loading it is hardly faster than compiling it once in a run, and needs a folder to
+    write to.
+    """
+    from numba import njit
+
+    return njit(nogil=True, fastmath={"contract"})(_gae_rows)  # contract: a * b + c may be one instruction
 
 
-def _bits(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as integers as wide as `dtype`: all bits set where True. `&` with it is several times faster on
-    CPU than torch.where, and unlike a product turns NaN into 0."""
-    return mask.view(torch.int8).to(torch.int64 if dtype == torch.float64 else torch.int32).neg_()
-
-
-def _zero_outside(x: Tensor, keep: Tensor) -> Tensor:
-    return (x.view(keep.dtype) & keep).view(x.dtype)
-
-
-def _packed_columns(mask: Tensor) -> Tensor | None:
-    """[n, R] where each chosen token goes if a row's tokens move left together; None if all are there already."""
-    ones = mask.view(torch.int8)
-    if ones[:, 1:].numel() == 0 or (ones[:, 1:] - ones[:, :-1]).amax() <= 0:
-        return None
-    return (mask.cumsum(1) - 1).clamp_(min=0)
-
-
-def _pack(x: Tensor, keep: Tensor, column: Tensor | None) -> Tensor:
-    """The chosen tokens of `x` moved to the left, 0 after them."""
-    chosen = _zero_outside(x.to(torch.float64 if keep.dtype == torch.int64 else torch.float32), keep)
-    return chosen if column is None else torch.zeros_like(chosen).scatter_add_(1, column, chosen)
-
-
-def _discounted_sums_to_come(x: Tensor, decay: float) -> Tensor:
-    """y_t = x_t + decay * y_{t+1} along the rows of [n, R]: within chunks by one matrix product, then the same
-    over the chunks' totals, each of which counts decay^_CHUNK less than the one before."""
-    n, width = x.shape
-    size = max(1, min(_CHUNK, width))
-    if width % size:
-        x = F.pad(x, (0, -width % size))
-    within, until_next = _powers(decay, size, x.dtype, x.device)
-    sums = x.reshape(n, -1, size) @ within
-    if sums.shape[1] > 1:
-        totals = _discounted_sums_to_come(sums[:, :, 0], decay**size)
-        sums[:, :-1].addcmul_(totals[:, 1:, None], until_next)
-    return sums.reshape(n, -1)[:, :width]
-
-
-@lru_cache(maxsize=64)
-def _powers(decay: float, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """decay^(j - i) for j >= i, else 0, as [j, i], and decay^(size - i), as [i]; exact before they are rounded."""
-    steps = torch.arange(size, dtype=torch.float64, device=device)
-    within = torch.tril(decay ** (steps[:, None] - steps).clamp(min=0))
-    return within.to(dtype), (decay ** (size - steps)).to(dtype)
+def _array(x: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """On the CPU and contiguous; the tensor's own memory if it is so already."""
+    return x.detach().to("cpu", dtype).contiguous().numpy()
 
 
 def normalize(advantages: Tensor, mask: Tensor) -> Tensor:

@@ -6,16 +6,15 @@ features come from a cache and enter as constants.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rl.config import PPO, Config
-from rl.features import FrozenFeatures
 from rl.losses import (
     MinibatchSize,
     PolicyLoss,
@@ -28,9 +27,10 @@ from rl.losses import (
     tis_weights,
 )
 from rl.model import checkpoint
-from rl.model.packed import hidden_states, token_logprobs
+from rl.model.packed import PolicyModel, pairs_per_token, recompute_layers
 from rl.optimizer import Optimizer
-from rl.packing import Batch, Group, Pack, collate, minibatches, pack
+from rl.packing import Batch, Group, Row, collate, minibatches, rows_of_rank
+from rl.ranks import Ranks
 from rl.targets import Targets
 from rl.types import Picture, Rollout, Scored
 
@@ -56,74 +56,97 @@ def needs_old_logprobs(ppo: PPO) -> bool:
 
 
 class Policy:
-    """Logprobs and the PPO update of the decoder. A plain object; Ray places it.
+    """Logprobs and the PPO update of the decoder. A plain object; Ray places it, possibly split over several ranks.
+
+    Every rank gets the same calls with the same arguments, works on its share, and has the whole answer.
 
     Args:
         folder: model folder to start from; later checkpoints copy its tokenizer.
     """
 
-    def __init__(self, folder: str, config: Config, device: str = "cpu") -> None:
-        if config.learner.threads:
-            torch.set_num_threads(config.learner.threads)
-        self.source, self.config, self.device = Path(folder), config, device
-        self.model = checkpoint.load(folder, device=device)
-        self.frozen = tuple(p for name in config.model.freeze for p in self.model.frozen_prefixes[name])
-        self.trained = {}
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(not name.startswith(self.frozen))
-            if parameter.requires_grad:
-                self.trained[name] = parameter
-        self.encoder = FrozenFeatures(self.model.features, config.learner.features_cache_mib)
-        ppo = config.ppo
-        self.loss = policy_loss(ppo)
+    def __init__(self, folder: str, config: Config, ranks: Ranks | None = None) -> None:
+        self.source, self.config, self.ranks = Path(folder), config, ranks or Ranks()
+        self.model = checkpoint.load(folder, device=self.ranks.device, prepare=self._prepare, own=self.ranks.own)
+        if config.learner.activation_checkpointing:
+            recompute_layers(self.model.model)
         self.optimizer = Optimizer(
             self.trained,
-            lr=ppo.policy_lr,
-            warmup=ppo.policy_warmup,
-            betas=ppo.betas,
-            weight_decay=ppo.weight_decay,
-            max_grad_norm=ppo.max_grad_norm,
+            lr=config.ppo.policy_lr,
+            warmup=config.ppo.policy_warmup,
+            betas=config.ppo.betas,
+            weight_decay=config.ppo.weight_decay,
+            max_grad_norm=config.ppo.max_grad_norm,
         )
+        self.loss = policy_loss(config.ppo)
+        self._encoded: dict[str, int] = {}
+
+    def _prepare(self, model: Any) -> None:
+        """Freeze what is frozen, and split the rest over the ranks."""
+        self.decoder = PolicyModel(model.model, model.lm_head)
+        self.ranks.shard(self.decoder, model.model.layers, self.dtype)
+        frozen = tuple(p for name in self.config.model.freeze for p in model.frozen_prefixes[name])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
+
+    @cached_property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """By name on disk."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
     def dtype(self) -> torch.dtype:
         """What engine and learner compute in; the learner's own weights are float32."""
         return getattr(torch, self.config.model.dtype)
 
-    def features(self, pictures: Mapping[str, Picture]) -> dict[str, Tensor]:
-        """Digest -> the frozen encoder's features, [image tokens, hidden]."""
-        return self.encoder.of(pictures)
+    @torch.no_grad()
+    def encode(self, picture: Picture) -> Tensor:
+        """The frozen encoder's features, [image tokens, hidden], on the CPU."""
+        features = self.model.features([picture.load()])[0].cpu()
+        self._encoded[picture.digest] = features.nbytes
+        return features
+
+    def encoded(self) -> dict[str, int]:
+        """Digest -> bytes of the features that this process has computed since it was asked last."""
+        told, self._encoded = self._encoded, {}
+        return told
 
     def weights(self) -> dict[str, Any]:
-        """The trained tensors by their names on disk, in the type the engines compute in."""
-        tensors = {name: p.detach().to(self.dtype).cpu() for name, p in self.trained.items()}
-        if getattr(self.model.config, "tie_word_embeddings", False):
+        """The trained tensors by their names on disk, in the type the engines compute in; on the first rank."""
+        tensors = self.ranks.gathered(self.trained, self.dtype)
+        if tensors and getattr(self.model.config, "tie_word_embeddings", False):
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         return {n: t.numpy() if t.dtype == torch.float32 else t for n, t in tensors.items()}
 
-    def _packs(self, groups: Sequence[Group]) -> list[Pack]:
-        return pack(groups, self.config.learner.token_budget, self.model.image_token_id)
+    def _rows(self, groups: Sequence[Group]) -> list[Row]:
+        return rows_of_rank(
+            groups,
+            self.config.learner.token_budget,
+            self.model.image_token_id,
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
+            pairs_per_token=pairs_per_token(self.model.model.config),
+        )
 
-    def _forward(self, row: Pack, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _forward(self, row: Row, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies, [k, longest], of the responses in a packed row."""
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            hidden = hidden_states(self.model.model, row, features)[row.before.to(self.device)]
-            found = token_logprobs(hidden, self.model.lm_head, row.targets, self.config.rollout.temperature)
-        return row.padded(found[0]), row.padded(found[1])
+        with self.ranks.autocast(self.dtype):
+            found = self.decoder(row.pack, features, self.config.rollout.temperature)
+        return row.pack.padded(found[0]), row.pack.padded(found[1])
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, features: Mapping[str, Tensor]) -> Tensor:
         """Of every response token under the present weights: [N, R] nats, 0 outside the mask."""
         result = torch.zeros(batch.response_mask.shape)
-        for row in self._packs(batch.groups):
+        for row in self._rows(batch.groups):
             values = self._forward(row, features)[0].cpu()
-            result[row.rows[row.row], row.column] = values[row.row, row.column]
-        return result
+            if row.counts:
+                row.pack.put(result, values)
+        return self.ranks.sum(result)
 
-    def logprob_gap(self, rollouts: Sequence[Rollout]) -> float:
+    def logprob_gap(self, rollouts: Sequence[Rollout], features: Mapping[str, Tensor]) -> float:
         """Mean |engine - learner| over the response tokens, in nats; the engine had the present weights."""
         batch = collate([Scored(r, 0.0) for r in rollouts])
-        ours = self.logprobs(batch, self.features(batch.pictures))
+        ours = self.logprobs(batch, features)
         gap = (ours - batch.rollout_logprobs).abs()
         return float(gap[batch.response_mask].mean())
 
@@ -165,26 +188,29 @@ class Policy:
         chosen = batch.response_mask if correction is None else correction.mask
         mine = chosen[[index for group in groups for index in group.rows]]
         size = MinibatchSize(int(mine.sum()), int(mine.any(-1).sum()))
-        sums: Sums = {} if correction is None else correction.sums
-        for row in self._packs(groups) if size.tokens else ():
+        sums: Sums = {}
+        device = self.ranks.device
+        for row in self._rows(groups) if size.tokens else ():
             logprobs, entropies = self._forward(row, features)
             mask, sampled, advantages = (
-                row.part(full).to(self.device) for full in (chosen, batch.rollout_logprobs, targets.advantages)
+                row.pack.part(full).to(device) for full in (chosen, batch.rollout_logprobs, targets.advantages)
             )
-            before = sampled if old is None else row.part(old).to(self.device)
+            before = sampled if old is None else row.pack.part(old).to(device)
             if correction is None:
                 now = before if self.config.ppo.tis_policy == "before_update" else logprobs
                 weights, tis = tis_weights(now, sampled, mask, cap=self.config.ppo.tis_cap)
             else:
                 weights, tis = correction.weights, {}
-                weights = None if weights is None else row.part(weights).to(self.device)
+                weights = None if weights is None else row.pack.part(weights).to(device)
             loss, drift = self.loss(logprobs, before, advantages, mask, size=size, weights=weights)
             bonus, spread = entropy_loss(entropies, mask, tokens=size.tokens)
-            total = loss + self.config.ppo.entropy * bonus
-            total.backward()
+            total = loss + self.config.ppo.entropy * bonus if self.config.ppo.entropy else loss
+            # FSDP averages gradients over the ranks; the loss is a sum over all of them.
+            (total * (row.counts * self.ranks.count)).backward()
             for found in (tis, drift, spread, {"loss": total.detach() * size.tokens}):
-                sums = add_sums(sums, found)
-        return size, sums
+                sums = add_sums(sums, {name: value * row.counts for name, value in found.items()})
+        sums = self.ranks.totals(sums)
+        return size, sums if correction is None else add_sums(sums, correction.sums)
 
     def _correction(self, groups: Sequence[Group], batch: Batch, old: Tensor | None) -> "RolloutCorrection | None":
         """verl's rollout correction, if the recipe asks for it: over a whole minibatch, before it is split."""
@@ -203,12 +229,16 @@ class Policy:
 
     def save(self, policy: Path, state: Path) -> dict[str, int]:
         """Write the policy as a model folder and its optimizer's moments; returns the counters that go with them."""
-        checkpoint.save(self.model, policy, source=self.source, dtype=self.dtype)
-        state.mkdir(parents=True, exist_ok=True)
-        if self.dtype != torch.float32:
-            save_file({n: p.detach().cpu().contiguous() for n, p in self.trained.items()}, state / MASTER)
-        moments = {n: t.cpu().contiguous() for n, t in self.optimizer.state().items()}
-        save_file(moments, state / OPTIMIZER)
+        low = self.dtype != torch.float32
+        master = self.ranks.gathered(self.trained) if low else {}
+        moments = self.ranks.gathered(self.optimizer.state())
+        tensors = self.ranks.gathered(checkpoint.state(self.model), self.dtype)
+        if self.ranks.first:
+            state.mkdir(parents=True, exist_ok=True)
+            checkpoint.save(self.model, policy, source=self.source, tensors=tensors)
+            if low:
+                save_file(master, state / MASTER)
+            save_file(moments, state / OPTIMIZER)
         return {"policy_steps": self.optimizer.steps}
 
     def restore(self, policy: Path, state: Path, steps: int) -> None:
@@ -216,5 +246,10 @@ class Policy:
         source = load_file(state / MASTER) if self.dtype != torch.float32 else checkpoint.load(policy).state_dict()
         with torch.no_grad():
             for name, parameter in self.trained.items():
-                parameter.copy_(source[name])
-        self.optimizer.restore(load_file(state / OPTIMIZER, device=self.device), steps)
+                parameter.copy_(self.ranks.own(source[name], parameter))
+        self.optimizer.restore(load_file(state / OPTIMIZER), steps, self.ranks.own)
+
+
+def make_policy(folder: str, config: Config, device: str, rank: int, count: int, address: str | None) -> Policy:
+    """One rank's policy, in the process that calls this."""
+    return Policy(folder, config, Ranks(device, rank, count, address, config.learner.threads))

@@ -1,9 +1,10 @@
 """AdamW with linear warm-up and gradient clipping, whose whole state is named tensors and one integer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Optimizer:
@@ -42,7 +43,8 @@ class Optimizer:
 
         Raises FloatingPointError, leaving the weights as they were, if the norm is not finite.
         """
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
+        total = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         if not torch.isfinite(torch.tensor(norm)):
             raise FloatingPointError(
                 f"the gradient norm is {norm} at optimizer step {self.steps + 1}; lower the learning rate, or look "
@@ -64,11 +66,15 @@ class Optimizer:
             if parameter in self.adamw.state
         }
 
-    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Continue after `steps` steps from what `state` gave. Raises KeyError naming a missing tensor."""
+    def restore(self, tensors: Mapping[str, Tensor], steps: int, own: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Continue after `steps` steps from what `state` gave, gathered. Raises KeyError naming a missing tensor.
+
+        Args:
+            own: (whole tensor, parameter) -> the share that goes with the parameter (rl.ranks.Ranks.own).
+        """
         self.steps = steps
         if not steps:
             return
         for name, parameter in self.parameters.items():
-            moments = {m: tensors[f"{name}.{m}"].to(parameter).clone() for m in ("exp_avg", "exp_avg_sq")}
+            moments = {m: own(tensors[f"{name}.{m}"], parameter).clone() for m in ("exp_avg", "exp_avg_sq")}
             self.adamw.state[parameter] = {"step": torch.tensor(float(steps)), **moments}

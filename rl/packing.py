@@ -5,8 +5,9 @@ response's positions continue the prompt's. [N, R] tensors (N responses, R the l
 response token; column t always describes response token t.
 """
 
+import heapq
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from rl.gae import terminal_rewards
 from rl.model.attention import Layout, Span
-from rl.types import Picture, Scored
+from rl.types import Scored
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,18 @@ class Group:
     def tokens(self) -> int:
         return len(self.prompt_ids) + sum(map(len, self.responses))
 
+    @property
+    def pairs(self) -> int:
+        """Tokens that attention compares, over all tokens."""
+        prompt = len(self.prompt_ids)
+        return _triangle(prompt) + sum(prompt * len(r) + _triangle(len(r)) for r in self.responses)
+
 
 @dataclass(frozen=True)
 class Batch:
     """All valid samples of an iteration. Every tensor is [N, R] except `truncated`, [N]."""
 
     groups: tuple[Group, ...]
-    pictures: Mapping[str, Picture]  # by digest
     response_mask: Tensor  # bool; True where the policy chose the token
     rollout_logprobs: Tensor  # float32 nats, from the engine; 0 outside the mask
     rewards: Tensor  # float32; the whole reward on the last response token
@@ -70,9 +76,22 @@ class Pack:
         out = values.new_zeros(len(self.rows), int(self.column.max()) + 1)
         return out.index_put((self.row.to(values.device), self.column.to(values.device)), values)
 
+    def put(self, full: Tensor, values: Tensor) -> None:
+        """Write this row's [k, longest] into a batch tensor [N, R]."""
+        full[self.rows[self.row], self.column] = values[self.row, self.column]
+
     def part(self, full: Tensor) -> Tensor:
         """This row's share, [k, longest], of a batch tensor [N, R]."""
         return full[self.rows, : int(self.column.max()) + 1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A packed row that a rank computes. One that does not `counts` only keeps the ranks in step: its results and its
+    gradient are thrown away."""
+
+    pack: Pack
+    counts: bool = True
 
 
 def collate(scored: Sequence[Scored]) -> Batch:
@@ -89,7 +108,6 @@ def collate(scored: Sequence[Scored]) -> Batch:
         logprobs[row, : len(rollout.response_ids)] = torch.tensor(rollout.rollout_logprobs)
     return Batch(
         groups=tuple(_groups(valid)),
-        pictures={p.digest: p for r in rollouts for p in r.prompt.images},
         response_mask=mask,
         rollout_logprobs=logprobs,
         rewards=terminal_rewards(torch.tensor([s.reward for s in valid]), mask),
@@ -159,6 +177,50 @@ def pack(groups: Sequence[Group], token_budget: int, image_token_id: int | None)
         bins[slot].append(piece)
         room[slot] -= piece.tokens
     return [_row(part, image_token_id) for part in bins]
+
+
+def rows_of_rank(
+    groups: Sequence[Group],
+    token_budget: int,
+    image_token_id: int | None,
+    *,
+    rank: int,
+    ranks: int,
+    pairs_per_token: float,
+) -> list[Row]:
+    """The packed rows that are this rank's to compute: about the same work for each rank, and as many rows.
+
+    Args:
+        pairs_per_token: how many pairs of tokens that attention compares cost as much as all the rest of a token.
+    """
+    pieces = [piece for group in groups for piece in _split(group, token_budget)]
+    shares = balanced([piece.tokens + piece.pairs / pairs_per_token for piece in pieces], ranks)
+    packs = [pack([pieces[i] for i in share], token_budget, image_token_id) for share in shares]
+    smallest = min((row for share in packs for row in share), key=lambda row: len(row.token_ids))
+    missing = max(map(len, packs)) - len(packs[rank])
+    return [*map(Row, packs[rank]), *[Row(smallest, counts=False)] * missing]
+
+
+def balanced(work: Sequence[float], parts: int) -> list[list[int]]:
+    """Indices of `work` in `parts` lists of nearly equal sums.
+
+    The largest differencing method (Karmarkar and Karp, 1982, section 6) for several parts: the two partitions whose
+    sums differ most inside are merged, the largest list of one with the smallest of the other, until one is left.
+    """
+    heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = []
+    for index, amount in enumerate(work):
+        lists: list[tuple[float, list[int]]] = [(0.0, []) for _ in range(parts - 1)]
+        heapq.heappush(heap, (-amount, index, [*lists, (amount, [index])]))
+    while len(heap) > 1:
+        (_, order, one), (_, _, other) = heapq.heappop(heap), heapq.heappop(heap)
+        pairs = zip(one, reversed(other), strict=True)
+        merged = sorted(((a + b, [*x, *y]) for (a, x), (b, y) in pairs), key=lambda part: part[0])
+        heapq.heappush(heap, (merged[0][0] - merged[-1][0], order, merged))
+    return [sorted(share) for _, share in heap[0][2]] if heap else [[] for _ in range(parts)]
+
+
+def _triangle(length: int) -> int:
+    return length * (length + 1) // 2
 
 
 def _split(group: Group, token_budget: int) -> list[Group]:

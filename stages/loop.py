@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rl.config import Config
+from rl.features import FeatureStore
 from rl.metrics import rollout_metrics
 from rl.packing import collate
 from rl.stop import Stop
 from rl.targets import make_targets
-from rl.types import Prompt, Rollout, Scored
+from rl.types import Picture, Prompt, Rollout, Scored
 
 Finished = Callable[[int, Rollout], None]
 
@@ -59,6 +60,7 @@ class Parts:
     scorer: Scorer
     policy: Remote
     critic: Remote
+    features: FeatureStore
     phase: Callable[[str], Any] = lambda name: None  # told what is going on
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -99,7 +101,7 @@ def ppo_iteration(
             scored = enough_valid(scoring.results(), config.max_invalid_fraction)
     batch = collate(scored)
     with clock("critic"):
-        features = policy.start("features", batch.pictures)
+        features = parts.features.of(pictures(rollouts))
         values, final = critic.call("values", batch, features)
         targets = make_targets(batch, values, final, config.ppo)
         stats = critic.call("update", batch, targets, features, iteration)
@@ -112,6 +114,11 @@ def ppo_iteration(
     stats["rollout/tokens_per_second"] = tokens / clock.seconds["rollout"]
     stats["rollout/staleness"] = 0.0  # strictly synchronous
     return rollout_metrics(scored, config.rollouts_per_prompt) | stats, scored
+
+
+def pictures(rollouts: Sequence[Rollout]) -> list[Picture]:
+    """Those that their prompts show, each once."""
+    return list({picture.digest: picture for r in rollouts for picture in r.prompt.images}.values())
 
 
 def enough_valid(scored: list[Scored], limit: float) -> list[Scored]:
@@ -139,7 +146,7 @@ def sync(iteration: int, prompts: Sequence[Prompt], parts: Parts) -> dict[str, f
     parts.sampler.load(parts.policy.start("weights"), iteration)
     limit = parts.config.rollout.logprob_gap_limit
     fresh = parts.sampler.sample(prompts[: parts.config.rollout.logprob_check], 1, -iteration - 1)
-    gap = parts.policy.call("logprob_gap", fresh)
+    gap = parts.policy.call("logprob_gap", fresh, parts.features.of(pictures(fresh)))
     if not gap <= limit:
         raise Stop(
             f"after the weight sync of iteration {iteration} engine and learner differ by {gap:.4f} nats per token "

@@ -49,7 +49,8 @@ class Plan:
             f"rewards    {'; '.join(self._reward(task) for task in tasks((*self.train, *self.held_out)))}",
             *(f"judge      {self._judge(name)}" for name in sorted(self.rewards.asks())),
             f"model      {self.model}",
-            f"placement  {c.rollout.workers} vLLM engine(s), 1 policy and 1 critic process, on {device(c)}",
+            f"placement  {c.rollout.workers} vLLM engine(s), {c.learner.ranks} rank(s) each of policy and critic, "
+            f"on {device(c)}",
         ]
 
     def _reward(self, task: str) -> str:

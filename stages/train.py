@@ -6,11 +6,12 @@ from typing import Any
 
 from rewards.runner import Outage
 from rl import checkpoint
-from rl.actors import Worker, alone, as_they_come, cluster, gather, gpus, place
-from rl.critic import Critic
+from rl.actors import Team, Worker, alone, as_they_come, cluster, gather, gpus, place, place_team
+from rl.critic import make_critic
 from rl.display import Display
+from rl.features import FeatureStore
 from rl.interrupt import Interrupted, Interrupts
-from rl.learner import Policy
+from rl.learner import make_policy
 from rl.run_folder import RunFolder
 from rl.stop import Stop
 from rl.tracking import Trackers
@@ -95,6 +96,7 @@ class _Run:
             self.plan.rewards,
             self.policy,
             self.critic,
+            FeatureStore(self.policy.workers, config.learner.features_mib),
             phase=self.display.phase,
             interruptible=self.interrupts.waiting,
         )
@@ -103,13 +105,15 @@ class _Run:
         self.done = self.saved = done if start else None
         self.display.message(f"ready: {self.folder.path}" + (f", resuming after iteration {done}" if start else ""))
 
-    def _place(self, where: str, verbose: bool) -> tuple[list[Worker], Worker, Worker]:
+    def _place(self, where: str, verbose: bool) -> tuple[list[Worker], Team, Team]:
         config, plan = self.config, self.plan
         judges = sum(judge_gpus(judge) for judge in served_here(config, plan.rewards).values())
-        if where == "cuda" and gpus() < (needed := config.rollout.workers + 2 + judges):
+        ranks = config.learner.ranks
+        if where == "cuda" and gpus() < (needed := config.rollout.workers + 2 * ranks + judges):
             raise ValueError(
-                f"the cluster has {gpus()} GPUs, but {config.rollout.workers} rollout workers, a policy, a critic and "
-                f"{judges} for judges need {needed}; lower rollout.workers or add GPUs"
+                f"the cluster has {gpus()} GPUs, but {config.rollout.workers} rollout workers, {ranks} for the policy, "
+                f"{ranks} for the critic and {judges} for judges need {needed}; lower rollout.workers or "
+                "learner.ranks, or add GPUs"
             )
         share: dict[str, Any] = {"gpus": 1} if where == "cuda" else {}
         threads = {"OMP_NUM_THREADS": str(config.learner.threads)} if config.learner.threads else {}
@@ -131,8 +135,10 @@ class _Run:
             )
             for _ in range(config.rollout.workers)
         ]
-        policy = place(Policy, str(plan.model), config, where, environment=threads, **share)
-        critic = place(Critic, str(plan.model), config, where, environment=threads, **share)
+        policy, critic = (
+            place_team(make, str(plan.model), config, where, count=ranks, environment=threads, **share)
+            for make in (make_policy, make_critic)
+        )
         return engines, policy, critic
 
     def _serve_judges(self, where: str) -> None:

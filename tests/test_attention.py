@@ -67,8 +67,8 @@ def test_outputs_and_gradients_are_those_of_masked_attention(layout):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 def test_the_block_mask_for_gpus_shows_the_same_pairs(layout):
     """torch has no backward pass of FlexAttention on CPUs, so gradients are compared on GPUs only (below)."""
-    given = inputs(layout.length)
-    torch.testing.assert_close(flex(*given, layout), plain(*given, layout), atol=1e-5, rtol=1e-5)
+    q, k, v = inputs(layout.length)
+    torch.testing.assert_close(flex(q, k, v, layout), plain(q, k, v, layout), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

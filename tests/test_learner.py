@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from rl.config import Config
 from rl.critic import Critic
+from rl.features import FeatureStore
 from rl.learner import Policy
 from rl.model import checkpoint
 from rl.packing import Batch, collate
@@ -57,9 +59,13 @@ def batch_of(policy: Policy) -> Batch:
             rollout = Rollout(prompt, "", "stop", prompt_ids, response, (0.0,) * len(response))
             scored.append(Scored(rollout, float(torch.rand((), generator=generator))))
     batch = collate(scored)
-    logprobs = policy.logprobs(batch, policy.features(batch.pictures))
+    logprobs = policy.logprobs(batch, features_of(policy))
     noise = 0.1 * torch.randn(logprobs.shape, generator=generator)
     return replace(batch, rollout_logprobs=(logprobs + noise) * batch.response_mask)
+
+
+def features_of(policy: Policy) -> dict[str, torch.Tensor]:
+    return {p.digest: policy.encode(p) for p in PICTURES}
 
 
 def targets_of(batch: Batch, policy: Policy) -> Targets:
@@ -71,7 +77,7 @@ def gradients(policy: Policy, batch: Batch, budget: int, old: torch.Tensor | Non
     """Of one minibatch that holds the whole batch, packed to `budget` tokens a row."""
     learner = policy.config.learner.model_copy(update={"token_budget": budget})
     policy.config = policy.config.model_copy(update={"learner": learner})
-    policy._accumulate(batch.groups, batch, targets_of(batch, policy), policy.features(batch.pictures), old)
+    policy._accumulate(batch.groups, batch, targets_of(batch, policy), features_of(policy), old)
     found = {name: p.grad.clone() for name, p in policy.trained.items() if p.grad is not None}
     policy.optimizer.adamw.zero_grad()
     return found
@@ -94,7 +100,7 @@ def gradients(policy: Policy, batch: Batch, budget: int, old: torch.Tensor | Non
 def test_gradients_do_not_depend_on_how_a_minibatch_is_split(folder, ppo):
     policy = Policy(folder, config(folder, **ppo))
     batch = batch_of(policy)
-    old = policy.logprobs(batch, policy.features(batch.pictures)) if ppo else None
+    old = policy.logprobs(batch, features_of(policy)) if ppo else None
     whole, split = (gradients(policy, batch, budget, old) for budget in (4096, 24))
     assert whole.keys() == policy.trained.keys() == split.keys()
     for name, gradient in whole.items():
@@ -106,7 +112,7 @@ def test_only_the_decoder_is_trained_and_the_encoder_stays_bit_identical(folder)
     policy = Policy(folder, config(folder, policy_lr=1e-2))
     before = {n: t.clone() for n, t in policy.model.state_dict().items()}
     batch = batch_of(policy)
-    policy.update(batch, targets_of(batch, policy), policy.features(batch.pictures), 1)
+    policy.update(batch, targets_of(batch, policy), features_of(policy), 1)
     after = policy.model.state_dict()
     frozen = {n for n in before if n.startswith(("vision_model.", "vit_large_projector."))}
     assert frozen and all(torch.equal(before[n], after[n]) for n in frozen)
@@ -118,7 +124,7 @@ def test_only_the_decoder_is_trained_and_the_encoder_stays_bit_identical(folder)
 def test_a_rewarded_response_becomes_more_likely_and_a_punished_one_less(folder):
     policy = Policy(folder, config(folder, policy_lr=1e-3, minibatches=1))
     batch = batch_of(policy)
-    features = policy.features(batch.pictures)
+    features = features_of(policy)
     before = policy.logprobs(batch, features).sum(-1)
     wanted = torch.tensor([1.0, -1.0] * 6)
     advantages = wanted[:, None] * batch.response_mask
@@ -133,27 +139,52 @@ def test_the_two_readings_of_the_report_agree_while_policy_and_engine_are_the_sa
     for ppo in ({"ratio": "none"}, {"ratio": "clip"}):
         policy = Policy(folder, config(folder, **ppo))
         batch = batch_of(policy)
-        old = policy.logprobs(batch, policy.features(batch.pictures))
+        old = policy.logprobs(batch, features_of(policy))
         found.append(gradients(policy, batch, 4096, old))
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
+class Done:
+    """An answer that is there already."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def result(self) -> Any:
+        return self.value
+
+
+class Here:
+    """A learner in this process."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def start(self, method: str, *args: Any) -> Done:
+        return Done(self.call(method, *args))
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self.target, method)(*args)
+
+
 def test_each_picture_goes_through_the_tower_once(folder):
-    policy = Policy(folder, config(folder))
-    batch = batch_of(policy)
-    policy.features(batch.pictures)
-    assert policy.encoder.forwards == 2
+    store = FeatureStore([Here(Policy(folder, config(folder))) for _ in range(2)], limit_mib=1)
+    for _ in range(3):
+        found = store.of([*PICTURES, PICTURES[0]])
+        store.trim(found)
+    assert found.keys() == {p.digest for p in PICTURES}
+    assert store.forwards == 2
 
 
-def test_a_picture_that_fell_out_of_the_cache_has_the_same_features_again(folder):
-    policy = Policy(folder, config(folder))
-    policy.encoder._limit = 0
-    pictures = {p.digest: p for p in PICTURES}
-    first = policy.features(pictures)
-    again = policy.features({PICTURES[1].digest: PICTURES[1]})
-    assert torch.equal(first[PICTURES[1].digest], again[PICTURES[1].digest])
-    assert policy.encoder.forwards == 3
+def test_a_picture_that_was_forgotten_has_the_same_features_again(folder):
+    store = FeatureStore([Here(Policy(folder, config(folder)))], limit_mib=0)
+    first = store.of(PICTURES)
+    store.trim(using=[PICTURES[0].digest])
+    again = store.of(PICTURES)
+    store.trim()
+    assert all(torch.equal(first[p.digest].result(), again[p.digest].result()) for p in PICTURES)
+    assert store.forwards == 3  # the one in use was not forgotten
 
 
 def test_the_gap_is_the_mean_distance_between_engine_and_learner(folder):
@@ -162,14 +193,14 @@ def test_the_gap_is_the_mean_distance_between_engine_and_learner(folder):
     exact = policy.logprobs(collate([Scored(Rollout(prompt, "", "stop", (10, 11), (12, 13), (0.0, 0.0)), 0)]), {})
     off = tuple((exact[0] + torch.tensor([0.25, -0.75])).tolist())
     rollout = Rollout(prompt, "", "stop", (10, 11), (12, 13), off)
-    assert policy.logprob_gap([rollout]) == pytest.approx(0.5, abs=1e-5)
+    assert policy.logprob_gap([rollout], {}) == pytest.approx(0.5, abs=1e-5)
 
 
 def test_the_critic_learns_the_returns(folder):
     policy = Policy(folder, config(folder))
     critic = Critic(folder, config(folder, critic_lr=3e-3))
     batch = batch_of(policy)
-    features = policy.features(batch.pictures)
+    features = features_of(policy)
     losses = []
     for iteration in range(15):
         values, final = critic.values(batch, features)
@@ -185,7 +216,7 @@ def test_critic_gradients_do_not_depend_on_how_a_minibatch_is_split(folder):
         cfg = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"token_budget": budget})})
         critic, policy = Critic(folder, cfg), Policy(folder, cfg)
         batch = batch_of(policy)
-        features = policy.features(batch.pictures)
+        features = features_of(policy)
         values, final = critic.values(batch, features)
         norm = critic.update(batch, make_targets(batch, values, final, cfg.ppo), features, 1)["value/grad_norm"]
         found.append((norm, values))
@@ -209,7 +240,7 @@ def test_saving_and_restoring_continues_bit_for_bit(folder, tmp_path):
     cfg = config(folder, policy_lr=1e-3, critic_lr=1e-3)
     policy, critic = Policy(folder, cfg), Critic(folder, cfg)
     batch = batch_of(policy)
-    features = policy.features(batch.pictures)
+    features = features_of(policy)
 
     def step(policy: Policy, critic: Critic, iteration: int) -> None:
         values, final = critic.values(batch, features)
@@ -236,7 +267,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(folde
     before = {n: p.detach().clone() for n, p in policy.trained.items()}
     bad = Targets(*(torch.full(batch.response_mask.shape, float("nan")) for _ in range(3)))
     with pytest.raises(FloatingPointError, match="gradient norm is nan at optimizer step 1"):
-        policy.update(batch, bad, policy.features(batch.pictures), 1)
+        policy.update(batch, bad, features_of(policy), 1)
     assert all(torch.equal(before[n], p) for n, p in policy.trained.items())
 
 

@@ -9,28 +9,17 @@ import torch
 
 from rl.config import Config
 from rl.critic import Critic
+from rl.features import FeatureStore
 from rl.learner import Policy
 from rl.model import checkpoint
 from rl.packing import collate
 from rl.types import Prompt, Rollout, Scored
 from stages.loop import Clock, Finished, Parts, evaluate, ppo_iteration, sync
 from tests.models import text_model
-from tests.test_learner import config
+from tests.test_learner import Here, config
 
 PROMPTS = [Prompt(str(i), "t", ()) for i in range(4)]
 GOOD, BAD = 20, 30
-
-
-class Here:
-    """What an actor would answer, answered here."""
-
-    def __init__(self, target: Any) -> None:
-        self.target = target
-
-    def call(self, method: str, *args: Any) -> Any:
-        return getattr(self.target, method)(*args)
-
-    start = call
 
 
 def inside(remote: Any) -> Any:
@@ -93,7 +82,7 @@ def parts(tmp_path) -> Parts:
     checkpoint.save(text_model(), tmp_path)
     made: Config = config(str(tmp_path), policy_lr=1e-2, critic_lr=1e-2)
     policy, critic = Policy(str(tmp_path), made), Critic(str(tmp_path), made)
-    return Parts(made, Scripted(policy), Scores(right), Here(policy), Here(critic))
+    return Parts(made, Scripted(policy), Scores(right), Here(policy), Here(critic), FeatureStore([], 1))
 
 
 def likelihood(parts: Parts, token: int) -> float:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rl.model.packed import hidden_states, token_logprobs
+from rl.model.packed import PolicyModel
 from rl.packing import Batch, Group, collate, minibatches, pack
 from rl.types import Prompt, Rollout, Scored
 from tests.models import IMAGE_TOKEN, step_vl
@@ -65,8 +65,7 @@ def _single(g: Group, index: int) -> Group:
 def logprobs(model, rows, features) -> dict[int, torch.Tensor]:
     out = {}
     for row in rows:
-        hidden = hidden_states(model.model, row, features)[row.before]
-        values, _ = token_logprobs(hidden, model.lm_head, row.targets, 1.0)
+        values, _ = PolicyModel(model.model, model.lm_head)(row, features, 1.0)
         for local, index in enumerate(row.rows.tolist()):
             out[index] = values[row.row == local].detach()
     return out
@@ -105,4 +104,4 @@ def test_an_iteration_without_a_valid_sample_says_so():
 
 def test_a_batch_whose_tensors_disagree_is_refused():
     with pytest.raises(ValueError, match=r"Batch.rewards is \(1, 2\) but response_mask is \(1, 3\)"):
-        Batch((), {}, torch.ones(1, 3).bool(), torch.zeros(1, 3), torch.zeros(1, 2), torch.zeros(1).bool())
+        Batch((), torch.ones(1, 3).bool(), torch.zeros(1, 3), torch.zeros(1, 2), torch.zeros(1).bool())

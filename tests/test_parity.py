@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rl.model.config import StepVLConfig
 from rl.model.layout import picture_tokens
-from rl.model.packed import hidden_states, token_logprobs
+from rl.model.packed import PolicyModel
 from rl.model.pictures import views
 from rl.model.step_vl import StepVL
 from rl.packing import Group, pack
@@ -33,8 +33,7 @@ def learner_logprobs(model: StepVL, answer: Completion, shown: Sequence[Picture]
     (row,) = pack([group], token_budget=512, image_token_id=model.image_token_id)
     with torch.no_grad():
         features = {p.digest: model.features([p.load()])[0] for p in shown}
-        hidden = hidden_states(model.model, row, features)[row.before]
-        return token_logprobs(hidden, model.lm_head, row.targets, temperature=1.0)[0]
+        return PolicyModel(model.model, model.lm_head)(row, features, 1.0)[0]
 
 
 def ask(shown: Sequence[Picture], seed: int = 0) -> Request:

@@ -142,7 +142,8 @@ def test_the_final_policy_gives_the_same_logprobs_in_vllm_and_in_our_code(
         Rollout(p, "", a.finish, a.prompt_ids, a.response_ids, a.logprobs) for p, a in zip(rows, answers, strict=True)
     ]
     policy = Policy(folder, load(finished[0] / "recipe.yaml").config)
-    assert policy.logprob_gap(made) < 1e-4
+    features = {picture.digest: policy.encode(picture) for p in rows for picture in p.images}
+    assert policy.logprob_gap(made, features) < 1e-4
 
 
 def test_resuming_refuses_changed_values_and_names_them(

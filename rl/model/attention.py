@@ -203,8 +203,11 @@ class _GroupsOnCPU(torch.autograd.Function):
             for whole, one in zip(grads, found, strict=True):
                 part.put(whole, one)
         for rows, prompt in ctx.layout.shared:
-            given = (x[None, s] for x, s in ((grad, rows), (q, rows), (k, prompt), (v, prompt), (out, rows)))
-            dq, dk, dv = _flash_backward(*given, lse[None, rows], causal=False, scale=ctx.scale)
+            of_responses = (x[None, rows] for x in (out, lse))
+            seen = (x[None, prompt] for x in (k, v))
+            dq, dk, dv = _flash_backward(
+                grad[None, rows], q[None, rows], *seen, *of_responses, causal=False, scale=ctx.scale
+            )
             grads[0][rows] += dq[0]
             grads[1][prompt] += dk[0]
             grads[2][prompt] += dv[0]
@@ -219,10 +222,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tu
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
-def _flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-) -> tuple[Tensor, ...]:
-    heads_first = (x.transpose(1, 2) for x in (grad, q, k, v, out, lse))
+def _flash_backward(*given: Tensor, causal: bool, scale: float) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v from the gradient of the outputs, q, k, v, the outputs and their log-sum-exp, each of
+    them over all that a token sees."""
+    heads_first = (x.transpose(1, 2) for x in given)
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads_first, 0.0, causal, scale=scale)
     return tuple(x.transpose(1, 2) for x in found)
 

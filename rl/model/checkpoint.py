@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,18 +112,32 @@ def state(model: nn.Module, *, tied: bool = False) -> dict[str, Tensor]:
     return tensors
 
 
-def load(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StepVL | TextModel:
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    prepare: Callable[[StepVL | TextModel], None] = lambda model: None,
+    own: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> StepVL | TextModel:
     """The model in a folder, every tensor read and checked.
 
+    Args:
+        prepare: told of the model while it takes no memory yet; may split its parameters over processes.
+        own: (tensor as read, the parameter it is for) -> what this process keeps of it; by default, all.
     Raises CheckpointError naming missing or extra tensors and wrong shapes.
     """
     folder = Path(folder)
     model = build(check(folder))
+    prepare(model)
+    places = dict(model.state_dict())
     files = tensor_files(folder)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         with safe_open(file, "pt") as opened:
-            tensors |= {name: opened.get_tensor(name).to(device, dtype) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                read = opened.get_tensor(name).to(dtype)
+                tensors[name] = own(read, places[name]) if own else read.to(device)
     if getattr(model.config, "tie_word_embeddings", False):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors, assign=True)
@@ -143,18 +157,18 @@ def save(
     folder: str | Path,
     *,
     source: str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a folder that `load`, transformers' layout and vLLM understand.
 
     Args:
         source: a model folder whose tokenizer, chat template and generation config go along.
-        dtype: what floating-point tensors are stored in; their own by default.
+        tensors: what to write as the model's `state`, if not its own tensors.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.detach().to(dtype or t.dtype).cpu().contiguous() for name, t in state(model).items()}
-    save_torch_state_dict(tensors, folder, max_shard_size="4GB")
+    given = state(model) if tensors is None else tensors
+    save_torch_state_dict({n: t.detach().cpu().contiguous() for n, t in given.items()}, folder, max_shard_size="4GB")
     model.config.save_pretrained(folder)
     if source is not None:
         _copy_companions(Path(source), folder)

@@ -1,15 +1,14 @@
-"""A decoder on packed rows: from tokens and frozen picture features to hidden states, logprobs and entropies."""
+"""A decoder on packed rows: from tokens and frozen picture features to hidden states and logprobs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
+from rl.model.logprobs import token_logprobs
 from rl.packing import Pack
-
-CHUNK = 1024  # tokens whose logits exist at the same time
 
 
 def embed(words: nn.Embedding, token_ids: Tensor, image_slots: Tensor, features: Sequence[Tensor]) -> Tensor:
@@ -46,29 +45,30 @@ def hidden_states(trunk: Any, pack: Pack, features: Mapping[str, Tensor]) -> Ten
     return out.last_hidden_state[0]
 
 
-def token_logprobs(hidden: Tensor, head: nn.Linear, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target token and entropy of its distribution, in nats.
-
-    Logits are made for CHUNK tokens at a time, and again in the backward pass, so that no [n, vocabulary] matrix is
-    ever held.
-
-    Args:
-        hidden: [n, hidden], the states that predict the targets.
-        targets: [n] int64.
-        temperature: logits are divided by it, as the engine did while sampling.
-    Returns: logprobs [n], entropies [n]; float32.
-    """
-    parts = [
-        checkpoint(_chunk, h, head.weight, head.bias, t, temperature, use_reentrant=False)
-        for h, t in zip(hidden.split(CHUNK), targets.to(hidden.device).split(CHUNK), strict=True)
-    ]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+def recompute_layers(trunk: Any) -> None:
+    """Keep only the layers' inputs for the backward pass and compute the rest again there."""
+    trunk.gradient_checkpointing_enable({"use_reentrant": False})
+    trunk.train()  # transformers recomputes in training mode only; these decoders have no dropout
 
 
-def _chunk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    logits = nn.functional.linear(hidden, weight, bias).float() / temperature
-    logprobs = logits.log_softmax(-1)  # float32: bfloat16 would round a logprob of -12 by up to 0.03
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+def pairs_per_token(config: PretrainedConfig) -> float:
+    """How many pairs of tokens attention compares for the price of one token in the linear layers: by floating-point
+    operations, 2 per weight and token, 4 per channel of the query heads and pair."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * head
+    attention = config.hidden_size * (2 * width + 2 * config.num_key_value_heads * head)
+    return (attention + 3 * config.hidden_size * config.intermediate_size) / (2 * width)
+
+
+class PolicyModel(nn.Module):
+    """A decoder trunk and its head, the trained part of an architecture; tensor names as on disk."""
+
+    def __init__(self, trunk: Any, head: nn.Linear) -> None:
+        super().__init__()
+        self.model = trunk
+        self.lm_head = head
+
+    def forward(self, row: Pack, features: Mapping[str, Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+        """Logprobs and entropies of a packed row's response tokens, [n] each, float32 nats."""
+        hidden = hidden_states(self.model, row, features)
+        return token_logprobs(hidden[row.before.to(hidden.device)], self.lm_head.weight, row.targets, temperature)

@@ -1,0 +1,75 @@
+"""Logprobs and entropies of given tokens without ever holding a [tokens, vocabulary] matrix."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGITS = 1 << 25  # logits that exist at the same time, 128 MiB in float32
+
+
+def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target token and entropy of its distribution, in nats.
+
+    Logits are made for a few tokens at a time, and made again in the backward pass; both in float32, because
+    bfloat16 would round a logprob of -12 by up to 0.03. The head's gradient is added up in one place.
+
+    Args:
+        hidden: [n, hidden], the states that predict the targets.
+        head: [vocabulary, hidden], the output matrix.
+        targets: [n] int64.
+        temperature: logits are divided by it, as the engine did while sampling.
+    Returns: logprobs [n], entropies [n]; float32.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # which does not reach into functions of our own
+        hidden, head = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, head))
+    found: Any = _TokenLogprobs.apply(hidden, head, targets.to(hidden.device), temperature)
+    return found
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        ctx.temperature, ctx.size = temperature, max(1, LOGITS // len(head))
+        logprobs, entropies, norms = hidden.new_empty(3, len(hidden), dtype=torch.float32)
+        for part in _parts(len(hidden), ctx.size):
+            logits = _logits(hidden[part], head, temperature)
+            norms[part] = logits.logsumexp(-1)
+            logs = logits.sub_(norms[part, None])
+            logprobs[part] = logs.gather(-1, targets[part, None])[:, 0]
+            entropies[part] = -logs.exp().mul_(logs).sum(-1)
+        ctx.save_for_backward(hidden, head, targets, norms, entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, for_logprobs: Tensor, for_entropies: Tensor) -> Any:  # type: ignore[override]
+        """d logprob / d logit_j = [j = target] - p_j;  d entropy / d logit_j = -p_j (log p_j + entropy)."""
+        hidden, head, targets, norms, entropies = ctx.saved_tensors
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
+        uses_entropy = bool(for_entropies.any())
+        for part in _parts(len(hidden), ctx.size):
+            logs = _logits(hidden[part], head, ctx.temperature).sub_(norms[part, None])
+            chances = logs.exp()
+            if uses_entropy:
+                factor = logs.add_(entropies[part, None]).mul_(for_entropies[part, None]).add_(for_logprobs[part, None])
+                d_logits = chances.mul_(factor).neg_()
+            else:
+                d_logits = chances.mul_(-for_logprobs[part, None])
+            d_logits.scatter_add_(-1, targets[part, None], for_logprobs[part, None])
+            d_logits = d_logits.div_(ctx.temperature).to(hidden.dtype)
+            d_hidden[part] = d_logits @ head
+            if head.dtype == torch.float32:
+                d_head.addmm_(d_logits.T, hidden[part])
+            else:
+                d_head += d_logits.T @ hidden[part]
+        return d_hidden, d_head.to(head.dtype), None, None
+
+
+def _parts(length: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, length, size)]
+
+
+def _logits(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
+    logits = (hidden @ head.T).float()
+    return logits if temperature == 1.0 else logits.div_(temperature)
