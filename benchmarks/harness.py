@@ -42,7 +42,8 @@ _ENTRIES: dict[str, Entry] = {}
 
 
 def benchmark(name: str) -> Callable[[Entry], Entry]:
-    """Registers an entry, named "file/what". Its docstring says what is compared and how the ratio reads."""
+    """Registers an entry, named "file/what" or after its file. Its docstring says what is compared and how the ratio
+    reads."""
 
     def register(entry: Entry) -> Entry:
         if name in _ENTRIES and inspect.getsourcefile(_ENTRIES[name]) != inspect.getsourcefile(entry):

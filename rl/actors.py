@@ -6,6 +6,8 @@ like the object itself, and whose `start` answers later.
 
 import os
 import socket
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ import ray
 from ray.exceptions import RayError
 
 ROOT = Path(__file__).parent.parent
+MOST_SPANS = 10_000  # that a process remembers while nobody asks
 
 
 class _Holder:
@@ -23,6 +26,19 @@ class _Holder:
     def __init__(self, environment: dict[str, str]) -> None:
         os.environ.update(environment)
         self.target: Any = None
+        self._spans: deque[tuple[str, float, float]] = deque(maxlen=MOST_SPANS)
+
+    def spans(self) -> list[tuple[str, float, float]]:
+        """(method, first and last moment) of what was done since the last time this was asked."""
+        told = list(self._spans)
+        self._spans.clear()
+        return told
+
+    @contextmanager
+    def _span(self, method: str) -> Iterator[None]:
+        start = time.time()
+        yield
+        self._spans.append((method, start, time.time()))
 
     def free_address(self) -> str:
         """host:port on this node at which other processes can meet."""
@@ -36,10 +52,12 @@ class _Holder:
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         there = [_Fetched(a) if isinstance(a, dict) else a for a in args]
-        return getattr(self.target, method)(*there, **kwargs)
+        with self._span(method):
+            return getattr(self.target, method)(*there, **kwargs)
 
     def stream(self, method: str, *args: Any) -> Iterator[Any]:
-        yield from getattr(self.target, method)(*args)
+        with self._span(method):
+            yield from getattr(self.target, method)(*args)
 
 
 class Later:
@@ -91,6 +109,10 @@ class Worker:
     def ready(self) -> None:
         """Waits until the object exists; raises what its constructor raised."""
         self.made.result()
+
+    def spans(self) -> Later:
+        """What it has done since this was asked last: (method, first and last moment in seconds since 1970)."""
+        return Later(self._actor.spans.remote())
 
     def end(self) -> None:
         """Stop its process at once."""

@@ -79,7 +79,6 @@ ONLY_BUILT: Mapping[str, Any] = {
     "model.freeze": ("encoder", "projector"),
     "data.columns": {},
     "ppo.kl": 0,
-    "rollout.max_staleness": 0,
 }
 SECRETS = ("api_key", "access_token", "secret", "password")
 
@@ -266,8 +265,9 @@ class Rollout(Options):
     """GiB of key-value cache of each engine, where it runs on the CPU."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Fraction of a GPU's memory that its engine takes."""
-    max_staleness: Annotated[int, Field(ge=0)] = 0
-    """Iterations by which the weights that sample may lag behind; 0 is strictly synchronous."""
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """Iterations by which the weights that sample may lag behind. 0: engines and learner take turns; 1: the next
+    iteration's samples are made while this one trains, by the weights from before it."""
     save: Count | Literal["all", "none"] = "all"
     """Samples written to rollouts/ per iteration."""
     logprob_check: Count = 8
@@ -310,6 +310,9 @@ class Evaluation(Options):
 class Log(Options):
     trackers: Trackers = ("tensorboard",)
     """Where metrics go besides metrics.jsonl: one or several of tensorboard, wandb and mlflow."""
+    timeline: bool = False
+    """Write timeline.json (Chrome trace format): what every process does and waits for, to look at in
+    ui.perfetto.dev."""
 
 
 class Config(Options):

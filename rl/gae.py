@@ -48,8 +48,8 @@ def gae(
     dtype = torch.promote_types(values.dtype, torch.float32)
     ending = torch.zeros(count) if bootstrap is None else bootstrap
     inputs = _array(rewards, dtype), _array(values, dtype), _array(mask, torch.bool), _array(ending, torch.float64)
-    # numpy asks for huge pages and torch does not: page faults would cost more than the arithmetic. Zeros come with
-    # new pages, so that padding is never written to.
+    # From numpy, which asks for huge pages: page faults of a large tensor of torch cost as much as the arithmetic.
+    # New pages hold zeros already, so nothing is written where the mask is False.
     advantages, returns = np.zeros((count, width), inputs[1].dtype), np.zeros((count, width), inputs[1].dtype)
 
     kernel = _compiled()
@@ -106,8 +106,7 @@ def _compiled() -> Callable[..., None]:
     """_gae_rows as machine code that runs without the interpreter's lock.
 
     numba is imported here because processes that only want this file's other functions need not pay for it. The
-    code is not kept on disk: loading it is hardly faster than compiling it once in a run, and needs a folder to
-    write to.
+    code is not kept on disk: that would save a run a third of a second, and needs a folder to write to.
     """
     from numba import njit
 

@@ -130,11 +130,26 @@ METRICS: tuple[Metric, ...] = (
         "lower",
         "Mean number of updates by which the weights that sampled lagged behind.",
     ),
-    Metric("time/rollout", "lower", "Seconds spent waiting for samples."),
+    Metric(
+        "time/rollout",
+        "lower",
+        "Seconds spent waiting for samples; with rollout.max_staleness 1 most of them are made before.",
+    ),
     Metric("time/reward", "lower", "Seconds spent waiting for rewards after the last sample had finished."),
-    Metric("time/critic", "lower", "Seconds in the critic: values and its update."),
+    Metric(
+        "time/critic",
+        "lower",
+        "Seconds waiting for the critic: values, and what its update takes longer than the policy's beside it.",
+    ),
     Metric("time/policy", "lower", "Seconds in the policy: logprobs and its update."),
     Metric("time/sync", "lower", "Seconds to bring the new weights into the workers and to check them."),
+    Metric(
+        "time/learner_encodings",
+        "lower",
+        "Pictures the learner's vision tower encoded since the last weight sync: each once while its features are "
+        "kept. A resumed run, which has kept none, encodes again.",
+    ),
+    Metric("time/engine_encodings", "lower", "Pictures the engines' vision towers encoded since the last weight sync."),
     Metric("time/total", "lower", "Seconds of the whole iteration, evaluation and checkpoint included."),
 )
 _BY_NAME = {metric.name: metric for metric in METRICS}

@@ -168,6 +168,10 @@ class Engine:
         self.policy_step = step
         self._awaits_weights, self._broken = False, None
 
+    def encodings(self) -> int:
+        """Pictures that the engine's vision tower has encoded so far, its own start-up included."""
+        return self.llm.apply_model(_pictures_encoded)[0]
+
     def close(self) -> None:
         """Give back the engine's memory; it cannot be used afterwards."""
         if hasattr(self, "_llm"):
@@ -252,6 +256,10 @@ class Engine:
             stop_token_ids=list(self.stop_ids),
             detokenize=False,
         )
+
+
+def _pictures_encoded(model: Any) -> int:
+    return getattr(model, "pictures_encoded", 0)  # a text model has no tower
 
 
 def stop_ids(model: str, config: "PretrainedConfig") -> tuple[int, ...]:

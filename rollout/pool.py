@@ -86,6 +86,10 @@ class Pool:
             pending.result()
         self.policy_step = policy_step
 
+    def encodings(self) -> int:
+        """Pictures that the engines' vision towers have encoded so far."""
+        return sum(pending.result() for pending in [worker.start("encodings") for worker in self.workers])
+
     def _request(self, prompt: Prompt, seed: int, temperature: float) -> Request:
         room = self.max_sequence_length - self.chat.length(prompt)
         if room < 1:

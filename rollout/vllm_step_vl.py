@@ -5,6 +5,7 @@ model. For a config with the 10B's sizes it computes exactly what vLLM's own cla
 """
 
 from torch import Tensor
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.step3_vl import (
     Step3VLDummyInputsBuilder,
     Step3VLMultiModalProcessor,
@@ -92,6 +93,14 @@ class ScaledProcessingInfo(Step3VLProcessingInfo):
 )
 class CuredStepVL(StepVLForConditionalGeneration):
     """vLLM's model with the two cures; weights, names and results are vLLM's."""
+
+    pictures_encoded = 0  # that went through this process's tower
+
+    def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
+        """vLLM's own; counts."""
+        found = super().embed_multimodal(**kwargs)
+        self.pictures_encoded += len(found)
+        return found
 
     @property
     def patch_output_tokens(self) -> int:

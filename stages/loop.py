@@ -5,7 +5,7 @@ prompts -> rollouts -> scores -> values -> targets -> critic and policy updates 
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from rl.packing import collate
 from rl.stop import Stop
 from rl.targets import make_targets
 from rl.types import Picture, Prompt, Rollout, Scored
+from stages.ahead import Ahead
 
 Finished = Callable[[int, Rollout], None]
 
@@ -29,6 +30,9 @@ class Sampler(Protocol):
     ) -> list[Rollout]: ...
     def greedy(self, prompts: Sequence[Prompt], finished: Finished = ...) -> list[Rollout]: ...
     def load(self, weights: Any, policy_step: int) -> None: ...
+    def encodings(self) -> int: ...
+    @property
+    def policy_step(self) -> int: ...
 
 
 class Scoring(Protocol):
@@ -51,6 +55,14 @@ class Remote(Protocol):
     def call(self, method: str, *args: Any) -> Any: ...
 
 
+@dataclass(frozen=True)
+class Encodings:
+    """Pictures that went through a vision tower so far."""
+
+    learner: int = 0
+    engines: int = 0
+
+
 @dataclass
 class Parts:
     """What an iteration works with."""
@@ -63,22 +75,39 @@ class Parts:
     features: FeatureStore
     phase: Callable[[str], Any] = lambda name: None  # told what is going on
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
+    side_by_side: bool = False  # whether policy and critic have processors of their own
+    meanwhile: Callable[[], None] = lambda: None  # called now and then while samples of another thread are waited for
+    encodings: Encodings = Encodings()  # when the weights were handed on last
+    ahead: Ahead["Samples"] = field(default_factory=Ahead)
 
 
 @dataclass
 class Clock:
-    """Seconds per phase of an iteration, as time/* metrics."""
+    """Seconds per phase of an iteration, as time/* metrics.
+
+    Args:
+        phase: told what begins.
+        note: told what has ended: who, what, and its first and last moment in seconds since 1970.
+        who: the thread that works through the phases.
+    """
 
     phase: Callable[[str], Any]
+    note: Callable[[str, str, float, float], None] = lambda who, name, start, end: None
+    who: str = "loop"
     began: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self.phase(name)
-        start = time.monotonic()
+        moment, start = time.time(), time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+        self.note(self.who, name, moment, time.time())
+
+    def beside(self, who: str) -> "Clock":
+        """A clock for another thread, whose phases are not shown as what the run is doing."""
+        return Clock(lambda name: None, self.note, who)
 
     def metrics(self) -> dict[str, float]:
         seconds = self.seconds | {"total": time.monotonic() - self.began}
@@ -86,37 +115,89 @@ class Clock:
 
 
 def ppo_iteration(
-    iteration: int, prompts: Sequence[Prompt], parts: Parts, clock: Clock
+    iteration: int, prompts: Sequence[Prompt], following: Sequence[Prompt], parts: Parts, clock: Clock
 ) -> tuple[dict[str, float], list[Scored]]:
     """Sample, score, learn, hand on the weights. Returns the iteration's metrics and its samples.
 
-    Until the first update it can be broken off without losing anything, which `parts.interruptible` marks.
+    Until the first update it can be broken off without losing anything, which `parts.interruptible` marks. With
+    `rollout.max_staleness: 1` the samples were made while the iteration before was training, by the weights from
+    before that; those of the next one, of the prompts `following`, are begun here, once the engines have the newest.
     """
-    config, policy, critic = parts.config, parts.policy, parts.critic
+    config = parts.config
+    stats: dict[str, float] = {}
     with parts.interruptible():
-        with clock("rollout"):
-            scoring = parts.scorer.begin(config.rollouts_per_prompt)
-            rollouts = parts.sampler.sample(prompts, config.rollouts_per_prompt, iteration, scoring.add)
-        with clock("reward"):
-            scored = enough_valid(scoring.results(), config.max_invalid_fraction)
-    batch = collate(scored)
+        samples = _taken(iteration, prompts, parts, clock)
+        if config.rollout.max_staleness:
+            with clock("sync"):
+                stats |= catch_up(iteration - 1, prompts, parts)
+            if following:
+                beside = clock.beside("samples ahead")
+                parts.ahead.start(iteration + 1, lambda: collect(iteration + 1, following, parts, beside))
+    stats |= learn(iteration, samples, parts, clock)
+    if not config.rollout.max_staleness:
+        with clock("sync"):
+            stats |= catch_up(iteration, prompts, parts)
+    tokens = sum(len(s.rollout.response_ids) for s in samples.scored)
+    stats["rollout/tokens_per_second"] = tokens / samples.seconds
+    lag = [iteration - 1 - s.rollout.policy_step for s in samples.scored]
+    stats["rollout/staleness"] = sum(lag) / len(lag)
+    return rollout_metrics(samples.scored, config.rollouts_per_prompt) | stats, samples.scored
+
+
+def _taken(iteration: int, prompts: Sequence[Prompt], parts: Parts, clock: Clock) -> "Samples":
+    """Samples that were begun an iteration ago, or that are made now."""
+    if not parts.ahead.has(iteration):
+        return collect(iteration, prompts, parts, clock)
+    with clock("rollout"):
+        return parts.ahead.take(iteration, parts.meanwhile)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """An iteration's rollouts with their rewards."""
+
+    scored: list[Scored]
+    seconds: float  # that generating them took
+
+
+def collect(iteration: int, prompts: Sequence[Prompt], parts: Parts, clock: Clock) -> Samples:
+    """Roll out and score, each rollout as soon as it is there."""
+    config = parts.config
+    scoring = parts.scorer.begin(config.rollouts_per_prompt)
+
+    def finished(place: int, rollout: Rollout) -> None:
+        parts.ahead.check()
+        scoring.add(place, rollout)
+
+    with clock("rollout"):
+        parts.sampler.sample(prompts, config.rollouts_per_prompt, iteration, finished)
+    with clock("reward"):
+        scored = enough_valid(scoring.results(), config.max_invalid_fraction)
+    return Samples(scored, clock.seconds["rollout"])
+
+
+def learn(iteration: int, samples: Samples, parts: Parts, clock: Clock) -> dict[str, float]:
+    """Values, targets, and both updates; side by side where policy and critic do not take each other's processors."""
+    config, policy, critic = parts.config, parts.policy, parts.critic
+    batch = collate(samples.scored)
+    features = parts.features.of(pictures(s.rollout for s in samples.scored))
     with clock("critic"):
-        features = parts.features.of(pictures(rollouts))
         values, final = critic.call("values", batch, features)
         targets = make_targets(batch, values, final, config.ppo)
-        stats = critic.call("update", batch, targets, features, iteration)
+        critic_update = critic.start("update", batch, targets, features, iteration)
+        if not parts.side_by_side:
+            critic_update.result()
+    stats: dict[str, float] = {}
     if iteration > config.ppo.critic_only_iterations:
         with clock("policy"):
             stats |= policy.call("update", batch, targets, features, iteration)
-    with clock("sync"):
-        stats |= sync(iteration, prompts, parts)
-    tokens = sum(len(r.response_ids) for r in rollouts)
-    stats["rollout/tokens_per_second"] = tokens / clock.seconds["rollout"]
-    stats["rollout/staleness"] = 0.0  # strictly synchronous
-    return rollout_metrics(scored, config.rollouts_per_prompt) | stats, scored
+    with clock("critic"):
+        stats |= critic_update.result()
+    parts.features.trim(features)
+    return stats
 
 
-def pictures(rollouts: Sequence[Rollout]) -> list[Picture]:
+def pictures(rollouts: Iterable[Rollout]) -> list[Picture]:
     """Those that their prompts show, each once."""
     return list({picture.digest: picture for r in rollouts for picture in r.prompt.images}.values())
 
@@ -137,6 +218,12 @@ def enough_valid(scored: list[Scored], limit: float) -> list[Scored]:
     )
 
 
+def catch_up(iteration: int, prompts: Sequence[Prompt], parts: Parts) -> dict[str, float]:
+    """`sync`, if the engines' weights are older than those from after `iteration`."""
+    parts.ahead.settle()
+    return sync(iteration, prompts, parts) if parts.sampler.policy_step < iteration else {}
+
+
 def sync(iteration: int, prompts: Sequence[Prompt], parts: Parts) -> dict[str, float]:
     """Bring the policy's weights into the engines and check that both then say the same.
 
@@ -147,6 +234,7 @@ def sync(iteration: int, prompts: Sequence[Prompt], parts: Parts) -> dict[str, f
     limit = parts.config.rollout.logprob_gap_limit
     fresh = parts.sampler.sample(prompts[: parts.config.rollout.logprob_check], 1, -iteration - 1)
     gap = parts.policy.call("logprob_gap", fresh, parts.features.of(pictures(fresh)))
+    parts.features.trim()
     if not gap <= limit:
         raise Stop(
             f"after the weight sync of iteration {iteration} engine and learner differ by {gap:.4f} nats per token "
@@ -154,7 +242,12 @@ def sync(iteration: int, prompts: Sequence[Prompt], parts: Parts) -> dict[str, f
             "another precision; PPO would learn from wrong ratios, so the run stops here.",
             saves=False,
         )
-    return {"rollout/logprob_gap": gap}
+    before, parts.encodings = parts.encodings, Encodings(parts.features.forwards, parts.sampler.encodings())
+    return {
+        "rollout/logprob_gap": gap,
+        "time/learner_encodings": float(parts.encodings.learner - before.learner),
+        "time/engine_encodings": float(parts.encodings.engines - before.engines),
+    }
 
 
 def evaluate(prompts: Sequence[Prompt], parts: Parts) -> dict[str, float]:

@@ -1,5 +1,8 @@
 """A run from start to end: places the parts, repeats the iteration, writes its traces, survives interruption."""
 
+import os
+import queue
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,16 @@ from rl.interrupt import Interrupted, Interrupts
 from rl.learner import make_policy
 from rl.run_folder import RunFolder
 from rl.stop import Stop
+from rl.timeline import Timeline
 from rl.tracking import Trackers
 from rollout.engine import Engine
 from rollout.judge_server import JudgeServer
 from rollout.pool import Pool
 from rollout.rows import PromptOrder
-from stages.loop import Clock, Parts, evaluate, ppo_iteration, sync
+from stages.loop import Clock, Parts, catch_up, evaluate, ppo_iteration, sync
 from stages.plan import Plan, device, evaluates, judge_gpus, saves, served_here
+
+TIMELINE = "timeline.json"
 
 
 def train(plan: Plan, folder: RunFolder, display: Display, *, recipe: Mapping[str, Any], verbose: bool = False) -> bool:
@@ -48,8 +54,8 @@ def train(plan: Plan, folder: RunFolder, display: Display, *, recipe: Mapping[st
                 run.stop_early("stopped")
             raise
         finally:
+            run.close()
             trackers.close()
-            run.close_judges()
 
 
 def _newest(folder: RunFolder) -> Path | None:
@@ -69,11 +75,15 @@ class _Run:
         self.done: int | None = None  # iterations whose effects are in the learner, once it is ready
         self.saved: int | None = None  # the newest of them that a checkpoint holds
         self.judges: list[Worker] = []  # servers that this run has started
-        plan.rewards.on_outage = self._rides_out
+        self._parts: Parts | None = None  # once they are placed
+        self.timeline: Timeline | None = None
+        self.engine_names: list[str] = []  # in the timeline
+        self.outages: queue.SimpleQueue[Outage] = queue.SimpleQueue()
+        plan.rewards.on_outage = self._hear
 
     def begin(self, start: Path | None, *, verbose: bool) -> None:
         """Place engines, policy and critic side by side, and bring them to where the run stands."""
-        config, where = self.config, device(self.config)
+        config, where, cores = self.config, device(self.config), os.cpu_count() or 1
         engines, self.policy, self.critic = self._place(where, verbose)
         self._serve_judges(where)
         ready = self.plan.rewards.warm()
@@ -90,7 +100,13 @@ class _Run:
             temperature=config.rollout.temperature,
             seed=config.seed,
         )
-        self.parts = Parts(
+        if config.log.timeline:
+            teams = {"policy": self.policy, "critic": self.critic}
+            named = {f"{name} {i}": worker for name, team in teams.items() for i, worker in enumerate(team.workers)}
+            self.engine_names = [f"engine {i}" for i in range(len(engines))]
+            named |= zip(self.engine_names, engines, strict=True)
+            self.timeline = Timeline(self.folder.path / TIMELINE, named)
+        self._parts = Parts(
             config,
             pool,
             self.plan.rewards,
@@ -99,11 +115,19 @@ class _Run:
             FeatureStore(self.policy.workers, config.learner.features_mib),
             phase=self.display.phase,
             interruptible=self.interrupts.waiting,
+            meanwhile=self._ride_out,
+            side_by_side=where == "cuda" or 2 * (config.learner.threads or cores) <= cores,
         )
         done = checkpoint.counters(start)["iteration"] if start else 0
         sync(done, self._prompts(done + 1), self.parts)
         self.done = self.saved = done if start else None
         self.display.message(f"ready: {self.folder.path}" + (f", resuming after iteration {done}" if start else ""))
+
+    @property
+    def parts(self) -> Parts:
+        if self._parts is None:
+            raise RuntimeError("the parts of the run are not placed yet")
+        return self._parts
 
     def _place(self, where: str, verbose: bool) -> tuple[list[Worker], Team, Team]:
         config, plan = self.config, self.plan
@@ -158,15 +182,28 @@ class _Run:
         self.plan.rewards.served({name: server.call("url") for name, server in servers.items()})
         self.judges = list(servers.values())  # kept, because an actor ends with its last handle
 
-    def close_judges(self) -> None:
-        """End the servers in good order; those still starting end with their actor."""
+    def close(self) -> None:
+        """End what runs beside the main thread, and the judges in good order; those still starting end with their
+        actor."""
+        if self._parts is not None:
+            self._parts.ahead.abandon()
         try:
             gather([judge.start("close") for judge in self.judges])
         except RuntimeError as error:  # must not hide why the run ends
             self.display.message(f"a judge's server did not end in good order: {error}")
 
-    def _rides_out(self, outage: Outage) -> None:
+    def _hear(self, outage: Outage) -> None:
+        """Told in whatever thread waits for rewards; only the main one knows when it may save."""
+        self.outages.put(outage)
+        if threading.current_thread() is threading.main_thread():
+            self._ride_out()
+
+    def _ride_out(self) -> None:
         """An endpoint stays away, or is back: what has been learned is saved, and the run waits."""
+        while not self.outages.empty():
+            self._tell_of(self.outages.get())
+
+    def _tell_of(self, outage: Outage) -> None:
         if outage.why is None:
             self.display.message(f"endpoint {outage.endpoint} is back after {outage.seconds:.0f} s")
             return
@@ -204,13 +241,19 @@ class _Run:
         self._finish()
 
     def _iterate(self, iteration: int) -> None:
-        clock = Clock(self.display.phase)
-        metrics, scored = ppo_iteration(iteration, self._prompts(iteration), self.parts, clock)
+        clock = Clock(self.display.phase, self.timeline.add if self.timeline else Clock.note)
+        prompts = self._prompts(iteration)
+        following = self._prompts(iteration + 1) if iteration < self.config.iterations else []
+        metrics, scored = ppo_iteration(iteration, prompts, following, self.parts, clock)
         if evaluates(self.config, iteration):
+            with clock("sync"):
+                metrics |= catch_up(iteration, prompts, self.parts)
             metrics |= self._evaluation()
         self.folder.write_rollouts(iteration, scored, self.config.rollout.save)
         self._record({"iteration": iteration, "stage": self.config.stage, **metrics, **clock.metrics()})
         self.done = iteration
+        if self.timeline:
+            self.timeline.write(busy=self.engine_names if self.parts.ahead.has(iteration + 1) else ())
 
     def _evaluation(self) -> dict[str, float]:
         if not self.plan.held_out:

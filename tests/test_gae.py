@@ -1,5 +1,8 @@
 """rl.gae: advantages by hand, against a plain loop, with holes, and to the last digit on long responses."""
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -89,7 +92,7 @@ def test_bootstrap_of_a_row_without_tokens_goes_nowhere() -> None:
 @pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("with_bootstrap", [False, True])
 @pytest.mark.parametrize(("gamma", "lam"), GAMMAS_LAMS)
-@pytest.mark.parametrize("columns", [1, 2, 63, 64, 65, 300])
+@pytest.mark.parametrize("columns", [1, 2, 300])
 def test_equals_the_loop(gamma: float, lam: float, holes: bool, with_bootstrap: bool, columns: int) -> None:
     rewards, values, mask = (x if x.dtype == torch.bool else x.double() for x in random_case(7, columns, holes))
     ending = torch.linspace(-1, 1, 7, dtype=torch.float64) if with_bootstrap else None
@@ -97,7 +100,7 @@ def test_equals_the_loop(gamma: float, lam: float, holes: bool, with_bootstrap: 
     torch.testing.assert_close(got, loop_gae(rewards, values, mask, gamma, lam, ending), rtol=1e-12, atol=1e-12)
 
 
-def test_long_responses_are_as_precise_as_a_float32_loop() -> None:
+def test_long_responses_are_the_float64_loop_rounded_once() -> None:
     cases = [(1.0, 1.0), (1.0, 0.999), (1.0, 0.95), (0.9999, 1.0), (0.99, 0.9), (1.0, 0.0), (0.0, 1.0)]
     rewards, values, _ = random_case(2, 65_536, holes=False)
     mask = torch.stack([torch.ones(65_536), torch.rand(65_536, generator=torch.Generator().manual_seed(2))]) > 0.3
@@ -109,37 +112,83 @@ def test_long_responses_are_as_precise_as_a_float32_loop() -> None:
     for case, (g, lm) in enumerate(cases):
         rows = slice(2 * case, 2 * case + 2)
         for got, loop, truth in zip(gae(rewards, values, mask, gamma=g, lam=lm), single, exact, strict=True):
+            torch.testing.assert_close(got, truth[rows].float(), rtol=1.2e-7, atol=1e-12)
             ours, theirs = (x.double() - truth[rows] for x in (got, loop[rows]))
-            assert ours.square().mean() <= 1.1 * theirs.square().mean(), (g, lm)
-            assert ours.abs().max() <= 2 * theirs.abs().max(), (g, lm)
+            assert ours.abs().max() <= theirs.abs().max(), (g, lm)
 
 
-def test_lowered_matmul_precision_does_not_reach_the_advantages() -> None:
-    rewards, values, mask = random_case(4, 1000, holes=False)
-    before = torch.get_float32_matmul_precision()
-    expected = gae(rewards.double(), values.double(), mask, gamma=1, lam=0.95)[0].float()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        got = gae(rewards, values, mask, gamma=1, lam=0.95)[0]
-    finally:
-        torch.set_float32_matmul_precision(before)
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
-def test_rows_of_a_batch_do_not_affect_each_other_nor_does_padding() -> None:
+def test_a_batch_that_several_threads_share_is_complete_and_the_same_for_any_number(
+    set_threads: Callable[[int], None],
+) -> None:
+    rewards, values, mask = random_case(50_001, 64, holes=True)  # four tasks, of which the last is a small one
+    set_threads(1)
+    alone = gae(rewards, values, mask, gamma=0.99, lam=0.9)
+    set_threads(3)
+    shared = gae(rewards, values, mask, gamma=0.99, lam=0.9)
+    torch.testing.assert_close(shared, alone, rtol=0, atol=0)
+    torch.testing.assert_close(shared, loop_gae(rewards, values, mask, 0.99, 0.9), rtol=1e-4, atol=1e-5)
+
+
+def test_callers_in_several_threads_do_not_disturb_each_other() -> None:
+    cases = [random_case(20, 500, holes=True, seed=seed) for seed in range(8)]
+    expected = [gae(*case, gamma=1, lam=0.9) for case in cases]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda case: gae(*case, gamma=1, lam=0.9), cases))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_rows_of_a_batch_do_not_affect_each_other() -> None:
     rewards, values, mask = random_case(6, 100, holes=True)
+    values[3] = torch.nan
     together = gae(rewards, values, mask, gamma=0.99, lam=0.9)[0]
-    spoiled = torch.where(mask, values, torch.nan)
-    spoiled[3] = torch.nan
     for i in (0, 1, 2, 4, 5):
         alone = gae(rewards[i : i + 1], values[i : i + 1], mask[i : i + 1], gamma=0.99, lam=0.9)[0]
-        torch.testing.assert_close(together[i : i + 1], alone)
-        torch.testing.assert_close(gae(rewards, spoiled, mask, gamma=0.99, lam=0.9)[0][i : i + 1], alone)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=0)
 
 
-def test_half_precision_values_are_worked_on_in_float32() -> None:
-    advantages, returns = gae(row(0, 1).half(), row(1, 1).half(), row(1, 1).bool(), gamma=1, lam=1)
-    assert advantages.dtype == returns.dtype == torch.float32
+def test_what_lies_outside_the_mask_is_never_looked_at() -> None:
+    rewards, values, mask = random_case(6, 100, holes=True)
+    expected = gae(rewards, values, mask, gamma=0.99, lam=0.9)
+    for garbage in (torch.nan, torch.inf):
+        got = gae(*(x.masked_fill(~mask, garbage) for x in (rewards, values)), mask=mask, gamma=0.99, lam=0.9)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "result"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_results_are_float32_unless_the_values_are_finer(given: torch.dtype, result: torch.dtype) -> None:
+    values = row(0.5, 0.25).to(given)
+    got = gae(row(0, 1), values, row(1, 1).bool(), gamma=1, lam=1, bootstrap=torch.zeros(1, dtype=torch.bfloat16))
+    torch.testing.assert_close(got, (row(0.5, 0.75).to(result), row(1, 1).to(result)))
+
+
+def test_tensors_may_be_views_that_require_gradients_and_stay_as_they_are() -> None:
+    rewards, values, mask = random_case(100, 6, holes=True)
+    expected = gae(rewards.T.clone(), values.T.clone(), mask.T.clone(), gamma=0.99, lam=0.9)
+    before = values.clone()
+    got = gae(rewards.T, values.requires_grad_().T, mask.T, gamma=0.99, lam=0.9)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    assert torch.equal(values, before) and not any(x.requires_grad for x in got)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_an_empty_batch_has_empty_advantages(shape: tuple[int, int]) -> None:
+    advantages, returns = gae(torch.zeros(shape), torch.zeros(shape), torch.zeros(shape).bool(), gamma=1, lam=1)
+    assert advantages.shape == returns.shape == shape
 
 
 def test_wrong_arguments_say_what_to_do() -> None:

@@ -31,7 +31,7 @@ class Scripted:
     """Alternates a good and a bad answer, with the policy's own logprobs, off by `lie` nats."""
 
     def __init__(self, policy: Policy, lie: float = 0.0) -> None:
-        self.policy, self.lie, self.loads = policy, lie, 0
+        self.policy, self.lie, self.policy_step = policy, lie, 0
 
     def sample(
         self, prompts: Sequence[Prompt], per_prompt: int, iteration: int, finished: Finished = lambda i, r: None
@@ -48,13 +48,16 @@ class Scripted:
             finished(place, rollouts[place])
         return rollouts
 
+    def encodings(self) -> int:
+        return 0
+
     def load(self, weights: Any, policy_step: int) -> None:
-        self.loads += 1
+        self.policy_step = policy_step
 
     def _rollout(self, prompt: Prompt, token: int) -> Rollout:
         made = Rollout(prompt, str(token), "stop", (10, 11, 12), (token,), (0.0,))
         logprob = float(self.policy.logprobs(collate([Scored(made, 0.0)]), {})[0, 0]) + self.lie
-        return Rollout(prompt, str(token), "stop", (10, 11, 12), (token,), (logprob,))
+        return Rollout(prompt, str(token), "stop", (10, 11, 12), (token,), (logprob,), self.policy_step)
 
 
 class Scores:
@@ -93,16 +96,16 @@ def likelihood(parts: Parts, token: int) -> float:
 def test_the_policy_learns_to_say_the_rewarded_token(parts: Parts) -> None:
     before = likelihood(parts, GOOD) / likelihood(parts, BAD)
     for iteration in range(1, 4):
-        ppo_iteration(iteration, PROMPTS, parts, Clock(parts.phase))
+        ppo_iteration(iteration, PROMPTS, PROMPTS, parts, Clock(parts.phase))
     assert likelihood(parts, GOOD) / likelihood(parts, BAD) > 10 * before
 
 
 def test_an_iteration_reports_and_hands_on_the_weights(parts: Parts) -> None:
     clock = Clock(parts.phase)
-    metrics, scored = ppo_iteration(1, PROMPTS, parts, clock)
+    metrics, scored = ppo_iteration(1, PROMPTS, PROMPTS, parts, clock)
     assert metrics["reward/mean"] == pytest.approx(1 / 3)  # of three rollouts per prompt the second is good
     assert len(scored) == 12
-    assert isinstance(parts.sampler, Scripted) and parts.sampler.loads == 1
+    assert isinstance(parts.sampler, Scripted) and parts.sampler.policy_step == 1
     assert {"time/rollout", "time/critic", "time/policy", "time/sync", "time/total"} <= clock.metrics().keys()
     json.dumps(metrics)
 
@@ -112,9 +115,9 @@ def test_while_only_the_critic_learns_the_policy_stays_as_it_is(parts: Parts) ->
         update={"ppo": parts.config.ppo.model_copy(update={"critic_only_iterations": 1})}
     )
     before = likelihood(parts, GOOD)
-    metrics, _ = ppo_iteration(1, PROMPTS, parts, Clock(parts.phase))
+    metrics, _ = ppo_iteration(1, PROMPTS, PROMPTS, parts, Clock(parts.phase))
     assert likelihood(parts, GOOD) == before and "value/loss" in metrics
-    ppo_iteration(2, PROMPTS, parts, Clock(parts.phase))
+    ppo_iteration(2, PROMPTS, PROMPTS, parts, Clock(parts.phase))
     assert likelihood(parts, GOOD) != before
 
 
@@ -142,5 +145,5 @@ def test_an_iteration_with_too_many_invalid_samples_stops_before_it_learns_from_
     before = likelihood(parts, GOOD)
     parts.scorer = Scores(lambda rollout: Scored(rollout, 0.0, f"judge {rollout.prompt.id} away"))
     with pytest.raises(RuntimeError, match=r"12 of 12 samples are invalid(.|\n)*3 x judge 0 away"):
-        ppo_iteration(1, PROMPTS, parts, Clock(parts.phase))
+        ppo_iteration(1, PROMPTS, PROMPTS, parts, Clock(parts.phase))
     assert likelihood(parts, GOOD) == before

@@ -1,0 +1,320 @@
+"""The learner's step, forward and backward, against computing every rollout by itself: packed, padded, and by verl.
+
+Four shapes of group. All sides have the same decoder, the same rollouts and advantages, float32, and their losses and
+logprobs are shown to be equal. A step goes over all rows of a minibatch; there is no optimizer in it.
+"""
+
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import exp
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
+from rl.losses import MinibatchSize, policy_gradient_loss
+from rl.model import checkpoint
+from rl.model.attention import Layout, Span
+from rl.model.logprobs import token_logprobs
+from rl.model.packed import PolicyModel, pairs_per_token
+from rl.model.text import TextModel
+from rl.packing import Group, Pack, pack
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+BUDGET = 8192  # tokens in one forward pass
+SPREAD = 0.5  # standard deviation of the logarithm of a response's length
+GOAL, SEQUENCE_GOAL = 0.8, 1.25
+SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 16_384,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A minibatch: groups of one prompt and its responses, in tokens."""
+
+    groups: int
+    prompt: int
+    responses: int
+    mean: int  # of the responses' lengths
+    repeats: int
+
+
+SHAPES = {
+    "demo": Shape(12, 181, 8, 20, repeats=9),  # one small picture
+    "rlvr": Shape(1, 150, 16, 375, repeats=7),  # the report's proportions at 1/8
+    "pacore": Shape(1, 1000, 16, 375, repeats=5),  # at 1/16: a problem with its messages
+    "judge": Shape(1, 3000, 16, 64, repeats=3),  # a long text and short verdicts
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A minibatch, and the decoder that computes on it."""
+
+    groups: list[Group]
+    advantages: list[Tensor]  # per row of the batch, [response length]
+    model: PolicyModel
+    config: Qwen3Config
+
+    @property
+    def size(self) -> MinibatchSize:
+        return MinibatchSize(sum(map(len, self.advantages)), len(self.advantages))
+
+    def rollouts(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(prompt, response) of every row, in order."""
+        return [(group.prompt_ids, response) for group in self.groups for response in group.responses]
+
+
+def lengths(shape: Shape, rng: random.Random) -> list[int]:
+    """Log-normal around the mean, at least 1."""
+    drawn = [exp(rng.gauss(0, SPREAD)) for _ in range(shape.responses)]
+    return [max(1, round(x * shape.mean * shape.responses / sum(drawn))) for x in drawn]
+
+
+@cache
+def model_folder() -> TemporaryDirectory[str]:
+    """Holds the decoder, with random weights, for this process."""
+    torch.manual_seed(0)
+    folder = TemporaryDirectory()
+    Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=False)).float().save_pretrained(folder.name)
+    return folder
+
+
+def work(shape: Shape) -> Work:
+    """Random tokens and advantages in the shape; the decoder from `model_folder`."""
+    torch.set_num_threads(CORES)
+    rng = random.Random(0)
+    groups, first = [], 0
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(SIZES["vocab_size"]) for _ in range(count))
+
+    for _ in range(shape.groups):
+        responses = tuple(tokens(length) for length in lengths(shape, rng))
+        groups.append(Group(tokens(shape.prompt), (), responses, tuple(range(first, first + len(responses)))))
+        first += len(responses)
+    advantages = [torch.tensor([rng.gauss(0, 1) for _ in response]) for group in groups for response in group.responses]
+    model = checkpoint.load(model_folder().name)
+    assert isinstance(model, TextModel)
+    return Work(groups, advantages, PolicyModel(model.model, model.lm_head), model.config)
+
+
+@dataclass(eq=False)
+class Side:
+    """One way to do the step; remembers what it computed last."""
+
+    step: Callable[[], list[Tensor]]  # runs it, leaves gradients, gives logprobs per row
+    zero: Callable[[], None]
+    logprobs: list[Tensor]
+
+    def __call__(self) -> float:
+        self.zero()
+        start = time.perf_counter()
+        self.logprobs = self.step()
+        return time.perf_counter() - start
+
+
+def backward(made: Work, logprobs: Sequence[Tensor], rows: Sequence[int]) -> None:
+    """The policy-gradient loss of some rows, as a part of the minibatch's."""
+    flat, gains = torch.cat(list(logprobs))[None], torch.cat([made.advantages[row] for row in rows])[None]
+    everything = torch.ones(flat.shape, dtype=torch.bool)
+    policy_gradient_loss(flat, flat.detach(), gains, everything, size=made.size)[0].backward()
+
+
+def packed(made: Work, rows: Sequence[Pack]) -> Side:
+    """Our learner's pass over packed rows."""
+
+    def step() -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        for row in rows:
+            logprobs, _ = made.model(row, {}, 1.0)
+            parts = logprobs.split([int((row.row == i).sum()) for i in range(len(row.rows))])
+            backward(made, parts, row.rows.tolist())
+            found |= zip(row.rows.tolist(), (part.detach() for part in parts), strict=True)
+        return [found[row] for row in sorted(found)]
+
+    return Side(step, lambda: made.model.zero_grad(set_to_none=True), [])
+
+
+def shared(made: Work) -> list[Pack]:
+    """Rows as the learner packs them: prompts once."""
+    return pack(made.groups, BUDGET, None)
+
+
+def unshared(made: Work) -> list[Pack]:
+    """Each rollout with its own prompt, one causal sequence, still packed without padding."""
+    singles = [
+        replace(group, responses=(response,), rows=(row,))
+        for group in made.groups
+        for response, row in zip(group.responses, group.rows, strict=True)
+    ]
+    rows = pack(singles, BUDGET, None)
+    return [replace(row, layout=Layout(tuple(Span(s.length, ()) for s in row.layout.spans))) for row in rows]
+
+
+def padded(made: Work) -> Side:
+    """Whole rollouts as a batch padded to its longest, as many at a time as the budget takes; transformers' SDPA."""
+    rollouts = made.rollouts()
+    longest = max(len(prompt) + len(response) for prompt, response in rollouts)
+    trunk, head = made.model.model, made.model.lm_head
+    batches = [range(i, min(i + BUDGET // longest, len(rollouts))) for i in range(0, len(rollouts), BUDGET // longest)]
+
+    def step() -> list[Tensor]:
+        found: list[Tensor] = []
+        trunk.set_attn_implementation("sdpa")
+        for batch in batches:
+            ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+            for place, row in enumerate(batch):
+                ids[place, : sum(map(len, rollouts[row]))] = torch.tensor(sum(rollouts[row], ()))
+            hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state
+            parts = []
+            for place, row in enumerate(batch):
+                prompt, response = rollouts[row]
+                before = hidden[place, len(prompt) - 1 : len(prompt) + len(response) - 1]
+                parts.append(token_logprobs(before, head.weight, torch.tensor(response), 1.0)[0])
+            backward(made, parts, batch)
+            found += [part.detach() for part in parts]
+        trunk.set_attn_implementation("packed_groups")
+        return found
+
+    return Side(step, lambda: made.model.zero_grad(set_to_none=True), [])
+
+
+def sequence(made: Work, tokens: int) -> Callable[[], float]:
+    """Seconds of one causal forward and backward over a plain sequence, with logits for as many tokens."""
+    trunk: nn.Module = made.model.model
+    ids = torch.randint(0, SIZES["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
+    chosen = slice(tokens - made.size.tokens, tokens)
+
+    def run() -> float:
+        made.model.zero_grad(set_to_none=True)
+        trunk.set_attn_implementation("sdpa")
+        start = time.perf_counter()
+        hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state[0, chosen]
+        token_logprobs(hidden, made.model.lm_head.weight, ids[0, chosen], 1.0)[0].mean().backward()
+        took = time.perf_counter() - start
+        trunk.set_attn_implementation("packed_groups")
+        return took
+
+    return run
+
+
+def cost(made: Work, tokens: int, pairs: int) -> float:
+    """Floating-point operations of a forward pass in units of what a token costs in a layer's matrices: tokens, pairs
+    that attention compares, and the head for the responses' tokens."""
+    per_layer = pairs_per_token(made.config) * 2 * SIZES["num_attention_heads"] * SIZES["head_dim"]  # weights
+    head = SIZES["vocab_size"] * SIZES["hidden_size"] / (per_layer * SIZES["num_hidden_layers"])
+    return tokens + pairs / pairs_per_token(made.config) + made.size.tokens * head
+
+
+def shared_cost(made: Work) -> float:
+    """With prompts computed once per group."""
+    return cost(made, sum(g.tokens for g in made.groups), sum(g.pairs for g in made.groups))
+
+
+def sequences_cost(made: Work, totals: Sequence[int]) -> float:
+    """As causal sequences of these lengths."""
+    return cost(made, sum(totals), sum(n * (n + 1) // 2 for n in totals))
+
+
+def compare(made: Work, ours: Side, other: Side, ceiling: float, repeats: int) -> Result:
+    """Both sides, timed in turns, with the gradients they leave compared too where they share the model."""
+    ours(), other()  # warm up
+    ours_s, other_s = interleaved(ours, other, repeats)
+    difference = max(max_abs_diff(a.tolist(), b.tolist()) for a, b in zip(ours.logprobs, other.logprobs, strict=True))
+    ratio = other_s / ours_s
+    return Result(
+        ours_s,
+        other_s,
+        ratio,
+        ceiling,
+        difference,
+        {"of_ceiling": ratio / ceiling, "goal": f"of_ceiling at least {GOAL}", "cores": CORES},
+    )
+
+
+def against_packed(name: str) -> Result:
+    """Shared prompts against one rollout per row, both packed by us."""
+    shape = SHAPES[name]
+    made = work(shape)
+    rows = shared(made)
+    ours, other = packed(made, rows), packed(made, unshared(made))
+    totals = [len(prompt) + len(response) for prompt, response in made.rollouts()]
+    found = compare(made, ours, other, sequences_cost(made, totals) / shared_cost(made), shape.repeats)
+    plain = sequence(made, sum(len(row.token_ids) for row in rows))
+    plain()
+    ours_s, plain_s = interleaved(ours, plain, shape.repeats)
+    more = {"sequence_s": plain_s, "over_sequence": ours_s / plain_s, "sequence_goal": f"at most {SEQUENCE_GOAL}"}
+    return replace(found, more={**found.more, **more})
+
+
+def against_padded(name: str) -> Result:
+    """Shared prompts against rollouts padded to the longest of the minibatch."""
+    made = work(SHAPES[name])
+    totals = [len(prompt) + len(response) for prompt, response in made.rollouts()]
+    ceiling = sequences_cost(made, [max(totals)] * len(totals)) / shared_cost(made)
+    return compare(made, packed(made, shared(made)), padded(made), ceiling, SHAPES[name].repeats)
+
+
+@benchmark("learner/demo")
+def demo() -> Result:
+    """Groups of a picture's 181 tokens and 8 answers of about 20, against one rollout per row."""
+    return against_packed("demo")
+
+
+@benchmark("learner/rlvr")
+def rlvr() -> Result:
+    """The report's proportions at 1/8 (150 + 16 x 375), against one rollout per row."""
+    return against_packed("rlvr")
+
+
+@benchmark("learner/pacore")
+def pacore() -> Result:
+    """A problem with messages at 1/16 (1,000 + 16 x 375), against one rollout per row."""
+    return against_packed("pacore")
+
+
+@benchmark("learner/judge")
+def judge() -> Result:
+    """A long text and short verdicts (3,000 + 16 x 64), against one rollout per row."""
+    return against_packed("judge")
+
+
+@benchmark("learner/padded/demo")
+def padded_demo() -> Result:
+    """learner/demo against padding the minibatch to its longest."""
+    return against_padded("demo")
+
+
+@benchmark("learner/padded/rlvr")
+def padded_rlvr() -> Result:
+    """learner/rlvr against padding the minibatch to its longest."""
+    return against_padded("rlvr")
+
+
+@benchmark("learner/padded/pacore")
+def padded_pacore() -> Result:
+    """learner/pacore against padding the minibatch to its longest."""
+    return against_padded("pacore")
+
+
+@benchmark("learner/padded/judge")
+def padded_judge() -> Result:
+    """learner/judge against padding the minibatch to its longest."""
+    return against_padded("judge")
