@@ -170,7 +170,7 @@ class Engine:
 
     def encodings(self) -> int:
         """Pictures that the engine's vision tower has encoded so far, its own start-up included."""
-        return self.llm.apply_model(_pictures_encoded)[0]
+        return self._llm.apply_model(_pictures_encoded)[0]
 
     def close(self) -> None:
         """Give back the engine's memory; it cannot be used afterwards."""

@@ -77,7 +77,8 @@ class Parts:
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
     side_by_side: bool = False  # whether policy and critic have processors of their own
     meanwhile: Callable[[], None] = lambda: None  # called now and then while samples of another thread are waited for
-    encodings: Encodings = Encodings()  # when the weights were handed on last
+    gap: float = float("nan")  # at the last weight sync
+    encodings: Encodings = Encodings()  # up to the last weight sync
     ahead: Ahead["Samples"] = field(default_factory=Ahead)
 
 
@@ -219,9 +220,11 @@ def enough_valid(scored: list[Scored], limit: float) -> list[Scored]:
 
 
 def catch_up(iteration: int, prompts: Sequence[Prompt], parts: Parts) -> dict[str, float]:
-    """`sync`, if the engines' weights are older than those from after `iteration`."""
+    """`sync`, if the engines' weights are older than those from after `iteration`, else the gap found at the last."""
     parts.ahead.settle()
-    return sync(iteration, prompts, parts) if parts.sampler.policy_step < iteration else {}
+    if parts.sampler.policy_step < iteration:
+        return sync(iteration, prompts, parts)
+    return {"rollout/logprob_gap": parts.gap}
 
 
 def sync(iteration: int, prompts: Sequence[Prompt], parts: Parts) -> dict[str, float]:
@@ -242,6 +245,7 @@ def sync(iteration: int, prompts: Sequence[Prompt], parts: Parts) -> dict[str, f
             "another precision; PPO would learn from wrong ratios, so the run stops here.",
             saves=False,
         )
+    parts.gap = gap
     before, parts.encodings = parts.encodings, Encodings(parts.features.forwards, parts.sampler.encodings())
     return {
         "rollout/logprob_gap": gap,

@@ -4,6 +4,7 @@ import os
 import queue
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,8 @@ class _Run:
         )
         done = checkpoint.counters(start)["iteration"] if start else 0
         sync(done, self._prompts(done + 1), self.parts)
+        # What the check has shown the learner are the coming iteration's pictures.
+        self.parts.encodings = replace(self.parts.encodings, learner=0)
         self.done = self.saved = done if start else None
         self.display.message(f"ready: {self.folder.path}" + (f", resuming after iteration {done}" if start else ""))
 

@@ -6,6 +6,7 @@ One run to its end is shared by most tests; the others are broken off and resume
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,11 +74,10 @@ def test_every_iteration_has_the_metrics_of_the_contract(finished: tuple[Path, s
 
 
 def test_samples_hold_the_row_the_response_and_its_score(finished: tuple[Path, str]) -> None:
-    with gzip.open(finished[0] / "rollouts/000001.jsonl.gz", "rt") as file:
-        samples = [json.loads(line) for line in file]
-    assert len(samples) == 32
-    assert {"id", "task", "messages", "ground_truth", "response", "reward", "finish"} <= samples[0].keys()
-    assert any(isinstance(s["messages"][0]["content"], list) for s in samples)  # pictures were shown
+    found = samples(finished[0], 1)
+    assert len(found) == 32
+    assert {"id", "task", "messages", "ground_truth", "response", "reward", "finish"} <= found[0].keys()
+    assert any(isinstance(s["messages"][0]["content"], list) for s in found)  # pictures were shown
 
 
 def test_tower_and_projector_stay_bit_identical_and_the_decoder_moves(finished: tuple[Path, str]) -> None:
@@ -119,6 +119,56 @@ def test_a_run_broken_off_and_resumed_ends_like_one_that_was_not(
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs), file
     for file in sorted((finished[0] / "rollouts").iterdir()):
         assert (folder / "rollouts" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def ahead(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that samples ahead, with policy and critic in two processes each."""
+    folder = tmp_path_factory.mktemp("runs") / "ahead"
+    options = "iterations=3", "data.eval=[]", "learner.ranks=2", "rollout.max_staleness=1", "log.timeline=true"
+    code, _, err = run(*SMALL, *options, "learner.threads=1", "--output", folder)
+    assert code == 0, err
+    return folder
+
+
+def test_sampling_ahead_lags_one_update_behind_and_engine_and_learner_still_agree(ahead: Path) -> None:
+    lines = metrics(ahead)[1:]
+    assert [line["rollout/staleness"] for line in lines] == [0, 1, 1]
+    assert all(line["rollout/logprob_gap"] < 1e-4 for line in lines)
+    assert all(0.9 < line["policy/tis_mean"] < 1.1 for line in lines)
+    ids = [sample["id"] for iteration in (1, 2, 3) for sample in samples(ahead, iteration)]
+    assert len(ids) == 3 * 8 * 4 and len(set(ids)) == 3 * 8  # every prompt once, with all of its rollouts
+
+
+def test_the_learner_encodes_each_picture_once(ahead: Path) -> None:
+    assert sum(line.get("time/learner_encodings", 0) for line in metrics(ahead)) == len(_pictures(ahead, iterations=2))
+
+
+def _pictures(folder: Path, iterations: int) -> set[str]:
+    """Distinct pictures shown in the first iterations (those that a weight sync followed)."""
+    found = set()
+    for sample in [sample for iteration in range(1, iterations + 1) for sample in samples(folder, iteration)]:
+        parts = [part for message in sample["messages"] for part in message["content"]]
+        found |= {part["image"] for part in parts if isinstance(part, dict) and part["type"] == "image"}
+    return found
+
+
+def samples(folder: Path, iteration: int) -> list[dict[str, Any]]:
+    """An iteration's rollouts as they were saved."""
+    with gzip.open(folder / f"rollouts/{iteration:06d}.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_the_timeline_shows_samples_being_made_while_the_policy_learns(ahead: Path) -> None:
+    events = json.loads((ahead / "timeline.json").read_text())
+    names = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert {"loop", "samples ahead", "policy 0", "policy 1", "critic 0", "critic 1", "engine 0"} <= set(names.values())
+    spans = [(names[e["pid"]], e["name"], e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X"]
+    sampling = [(start, end) for who, what, start, end in spans if (who, what) == ("samples ahead", "rollout")]
+    learning = [(start, end) for who, what, start, end in spans if (who, what) == ("policy 1", "update")]
+    assert len(sampling) == 2 and len(learning) == 3
+    critic = [(start, end) for who, what, start, end in spans if (who, what) == ("critic 0", "values")]
+    assert any(a < end and start < b for a, b in sampling for start, end in learning + critic)
 
 
 def test_the_final_policy_gives_the_same_logprobs_in_vllm_and_in_our_code(
