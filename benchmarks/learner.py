@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import exp
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from torch import Tensor
+from transformers import PretrainedConfig, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
 from rl.losses import MinibatchSize, policy_gradient_loss
@@ -70,7 +69,7 @@ class Work:
     groups: list[Group]
     advantages: list[Tensor]  # per row of the batch, [response length]
     model: PolicyModel
-    config: Qwen3Config
+    config: PretrainedConfig
 
     @property
     def size(self) -> MinibatchSize:
@@ -198,7 +197,7 @@ def padded(made: Work) -> Side:
 
 def sequence(made: Work, tokens: int) -> Callable[[], float]:
     """Seconds of one causal forward and backward over a plain sequence, with logits for as many tokens."""
-    trunk: nn.Module = made.model.model
+    trunk = made.model.model
     ids = torch.randint(0, SIZES["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
     chosen = slice(tokens - made.size.tokens, tokens)
 
@@ -272,6 +271,33 @@ def against_padded(name: str) -> Result:
     return compare(made, packed(made, shared(made)), padded(made), ceiling, SHAPES[name].repeats)
 
 
+def against_verl(name: str) -> Result:
+    """Shared prompts against verl's FSDP2 engine, at the split that suits it best for this minibatch.
+
+    The ceiling is that of one rollout per row: verl shares nothing, and packs or pads as it is faster.
+    """
+    from benchmarks._verl_engine import VerlEngine, verl_batch
+
+    made = work(SHAPES[name])
+    rollouts = made.rollouts()
+    prompts, responses = zip(*rollouts, strict=True)
+    batch = verl_batch(prompts, responses, [gains.tolist() for gains in made.advantages])
+    engine = VerlEngine(Path(model_folder().name), BUDGET)
+    engine.tune(batch)
+
+    def step() -> list[Tensor]:
+        engine.step(batch)
+        return [torch.tensor(row) for row in engine.logprobs()]
+
+    totals = [len(prompt) + len(response) for prompt, response in rollouts]
+    ceiling = sequences_cost(made, totals) / shared_cost(made)
+    ours = packed(made, shared(made))
+    found = compare(made, ours, Side(step, lambda: None, []), ceiling, SHAPES[name].repeats)
+    theirs = engine.gradients()
+    apart = max(float((p.grad - theirs[n]).abs().max()) for n, p in made.model.named_parameters() if p.grad is not None)
+    return replace(found, more={**found.more, "verl_split": str(engine.split), "max_abs_gradient_diff": apart})
+
+
 @benchmark("learner/demo")
 def demo() -> Result:
     """Groups of a picture's 181 tokens and 8 answers of about 20, against one rollout per row."""
@@ -318,3 +344,27 @@ def padded_pacore() -> Result:
 def padded_judge() -> Result:
     """learner/judge against padding the minibatch to its longest."""
     return against_padded("judge")
+
+
+@benchmark("learner/verl/demo")
+def verl_demo() -> Result:
+    """learner/demo against verl 0.9.1's FSDP2 engine."""
+    return against_verl("demo")
+
+
+@benchmark("learner/verl/rlvr")
+def verl_rlvr() -> Result:
+    """learner/rlvr against verl 0.9.1's FSDP2 engine."""
+    return against_verl("rlvr")
+
+
+@benchmark("learner/verl/pacore")
+def verl_pacore() -> Result:
+    """learner/pacore against verl 0.9.1's FSDP2 engine."""
+    return against_verl("pacore")
+
+
+@benchmark("learner/verl/judge")
+def verl_judge() -> Result:
+    """learner/judge against verl 0.9.1's FSDP2 engine."""
+    return against_verl("judge")

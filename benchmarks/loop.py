@@ -1,0 +1,169 @@
+"""What surrounds the learner: weight transfer in a real run, and samples made ahead with emulated generation."""
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.harness import Result, benchmark, interleaved
+from rl.types import Prompt, Rollout, Scored
+
+ITERATIONS, WARM_UP = 8, 2
+SHARE_GOAL, SPEED_GOAL = 0.03, 1.2
+
+
+@benchmark("sync")
+def sync() -> Result:
+    """Share of an iteration of the CPU profile that weights travel: ratio, at most 0.03.
+
+    A real run of the shipped recipe. ours_s is what the policy takes to hand out its weights and the engine to load
+    them, by the run's own timeline; other_s the whole iteration; medians after the first two. The check that follows a
+    sync is not counted.
+    """
+    from benchmarks.iteration import start
+
+    with TemporaryDirectory() as name:
+        run = Path(name, "run")
+        start(
+            "rl.run", "recipes/rlvr.yaml", "--profile", "cpu", "--output", str(run), f"iterations={ITERATIONS}",
+            "data.eval=[]", "log.timeline=true", "log.trackers=[]", "checkpoint.every=1000",
+        )  # fmt: skip
+        events = json.loads((run / "timeline.json").read_text())
+        totals = [json.loads(line).get("time/total", 0.0) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    spans = {
+        name: [e["dur"] / 1e6 for e in events if e["ph"] == "X" and e["name"] == name] for name in ("weights", "load")
+    }
+    travel = sum(statistics.median(spans[name][1 + WARM_UP :]) for name in spans)  # the first is before training
+    whole = statistics.median(totals[1 + WARM_UP :])
+    return Result(travel, whole, travel / whole, SHARE_GOAL, more={"goal": f"ratio at most {SHARE_GOAL}"})
+
+
+class Emulated:
+    """A sampler that takes a given time for random answers; checks after a weight sync cost nothing."""
+
+    def __init__(self, seconds: Callable[[], float], prompt: int, response: int, vocabulary: int) -> None:
+        self.seconds, self.policy_step = seconds, 0
+        self.prompt, self.response, self.vocabulary = prompt, response, vocabulary
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        per_prompt: int,
+        iteration: int,
+        finished: Callable[[int, Rollout], None] = lambda place, rollout: None,
+    ) -> list[Rollout]:
+        rng = random.Random(iteration)
+        made = []
+        for prompt in prompts if iteration > 0 else ():
+            ids = tuple(rng.randrange(self.vocabulary) for _ in range(self.prompt))
+            for _ in range(per_prompt):
+                response = tuple(rng.randrange(self.vocabulary) for _ in range(self.response))
+                # the logprobs of a uniform policy, which is what random weights nearly are
+                logprobs = (-7.6,) * self.response
+                made.append(Rollout(prompt, "", "stop", ids, response, logprobs, self.policy_step))
+        time.sleep(self.seconds() if iteration > 0 else 0.0)
+        for place, rollout in enumerate(made):
+            finished(place, rollout)
+        return made
+
+    def greedy(self, prompts: Sequence[Prompt], finished: Any = None) -> list[Rollout]:
+        raise NotImplementedError("this benchmark does not evaluate")
+
+    def load(self, weights: Any, policy_step: int) -> None:
+        self.policy_step = policy_step
+
+    def encodings(self) -> int:
+        return 0
+
+
+class Rewards:
+    """A reward between 0 and 1 for every rollout, at once."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, Scored] = {}
+
+    def begin(self, per_prompt: int) -> "Rewards":
+        return Rewards()
+
+    def add(self, place: int, rollout: Rollout) -> None:
+        self.found[place] = Scored(rollout, rollout.response_ids[0] % 2)
+
+    def results(self) -> list[Scored]:
+        return [self.found[place] for place in sorted(self.found)]
+
+
+class Done:
+    """An answer that is there already."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def result(self) -> Any:
+        return self.value
+
+
+class Here:
+    """Policy or critic in this process, answering as one in an actor would. There are no engines to check."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def call(self, method: str, *args: Any) -> Any:
+        return 0.0 if method == "logprob_gap" else getattr(self.target, method)(*args)
+
+    def start(self, method: str, *args: Any) -> Done:
+        return Done(self.call(method, *args))
+
+
+@benchmark("async/one_step_off")
+def one_step_off() -> Result:
+    """Emulated: iterations whose generation, a pause, is 80% of the time; samples made ahead against taking turns.
+
+    The loop, the critic and the policy are real, in this process; engines are not. other_s is rollout.max_staleness 0,
+    ours_s is 1; both are seconds per iteration over 4, the first left out. At best, the ratio is 1 / 0.8 = 1.25; at
+    least 1.2 is the goal.
+    """
+    from benchmarks.learner import SIZES, model_folder
+    from rl.config import Config
+    from rl.critic import Critic
+    from rl.features import FeatureStore
+    from rl.learner import Policy
+    from rl.recipe import load
+    from stages.loop import Clock, Parts, ppo_iteration
+
+    count, prompts, group = 4, 4, 8
+    recipe = load(
+        Path(__file__).parent.parent / "recipes/rlvr.yaml",
+        profile="cpu",
+        overrides=[f"prompts_per_iteration={prompts}", f"rollouts_per_prompt={group}", "max_sequence_length=4096"],
+    ).config
+    policy, critic = Policy(model_folder().name, recipe), Critic(model_folder().name, recipe)
+    asked = [Prompt(str(i), "emulated", ()) for i in range(prompts)]
+    pause = 0.0
+
+    def parts(config: Config) -> Parts:
+        sampler = Emulated(lambda: pause, prompt=150, response=60, vocabulary=SIZES["vocab_size"])
+        return Parts(config, sampler, Rewards(), Here(policy), Here(critic), FeatureStore([], 1))
+
+    def per_iteration(staleness: int) -> float:
+        made = parts(
+            recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_staleness": staleness})})
+        )
+        start = 0.0
+        for iteration in range(count + 1):
+            ppo_iteration(iteration + 1, asked, asked, made, Clock(made.phase))
+            start = start or time.perf_counter()  # nothing has been made ahead for the first
+        took = time.perf_counter() - start
+        made.ahead.settle()
+        return took / count
+
+    per_iteration(0)  # warm up
+    learning = per_iteration(0)
+    pause = 4 * learning
+    ours_s, other_s = interleaved(lambda: per_iteration(1), lambda: per_iteration(0), 2)
+    more = {"goal": f"ratio at least {SPEED_GOAL}", "emulated": "generation", "generation_share": pause / other_s}
+    return Result(ours_s, other_s, other_s / ours_s, 1.25, more=more)
