@@ -31,7 +31,7 @@ class Result:
             "ours_s": rounded(self.ours_s),
             "other_s": rounded(self.other_s),
             "ratio": rounded(self.ratio),
-            "ceiling": self.ceiling,
+            "ceiling": rounded(self.ceiling),
             "max_abs_diff": rounded(self.max_abs_diff),
             **{key: rounded(value) for key, value in self.more.items()},
         }

@@ -55,9 +55,9 @@ class Shape:
 
 
 SHAPES = {
-    "demo": Shape(12, 181, 8, 20, repeats=9),  # one small picture
-    "rlvr": Shape(1, 150, 16, 375, repeats=7),  # the report's proportions at 1/8
-    "pacore": Shape(1, 1000, 16, 375, repeats=5),  # at 1/16: a problem with its messages
+    "demo": Shape(12, 181, 8, 20, repeats=5),  # one small picture
+    "rlvr": Shape(1, 150, 16, 375, repeats=5),  # the report's proportions at 1/8
+    "pacore": Shape(1, 1000, 16, 375, repeats=3),  # at 1/16: a problem with its messages
     "judge": Shape(1, 3000, 16, 64, repeats=3),  # a long text and short verdicts
 }
 

@@ -135,7 +135,7 @@ def one_step_off() -> Result:
     from rl.recipe import load
     from stages.loop import Clock, Parts, ppo_iteration
 
-    count, prompts, group = 4, 4, 8
+    count, prompts, group = 4, 2, 8
     recipe = load(
         Path(__file__).parent.parent / "recipes/rlvr.yaml",
         profile="cpu",

@@ -146,7 +146,7 @@ class Together(Later):
             while waiting:
                 for reference in ray.wait(list(waiting), num_returns=1)[0]:
                     waiting.pop(reference).result()
-        except BaseException:
+        except Exception:
             if waiting:
                 self._team.end()
             raise

@@ -171,6 +171,27 @@ def test_the_timeline_shows_samples_being_made_while_the_policy_learns(ahead: Pa
     assert any(a < end and start < b for a, b in sampling for start, end in learning + critic)
 
 
+@pytest.mark.slow
+def test_a_run_that_samples_ahead_loses_and_doubles_nothing_when_it_is_interrupted(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = Command(*SMALL, "iterations=8", "data.eval=[]", "rollout.max_staleness=1", "--output", folder)
+    wait_for_iteration(folder, 2, command)
+    command.interrupt()
+    code, _, err = command.finish()
+    assert code == 130, err
+    assert command.left_behind() == []
+    broken_off = len(metrics(folder))
+    code, _, err = run("rl.run", "--resume", folder)
+    assert code == 0, err
+    assert [line["iteration"] for line in metrics(folder)] == list(range(9))
+    # sampled by the newest weights after the resume, because what had been made ahead was not kept
+    assert [line["rollout/staleness"] for line in metrics(folder)[1:]] == [
+        0.0 if iteration in (1, broken_off) else 1.0 for iteration in range(1, 9)
+    ]
+    ids = [sample["id"] for iteration in range(1, 9) for sample in samples(folder, iteration)]
+    assert len(ids) == 8 * 8 * 4 and len(set(ids)) == 8 * 8
+
+
 def test_the_final_policy_gives_the_same_logprobs_in_vllm_and_in_our_code(
     finished: tuple[Path, str], engine_process
 ) -> None:
