@@ -118,7 +118,9 @@ def make(folder: Path) -> int:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     words = [f"{number}.{place}" for place in range(1, RESPONSE_TOKENS) for number in range(CHOICES)]
     vocabulary = {word: index for index, word in enumerate((*SPECIAL, *ROLES, *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))

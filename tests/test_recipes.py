@@ -251,7 +251,7 @@ def test_an_unknown_name_is_told_before_a_missing_value():
     ("ppo: 3", "mine.yaml: ppo = 3 should be a mapping of options"),
     ("ppo: [3]", "mine.yaml: ppo is a list; it should be a mapping of options"),
     ("  box: {params: {power: 2}}", "mine.yaml: rewards.box.use is missing"),
-    ("learner: {ranks: 2}", "mine.yaml: learner.ranks = 2 is not built yet; it can only be 1"),
+    ("ppo: {kl: 0.1}", "mine.yaml: ppo.kl = 0.1 is not built yet; it can only be 0"),
     ("chain: [rlvr.yaml]", "mine.yaml: chain is not built yet"),
 ])  # fmt: skip
 def test_a_value_that_does_not_fit_is_told_with_its_file_and_what_would(written: str, told: str):

@@ -248,7 +248,7 @@ BAD_ROW = '{"id": "1", "task": "arithmetic", "messages": [{"role": "user", "cont
         (("data.train={tmp}/bad.jsonl",), "bad.jsonl:2"),
         (("rewards.arithmetic={{use: math_verifi}}",), "math_verify"),
         (("rewards.arithmetic={{use: math_verify, penalties: [citatoin]}}",), "did you mean 'citation'"),
-        (("learner.ranks=2",), "learner.ranks"),
+        (("ppo.kl=0.1",), "ppo.kl"),
         (("model.path={tmp}/holes",), "missing tensors"),
         (("max_sequence_length=20", "learner.token_budget=20"), "leave no room"),
     ],
