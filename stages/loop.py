@@ -78,7 +78,17 @@ class Parts:
     side_by_side: bool = False  # whether policy and critic have processors of their own
     meanwhile: Callable[[], None] = lambda: None  # called now and then while samples of another thread are waited for
     gap: float = float("nan")  # at the last weight sync
-    encodings: Encodings = Encodings()  # up to the last weight sync
+    encodings: Encodings = Encodings()  # up to the last weight sync, when the engines could be asked
+    told: Encodings = Encodings()  # those that metrics have had
+
+    def new_encodings(self) -> dict[str, float]:
+        """Those that no metrics have had yet, as metrics."""
+        now, before, self.told = self.encodings, self.told, self.encodings
+        return {
+            "time/learner_encodings": float(now.learner - before.learner),
+            "time/engine_encodings": float(now.engines - before.engines),
+        }
+
     ahead: Ahead["Samples"] = field(default_factory=Ahead)
 
 
@@ -246,12 +256,8 @@ def sync(iteration: int, prompts: Sequence[Prompt], parts: Parts) -> dict[str, f
             saves=False,
         )
     parts.gap = gap
-    before, parts.encodings = parts.encodings, Encodings(parts.features.forwards, parts.sampler.encodings())
-    return {
-        "rollout/logprob_gap": gap,
-        "time/learner_encodings": float(parts.encodings.learner - before.learner),
-        "time/engine_encodings": float(parts.encodings.engines - before.engines),
-    }
+    parts.encodings = Encodings(parts.features.forwards, parts.sampler.encodings())
+    return {"rollout/logprob_gap": gap}
 
 
 def evaluate(prompts: Sequence[Prompt], parts: Parts) -> dict[str, float]:

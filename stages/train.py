@@ -121,8 +121,8 @@ class _Run:
         )
         done = checkpoint.counters(start)["iteration"] if start else 0
         sync(done, self._prompts(done + 1), self.parts)
-        # What the check has shown the learner are the coming iteration's pictures.
-        self.parts.encodings = replace(self.parts.encodings, learner=0)
+        # The engines' own start-up is not counted. What the check has shown the learner are the coming pictures.
+        self.parts.told = replace(self.parts.encodings, learner=0)
         self.done = self.saved = done if start else None
         self.display.message(f"ready: {self.folder.path}" + (f", resuming after iteration {done}" if start else ""))
 
@@ -248,10 +248,11 @@ class _Run:
         prompts = self._prompts(iteration)
         following = self._prompts(iteration + 1) if iteration < self.config.iterations else []
         metrics, scored = ppo_iteration(iteration, prompts, following, self.parts, clock)
-        if evaluates(self.config, iteration):
+        if evaluates(self.config, iteration) and self.plan.held_out:
             with clock("sync"):
                 metrics |= catch_up(iteration, prompts, self.parts)
             metrics |= self._evaluation()
+        metrics |= self.parts.new_encodings()
         self.folder.write_rollouts(iteration, scored, self.config.rollout.save)
         self._record({"iteration": iteration, "stage": self.config.stage, **metrics, **clock.metrics()})
         self.done = iteration
