@@ -52,13 +52,14 @@ class Shape:
     responses: int
     mean: int  # of the responses' lengths
     repeats: int
+    why: str
 
 
 SHAPES = {
-    "demo": Shape(12, 181, 8, 20, repeats=5),  # one small picture
-    "rlvr": Shape(1, 150, 16, 375, repeats=5),  # the report's proportions at 1/8
-    "pacore": Shape(1, 1000, 16, 375, repeats=3),  # at 1/16: a problem with its messages
-    "judge": Shape(1, 3000, 16, 64, repeats=3),  # a long text and short verdicts
+    "demo": Shape(12, 181, 8, 20, repeats=5, why="A small picture and short answers (181 + 8 x 20)"),
+    "rlvr": Shape(1, 150, 16, 375, repeats=5, why="The report's proportions at 1/8 (150 + 16 x 375)"),
+    "pacore": Shape(1, 1000, 16, 375, repeats=3, why="A problem with messages at 1/16 (1,000 + 16 x 375)"),
+    "judge": Shape(1, 3000, 16, 64, repeats=3, why="A long text and short verdicts (3,000 + 16 x 64)"),
 }
 
 
@@ -119,14 +120,24 @@ class Side:
     """One way to do the step; remembers what it computed last."""
 
     step: Callable[[], list[Tensor]]  # runs it, leaves gradients, gives logprobs per row
-    zero: Callable[[], None]
-    logprobs: list[Tensor]
+    gradients: Callable[[], dict[str, Tensor]]  # that the last step left, by parameter
+    zero: Callable[[], None] = lambda: None  # for steps that add to the gradients that they find
+    logprobs: Sequence[Tensor] = ()
 
     def __call__(self) -> float:
         self.zero()
         start = time.perf_counter()
         self.logprobs = self.step()
         return time.perf_counter() - start
+
+
+def side(made: Work, step: Callable[[], list[Tensor]]) -> Side:
+    """A step of the shared model."""
+
+    def gradients() -> dict[str, Tensor]:
+        return {name: p.grad.clone() for name, p in made.model.named_parameters() if p.grad is not None}
+
+    return Side(step, gradients, lambda: made.model.zero_grad(set_to_none=True))
 
 
 def backward(made: Work, logprobs: Sequence[Tensor], rows: Sequence[int]) -> None:
@@ -148,7 +159,7 @@ def packed(made: Work, rows: Sequence[Pack]) -> Side:
             found |= zip(row.rows.tolist(), (part.detach() for part in parts), strict=True)
         return [found[row] for row in sorted(found)]
 
-    return Side(step, lambda: made.model.zero_grad(set_to_none=True), [])
+    return side(made, step)
 
 
 def shared(made: Work) -> list[Pack]:
@@ -192,7 +203,7 @@ def padded(made: Work) -> Side:
         trunk.set_attn_implementation("packed_groups")
         return found
 
-    return Side(step, lambda: made.model.zero_grad(set_to_none=True), [])
+    return side(made, step)
 
 
 def sequence(made: Work, tokens: int) -> Callable[[], float]:
@@ -233,8 +244,11 @@ def sequences_cost(made: Work, totals: Sequence[int]) -> float:
 
 
 def compare(made: Work, ours: Side, other: Side, ceiling: float, repeats: int) -> Result:
-    """Both sides, timed in turns, with the gradients they leave compared too where they share the model."""
-    ours(), other()  # warm up
+    """Both sides, timed in turns; how far their gradients are apart is told beside their logprobs."""
+    ours()  # a warm-up, too
+    gradients = ours.gradients()
+    other()
+    apart = max(float((x - gradients[name]).abs().max()) for name, x in other.gradients().items())
     ours_s, other_s = interleaved(ours, other, repeats)
     difference = max(max_abs_diff(a.tolist(), b.tolist()) for a, b in zip(ours.logprobs, other.logprobs, strict=True))
     ratio = other_s / ours_s
@@ -244,7 +258,12 @@ def compare(made: Work, ours: Side, other: Side, ceiling: float, repeats: int) -
         ratio,
         ceiling,
         difference,
-        {"of_ceiling": ratio / ceiling, "goal": f"of_ceiling at least {GOAL}", "cores": CORES},
+        {
+            "of_ceiling": ratio / ceiling,
+            "goal": f"of_ceiling at least {GOAL}",
+            "cores": CORES,
+            "max_abs_gradient_diff": apart,
+        },
     )
 
 
@@ -292,79 +311,28 @@ def against_verl(name: str) -> Result:
     totals = [len(prompt) + len(response) for prompt, response in rollouts]
     ceiling = sequences_cost(made, totals) / shared_cost(made)
     ours = packed(made, shared(made))
-    found = compare(made, ours, Side(step, lambda: None, []), ceiling, SHAPES[name].repeats)
-    theirs = engine.gradients()
-    apart = max(float((p.grad - theirs[n]).abs().max()) for n, p in made.model.named_parameters() if p.grad is not None)
-    return replace(found, more={**found.more, "verl_split": str(engine.split), "max_abs_gradient_diff": apart})
+    found = compare(made, ours, Side(step, engine.gradients), ceiling, SHAPES[name].repeats)
+    return replace(found, more={**found.more, "verl_split": str(engine.split)})
 
 
-@benchmark("learner/demo")
-def demo() -> Result:
-    """Groups of a picture's 181 tokens and 8 answers of about 20, against one rollout per row."""
-    return against_packed("demo")
+AGAINST = {
+    "": (against_packed, "one rollout per row, packed"),
+    "padded/": (against_padded, "padding the minibatch to its longest"),
+    "verl/": (against_verl, "verl 0.9.1's FSDP2 engine"),
+}
 
 
-@benchmark("learner/rlvr")
-def rlvr() -> Result:
-    """The report's proportions at 1/8 (150 + 16 x 375), against one rollout per row."""
-    return against_packed("rlvr")
+def register(shape: str, prefix: str) -> None:
+    """Makes learner/<prefix><shape> an entry."""
+    run, other = AGAINST[prefix]
+
+    def entry() -> Result:
+        return run(shape)
+
+    entry.__doc__ = f"{SHAPES[shape].why}, against {other}."
+    benchmark(f"learner/{prefix}{shape}")(entry)
 
 
-@benchmark("learner/pacore")
-def pacore() -> Result:
-    """A problem with messages at 1/16 (1,000 + 16 x 375), against one rollout per row."""
-    return against_packed("pacore")
-
-
-@benchmark("learner/judge")
-def judge() -> Result:
-    """A long text and short verdicts (3,000 + 16 x 64), against one rollout per row."""
-    return against_packed("judge")
-
-
-@benchmark("learner/padded/demo")
-def padded_demo() -> Result:
-    """learner/demo against padding the minibatch to its longest."""
-    return against_padded("demo")
-
-
-@benchmark("learner/padded/rlvr")
-def padded_rlvr() -> Result:
-    """learner/rlvr against padding the minibatch to its longest."""
-    return against_padded("rlvr")
-
-
-@benchmark("learner/padded/pacore")
-def padded_pacore() -> Result:
-    """learner/pacore against padding the minibatch to its longest."""
-    return against_padded("pacore")
-
-
-@benchmark("learner/padded/judge")
-def padded_judge() -> Result:
-    """learner/judge against padding the minibatch to its longest."""
-    return against_padded("judge")
-
-
-@benchmark("learner/verl/demo")
-def verl_demo() -> Result:
-    """learner/demo against verl 0.9.1's FSDP2 engine."""
-    return against_verl("demo")
-
-
-@benchmark("learner/verl/rlvr")
-def verl_rlvr() -> Result:
-    """learner/rlvr against verl 0.9.1's FSDP2 engine."""
-    return against_verl("rlvr")
-
-
-@benchmark("learner/verl/pacore")
-def verl_pacore() -> Result:
-    """learner/pacore against verl 0.9.1's FSDP2 engine."""
-    return against_verl("pacore")
-
-
-@benchmark("learner/verl/judge")
-def verl_judge() -> Result:
-    """learner/judge against verl 0.9.1's FSDP2 engine."""
-    return against_verl("judge")
+for _shape in SHAPES:
+    for _prefix in AGAINST:
+        register(_shape, _prefix)

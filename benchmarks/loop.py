@@ -1,6 +1,7 @@
 """What surrounds the learner: weight transfer in a real run, and samples made ahead with emulated generation."""
 
 import json
+import math
 import random
 import statistics
 import time
@@ -10,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.harness import Result, benchmark, interleaved
+from rl.here import Here
 from rl.types import Prompt, Rollout, Scored
 
 ITERATIONS, WARM_UP = 8, 2
@@ -62,8 +64,8 @@ class Emulated:
             ids = tuple(rng.randrange(self.vocabulary) for _ in range(self.prompt))
             for _ in range(per_prompt):
                 response = tuple(rng.randrange(self.vocabulary) for _ in range(self.response))
-                # the logprobs of a uniform policy, which is what random weights nearly are
-                logprobs = (-7.6,) * self.response
+                # a uniform policy's, which is what random weights nearly are
+                logprobs = (-math.log(self.vocabulary),) * self.response
                 made.append(Rollout(prompt, "", "stop", ids, response, logprobs, self.policy_step))
         time.sleep(self.seconds() if iteration > 0 else 0.0)
         for place, rollout in enumerate(made):
@@ -96,27 +98,11 @@ class Rewards:
         return [self.found[place] for place in sorted(self.found)]
 
 
-class Done:
-    """An answer that is there already."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def result(self) -> Any:
-        return self.value
-
-
-class Here:
-    """Policy or critic in this process, answering as one in an actor would. There are no engines to check."""
-
-    def __init__(self, target: Any) -> None:
-        self.target = target
+class Unchecked(Here):
+    """Policy or critic in this process; there are no engines whose logprobs could be compared."""
 
     def call(self, method: str, *args: Any) -> Any:
-        return 0.0 if method == "logprob_gap" else getattr(self.target, method)(*args)
-
-    def start(self, method: str, *args: Any) -> Done:
-        return Done(self.call(method, *args))
+        return 0.0 if method == "logprob_gap" else super().call(method, *args)
 
 
 @benchmark("async/one_step_off")
@@ -147,7 +133,7 @@ def one_step_off() -> Result:
 
     def parts(config: Config) -> Parts:
         sampler = Emulated(lambda: pause, prompt=150, response=60, vocabulary=SIZES["vocab_size"])
-        return Parts(config, sampler, Rewards(), Here(policy), Here(critic), FeatureStore([], 1))
+        return Parts(config, sampler, Rewards(), Unchecked(policy), Unchecked(critic), FeatureStore([], 1))
 
     def per_iteration(staleness: int) -> float:
         made = parts(

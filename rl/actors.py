@@ -146,7 +146,7 @@ class Together(Later):
             while waiting:
                 for reference in ray.wait(list(waiting), num_returns=1)[0]:
                     waiting.pop(reference).result()
-        except Exception:
+        except Exception:  # whatever it was, it is raised again
             if waiting:
                 self._team.end()
             raise
@@ -179,6 +179,12 @@ class Team:
             worker.end()
 
 
+def _actor(cpus: float, gpus: float, environment: Mapping[str, str] | None) -> Any:
+    """A process that waits to be told what to make."""
+    remote: Any = ray.remote(_Holder)
+    return remote.options(num_cpus=cpus, num_gpus=gpus).remote(dict(environment or {}))
+
+
 def place_team(
     make: Callable[..., Any],
     *args: Any,
@@ -189,8 +195,7 @@ def place_team(
 ) -> Team:
     """Make `make(*args, rank, count, address)` in `count` actors that can meet at `address`. Returns at once if one
     is enough, else when the first actor's process runs."""
-    remote: Any = ray.remote(_Holder)
-    actors = [remote.options(num_cpus=cpus, num_gpus=gpus).remote(environment or {}) for _ in range(count)]
+    actors = [_actor(cpus, gpus, environment) for _ in range(count)]
     address = _get(actors[0].free_address.remote()) if count > 1 else None
     made = [Later(a.make.remote(make, (*args, rank, count, address), {})) for rank, a in enumerate(actors)]
     return Team([Worker(actor, one) for actor, one in zip(actors, made, strict=True)])
@@ -209,8 +214,7 @@ def place(
     Args:
         environment: variables set in its process before anything heavy is imported.
     """
-    remote: Any = ray.remote(_Holder)
-    actor = remote.options(num_cpus=cpus, num_gpus=gpus).remote(environment or {})
+    actor = _actor(cpus, gpus, environment)
     return Worker(actor, Later(actor.make.remote(factory, args, kwargs)))
 
 

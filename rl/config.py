@@ -6,6 +6,7 @@ reconstruction. Sizes have these words and no others: prompts_per_iteration x ro
 an iteration; minibatches = optimizer steps of an iteration; token_budget = tokens in one forward pass.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
@@ -254,6 +255,15 @@ class PPO(Options):
     """verl's correction of the engine-learner mismatch, in place of tis_cap and tis_policy."""
 
 
+class Partial(Options):
+    """Partial rollouts: an iteration ends with enough whole groups, and what is cut goes on in the next one."""
+
+    extra_prompts: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Prompts under way beyond prompts_per_iteration, as a share of them, rounded up."""
+    chunk_tokens: Count = 1024
+    """Tokens by which all responses grow before it is asked whether enough groups are whole."""
+
+
 class Rollout(Options):
     temperature: Positive = 1.0
     """Sampling temperature. There is no top_p or top_k: probability ratios need the whole distribution."""
@@ -268,6 +278,9 @@ class Rollout(Options):
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """Iterations by which the weights that sample may lag behind. 0: engines and learner take turns; 1: the next
     iteration's samples are made while this one trains, by the weights from before it."""
+    partial: Partial | None = None
+    """{} or its options: the longest responses hold nobody up, but are cut and go on in the next iteration, by newer
+    weights; each token keeps the logprob of those that sampled it. null: every response is sampled to its end."""
     save: Count | Literal["all", "none"] = "all"
     """Samples written to rollouts/ per iteration."""
     logprob_check: Count = 8
@@ -359,6 +372,14 @@ class Config(Options):
     def samples(self) -> int:
         """Responses of one iteration."""
         return self.prompts_per_iteration * self.rollouts_per_prompt
+
+    def prompt_range(self, iteration: int) -> range:
+        """Which prompts of the endless sequence an iteration begins (from 1); with partial rollouts the first begins
+        more than it will finish."""
+        size, partial = self.prompts_per_iteration, self.rollout.partial
+        extra = math.ceil(partial.extra_prompts * size) if partial else 0
+        end = extra + iteration * size
+        return range(end - size - (extra if iteration == 1 else 0), end)
 
     @model_validator(mode="after")
     def _can_run(self) -> "Config":

@@ -1,7 +1,7 @@
 """The critic in plain torch: the policy's decoder with a value head, its own weights and optimizer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from rl.config import Config
 from rl.losses import explained_variance, value_loss
-from rl.model import checkpoint
-from rl.model.packed import hidden_states, pairs_per_token, recompute_layers
-from rl.optimizer import Optimizer
-from rl.packing import Batch, Group, Pack, Row, minibatches, rows_of_rank
+from rl.model.packed import hidden_states
+from rl.packing import Batch, Pack, Row, minibatches
 from rl.ranks import Ranks
+from rl.sharded import Sharded
 from rl.targets import Targets
 
 WEIGHTS = "model.safetensors"
@@ -41,52 +40,25 @@ def initial_head(hidden: int, seed: int) -> Tensor:
     return torch.randn((1, hidden), generator=torch.Generator().manual_seed(seed)) / (hidden + 1)
 
 
-class Critic:
+class Critic(Sharded):
     """Values for advantages, and the value update. A plain object; Ray places it, possibly split over several ranks.
-
-    Every rank gets the same calls with the same arguments, works on its share, and has the whole answer.
 
     Args:
         folder: model folder whose decoder the critic starts from.
     """
 
     def __init__(self, folder: str, config: Config, ranks: Ranks | None = None) -> None:
-        self.config, self.ranks = config, ranks or Ranks()
-        base = checkpoint.load(folder, device=self.ranks.device, prepare=self._prepare, own=self.ranks.own)
-        self.image_token_id = base.image_token_id
+        super().__init__(folder, config, ranks)
         head = self.model.value_head
         weight = self.ranks.own(initial_head(head.in_features, config.seed), head.weight)
         self.model.load_state_dict({"value_head.weight": weight}, strict=False, assign=True)
-        if config.learner.activation_checkpointing:
-            recompute_layers(self.model.model)
-        self.optimizer = Optimizer(
-            dict(self.model.named_parameters()),
-            lr=config.ppo.critic_lr,
-            warmup=config.ppo.critic_warmup,
-            betas=config.ppo.betas,
-            weight_decay=config.ppo.weight_decay,
-            max_grad_norm=config.ppo.max_grad_norm,
-        )
+        trained = dict(self.model.named_parameters())
+        self.optimizer = self.adamw(trained, config.ppo.critic_lr, config.ppo.critic_warmup)
 
-    def _prepare(self, base: Any) -> None:
+    def prepare(self, base: Any) -> None:
         """Exchange the head, which takes no memory yet, and split the parameters over the ranks."""
         self.model = ValueModel(base.model, getattr(base.config, "text_config", base.config).hidden_size)
         self.ranks.shard(self.model, base.model.layers, self.dtype)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is computed in; the critic's own weights are float32."""
-        return getattr(torch, self.config.model.dtype)
-
-    def _rows(self, groups: Sequence[Group]) -> list[Row]:
-        return rows_of_rank(
-            groups,
-            self.config.learner.token_budget,
-            self.image_token_id,
-            rank=self.ranks.rank,
-            ranks=self.ranks.count,
-            pairs_per_token=pairs_per_token(self.model.model.config),
-        )
 
     def _forward(self, row: Row, features: Mapping[str, Tensor]) -> Tensor:
         with self.ranks.autocast(self.dtype):
@@ -97,7 +69,7 @@ class Critic:
         """Values before each response token [N, R] (0 outside the mask) and after the last one [N]."""
         values = torch.zeros(batch.response_mask.shape)
         final = torch.zeros(len(values))
-        for row in self._rows(batch.groups):
+        for row in self.rows(batch.groups):
             every = self._forward(row, features).cpu()
             if row.counts:
                 row.pack.put(values, row.pack.padded(every[row.pack.before]))
@@ -113,7 +85,7 @@ class Critic:
         device = self.ranks.device
         for groups in minibatches(batch.groups, self.config.ppo.critic_minibatches, seed):
             tokens = sum(len(response) for group in groups for response in group.responses)
-            for row in self._rows(groups):
+            for row in self.rows(groups):
                 pack = row.pack
                 values = pack.padded(self._forward(row, features)[pack.before.to(device)])
                 mask, returns = (pack.part(full).to(device) for full in (batch.response_mask, targets.returns))
@@ -145,8 +117,3 @@ class Critic:
             for name, tensor in self.model.state_dict().items():
                 tensor.copy_(self.ranks.own(weights[name], tensor))
         self.optimizer.restore(load_file(state / OPTIMIZER), steps, self.ranks.own)
-
-
-def make_critic(folder: str, config: Config, device: str, rank: int, count: int, address: str | None) -> Critic:
-    """One rank's critic, in the process that calls this."""
-    return Critic(folder, config, Ranks(device, rank, count, address, config.learner.threads))

@@ -12,7 +12,6 @@ class Encoder(Protocol):
     """A learner process (rl.learner.Policy) somewhere."""
 
     def start(self, method: str, *args: Any) -> Any: ...
-    def call(self, method: str, *args: Any) -> Any: ...
 
 
 class FeatureStore:
@@ -53,7 +52,8 @@ class FeatureStore:
             self.forwards += len(found)
             self._bytes |= dict(found)
         held = sum(self._bytes[digest] for digest in self._kept)
-        for digest in [d for d in self._kept if d not in set(using)]:
+        stay = set(using)
+        for digest in [d for d in self._kept if d not in stay]:
             if held <= self._limit:
                 return
             del self._kept[digest]

@@ -27,10 +27,10 @@ from rl.losses import (
     tis_weights,
 )
 from rl.model import checkpoint
-from rl.model.packed import PolicyModel, pairs_per_token, recompute_layers
-from rl.optimizer import Optimizer
-from rl.packing import Batch, Group, Row, collate, minibatches, rows_of_rank
+from rl.model.packed import PolicyModel
+from rl.packing import Batch, Group, Row, collate, minibatches
 from rl.ranks import Ranks
+from rl.sharded import Sharded
 from rl.targets import Targets
 from rl.types import Picture, Rollout, Scored
 
@@ -55,48 +55,31 @@ def needs_old_logprobs(ppo: PPO) -> bool:
     return ppo.ratio == "clip" or ppo.tis_policy == "before_update" or ppo.rollout_correction is not None
 
 
-class Policy:
+class Policy(Sharded):
     """Logprobs and the PPO update of the decoder. A plain object; Ray places it, possibly split over several ranks.
-
-    Every rank gets the same calls with the same arguments, works on its share, and has the whole answer.
 
     Args:
         folder: model folder to start from; later checkpoints copy its tokenizer.
     """
 
     def __init__(self, folder: str, config: Config, ranks: Ranks | None = None) -> None:
-        self.source, self.config, self.ranks = Path(folder), config, ranks or Ranks()
-        self.model = checkpoint.load(folder, device=self.ranks.device, prepare=self._prepare, own=self.ranks.own)
-        if config.learner.activation_checkpointing:
-            recompute_layers(self.model.model)
-        self.optimizer = Optimizer(
-            self.trained,
-            lr=config.ppo.policy_lr,
-            warmup=config.ppo.policy_warmup,
-            betas=config.ppo.betas,
-            weight_decay=config.ppo.weight_decay,
-            max_grad_norm=config.ppo.max_grad_norm,
-        )
+        super().__init__(folder, config, ranks)
+        self.optimizer = self.adamw(self.trained, config.ppo.policy_lr, config.ppo.policy_warmup)
         self.loss = policy_loss(config.ppo)
         self._encoded: dict[str, int] = {}
 
-    def _prepare(self, model: Any) -> None:
+    def prepare(self, base: Any) -> None:
         """Freeze what is frozen, and split the rest over the ranks."""
-        self.decoder = PolicyModel(model.model, model.lm_head)
-        self.ranks.shard(self.decoder, model.model.layers, self.dtype)
-        frozen = tuple(p for name in self.config.model.freeze for p in model.frozen_prefixes[name])
-        for name, parameter in model.named_parameters():
+        self.model, self.decoder = base, PolicyModel(base.model, base.lm_head)
+        self.ranks.shard(self.decoder, base.model.layers, self.dtype)
+        frozen = tuple(p for name in self.config.model.freeze for p in base.frozen_prefixes[name])
+        for name, parameter in base.named_parameters():
             parameter.requires_grad_(not name.startswith(frozen))
 
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
         """By name on disk."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What engine and learner compute in; the learner's own weights are float32."""
-        return getattr(torch, self.config.model.dtype)
 
     @torch.no_grad()
     def encode(self, picture: Picture) -> Tensor:
@@ -117,16 +100,6 @@ class Policy:
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         return {n: t.numpy() if t.dtype == torch.float32 else t for n, t in tensors.items()}
 
-    def _rows(self, groups: Sequence[Group]) -> list[Row]:
-        return rows_of_rank(
-            groups,
-            self.config.learner.token_budget,
-            self.model.image_token_id,
-            rank=self.ranks.rank,
-            ranks=self.ranks.count,
-            pairs_per_token=pairs_per_token(self.model.model.config),
-        )
-
     def _forward(self, row: Row, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies, [k, longest], of the responses in a packed row."""
         with self.ranks.autocast(self.dtype):
@@ -137,7 +110,7 @@ class Policy:
     def logprobs(self, batch: Batch, features: Mapping[str, Tensor]) -> Tensor:
         """Of every response token under the present weights: [N, R] nats, 0 outside the mask."""
         result = torch.zeros(batch.response_mask.shape)
-        for row in self._rows(batch.groups):
+        for row in self.rows(batch.groups):
             values = self._forward(row, features)[0].cpu()
             if row.counts:
                 row.pack.put(result, values)
@@ -190,7 +163,7 @@ class Policy:
         size = MinibatchSize(int(mine.sum()), int(mine.any(-1).sum()))
         sums: Sums = {}
         device = self.ranks.device
-        for row in self._rows(groups) if size.tokens else ():
+        for row in self.rows(groups) if size.tokens else ():
             logprobs, entropies = self._forward(row, features)
             mask, sampled, advantages = (
                 row.pack.part(full).to(device) for full in (chosen, batch.rollout_logprobs, targets.advantages)
@@ -248,8 +221,3 @@ class Policy:
             for name, parameter in self.trained.items():
                 parameter.copy_(self.ranks.own(source[name], parameter))
         self.optimizer.restore(load_file(state / OPTIMIZER), steps, self.ranks.own)
-
-
-def make_policy(folder: str, config: Config, device: str, rank: int, count: int, address: str | None) -> Policy:
-    """One rank's policy, in the process that calls this."""
-    return Policy(folder, config, Ranks(device, rank, count, address, config.learner.threads))

@@ -128,7 +128,12 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rollout/staleness",
         "lower",
-        "Mean number of updates by which the weights that sampled lagged behind.",
+        "Mean number of updates by which the weights that sampled a token lagged behind.",
+    ),
+    Metric(
+        "response/continued_fraction",
+        "neither",
+        "Share of responses of which weights of several iterations sampled a part (rollout.partial).",
     ),
     Metric(
         "time/rollout",
@@ -146,10 +151,10 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "time/learner_encodings",
         "lower",
-        "Pictures the learner's vision tower encoded since the last weight sync: each once while its features are "
-        "kept. A resumed run, which has kept none, encodes again.",
+        "Pictures that the learner's vision tower had encoded by the weight sync and no line before has counted: each "
+        "once while its features are kept. A resumed run, which has kept none, encodes again.",
     ),
-    Metric("time/engine_encodings", "lower", "Pictures the engines' vision towers encoded since the last weight sync."),
+    Metric("time/engine_encodings", "lower", "The same of the engines' vision towers."),
     Metric("time/total", "lower", "Seconds of the whole iteration, evaluation and checkpoint included."),
 )
 _BY_NAME = {metric.name: metric for metric in METRICS}

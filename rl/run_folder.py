@@ -26,6 +26,7 @@ class RunFolder:
         self.rollouts = self.path / "rollouts"
         self.checkpoints = self.path / "checkpoints"
         self.policy = self.path / "policy"
+        self.timeline = self.path / "timeline.json"  # if the recipe asks for it
         self._last = max((line["iteration"] for line in self.read_metrics()), default=-1)
 
     @classmethod
@@ -133,6 +134,7 @@ def sample_record(sample: Scored) -> dict[str, Any]:
         "prompt_tokens": len(rollout.prompt_ids),
         "response_tokens": len(rollout.response_ids),
         "policy_step": rollout.policy_step,
+        **({"pieces": rollout.pieces} if rollout.pieces else {}),
     }
 
 

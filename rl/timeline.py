@@ -1,6 +1,7 @@
 """What waits for what: a run's timeline.json in Chrome's trace format, for ui.perfetto.dev or chrome://tracing."""
 
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ class Timeline:
         self._path, self._workers = path, dict(workers)
         self._own: list[tuple[str, Span]] = []
         self._asked: dict[str, Any] = {}
-        self._numbers: dict[str, int] = {}
+        self._named: set[str] = set()
 
     def add(self, process: str, name: str, start: float, end: float) -> None:
         """Something this process did or waited for, under the name of one of its threads."""
@@ -41,14 +42,16 @@ class Timeline:
             spans += [(name, span) for span in self._asked.pop(name).result()]
         events: list[dict[str, Any]] = []
         for process, (name, start, end) in spans:
-            if process not in self._numbers:
-                self._numbers[process] = len(self._numbers) + 1
-                events.append(self._event("M", process, "process_name", args={"name": process}))
-            events.append(self._event("X", process, name, ts=round(start * 1e6), dur=round((end - start) * 1e6)))
+            if process not in self._named:
+                self._named.add(process)
+                events.append(_event("M", process, "process_name", args={"name": process}))
+            events.append(_event("X", process, name, ts=round(start * 1e6), dur=round((end - start) * 1e6)))
         _append(self._path, events)
 
-    def _event(self, kind: str, process: str, name: str, **more: Any) -> dict[str, Any]:
-        return {"ph": kind, "pid": self._numbers[process], "tid": 0, "name": name, **more}
+
+def _event(kind: str, process: str, name: str, **more: Any) -> dict[str, Any]:
+    """The process's number comes from its name, so that a resumed run goes on in the same lane."""
+    return {"ph": kind, "pid": zlib.crc32(process.encode()) >> 1, "tid": 0, "name": name, **more}
 
 
 def _append(path: Path, events: Sequence[Mapping[str, Any]]) -> None:

@@ -74,7 +74,13 @@ class Rollout:
     prompt_ids: tuple[int, ...] = ()  # [P]
     response_ids: tuple[int, ...] = ()  # [R]; ends in an end-of-sequence token unless finish == "length"
     rollout_logprobs: tuple[float, ...] = ()  # [R] nats, from the engine that sampled it
-    policy_step: int = 0  # updates the weights had seen when they sampled it
+    policy_step: int = 0  # updates the weights had seen when they sampled it, or the first piece of it
+    pieces: tuple[tuple[int, int], ...] = ()  # (policy_step, tokens) of every piece, if several weights may have
+
+    @property
+    def steps(self) -> tuple[tuple[int, int], ...]:
+        """(policy_step, tokens) of every piece, however many there are."""
+        return self.pieces or ((self.policy_step, len(self.response_ids)),)
 
     @property
     def reasoning(self) -> str:

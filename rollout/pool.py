@@ -6,6 +6,7 @@ recipe gives the same samples again.
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from rl.types import Completion, Prompt, Request, Rollout
@@ -64,13 +65,10 @@ class Pool:
         finished: Finished = lambda place, rollout: None,
     ) -> list[Rollout]:
         """`per_prompt` rollouts of each prompt, neighbours in the result."""
-        return self._run(
+        return self._rollouts(
             [
-                [
-                    self._request(p, seed_of(self.seed, iteration, place, index), self.temperature)
-                    for index in range(per_prompt)
-                ]
-                for place, p in enumerate(prompts)
+                [self.request(prompt, (iteration, place, index)) for index in range(per_prompt)]
+                for place, prompt in enumerate(prompts)
             ],
             prompts,
             finished,
@@ -78,7 +76,8 @@ class Pool:
 
     def greedy(self, prompts: Sequence[Prompt], finished: Finished = lambda place, rollout: None) -> list[Rollout]:
         """The single most likely response of each prompt."""
-        return self._run([[self._request(p, 0, 0.0)] for p in prompts], prompts, finished)
+        requests = [[replace(self.request(prompt, ()), seed=0, temperature=0.0)] for prompt in prompts]
+        return self._rollouts(requests, prompts, finished)
 
     def load(self, weights: Any, policy_step: int) -> None:
         """Give all engines new weights, a mapping from tensor names on disk or a pending one."""
@@ -90,36 +89,50 @@ class Pool:
         """Pictures that the engines' vision towers have encoded so far."""
         return sum(pending.result() for pending in [worker.start("encodings") for worker in self.workers])
 
-    def _request(self, prompt: Prompt, seed: int, temperature: float) -> Request:
+    def room(self, prompt: Prompt) -> int:
+        """Tokens that a response may have. Raises ValueError if there is no room for any."""
         room = self.max_sequence_length - self.chat.length(prompt)
         if room < 1:
             raise ValueError(
                 f"row {prompt.id} has {self.chat.length(prompt)} tokens with its pictures, which leaves no room for a "
                 f"response in max_sequence_length {self.max_sequence_length}"
             )
-        return Request(self.chat.prompt_ids(prompt), prompt.images, room, seed, temperature)
+        return room
 
-    def _run(
-        self, requests: Sequence[Sequence[Request]], prompts: Sequence[Prompt], finished: Finished
-    ) -> list[Rollout]:
-        places = [(row, index) for row, group in enumerate(requests) for index in range(len(group))]
+    def request(self, prompt: Prompt, name: Sequence[int]) -> Request:
+        """For a sample whose seed comes from `name`, the numbers that identify it in the run."""
+        seed = seed_of(self.seed, *name)
+        return Request(self.chat.prompt_ids(prompt), prompt.images, self.room(prompt), seed, self.temperature)
+
+    def complete(
+        self,
+        requests: Sequence[Sequence[Request]],
+        finished: Callable[[int, Completion], None] = lambda place, completion: None,
+    ) -> list[Completion]:
+        """Answers to all requests, in order; those of one inner list go to the same engine, which shares their prompt.
+
+        Args:
+            finished: told of each answer, and its place in the result, when it is there.
+        """
+        owners = [row for row, group in enumerate(requests) for _ in group]
+        flat = [request for group in requests for request in group]
         shares: list[list[int]] = [[] for _ in self.workers]  # of places in the result
-        for place, (row, _) in enumerate(places):
+        for place, row in enumerate(owners):
             shares[row % len(self.workers)].append(place)
         busy = [(worker, share) for worker, share in zip(self.workers, shares, strict=True) if share]
-        asked = [[requests[row][index] for row, index in (places[place] for place in share)] for _, share in busy]
-        streams = [worker.stream("stream", share) for (worker, _), share in zip(busy, asked, strict=True)]
-        found: dict[int, Rollout] = {}
+        streams = [worker.stream("stream", [flat[place] for place in share]) for worker, share in busy]
+        found: dict[int, Completion] = {}
         for number, completions in self.as_they_come(streams):
             for index, completion in completions:
                 place = busy[number][1][index]
-                found[place] = self._rollout(prompts[places[place][0]], completion)
-                finished(place, found[place])
-        if len(found) < len(places):
-            raise RuntimeError(f"the engines returned {len(found)} of {len(places)} responses")
-        return [found[place] for place in range(len(places))]
+                found[place] = completion
+                finished(place, completion)
+        if len(found) < len(flat):
+            raise RuntimeError(f"the engines returned {len(found)} of {len(flat)} responses")
+        return [found[place] for place in range(len(flat))]
 
-    def _rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
+    def rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
+        """A response by the present weights."""
         return Rollout(
             prompt=prompt,
             text=self.chat.text(completion.prompt_ids, completion.response_ids),
@@ -129,6 +142,19 @@ class Pool:
             rollout_logprobs=completion.logprobs,
             policy_step=self.policy_step,
         )
+
+    def _rollouts(
+        self, requests: Sequence[Sequence[Request]], prompts: Sequence[Prompt], finished: Finished
+    ) -> list[Rollout]:
+        asked = [prompt for prompt, group in zip(prompts, requests, strict=True) for _ in group]
+        found: dict[int, Rollout] = {}
+
+        def here(place: int, completion: Completion) -> None:
+            found[place] = self.rollout(asked[place], completion)
+            finished(place, found[place])
+
+        self.complete(requests, here)
+        return [found[place] for place in range(len(asked))]
 
 
 def lengths(chat: Chat, prompts: Sequence[Prompt]) -> Mapping[str, int]:

@@ -80,6 +80,7 @@ class Parts:
     gap: float = float("nan")  # at the last weight sync
     encodings: Encodings = Encodings()  # up to the last weight sync, when the engines could be asked
     told: Encodings = Encodings()  # those that metrics have had
+    ahead: Ahead["Samples"] = field(default_factory=Ahead)
 
     def new_encodings(self) -> dict[str, float]:
         """Those that no metrics have had yet, as metrics."""
@@ -88,8 +89,6 @@ class Parts:
             "time/learner_encodings": float(now.learner - before.learner),
             "time/engine_encodings": float(now.engines - before.engines),
         }
-
-    ahead: Ahead["Samples"] = field(default_factory=Ahead)
 
 
 @dataclass
@@ -103,7 +102,7 @@ class Clock:
     """
 
     phase: Callable[[str], Any]
-    note: Callable[[str, str, float, float], None] = lambda who, name, start, end: None
+    note: Callable[[str, str, float, float], None] | None = None
     who: str = "loop"
     began: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -114,7 +113,8 @@ class Clock:
         moment, start = time.time(), time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
-        self.note(self.who, name, moment, time.time())
+        if self.note:
+            self.note(self.who, name, moment, time.time())
 
     def beside(self, who: str) -> "Clock":
         """A clock for another thread, whose phases are not shown as what the run is doing."""
@@ -150,8 +150,11 @@ def ppo_iteration(
             stats |= catch_up(iteration, prompts, parts)
     tokens = sum(len(s.rollout.response_ids) for s in samples.scored)
     stats["rollout/tokens_per_second"] = tokens / samples.seconds
-    lag = [iteration - 1 - s.rollout.policy_step for s in samples.scored]
-    stats["rollout/staleness"] = sum(lag) / len(lag)
+    lag = sum((iteration - 1 - step) * n for s in samples.scored for step, n in s.rollout.steps)
+    stats["rollout/staleness"] = lag / tokens
+    if config.rollout.partial:
+        continued = sum(len(s.rollout.pieces) > 1 for s in samples.scored)
+        stats["response/continued_fraction"] = continued / len(samples.scored)
     return rollout_metrics(samples.scored, config.rollouts_per_prompt) | stats, samples.scored
 
 

@@ -1,9 +1,10 @@
 """A run from start to end: places the parts, repeats the iteration, writes its traces, survives interruption."""
 
+import json
 import os
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,24 @@ from typing import Any
 from rewards.runner import Outage
 from rl import checkpoint
 from rl.actors import Team, Worker, alone, as_they_come, cluster, gather, gpus, place, place_team
-from rl.critic import make_critic
+from rl.critic import Critic
 from rl.display import Display
 from rl.features import FeatureStore
 from rl.interrupt import Interrupted, Interrupts
-from rl.learner import make_policy
+from rl.learner import Policy
 from rl.run_folder import RunFolder
 from rl.stop import Stop
 from rl.timeline import Timeline
 from rl.tracking import Trackers
 from rollout.engine import Engine
 from rollout.judge_server import JudgeServer
+from rollout.partial import PartialRollouts
 from rollout.pool import Pool
 from rollout.rows import PromptOrder
 from stages.loop import Clock, Parts, catch_up, evaluate, ppo_iteration, sync
 from stages.plan import Plan, device, evaluates, judge_gpus, saves, served_here
 
-TIMELINE = "timeline.json"
+BEGUN = "begun.json"  # in a checkpoint's state: responses under way, where the recipe has partial rollouts
 
 
 def train(plan: Plan, folder: RunFolder, display: Display, *, recipe: Mapping[str, Any], verbose: bool = False) -> bool:
@@ -77,7 +79,8 @@ class _Run:
         self.saved: int | None = None  # the newest of them that a checkpoint holds
         self.judges: list[Worker] = []  # servers that this run has started
         self._parts: Parts | None = None  # once they are placed
-        self.timeline: Timeline | None = None
+        self.partial: PartialRollouts | None = None  # if the recipe asks for it
+        self.timeline: Timeline | None = None  # likewise
         self.engine_names: list[str] = []  # in the timeline
         self.outages: queue.SimpleQueue[Outage] = queue.SimpleQueue()
         plan.rewards.on_outage = self._hear
@@ -93,6 +96,7 @@ class _Run:
         ready.result()
         if start:
             self._restore(start)
+        done = checkpoint.counters(start)["iteration"] if start else 0
         pool = Pool(
             engines,
             as_they_come,
@@ -101,15 +105,15 @@ class _Run:
             temperature=config.rollout.temperature,
             seed=config.seed,
         )
+        if partial := config.rollout.partial:
+            self.partial = PartialRollouts(pool, wanted=config.prompts_per_iteration, chunk=partial.chunk_tokens)
+            if start:
+                self.partial.resume(done, json.loads((start / "state" / BEGUN).read_text()), self.plan.train)
         if config.log.timeline:
-            teams = {"policy": self.policy, "critic": self.critic}
-            named = {f"{name} {i}": worker for name, team in teams.items() for i, worker in enumerate(team.workers)}
-            self.engine_names = [f"engine {i}" for i in range(len(engines))]
-            named |= zip(self.engine_names, engines, strict=True)
-            self.timeline = Timeline(self.folder.path / TIMELINE, named)
+            self._draw(engines)
         self._parts = Parts(
             config,
-            pool,
+            self.partial or pool,
             self.plan.rewards,
             self.policy,
             self.critic,
@@ -117,14 +121,21 @@ class _Run:
             phase=self.display.phase,
             interruptible=self.interrupts.waiting,
             meanwhile=self._ride_out,
-            side_by_side=where == "cuda" or 2 * (config.learner.threads or cores) <= cores,
+            side_by_side=where == "cuda" or 2 * config.learner.ranks * (config.learner.threads or cores) <= cores,
         )
-        done = checkpoint.counters(start)["iteration"] if start else 0
         sync(done, self._prompts(done + 1), self.parts)
         # The engines' own start-up is not counted. What the check has shown the learner are the coming pictures.
         self.parts.told = replace(self.parts.encodings, learner=0)
         self.done = self.saved = done if start else None
         self.display.message(f"ready: {self.folder.path}" + (f", resuming after iteration {done}" if start else ""))
+
+    def _draw(self, engines: Sequence[Worker]) -> None:
+        """From now on, keep a timeline of what every process does."""
+        teams = {"policy": self.policy, "critic": self.critic}
+        named = {f"{name} {i}": worker for name, team in teams.items() for i, worker in enumerate(team.workers)}
+        self.engine_names = [f"engine {i}" for i in range(len(engines))]
+        named |= zip(self.engine_names, engines, strict=True)
+        self.timeline = Timeline(self.folder.timeline, named)
 
     @property
     def parts(self) -> Parts:
@@ -163,8 +174,8 @@ class _Run:
             for _ in range(config.rollout.workers)
         ]
         policy, critic = (
-            place_team(make, str(plan.model), config, where, count=ranks, environment=threads, **share)
-            for make in (make_policy, make_critic)
+            place_team(made.of_rank, str(plan.model), config, where, count=ranks, environment=threads, **share)
+            for made in (Policy, Critic)
         )
         return engines, policy, critic
 
@@ -228,8 +239,8 @@ class _Run:
         )
 
     def _prompts(self, iteration: int) -> list:
-        size = self.config.prompts_per_iteration
-        return self.order.prompts_at((iteration - 1) * size, size)
+        asked = self.config.prompt_range(iteration)
+        return self.order.prompts_at(asked.start, len(asked))
 
     def loop(self, done: int) -> None:
         """All iterations that are left, then the final policy and the table of what was learned."""
@@ -244,7 +255,7 @@ class _Run:
         self._finish()
 
     def _iterate(self, iteration: int) -> None:
-        clock = Clock(self.display.phase, self.timeline.add if self.timeline else Clock.note)
+        clock = Clock(self.display.phase, self.timeline.add if self.timeline else None)
         prompts = self._prompts(iteration)
         following = self._prompts(iteration + 1) if iteration < self.config.iterations else []
         metrics, scored = ppo_iteration(iteration, prompts, following, self.parts, clock)
@@ -285,6 +296,8 @@ class _Run:
                 self.critic.start("save", target / "critic", target / "state"),
             ]
         )
+        if self.partial:
+            (target / "state" / BEGUN).write_text(json.dumps(self.partial.left(self.done or 0)))
         return {"seed": self.config.seed, **policy, **critic}
 
     def stop_early(self, how: str) -> None:

@@ -7,24 +7,27 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "STEP3_VL_RL_TEST_RUN"
+NOTHING: Mapping[str, str] = MappingProxyType({})
 PATIENCE = 240  # seconds that a small run may take on a busy machine
 
 
 class Command:
     """`python -m ...`, started in `folder`; every process it starts, however indirectly, carries a mark."""
 
-    def __init__(self, *arguments: object, folder: Path = ROOT, **environment: str) -> None:
+    def __init__(self, *arguments: object, folder: Path = ROOT, environment: Mapping[str, str] = NOTHING) -> None:
         self.mark = uuid.uuid4().hex
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "VLLM_", "OMP_"))}
         self.process = subprocess.Popen(
             [sys.executable, "-m", *map(str, arguments)],
             cwd=folder,
-            env=clean | environment | {MARK: self.mark},
+            env=clean | dict(environment) | {MARK: self.mark},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -69,10 +72,12 @@ class Command:
         return [line for line in found if line]
 
 
-def run(*arguments: object, **options: Any) -> tuple[int, str, str]:
+def run(
+    *arguments: object, folder: Path = ROOT, timeout: float = PATIENCE, environment: Mapping[str, str] = NOTHING
+) -> tuple[int, str, str]:
     """A command from start to end, after which nothing of it may be left."""
-    command = Command(*arguments, **options)
-    result = command.finish()
+    command = Command(*arguments, folder=folder, environment=environment)
+    result = command.finish(timeout)
     assert command.left_behind() == []
     return result
 

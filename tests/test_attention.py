@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rl.model.attention import Layout, Span, batches_of, flex_groups, packed_groups
+from rl.model.attention import Layout, Span, batches_of, flex_groups, packed_groups, sees
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 LAYOUTS = {
@@ -25,9 +25,15 @@ def inputs(length: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [x.to(dtype).transpose(1, 2) for x in made]
 
 
+def visible(layout: Layout) -> Tensor:
+    """[T, T] bool: True where the row's token sees the column's."""
+    places = torch.arange(layout.length)
+    return sees(*layout.owners, places[:, None], places)
+
+
 def plain(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     repeated = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, *repeated, attn_mask=layout.visible().to(q.device), scale=0.3)
+    return F.scaled_dot_product_attention(q, *repeated, attn_mask=visible(layout).to(q.device), scale=0.3)
 
 
 def on_cpu(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -47,7 +53,7 @@ def results(attend, layout: Layout, dtype: torch.dtype = torch.float32, device: 
 
 
 def test_a_token_sees_its_prompt_and_its_own_response_up_to_itself():
-    seen = Layout((Span(2, (1, 2)), Span(1, ()))).visible()
+    seen = visible(Layout((Span(2, (1, 2)), Span(1, ()))))
     assert seen.int().tolist() == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],

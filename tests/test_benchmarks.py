@@ -101,6 +101,22 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_runs_nothing(
     assert (trivial, file.exists()) == ([], False)
 
 
+def test_an_entry_that_fails_is_told_and_the_others_still_run(
+    trivial: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @benchmark("test/needy")
+    def needy() -> Result:
+        """Something that is not installed."""
+        raise RuntimeError("pip install something first")
+
+    file = tmp_path / "results.jsonl"
+    assert main(["test/needy", "test/one", "--results", str(file)]) == 1
+    said = capsys.readouterr()
+    assert "pip install something first" in said.err and "failed, as said above: test/needy" in said.err
+    assert trivial == ["one"] and "test/one" in said.out
+    assert [json.loads(line)["name"] for line in file.read_text().splitlines()] == ["test/one"]
+
+
 def test_the_results_file_has_one_line_for_each_measured_entry() -> None:
     records = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     names = [record["name"] for record in records]

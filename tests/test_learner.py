@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch
 from rl.config import Config
 from rl.critic import Critic
 from rl.features import FeatureStore
+from rl.here import Here
 from rl.learner import Policy
 from rl.model import checkpoint
 from rl.packing import Batch, collate
@@ -143,29 +143,6 @@ def test_the_two_readings_of_the_report_agree_while_policy_and_engine_are_the_sa
         found.append(gradients(policy, batch, 4096, old))
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
-
-
-class Done:
-    """An answer that is there already."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def result(self) -> Any:
-        return self.value
-
-
-class Here:
-    """A learner in this process."""
-
-    def __init__(self, target: Any) -> None:
-        self.target = target
-
-    def start(self, method: str, *args: Any) -> Done:
-        return Done(self.call(method, *args))
-
-    def call(self, method: str, *args: Any) -> Any:
-        return getattr(self.target, method)(*args)
 
 
 def test_each_picture_goes_through_the_tower_once(folder):

@@ -10,13 +10,14 @@ import torch
 from rl.config import Config
 from rl.critic import Critic
 from rl.features import FeatureStore
+from rl.here import Here
 from rl.learner import Policy
 from rl.model import checkpoint
 from rl.packing import collate
 from rl.types import Prompt, Rollout, Scored
 from stages.loop import Clock, Finished, Parts, evaluate, ppo_iteration, sync
 from tests.models import text_model
-from tests.test_learner import Here, config
+from tests.test_learner import config
 
 PROMPTS = [Prompt(str(i), "t", ()) for i in range(4)]
 GOOD, BAD = 20, 30

@@ -5,16 +5,9 @@ from typing import Any
 
 import pytest
 
+from rl.here import Done
 from rl.types import Completion, Prompt, Request, Rollout
 from rollout.pool import Pool, seed_of
-
-
-class Done:
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def result(self) -> Any:
-        return self.value
 
 
 class Echo:

@@ -33,7 +33,7 @@ def cluster() -> Iterator[tuple[str, Command]]:
     options = ("--head", "--block", "--port=0", f"--dashboard-port={port}", "--disable-usage-stats")
     # `python` in a job is the one of the node's environment
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    head = Command("ray.scripts.scripts", "start", *options, PATH=path, **TOKEN)
+    head = Command("ray.scripts.scripts", "start", *options, environment={"PATH": path, **TOKEN})
     address = f"http://127.0.0.1:{port}"
     try:
         _wait_for(f"{address}/api/version", head)

@@ -7,14 +7,14 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.command import ROOT, metrics, run
+from tests.command import NOTHING, ROOT, metrics, run
 from tests.judge_server import judge_server, text_of
 
 GUIDE = ROOT / "docs/writing_rewards.md"
@@ -74,11 +74,11 @@ def steps(*sections: str) -> list[Step]:
     return [one for one in found if one.section not in (TRAINING, PACKAGE, JUDGE)]
 
 
-def follow(step: Step, folder: Path, *more: object, **environment: str) -> str:
+def follow(step: Step, folder: Path, *more: object, environment: Mapping[str, str] = NOTHING) -> str:
     """Runs a command of the guide in `folder`, checks what the guide shows of its output, and returns that."""
     words = shlex.split(step.command)
     if words[:2] == ["python", "-m"]:
-        code, out, err = run(*words[2:], *more, folder=folder, **environment)
+        code, out, err = run(*words[2:], *more, folder=folder, environment=environment)
     else:
         done = subprocess.run(step.command, shell=True, cwd=folder, capture_output=True, text=True, timeout=60)
         code, out, err = done.returncode, done.stdout, done.stderr
@@ -105,8 +105,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def scores(target: str, *arguments: object, **options: object) -> list[float]:
-    code, out, err = run("rewards", "try", target, *arguments, "--json", **options)
+def scores(target: str, *arguments: object, folder: Path, environment: Mapping[str, str] = NOTHING) -> list[float]:
+    code, out, err = run("rewards", "try", target, *arguments, "--json", folder=folder, environment=environment)
     assert code == 0, err
     return [round(json.loads(line)["score"], 4) for line in out.splitlines()]
 
@@ -196,12 +196,14 @@ def test_an_installed_package_is_listed_tried_and_planned_with_as_the_guide_says
 ) -> None:
     copy, environment = installed
     for step in steps(PACKAGE)[1:]:
-        follow(step, copy, **environment)
+        follow(step, copy, environment=environment)
 
 
 def test_entry_points_are_found_from_any_folder(installed: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     shutil.copy(EXAMPLE / "samples.jsonl", tmp_path)
-    shorter = scores("right_and_brief", "samples.jsonl", "--param", "limit=31", folder=tmp_path, **installed[1])
+    shorter = scores(
+        "right_and_brief", "samples.jsonl", "--param", "limit=31", folder=tmp_path, environment=installed[1]
+    )
     # 62, 116 and 58 characters are right, the others wrong, truncated or within the limit
     assert shorter == [1.0, 0.5, round(31 / 116, 4), 0.0, 1.0, round(31 / 58, 4), 0.0, 0.0]
 
@@ -224,7 +226,7 @@ def test_entry_points_are_found_from_any_folder(installed: tuple[Path, dict[str,
 def test_the_examples_rewards_score_its_samples(
     installed: tuple[Path, dict[str, str]], target: str, expected: list[float]
 ) -> None:
-    assert scores(target, "samples.jsonl", folder=installed[0], **installed[1]) == expected
+    assert scores(target, "samples.jsonl", folder=installed[0], environment=installed[1]) == expected
 
 
 def test_the_examples_recipe_uses_every_name_of_its_package() -> None:

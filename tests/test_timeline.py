@@ -45,9 +45,10 @@ def test_a_busy_process_is_asked_now_and_heard_later(tmp_path):
     assert busy.waited == 1 and "stream" in (tmp_path / "t.json").read_text()
 
 
-def test_a_resumed_run_continues_the_file(tmp_path):
+def test_a_resumed_run_continues_the_file_in_the_same_lanes(tmp_path):
     for moment in (1.0, 5.0):
         timeline = Timeline(tmp_path / "t.json", {})
         timeline.add("loop", "rollout", moment, moment + 1)
         timeline.write()
-    assert len(json.loads((tmp_path / "t.json").read_text())) == 4
+    events = json.loads((tmp_path / "t.json").read_text())
+    assert len(events) == 4 and len({event["pid"] for event in events}) == 1

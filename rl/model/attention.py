@@ -58,7 +58,10 @@ class Segments:
 
     def put(self, x: Tensor, values: Tensor) -> None:
         """Write [n, L, ...] to its tokens' places in [T, ...]."""
-        if self.real is None:
+        if len(self.tokens) == 1:
+            start = int(self.tokens[0, 0])
+            x[start : start + self.tokens.shape[1]] = values[0]
+        elif self.real is None:
             x[self.tokens] = values
         else:
             x[self.tokens[self.real]] = values[self.real]
@@ -114,16 +117,16 @@ class Layout:
                 owners += [response] * length
         return torch.tensor(groups), torch.tensor(owners)
 
-    def visible(self) -> Tensor:
-        """[T, T] bool: True where the row's token sees the column's. What the fast paths must agree with."""
-        group, owner = self.owners
-        same = group[:, None] == group
-        return (same & ((owner == 0) | (owner[:, None] == owner))).tril()
-
     @cached_property
     def block_masks(self) -> dict[torch.device, BlockMask]:
         """FlexAttention's form of it, by device; each made when first used."""
         return {}
+
+
+def sees(group: Tensor, owner: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Whether token `row` sees token `column`, given `Layout.owners`: what every way to compute it must agree with."""
+    shared = (owner[column] == 0) | (owner[row] == owner[column])
+    return (column <= row) & (group[row] == group[column]) & shared
 
 
 def batches_of(segments: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
@@ -194,7 +197,8 @@ class _GroupsOnCPU(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad,) = grad_outputs
         q, k, v, out, lse = ctx.saved_tensors
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for part in ctx.layout.causal:
@@ -215,7 +219,11 @@ class _GroupsOnCPU(torch.autograd.Function):
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """[n, L, heads, D] each (k and v may have fewer heads). Returns the outputs alike and log-sum-exp [n, L, heads]."""
+    """[n, L, heads, D] each (k and v may have fewer heads). Returns the outputs alike and log-sum-exp [n, L, heads].
+
+    The operator beneath scaled_dot_product_attention: no public function for CPUs gives the log-sum-exp, without
+    which parts cannot be merged.
+    """
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
     )
@@ -237,8 +245,7 @@ def flex_groups(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale
         group, owner = (x.to(device) for x in layout.owners)
 
         def visible(_batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-            seen = (owner[column] == 0) | (owner[row] == owner[column])
-            return (column <= row) & (group[row] == group[column]) & seen
+            return sees(group, owner, row, column)
 
         make = create_block_mask if device.type == "cpu" else _compiled(create_block_mask)
         mask = layout.block_masks[device] = make(visible, None, None, layout.length, layout.length, device=device)

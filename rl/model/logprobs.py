@@ -43,8 +43,9 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropies
 
     @staticmethod
-    def backward(ctx: Any, for_logprobs: Tensor, for_entropies: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         """d logprob / d logit_j = [j = target] - p_j;  d entropy / d logit_j = -p_j (log p_j + entropy)."""
+        for_logprobs, for_entropies = grad_outputs
         hidden, head, targets, norms, entropies = ctx.saved_tensors
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
         uses_entropy = bool(for_entropies.any())
