@@ -1,5 +1,6 @@
 """Runs the project's commands as a user would, and finds processes that they leave behind."""
 
+import gzip
 import json
 import os
 import signal
@@ -95,6 +96,12 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     file = folder / "metrics.jsonl"
     whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
     return [json.loads(line) for line in whole.splitlines()]
+
+
+def samples(folder: Path, iteration: int) -> list[dict[str, Any]]:
+    """An iteration's rollouts as they were saved."""
+    with gzip.open(folder / f"rollouts/{iteration:06d}.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in file]
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from rl.model import checkpoint
-from tests.command import ROOT, metrics, run
+from tests.command import ROOT, metrics, run, samples
 from tests.models import randomized
 
 WORDS = ("<eos>", "<|im_start|>", "<|im_end|>", "user", "assistant", "say", *"0123456789")
@@ -45,20 +45,44 @@ def _row(identity: str, digit: str) -> dict[str, object]:
     return {"id": identity, "task": "echo", "messages": messages, "ground_truth": digit}
 
 
-def test_one_command_trains_evaluates_saves_and_resumes_a_strangers_text_model(theirs: Path) -> None:
+@pytest.fixture(scope="module")
+def their_run(theirs: Path) -> Path:
+    """Two iterations, then a third after a resume, with two engines and partial rollouts."""
     code, _, err = run(
         "rl.run", ROOT / "recipes/rlvr.yaml", "--profile", "cpu", "--output", "my_run",
         f"model.path={theirs}/model", f"data.train={theirs}/train.jsonl", f"data.eval={theirs}/heldout.jsonl",
         "rewards.echo={use: exact}", "iterations=2", "prompts_per_iteration=8", "rollouts_per_prompt=4",
-        "max_sequence_length=24", "checkpoint.every=1", "rollout.workers=2", folder=theirs,
+        "max_sequence_length=24", "checkpoint.every=1", "rollout.workers=2",
+        "rollout.partial={extra_prompts: 0.5, chunk_tokens: 4}", folder=theirs,
     )  # fmt: skip
     assert code == 0, err
     folder = theirs / "my_run"
-    assert all("eval/echo" in metrics(folder)[i] for i in (0, 2))
-    assert max(m.get("rollout/logprob_gap", 0) for m in metrics(folder)) < 1e-4
     trained = checkpoint.load(folder / "policy")
     assert trained.config.tie_word_embeddings and trained.config.model_type == "qwen3"
     assert not any(name.startswith("lm_head") for name in checkpoint.tensor_files(folder / "policy"))
     code, _, err = run("rl.run", "--resume", folder, "iterations=3")
     assert code == 0, err
-    assert [m["iteration"] for m in metrics(folder)] == [0, 1, 2, 3]
+    return folder
+
+
+def test_one_command_trains_evaluates_saves_and_resumes_a_strangers_text_model(their_run: Path) -> None:
+    lines = metrics(their_run)
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
+    assert all("eval/echo" in lines[i] for i in (0, 2, 3))
+    assert max(line.get("rollout/logprob_gap", 0) for line in lines) < 1e-4
+
+
+def test_responses_that_one_iteration_cut_are_finished_by_later_ones_even_after_a_resume(their_run: Path) -> None:
+    seen = []
+    for iteration in (1, 2, 3):
+        found = samples(their_run, iteration)
+        pieces = [sample["pieces"] for sample in found]
+        assert [sum(tokens for _, tokens in one) for one in pieces] == [sample["response_tokens"] for sample in found]
+        assert all(step < iteration for one in pieces for step, _ in one)
+        line = metrics(their_run)[iteration]
+        assert line["response/continued_fraction"] == sum(len(one) > 1 for one in pieces) / 32
+        assert (line["rollout/staleness"] > 0) == (iteration > 1)
+        assert 0.9 < line["policy/tis_mean"] < 1.1
+        seen += [sample["id"] for sample in found]
+    assert metrics(their_run)[3]["response/continued_fraction"] > 0
+    assert len(seen) == 3 * 8 * 4 and len(set(seen)) == 3 * 8  # every prompt once, with all of its rollouts

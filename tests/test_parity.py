@@ -1,6 +1,7 @@
 """The learner and the engine compute the same: logprobs within 1e-4 per token in float32, pictures included."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,20 @@ def test_logprobs_of_sampled_tokens_agree(step_vl: Served, kind: str) -> None:
     for answer in step_vl.engine.generate([ask(shown, seed) for seed in range(3)]):
         expected = learner_logprobs(step_vl.model, answer, shown)
         torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["text only", "several pictures"])
+def test_a_response_that_is_continued_has_the_logprobs_of_one_sampled_at_once(step_vl: Served, kind: str) -> None:
+    """As partial rollouts do it: what is there already is a part of the next prompt."""
+    shown = [tiny.picture(size, seed) for seed, size in enumerate(SHOWN[kind])]
+    request = replace(ask(shown), max_tokens=3)
+    starts = step_vl.engine.generate([replace(request, seed=seed) for seed in range(8)])
+    start = next(start for start in starts if start.finish == "length")
+    (rest,) = step_vl.engine.generate([replace(request, prompt_ids=request.prompt_ids + start.response_ids)])
+    assert rest.prompt_ids == start.prompt_ids + start.response_ids
+    whole = replace(start, response_ids=start.response_ids + rest.response_ids, logprobs=start.logprobs + rest.logprobs)
+    expected = learner_logprobs(step_vl.model, whole, shown)
+    torch.testing.assert_close(torch.tensor(whole.logprobs), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["text only", "one picture", "several pictures"])

@@ -3,10 +3,8 @@
 One run to its end is shared by most tests; the others are broken off and resumed, and must come out the same.
 """
 
-import gzip
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 
 from rl.model import checkpoint
 from rl.run import main
-from tests.command import ROOT, Command, metrics, run, wait_for_iteration, without_times
+from tests.command import ROOT, Command, metrics, run, samples, wait_for_iteration, without_times
 
 SMALL = (
     "rl.run",
@@ -154,12 +152,6 @@ def pictures(folder: Path) -> set[str]:
     return found
 
 
-def samples(folder: Path, iteration: int) -> list[dict[str, Any]]:
-    """An iteration's rollouts as they were saved."""
-    with gzip.open(folder / f"rollouts/{iteration:06d}.jsonl.gz", "rt") as file:
-        return [json.loads(line) for line in file]
-
-
 def test_the_timeline_shows_samples_being_made_while_the_policy_learns(ahead: Path) -> None:
     events = json.loads((ahead / "timeline.json").read_text())
     names = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
@@ -191,6 +183,25 @@ def test_a_run_that_samples_ahead_loses_and_doubles_nothing_when_it_is_interrupt
     ]
     ids = [sample["id"] for iteration in range(1, 9) for sample in samples(folder, iteration)]
     assert len(ids) == 8 * 8 * 4 and len(set(ids)) == 8 * 8
+
+
+@pytest.mark.slow
+def test_responses_under_way_survive_an_interruption_bit_for_bit(tmp_path: Path) -> None:
+    small = (*SMALL, "iterations=5", "data.eval=[]", "rollout.partial={extra_prompts: 0.5, chunk_tokens: 8}")
+    code, _, err = run(*small, "--output", tmp_path / "whole")
+    assert code == 0, err
+    command = Command(*small, "--output", tmp_path / "broken")
+    wait_for_iteration(tmp_path / "broken", 3, command)
+    command.interrupt()
+    code, _, err = command.finish()
+    assert code == 130, err
+    code, _, err = run("rl.run", "--resume", tmp_path / "broken")
+    assert code == 0, err
+    lines = metrics(tmp_path / "whole")
+    assert max(line["response/continued_fraction"] for line in lines[1:]) > 0
+    assert without_times(metrics(tmp_path / "broken")) == without_times(lines)
+    ours, theirs = (load_file(tmp_path / name / "policy/model.safetensors") for name in ("broken", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_the_final_policy_gives_the_same_logprobs_in_vllm_and_in_our_code(

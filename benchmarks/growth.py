@@ -1,0 +1,178 @@
+"""How the time of an iteration grows with its size: one dimension at a time, drawn to growth.svg."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.harness import Result, benchmark
+from rl.types import Prompt
+
+PLOT = Path(__file__).with_name("growth.svg")
+STEPS = (1, 2, 4, 8)
+REPEATS = 3
+PHASES = {"rollout": "rollout", "learner": "critic + policy", "sync": "weights"}  # and how the plot calls them
+NARROW = 1.5
+
+
+@dataclass(frozen=True)
+class Size:
+    """An iteration: prompts x rollouts, of prompt and response tokens."""
+
+    prompts: int = 2
+    rollouts: int = 4
+    prompt: int = 128
+    response: int = 64
+
+    @property
+    def tokens(self) -> int:
+        """Distinct ones, with a prompt counted once for all its rollouts."""
+        return self.prompts * (self.prompt + self.rollouts * self.response)
+
+    def times(self, name: str, factor: int) -> "Size":
+        """With one dimension made larger."""
+        return replace(self, **{name: factor * getattr(self, name)})
+
+
+DIMENSIONS = {
+    "prompts": "prompts per iteration",
+    "rollouts": "rollouts per prompt",
+    "prompt": "tokens of a prompt",
+    "response": "tokens of a response",
+}
+
+
+class Tokens:
+    """A chat whose prompts are random tokens, as many as the row says."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        rng = random.Random(prompt.id)
+        return tuple(rng.randrange(1, self.vocabulary) for _ in range(self.length(prompt)))
+
+    def length(self, prompt: Prompt) -> int:
+        return prompt.meta["tokens"]
+
+    def text(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+        return ""
+
+
+@benchmark("growth")
+def growth() -> Result:
+    """Seconds per distinct token when one dimension of an iteration is 8 times as large, over those at the base size.
+
+    Real iterations (a vLLM engine, the critic, the policy, new weights; scoring is free) of a decoder with hidden size
+    256, at 1, 2, 4 and 8 times each dimension of 2 prompts of 128 tokens x 4 responses of 64. Seconds are medians over
+    sizes that take turns, and drawn to growth.svg. `ratio` is the worst of the four dimensions, all of them in `more`.
+    More prompts and rollouts cost in proportion to their distinct tokens; for longer ones attention, which is
+    quadratic, comes on top. ours_s is the base size's iteration, other_s that of the worst dimension's largest.
+    """
+    sizes = {(name, factor): Size().times(name, factor) for name in DIMENSIONS for factor in STEPS}
+    took: dict[Size, list[Mapping[str, float]]] = {}
+    with Bench() as bench:
+        bench.iteration(Size())  # warm up
+        for _ in range(REPEATS):
+            for size in dict.fromkeys(sizes.values()):
+                took.setdefault(size, []).append(bench.iteration(size))
+    seconds = {size: {name: median(one[name] for one in runs) for name in runs[0]} for size, runs in took.items()}
+    grown = {
+        name: (seconds[large]["total"] / large.tokens) / (seconds[Size()]["total"] / Size().tokens)
+        for name in DIMENSIONS
+        for large in [sizes[name, STEPS[-1]]]
+    }
+    worst = max(grown, key=grown.__getitem__)
+    draw({name: [(sizes[name, step].tokens, seconds[sizes[name, step]]) for step in STEPS] for name in DIMENSIONS})
+    return Result(
+        seconds[Size()]["total"],
+        seconds[sizes[worst, STEPS[-1]]]["total"],
+        grown[worst],
+        NARROW,
+        more={"goal": f"at most {NARROW}", **{DIMENSIONS[name]: value for name, value in grown.items()}},
+    )
+
+
+class Bench:
+    """One engine in a process of its own, policy and critic in this one, and iterations of any size on them."""
+
+    def __enter__(self) -> "Bench":
+        from benchmarks.learner import SIZES, model_folder
+        from rl.actors import cluster, place
+        from rl.critic import Critic
+        from rl.here import Here
+        from rl.learner import Policy
+        from rl.recipe import load
+        from rollout.engine import Engine
+
+        self._folder, self._cluster = TemporaryDirectory(), cluster()
+        self._cluster.__enter__()
+        self.config = load(
+            Path(__file__).parent.parent / "recipes/rlvr.yaml", profile="cpu", overrides=["max_sequence_length=2048"]
+        ).config
+        path = servable(Path(model_folder().name), Path(self._folder.name), SIZES["vocab_size"])
+        self.engine = place(Engine, path, max_sequence_length=2048, dtype="float32", kv_cache_gib=2)
+        self.policy, self.critic = Here(Policy(path, self.config)), Here(Critic(path, self.config))
+        self.chat: Any = Tokens(SIZES["vocab_size"])
+        self.engine.ready()
+        self.number = 0
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._cluster.__exit__(None, None, None)
+        self._folder.cleanup()
+
+    def iteration(self, size: Size) -> dict[str, float]:
+        """Seconds of one: total, and by phase."""
+        from benchmarks.loop import Rewards
+        from rl.actors import as_they_come
+        from rl.features import FeatureStore
+        from rollout.pool import Pool
+        from stages.loop import Clock, Parts, ppo_iteration
+
+        longest = size.prompt + size.response
+        pool = Pool([self.engine], as_they_come, self.chat, max_sequence_length=longest, temperature=1.0, seed=0)
+        numbers = {"prompts_per_iteration": size.prompts, "rollouts_per_prompt": size.rollouts}
+        config = self.config.model_copy(update=numbers)
+        parts = Parts(config, pool, Rewards(), self.policy, self.critic, FeatureStore([], 1))
+        self.number += 1
+        asked = [Prompt(f"{self.number} {i}", "t", (), meta={"tokens": size.prompt}) for i in range(size.prompts)]
+        found, _ = ppo_iteration(self.number, asked, [], parts, clock := Clock(parts.phase))
+        took = {name.removeprefix("time/"): value for name, value in (found | clock.metrics()).items()}
+        learner = took["critic"] + took["policy"]
+        return {"rollout": took["rollout"], "learner": learner, "sync": took["sync"], "total": took["total"]}
+
+
+def servable(model: Path, folder: Path, vocabulary: int) -> str:
+    """A copy of the model with a tokenizer, without which an engine does not know where responses end."""
+    import shutil
+
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", pad_token="w0").save_pretrained(folder)
+    return str(folder)
+
+
+def draw(curves: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]) -> None:
+    """One panel per dimension: (distinct tokens, seconds by phase) at every step."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(curves), sharey=True)
+    for panel, (name, points) in zip(panels, curves.items(), strict=True):
+        tokens = [x for x, _ in points]
+        panel.stackplot(tokens, *([y[phase] for _, y in points] for phase in PHASES), labels=PHASES.values(), alpha=0.7)
+        panel.plot(tokens, [y["total"] for _, y in points], "k.-", label="iteration")
+        base_tokens, base = points[0]
+        panel.plot(tokens, [base["total"] * x / base_tokens for x in tokens], "k:", label="in proportion")
+        factors = ", ".join(str(getattr(Size().times(name, step), name)) for step in STEPS)
+        panel.set(title=f"{DIMENSIONS[name]}\n{factors}", xlabel="distinct tokens", xlim=(0, None), ylim=(0, None))
+    panels[0].set_ylabel("seconds")
+    panels[0].legend(fontsize="x-small", loc="upper left")
+    figure.savefig(PLOT)
