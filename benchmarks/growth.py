@@ -97,13 +97,12 @@ def growth() -> Result:
 
 
 class Bench:
-    """One engine in a process of its own, policy and critic in this one, and iterations of any size on them."""
+    """An engine, a policy and a critic, each in a process of its own, and iterations of any size on them."""
 
     def __enter__(self) -> "Bench":
         from benchmarks.learner import SIZES, model_folder
-        from rl.actors import cluster, place
+        from rl.actors import cluster, place, place_team
         from rl.critic import Critic
-        from rl.here import Here
         from rl.learner import Policy
         from rl.recipe import load
         from rollout.engine import Engine
@@ -115,9 +114,12 @@ class Bench:
         ).config
         path = servable(Path(model_folder().name), Path(self._folder.name), SIZES["vocab_size"])
         self.engine = place(Engine, path, max_sequence_length=2048, dtype="float32", kv_cache_gib=2)
-        self.policy, self.critic = Here(Policy(path, self.config)), Here(Critic(path, self.config))
+        self.policy, self.critic = (
+            place_team(made.of_rank, path, self.config, "cpu", count=1) for made in (Policy, Critic)
+        )
         self.chat: Any = Tokens(SIZES["vocab_size"])
-        self.engine.ready()
+        for part in (self.engine, self.policy, self.critic):
+            part.ready()
         self.number = 0
         return self
 
@@ -175,4 +177,4 @@ def draw(curves: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]) -> Non
         panel.set(title=f"{DIMENSIONS[name]}\n{factors}", xlabel="distinct tokens", xlim=(0, None), ylim=(0, None))
     panels[0].set_ylabel("seconds")
     panels[0].legend(fontsize="x-small", loc="upper left")
-    figure.savefig(PLOT)
+    figure.savefig(PLOT, metadata={"Date": None})
