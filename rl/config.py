@@ -311,6 +311,8 @@ class Checkpoint(Options):
     """Iterations between checkpoints; the last iteration always makes one."""
     keep: Count = 2
     """Newest checkpoints that stay on disk."""
+    keep_every: Count | None = None
+    """Those of iterations that it divides stay, too."""
 
 
 class Evaluation(Options):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from rl.config import Config
@@ -16,9 +16,6 @@ from rl.packing import Batch, Pack, Row, minibatches
 from rl.ranks import Ranks
 from rl.sharded import Sharded
 from rl.targets import Targets
-
-WEIGHTS = "model.safetensors"
-OPTIMIZER = "critic_optimizer.safetensors"
 
 
 class ValueModel(nn.Module):
@@ -99,21 +96,11 @@ class Critic(Sharded):
         explained = explained_variance(targets.values, targets.returns, batch.response_mask)
         return metrics if math.isnan(explained) else metrics | {"value/explained_variance": explained}
 
-    def save(self, critic: Path, state: Path) -> dict[str, int]:
-        """Write weights and optimizer moments; returns the counters that go with them."""
-        weights = self.ranks.gathered(self.model.state_dict())
-        moments = self.ranks.gathered(self.optimizer.state())
-        if self.ranks.first:
-            for folder in (critic, state):
-                folder.mkdir(parents=True, exist_ok=True)
-            save_file(weights, critic / WEIGHTS)
-            save_file(moments, state / OPTIMIZER)
-        return {"critic_steps": self.optimizer.steps}
+    def whole(self) -> dict[str, Tensor]:
+        """Trunk and value head in float32."""
+        return self.ranks.gathered(self.model.state_dict(), copy=True)
 
-    def restore(self, critic: Path, state: Path, steps: int) -> None:
-        """Continue after `steps` optimizer steps from what `save` wrote."""
-        weights = load_file(critic / WEIGHTS)
-        with torch.no_grad():
-            for name, tensor in self.model.state_dict().items():
-                tensor.copy_(self.ranks.own(weights[name], tensor))
-        self.optimizer.restore(load_file(state / OPTIMIZER), steps, self.ranks.own)
+    def write_whole(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Weights alone."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_torch_state_dict(dict(tensors), folder, max_shard_size="4GB")

@@ -8,6 +8,25 @@ from pathlib import Path
 from typing import IO
 
 
+class NoRoom(OSError):
+    """A disk has less room than what is about to be written."""
+
+
+def check_room(folder: Path, wanted: int, what: str) -> None:
+    """Raises NoRoom, naming the folder and both sizes, if `wanted` bytes do not fit on its disk."""
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise NoRoom(f"{folder} has {readable(free)} free, and {what} takes about {readable(wanted)}")
+
+
+def readable(size: int) -> str:
+    """Bytes as a person reads them."""
+    number, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while number >= 1024 and len(units) > 1:
+        number, units = number / 1024, units[1:]
+    return f"{number:.3g} {units[0]}" if units[0] != "bytes" else f"{size} bytes"
+
+
 def to_disk(path: Path) -> None:
     """Waits until a file, or a folder's list of names (without which a rename can be undone), is on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -33,7 +52,14 @@ def replacing(path: Path) -> Generator[IO[bytes], None, None]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Generator[Path, None, None]:
-    """A new folder to fill that takes `path`'s place, whole and on disk, when the block ends without an error.
+    """A new folder to fill that takes `path`'s place, whole and on disk, when the block ends without an error."""
+    partial = begin_folder(path)
+    yield partial
+    finish_folder(partial, path)
+
+
+def begin_folder(path: Path) -> Path:
+    """An empty folder to fill, which `finish_folder` puts in `path`'s place.
 
     After an error or a crash what was written stays as `.NAME.partial`, and the next attempt clears it.
     """
@@ -41,7 +67,11 @@ def replacing_folder(path: Path) -> Generator[Path, None, None]:
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    yield partial
+    return partial
+
+
+def finish_folder(partial: Path, path: Path) -> None:
+    """`partial` takes `path`'s place, whole and on disk."""
     for inside in sorted(partial.rglob("*")):
         to_disk(inside)
     to_disk(partial)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rl.config import PPO, Config
@@ -36,9 +35,6 @@ from rl.types import Picture, Rollout, Scored
 
 if TYPE_CHECKING:
     from rl.verl_bridge import RolloutCorrection
-
-MASTER = "policy_float32.safetensors"  # only where policy/ itself is stored in a smaller type
-OPTIMIZER = "policy_optimizer.safetensors"
 
 
 def policy_loss(ppo: PPO) -> PolicyLoss:
@@ -200,24 +196,19 @@ class Policy(Sharded):
         weights = None if found.weights is None else torch.zeros_like(old).index_put((rows,), found.weights)
         return replace(found, mask=whole, weights=weights)
 
-    def save(self, policy: Path, state: Path) -> dict[str, int]:
-        """Write the policy as a model folder and its optimizer's moments; returns the counters that go with them."""
-        low = self.dtype != torch.float32
-        master = self.ranks.gathered(self.trained) if low else {}
-        moments = self.ranks.gathered(self.optimizer.state())
-        tensors = self.ranks.gathered(checkpoint.state(self.model), self.dtype)
-        if self.ranks.first:
-            state.mkdir(parents=True, exist_ok=True)
-            checkpoint.save(self.model, policy, source=self.source, tensors=tensors)
-            if low:
-                save_file(master, state / MASTER)
-            save_file(moments, state / OPTIMIZER)
-        return {"policy_steps": self.optimizer.steps}
+    def whole(self) -> dict[str, Tensor]:
+        """The model in the type the engines compute in."""
+        return self.ranks.gathered(checkpoint.state(self.model), self.dtype, copy=True)
 
-    def restore(self, policy: Path, state: Path, steps: int) -> None:
-        """Continue after `steps` optimizer steps from what `save` wrote."""
-        source = load_file(state / MASTER) if self.dtype != torch.float32 else checkpoint.load(policy).state_dict()
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(self.ranks.own(source[name], parameter))
-        self.optimizer.restore(load_file(state / OPTIMIZER), steps, self.ranks.own)
+    def write_whole(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """A folder that loads in vLLM."""
+        checkpoint.save(self.model, folder, source=self.source, tensors=tensors)
+
+    def read_whole(self, folder: Path) -> None:
+        """The float32 weights, unless a smaller type made `shards` keep them."""
+        if self.dtype == torch.float32:
+            super().read_whole(folder)
+
+    def shards(self) -> dict[str, Tensor]:
+        """Moments, and the float32 weights if the model folder has them in a smaller type."""
+        return super().shards() | (self.trained if self.dtype != torch.float32 else {})

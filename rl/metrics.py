@@ -155,6 +155,13 @@ METRICS: tuple[Metric, ...] = (
         "once while its features are kept. A resumed run, which has kept none, encodes again.",
     ),
     Metric("time/engine_encodings", "lower", "The same of the engines' vision towers."),
+    Metric(
+        "checkpoint/seconds",
+        "lower",
+        "Seconds until the checkpoint that was finished in this iteration was on disk, most of them beside training.",
+    ),
+    Metric("checkpoint/blocked_seconds", "lower", "Seconds of them that training waited."),
+    Metric("checkpoint/mib", "lower", "Its size in MiB."),
     Metric("time/total", "lower", "Seconds of the whole iteration, evaluation and checkpoint included."),
 )
 _BY_NAME = {metric.name: metric for metric in METRICS}

@@ -1,10 +1,12 @@
 """AdamW with linear warm-up and gradient clipping, whose whole state is named tensors and one integer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
@@ -62,19 +64,15 @@ class Optimizer:
         return {
             f"{name}.{moment}": self.adamw.state[parameter][moment]
             for name, parameter in self.parameters.items()
-            for moment in ("exp_avg", "exp_avg_sq")
+            for moment in MOMENTS
             if parameter in self.adamw.state
         }
 
-    def restore(self, tensors: Mapping[str, Tensor], steps: int, own: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Continue after `steps` steps from what `state` gave, gathered. Raises KeyError naming a missing tensor.
-
-        Args:
-            own: (whole tensor, parameter) -> the share that goes with the parameter (rl.ranks.Ranks.own).
-        """
+    def continue_after(self, steps: int) -> None:
+        """Stand where `steps` steps have been made; the moments that `state` gives then are to be filled in."""
         self.steps = steps
         if not steps:
             return
-        for name, parameter in self.parameters.items():
-            moments = {m: own(tensors[f"{name}.{m}"], parameter).clone() for m in ("exp_avg", "exp_avg_sq")}
+        for parameter in self.parameters.values():
+            moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
             self.adamw.state[parameter] = {"step": torch.tensor(float(steps)), **moments}

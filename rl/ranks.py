@@ -30,6 +30,7 @@ class Ranks:
     ) -> None:
         self.device, self.rank, self.count = device, rank, count
         self.mesh: DeviceMesh | None = None
+        self.files: dist.ProcessGroup | None = None  # for a thread that writes while others compute
         if threads:
             torch.set_num_threads(threads)
         if count > 1:
@@ -37,6 +38,8 @@ class Ranks:
                 BACKENDS[device], init_method=f"tcp://{address}", rank=rank, world_size=count, timeout=TIMEOUT
             )
             self.mesh = init_device_mesh(device, (count,))
+            files: Any = dist.new_group(backend="gloo")  # whose type allows for processes outside of the group
+            self.files = files
 
     @property
     def first(self) -> bool:
@@ -73,13 +76,20 @@ class Ranks:
         """All of a tensor of which each rank has a share; every rank has to ask."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def gathered(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Whole tensors in host memory on the first rank, nothing on others; every rank has to ask."""
+    def gathered(
+        self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, *, copy: bool = False
+    ) -> dict[str, Tensor]:
+        """Whole tensors in host memory on the first rank, nothing on others; every rank has to ask.
+
+        Args:
+            copy: whether they must stay as they are now, whatever becomes of the given ones.
+        """
         result = {}
         for name, tensor in tensors.items():
             full = self.whole(tensor.detach())
             if self.first:
-                full = full.to("cpu", dtype or full.dtype).contiguous()
+                fresh = isinstance(tensor, DTensor)
+                full = full.to("cpu", dtype or full.dtype, copy=copy and not fresh).contiguous()
                 # Uneven shares are gathered into a longer tensor, which a file cannot hold a part of.
                 result[name] = full if full.untyped_storage().nbytes() == full.nbytes else full.clone()
         return result

@@ -102,6 +102,7 @@ MAY_CHANGE = frozenset(
         "iterations",
         "checkpoint.every",
         "checkpoint.keep",
+        "checkpoint.keep_every",
         "eval.every",
         "rollout.save",
         "log.trackers",

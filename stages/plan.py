@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from rewards.endpoint import EndpointSpec
 from rewards.runner import RewardRunner
 from rl.config import Config, Endpoint
+from rl.disk import readable
 from rl.model import checkpoint
 from rl.tracking import check_trackers
 from rl.types import Prompt
@@ -15,6 +18,8 @@ from rollout.chat import Chat
 from rollout.rows import read_rows
 
 SHOWN = 20
+FLOAT32 = 4  # bytes
+BYTES_PER_TOKEN = 1.5  # of compressed text in rollouts/, an estimate: four characters, a third of them left
 MOST_REWARD_WORKERS = 32  # more than that rarely have work, and each holds its libraries in memory
 
 
@@ -28,6 +33,7 @@ class Plan:
     train: Sequence[Prompt]
     held_out: Sequence[Prompt]
     rewards: RewardRunner  # no process of it runs yet
+    checkpoint_bytes: int
 
     @property
     def most_images(self) -> int:
@@ -51,7 +57,19 @@ class Plan:
             f"model      {self.model}",
             f"placement  {c.rollout.workers} vLLM engine(s), {c.learner.ranks} rank(s) each of policy and critic, "
             f"on {device(c)}",
+            f"disk       {self._disk()}",
         ]
+
+    def _disk(self) -> str:
+        """What the run folder will take, the largest it can be."""
+        c = self.config
+        every = c.checkpoint.keep_every
+        kept = c.checkpoint.keep + 1 + (c.iterations // every if every else 0)  # one is being written
+        save = c.rollout.save
+        saved = c.samples if save == "all" else 0 if save == "none" else min(save, c.samples)
+        rollouts = saved * c.iterations * c.max_sequence_length * BYTES_PER_TOKEN
+        one, all_of_them = readable(self.checkpoint_bytes), readable(kept * self.checkpoint_bytes)
+        return f"up to {kept} checkpoints of {one} = {all_of_them}, rollouts at most about {readable(round(rollouts))}"
 
     def _reward(self, task: str) -> str:
         """As in `chat: 0.8 genrm - citation + 0.2 format_tags`."""
@@ -106,7 +124,19 @@ def make_plan(config: Config) -> Plan:
     train = _rows(config, config.data.train, chat)
     held_out = _limited(_rows(config, config.data.eval, chat), config.data.eval_limit) if config.data.eval else []
     rewards.check_rows((*train, *held_out))
-    return Plan(config, folder, chat, train, held_out, rewards)
+    return Plan(config, folder, chat, train, held_out, rewards, checkpoint_bytes(config, folder))
+
+
+def checkpoint_bytes(config: Config, folder: Path) -> int:
+    """What a checkpoint of this model takes: both models' weights, and two float32 moments for each trained one."""
+    model = checkpoint.build(checkpoint.read_config(folder))
+    frozen = tuple(prefix for name in config.model.freeze for prefix in model.frozen_prefixes[name])
+    sizes = {name: tensor.numel() for name, tensor in checkpoint.state(model).items()}
+    trained = sum(size for name, size in sizes.items() if not name.startswith(frozen))
+    trunk = sum(tensor.numel() for tensor in model.model.parameters())
+    itemsize = getattr(torch, config.model.dtype).itemsize
+    kept = 2 * FLOAT32 if itemsize == FLOAT32 else 3 * FLOAT32  # with the float32 weights of a smaller type
+    return sum(sizes.values()) * itemsize + trained * kept + trunk * 3 * FLOAT32
 
 
 def served_here(config: Config, rewards: RewardRunner) -> dict[str, Endpoint]:

@@ -4,7 +4,8 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from rewards.runner import Outage
 from rl import checkpoint
 from rl.actors import Team, Worker, alone, as_they_come, cluster, gather, gpus, place, place_team
+from rl.checkpoint import Checkpoints
 from rl.critic import Critic
 from rl.display import Display
 from rl.features import FeatureStore
@@ -29,6 +31,7 @@ from rollout.rows import PromptOrder
 from stages.loop import Clock, Parts, catch_up, evaluate, ppo_iteration, sync
 from stages.plan import Plan, device, evaluates, judge_gpus, saves, served_here
 
+POLL_S = 0.2  # between questions whether a checkpoint is written
 BEGUN = "begun.json"  # in a checkpoint's state: responses under way, where the recipe has partial rollouts
 
 
@@ -39,11 +42,17 @@ def train(plan: Plan, folder: RunFolder, display: Display, *, recipe: Mapping[st
     """
     interrupts = Interrupts()
     with interrupts.installed(), plan.rewards, cluster(verbose=verbose):
-        start = _newest(folder)
+        checkpoints = Checkpoints(
+            folder.checkpoints,
+            keep=plan.config.checkpoint.keep,
+            keep_every=plan.config.checkpoint.keep_every,
+            expected=plan.checkpoint_bytes,
+        )
+        start = checkpoints.newest(display.message)
         done = checkpoint.counters(start)["iteration"] if start else -1
         folder.truncate_after(done)
         trackers = Trackers(plan.config.log.trackers, folder.path, recipe=recipe, first_step=done + 1)
-        run = _Run(plan, folder, display, trackers, interrupts)
+        run = _Run(plan, folder, checkpoints, display, trackers, interrupts)
         try:
             with interrupts.waiting():
                 run.begin(start, verbose=verbose)
@@ -61,22 +70,24 @@ def train(plan: Plan, folder: RunFolder, display: Display, *, recipe: Mapping[st
             trackers.close()
 
 
-def _newest(folder: RunFolder) -> Path | None:
-    found = checkpoint.finished(folder.checkpoints)
-    return found[-1] if found else None
-
-
 class _Run:
     """The parts of a run and where it stands."""
 
     def __init__(
-        self, plan: Plan, folder: RunFolder, display: Display, trackers: Trackers, interrupts: Interrupts
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        checkpoints: Checkpoints,
+        display: Display,
+        trackers: Trackers,
+        interrupts: Interrupts,
     ) -> None:
         self.plan, self.config = plan, plan.config
         self.folder, self.display, self.trackers, self.interrupts = folder, display, trackers, interrupts
         self.order = PromptOrder(plan.train, self.config.seed)
         self.done: int | None = None  # iterations whose effects are in the learner, once it is ready
         self.saved: int | None = None  # the newest of them that a checkpoint holds
+        self.checkpoints = checkpoints
         self.judges: list[Worker] = []  # servers that this run has started
         self._parts: Parts | None = None  # once they are placed
         self.partial: PartialRollouts | None = None  # if the recipe asks for it
@@ -129,10 +140,14 @@ class _Run:
         self.done = self.saved = done if start else None
         self.display.message(f"ready: {self.folder.path}" + (f", resuming after iteration {done}" if start else ""))
 
+    @property
+    def teams(self) -> dict[str, Team]:
+        """Those that hold a model, by the name of its folder in a checkpoint."""
+        return {"policy": self.policy, "critic": self.critic}
+
     def _draw(self, engines: Sequence[Worker]) -> None:
         """From now on, keep a timeline of what every process does."""
-        teams = {"policy": self.policy, "critic": self.critic}
-        named = {f"{name} {i}": worker for name, team in teams.items() for i, worker in enumerate(team.workers)}
+        named = {f"{name} {i}": worker for name, team in self.teams.items() for i, worker in enumerate(team.workers)}
         self.engine_names = [f"engine {i}" for i in range(len(engines))]
         named |= zip(self.engine_names, engines, strict=True)
         self.timeline = Timeline(self.folder.timeline, named)
@@ -233,8 +248,8 @@ class _Run:
         counters = checkpoint.counters(start)
         gather(
             [
-                self.policy.start("restore", start / "policy", start / "state", counters["policy_steps"]),
-                self.critic.start("restore", start / "critic", start / "state", counters["critic_steps"]),
+                team.start("restore", start / name, start / "state" / name, counters[f"{name}_steps"])
+                for name, team in self.teams.items()
             ]
         )
 
@@ -264,6 +279,7 @@ class _Run:
                 metrics |= catch_up(iteration, prompts, self.parts)
             metrics |= self._evaluation()
         metrics |= self.parts.new_encodings()
+        metrics |= self._checkpoint_metrics()
         self.folder.write_rollouts(iteration, scored, self.config.rollout.save)
         self._record({"iteration": iteration, "stage": self.config.stage, **metrics, **clock.metrics()})
         self.done = iteration
@@ -286,19 +302,37 @@ class _Run:
     def _save(self) -> None:
         assert self.done is not None
         self.display.phase("checkpoint")
-        checkpoint.write(self.folder.checkpoints, self.done, self._write_state, self.config.checkpoint.keep)
+        self.checkpoints.begin(self.done, self._begin_save)
         self.saved = self.done
 
-    def _write_state(self, target: Path) -> dict[str, Any]:
-        policy, critic = gather(
-            [
-                self.policy.start("save", target / "policy", target / "state"),
-                self.critic.start("save", target / "critic", target / "state"),
-            ]
-        )
+    def _begin_save(self, target: Path) -> tuple[Mapping[str, Any], Callable[[], None]]:
+        """The learners copy what they have, and write it while the run goes on."""
+        pending = {
+            name: team.start("save", target / name, target / "state" / name) for name, team in self.teams.items()
+        }
+        steps = {f"{name}_steps": one.result() for name, one in pending.items()}
         if self.partial:
+            (target / "state").mkdir(exist_ok=True)
             (target / "state" / BEGUN).write_text(json.dumps(self.partial.left(self.done or 0)))
-        return {"seed": self.config.seed, **policy, **critic}
+        workers = [worker for team in self.teams.values() for worker in team.workers]
+
+        def finish() -> None:
+            while not all(gather([worker.start("written") for worker in workers])):
+                time.sleep(POLL_S)
+
+        return {"seed": self.config.seed, **steps}, finish
+
+    def _checkpoint_metrics(self) -> dict[str, float]:
+        """Of the one that was finished in this iteration, if one was."""
+        self.checkpoints.check()
+        metrics: dict[str, float] = {}
+        for written in self.checkpoints.told():
+            metrics = {
+                "checkpoint/seconds": written.seconds,
+                "checkpoint/blocked_seconds": written.blocked,
+                "checkpoint/mib": written.bytes / 2**20,
+            }
+        return metrics
 
     def stop_early(self, how: str) -> None:
         """Keep what has been learned."""
@@ -307,11 +341,14 @@ class _Run:
             return
         if self.saved != self.done:
             self._save()
+        self.checkpoints.settle()
         self.display.message(
             f"{how} after iteration {self.done}; go on with: python -m rl.run --resume {self.folder.path}"
         )
 
     def _finish(self) -> None:
+        self.display.phase("checkpoint")
+        self.checkpoints.settle()
         newest = checkpoint.finished(self.folder.checkpoints)[-1]
         checkpoint.publish(newest / "policy", self.folder.policy)
         evaluations = [m for m in self.folder.read_metrics() if any(k.startswith("eval/") for k in m)]

@@ -226,13 +226,14 @@ def test_saving_and_restoring_continues_bit_for_bit(folder, tmp_path):
         policy.update(batch, targets, features, iteration)
 
     step(policy, critic, 1)
-    counters = policy.save(tmp_path / "policy", tmp_path / "state") | critic.save(
-        tmp_path / "critic", tmp_path / "state"
-    )
-    step(policy, critic, 2)
+    models = {"policy": policy, "critic": critic}
+    steps = {name: model.save(tmp_path / name, tmp_path / "state" / name) for name, model in models.items()}
+    step(policy, critic, 2)  # while the first step is being written
+    while not policy.written() or not critic.written():
+        pass
     other, valuer = Policy(folder, cfg), Critic(folder, cfg)
-    other.restore(tmp_path / "policy", tmp_path / "state", counters["policy_steps"])
-    valuer.restore(tmp_path / "critic", tmp_path / "state", counters["critic_steps"])
+    other.restore(tmp_path / "policy", tmp_path / "state/policy", steps["policy"])
+    valuer.restore(tmp_path / "critic", tmp_path / "state/critic", steps["critic"])
     step(other, valuer, 2)
     for a, b in ((policy.model, other.model), (critic.model, valuer.model)):
         assert all(torch.equal(t, b.state_dict()[n]) for n, t in a.state_dict().items())

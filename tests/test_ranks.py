@@ -2,6 +2,8 @@
 
 import json
 import socket
+import time
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rl.config import Config
 from rl.critic import Critic
@@ -56,58 +59,113 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(ranks: Ranks, case: dict[str, Any], folder: str, results: Path) -> None:
-    """Two iterations of critic and policy; saves what came out."""
-    made = config(folder, policy_lr=1e-3, critic_lr=1e-3, **case.get("ppo", {}))
-    learner = made.learner.model_copy(update=case.get("learner", {}))
-    cfg: Config = made.model_copy(update={"learner": learner})
-    policy, critic = Policy(folder, cfg, ranks), Critic(folder, cfg, ranks)
-    data = batch(case["prompts"], pictures=case["pictures"])
-    features = {p.digest: policy.encode(p) for p in PICTURES} if case["pictures"] else {}
+@dataclass(frozen=True)
+class Pair:
+    """Policy and critic of one case, and the data that every iteration trains on."""
+
+    policy: Policy
+    critic: Critic
+    data: Batch
+    features: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, ranks: Ranks, case: dict[str, Any], folder: str) -> "Pair":
+        made = config(folder, policy_lr=1e-3, critic_lr=1e-3, **case.get("ppo", {}))
+        learner = made.learner.model_copy(update=case.get("learner", {}))
+        cfg: Config = made.model_copy(update={"learner": learner})
+        policy, critic = Policy(folder, cfg, ranks), Critic(folder, cfg, ranks)
+        features = {p.digest: policy.encode(p) for p in PICTURES} if case["pictures"] else {}
+        return cls(policy, critic, batch(case["prompts"], pictures=case["pictures"]), features)
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        values, final = self.critic.values(self.data, self.features)
+        targets = make_targets(self.data, values, final, self.policy.config.ppo)
+        given = self.data, targets, self.features, iteration
+        return self.critic.update(*given) | self.policy.update(*given)
+
+    def keep(self, file: Path) -> None:
+        """What it says of the data, and the policy's weights."""
+        values = self.critic.values(self.data, self.features)[0]
+        tensors = {"logprobs": self.policy.logprobs(self.data, self.features), "values": values}
+        weights = self.policy.weights()
+        assert bool(weights) == self.policy.ranks.first
+        if self.policy.ranks.first:
+            tensors |= {name: torch.as_tensor(weight).clone() for name, weight in weights.items()}
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+
+    def save(self, folder: Path) -> None:
+        models = {"policy": self.policy, "critic": self.critic}
+        steps = {name: model.save(folder / name, folder / "state" / name) for name, model in models.items()}
+        while not all([model.written() for model in models.values()]):
+            time.sleep(0.02)
+        (folder / "steps.json").write_text(json.dumps(steps))
+
+    def restore(self, folder: Path) -> None:
+        steps = json.loads((folder / "steps.json").read_text())
+        self.policy.restore(folder / "policy", folder / "state/policy", steps["policy"])
+        self.critic.restore(folder / "critic", folder / "state/critic", steps["critic"])
+
+
+def trained(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> None:
+    """Two iterations of critic and policy, a checkpoint, and one more; saves what came out."""
+    pair = Pair.of(ranks, case, str(folder / "model"))
     numbers: dict[str, float] = {}
     for iteration in range(1, ITERATIONS + 1):
-        values, final = critic.values(data, features)
-        targets = make_targets(data, values, final, cfg.ppo)
-        found = critic.update(data, targets, features, iteration) | policy.update(data, targets, features, iteration)
-        numbers |= {f"{name} {iteration}": value for name, value in found.items()}
-    tensors = {"logprobs": policy.logprobs(data, features), "values": critic.values(data, features)[0]}
-    policy.save(results / "policy", results / "state")
-    critic.save(results / "critic", results / "state")
-    weights = policy.weights()
-    assert bool(weights) == ranks.first
+        numbers |= {f"{name} {iteration}": value for name, value in pair.iterate(iteration).items()}
+    pair.keep(results / "tensors")
+    pair.save(results)
     if ranks.first:
-        tensors |= {name: torch.as_tensor(weight).clone() for name, weight in weights.items()}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, results / "tensors")
         (results / "numbers.json").write_text(json.dumps(numbers))
+    pair.iterate(ITERATIONS + 1)
+    pair.keep(results / "one iteration later")
 
 
-def all_cases(rank: int, count: int, address: str | None, folder: Path) -> None:
-    """One process of `count`: what it does for every case, one after the other."""
-    ranks = Ranks("cpu", rank, count, address, threads=1)
+def continued(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> None:
+    """One iteration after the checkpoint in `results`, with another number of ranks than it was made with."""
+    pair = Pair.of(ranks, case, str(folder / "model"))
+    pair.restore(results)
+    pair.iterate(ITERATIONS + 1)
+    pair.keep(results / "continued")
+
+
+def one_of_two(rank: int, address: str, folder: Path) -> None:
+    """What each of two processes does, for every case after the other."""
+    ranks = Ranks("cpu", rank, 2, address, threads=1)
     for name, case in CASES.items():
-        trained(ranks, case, str(folder / name / "model"), folder / name / str(count))
+        trained(ranks, case, folder / name, folder / name / "2")
+        continued(ranks, case, folder / name, folder / name / "1")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
     """Folder with <case>/<number of ranks>, from one process and from two that were started once."""
     folder = tmp_path_factory.mktemp("ranks")
+    alone = Ranks("cpu", threads=1)
     for name, case in CASES.items():
         checkpoint.save(text_model(tied=True) if case.get("tied") else step_vl(), folder / name / "model")
-        for count in (1, 2):
-            (folder / name / str(count)).mkdir()
+        for count in "12":
+            (folder / name / count).mkdir()
+        trained(alone, case, folder / name, folder / name / "1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     context = get_context("spawn")
-    started = [context.Process(target=all_cases, args=(rank, 2, address, folder)) for rank in range(2)]
+    started = [context.Process(target=one_of_two, args=(rank, address, folder)) for rank in range(2)]
     for process in started:
         process.start()
-    all_cases(0, 1, None, folder)
     for process in started:
         process.join(timeout=300)
         assert process.exitcode == 0
+    for name, case in CASES.items():
+        continued(alone, case, folder / name, folder / name / "2")
     return folder
+
+
+def assert_close(one: Path, two: Path) -> None:
+    ours, theirs = load_file(one), load_file(two)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        torch.testing.assert_close(theirs[key], tensor, atol=1e-5, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -119,13 +177,22 @@ def test_two_ranks_give_the_numbers_of_one(name, results):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_save_and_hand_on_the_tensors_of_one(name, results):
-    state = "state/policy_optimizer.safetensors", "state/critic_optimizer.safetensors"
-    for file in ("tensors", "policy/model.safetensors", "critic/model.safetensors", *state):
-        one, two = (load_file(results / name / count / file) for count in "12")
-        assert one.keys() == two.keys()
-        for key, tensor in one.items():
-            torch.testing.assert_close(two[key], tensor, atol=1e-5, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
+@pytest.mark.parametrize("file", ["tensors", "policy/model.safetensors", "critic/model.safetensors"])
+def test_two_ranks_save_and_hand_on_the_tensors_of_one(name, file, results):
+    assert_close(results / name / "1" / file, results / name / "2" / file)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("saved_by", ["1", "2"])
+def test_a_checkpoint_continues_with_another_number_of_ranks_as_with_its_own(name, saved_by, results):
+    found = results / name / saved_by
+    assert_close(found / "one iteration later", found / "continued")
+
+
+def test_every_rank_writes_its_own_share_of_the_training_state(results):
+    for name in ("policy", "critic"):
+        files = sorted((results / "pictures and text/2/state" / name).iterdir())
+        assert len(files) == 2 and all(file.suffix == ".safetensors" for file in files)
 
 
 def test_every_rank_has_as_many_rows_and_every_response_counts_once():

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,20 +131,24 @@ def load(
     model = build(check(folder))
     prepare(model)
     places = dict(model.state_dict())
-    files = tensor_files(folder)
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(set(files.values())):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                read = opened.get_tensor(name).to(dtype)
-                tensors[name] = own(read, places[name]) if own else read.to(device)
+    kept: dict[str, Tensor] = {}
+    for name, read in tensors(folder):
+        kept[name] = own(read.to(dtype), places[name]) if own else read.to(device, dtype)
     if getattr(model.config, "tie_word_embeddings", False):
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    model.load_state_dict(tensors, assign=True)
+        kept["lm_head.weight"] = kept["model.embed_tokens.weight"]
+    model.load_state_dict(kept, assign=True)
     if getattr(model.config, "tie_word_embeddings", False):
         model.lm_head.weight = model.model.embed_tokens.weight  # assignment made two parameters of one
     materialize(model.model, device)
     return model.eval()
+
+
+def tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """The folder's tensors by name, one after the other."""
+    for file in sorted(set(tensor_files(Path(folder)).values())):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                yield name, opened.get_tensor(name)
 
 
 def materialize(trunk: Any, device: str = "cpu") -> None:
