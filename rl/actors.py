@@ -16,6 +16,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from rl.stop import WorkerDied
+
 ROOT = Path(__file__).parent.parent
 MOST_SPANS = 10_000  # that a process remembers while nobody asks
 
@@ -67,9 +69,10 @@ class Later:
     def __init__(self, reference: Any) -> None:
         self.reference = reference
 
-    def result(self) -> Any:
-        """Waits; raises what the method raised, or RuntimeError if its process died."""
-        return _get(self.reference)
+    def result(self, patience: float | None = None) -> Any:
+        """Waits; raises what the method raised, or WorkerDied if its process died, or did not answer for `patience`
+        seconds."""
+        return _get(self.reference, patience)
 
 
 class _Fetched(Mapping[str, Any]):
@@ -91,13 +94,15 @@ class _Fetched(Mapping[str, Any]):
         return len(self._given)
 
 
-def _get(reference: Any) -> Any:
+def _get(reference: Any, patience: float | None = None) -> Any:
     try:
-        return ray.get(reference)
+        return ray.get(reference, timeout=patience)
     except ray.exceptions.RayTaskError as error:
         raise error.as_instanceof_cause() from None
+    except ray.exceptions.GetTimeoutError:
+        raise WorkerDied(f"a worker process of the run gave no sign of life for {patience:g} s") from None
     except RayError as error:
-        raise RuntimeError(f"a worker process of the run died: {error}") from error
+        raise WorkerDied(f"a worker process of the run died: {error}") from error
 
 
 class Worker:
@@ -139,7 +144,7 @@ class Together(Later):
         super().__init__(pending[0].reference)
         self._team, self._pending = team, list(pending)
 
-    def result(self) -> Any:
+    def result(self, patience: float | None = None) -> Any:
         """Waits for all; if one fails, the others, which may wait for it for ever, are ended."""
         waiting = {later.reference: later for later in self._pending}
         try:
@@ -150,7 +155,7 @@ class Together(Later):
             if waiting:
                 self._team.end()
             raise
-        return super().result()
+        return super().result(patience)
 
 
 class Team:
@@ -179,9 +184,10 @@ class Team:
             worker.end()
 
 
-def _actor(cpus: float, gpus: float, environment: Mapping[str, str] | None) -> Any:
-    """A process that waits to be told what to make."""
-    remote: Any = ray.remote(_Holder)
+def _actor(factory: Any, cpus: float, gpus: float, environment: Mapping[str, str] | None) -> Any:
+    """A process that waits to be told what to make. `ps` and Ray's dashboard call it by the class that it is for."""
+    name = getattr(factory, "__self__", factory).__name__  # of_rank is a method of the class
+    remote: Any = ray.remote(type(name, (_Holder,), {}))
     return remote.options(num_cpus=cpus, num_gpus=gpus).remote(dict(environment or {}))
 
 
@@ -195,7 +201,7 @@ def place_team(
 ) -> Team:
     """Make `make(*args, rank, count, address)` in `count` actors that can meet at `address`. Returns at once if one
     is enough, else when the first actor's process runs."""
-    actors = [_actor(cpus, gpus, environment) for _ in range(count)]
+    actors = [_actor(make, cpus, gpus, environment) for _ in range(count)]
     address = _get(actors[0].free_address.remote()) if count > 1 else None
     made = [Later(a.make.remote(make, (*args, rank, count, address), {})) for rank, a in enumerate(actors)]
     return Team([Worker(actor, one) for actor, one in zip(actors, made, strict=True)])
@@ -214,7 +220,7 @@ def place(
     Args:
         environment: variables set in its process before anything heavy is imported.
     """
-    actor = _actor(cpus, gpus, environment)
+    actor = _actor(factory, cpus, gpus, environment)
     return Worker(actor, Later(actor.make.remote(factory, args, kwargs)))
 
 
@@ -223,18 +229,30 @@ def gather(pending: Sequence[Later]) -> list[Any]:
     return [later.result() for later in pending]
 
 
-def as_they_come(streams: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    """What several generators (of Worker.stream) yield, in the order of its arrival, with each one's index."""
+def as_they_come(streams: Sequence[Any], patience: float) -> Iterator[tuple[int, Any]]:
+    """What several generators (of Worker.stream) yield, in the order of its arrival, with each one's index.
+
+    One whose process died, or that yielded nothing for `patience` seconds, ends with a WorkerDied in place of a value.
+    """
     running: dict[Any, int] = {stream: index for index, stream in enumerate(streams)}
+    heard = dict.fromkeys(running, time.monotonic())
     while running:
-        ready: list[Any] = ray.wait(list(running), num_returns=1)[0]
+        ready: list[Any] = ray.wait(list(running), num_returns=1, timeout=patience / 4)[0]
         for stream in ready:
             try:
                 reference = next(stream)
             except StopIteration:
                 del running[stream]
-            else:
-                yield running[stream], _get(reference)
+                continue
+            try:
+                value, heard[stream] = _get(reference), time.monotonic()
+            except WorkerDied as died:
+                value = died
+            yield running[stream], value
+            if isinstance(value, WorkerDied):
+                del running[stream]
+        for stream in [stream for stream in running if time.monotonic() - heard[stream] > patience]:
+            yield running.pop(stream), WorkerDied(f"an engine gave no sign of life for {patience:g} s")
 
 
 @contextmanager

@@ -102,6 +102,12 @@ class Checkpoints:
             self._thread = None
         self.check()
 
+    def abandon(self) -> None:
+        """Wait for the one that is being written, and forget if it could not be."""
+        if self._thread:
+            self._thread.join()
+        self._thread = self._failed = None
+
     def told(self) -> list[Written]:
         """Those finished since this was asked last."""
         told, self._written = self._written, []

@@ -249,6 +249,8 @@ class PPO(Options):
     """AdamW's decoupled weight decay, policy and critic (reconstruction, from Open-Reasoner-Zero)."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this global norm, policy and critic (reconstruction)."""
+    max_skipped_steps: Count = 3
+    """Optimizer steps in a row that may be left out because their gradient is not finite, before the run stops."""
     policy_loss: VerlLoss | None = None
     """A policy loss of verl instead of ours, such as {verl: gspo}; needs ratio: clip."""
     rollout_correction: VerlRolloutCorrection | None = None
@@ -275,6 +277,8 @@ class Rollout(Options):
     """GiB of key-value cache of each engine, where it runs on the CPU."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Fraction of a GPU's memory that its engine takes."""
+    patience_s: Positive = 600.0
+    """Seconds without a sign of life after which an engine counts as hung and is replaced."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """Iterations by which the weights that sample may lag behind. 0: engines and learner take turns; 1: the next
     iteration's samples are made while this one trains, by the weights from before it."""
@@ -355,6 +359,9 @@ class Config(Options):
     """Processes that rewards which compute run in; null: one per CPU core, at most 32."""
     max_invalid_fraction: Fraction = 0.1
     """Share of an iteration's samples that may be invalid (a reward or its endpoint failed) before the run stops."""
+    max_restarts: Annotated[int, Field(ge=0)] = 10
+    """Times that processes which died or hung are replaced before the run stops: an engine by itself, policy and
+    critic by starting all again from the newest checkpoint."""
     endpoints: dict[str, Endpoint] = {}
     """Name -> the server of a judge, for rewards that ask one."""
     ppo: PPO

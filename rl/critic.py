@@ -76,12 +76,16 @@ class Critic(Sharded):
     def update(
         self, batch: Batch, targets: Targets, features: Mapping[str, Tensor], iteration: int
     ) -> dict[str, float]:
-        """One pass over the batch in `ppo.critic_minibatches` optimizer steps. Returns value/* metrics."""
+        """One pass over the batch in `ppo.critic_minibatches` optimizer steps. Returns value/* metrics.
+
+        Raises: FloatingPointError if gradients were not finite too often in a row.
+        """
         seed = f"{self.config.seed}-critic-{iteration}"
-        total, norm = torch.zeros(()), 0.0
+        total, norm, trained, skipped = torch.zeros(()), 0.0, 0, 0
         device = self.ranks.device
         for groups in minibatches(batch.groups, self.config.ppo.critic_minibatches, seed):
             tokens = sum(len(response) for group in groups for response in group.responses)
+            found = torch.zeros(())
             for row in self.rows(groups):
                 pack = row.pack
                 values = pack.padded(self._forward(row, features)[pack.before.to(device)])
@@ -89,10 +93,15 @@ class Critic(Sharded):
                 loss = value_loss(values, returns, mask, tokens=tokens)
                 # FSDP averages gradients over the ranks; the loss is a sum over all of them.
                 (loss * (row.counts * self.ranks.count)).backward()
-                total += loss.detach().cpu() * (row.counts * tokens)
-            norm = max(norm, self.optimizer.step())
-        loss = float(self.ranks.sum(total)) / int(batch.response_mask.sum())
-        metrics = {"value/loss": loss, "value/grad_norm": norm}
+                found += loss.detach().cpu() * (row.counts * tokens)
+            if (step := self.optimizer.step()) is None:
+                skipped += 1
+                continue
+            norm, trained = max(norm, step), trained + tokens
+            total += found
+        metrics = {"value/grad_norm": norm, "value/skipped_steps": float(skipped)}
+        if trained:
+            metrics["value/loss"] = float(self.ranks.sum(total)) / trained
         explained = explained_variance(targets.values, targets.returns, batch.response_mask)
         return metrics if math.isnan(explained) else metrics | {"value/explained_variance": explained}
 

@@ -9,7 +9,7 @@ class Done:
     def __init__(self, value: Any) -> None:
         self.value = value
 
-    def result(self) -> Any:
+    def result(self, patience: float | None = None) -> Any:
         return self.value
 
 

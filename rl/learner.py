@@ -124,21 +124,24 @@ class Policy(Sharded):
     ) -> dict[str, float]:
         """One pass over the batch in `ppo.minibatches` optimizer steps. Returns policy/* metrics.
 
-        Raises: FloatingPointError if a gradient is not finite.
+        Raises: FloatingPointError if gradients were not finite too often in a row.
         """
         old = self.logprobs(batch, features) if needs_old_logprobs(self.config.ppo) else None
         sums: Sums = {}
         norm = lr = 0.0
-        tokens = 0
+        tokens = skipped = 0
         seed = f"{self.config.seed}-policy-{iteration}"
         for groups in minibatches(batch.groups, self.config.ppo.minibatches, seed):
             size, found = self._accumulate(groups, batch, targets, features, old)
-            tokens += size.tokens
-            sums = add_sums(sums, found)
-            if size.tokens:
-                lr = self.optimizer.next_lr
-                norm = max(norm, self.optimizer.step())
-        return {**finish_sums(sums, max(1, tokens)), "policy/grad_norm": norm, "policy/lr": lr}
+            if not size.tokens:
+                continue
+            lr = self.optimizer.next_lr
+            if (step := self.optimizer.step()) is None:
+                skipped += 1
+                continue
+            norm, tokens, sums = max(norm, step), tokens + size.tokens, add_sums(sums, found)
+        numbers = {"policy/grad_norm": norm, "policy/lr": lr, "policy/skipped_steps": float(skipped)}
+        return finish_sums(sums, max(1, tokens)) | numbers
 
     def _accumulate(
         self,

@@ -95,6 +95,7 @@ METRICS: tuple[Metric, ...] = (
         "Share of tokens whose ratio the clipped loss cut off; 0 by definition where the ratio is not clipped.",
     ),
     Metric("policy/grad_norm", "neither", "Norm of the policy's gradient before clipping; watch for jumps."),
+    Metric("policy/skipped_steps", "lower", "Optimizer steps left out because their gradient was not finite."),
     Metric("policy/lr", "neither", "The policy's learning rate at the last step, warm-up included."),
     Metric(
         "policy/tis_mean",
@@ -108,6 +109,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("value/loss", "lower", "Half the mean squared error of the critic's values against the returns."),
     Metric("value/grad_norm", "neither", "Norm of the critic's gradient before clipping; watch for jumps."),
+    Metric("value/skipped_steps", "lower", "The critic's optimizer steps left out because of such a gradient."),
     Metric(
         "value/explained_variance",
         "higher",
@@ -135,6 +137,7 @@ METRICS: tuple[Metric, ...] = (
         "neither",
         "Share of responses of which weights of several iterations sampled a part (rollout.partial).",
     ),
+    Metric("rollout/replaced_engines", "lower", "Engines that died or hung in this iteration and were replaced."),
     Metric(
         "time/rollout",
         "lower",

@@ -1,5 +1,6 @@
 """AdamW with linear warm-up and gradient clipping, whose whole state is named tensors and one integer."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +17,7 @@ class Optimizer:
         parameters: name -> parameter.
         lr: learning rate after the warm-up; constant from then on.
         warmup: steps over which the rate rises linearly from 0.
+        max_skipped: steps in a row that may be left out because a gradient is not finite.
     """
 
     def __init__(
@@ -27,10 +29,11 @@ class Optimizer:
         betas: tuple[float, float],
         weight_decay: float,
         max_grad_norm: float,
+        max_skipped: int,
     ) -> None:
         self.parameters = dict(parameters)
-        self.lr, self.warmup, self.max_grad_norm = lr, warmup, max_grad_norm
-        self.steps = 0
+        self.lr, self.warmup, self.max_grad_norm, self.max_skipped = lr, warmup, max_grad_norm, max_skipped
+        self.steps, self.skipped = 0, 0  # made; left out since the last one that was made
         self.adamw = torch.optim.AdamW(
             self.parameters.values(), lr=lr, betas=betas, weight_decay=weight_decay, eps=1e-8
         )
@@ -40,18 +43,24 @@ class Optimizer:
         """Rate of the coming step."""
         return self.lr * min(1.0, (self.steps + 1) / self.warmup) if self.warmup else self.lr
 
-    def step(self) -> float:
-        """Apply the accumulated gradients and clear them. Returns their norm before clipping.
+    def step(self) -> float | None:
+        """Apply the accumulated gradients and clear them.
 
-        Raises FloatingPointError, leaving the weights as they were, if the norm is not finite.
+        Returns: their norm before clipping; None if it is not finite, so that nothing was changed by this step.
+        Raises: FloatingPointError if that has happened `max_skipped` times in a row.
         """
         total = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        if not torch.isfinite(torch.tensor(norm)):
-            raise FloatingPointError(
-                f"the gradient norm is {norm} at optimizer step {self.steps + 1}; lower the learning rate, or look "
-                "at the rewards of this iteration in rollouts/"
-            )
+        if not math.isfinite(norm):
+            self.adamw.zero_grad(set_to_none=True)
+            self.skipped += 1
+            if self.skipped >= self.max_skipped:
+                raise FloatingPointError(
+                    f"the gradient norm is {norm} at optimizer step {self.steps + 1}, for the {self.skipped}. time in "
+                    "a row (ppo.max_skipped_steps)"
+                )
+            return None
+        self.skipped = 0
         for group in self.adamw.param_groups:
             group["lr"] = self.next_lr
         self.adamw.step()

@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--profile", help="scale to run at: a name in recipes/profiles (cpu), or a YAML file")
     p.add_argument("--output", type=Path, help="run folder to make (default: runs/<recipe>-<time>)")
     p.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue a run from its newest checkpoint")
+    p.add_argument("--allow", action="append", default=[], metavar="KEY", help="let --resume change this option")
     p.add_argument("--stage", help="the stage to run")
     p.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     p.add_argument("--verbose", action="store_true", help="show what Ray and vLLM log")
@@ -90,10 +91,15 @@ def _resumed(args: argparse.Namespace) -> Resolved:
     if not recipe.is_file():
         raise InputError(f"{args.resume} is no run folder: it has no recipe.yaml")
     saved, wanted = load(recipe), load(recipe, overrides=overrides)
-    changes = [change for change in differences(saved.config, wanted.config) if change.key not in MAY_CHANGE]
+    allowed = MAY_CHANGE | set(args.allow)
+    changes = [change for change in differences(saved.config, wanted.config) if change.key not in allowed]
     if changes:
         listed = "".join(f"\n  {change}" for change in changes)
-        raise InputError(f"a resumed run keeps its recipe, but these would change:{listed}\nStart a new run for that.")
+        named = " ".join(f"--allow {change.key}" for change in changes)
+        raise InputError(
+            f"a resumed run keeps its recipe, but these would change:{listed}\nStart a new run for that, or say that "
+            f"it is meant: {named}"
+        )
     return wanted
 
 
@@ -107,6 +113,9 @@ MAY_CHANGE = frozenset(
         "rollout.save",
         "log.trackers",
         "log.project",
+        "log.timeline",
+        "max_restarts",
+        "rollout.patience_s",
     }
 )  # what changes no weight
 

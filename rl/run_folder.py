@@ -3,8 +3,11 @@
 RUN_DIR/recipe.yaml, metrics.jsonl, rollouts/000001.jsonl.gz, checkpoints/, policy/. Knows nothing of torch.
 """
 
+import errno
+import fcntl
 import gzip
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +30,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.policy = self.path / "policy"
         self.timeline = self.path / "timeline.json"  # if the recipe asks for it
+        self._held: int | None = None  # the lock, once this process has it
         self._last = max((line["iteration"] for line in self.read_metrics()), default=-1)
 
     @classmethod
@@ -42,6 +46,7 @@ class RunFolder:
             raise ValueError(_occupied(path, found))
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
+        folder.lock()
         folder.write_recipe(recipe)
         folder.rollouts.mkdir()
         folder.checkpoints.mkdir()
@@ -55,7 +60,25 @@ class RunFolder:
         """
         if not (Path(path) / "recipe.yaml").is_file():
             raise ValueError(f"{path} is no run folder: it has no recipe.yaml; start a run with --output")
-        return cls(path)
+        folder = cls(path)
+        folder.lock()
+        return folder
+
+    def lock(self) -> None:
+        """Keep the folder for this process, until it ends. Raises ValueError if another run has it."""
+        self._held = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                return  # some network file systems know no locks
+            raise ValueError(f"another run is writing in {self.path}; end it first, or give another --output") from None
+
+    def release(self) -> None:
+        """Let another run have the folder."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
 
     def write_recipe(self, recipe: str) -> None:
         """Replaces recipe.yaml, which must hold the resolved recipe with secrets only by name."""

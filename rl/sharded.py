@@ -54,6 +54,7 @@ class Sharded:
             betas=ppo.betas,
             weight_decay=ppo.weight_decay,
             max_grad_norm=ppo.max_grad_norm,
+            max_skipped=ppo.max_skipped_steps,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Why a run ends by its own decision."""
+"""Why a run ends by its own decision, or has to begin again from what it has saved."""
 
 
 class Stop(RuntimeError):
@@ -10,3 +10,7 @@ class Stop(RuntimeError):
     def __init__(self, message: str, *, saves: bool) -> None:
         super().__init__(message)
         self.saves = saves
+
+
+class WorkerDied(RuntimeError):
+    """A process of the run died, or gave no sign of life for too long. Another one can do what it was doing."""

@@ -33,6 +33,11 @@ class Timeline:
         """Something this process did or waited for, under the name of one of its threads."""
         self._own.append((process, (name, start, end)))
 
+    def replaced(self, name: str, worker: Worker) -> None:
+        """Another process goes on in this one's lane; what it has not told is lost."""
+        self._workers[name] = worker
+        self._asked.pop(name, None)
+
     def write(self, *, busy: Iterable[str] = ()) -> None:
         """Append what has been done since the last call. Workers in `busy` may be in the middle of something: they
         are asked, but their answer is read the next time, so that nobody waits for it."""

@@ -7,6 +7,7 @@ weights and the requests of that call (in the last digits also on how they share
 
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import entry_points
@@ -28,6 +29,7 @@ MOST_SEQUENCES, STEP_TOKENS = 256, 65_536  # sequences at a time and tokens in o
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LEAST_TEMPERATURE = 0.01
+BEAT_S = 2.0  # the longest that a working engine is silent, if no step takes longer
 CAN_CHANGE_LATE = {"HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "VLLM_CPU_KVCACHE_SPACE"}
 
 
@@ -104,7 +106,8 @@ class Engine:
         return [answers[index] for index in range(len(requests))]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Completion]]]:
-        """Responses as they finish, each with its request's index; those of one engine step come together.
+        """Responses as they finish, each with its request's index; those of one engine step come together, and an
+        empty list from time to time while there are none, as a sign of life.
 
         Yields: prompt ids with image slots expanded; response ids up to and including the token that ended the
         response, if one did; logprobs in nats of the distribution sampled from (at temperature 0: of the
@@ -137,7 +140,8 @@ class Engine:
         request = Request(tuple(token_ids), tuple(images), max_tokens=1, seed=0)
         length = self._prompt_length(0, request)
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-        (((_, output),),) = self._run(_prompts([(request.prompt_ids, request.images)]), [params])
+        steps = self._run(_prompts([(request.prompt_ids, request.images)]), [params])
+        ((_, output),) = [pair for finished in steps for pair in finished]
         ids, logprobs = output.prompt_token_ids, output.prompt_logprobs
         if ids is None or logprobs is None or len(ids) != length:
             raise RuntimeError(f"vLLM scored a prompt of {length} tokens but returned {ids}")
@@ -190,10 +194,13 @@ class Engine:
         except VLLMClientError as error:  # a class that processes without vLLM could not unpickle
             raise ValueError(f"vLLM refuses a request: {error}") from error
         first = int(ids[0].partition("-")[0])  # vLLM numbers its requests, and adds random characters inside
+        heard = time.monotonic()
         try:
             while engine.has_unfinished_requests():
                 outputs: list[Any] = engine.step()
-                if finished := [(int(output.request_id) - first, output) for output in outputs if output.finished]:
+                finished = [(int(output.request_id) - first, output) for output in outputs if output.finished]
+                if finished or time.monotonic() - heard > BEAT_S:
+                    heard = time.monotonic()
                     yield finished
         finally:
             if engine.has_unfinished_requests():  # nobody waits for the rest any more

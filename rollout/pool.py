@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from rl.stop import WorkerDied
 from rl.types import Completion, Prompt, Request, Rollout
 from rollout.chat import Chat
 
 
 class Pending(Protocol):
-    def result(self) -> Any: ...
+    def result(self, patience: float | None = None) -> Any: ...
 
 
 class Worker(Protocol):
@@ -38,24 +39,34 @@ class Pool:
 
     Args:
         workers: engines, each anywhere.
-        as_they_come: what several of their streams yield, in order of arrival, with each stream's index.
+        as_they_come: what several of their streams yield, in order of arrival, with each stream's index; a WorkerDied
+            for one that died, or was silent for as many seconds as its second argument says.
         max_sequence_length: tokens of prompt and response together.
         temperature: of `sample`.
+        patience: seconds without a sign of life after which a worker counts as dead.
+        replacement: told of a worker's number and what happened to it, gives another; raises if there is none.
     """
 
     def __init__(
         self,
         workers: Sequence[Worker],
-        as_they_come: Callable[[Sequence[Any]], Iterable[tuple[int, Any]]],
+        as_they_come: Callable[[Sequence[Any], float], Iterable[tuple[int, Any]]],
         chat: Chat,
         *,
         max_sequence_length: int,
         temperature: float,
         seed: int,
+        patience: float = 600.0,
+        replacement: Callable[[int, WorkerDied], Worker] | None = None,
     ) -> None:
         self.workers, self.as_they_come, self.chat = list(workers), as_they_come, chat
         self.max_sequence_length, self.temperature, self.seed = max_sequence_length, temperature, seed
+        self.patience, self.replacement = patience, replacement
         self.policy_step = 0
+        self.replaced = 0  # workers so far
+        self._weights: Any = None  # those that all engines have, for one that takes another's place
+        self._encoded: dict[int, int] = {}  # by worker, when it was asked last
+        self._encoded_by_dead = 0
 
     def sample(
         self,
@@ -81,13 +92,31 @@ class Pool:
 
     def load(self, weights: Any, policy_step: int) -> None:
         """Give all engines new weights, a mapping from tensor names on disk or a pending one."""
-        for pending in [worker.start("load", weights, policy_step) for worker in self.workers]:
-            pending.result()
-        self.policy_step = policy_step
+        self._weights, self.policy_step = weights, policy_step
+        for number, pending in enumerate([worker.start("load", weights, policy_step) for worker in self.workers]):
+            try:
+                pending.result(self.patience)
+            except WorkerDied as died:
+                self._replace(number, died)
 
     def encodings(self) -> int:
-        """Pictures that the engines' vision towers have encoded so far."""
-        return sum(pending.result() for pending in [worker.start("encodings") for worker in self.workers])
+        """Pictures that the engines' vision towers have encoded so far, as far as they lived to tell."""
+        for number, pending in enumerate([worker.start("encodings") for worker in self.workers]):
+            try:
+                self._encoded[number] = pending.result(self.patience)
+            except WorkerDied as died:
+                self._replace(number, died)
+        return sum(self._encoded.values()) + self._encoded_by_dead
+
+    def _replace(self, number: int, died: WorkerDied) -> None:
+        """Another worker with the same weights in its place."""
+        if self.replacement is None:
+            raise died
+        self.workers[number] = worker = self.replacement(number, died)
+        self._encoded_by_dead += self._encoded.pop(number, 0)
+        if self._weights is not None:
+            worker.start("load", self._weights, self.policy_step).result(self.patience)
+        self.replaced += 1
 
     def room(self, prompt: Prompt) -> int:
         """Tokens that a response may have. Raises ValueError if there is no room for any."""
@@ -112,24 +141,41 @@ class Pool:
         """Answers to all requests, in order; those of one inner list go to the same engine, which shares their prompt.
 
         Args:
-            finished: told of each answer, and its place in the result, when it is there.
+            finished: told of each answer, and its place in the result, when it is there. What a worker had not
+                answered when it died is asked of its replacement.
         """
         owners = [row for row, group in enumerate(requests) for _ in group]
         flat = [request for group in requests for request in group]
-        shares: list[list[int]] = [[] for _ in self.workers]  # of places in the result
-        for place, row in enumerate(owners):
-            shares[row % len(self.workers)].append(place)
-        busy = [(worker, share) for worker, share in zip(self.workers, shares, strict=True) if share]
-        streams = [worker.stream("stream", [flat[place] for place in share]) for worker, share in busy]
         found: dict[int, Completion] = {}
-        for number, completions in self.as_they_come(streams):
-            for index, completion in completions:
-                place = busy[number][1][index]
-                found[place] = completion
-                finished(place, completion)
-        if len(found) < len(flat):
-            raise RuntimeError(f"the engines returned {len(found)} of {len(flat)} responses")
+
+        def here(place: int, completion: Completion) -> None:
+            found[place] = completion
+            finished(place, completion)
+
+        while left := [place for place in range(len(flat)) if place not in found]:
+            shares: list[list[int]] = [[] for _ in self.workers]  # of places in the result
+            for place in left:
+                shares[owners[place] % len(self.workers)].append(place)
+            if not self._ask(flat, shares, here) and len(found) < len(flat):
+                raise RuntimeError(f"the engines returned {len(found)} of {len(flat)} responses")
         return [found[place] for place in range(len(flat))]
+
+    def _ask(
+        self, requests: Sequence[Request], shares: Sequence[Sequence[int]], here: Callable[[int, Completion], None]
+    ) -> bool:
+        """Let every worker answer its share. Returns whether one had to be replaced."""
+        busy = [(number, share) for number, share in enumerate(shares) if share]
+        streams = [self.workers[n].stream("stream", [requests[place] for place in share]) for n, share in busy]
+        replaced = False
+        for which, answers in self.as_they_come(streams, self.patience):
+            number, share = busy[which]
+            if isinstance(answers, WorkerDied):
+                self._replace(number, answers)
+                replaced = True
+                continue
+            for index, completion in answers:
+                here(share[index], completion)
+        return replaced
 
     def rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
         """A response by the present weights."""

@@ -144,7 +144,10 @@ def ppo_iteration(
             if following:
                 beside = clock.beside("samples ahead")
                 parts.ahead.start(iteration + 1, lambda: collect(iteration + 1, following, parts, beside))
-    stats |= learn(iteration, samples, parts, clock)
+    try:
+        stats |= learn(iteration, samples, parts, clock)
+    except FloatingPointError as error:
+        raise Diverged(str(error), samples.scored) from error
     if not config.rollout.max_staleness:
         with clock("sync"):
             stats |= catch_up(iteration, prompts, parts)
@@ -164,6 +167,14 @@ def _taken(iteration: int, prompts: Sequence[Prompt], parts: Parts, clock: Clock
         return collect(iteration, prompts, parts, clock)
     with clock("rollout"):
         return parts.ahead.take(iteration, parts.meanwhile)
+
+
+class Diverged(RuntimeError):
+    """Gradients were not finite, again and again."""
+
+    def __init__(self, message: str, scored: Sequence[Scored]) -> None:
+        super().__init__(message)
+        self.scored = scored  # the samples that they came from
 
 
 @dataclass(frozen=True)

@@ -5,69 +5,76 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rewards.runner import Outage
 from rl import checkpoint
-from rl.actors import Team, Worker, alone, as_they_come, cluster, gather, gpus, place, place_team
+from rl.actors import Worker, as_they_come, cluster, gather
 from rl.checkpoint import Checkpoints
-from rl.critic import Critic
 from rl.display import Display
 from rl.features import FeatureStore
 from rl.interrupt import Interrupted, Interrupts
-from rl.learner import Policy
 from rl.run_folder import RunFolder
-from rl.stop import Stop
+from rl.stop import Stop, WorkerDied
 from rl.timeline import Timeline
 from rl.tracking import Trackers
-from rollout.engine import Engine
-from rollout.judge_server import JudgeServer
 from rollout.partial import PartialRollouts
 from rollout.pool import Pool
 from rollout.rows import PromptOrder
-from stages.loop import Clock, Parts, catch_up, evaluate, ppo_iteration, sync
-from stages.plan import Plan, device, evaluates, judge_gpus, saves, served_here
+from stages.loop import Clock, Diverged, Parts, catch_up, evaluate, ppo_iteration, sync
+from stages.plan import Plan, device, evaluates, saves
+from stages.processes import Processes
 
 POLL_S = 0.2  # between questions whether a checkpoint is written
 BEGUN = "begun.json"  # in a checkpoint's state: responses under way, where the recipe has partial rollouts
 
 
 def train(plan: Plan, folder: RunFolder, display: Display, *, recipe: Mapping[str, Any], verbose: bool = False) -> bool:
-    """Run the plan to its end, continuing from the newest checkpoint in `folder` if there is one.
+    """Run the plan to its end, continuing from the newest whole checkpoint in `folder` if there is one.
 
+    When policy or critic die, all is started again from there, up to `max_restarts` times.
     Returns: False if the run was interrupted; it has saved and can be resumed.
     """
-    interrupts = Interrupts()
+    interrupts, restarts = Interrupts(), Restarts(plan.config.max_restarts, display.message)
     with interrupts.installed(), plan.rewards, cluster(verbose=verbose):
-        checkpoints = Checkpoints(
-            folder.checkpoints,
-            keep=plan.config.checkpoint.keep,
-            keep_every=plan.config.checkpoint.keep_every,
-            expected=plan.checkpoint_bytes,
-        )
-        start = checkpoints.newest(display.message)
-        done = checkpoint.counters(start)["iteration"] if start else -1
-        folder.truncate_after(done)
-        trackers = Trackers(plan.config.log.trackers, folder.path, recipe=recipe, first_step=done + 1)
-        run = _Run(plan, folder, checkpoints, display, trackers, interrupts)
-        try:
-            with interrupts.waiting():
-                run.begin(start, verbose=verbose)
-            run.loop(max(done, 0))
-            return True
-        except Interrupted:
-            run.stop_early("interrupted")
-            return False
-        except Stop as stop:
-            if stop.saves:
-                run.stop_early("stopped")
-            raise
-        finally:
-            run.close()
-            trackers.close()
+        while True:
+            run = _Run(plan, folder, display, interrupts, restarts, recipe, verbose=verbose)
+            try:
+                run.whole()
+                return True
+            except Interrupted:
+                run.stop_early("interrupted")
+                return False
+            except Stop as stop:
+                if stop.saves:
+                    run.stop_early("stopped")
+                raise
+            except WorkerDied as died:
+                run.give_up()
+                restarts.count(f"{died}. Starting again from what is saved")
+            finally:
+                run.close()
+
+
+class Restarts:
+    """How often processes may still be replaced.
+
+    Args:
+        say: told of each.
+    """
+
+    def __init__(self, limit: int, say: Callable[[str], None]) -> None:
+        self.limit, self.done, self._say = limit, 0, say
+
+    def count(self, what: str) -> None:
+        """Raises Stop beyond the limit."""
+        if self.done >= self.limit:
+            raise Stop(f"{what}: no more, max_restarts is {self.limit}. Look at why, then use --resume", saves=False)
+        self.done += 1
+        self._say(f"{what} (restart {self.done} of {self.limit})")
 
 
 class _Run:
@@ -77,80 +84,101 @@ class _Run:
         self,
         plan: Plan,
         folder: RunFolder,
-        checkpoints: Checkpoints,
         display: Display,
-        trackers: Trackers,
         interrupts: Interrupts,
+        restarts: Restarts,
+        recipe: Mapping[str, Any],
+        *,
+        verbose: bool,
     ) -> None:
-        self.plan, self.config = plan, plan.config
-        self.folder, self.display, self.trackers, self.interrupts = folder, display, trackers, interrupts
+        self.plan, self.config, self.folder, self.display = plan, plan.config, folder, display
+        self.interrupts, self.restarts, self.verbose = interrupts, restarts, verbose
         self.order = PromptOrder(plan.train, self.config.seed)
+        self.checkpoints = Checkpoints(
+            folder.checkpoints,
+            keep=self.config.checkpoint.keep,
+            keep_every=self.config.checkpoint.keep_every,
+            expected=plan.checkpoint_bytes,
+        )
+        self.start = self.checkpoints.newest(display.message)
+        self.begins = checkpoint.counters(self.start)["iteration"] if self.start else -1  # after it; -1: anew
+        folder.truncate_after(self.begins)
+        self.trackers = Trackers(self.config.log.trackers, folder.path, recipe=recipe, first_step=self.begins + 1)
         self.done: int | None = None  # iterations whose effects are in the learner, once it is ready
         self.saved: int | None = None  # the newest of them that a checkpoint holds
-        self.checkpoints = checkpoints
-        self.judges: list[Worker] = []  # servers that this run has started
-        self._parts: Parts | None = None  # once they are placed
+        self._processes: Processes | None = None  # once they are placed
+        self._parts: Parts | None = None  # likewise
+        self._pool: Pool | None = None
+        self._given_up = False
         self.partial: PartialRollouts | None = None  # if the recipe asks for it
         self.timeline: Timeline | None = None  # likewise
-        self.engine_names: list[str] = []  # in the timeline
         self.outages: queue.SimpleQueue[Outage] = queue.SimpleQueue()
         plan.rewards.on_outage = self._hear
 
-    def begin(self, start: Path | None, *, verbose: bool) -> None:
+    def whole(self) -> None:
+        """Everything, to the end."""
+        with self.interrupts.waiting():
+            self.begin()
+        self.loop(max(self.begins, 0))
+
+    def begin(self) -> None:
         """Place engines, policy and critic side by side, and bring them to where the run stands."""
-        config, where, cores = self.config, device(self.config), os.cpu_count() or 1
-        engines, self.policy, self.critic = self._place(where, verbose)
-        self._serve_judges(where)
-        ready = self.plan.rewards.warm()
-        for worker in (self.policy, self.critic, *engines):
-            worker.ready()
-        ready.result()
-        if start:
-            self._restore(start)
-        done = checkpoint.counters(start)["iteration"] if start else 0
-        pool = Pool(
-            engines,
+        config, cores, done = self.config, os.cpu_count() or 1, max(self.begins, 0)
+        self._processes = processes = Processes(self.plan, verbose=self.verbose)
+        processes.ready()
+        if self.start:
+            self._restore(self.start)
+        self._pool = Pool(
+            processes.engines,
             as_they_come,
             self.plan.chat,
             max_sequence_length=config.max_sequence_length,
             temperature=config.rollout.temperature,
             seed=config.seed,
+            patience=config.rollout.patience_s,
+            replacement=self._replace_engine,
         )
         if partial := config.rollout.partial:
-            self.partial = PartialRollouts(pool, wanted=config.prompts_per_iteration, chunk=partial.chunk_tokens)
-            if start:
-                self.partial.resume(done, json.loads((start / "state" / BEGUN).read_text()), self.plan.train)
+            self.partial = PartialRollouts(self._pool, wanted=config.prompts_per_iteration, chunk=partial.chunk_tokens)
+            if self.start:
+                self.partial.resume(done, json.loads((self.start / "state" / BEGUN).read_text()), self.plan.train)
         if config.log.timeline:
-            self._draw(engines)
+            self.timeline = Timeline(self.folder.timeline, processes.named())
         self._parts = Parts(
             config,
-            self.partial or pool,
+            self.partial or self._pool,
             self.plan.rewards,
-            self.policy,
-            self.critic,
-            FeatureStore(self.policy.workers, config.learner.features_mib),
+            processes.policy,
+            processes.critic,
+            FeatureStore(processes.policy.workers, config.learner.features_mib),
             phase=self.display.phase,
             interruptible=self.interrupts.waiting,
             meanwhile=self._ride_out,
-            side_by_side=where == "cuda" or 2 * config.learner.ranks * (config.learner.threads or cores) <= cores,
+            side_by_side=device(config) == "cuda"
+            or 2 * config.learner.ranks * (config.learner.threads or cores) <= cores,
         )
         sync(done, self._prompts(done + 1), self.parts)
         # The engines' own start-up is not counted. What the check has shown the learner are the coming pictures.
         self.parts.told = replace(self.parts.encodings, learner=0)
-        self.done = self.saved = done if start else None
-        self.display.message(f"ready: {self.folder.path}" + (f", resuming after iteration {done}" if start else ""))
+        self.done = self.saved = done if self.start else None
+        resuming = f", resuming after iteration {done}" if self.start else ""
+        self.display.message(f"ready: {self.folder.path}{resuming}")
+
+    def _replace_engine(self, number: int, died: WorkerDied) -> Worker:
+        """Another engine in the place of one that died or hung, unless all are about to end."""
+        if self._given_up:
+            raise died
+        self.restarts.count(f"engine {number} is replaced: {died}")
+        worker = self.processes.replace_engine(number)
+        if self.timeline:
+            self.timeline.replaced(f"engine {number}", worker)
+        return worker
 
     @property
-    def teams(self) -> dict[str, Team]:
-        """Those that hold a model, by the name of its folder in a checkpoint."""
-        return {"policy": self.policy, "critic": self.critic}
-
-    def _draw(self, engines: Sequence[Worker]) -> None:
-        """From now on, keep a timeline of what every process does."""
-        named = {f"{name} {i}": worker for name, team in self.teams.items() for i, worker in enumerate(team.workers)}
-        self.engine_names = [f"engine {i}" for i in range(len(engines))]
-        named |= zip(self.engine_names, engines, strict=True)
-        self.timeline = Timeline(self.folder.timeline, named)
+    def processes(self) -> Processes:
+        if self._processes is None:
+            raise RuntimeError("the processes of the run are not placed yet")
+        return self._processes
 
     @property
     def parts(self) -> Parts:
@@ -158,68 +186,25 @@ class _Run:
             raise RuntimeError("the parts of the run are not placed yet")
         return self._parts
 
-    def _place(self, where: str, verbose: bool) -> tuple[list[Worker], Team, Team]:
-        config, plan = self.config, self.plan
-        judges = sum(judge_gpus(judge) for judge in served_here(config, plan.rewards).values())
-        ranks = config.learner.ranks
-        if where == "cuda" and gpus() < (needed := config.rollout.workers + 2 * ranks + judges):
-            raise ValueError(
-                f"the cluster has {gpus()} GPUs, but {config.rollout.workers} rollout workers, {ranks} for the policy, "
-                f"{ranks} for the critic and {judges} for judges need {needed}; lower rollout.workers or "
-                "learner.ranks, or add GPUs"
-            )
-        share: dict[str, Any] = {"gpus": 1} if where == "cuda" else {}
-        threads = {"OMP_NUM_THREADS": str(config.learner.threads)} if config.learner.threads else {}
-        engines = [
-            place(
-                Engine,
-                str(plan.model),
-                max_sequence_length=config.max_sequence_length,
-                seed=config.seed,
-                dtype=config.model.dtype,
-                device=where,
-                threads=config.rollout.threads,
-                kv_cache_gib=config.rollout.kv_cache_gib,
-                gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-                max_images_per_prompt=max(1, plan.most_images),
-                verbose=verbose,
-                environment={"OMP_NUM_THREADS": str(config.rollout.threads)} if where == "cpu" else {},
-                **share,
-            )
-            for _ in range(config.rollout.workers)
-        ]
-        policy, critic = (
-            place_team(made.of_rank, str(plan.model), config, where, count=ranks, environment=threads, **share)
-            for made in (Policy, Critic)
-        )
-        return engines, policy, critic
-
-    def _serve_judges(self, where: str) -> None:
-        """Start the judges that have no server yet; rewards learn where they are."""
-        asked = served_here(self.config, self.plan.rewards).items()
-        servers = {
-            name: place(
-                JudgeServer,
-                judge.model,
-                host="127.0.0.1" if alone() else None,
-                device=where,
-                options=judge.serve,
-                gpus=judge_gpus(judge) if where == "cuda" else 0,
-            )
-            for name, judge in asked
-        }
-        self.plan.rewards.served({name: server.call("url") for name, server in servers.items()})
-        self.judges = list(servers.values())  # kept, because an actor ends with its last handle
+    def give_up(self) -> None:
+        """Leave everything as it is saved: a process that others need has died."""
+        self._given_up = True
+        self.checkpoints.abandon()
+        if self._parts is not None:
+            self._parts.ahead.abandon()
+        if self._processes is not None:
+            self._processes.end()
 
     def close(self) -> None:
-        """End what runs beside the main thread, and the judges in good order; those still starting end with their
-        actor."""
+        """End what runs beside the main thread, the judges in good order, and the trackers."""
         if self._parts is not None:
             self._parts.ahead.abandon()
         try:
-            gather([judge.start("close") for judge in self.judges])
+            if self._processes is not None:
+                self._processes.close()
         except RuntimeError as error:  # must not hide why the run ends
             self.display.message(f"a judge's server did not end in good order: {error}")
+        self.trackers.close()
 
     def _hear(self, outage: Outage) -> None:
         """Told in whatever thread waits for rewards; only the main one knows when it may save."""
@@ -238,6 +223,7 @@ class _Run:
             return
         if self.done is not None and self.saved != self.done:
             self._save()
+        self.checkpoints.settle()
         wait = self.config.endpoints[outage.endpoint].max_wait
         self.display.message(
             f"endpoint {outage.endpoint} does not answer ({outage.why}); waiting for up to {wait:.0f} s"
@@ -249,7 +235,7 @@ class _Run:
         gather(
             [
                 team.start("restore", start / name, start / "state" / name, counters[f"{name}_steps"])
-                for name, team in self.teams.items()
+                for name, team in self.processes.teams.items()
             ]
         )
 
@@ -273,18 +259,31 @@ class _Run:
         clock = Clock(self.display.phase, self.timeline.add if self.timeline else None)
         prompts = self._prompts(iteration)
         following = self._prompts(iteration + 1) if iteration < self.config.iterations else []
-        metrics, scored = ppo_iteration(iteration, prompts, following, self.parts, clock)
+        try:
+            metrics, scored = ppo_iteration(iteration, prompts, following, self.parts, clock)
+        except Diverged as diverged:
+            self.folder.write_rollouts(iteration, diverged.scored)
+            raise Stop(
+                f"iteration {iteration}: {diverged}. Its samples are in {self.folder.rollouts}; lower the learning "
+                "rate, or look at their rewards",
+                saves=False,
+            ) from diverged
         if evaluates(self.config, iteration) and self.plan.held_out:
             with clock("sync"):
                 metrics |= catch_up(iteration, prompts, self.parts)
             metrics |= self._evaluation()
         metrics |= self.parts.new_encodings()
-        metrics |= self._checkpoint_metrics()
+        metrics |= self._checkpoint_metrics() | self._replaced_engines()
         self.folder.write_rollouts(iteration, scored, self.config.rollout.save)
         self._record({"iteration": iteration, "stage": self.config.stage, **metrics, **clock.metrics()})
         self.done = iteration
         if self.timeline:
-            self.timeline.write(busy=self.engine_names if self.parts.ahead.has(iteration + 1) else ())
+            self.timeline.write(busy=self.processes.named_engines() if self.parts.ahead.has(iteration + 1) else ())
+
+    def _replaced_engines(self) -> dict[str, float]:
+        assert self._pool is not None
+        replaced, self._pool.replaced = self._pool.replaced, 0
+        return {"rollout/replaced_engines": float(replaced)}
 
     def _evaluation(self) -> dict[str, float]:
         if not self.plan.held_out:
@@ -308,13 +307,14 @@ class _Run:
     def _begin_save(self, target: Path) -> tuple[Mapping[str, Any], Callable[[], None]]:
         """The learners copy what they have, and write it while the run goes on."""
         pending = {
-            name: team.start("save", target / name, target / "state" / name) for name, team in self.teams.items()
+            name: team.start("save", target / name, target / "state" / name)
+            for name, team in self.processes.teams.items()
         }
         steps = {f"{name}_steps": one.result() for name, one in pending.items()}
         if self.partial:
             (target / "state").mkdir(exist_ok=True)
             (target / "state" / BEGUN).write_text(json.dumps(self.partial.left(self.done or 0)))
-        workers = [worker for team in self.teams.values() for worker in team.workers]
+        workers = [worker for team in self.processes.teams.values() for worker in team.workers]
 
         def finish() -> None:
             while not all(gather([worker.start("written") for worker in workers])):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -56,21 +56,23 @@ class Command:
     def left_behind(self, patience: float = 20) -> list[str]:
         """Command lines of processes with our mark that are still there after `patience` seconds."""
         deadline = time.monotonic() + patience
-        while (found := self._marked()) and time.monotonic() < deadline:
+        while (found := [line for _, line in self.marked()]) and time.monotonic() < deadline:
             time.sleep(0.2)
         return found
 
-    def _marked(self) -> list[str]:
+    def marked(self) -> list[tuple[int, str]]:
+        """(process id, command line) of everything that it has started and that runs."""
         wanted, found = f"{MARK}={self.mark}".encode(), []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
             try:
                 if wanted in (entry / "environ").read_bytes():
-                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                    line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    found.append((int(entry.name), line))
             except OSError:  # gone, or not ours
                 continue
-        return [line for line in found if line]
+        return [(pid, line) for pid, line in found if line]
 
 
 def run(
@@ -83,13 +85,23 @@ def run(
     return result
 
 
-def wait_for_iteration(folder: Path, iteration: int, command: Command) -> None:
-    """Until metrics.jsonl has that iteration."""
+def wait_for(condition: Callable[[], bool], command: Command) -> None:
+    """Until it is true, while the command runs."""
     deadline = time.monotonic() + PATIENCE
-    while not any(line["iteration"] >= iteration for line in metrics(folder)):
+    while not condition():
         assert command.process.poll() is None, command.finish()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def wait_for_iteration(folder: Path, iteration: int, command: Command) -> None:
+    """Until metrics.jsonl has that iteration."""
+    wait_for(lambda: any(line["iteration"] >= iteration for line in metrics(folder)), command)
+
+
+def named(command: Command, kind: str) -> list[int]:
+    """Ids of the command's worker processes of a class."""
+    return [pid for pid, line in command.marked() if line.startswith(f"ray::{kind}")]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -105,8 +117,8 @@ def samples(folder: Path, iteration: int) -> list[dict[str, Any]]:
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What must be the same in two runs: everything but times and throughput."""
+    """What must be the same in two runs: everything but times, throughput and checkpoints being written."""
     return [
-        {k: v for k, v in line.items() if not k.startswith("time/") and k != "rollout/tokens_per_second"}
+        {k: v for k, v in line.items() if not k.startswith(("time/", "checkpoint/", "rollout/tokens_per_second"))}
         for line in lines
     ]

@@ -11,6 +11,7 @@ from rl.critic import Critic
 from rl.features import FeatureStore
 from rl.here import Here
 from rl.learner import Policy
+from rl.metrics import check
 from rl.model import checkpoint
 from rl.packing import Batch, collate
 from rl.targets import Targets, make_targets
@@ -239,14 +240,30 @@ def test_saving_and_restoring_continues_bit_for_bit(folder, tmp_path):
         assert all(torch.equal(t, b.state_dict()[n]) for n, t in a.state_dict().items())
 
 
-def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(folder):
+@pytest.mark.parametrize("made", [Policy, Critic])
+def test_steps_whose_gradient_is_not_finite_are_left_out_and_counted_until_there_are_too_many(folder, made):
+    model = made(folder, config(folder, max_skipped_steps=3))  # two steps in an update
     policy = Policy(folder, config(folder))
-    batch = batch_of(policy)
-    before = {n: p.detach().clone() for n, p in policy.trained.items()}
+    batch, features = batch_of(policy), features_of(policy)
+    before = {n: p.detach().clone() for n, p in model.optimizer.parameters.items()}
     bad = Targets(*(torch.full(batch.response_mask.shape, float("nan")) for _ in range(3)))
-    with pytest.raises(FloatingPointError, match="gradient norm is nan at optimizer step 1"):
-        policy.update(batch, bad, features_of(policy), 1)
-    assert all(torch.equal(before[n], p) for n, p in policy.trained.items())
+    name = "policy" if made is Policy else "value"
+    metrics = model.update(batch, bad, features, 1)
+    assert metrics[f"{name}/skipped_steps"] == 2 and f"{name}/loss" not in metrics
+    check({"iteration": 1} | metrics)
+    with pytest.raises(FloatingPointError, match=r"nan at optimizer step 1, for the 3\. time in a row"):
+        model.update(batch, bad, features, 2)
+    assert all(torch.equal(before[n], p) for n, p in model.optimizer.parameters.items())
+
+
+def test_a_step_that_is_made_forgives_those_left_out_before(folder):
+    policy = Policy(folder, config(folder, max_skipped_steps=3))
+    batch, features = batch_of(policy), features_of(policy)
+    bad = Targets(*(torch.full(batch.response_mask.shape, float("nan")) for _ in range(3)))
+    good = Targets(*(torch.ones(batch.response_mask.shape) for _ in range(3)))
+    for iteration in range(4):
+        assert policy.update(batch, bad, features, iteration)["policy/skipped_steps"] == 2
+        assert policy.update(batch, good, features, iteration)["policy/skipped_steps"] == 0
 
 
 def test_the_learning_rate_rises_linearly_over_the_warm_up(folder):

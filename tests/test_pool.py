@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from rl.here import Done
+from rl.stop import WorkerDied
 from rl.types import Completion, Prompt, Request, Rollout
 from rollout.pool import Pool, seed_of
 
@@ -46,7 +47,7 @@ class Letters:
         return f"answer to {response_ids[0]}"
 
 
-def in_turns(streams: Sequence[list]) -> Iterator[tuple[int, Any]]:
+def in_turns(streams: Sequence[list], patience: float = 0) -> Iterator[tuple[int, Any]]:
     """A step of each stream after the other, while there are any."""
     for step in range(max(map(len, streams))):
         yield from ((number, stream[step]) for number, stream in enumerate(streams) if step < len(stream))
@@ -112,6 +113,68 @@ def test_a_prompt_that_fills_the_sequence_is_refused_by_name() -> None:
     made, _ = pool(1, length=1)
     with pytest.raises(ValueError, match=r"row 0 has 1 tokens .* max_sequence_length 1"):
         made.sample(PROMPTS[:1], 1, iteration=1)
+
+
+class Mortal(Echo):
+    """Dies after so many of its answers, two at a time; at once if there are none."""
+
+    def __init__(self, answers: int | None = None) -> None:
+        super().__init__()
+        self.answers = answers
+
+    def start(self, method: str, *args: Any) -> Done:
+        return Dead(None) if self.answers == 0 else super().start(method, *args)
+
+    def stream(self, method: str, *args: Any) -> list:
+        steps = super().stream(method, *args)
+        return steps if self.answers is None else [*steps[: self.answers // 2], WorkerDied("gone")]
+
+
+class Dead(Done):
+    def result(self, patience: float | None = None) -> Any:
+        raise WorkerDied("gone")
+
+
+def mortal_pool(*answers: int | None) -> tuple[Pool, list[Mortal], list[int]]:
+    """A pool, the engines that it has had, and which were replaced."""
+    engines = [Mortal(one) for one in answers]
+    replaced: list[int] = []
+    chat: Any = Letters()
+
+    def another(number: int, died: WorkerDied) -> Mortal:
+        replaced.append(number)
+        engines.append(Mortal())
+        return engines[-1]
+
+    made = Pool(engines[:], in_turns, chat, max_sequence_length=10, temperature=0.7, seed=3, replacement=another)
+    return made, engines, replaced
+
+
+def test_what_a_dead_engine_had_not_answered_is_asked_of_another_with_the_same_weights_and_seeds() -> None:
+    expected = pool(2)[0].sample(PROMPTS, 2, iteration=1)
+    made, engines, replaced = mortal_pool(None, 2)
+    made.load("weights", 4)
+    told: list[int] = []
+    found = made.sample(PROMPTS, 2, iteration=1, finished=lambda place, rollout: told.append(place))
+    assert [rollout.response_ids for rollout in found] == [rollout.response_ids for rollout in expected]
+    assert sorted(told) == list(range(10))  # each once
+    assert (replaced, made.replaced) == ([1], 1)
+    assert engines[2].loaded == [("weights", 4)]
+    assert len(engines[2].asked) == 2  # of four, two were answered
+
+
+def test_an_engine_that_dies_while_it_takes_weights_is_replaced() -> None:
+    made, engines, replaced = mortal_pool(None, 0)
+    made.load("weights", 4)
+    assert (replaced, engines[2].loaded) == ([1], [("weights", 4)])
+    assert made.sample(PROMPTS, 1, iteration=1)[0].policy_step == 4
+
+
+def test_without_a_replacement_a_dead_engine_ends_the_run() -> None:
+    made, *_ = mortal_pool(2)
+    made.replacement = None
+    with pytest.raises(WorkerDied, match="gone"):
+        made.sample(PROMPTS, 2, iteration=1)
 
 
 def test_seeds_are_the_same_on_every_machine() -> None:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from rl.model import checkpoint
 from rl.run import main
-from tests.command import ROOT, Command, metrics, run, samples, wait_for_iteration, without_times
+from tests.chaos import strike
+from tests.command import ROOT, Command, metrics, named, run, samples, wait_for, wait_for_iteration, without_times
 
 SMALL = (
     "rl.run",
@@ -92,41 +93,66 @@ def test_the_screen_shows_progress_and_what_was_learned(finished: tuple[Path, st
     assert str(finished[0] / "policy") in out
 
 
-@pytest.mark.parametrize("blow", ["kill", "interrupt"])
-def test_a_run_broken_off_and_resumed_ends_like_one_that_was_not(
-    finished: tuple[Path, str], tmp_path: Path, blow: str
-) -> None:
+def test_a_run_interrupted_and_resumed_ends_like_one_that_was_not(finished: tuple[Path, str], tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     command = Command(*SMALL, "--output", folder)
     wait_for_iteration(folder, 3, command)
-    if blow == "kill":
-        command.kill()
-    else:
-        command.interrupt()
-        code, out, _ = command.finish()
-        assert code == 130 and f"--resume {folder}" in out
-    # Ray's own watchdogs need a while to notice that a driver was killed
-    assert command.left_behind(patience=90 if blow == "kill" else 20) == []
+    command.interrupt()
+    code, out, _ = command.finish()
+    assert code == 130 and f"--resume {folder}" in out
+    assert command.left_behind() == []
     code, _, err = run("rl.run", "--resume", folder)
     assert code == 0, err
-    assert without_times(metrics(folder)) == without_times(metrics(finished[0]))
-    for part in ("policy", "checkpoints/000004/critic", "checkpoints/000004/state"):
-        for file in sorted((finished[0] / part).glob("*.safetensors")):
-            ours, theirs = load_file(folder / part / file.name), load_file(file)
+    assert_same(folder, finished[0])
+
+
+def test_a_run_whose_learner_and_then_itself_are_killed_ends_like_one_that_was_not(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "struck"
+    command = Command(*SMALL, "--output", folder)
+    wait_for(lambda: (folder / "checkpoints/000002/manifest.json").exists(), command)
+    before = named(command, "Policy")
+    assert strike(command, "Policy") == "Policy"
+    wait_for(lambda: named(command, "Policy") not in ([], before), command)  # it starts again by itself
+    command.kill()
+    # Ray's own watchdogs need a while to notice that a driver was killed
+    assert command.left_behind(patience=90) == []
+    code, _, err = run("rl.run", "--resume", folder)
+    assert code == 0, err
+    assert_same(folder, finished[0])
+
+
+def assert_same(folder: Path, calm: Path) -> None:
+    """Metrics, samples, weights and the state of the optimizers, bit for bit."""
+    assert without_times(metrics(folder)) == without_times(metrics(calm))
+    for part in ("policy", "checkpoints/000004"):
+        for file in sorted((calm / part).rglob("*.safetensors")):
+            ours, theirs = load_file(folder / file.relative_to(calm)), load_file(file)
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs), file
-    for file in sorted((finished[0] / "rollouts").iterdir()):
+    for file in sorted((calm / "rollouts").iterdir()):
         assert (folder / "rollouts" / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.fixture(scope="module")
 def ahead(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that samples ahead, with policy and critic in two processes each."""
+    """A run that samples ahead, with policy and critic in two processes each, and whose engine is killed once."""
     folder = tmp_path_factory.mktemp("runs") / "ahead"
     options = "iterations=3", "data.eval=[]", "learner.ranks=2", "rollout.max_staleness=1", "log.timeline=true"
-    code, _, err = run(*SMALL, *options, "learner.threads=1", "--output", folder)
+    command = Command(*SMALL, *options, "learner.threads=1", "--output", folder)
+    wait_for_iteration(folder, 1, command)
+    assert strike(command, "Engine") == "Engine"
+    code, out, err = command.finish()
     assert code == 0, err
+    assert "engine 0 is replaced" in out
+    assert command.left_behind() == []
     return folder
+
+
+def test_an_engine_that_dies_is_replaced_and_every_sample_is_there(ahead: Path) -> None:
+    assert sum(line["rollout/replaced_engines"] for line in metrics(ahead)[1:]) == 1
+    assert [len(samples(ahead, iteration)) for iteration in (1, 2, 3)] == [8 * 4] * 3
 
 
 def test_sampling_ahead_lags_one_update_behind_and_engine_and_learner_still_agree(ahead: Path) -> None:

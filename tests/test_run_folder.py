@@ -3,6 +3,8 @@
 import gzip
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,18 @@ def test_a_new_run_has_its_recipe_and_places_for_samples_and_checkpoints(tmp_pat
     run = folder(tmp_path)
     assert run.recipe.read_text() == "stage: rlvr\n"
     assert run.rollouts.is_dir() and run.checkpoints.is_dir()
+    run.release()
     assert RunFolder.resume(run.path).path == run.path
+
+
+def test_a_folder_in_which_a_run_is_writing_is_refused_until_it_ends(tmp_path: Path) -> None:
+    code = f"from rl.run_folder import RunFolder; RunFolder.resume({str(tmp_path / 'run')!r}); print('mine')"
+    run = folder(tmp_path)
+    with pytest.raises(ValueError, match=f"another run is writing in {run.path}"):
+        RunFolder.resume(run.path)
+    run.release()
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "mine\n"
+    RunFolder.resume(run.path)  # that process has ended
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten_but_pointed_to(tmp_path: Path) -> None:
@@ -168,6 +181,7 @@ def test_truncating_forgets_later_iterations_and_leftovers(tmp_path: Path) -> No
     with run.metrics.open("ab") as file:
         file.write(b'{"iteration": 4, "pol')  # killed in the middle of a line
     (run.rollouts / "000004.jsonl.gz.partial").write_bytes(b"")
+    run.release()
     resumed = RunFolder.resume(run.path)
     resumed.truncate_after(2)
     assert [line["iteration"] for line in resumed.read_metrics()] == [0, 1, 2]
