@@ -60,17 +60,20 @@ class Emulated:
     ) -> list[Rollout]:
         rng = random.Random(iteration)
         made = []
-        for prompt in prompts if iteration > 0 else ():
+        for prompt in prompts:
             ids = tuple(rng.randrange(self.vocabulary) for _ in range(self.prompt))
             for _ in range(per_prompt):
                 response = tuple(rng.randrange(self.vocabulary) for _ in range(self.response))
                 # a uniform policy's, which is what random weights nearly are
                 logprobs = (-math.log(self.vocabulary),) * self.response
                 made.append(Rollout(prompt, "", "stop", ids, response, logprobs, self.policy_step))
-        time.sleep(self.seconds() if iteration > 0 else 0.0)
+        time.sleep(self.seconds())
         for place, rollout in enumerate(made):
             finished(place, rollout)
         return made
+
+    def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]:
+        return []
 
     def greedy(self, prompts: Sequence[Prompt], finished: Any = None) -> list[Rollout]:
         raise NotImplementedError("this benchmark does not evaluate")

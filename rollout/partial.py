@@ -82,6 +82,10 @@ class PartialRollouts:
         """As rollout.pool.Pool's."""
         return self.pool.policy_step
 
+    def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]:
+        """As rollout.pool.Pool's."""
+        return self.pool.check(prompts, iteration)
+
     def greedy(self, prompts: Sequence[Prompt], finished: Finished = lambda place, rollout: None) -> list[Rollout]:
         """As rollout.pool.Pool's."""
         return self.pool.greedy(prompts, finished)
@@ -112,11 +116,8 @@ class PartialRollouts:
     ) -> list[Rollout]:
         """Begin `prompts`, and go on with what the iteration before has left, until `wanted` groups are whole.
 
-        Of groups that become whole at the same moment, those that were begun first are taken. What is asked for with
-        an iteration below 1 is no training, and is all sampled to its end.
+        Of groups that become whole at the same moment, those that were begun first are taken.
         """
-        if iteration < 1:
-            return self.pool.sample(prompts, per_prompt, iteration, finished)
         begun = list(self._left.get(iteration - 1, ()))
         begun += [Begun(prompt, (iteration, place), (Draft(),) * per_prompt) for place, prompt in enumerate(prompts)]
         if len(begun) < self.wanted:

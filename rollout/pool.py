@@ -43,6 +43,7 @@ class Pool:
             for one that died, or was silent for as many seconds as its second argument says.
         max_sequence_length: tokens of prompt and response together.
         temperature: of `sample`.
+        check_tokens: the most that a response of `check` has.
         patience: seconds without a sign of life after which a worker counts as dead.
         replacement: told of a worker's number and what happened to it, gives another; raises if there is none.
     """
@@ -56,12 +57,13 @@ class Pool:
         max_sequence_length: int,
         temperature: float,
         seed: int,
+        check_tokens: int = 64,
         patience: float = 600.0,
         replacement: Callable[[int, WorkerDied], Worker] | None = None,
     ) -> None:
         self.workers, self.as_they_come, self.chat = list(workers), as_they_come, chat
         self.max_sequence_length, self.temperature, self.seed = max_sequence_length, temperature, seed
-        self.patience, self.replacement = patience, replacement
+        self.check_tokens, self.patience, self.replacement = check_tokens, patience, replacement
         self.policy_step = 0
         self.replaced = 0  # workers so far
         self._weights: Any = None  # those that all engines have, for one that takes another's place
@@ -84,6 +86,12 @@ class Pool:
             prompts,
             finished,
         )
+
+    def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]:
+        """One short rollout of each prompt, to compare the logprobs after a weight sync."""
+        requests = [self.request(prompt, (-iteration - 1, place, 0)) for place, prompt in enumerate(prompts)]
+        short = [[replace(r, max_tokens=min(r.max_tokens, self.check_tokens))] for r in requests]
+        return self._rollouts(short, prompts, lambda place, rollout: None)
 
     def greedy(self, prompts: Sequence[Prompt], finished: Finished = lambda place, rollout: None) -> list[Rollout]:
         """The single most likely response of each prompt."""

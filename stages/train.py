@@ -135,6 +135,7 @@ class _Run:
             max_sequence_length=config.max_sequence_length,
             temperature=config.rollout.temperature,
             seed=config.seed,
+            check_tokens=config.rollout.logprob_check_tokens,
             patience=config.rollout.patience_s,
             replacement=self._replace_engine,
         )

@@ -41,6 +41,9 @@ class Scripted:
             [self._rollout(p, GOOD if i % 2 else BAD) for p in prompts for i in range(per_prompt)], finished
         )
 
+    def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]:
+        return self.sample(prompts, 1, -iteration - 1)
+
     def greedy(self, prompts: Sequence[Prompt], finished: Finished = lambda i, r: None) -> list[Rollout]:
         return self._all([self._rollout(p, GOOD) for p in prompts], finished)
 

@@ -101,12 +101,6 @@ def test_each_piece_has_a_seed_of_its_own_and_the_first_that_of_a_response_sampl
     assert [request.seed for request in engine.asked] == first
 
 
-def test_checks_after_a_weight_sync_are_sampled_to_their_end_and_leave_nothing() -> None:
-    sampler, _ = partial([30] * 5, wanted=2, chunk=4)
-    assert len(sampler.sample(PROMPTS, 1, -1)[0].response_ids) == 30
-    assert sampler.left(-1) == []
-
-
 def test_what_was_begun_goes_through_a_checkpoint_and_goes_on_as_if_nothing_had_happened() -> None:
     found = []
     for broken_off in (False, True):

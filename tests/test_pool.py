@@ -96,6 +96,16 @@ def test_the_prompt_and_its_response_share_the_sequence_length() -> None:
     assert engines[0].asked[0].max_tokens == 9
 
 
+def test_a_check_asks_for_one_short_response_of_each_prompt_with_a_seed_of_its_own() -> None:
+    made, engines = pool(1, length=100)
+    made.check_tokens = 7
+    assert len(made.check(PROMPTS, 3)) == 5
+    assert {request.max_tokens for request in engines[0].asked} == {7}
+    checked = {request.seed for request in engines[0].asked}
+    made.sample(PROMPTS, 1, 3)
+    assert not checked & {request.seed for request in engines[0].asked[5:]}
+
+
 def test_greedy_asks_once_at_temperature_zero() -> None:
     made, engines = pool(1)
     assert len(made.greedy(PROMPTS)) == 5
