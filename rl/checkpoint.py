@@ -115,10 +115,13 @@ class Checkpoints:
 
     def newest(self, say: Callable[[str], None] = lambda message: None) -> Path | None:
         """The last one that is whole; `say` is told of each that is not."""
-        for path in reversed(finished(self.folder)):
+        there = sorted(p for p in self.folder.iterdir() if p.name.isdigit()) if self.folder.is_dir() else []
+        for path in reversed(there):
             if (problem := damage(path)) is None:
                 return path
             say(f"checkpoint {path} is damaged and not used: {problem}")
+        if there:
+            say(f"no checkpoint in {self.folder} can be used: starting from the beginning")
         return None
 
     def _forget_old(self) -> None:

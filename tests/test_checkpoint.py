@@ -127,6 +127,7 @@ def test_an_unreadable_manifest_is_damage_too(tmp_path: Path) -> None:
     heard: list[str] = []
     assert Checkpoints(tmp_path, keep=2).newest(heard.append) is None
     assert "manifest.json cannot be read" in heard[0]
+    assert "starting from the beginning" in heard[1]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
