@@ -93,6 +93,7 @@ def test_the_screen_shows_progress_and_what_was_learned(finished: tuple[Path, st
     assert str(finished[0] / "policy") in out
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_and_resumed_ends_like_one_that_was_not(finished: tuple[Path, str], tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     command = Command(*SMALL, "--output", folder)
