@@ -15,7 +15,7 @@ from rl.learner import Policy
 from rl.model import checkpoint
 from rl.packing import collate
 from rl.types import Prompt, Rollout, Scored
-from stages.loop import Clock, Finished, Parts, evaluate, ppo_iteration, sync
+from stages.loop import Clock, Diverged, Finished, Parts, evaluate, ppo_iteration, sync
 from tests.models import text_model
 from tests.test_learner import config
 
@@ -112,6 +112,16 @@ def test_an_iteration_reports_and_hands_on_the_weights(parts: Parts) -> None:
     assert isinstance(parts.sampler, Scripted) and parts.sampler.policy_step == 1
     assert {"time/rollout", "time/critic", "time/policy", "time/sync", "time/total"} <= clock.metrics().keys()
     json.dumps(metrics)
+
+
+def test_gradients_that_stay_infinite_hand_the_samples_on_with_the_reason(parts: Parts) -> None:
+    policy = inside(parts.policy)
+    with torch.no_grad():
+        policy.trained["model.norm.weight"].fill_(float("nan"))
+    policy.optimizer.max_skipped = 1
+    with pytest.raises(Diverged, match="gradient norm is nan") as diverged:
+        ppo_iteration(1, PROMPTS, PROMPTS, parts, Clock(parts.phase))
+    assert len(diverged.value.scored) == 12
 
 
 def test_while_only_the_critic_learns_the_policy_stays_as_it_is(parts: Parts) -> None:

@@ -4,6 +4,7 @@ One run to its end is shared by most tests; the others are broken off and resume
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,9 @@ def test_resuming_refuses_changed_values_and_names_them(
     assert main(["--resume", str(finished[0]), "ppo.gamma=0.5", "iterations=9"]) == 2
     said = capsys.readouterr().err
     assert "ppo.gamma: 1.0 -> 0.5" in said and "iterations" not in said
+    assert "--allow ppo.gamma" in said
+    allowed = ["--resume", str(finished[0]), "ppo.gamma=0.5", "--allow", "ppo.gamma", "--dry-run"]
+    assert main(allowed) == 0
 
 
 def test_a_dry_run_prints_every_value_with_its_origin_and_starts_nothing(tmp_path: Path) -> None:
@@ -272,6 +276,7 @@ def test_a_dry_run_prints_every_value_with_its_origin_and_starts_nothing(tmp_pat
     assert "profile cpu" in lines["model.path"]
     assert lines["ppo.tis_cap"].endswith("rlvr.yaml")
     assert "8 prompts x 4 rollouts = 32 per iteration" in out
+    assert re.search(r"disk +up to 3 checkpoints of [\d.]+ MiB", out)
     assert not (tmp_path / "none").exists()
 
 
