@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from rl.stop import WorkerDied
+from rl.stop import SourceDied, WorkerDied
 
 ROOT = Path(__file__).parent.parent
 MOST_SPANS = 10_000  # that a process remembers while nobody asks
@@ -98,6 +98,8 @@ def _get(reference: Any, patience: float | None = None) -> Any:
     try:
         return ray.get(reference, timeout=patience)
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RayError):
+            raise SourceDied(f"a worker process of the run died, and others waited for it: {error.cause}") from error
         raise error.as_instanceof_cause() from None
     except ray.exceptions.GetTimeoutError:
         raise WorkerDied(f"a worker process of the run gave no sign of life for {patience:g} s") from None

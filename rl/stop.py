@@ -14,3 +14,7 @@ class Stop(RuntimeError):
 
 class WorkerDied(RuntimeError):
     """A process of the run died, or gave no sign of life for too long. Another one can do what it was doing."""
+
+
+class SourceDied(WorkerDied):
+    """The process that died is not the one that was asked, but one whose answer that one was to work on."""

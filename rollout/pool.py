@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from rl.stop import WorkerDied
+from rl.stop import SourceDied, WorkerDied
 from rl.types import Completion, Prompt, Request, Rollout
 from rollout.chat import Chat
 
@@ -104,6 +104,8 @@ class Pool:
         for number, pending in enumerate([worker.start("load", weights, policy_step) for worker in self.workers]):
             try:
                 pending.result(self.patience)
+            except SourceDied:  # no engine is to blame, and no other could do it
+                raise
             except WorkerDied as died:
                 self._replace(number, died)
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from rl.here import Done
-from rl.stop import WorkerDied
+from rl.stop import SourceDied, WorkerDied
 from rl.types import Completion, Prompt, Request, Rollout
 from rollout.pool import Pool, seed_of
 
@@ -133,7 +133,7 @@ class Mortal(Echo):
         self.answers = answers
 
     def start(self, method: str, *args: Any) -> Done:
-        return Dead(None) if self.answers == 0 else super().start(method, *args)
+        return Dead(WorkerDied("gone")) if self.answers == 0 else super().start(method, *args)
 
     def stream(self, method: str, *args: Any) -> list:
         steps = super().stream(method, *args)
@@ -141,8 +141,10 @@ class Mortal(Echo):
 
 
 class Dead(Done):
+    """An answer that never comes, and why."""
+
     def result(self, patience: float | None = None) -> Any:
-        raise WorkerDied("gone")
+        raise self.value
 
 
 def mortal_pool(*answers: int | None) -> tuple[Pool, list[Mortal], list[int]]:
@@ -178,6 +180,14 @@ def test_an_engine_that_dies_while_it_takes_weights_is_replaced() -> None:
     made.load("weights", 4)
     assert (replaced, engines[2].loaded) == ([1], [("weights", 4)])
     assert made.sample(PROMPTS, 1, iteration=1)[0].policy_step == 4
+
+
+def test_an_engine_is_not_blamed_when_the_policy_dies_whose_weights_it_waits_for() -> None:
+    made, engines, replaced = mortal_pool(None)
+    engines[0].start = lambda method, *args: Dead(SourceDied("the policy is gone"))
+    with pytest.raises(SourceDied, match="the policy is gone"):
+        made.load("weights", 4)
+    assert replaced == []
 
 
 def test_without_a_replacement_a_dead_engine_ends_the_run() -> None:
