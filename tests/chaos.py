@@ -4,9 +4,9 @@
 
 A small run on the CPU profile goes to its end once undisturbed, and once while `faults` blows fall on it: the driver
 alone (kill -9), its whole process group, one worker process of the named class, or an engine that is halted instead
-(hang). Whenever the run has ended before its time it is resumed. Both must have every iteration exactly once with its
-full set of samples. Unless an engine was struck, whose replacement answers in other batches (last digits differ),
-metrics, samples and weights must be the same bit for bit.
+while it samples (hang). Whenever the run has ended before its time it is resumed. Both must have every iteration
+exactly once with its full set of samples. Unless an engine was struck, whose replacement answers in other batches
+(last digits differ), metrics, samples and weights must be the same bit for bit.
 """
 
 import argparse
@@ -82,7 +82,8 @@ def strike(command: Command, kind: str) -> str | None:
     elif kind == "group":
         os.killpg(command.process.pid, signal.SIGKILL)
     else:
-        found = named(command, "Engine" if kind == "hang" else kind)
+        # one that hangs while it starts is not noticed: how long loading may take, nobody knows
+        found = named(command, "Engine.stream" if kind == "hang" else kind)
         if not found:
             return None
         os.kill(found[0], signal.SIGSTOP if kind == "hang" else signal.SIGKILL)
