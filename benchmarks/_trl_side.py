@@ -28,7 +28,7 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)  # read when torch is imported
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, __version__  # pyrefly: ignore[missing-import]
+from trl import GRPOConfig, GRPOTrainer, __version__  # pyrefly: ignore[missing-import] (not installed with ours)
 
 
 class Stopwatch(TrainerCallback):

@@ -77,7 +77,7 @@ class Process:
 
     def yield_cores(self) -> None:
         """From now on it computes only when nothing else wants to. There is no way back."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # likewise
             os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
 
     def loaded(self, setup_s: float) -> float:

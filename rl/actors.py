@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from rl.stop import SourceDied, WorkerDied
 
 ROOT = Path(__file__).parent.parent
+_SILENT = "a worker process of the run gave no sign of life for {:g} s"
 MOST_SPANS = 10_000  # that a process remembers while nobody asks
 
 
@@ -102,7 +103,7 @@ def _get(reference: Any, patience: float | None = None) -> Any:
             raise SourceDied(f"a worker process of the run died, and others waited for it: {error.cause}") from error
         raise error.as_instanceof_cause() from None
     except ray.exceptions.GetTimeoutError:
-        raise WorkerDied(f"a worker process of the run gave no sign of life for {patience:g} s") from None
+        raise WorkerDied(_SILENT.format(patience)) from None
     except RayError as error:
         raise WorkerDied(f"a worker process of the run died: {error}") from error
 
@@ -151,13 +152,16 @@ class Together(Later):
         waiting = {later.reference: later for later in self._pending}
         try:
             while waiting:
-                for reference in ray.wait(list(waiting), num_returns=1)[0]:
+                ready = ray.wait(list(waiting), num_returns=1, timeout=patience)[0]
+                if not ready:
+                    raise WorkerDied(_SILENT.format(patience))
+                for reference in ready:
                     waiting.pop(reference).result()
         except Exception:  # whatever it was, it is raised again
             if waiting:
                 self._team.end()
             raise
-        return super().result(patience)
+        return super().result()
 
 
 class Team:
@@ -254,7 +258,7 @@ def as_they_come(streams: Sequence[Any], patience: float) -> Iterator[tuple[int,
             if isinstance(value, WorkerDied):
                 del running[stream]
         for stream in [stream for stream in running if time.monotonic() - heard[stream] > patience]:
-            yield running.pop(stream), WorkerDied(f"an engine gave no sign of life for {patience:g} s")
+            yield running.pop(stream), WorkerDied(_SILENT.format(patience))
 
 
 @contextmanager

@@ -114,14 +114,23 @@ class Checkpoints:
         return told
 
     def newest(self, say: Callable[[str], None] = lambda message: None) -> Path | None:
-        """The last one that is whole; `say` is told of each that is not."""
-        there = sorted(p for p in self.folder.iterdir() if p.name.isdigit()) if self.folder.is_dir() else []
-        for path in reversed(there):
+        """The last one that is whole, None if there is not any; `say` is told of each that is damaged.
+
+        Raises: Stop if all are damaged. To start anew would throw away what the run has finished.
+        """
+        found = _numbered(self.folder)
+        problems = []
+        for path in reversed(found):
             if (problem := damage(path)) is None:
                 return path
-            say(f"checkpoint {path} is damaged and not used: {problem}")
-        if there:
-            say(f"no checkpoint in {self.folder} can be used: starting from the beginning")
+            problems.append(f"checkpoint {path} is damaged and not used: {problem}")
+            say(problems[-1])
+        if problems:
+            raise Stop(
+                f"no checkpoint in {self.folder} can be used, the newest because: {problems[0]}. Bring one back, or "
+                "start a new run with another --output.",
+                saves=False,
+            )
         return None
 
     def _forget_old(self) -> None:
@@ -140,9 +149,11 @@ def _not_written(iteration: int, error: Exception) -> Stop:
 
 def finished(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.name.isdigit() and (p / MANIFEST).is_file())
+    return [path for path in _numbered(folder) if (path / MANIFEST).is_file()]
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -97,11 +97,11 @@ class JudgeServer:
 
     def close(self) -> None:
         """Ends the server and all its processes; by force if it takes longer than ten seconds."""
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):  # it has ended already
             os.killpg(self._process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):  # then by force
             self._process.wait(timeout=10)
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):  # nothing of its group is left
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 

@@ -121,13 +121,17 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path, how: 
     assert len(heard) == 1 and said in heard[0] and "000020 is damaged" in heard[0]
 
 
-def test_an_unreadable_manifest_is_damage_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["{", None])
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(tmp_path: Path, content: str | None) -> None:
     written(tmp_path, 10)
-    (tmp_path / "000010/manifest.json").write_text("{")
-    heard: list[str] = []
-    assert Checkpoints(tmp_path, keep=2).newest(heard.append) is None
-    assert "manifest.json cannot be read" in heard[0]
-    assert "starting from the beginning" in heard[1]
+    manifest = tmp_path / "000010/manifest.json"
+    manifest.unlink() if content is None else manifest.write_text(content)
+    with pytest.raises(Stop, match=r"no checkpoint in .* can be used.*manifest\.json cannot be read.*another --output"):
+        Checkpoints(tmp_path, keep=2).newest()
+
+
+def test_a_run_that_has_not_saved_yet_has_no_newest(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path, keep=2).newest() is None
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
