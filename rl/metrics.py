@@ -165,7 +165,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("checkpoint/blocked_seconds", "lower", "Seconds of them that training waited."),
     Metric("checkpoint/mib", "lower", "Its size in MiB."),
-    Metric("time/total", "lower", "Seconds of the whole iteration, evaluation and checkpoint included."),
+    Metric("time/total", "lower", "Seconds of the whole iteration, evaluation included."),
 )
 _BY_NAME = {metric.name: metric for metric in METRICS}
 _TEXT = ("stage",)

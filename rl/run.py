@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    if args.allow and not args.resume:
+        raise InputError("--allow is for --resume: a new run may have any value")
     if args.resume:
         resolved = _resumed(args)
     elif args.recipe is None or "=" in args.recipe:
@@ -91,8 +93,10 @@ def _resumed(args: argparse.Namespace) -> Resolved:
     if not recipe.is_file():
         raise InputError(f"{args.resume} is no run folder: it has no recipe.yaml")
     saved, wanted = load(recipe), load(recipe, overrides=overrides)
-    allowed = MAY_CHANGE | set(args.allow)
-    changes = [change for change in differences(saved.config, wanted.config) if change.key not in allowed]
+    changed = differences(saved.config, wanted.config)
+    if unchanged := set(args.allow) - {change.key for change in changed}:
+        raise InputError(f"--allow {sorted(unchanged)[0]}: no such option changes; leave it out")
+    changes = [change for change in changed if change.key not in MAY_CHANGE | set(args.allow)]
     if changes:
         listed = "".join(f"\n  {change}" for change in changes)
         named = " ".join(f"--allow {change.key}" for change in changes)

@@ -266,6 +266,11 @@ def test_resuming_refuses_changed_values_and_names_them(
     assert "--allow ppo.gamma" in said
     allowed = ["--resume", str(finished[0]), "ppo.gamma=0.5", "--allow", "ppo.gamma", "--dry-run"]
     assert main(allowed) == 0
+    capsys.readouterr()
+    assert main([*allowed, "--allow", "ppo.lamb"]) == 2
+    assert "--allow ppo.lamb: no such option changes" in capsys.readouterr().err
+    assert main([str(ROOT / "recipes/rlvr.yaml"), "--allow", "ppo.gamma"]) == 2
+    assert "--allow is for --resume" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_every_value_with_its_origin_and_starts_nothing(tmp_path: Path) -> None:
