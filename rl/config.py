@@ -289,7 +289,7 @@ class Rollout(Options):
     """Samples written to rollouts/ per iteration."""
     logprob_check: Count = 8
     """Responses per weight sync whose logprobs the learner recomputes, to see that the engine agrees."""
-    logprob_check_tokens: Count = 64
+    logprob_check_tokens: Count = 16
     """Tokens of such a response at most: the check costs as many steps of the engine."""
     logprob_gap_limit: Positive = 0.05
     """Mean |engine - learner| logprob (nats per token) above which the run stops. Sound bfloat16 on a GPU

@@ -1,7 +1,8 @@
 """The critic in plain torch: the policy's decoder with a value head, its own weights and optimizer."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from rl.config import Config
 from rl.losses import explained_variance, value_loss
 from rl.model.packed import hidden_states
-from rl.packing import Batch, Pack, Row, minibatches
+from rl.packing import Batch, Group, Pack, Row, minibatches
 from rl.ranks import Ranks
 from rl.sharded import Sharded
 from rl.targets import Targets
@@ -37,6 +38,15 @@ def initial_head(hidden: int, seed: int) -> Tensor:
     return torch.randn((1, hidden), generator=torch.Generator().manual_seed(seed)) / (hidden + 1)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What an update may start with."""
+
+    groups: tuple[Group, ...]  # of the batch
+    rows: Sequence[Row]  # all of them, packed
+    values: Tensor  # of the last of the rows, [T], with their graph
+
+
 class Critic(Sharded):
     """Values for advantages, and the value update. A plain object; Ray places it, possibly split over several ranks.
 
@@ -49,6 +59,7 @@ class Critic(Sharded):
         head = self.model.value_head
         weight = self.ranks.own(initial_head(head.in_features, config.seed), head.weight)
         self.model.load_state_dict({"value_head.weight": weight}, strict=False, assign=True)
+        self._kept: _Kept | None = None
         trained = dict(self.model.named_parameters())
         self.optimizer = self.adamw(trained, config.ppo.critic_lr, config.ppo.critic_warmup)
 
@@ -61,13 +72,22 @@ class Critic(Sharded):
         with self.ranks.autocast(self.dtype):
             return self.model(row.pack, features)
 
-    @torch.no_grad()
     def values(self, batch: Batch, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Values before each response token [N, R] (0 outside the mask) and after the last one [N]."""
+        """Values before each response token [N, R] (0 outside the mask) and after the last one [N].
+
+        If the update will go over the whole batch at once, the last packed row's graph is kept for it: no weights
+        change in between, and an update needs as much memory anyway.
+        """
         values = torch.zeros(batch.response_mask.shape)
         final = torch.zeros(len(values))
-        for row in self.rows(batch.groups):
-            every = self._forward(row, features).cpu()
+        rows, self._kept = self.rows(batch.groups), None
+        for row in rows:
+            keep = row is rows[-1] and self.config.ppo.critic_minibatches == 1
+            with torch.set_grad_enabled(keep):
+                every = self._forward(row, features)
+            if keep:
+                self._kept = _Kept(batch.groups, rows, every)
+            every = every.detach().cpu()
             if row.counts:
                 row.pack.put(values, row.pack.padded(every[row.pack.before]))
                 final[row.pack.rows] = every[row.pack.last]
@@ -86,9 +106,10 @@ class Critic(Sharded):
         for groups in minibatches(batch.groups, self.config.ppo.critic_minibatches, seed):
             tokens = sum(len(response) for group in groups for response in group.responses)
             found = torch.zeros(())
-            for row in self.rows(groups):
+            for row, known in self._rows_to_learn(groups, batch):
                 pack = row.pack
-                values = pack.padded(self._forward(row, features)[pack.before.to(device)])
+                every = self._forward(row, features) if known is None else known
+                values = pack.padded(every[pack.before.to(device)])
                 mask, returns = (pack.part(full).to(device) for full in (batch.response_mask, targets.returns))
                 loss = value_loss(values, returns, mask, tokens=tokens)
                 # FSDP averages gradients over the ranks; the loss is a sum over all of them.
@@ -104,6 +125,17 @@ class Critic(Sharded):
             metrics["value/loss"] = float(self.ranks.sum(total)) / trained
         explained = explained_variance(targets.values, targets.returns, batch.response_mask)
         return metrics if math.isnan(explained) else metrics | {"value/explained_variance": explained}
+
+    def _rows_to_learn(self, groups: Sequence[Group], batch: Batch) -> Iterator[tuple[Row, Tensor | None]]:
+        """The packed rows of a minibatch, each with its values if `values` has kept them."""
+        kept, self._kept = self._kept, None
+        # All ranks are asked the same, so that they decide alike.
+        if kept is None or kept.groups != batch.groups:
+            yield from ((row, None) for row in self.rows(groups))
+            return
+        *others, last = kept.rows
+        yield last, kept.values
+        yield from ((row, None) for row in others)
 
     def whole(self) -> dict[str, Tensor]:
         """Trunk and value head in float32."""

@@ -35,7 +35,7 @@ class Optimizer:
         self.lr, self.warmup, self.max_grad_norm, self.max_skipped = lr, warmup, max_grad_norm, max_skipped
         self.steps, self.skipped = 0, 0  # made; left out since the last one that was made
         self.adamw = torch.optim.AdamW(
-            self.parameters.values(), lr=lr, betas=betas, weight_decay=weight_decay, eps=1e-8
+            self.parameters.values(), lr=lr, betas=betas, weight_decay=weight_decay, eps=1e-8, fused=True
         )
 
     @property
@@ -84,4 +84,4 @@ class Optimizer:
             return
         for parameter in self.parameters.values():
             moments = {name: torch.zeros_like(parameter) for name in MOMENTS}
-            self.adamw.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+            self.adamw.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device), **moments}

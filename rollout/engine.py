@@ -70,7 +70,9 @@ class Engine:
         from vllm import LLM
 
         from rl.model.config import StepVLConfig
+        from rollout.vllm_sampler import install
 
+        install()
         _prepare_device(device, threads)
         config = AutoConfig.from_pretrained(model)
         self.max_sequence_length = max_sequence_length

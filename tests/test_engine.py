@@ -70,6 +70,18 @@ def test_tied_embeddings_must_be_sent_twice(tied: ServedTied) -> None:
         tied.engine.load(weights, step=1)
 
 
+def test_a_request_is_answered_with_one_uniform_number_per_token_of_its_own_generator(tied: ServedTied) -> None:
+    model = changed(tied.model, 7)
+    tied.engine.load(all_weights(model), step=7)
+    for request, answer in zip(asked := requests(), tied.engine.generate(asked), strict=True):
+        generator = torch.Generator().manual_seed(request.seed)
+        ids = torch.tensor([answer.prompt_ids + answer.response_ids])
+        with torch.no_grad():
+            chances = model(input_ids=ids).logits[0, len(answer.prompt_ids) - 1 : -1].softmax(-1, dtype=torch.float64)
+        drawn = torch.rand(len(answer.response_ids), dtype=torch.float64, generator=generator)
+        assert torch.searchsorted(chances.cumsum(-1), drawn[:, None]).tolist() == [[i] for i in answer.response_ids]
+
+
 def test_prompt_seen_before_a_load_is_computed_anew_after_it(tied: ServedTied) -> None:
     long = requests(1, length=300)  # longer than vLLM's cache block of 128 tokens
     for seed in (3, 4):

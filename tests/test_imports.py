@@ -25,6 +25,7 @@ ONE_DOOR = {  # the first file is the one to go through
     "vllm": [
         "rollout/engine.py",
         "rollout/vllm_plugin.py",
+        "rollout/vllm_sampler.py",
         "rollout/vllm_step_vl.py",
         "rollout/weight_transfer.py",
     ],

@@ -202,6 +202,23 @@ def test_critic_gradients_do_not_depend_on_how_a_minibatch_is_split(folder):
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-6, rtol=1e-4)
 
 
+def test_an_update_that_starts_with_a_kept_forward_pass_learns_the_same(folder):
+    weights = []
+    for keeps in (True, False):
+        cfg = config(folder, critic_minibatches=1, critic_lr=1e-3)
+        cfg = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"token_budget": 24})})
+        critic, policy = Critic(folder, cfg), Policy(folder, cfg)
+        batch, features = batch_of(policy), features_of(policy)
+        given = (batch, make_targets(batch, *critic.values(batch, features), cfg.ppo), features)
+        if not keeps:
+            other = collate([Scored(Rollout(Prompt("p", "t", ()), "", "stop", (10,), (12,), (0.0,)), 0)])
+            critic.values(other, {})  # of a batch that is not trained on
+        critic.update(*given, 1)
+        critic.update(*given, 2)  # finds nothing kept, in both cases
+        weights.append({name: parameter.detach() for name, parameter in critic.model.named_parameters()})
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-4)
+
+
 def test_a_cut_response_is_worth_the_critics_estimate_where_the_recipe_bootstraps(folder):
     prompt = Prompt("p", "t", ())
     rollouts = [Rollout(prompt, "", f, (1,), (2, 3), (0.0, 0.0)) for f in ("stop", "length")]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOGITS = 1 << 25  # logits that exist at the same time, 128 MiB in float32
+LOGITS, LEAST = 1 << 22, 256  # that exist at the same time: logits (16 MiB in float32), but of no fewer tokens
 
 
 def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: f
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        ctx.temperature, ctx.size = temperature, max(1, LOGITS // len(head))
+        ctx.temperature, ctx.size = temperature, max(LEAST, LOGITS // len(head))
         logprobs, entropies, norms = hidden.new_empty(3, len(hidden), dtype=torch.float32)
         for part in _parts(len(hidden), ctx.size):
             logits = _logits(hidden[part], head, temperature)
