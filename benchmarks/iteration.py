@@ -168,7 +168,8 @@ def ours(folder: Path) -> tuple[list[dict[str, float]], float]:
             f"prompts_per_iteration={PROMPTS}", f"rollouts_per_prompt={GROUP}",
             f"max_sequence_length={PROMPT_TOKENS + LIMIT}", "ppo.minibatches=1", "ppo.critic_minibatches=1",
             f"ppo.policy_lr={LEARNING_RATE}", f"ppo.betas={list(BETAS)}", "ppo.weight_decay=0.0",
-            "ppo.max_grad_norm=1.0", "ppo.kl=0.0", "learner.token_budget=16384", f"rollout.threads={THREADS}", f"learner.threads={THREADS}",
+            "ppo.max_grad_norm=1.0", "ppo.kl=0.0", "learner.token_budget=16384",
+            f"rollout.threads={THREADS}", f"learner.threads={THREADS}",
             "rollout.save=none", "log.trackers=[]", "checkpoint.every=1000",
         )  # fmt: skip
         lines = [json.loads(line) for line in Path(run, "run/metrics.jsonl").read_text().splitlines()]

@@ -114,9 +114,9 @@ class Worker:
     def __init__(self, actor: Any, made: Later) -> None:
         self._actor, self.made = actor, made
 
-    def ready(self) -> None:
-        """Waits until the object exists; raises what its constructor raised."""
-        self.made.result()
+    def ready(self, patience: float | None = None) -> None:
+        """Waits until the object exists; raises what its constructor raised, or WorkerDied after `patience` seconds."""
+        self.made.result(patience)
 
     def spans(self) -> Later:
         """What it has done since this was asked last: (method, first and last moment in seconds since 1970)."""
@@ -150,6 +150,7 @@ class Together(Later):
     def result(self, patience: float | None = None) -> Any:
         """Waits for all; if one fails, the others, which may wait for it for ever, are ended."""
         waiting = {later.reference: later for later in self._pending}
+        patience = patience or self._team.patience
         try:
             while waiting:
                 ready = ray.wait(list(waiting), num_returns=1, timeout=patience)[0]
@@ -165,14 +166,18 @@ class Together(Later):
 
 
 class Team:
-    """Workers that hold one model together: they get every call, in the same order, and answer as one."""
+    """Workers that hold one model together: they get every call, in the same order, and answer as one.
 
-    def __init__(self, workers: Sequence[Worker]) -> None:
-        self.workers = list(workers)
+    Args:
+        patience: seconds without the next of their answers after which they count as hung; None waits for ever.
+    """
 
-    def ready(self) -> None:
-        """Waits until all objects exist; raises what a constructor raised."""
-        Together(self, [worker.made for worker in self.workers]).result()
+    def __init__(self, workers: Sequence[Worker], patience: float | None = None) -> None:
+        self.workers, self.patience = list(workers), patience
+
+    def ready(self, patience: float | None = None) -> None:
+        """Waits until all objects exist; raises what a constructor raised, or WorkerDied after `patience` seconds."""
+        Together(self, [worker.made for worker in self.workers]).result(patience)
 
     def start(self, method: str, *args: Any) -> Together:
         """Begin `object.method(...)` on all."""
@@ -204,13 +209,14 @@ def place_team(
     cpus: float = 0,
     gpus: float = 0,
     environment: dict[str, str] | None = None,
+    patience: float | None = None,
 ) -> Team:
     """Make `make(*args, rank, count, address)` in `count` actors that can meet at `address`. Returns at once if one
     is enough, else when the first actor's process runs."""
     actors = [_actor(make, cpus, gpus, environment) for _ in range(count)]
     address = _get(actors[0].free_address.remote()) if count > 1 else None
     made = [Later(a.make.remote(make, (*args, rank, count, address), {})) for rank, a in enumerate(actors)]
-    return Team([Worker(actor, one) for actor, one in zip(actors, made, strict=True)])
+    return Team([Worker(actor, one) for actor, one in zip(actors, made, strict=True)], patience)
 
 
 def place(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rl.disk import NoRoom, begin_folder, check_room, finish_folder, replacing_folder
+from rl.disk import NoRoom, begin_folder, check_room, finish_folder, not_written, replacing_folder, writing
 from rl.stop import Stop
 
 STATE, MANIFEST = "run.json", "manifest.json"
@@ -59,16 +59,16 @@ class Checkpoints:
         """
         self.settle()
         start = time.monotonic()
+        for broken_off in self.folder.glob(".*.partial"):
+            shutil.rmtree(broken_off)
         try:
             check_room(self.folder, self.expected, f"the checkpoint of iteration {iteration}")
         except NoRoom as problem:
             raise Stop(f"{problem}. Lower checkpoint.keep, make room, and go on with --resume.", saves=False) from None
         final = self.folder / f"{iteration:06d}"
-        try:
+        with writing(f"the checkpoint of iteration {iteration}"):
             partial = begin_folder(final)
             counters, finish = save(partial)
-        except OSError as error:
-            raise _not_written(iteration, error) from error
         blocked = time.monotonic() - start
 
         def write() -> None:
@@ -78,13 +78,13 @@ class Checkpoints:
                 _write_json(partial / "state" / STATE, {"iteration": iteration, **counters})
                 size = _write_manifest(partial)
                 finish_folder(partial, final)
-                self._forget_old()
             except Exception as error:  # told by the next `settle` or `check`
-                self._failed = _not_written(iteration, error)
+                self._failed = not_written(f"the checkpoint of iteration {iteration}", error)
                 self._failed.__cause__ = error
-            else:
-                self.expected = size
-                self._written.append(Written(time.monotonic() - start, blocked, size))
+                return
+            self.expected = size
+            self._written.append(Written(time.monotonic() - start, blocked, size))
+            self._failed = self._forget_old()
 
         self._thread = threading.Thread(target=write, name=f"checkpoint {iteration}")
         self._thread.start()
@@ -133,18 +133,16 @@ class Checkpoints:
             )
         return None
 
-    def _forget_old(self) -> None:
+    def _forget_old(self) -> Stop | None:
+        """Returns why the run must not go on, if one cannot be removed: they would fill the disk."""
         for old in finished(self.folder)[: -self.keep]:
             if not self.keep_every or int(old.name) % self.keep_every:
-                shutil.rmtree(old)
-
-
-def _not_written(iteration: int, error: Exception) -> Stop:
-    return Stop(
-        f"the checkpoint of iteration {iteration} could not be written: {error}. Make room or mend the folder, and go "
-        "on with --resume.",
-        saves=False,
-    )
+                try:
+                    shutil.rmtree(old)
+                except OSError as error:
+                    why = f"the old checkpoint {old} could not be removed: {error}. Mend that and go on with --resume."
+                    return Stop(why, saves=False)
+        return None
 
 
 def finished(folder: Path) -> list[Path]:
@@ -179,8 +177,8 @@ def counters(checkpoint: Path) -> dict[str, Any]:
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Copy a finished folder to `target`, in place of what was there."""
-    with replacing_folder(target) as partial:
+    """Copy a finished folder to `target`, in place of what was there. Raises Stop if that cannot be written."""
+    with writing(target), replacing_folder(target) as partial:
         shutil.copytree(folder, partial, dirs_exist_ok=True)
 
 

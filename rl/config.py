@@ -307,6 +307,9 @@ class Learner(Options):
     """CPU threads of the learner; null leaves it to torch."""
     activation_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more work."""
+    patience_s: Positive = 7200.0
+    """Seconds that policy or critic may take for one answer, the update of a whole iteration for example, before they
+    count as hung and all is started again from the newest checkpoint."""
     features_mib: Count = 65_536
     """MiB of the frozen encoder's image features that are kept; each picture is encoded once while there is room. Ray
     moves what its object store cannot hold to disk."""
@@ -364,6 +367,8 @@ class Config(Options):
     max_restarts: Annotated[int, Field(ge=0)] = 10
     """Times that processes which died or hung are replaced before the run stops: an engine by itself, policy and
     critic by starting all again from the newest checkpoint."""
+    max_start_s: Positive = 3600.0
+    """Seconds that a process of the run may take to start, before it counts as hung."""
     endpoints: dict[str, Endpoint] = {}
     """Name -> the server of a judge, for rewards that ask one."""
     ppo: PPO

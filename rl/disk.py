@@ -7,6 +7,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import IO
 
+from rl.stop import Stop
+
 
 class NoRoom(OSError):
     """A disk has less room than what is about to be written."""
@@ -17,6 +19,22 @@ def check_room(folder: Path, wanted: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise NoRoom(f"{folder} has {readable(free)} free, and {what} takes about {readable(wanted)}")
+
+
+@contextlib.contextmanager
+def writing(what: object) -> Generator[None, None, None]:
+    """Raises Stop, naming `what`, if it cannot be written: the disk is full, or read-only, or broken."""
+    try:
+        yield
+    except OSError as error:
+        raise not_written(what, error) from error
+
+
+def not_written(what: object, error: Exception) -> Stop:
+    """Why the run ends."""
+    return Stop(
+        f"{what} could not be written: {error}. Make room or mend the folder, and go on with --resume.", saves=False
+    )
 
 
 def readable(size: int) -> str:

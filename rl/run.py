@@ -119,6 +119,8 @@ MAY_CHANGE = frozenset(
         "log.project",
         "log.timeline",
         "max_restarts",
+        "max_start_s",
+        "learner.patience_s",
         "rollout.patience_s",
     }
 )  # what changes no weight
@@ -161,7 +163,8 @@ def _start(resolved: Resolved, plan: "Plan", args: argparse.Namespace) -> int:
         folder = RunFolder.resume(args.resume) if args.resume else RunFolder.create(_output(args), resolved.yaml())
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
-    folder.write_recipe(resolved.yaml())
+    if args.resume:
+        folder.write_recipe(resolved.yaml())
     with Display(resolved.config) as display:
         finished = train(plan, folder, display, recipe=resolved.plain(), verbose=args.verbose)
     return DONE if finished else INTERRUPTED

@@ -1,6 +1,7 @@
 """A run's folder: recipe, metrics and samples, written so that a crash at any moment leaves whole lines and files.
 
-RUN_DIR/recipe.yaml, metrics.jsonl, rollouts/000001.jsonl.gz, checkpoints/, policy/. Knows nothing of torch.
+RUN_DIR/recipe.yaml, metrics.jsonl, rollouts/000001.jsonl.gz, checkpoints/, policy/. Knows nothing of torch. What cannot
+be written (a full disk, a read-only one) raises Stop, which names the file.
 """
 
 import errno
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rl import metrics as meaning
-from rl.disk import replacing, to_disk
+from rl.disk import replacing, to_disk, writing
 from rl.types import Picture, Prompt, Scored
 
 Save = Literal["all", "none"] | int
@@ -82,7 +83,7 @@ class RunFolder:
 
     def write_recipe(self, recipe: str) -> None:
         """Replaces recipe.yaml, which must hold the resolved recipe with secrets only by name."""
-        with replacing(self.recipe) as file:
+        with writing(self.recipe), replacing(self.recipe) as file:
             file.write(recipe.encode())
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
@@ -95,9 +96,10 @@ class RunFolder:
         iteration = metrics["iteration"]
         if iteration <= self._last:
             raise ValueError(f"{self.metrics} already has iteration {self._last}, so {iteration} cannot follow")
-        with self.metrics.open("ab") as file:
-            file.write(json.dumps(dict(metrics), allow_nan=False).encode() + b"\n")
-        to_disk(self.metrics)
+        with writing(self.metrics):
+            with self.metrics.open("ab") as file:
+                file.write(json.dumps(dict(metrics), allow_nan=False).encode() + b"\n")
+            to_disk(self.metrics)
         self._last = iteration
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -116,8 +118,10 @@ class RunFolder:
         chosen = _chosen(scored, save)
         if not chosen:
             return
+        path = self.rollouts / f"{iteration:06d}.jsonl.gz"
         with (
-            replacing(self.rollouts / f"{iteration:06d}.jsonl.gz") as file,
+            writing(path),
+            replacing(path) as file,
             gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0) as packed,
         ):
             for sample in chosen:
@@ -127,14 +131,15 @@ class RunFolder:
     def truncate_after(self, iteration: int) -> None:
         """Forgets metrics and samples of later iterations, so that a resumed run writes each exactly once."""
         kept = [line for line in self.read_metrics() if line["iteration"] <= iteration]
-        if self.metrics.exists():
-            with replacing(self.metrics) as file:
-                file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
-        self.rollouts.mkdir(exist_ok=True)
-        for entry in sorted(self.rollouts.iterdir()):
-            number = entry.name.partition(".")[0]
-            if entry.suffix == ".partial" or (number.isdigit() and int(number) > iteration):
-                entry.unlink()
+        with writing(self.path):
+            if self.metrics.exists():
+                with replacing(self.metrics) as file:
+                    file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+            self.rollouts.mkdir(exist_ok=True)
+            for entry in sorted(self.rollouts.iterdir()):
+                number = entry.name.partition(".")[0]
+                if entry.suffix == ".partial" or (number.isdigit() and int(number) > iteration):
+                    entry.unlink()
         self._last = max((line["iteration"] for line in kept), default=-1)
 
 

@@ -25,7 +25,14 @@ class Processes:
         given = str(plan.model), config, self._where
         self.engines = [self._engine() for _ in range(config.rollout.workers)]
         self.policy, self.critic = (
-            place_team(made.of_rank, *given, count=config.learner.ranks, environment=threads, **self._share)
+            place_team(
+                made.of_rank,
+                *given,
+                count=config.learner.ranks,
+                environment=threads,
+                patience=config.learner.patience_s,
+                **self._share,
+            )
             for made in (Policy, Critic)
         )
         self.judges = self._serve_judges()  # kept, because an actor ends with its last handle
@@ -45,17 +52,20 @@ class Processes:
         return {f"engine {number}": worker for number, worker in enumerate(self.engines)}
 
     def ready(self) -> None:
-        """Waits until all are there, the rewards' own processes too; raises what a constructor raised."""
+        """Waits until all are there, the rewards' own processes too.
+
+        Raises: what a constructor raised; WorkerDied if one hangs.
+        """
         rewards = self._plan.rewards.warm()
         for worker in (self.policy, self.critic, *self.engines):
-            worker.ready()
+            worker.ready(self._plan.config.max_start_s)
         rewards.result()
 
     def replace_engine(self, number: int) -> Worker:
         """End an engine, and start another."""
         self.engines[number].end()
         self.engines[number] = self._engine()
-        self.engines[number].ready()
+        self.engines[number].ready(self._plan.config.max_start_s)
         return self.engines[number]
 
     def close(self) -> None:

@@ -85,13 +85,24 @@ def run(
     return result
 
 
-def wait_for(condition: Callable[[], bool], command: Command) -> None:
-    """Until it is true, while the command runs."""
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Until it is true."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert command.process.poll() is None, command.finish()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def wait_for(condition: Callable[[], bool], command: Command) -> None:
+    """Until it is true, while the command runs."""
+
+    def fulfilled() -> bool:
+        if condition():
+            return True
+        assert command.process.poll() is None, command.finish()
+        return False
+
+    wait_until(fulfilled)
 
 
 def wait_for_iteration(folder: Path, iteration: int, command: Command) -> None:

@@ -1,7 +1,6 @@
 """Checkpoints of a run: complete or absent, written beside training, the newest few kept, damage noticed."""
 
 import json
-import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from rl import checkpoint
 from rl.checkpoint import Checkpoints, damage
 from rl.stop import Stop
+from tests.small_disk import change, small_disk
 
 Saver = Callable[[Path], tuple[Mapping[str, Any], Callable[[], None]]]
 
@@ -134,11 +134,41 @@ def test_a_run_that_has_not_saved_yet_has_no_newest(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path, keep=2).newest() is None
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
-def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(Stop, match=str(tmp_path)):
-        Checkpoints(tmp_path, keep=2).begin(1, saver("w"))
+def test_a_disk_that_becomes_read_only_is_named_and_what_it_holds_stays_good(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", mib=1) as folder:
+        written(folder, 1)
+        change(folder, "ro")
+        with pytest.raises(Stop, match=rf"iteration 2 could not be written: .*Read-only file system: '{folder}"):
+            Checkpoints(folder, keep=2).begin(2, saver("w"))
+        change(folder, "rw")
+        assert Checkpoints(folder, keep=2).newest() == folder / "000001"
+
+
+def test_a_disk_that_fills_up_half_way_costs_nothing_that_is_there(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", mib=1) as folder:
+        written(folder, 1)
+        made = Checkpoints(folder, keep=1)
+        with pytest.raises(Stop, match=r"iteration 2 could not be written: .*No space left on device"):
+            made.begin(2, saver("w" * (1 << 21)))  # more than anybody expected
+            made.settle()
+        assert made.newest() == folder / "000001"
+        assert written(folder, 3) == ["000001", "000003"]  # what was broken off takes no room any more
+
+
+def test_an_old_one_that_cannot_be_removed_stops_the_run_but_the_new_one_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path, 1)
+    made = Checkpoints(tmp_path, keep=1)
+
+    def refuse(path: Path) -> None:
+        raise OSError(16, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
+    made.begin(2, saver("w"))
+    with pytest.raises(Stop, match=r"old checkpoint .*000001 could not be removed: .*busy"):
+        made.settle()
+    assert made.newest() == tmp_path / "000002"
 
 
 def test_publishing_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:

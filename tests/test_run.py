@@ -15,6 +15,7 @@ from rl.model import checkpoint
 from rl.run import main
 from tests.chaos import strike
 from tests.command import ROOT, Command, metrics, named, run, samples, wait_for, wait_for_iteration, without_times
+from tests.small_disk import change, small_disk
 
 SMALL = (
     "rl.run",
@@ -211,6 +212,22 @@ def test_a_run_that_samples_ahead_loses_and_doubles_nothing_when_it_is_interrupt
     ]
     ids = [sample["id"] for iteration in range(1, 9) for sample in samples(folder, iteration)]
     assert len(ids) == 8 * 8 * 4 and len(set(ids)) == 8 * 8
+
+
+@pytest.mark.slow
+def test_a_run_whose_disk_fills_up_says_so_and_goes_on_when_there_is_room(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", mib=60) as disk:  # room for two checkpoints, or for one and the policy
+        folder = disk / "run"
+        code, out, err = run(*SMALL, "checkpoint.every=1", "--output", folder)
+        assert code == 1, out
+        assert f"{folder}/checkpoints has" in err and "takes about" in err and "--resume" in err
+        assert len(metrics(folder)) > 1
+        change(disk, "size=300m")
+        code, _, err = run("rl.run", "--resume", folder)
+        assert code == 0, err
+        assert without_times(metrics(folder)) == without_times(metrics(finished[0]))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from rl.disk import replacing
 from rl.run_folder import RunFolder, Save
+from rl.stop import Stop
 from rl.types import Picture, Prompt, Rollout, Scored
+from tests.small_disk import small_disk
 
 
 def folder(tmp_path: Path) -> RunFolder:
@@ -161,6 +164,26 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path, monkeypatch: pytes
     run.write_rollouts(2, [sample()])
     first, second = sorted(run.rollouts.iterdir())
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_full_disk_is_named_and_what_was_written_before_stays(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", mib=1) as disk:
+        folder, line = RunFolder.create(disk / "run", "seed: 0\n"), {"iteration": 1, "reward/mean": 0.5}
+        folder.write_metrics(line)
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free))
+        for write, name in (
+            (lambda: folder.write_metrics(line | {"iteration": 2, "stage": "x" * 5000}), "metrics.jsonl"),
+            (lambda: folder.write_rollouts(2, [sample()]), "000002.jsonl.gz"),
+            (lambda: folder.write_recipe("seed: 1\n" * 1000), "recipe.yaml"),
+        ):
+            with pytest.raises(Stop, match=rf"{name} could not be written: .*No space left.*go on with --resume"):
+                write()
+        (disk / "filler").unlink()
+        folder.release()
+        resumed = RunFolder.resume(disk / "run")
+        resumed.truncate_after(1)
+        assert resumed.read_metrics() == [line] and resumed.recipe.read_text() == "seed: 0\n"
+        assert list(resumed.rollouts.iterdir()) == []
 
 
 def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""A disk of a few MiB, or one that is read-only: the real thing, which takes the right to mount."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+@contextmanager
+def small_disk(folder: Path, mib: int) -> Iterator[Path]:
+    """`folder`, on a disk of its own. Skips the test where mounting is not allowed."""
+    folder.mkdir()
+    if _mount("-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", folder).returncode:
+        pytest.skip("mounting a disk is not allowed here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def change(folder: Path, options: str) -> None:
+    """Of a disk that is mounted: `ro`, `rw`, `size=100m`."""
+    done = _mount("-o", f"remount,{options}", folder)
+    assert done.returncode == 0, done.stderr
+
+
+def _mount(*arguments: object) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command here")
