@@ -59,14 +59,16 @@ class Checkpoints:
         """
         self.settle()
         start = time.monotonic()
-        for broken_off in self.folder.glob(".*.partial"):
-            shutil.rmtree(broken_off)
+        what = f"the checkpoint of iteration {iteration}"
+        with writing(what):
+            for broken_off in self.folder.glob(".*.partial"):
+                shutil.rmtree(broken_off)
         try:
-            check_room(self.folder, self.expected, f"the checkpoint of iteration {iteration}")
+            check_room(self.folder, self.expected, what)
         except NoRoom as problem:
             raise Stop(f"{problem}. Lower checkpoint.keep, make room, and go on with --resume.", saves=False) from None
         final = self.folder / f"{iteration:06d}"
-        with writing(f"the checkpoint of iteration {iteration}"):
+        with writing(what):
             partial = begin_folder(final)
             counters, finish = save(partial)
         blocked = time.monotonic() - start
@@ -79,7 +81,7 @@ class Checkpoints:
                 size = _write_manifest(partial)
                 finish_folder(partial, final)
             except Exception as error:  # told by the next `settle` or `check`
-                self._failed = not_written(f"the checkpoint of iteration {iteration}", error)
+                self._failed = not_written(what, error)
                 self._failed.__cause__ = error
                 return
             self.expected = size
