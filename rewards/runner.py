@@ -8,7 +8,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
@@ -86,22 +86,15 @@ class RewardRunner:
         """The endpoints that the rewards of this recipe ask."""
         return {name for task in self._tasks.values() for part in task.parts for name in part.bound.endpoints}
 
-    def check_rows(self, prompts: Iterable[Prompt]) -> None:
-        """Raises ValueError for rows whose task has no reward, or that lack what it needs; it lists the first 20."""
-        problems = [problem for prompt in prompts for problem in self._problems(prompt)]
-        if problems:
-            more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-            listed = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
-            raise ValueError(f"{len(problems)} row(s) do not fit their rewards:{listed}{more}")
-
-    def _problems(self, prompt: Prompt) -> Iterator[str]:
+    def problem(self, prompt: Prompt) -> str | None:
+        """Why a row does not fit its reward, if it does not: its task has none, or it lacks what that needs."""
         if prompt.task not in self._tasks:
-            yield f"row {prompt.id!r}: {self._no_reward(prompt.task)}"
-            return
+            return self._no_reward(prompt.task)
         for part in self._tasks[prompt.task].parts:
             needed = part.bound.reward.needs
             if needed and getattr(prompt, needed) is None:
-                yield f"row {prompt.id!r} has no {needed}, which {part.name} (task {prompt.task}) compares with"
+                return f"row {prompt.id!r} has no {needed}, which {part.name} (task {prompt.task}) compares with"
+        return None
 
     def served(self, urls: Mapping[str, str]) -> None:
         """Where endpoints are that the run serves itself; to be told before anything is started."""

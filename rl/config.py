@@ -44,7 +44,6 @@ def _alone_again(rewards: Any, dump: Callable[[Any], list[Any]]) -> Any:
     return dumped[0] if len(dumped) == 1 else dumped
 
 
-Sources = Annotated[tuple[str, ...], BeforeValidator(_one_or_several)]
 Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(_one_or_several)]
 Frozen = Annotated[tuple[Literal["encoder", "projector"], ...], AfterValidator(lambda names: tuple(sorted(set(names))))]
 
@@ -78,7 +77,6 @@ STAGE_DEFAULTS: Mapping[Stage, Mapping[str, Any]] = {
 ONLY_BUILT: Mapping[str, Any] = {
     "stage": "rlvr",
     "model.freeze": ("encoder", "projector"),
-    "data.columns": {},
     "ppo.kl": 0,
 }
 SECRETS = ("api_key", "access_token", "secret", "password")
@@ -107,15 +105,50 @@ class Model(Options):
     """Jinja file that replaces the model's own chat template."""
 
 
+class Source(Options):
+    path: str
+    """JSONL, JSON or Parquet file, or Hugging Face dataset (folder or hub id), `path:SPLIT` for another than train."""
+    adapter: str | None = None
+    """Public data set whose rows these are, read by its documented schema (rollout/adapters.py has them all)."""
+    columns: dict[str, str] = {}
+    """Our column name -> theirs, beyond data.columns; a dotted name (extra.answer) looks inside a column."""
+    task: str | None = None
+    """Task of the rows that name none."""
+    weight: Positive | None = None
+    """Its share of the prompts, relative to the other weights. Without weights every row comes equally often."""
+    limit: Count | None = None
+    """Only the first so many rows."""
+    streaming: bool = False
+    """Read a hub's data set without downloading all of it first."""
+
+
+def _sources(value: Any) -> Any:
+    """A path alone stands for a source with nothing else said."""
+    several = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": one} if isinstance(one, str) else one for one in several)
+
+
+def _short_sources(sources: Any, dump: Callable[[Any], list[dict[str, Any]]]) -> Any:
+    """As a person would write them."""
+    said = [{name: value for name, value in one.items() if value not in (None, {}, False)} for one in dump(sources)]
+    return [one["path"] if list(one) == ["path"] else one for one in said]
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_sources), WrapSerializer(_short_sources)]
+
+
 class Data(Options):
     train: Annotated[Sources, Field(min_length=1)]
-    """Training rows: JSONL or Parquet file, Hugging Face dataset folder or hub id, or a list of them."""
+    """Training rows: JSONL or Parquet file, Hugging Face dataset folder or hub id, or a list of them; each may be a
+    mapping with options of its own."""
     eval: Sources = ()
     """Held-out rows, in the same forms; none means that the run never evaluates."""
     eval_limit: Count | None = None
     """Evaluate on the first so many rows of each task only; null takes all."""
     columns: dict[str, str] = {}
-    """Our column name -> the name that the data uses."""
+    """Our column name -> the name that the data uses, in every source without an adapter."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What to do if rows cannot be used: list them and stop, or leave them out and say so."""
 
 
 class Scorer(Options):
@@ -415,6 +448,9 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
         if (steps := getattr(config.ppo, key)) > config.samples:
             sizes = f"{config.prompts_per_iteration} prompts x {config.rollouts_per_prompt} rollouts"
             yield OptionError(f"ppo.{key}", f"= {steps} is more than the {config.samples} samples ({sizes})")
+    weights = [source.weight for source in config.data.train]
+    if None in weights and any(weights):
+        yield OptionError("data.train", "gives some of its sources a weight; give all of them one, or none")
     if config.learner.token_budget < config.max_sequence_length:
         problem = f"= {config.learner.token_budget} cannot hold one sequence; max_sequence_length is"
         yield OptionError("learner.token_budget", f"{problem} {config.max_sequence_length}")

@@ -197,6 +197,8 @@ def _absolute(value: Any, folder: Path, *, always: bool = False) -> Any:
     """Paths made absolute; hub ids, and what is no text, left as they are."""
     if isinstance(value, list):
         return [_absolute(item, folder, always=always) for item in value]
+    if isinstance(value, dict) and "path" in value:
+        return value | {"path": _absolute(value["path"], folder, always=always)}
     if isinstance(value, str) and value and (always or _is_path(value, folder)):
         return os.path.abspath(folder / os.path.expanduser(value))
     return value

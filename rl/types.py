@@ -62,6 +62,8 @@ class Prompt:
     ground_truth: Any = None
     reference: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    messages_pool: tuple[str, ...] = ()  # cached final messages, for PaCoRe
+    pool_accuracy: float | None = None  # share of them that were accepted
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Data files to raw rows: JSONL, Parquet and Hugging Face datasets, with the file and line of each row."""
+"""Data files to raw rows: JSONL, JSON, Parquet and Hugging Face datasets, with the file and line of each row."""
 
 import gzip
 import json
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-KNOWN = "give a .jsonl, .jsonl.gz or .parquet file, or a Hugging Face dataset (folder or id, then :SPLIT)"
+KNOWN = "give a .jsonl, .jsonl.gz, .json or .parquet file, or a Hugging Face dataset (folder or id, then :SPLIT)"
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,20 @@ class RawRow:
     problem: str = ""
 
 
-def raw_rows(source: str) -> Iterator[RawRow]:
-    """The rows of one file or dataset, as stored. Raises ValueError if it cannot be read as a whole."""
+def raw_rows(source: str, *, streaming: bool = False) -> Iterator[RawRow]:
+    """The rows of one file or dataset, as stored.
+
+    Args:
+        streaming: read a dataset of the hub row by row over the network, without a copy on disk.
+    Raises: ValueError if it cannot be read as a whole.
+    """
     path = Path(source)
+    if streaming and path.exists():
+        raise ValueError(f"{path}: streaming is for data sets of the hub; leave it out")
     if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):
         return _jsonl(path)
+    if path.is_file() and path.suffix == ".json":
+        return _json(path)
     if path.is_file() and path.suffix == ".parquet":
         return _parquet(path)
     if path.is_file():
@@ -34,7 +43,7 @@ def raw_rows(source: str) -> Iterator[RawRow]:
     no_hub_id = folder.is_absolute() or len(folder.parts) > 2
     if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet", ".json")) or (no_hub_id and not folder.is_dir()):
         raise ValueError(f"{path} does not exist; {KNOWN}")
-    return _dataset(source)
+    return _dataset(source, streaming)
 
 
 def _jsonl(path: Path) -> Iterator[RawRow]:
@@ -60,6 +69,21 @@ def _json_row(line: bytes) -> tuple[Mapping[str, Any] | None, str]:
     return row, ""
 
 
+def _json(path: Path) -> Iterator[RawRow]:
+    """One array of rows; a row that is an array itself has the columns "0", "1", and so on."""
+    try:
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"{path} is no JSON: {problem}") from problem
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds {type(rows).__name__} instead of an array of rows")
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, list):
+            row = {str(place): value for place, value in enumerate(row)}
+        problem = "" if isinstance(row, dict) else f"a row is a JSON object, this is {type(row).__name__}"
+        yield RawRow(str(path), number, path.parent, None if problem else row, problem)
+
+
 def _parquet(path: Path) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.parquet
@@ -75,10 +99,10 @@ def _parquet(path: Path) -> Iterator[RawRow]:
         raise ValueError(f"{path} is no readable Parquet file: {problem}") from problem
 
 
-def _dataset(source: str) -> Iterator[RawRow]:
+def _dataset(source: str, streaming: bool) -> Iterator[RawRow]:
     """Rows of a dataset as they are stored: encoded pictures, no decoding."""
     name, _, split = source.partition(":")
-    dataset = _load_dataset(name, split or "train")
+    dataset = _load_dataset(name, split or "train", streaming)
     folder = Path(name) if Path(name).is_dir() else Path()
     number = 0
     for batch in dataset.with_format("arrow").iter(batch_size=256):
@@ -87,7 +111,7 @@ def _dataset(source: str) -> Iterator[RawRow]:
             yield RawRow(source, number, folder, values)
 
 
-def _load_dataset(name: str, split: str) -> Any:
+def _load_dataset(name: str, split: str, streaming: bool) -> Any:
     import datasets
     import datasets.exceptions
 
@@ -95,7 +119,7 @@ def _load_dataset(name: str, split: str) -> Any:
         if any((Path(name) / kind).exists() for kind in ("dataset_dict.json", "state.json")):
             saved = datasets.load_from_disk(name)  # written by save_to_disk
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-        return datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, split=split, streaming=streaming)
     except KeyError as problem:
         raise ValueError(f"dataset {name} has no split {problem}; write {name}:SPLIT") from problem
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as problem:

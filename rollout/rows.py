@@ -1,28 +1,37 @@
 """Data files to Prompts: reads, checks and orders the rows of a run. Knows nothing of tokens or models.
 
-A row is `{"id", "task", "messages", "ground_truth" or "reference", "meta", "images"}`. Everything that can be
-wrong with a row is found here, for all rows at once and before anything is started; pictures are opened
-only as far as their header and decoded by whoever needs the pixels.
+A row is `{"id", "task", "messages", "ground_truth" or "reference", "meta", "images"}`; PaCoRe rows add
+`{"messages_pool", "pool_accuracy"}`. Everything that can be wrong with a row is found here, for all rows at once and
+before anything is started; pictures are opened only as far as their header and decoded by whoever needs the pixels.
 """
 
+import base64
+import binascii
 import difflib
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
+from rl.config import Source
 from rl.metrics import task_name_problem
 from rl.types import Picture, Prompt, Rollout
+from rollout.adapters import Adapter, adapter
 from rollout.data_files import RawRow, raw_rows
 
 MARK = "<image>"
-COLUMNS = ("id", "task", "messages", "images", "ground_truth", "reference", "meta")
+COLUMNS = (
+    "id", "task", "messages", "images", "ground_truth", "reference", "meta", "messages_pool", "pool_accuracy"
+)  # fmt: skip
 ROLES = ("system", "user", "assistant", "tool")
 SHOWN = 20  # bad rows an error message spells out
+BASE64_PICTURE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin
+SHORTEST_PICTURE = 64  # in base64; what begins alike and is shorter is a path
 
 
 @dataclass(frozen=True)
@@ -42,9 +51,22 @@ class RowError(ValueError):
 
     def __init__(self, bad: Sequence[BadRow]) -> None:
         self.bad = tuple(bad)
-        shown = [f"  {row}" for row in self.bad[:SHOWN]]
-        more = [f"  ... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
-        super().__init__("\n".join([f"{len(bad)} bad data row(s):", *shown, *more]))
+        super().__init__("\n".join([f"{len(bad)} bad data row(s):", *listed(bad)]))
+
+
+def listed(bad: Sequence[BadRow]) -> list[str]:
+    """A line for each of the first of them, and one that counts the others."""
+    more = [f"  ... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+    return [*(f"  {row}" for row in bad[:SHOWN]), *more]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What some sources hold: the rows that can be used, and those that cannot."""
+
+    prompts: tuple[Prompt, ...]
+    sources: tuple[int, ...]  # of each prompt, numbered from 0 as they were given
+    bad: tuple[BadRow, ...]
 
 
 class _Bad(Exception):
@@ -53,52 +75,73 @@ class _Bad(Exception):
 
 @dataclass
 class _Checker:
-    columns: Mapping[str, str]
     reserved: Sequence[str]
     tasks: Collection[str] | None
+    columns: Mapping[str, str] = field(default_factory=dict)  # of the source at hand
+    adapter: Adapter | None = None  # likewise
+    task: str | None = None  # likewise
     seen: dict[str, str] = field(default_factory=dict)  # id -> where it was first
     pictures: dict[Path, Picture] = field(default_factory=dict)  # a picture many rows show is hashed once
 
 
-def read_rows(
-    source: str | Path | Sequence[str | Path],
+def read(
+    sources: Sequence[Source],
     *,
     columns: Mapping[str, str] | None = None,
     reserved: Sequence[str] = (),
     tasks: Collection[str] | None = None,
-) -> list[Prompt]:
-    """Every row of `source` as a Prompt, in file order.
+    problem: Callable[[Prompt], str | None] = lambda prompt: None,
+) -> Rows:
+    """Every row of some sources, as a Prompt or as a bad one, in file order.
 
     Args:
-        source: one or several of: a `.jsonl`, `.jsonl.gz` or `.parquet` file, a Hugging Face dataset folder
-        or
-            hub id. A dataset may name its split: `org/name:validation` (default `train`).
-        columns: {our name: the data's name} for data that calls a column differently.
+        columns: {our name: the data's name} for sources without an adapter that call a column differently; a dotted
+            name looks inside a column. Such rows need no id: they get one from their line.
         reserved: control texts of the model (`<im_patch>`, ...): a row that contains one literally is bad,
             because it would be tokenised as a control token.
         tasks: the tasks that have a reward; None accepts any.
+        problem: what else is wrong with a row, None if nothing.
     Returns:
         Prompts whose `messages` hold text and bare `{"type": "image"}` placeholders, in the order of
         `images`. Content without a picture is always one str, as text-only chat templates want it.
-    Raises:
-        RowError: rows are bad (it lists them).
-        ValueError: a source is missing, of an unknown kind, unreadable as a whole, or has no rows.
+    Raises: ValueError if a source is missing, of an unknown kind, unreadable as a whole, or has no rows.
     """
-    checker = _Checker(_checked_columns(columns or {}), tuple(reserved), tasks)
+    checker = _Checker(tuple(reserved), tasks)
     prompts: list[Prompt] = []
+    owners: list[int] = []
     bad: list[BadRow] = []
-    for one in [source] if isinstance(source, (str, Path)) else source:
+    for number, source in enumerate(sources):
+        if source.adapter and source.columns:
+            raise ValueError(f"{source.path}: an adapter knows its columns; leave out one of adapter and columns")
+        checker.adapter = adapter(source.adapter) if source.adapter else None
+        checker.columns = {} if source.adapter else _checked_columns({**(columns or {}), **source.columns})
+        checker.task = source.task
         before = len(prompts) + len(bad)
-        for raw in raw_rows(str(one)):
+        for raw in islice(raw_rows(source.path, streaming=source.streaming), source.limit):
             try:
-                prompts.append(_prompt(raw, checker))
-            except _Bad as problem:
-                bad.append(BadRow(raw.file, raw.line, str(problem)))
+                prompt = _prompt(raw, checker)
+                if (found := problem(prompt)) is not None:
+                    raise _Bad(found)
+            except _Bad as why:
+                bad.append(BadRow(raw.file, raw.line, str(why)))
+            else:
+                prompts.append(prompt)
+                owners.append(number)
         if len(prompts) + len(bad) == before:
-            raise ValueError(f"{one} has no rows")
-    if bad:
-        raise RowError(bad)
-    return prompts
+            raise ValueError(f"{source.path} has no rows")
+    return Rows(tuple(prompts), tuple(owners), tuple(bad))
+
+
+def read_rows(source: str | Path | Sequence[str | Path], **options: Any) -> list[Prompt]:
+    """As `read` for paths alone, where all rows must be good.
+
+    Raises: RowError, which lists those that are not; ValueError as `read` does.
+    """
+    paths = [source] if isinstance(source, (str, Path)) else source
+    rows = read([Source(path=str(path)) for path in paths], **options)
+    if rows.bad:
+        raise RowError(rows.bad)
+    return list(rows.prompts)
 
 
 def read_samples(source: str | Path) -> list[Rollout]:
@@ -108,7 +151,7 @@ def read_samples(source: str | Path) -> list[Rollout]:
     come again; a sample without id is called by its line, one without task or messages has none to show.
     Raises RowError or ValueError as read_rows does.
     """
-    checker = _Checker({}, (), None)
+    checker = _Checker((), None)
     samples: list[Rollout] = []
     bad: list[BadRow] = []
     for raw in raw_rows(str(source)):
@@ -121,6 +164,12 @@ def read_samples(source: str | Path) -> list[Rollout]:
     if not samples:
         raise ValueError(f"{source} has no samples")
     return samples
+
+
+class Order(Protocol):
+    """Which prompts an iteration gets."""
+
+    def prompts_at(self, position: int, count: int) -> list[Prompt]: ...
 
 
 class PromptOrder:
@@ -152,6 +201,33 @@ class PromptOrder:
         return hashlib.sha256(f"{self._seed}/{epoch}/{prompt.id}".encode()).digest()
 
 
+class MixedOrder:
+    """Several orders, of which each gives its share of the prompts.
+
+    The prompt at position n comes from the order that is furthest behind its share of n + 1, so that every stretch of
+    the run has all of them in proportion. The only state is the position, as in PromptOrder.
+
+    Args:
+        weights: of each order, over 0.
+    """
+
+    def __init__(self, orders: Sequence[Order], weights: Sequence[float]) -> None:
+        self._orders, self._shares = list(orders), [weight / sum(weights) for weight in weights]
+        self._given = [0] * len(orders)
+        self._places: list[tuple[int, int]] = []  # (order, position in it) of each position so far
+
+    def prompts_at(self, position: int, count: int) -> list[Prompt]:
+        """Prompts number `position` to `position + count - 1`."""
+        while len(self._places) < position + count:
+            so_far = len(self._places) + 1
+            behind = [share * so_far - given for share, given in zip(self._shares, self._given, strict=True)]
+            chosen = behind.index(max(behind))
+            self._places.append((chosen, self._given[chosen]))
+            self._given[chosen] += 1
+        places = self._places[position : position + count]
+        return [prompt for order, place in places for prompt in self._orders[order].prompts_at(place, 1)]
+
+
 def _checked_columns(columns: Mapping[str, str]) -> Mapping[str, str]:
     unknown = [name for name in columns if name not in COLUMNS]
     if unknown:
@@ -165,7 +241,7 @@ def _checked_columns(columns: Mapping[str, str]) -> Mapping[str, str]:
 def _prompt(raw: RawRow, checker: _Checker) -> Prompt:
     if raw.values is None:
         raise _Bad(raw.problem)
-    row = _named(raw.values, checker.columns)
+    row = _row(raw.values, raw, checker)
     identity = _identity(row)
     if identity in checker.seen:
         raise _Bad(f"id {identity!r} was used before, at {checker.seen[identity]}")
@@ -208,17 +284,55 @@ def _made(row: Mapping[str, Any], raw: RawRow, checker: _Checker, chat: Content)
         ground_truth=row.get("ground_truth"),
         reference=row.get("reference"),
         meta=meta,
+        messages_pool=_pool(row),
+        pool_accuracy=_pool_accuracy(row),
     )
+
+
+def _row(values: Mapping[str, Any], raw: RawRow, checker: _Checker) -> dict[str, Any]:
+    """The row under our column names, whatever its source calls them."""
+    if checker.adapter:
+        try:
+            row = {name: value for name, value in checker.adapter(values).items() if value is not None}
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as problem:
+            why = f"has no {problem}" if isinstance(problem, KeyError) else str(problem)
+            raise _Bad(f"is no row of {checker.adapter.__name__}: {why}") from problem
+    else:
+        row = _named(values, checker.columns)
+    if "id" not in row and (checker.adapter or (checker.columns and "id" not in checker.columns)):
+        row["id"] = f"{Path(raw.file).name}:{raw.line}"
+    if checker.task:
+        row.setdefault("task", checker.task)
+    return row
+
+
+_ABSENT = object()
+
+
+def _inside(values: Any, name: str) -> Any:
+    """values["a.b"], or what a dotted name leads to through mappings and lists."""
+    if isinstance(values, Mapping) and name in values:
+        return values[name]
+    first, dot, rest = name.partition(".")
+    if isinstance(values, list) and first.isdigit() and int(first) < len(values):
+        found = values[int(first)]
+    elif isinstance(values, Mapping) and dot and first in values:
+        found = values[first]
+    else:
+        return _ABSENT
+    return _inside(found, rest) if dot else found
 
 
 def _named(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """The row under our column names, without nulls (Arrow fills absent fields with them)."""
-    absent = [theirs for theirs in columns.values() if theirs not in values]
+    given = {ours: _inside(values, theirs) for ours, theirs in columns.items()}
+    absent = [columns[ours] for ours, value in given.items() if value is _ABSENT]
     if absent:
         raise _Bad(f"no column {absent[0]!r}, which data.columns names; there are {', '.join(values)}")
-    theirs = {ours: columns.get(ours, ours) for ours in COLUMNS}
-    row = {ours: values[name] for ours, name in theirs.items() if values.get(name) is not None}
-    for name in [n for n, value in values.items() if n not in theirs.values() and value is not None]:
+    given |= {ours: values.get(ours) for ours in COLUMNS if ours not in columns}
+    row = {ours: value for ours, value in given.items() if value is not None}
+    read = {ours for ours in COLUMNS if ours not in columns} | {theirs.partition(".")[0] for theirs in columns.values()}
+    for name in [n for n, value in values.items() if n not in read | set(columns.values()) and value is not None]:
         near = difflib.get_close_matches(name, set(COLUMNS) - set(row), n=1, cutoff=0.85)
         if near:  # an `image` that we ignore would train on text alone without a word
             raise _Bad(f"column {name!r} is not read; did you mean {near[0]!r}? (data.columns can rename it)")
@@ -248,6 +362,22 @@ def _check_reference(row: Mapping[str, Any]) -> None:
         raise _Bad(f"reference must be a text, this is {_kind(row['reference'])}")
 
 
+def _pool(row: Mapping[str, Any]) -> tuple[str, ...]:
+    pool = row.get("messages_pool", [])
+    if not isinstance(pool, list) or not all(isinstance(one, str) and one.strip() for one in pool):
+        raise _Bad(f"messages_pool must be a list of texts that are not empty, this is {_kind(pool)}")
+    return tuple(pool)
+
+
+def _pool_accuracy(row: Mapping[str, Any]) -> float | None:
+    share = row.get("pool_accuracy")
+    if share is None:
+        return None
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise _Bad(f"pool_accuracy must be between 0 and 1, this is {_kind(share)}")
+    return float(share)
+
+
 def _check_json(name: str, value: Any) -> None:
     try:
         json.dumps(value, allow_nan=False)
@@ -260,12 +390,17 @@ def _check_json(name: str, value: Any) -> None:
 
 def _chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[dict[str, Any]], list[Any]]:
     """Messages with bare placeholders, and the pictures they stand for, in order."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise _Bad(f"messages must be a list of {{role, content}}, this is {_kind(messages)}")
     column = row.get("images", [])
+    if isinstance(column, (str, bytes, dict)):
+        column = [column]
     if not isinstance(column, list):
         raise _Bad(f"images must be a list, this is {_kind(column)}")
+    messages = row.get("messages")
+    if isinstance(messages, str) and messages.strip():  # a plain question, whose pictures come first if unmarked
+        marks = MARK * len(column) if MARK not in messages else ""
+        messages = [{"role": "user", "content": marks + messages}]
+    if not isinstance(messages, list) or not messages:
+        raise _Bad(f"messages must be a question or a list of {{role, content}}, this is {_kind(messages)}")
     parts = [_parts(number, message) for number, message in enumerate(messages)]
     flat = [part for message in parts for part in message]
     sources = _sources(flat, column)
@@ -339,8 +474,8 @@ def _split_at_marks(text: str) -> list[dict[str, Any]]:
 
 
 def _picture(source: Any, folder: Path, known: dict[Path, Picture]) -> Picture:
-    """`source` is a path, encoded bytes, the {bytes, path} of a Hugging Face Image column, or the {digest} of a
-    sample whose picture is only known by name."""
+    """`source` is a path, encoded bytes, their base64 (alone or in a data: URL), the {bytes, path} of a Hugging Face
+    Image column, or the {digest} of a sample whose picture is only known by name."""
     if isinstance(source, dict) and (digest := source.get("digest")):
         return Picture(b"", digest)
     if isinstance(source, dict):
@@ -349,7 +484,9 @@ def _picture(source: Any, folder: Path, known: dict[Path, Picture]) -> Picture:
         return _opened(Picture.of(source), "the picture's bytes")
     if not isinstance(source, str) or not source:
         raise _Bad(f"a picture must be a path or bytes, this is {_kind(source)}")
-    if "://" in source or source.startswith("data:"):
+    if source.startswith("data:") or (source.startswith(BASE64_PICTURE) and len(source) >= SHORTEST_PICTURE):
+        return _opened(Picture.of(_decoded(source)), "the picture in base64")
+    if "://" in source:
         raise _Bad(f"picture {source[:80]!r} is a URL; save it and give its path")
     path = (folder / source).resolve()
     if path not in known:
@@ -357,6 +494,16 @@ def _picture(source: Any, folder: Path, known: dict[Path, Picture]) -> Picture:
             raise _Bad(f"picture {path} does not exist (paths are relative to the data file)")
         known[path] = _opened(Picture.of(path), str(path))
     return known[path]
+
+
+def _decoded(source: str) -> bytes:
+    head, comma, data = source.partition(",")
+    if comma and not head.endswith(";base64"):
+        raise _Bad(f"picture {source[:40]!r} is a data URL without base64")
+    try:
+        return base64.b64decode(data if comma else source, validate=True)
+    except (binascii.Error, ValueError) as problem:
+        raise _Bad(f"picture {source[:40]!r} is no base64: {problem}") from problem
 
 
 def _opened(picture: Picture, name: str) -> Picture:

@@ -9,13 +9,13 @@ import torch
 
 from rewards.endpoint import EndpointSpec
 from rewards.runner import RewardRunner
-from rl.config import Config, Endpoint
+from rl.config import Config, Endpoint, Source
 from rl.disk import readable
 from rl.model import checkpoint
 from rl.tracking import check_trackers
 from rl.types import Prompt
 from rollout.chat import Chat
-from rollout.rows import read_rows
+from rollout.rows import BadRow, MixedOrder, Order, PromptOrder, RowError, Rows, listed, read
 
 SHOWN = 20
 FLOAT32 = 4  # bytes
@@ -31,7 +31,9 @@ class Plan:
     model: Path  # local folder the policy starts from
     chat: Chat
     train: Sequence[Prompt]
+    order: Order  # in which they come
     held_out: Sequence[Prompt]
+    skipped: Sequence[BadRow]  # rows that are left out, because the recipe allows it
     rewards: RewardRunner  # no process of it runs yet
     checkpoint_bytes: int
 
@@ -51,6 +53,8 @@ class Plan:
             f"per iteration, {c.samples * last:,} in all",
             f"updates    {c.ppo.minibatches} policy and {c.ppo.critic_minibatches} critic steps per iteration",
             f"train      {len(self.train)} rows, {pictures} with pictures; tasks {', '.join(tasks(self.train))}",
+            *self._mix(),
+            *(["skipped    " + line.strip() for line in skipped_lines(self.skipped)] if self.skipped else []),
             f"held out   {len(self.held_out)} rows, evaluated {evals} times",
             f"rewards    {'; '.join(self._reward(task) for task in tasks((*self.train, *self.held_out)))}",
             *(f"judge      {self._judge(name)}" for name in sorted(self.rewards.asks())),
@@ -59,6 +63,12 @@ class Plan:
             f"on {device(c)}",
             f"disk       {self._disk()}",
         ]
+
+    def _mix(self) -> list[str]:
+        """Which source gives how much of the prompts, if the recipe says so."""
+        sources = self.config.data.train
+        total = sum(source.weight or 0 for source in sources)
+        return [f"           {100 * (s.weight or 0) / total:.3g}% from {s.path}" for s in sources] if total else []
 
     def _disk(self) -> str:
         """What the run folder will take, the largest it can be."""
@@ -121,10 +131,18 @@ def make_plan(config: Config) -> Plan:
     folder = checkpoint.local_folder(config.model.path)
     checkpoint.check(folder)
     chat = Chat(folder, config.model.chat_template)
-    train = _rows(config, config.data.train, chat)
-    held_out = _limited(_rows(config, config.data.eval, chat), config.data.eval_limit) if config.data.eval else []
-    rewards.check_rows((*train, *held_out))
-    return Plan(config, folder, chat, train, held_out, rewards, checkpoint_bytes(config, folder))
+    train, held_out = (_rows(config, sources, chat, rewards) for sources in (config.data.train, config.data.eval))
+    return Plan(
+        config,
+        folder,
+        chat,
+        train.prompts,
+        _order(config, train),
+        _limited(held_out.prompts, config.data.eval_limit),
+        (*train.bad, *held_out.bad),
+        rewards,
+        checkpoint_bytes(config, folder),
+    )
 
 
 def checkpoint_bytes(config: Config, folder: Path) -> int:
@@ -154,17 +172,44 @@ def endpoint_spec(name: str, given: Endpoint) -> EndpointSpec:
     return EndpointSpec(name=name, url=given.url or "", **given.model_dump(exclude={"url", "serve"}))
 
 
-def _rows(config: Config, sources: Sequence[str] | str, chat: Chat) -> list[Prompt]:
-    prompts = read_rows(sources, reserved=chat.reserved, tasks=config.rewards.keys())
-    limit = config.max_sequence_length
-    long = [(p.id, n) for p in prompts if (n := chat.length(p)) >= limit]
-    if long:
-        shown = "".join(f"\n  {row}: {tokens} tokens" for row, tokens in long[:SHOWN])
-        raise ValueError(
-            f"{len(long)} rows leave no room for a response in max_sequence_length {limit} (pictures included):{shown}"
-            + (f"\n  and {len(long) - SHOWN} more" if len(long) > SHOWN else "")
-        )
-    return prompts
+def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: RewardRunner) -> Rows:
+    """Raises RowError for rows that cannot be used, if the recipe does not skip them or if no other is left."""
+
+    def problem(prompt: Prompt) -> str | None:
+        try:
+            tokens = chat.length(prompt)
+        except ValueError as error:
+            return str(error)
+        if tokens >= config.max_sequence_length:
+            return (
+                f"its {tokens} tokens, pictures included, leave no room for a response in max_sequence_length "
+                f"{config.max_sequence_length}"
+            )
+        return rewards.problem(prompt)
+
+    data = config.data
+    rows = read(sources, columns=data.columns, reserved=chat.reserved, tasks=config.rewards.keys(), problem=problem)
+    if rows.bad and (data.on_bad_row == "stop" or not rows.prompts):
+        raise RowError(rows.bad)
+    return rows
+
+
+def skipped_lines(bad: Sequence[BadRow]) -> list[str]:
+    """What a person is told of rows that are left out."""
+    return [f"{len(bad)} row(s) cannot be used and are left out (data.on_bad_row: skip):", *listed(bad)]
+
+
+def _order(config: Config, rows: Rows) -> Order:
+    """All rows alike, or each source by its weight."""
+    weights = [source.weight for source in config.data.train]
+    if None in weights:
+        return PromptOrder(rows.prompts, config.seed)
+    parts: list[list[Prompt]] = [[] for _ in weights]
+    for prompt, number in zip(rows.prompts, rows.sources, strict=True):
+        parts[number].append(prompt)
+    if empty := [source.path for source, part in zip(config.data.train, parts, strict=True) if not part]:
+        raise ValueError(f"{empty[0]} has a weight, but not one of its rows can be used")
+    return MixedOrder([PromptOrder(part, config.seed) for part in parts], [weight or 0 for weight in weights])
 
 
 def _limited(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:

@@ -23,9 +23,8 @@ from rl.timeline import Timeline
 from rl.tracking import Trackers
 from rollout.partial import PartialRollouts
 from rollout.pool import Pool
-from rollout.rows import PromptOrder
 from stages.loop import Clock, Diverged, Parts, catch_up, evaluate, ppo_iteration, sync
-from stages.plan import Plan, device, evaluates, saves
+from stages.plan import Plan, device, evaluates, saves, skipped_lines
 from stages.processes import Processes
 
 POLL_S = 0.2  # between questions whether a checkpoint is written
@@ -39,6 +38,8 @@ def train(plan: Plan, folder: RunFolder, display: Display, *, recipe: Mapping[st
     Returns: False if the run was interrupted; it has saved and can be resumed.
     """
     interrupts, restarts = Interrupts(), Restarts(plan.config.max_restarts, display.message)
+    if plan.skipped:
+        display.message("\n".join(skipped_lines(plan.skipped)))
     with interrupts.installed(), plan.rewards, cluster(verbose=verbose):
         while True:
             run = _Run(plan, folder, display, interrupts, restarts, recipe, verbose=verbose)
@@ -93,7 +94,6 @@ class _Run:
     ) -> None:
         self.plan, self.config, self.folder, self.display = plan, plan.config, folder, display
         self.interrupts, self.restarts, self.verbose = interrupts, restarts, verbose
-        self.order = PromptOrder(plan.train, self.config.seed)
         self.checkpoints = Checkpoints(
             folder.checkpoints,
             keep=self.config.checkpoint.keep,
@@ -242,7 +242,7 @@ class _Run:
 
     def _prompts(self, iteration: int) -> list:
         asked = self.config.prompt_range(iteration)
-        return self.order.prompts_at(asked.start, len(asked))
+        return self.plan.order.prompts_at(asked.start, len(asked))
 
     def loop(self, done: int) -> None:
         """All iterations that are left, then the final policy and the table of what was learned."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from rl.config import STAGE_DEFAULTS, Config
+from rl.config import STAGE_DEFAULTS, Config, Source
 from rl.recipe_errors import declared
 
 SMALL: dict[str, Any] = {
@@ -72,8 +72,11 @@ def test_defaults_are_the_reports():
 
 
 def test_one_source_is_a_list_of_one():
-    assert config(data__train="a.jsonl").data.train == ("a.jsonl",)
-    assert config(data__train=["a", "b"]).data.train == ("a", "b")
+    assert config(data__train="a.jsonl").data.train == (Source(path="a.jsonl"),)
+    assert config(data__train=["a", {"path": "b", "limit": 2}]).data.train == (
+        Source(path="a"),
+        Source(path="b", limit=2),
+    )
     assert config(log__trackers="wandb").log.trackers == ("wandb",)
 
 
@@ -98,7 +101,6 @@ def test_a_value_that_does_not_fit_is_refused(key: str, value: Any):
 
 @pytest.mark.parametrize("key, value", [
     ("stage", "rlhf"), ("stage", "pacore"), ("model__freeze", ["encoder"]), ("model__freeze", []),
-    ("data__columns", {"id": "key"}),
     ("ppo__kl", 0.1),
 ])  # fmt: skip
 def test_an_option_that_nothing_implements_yet_is_refused(key: str, value: Any):

@@ -176,8 +176,8 @@ def test_paths_are_relative_to_the_file_that_names_them():
     config = load(Path("mine/r.yaml"), profile="profiles/other.yaml", overrides=["data.train=[t.jsonl]"]).config
     assert config.model.path == str(here / "mine/model")
     assert config.model.chat_template == here / "profiles/chat.jinja"
-    assert config.data.eval == (str(here / "rows/held.jsonl"),)
-    assert config.data.train == (str(here / "t.jsonl"),)
+    assert [source.path for source in config.data.eval] == [str(here / "rows/held.jsonl")]
+    assert [source.path for source in config.data.train] == [str(here / "t.jsonl")]
     assert config.rewards["math"][0].use == f"{here}/mine/own.py:Right"
 
 
@@ -191,7 +191,7 @@ def test_a_parameter_that_is_a_path_is_relative_to_whoever_names_it():
 
 def test_hub_ids_stay_as_they_are_unless_a_folder_has_that_name():
     hub = mine("", "model.path=owner/name", "data.train=owner/rows:train").config
-    assert (hub.model.path, hub.data.train) == ("owner/name", ("owner/rows:train",))
+    assert (hub.model.path, hub.data.train[0].path) == ("owner/name", "owner/rows:train")
     Path("owner/name").mkdir(parents=True)
     assert mine("", "model.path=owner/name").config.model.path == str(Path.cwd() / "owner/name")
 

@@ -1,0 +1,135 @@
+"""Public data sets whose rows become ours: one function each, from a row as it is stored to our columns.
+
+Written from what the authors' cards and loaders say; what they leave open is said in each docstring. The rows' task
+comes from the recipe (`{path: ..., adapter: ..., task: math}`), their ids from their lines.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rl.types import THINK_CLOSE
+
+Row = Mapping[str, Any]
+Adapter = Callable[[Row], dict[str, Any]]
+THOUSAND = 1000  # Perception-R1's coordinates run from 0 to 1000 over either side of the picture
+
+
+def adapter(name: str) -> Adapter:
+    """Raises ValueError with the names there are."""
+    if name not in ADAPTERS:
+        raise ValueError(f"there is no adapter {name!r}; there are {', '.join(ADAPTERS)}")
+    return ADAPTERS[name]
+
+
+def open_reasoner_zero(row: Row) -> dict[str, Any]:
+    """Open-Reasoner-Zero's training files (orz_math_57k_collected.json and its relatives).
+
+    A row is a list of two turns, which `datasets` calls "0" and "1": {from, value} and {from, ground_truth: {value,
+    pass_at_n}}; pass_at_n is not in all files.
+    """
+    question, answer = row["0"]["value"], row["1"]["ground_truth"]
+    meta = {name: answer[name] for name in ("pass_at_n",) if answer.get(name) is not None}
+    return {"messages": question, "ground_truth": answer["value"], "meta": meta}
+
+
+def perception_r1_grounding(row: Row) -> dict[str, Any]:
+    """PR1-Datasets-Grounding: `image`, `problem` (the phrase to be found), `solution` (a box as text or list, x1 y1 x2
+    y2 in thousandths). The question's wording is ours."""
+    question = f"Where is this in the picture: {row['problem']}? Answer with its bounding box as [x1, y1, x2, y2]"
+    return {
+        "messages": f"{question}, in fractions of the picture's width and height.",
+        "images": [row["image"]],
+        "ground_truth": _fractions(_numbers(row["solution"], 4)),
+    }
+
+
+def perception_r1_counting(row: Row) -> dict[str, Any]:
+    """PR1-Datasets-Counting, made from PixMo: `image`, `problem` (what to count), `clicks` (a point on each, in
+    thousandths). As there, the points are asked for, whose number is the count. The question's wording is ours."""
+    points = [_fractions(_numbers(point, 2)) for point in row["clicks"]]
+    return {
+        "messages": f"Point at each of these in the picture: {row['problem']}. Answer with one [x, y] for each, in "
+        "fractions of the picture's width and height.",
+        "images": [row["image"]],
+        "ground_truth": points,
+        "meta": {"count": len(points)},
+    }
+
+
+def pacore_train(row: Row) -> dict[str, Any]:
+    """PaCoRe-Train-8k: `conversation`, `responses` (the cached messages), `ground_truth`.
+
+    The card leaves open how turns are written (role/content and from/value are both read), whether thinking was
+    removed from responses (it is, here), and the ground truth's form (a value, or one inside {answer} or {value}). Rows
+    of code have test cases in a form that is not documented; they are refused.
+    """
+    truth = row["ground_truth"]
+    if isinstance(truth, Mapping):
+        inside = [truth[name] for name in ("answer", "value") if truth.get(name) is not None]
+        if not inside:
+            raise ValueError(f"its ground truth has the keys {', '.join(truth)}, whose meaning is not documented")
+        truth = inside[0]
+    pool = [response.rpartition(THINK_CLOSE)[2].strip() for response in row["responses"]]
+    return {"messages": _turns(row["conversation"]), "ground_truth": truth, "messages_pool": pool}
+
+
+def vision_arena_chat(row: Row) -> dict[str, Any]:
+    """VisionArena-Chat: `conversation` (each turn {role, content} in a list of its own), `images`. The prompt is the
+    first question with all pictures, because the answers that follow are those of the models that were tried."""
+    return _arena(row, "conversation", ("conversation_id", "language", "categories"))
+
+
+def vision_arena_battle(row: Row) -> dict[str, Any]:
+    """VisionArena-Battle: as VisionArena-Chat, with two models' conversations, which begin alike, and `winner`."""
+    return _arena(row, "conversation_a", ("question_id", "language", "categories", "winner", "model_a", "model_b"))
+
+
+ADAPTERS: Mapping[str, Adapter] = {
+    one.__name__: one
+    for one in (
+        open_reasoner_zero,
+        perception_r1_grounding,
+        perception_r1_counting,
+        pacore_train,
+        vision_arena_chat,
+        vision_arena_battle,
+    )
+}
+
+
+def _arena(row: Row, conversation: str, kept: Sequence[str]) -> dict[str, Any]:
+    first = _turns(row[conversation])[0]
+    if first["role"] != "user":
+        raise ValueError(f"its conversation begins with {first['role']!r}")
+    pictures = row["images"]
+    return {
+        "messages": first["content"],
+        "images": pictures if isinstance(pictures, list) else [pictures],
+        "meta": {name: row[name] for name in kept if row.get(name) is not None},
+    }
+
+
+def _turns(conversation: Any) -> list[dict[str, str]]:
+    """Turns as {role, content}, whichever of the two forms they have and however deep in lists they stand."""
+    if isinstance(conversation, str):
+        return [{"role": "user", "content": conversation}]
+    if isinstance(conversation, list):
+        return [turn for part in conversation for turn in _turns(part)]
+    role = conversation["role"] if "role" in conversation else conversation["from"]
+    names = {"human": "user", "gpt": "assistant"}
+    text = conversation["content"] if "content" in conversation else conversation["value"]
+    return [{"role": names.get(role, role), "content": text}]
+
+
+def _numbers(value: Any, count: int) -> list[float]:
+    numbers = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(numbers, list) or len(numbers) != count:
+        raise ValueError(f"{value!r} are not {count} numbers")
+    return [float(number) for number in numbers]
+
+
+def _fractions(thousandths: Sequence[float]) -> list[float]:
+    if not all(0 <= number <= THOUSAND for number in thousandths):
+        raise ValueError(f"{list(thousandths)} are not between 0 and {THOUSAND}")
+    return [number / THOUSAND for number in thousandths]
