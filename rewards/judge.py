@@ -74,7 +74,7 @@ class Finding(Verdict):
         raise NotImplementedError
 
 
-V = TypeVar("V", bound=Verdict, covariant=True)
+V = TypeVar("V", bound=BaseModel, covariant=True)
 
 
 @dataclass

@@ -24,7 +24,6 @@ from rl.types import Prompt, Rollout, Scored
 
 __all__ = ["EndpointAway", "Outage", "RewardRunner", "Scoring"]
 
-SHOWN = 20  # bad rows that a message spells out
 REMEMBERED = 100_000  # judgements kept, so that the same question about the same response is asked once
 
 

@@ -203,6 +203,87 @@ class Endpoint(Options):
     """Whether the server can be held to a JSON schema (response_format); else the prompt only asks for JSON."""
 
 
+Filter = Literal["decontamination", "checkability", "relevance", "difficulty", "synthesis"]
+
+
+class Decontamination(Options):
+    against: Sources = ()
+    """Benchmarks that no row may come from, in the forms of data.train; none: data.eval."""
+    ngram: Count = 64
+    """Words and signs in a row that may not be shared (report: 64-grams, of what it does not say)."""
+
+
+class Checkability(Options):
+    endpoint: str = "checker"
+    """The judge (report: GPT-OSS-120B)."""
+    passes: Count = 4
+    """Times it is asked about each row; all have to say that the row is valid (report)."""
+    params: dict[str, Any] = {}
+    """Further parameters of the reward `checkable`."""
+
+
+class Relevance(Options):
+    endpoint: str = "rater"
+    """A vision-language model (report: an early STEP3-VL-10B)."""
+    at_least: Fraction = 0.5
+    """Grade, of 1, that a row with pictures needs (reconstruction: the threshold is unpublished)."""
+    params: dict[str, Any] = {}
+    """Further parameters of the reward `relevant`."""
+
+
+class Difficulty(Options):
+    rollouts: Annotated[int, Field(ge=2)] = 24
+    """Responses of the policy to each row (report); a row stays if some are accepted, but not all."""
+    accept: float = 1.0
+    """Reward from which a response is accepted (reconstruction: that of a right answer)."""
+    accept_by_task: dict[str, float] = {}
+    """The same for single tasks, such as those whose rewards are degrees."""
+
+
+class Synthesis(Options):
+    least_messages: Count = 16
+    """Fewest messages of a row's pool that are shown at a time (report)."""
+    most_messages: Count = 24
+    """Most of them (report)."""
+    rollouts: Annotated[int, Field(ge=2)] = 24
+    """Responses to each row with its messages; it stays if some are accepted, but not all (the report does not say how
+    many; as many as for difficulty)."""
+    accuracy_over: Fraction | None = None
+    """Only rows whose pool has a larger share of accepted messages (the PaCoRe paper: 0); null: all."""
+    accuracy_under: Fraction | None = None
+    """Only rows whose pool has a smaller one (the PaCoRe paper: 9/24 in mathematics, 15/24 in code); null: all."""
+    max_sequence_length: Annotated[int, Field(ge=16)] = 65_536
+    """Tokens of problem, messages and response together, at most (report: PaCoRe's)."""
+    template: Path | None = None
+    """Jinja file that puts problem and messages into words; null: rollout/prompts/pacore.jinja."""
+
+    @model_validator(mode="after")
+    def _can_draw(self) -> "Synthesis":
+        if self.most_messages < self.least_messages:
+            problem = f"= {self.most_messages} is less than least_messages, which is {self.least_messages}"
+            raise OptionError("curate.synthesis.most_messages", problem)
+        return self
+
+
+class Curation(Options):
+    filters: tuple[Filter, ...] = ("difficulty",)
+    """Which filters `python -m stages.curate` applies; always in the report's order, which is the one above."""
+    rows: Count | None = None
+    """Only so many rows, spread evenly over data.train; null: all."""
+    block: Count = 1024
+    """Rows that go through all filters together and make one output file; the engines get all their prompts at once."""
+    decontamination: Decontamination = Decontamination()
+    """Rows of benchmarks are left out."""
+    checkability: Checkability = Checkability()
+    """A judge looks at question and ground truth."""
+    relevance: Relevance = Relevance()
+    """A vision-language model looks at question and pictures."""
+    difficulty: Difficulty = Difficulty()
+    """The policy tries each row; what it answered becomes the row's pool of messages."""
+    synthesis: Synthesis = Synthesis()
+    """The policy tries again with messages of the pool."""
+
+
 class VerlLoss(Options):
     verl: str
     """Name in verl's registry of policy losses: gspo, cispo, sapo, geo_mean, ..."""
@@ -416,6 +497,8 @@ class Config(Options):
     """When the run is measured on held-out rows."""
     log: Log = Log()
     """Who is told."""
+    curate: Curation = Curation()
+    """What `python -m stages.curate` keeps; no part of a training run."""
 
     @property
     def samples(self) -> int:

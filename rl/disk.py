@@ -1,6 +1,8 @@
 """Files and folders that appear whole or not at all, and outlast a power cut once they are there."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Generator
@@ -52,6 +54,20 @@ def to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def hold(folder: Path) -> int | None:
+    """Keep a folder for this process until it ends, or closes the descriptor that is returned; None on file systems
+    that know no locks. Raises ValueError if another process has it."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(held)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return None
+        raise ValueError(f"another run is writing in {folder}; end it first, or give another folder") from None
+    return held
 
 
 @contextlib.contextmanager

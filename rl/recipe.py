@@ -8,7 +8,7 @@ directory) and absolute afterwards, so the recipe that a run saves means the sam
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,14 @@ from rl.recipe_layers import SHIPPED, Layer, Layers, first_line, flatten, plain,
 
 __all__ = ["Change", "MissingOption", "RecipeError", "Resolved", "describe", "differences", "load"]
 
+PATHS = (
+    "model.path",
+    "model.chat_template",
+    "data.train",
+    "data.eval",
+    "curate.decontamination.against",
+    "curate.synthesis.template",
+)
 DATA_FILE = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")  # [owner/]name, a data set's with [:split]
 
@@ -84,9 +92,10 @@ def load(
     return Resolved(config, {key: layer.label if layer else "default" for key, layer in origins.items()})
 
 
-def describe(resolved: Resolved) -> str:
-    """One line per option: its name, its value, and where the value came from."""
-    values = {key: _short(value) for key, value in flatten(resolved.plain()).items()}
+def describe(resolved: Resolved, section: Callable[[str], bool] = lambda name: True) -> str:
+    """One line per option: its name, its value, and where the value came from; of some sections only."""
+    flat = flatten(resolved.plain())
+    values = {key: _short(value) for key, value in flat.items() if section(key.partition(".")[0])}
     wide, long = max(map(len, values)), min(40, max(map(len, values.values())))
     return "\n".join(f"{key:<{wide}}  {value:<{long}}  {resolved.provenance[key]}" for key, value in values.items())
 
@@ -151,15 +160,20 @@ def _interpolated(merged: DictConfig, layers: Layers) -> dict[str, Any]:
 
 
 def _make_paths_absolute(values: dict[str, Any], layers: Layers) -> None:
-    places = [("model", "path"), ("model", "chat_template"), ("data", "train"), ("data", "eval")]
-    for section, name in places:
-        holder, origin = values.get(section), layers.origin(f"{section}.{name}")
+    for key in PATHS:
+        *sections, name = key.split(".")
+        holder, origin = values, layers.origin(key)
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
         if isinstance(holder, dict) and origin:
-            holder[name] = _absolute(holder.get(name), origin.folder, always=name == "chat_template")
+            holder[name] = _absolute(holder.get(name), origin.folder, always=name.endswith("template"))
     rewards = values.get("rewards")
     for task, given in rewards.items() if isinstance(rewards, dict) else ():
         for reward in given if isinstance(given, list) else [given]:
             _make_reward_absolute(reward, f"rewards.{task}", layers)
+    if isinstance(curate := values.get("curate"), dict):
+        for name in ("checkability", "relevance"):
+            _make_reward_absolute(curate.get(name), f"curate.{name}", layers)
     endpoints = values.get("endpoints")
     for name, endpoint in endpoints.items() if isinstance(endpoints, dict) else ():
         origin = layers.origin(f"endpoints.{name}.model")

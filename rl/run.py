@@ -68,7 +68,7 @@ def _main(args: argparse.Namespace) -> int:
     _check_hardware(resolved, args.dry_run)
     plan = _checked_plan(resolved)
     if args.dry_run:
-        print(describe(resolved), *plan.lines(), sep="\n")
+        print(describe(resolved, lambda section: section != "curate"), *plan.lines(), sep="\n")
         return DONE
     return _start(resolved, plan, args)
 

@@ -4,17 +4,15 @@ RUN_DIR/recipe.yaml, metrics.jsonl, rollouts/000001.jsonl.gz, checkpoints/, poli
 be written (a full disk, a read-only one) raises Stop, which names the file.
 """
 
-import errno
-import fcntl
 import gzip
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from rl import metrics as meaning
-from rl.disk import replacing, to_disk, writing
+from rl.disk import hold, replacing, to_disk, writing
 from rl.types import Picture, Prompt, Scored
 
 Save = Literal["all", "none"] | int
@@ -67,13 +65,7 @@ class RunFolder:
 
     def lock(self) -> None:
         """Keep the folder for this process, until it ends. Raises ValueError if another run has it."""
-        self._held = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                return  # some network file systems know no locks
-            raise ValueError(f"another run is writing in {self.path}; end it first, or give another --output") from None
+        self._held = hold(self.path)
 
     def release(self) -> None:
         """Let another run have the folder."""
@@ -150,7 +142,7 @@ def sample_record(sample: Scored) -> dict[str, Any]:
     return {
         "id": prompt.id,
         "task": prompt.task,
-        "messages": _messages(prompt),
+        "messages": messages_of(prompt),
         **{name: answer for name, answer in answers.items() if answer is not None},
         "meta": dict(prompt.meta),
         "response": rollout.text,
@@ -181,22 +173,23 @@ def _chosen(scored: Sequence[Scored], save: Save) -> Sequence[Scored]:
     return [scored[place * len(scored) // save] for place in range(save)]
 
 
-def _messages(prompt: Prompt) -> list[dict[str, Any]]:
-    """The chat with each placeholder naming its picture again, by path or, if it came as bytes, by digest."""
-    pictures = iter(prompt.images)
-    return [{"role": m["role"], "content": _content(m["content"], pictures)} for m in prompt.messages]
-
-
-def _content(content: str | Sequence[Mapping[str, Any]], pictures: Iterator[Picture]) -> Any:
-    if isinstance(content, str):
-        return content
-    return [_image_part(next(pictures)) if part["type"] == "image" else dict(part) for part in content]
-
-
-def _image_part(picture: Picture) -> dict[str, Any]:
+def by_name(picture: Picture) -> dict[str, Any]:
+    """A picture's part of a message: its path or, if it came as bytes, its digest."""
     if isinstance(picture.source, bytes):
         return {"type": "image", "digest": picture.digest}
     return {"type": "image", "image": str(picture.source)}
+
+
+def messages_of(prompt: Prompt, part_of: Callable[[Picture], dict[str, Any]] = by_name) -> list[dict[str, Any]]:
+    """The chat with each placeholder naming its picture again."""
+    pictures = iter(prompt.images)
+
+    def content(given: str | Sequence[Mapping[str, Any]]) -> Any:
+        if isinstance(given, str):
+            return given
+        return [part_of(next(pictures)) if part["type"] == "image" else dict(part) for part in given]
+
+    return [{"role": m["role"], "content": content(m["content"])} for m in prompt.messages]
 
 
 def _json_line(record: Mapping[str, Any]) -> str:

@@ -39,6 +39,8 @@ def raw_rows(source: str, *, streaming: bool = False) -> Iterator[RawRow]:
         return _parquet(path)
     if path.is_file():
         raise ValueError(f"{path} is of an unknown kind; {KNOWN}")
+    if shards := _shards(path):
+        return (row for shard in shards for row in _jsonl(shard))
     folder = Path(source.partition(":")[0])
     no_hub_id = folder.is_absolute() or len(folder.parts) > 2
     if path.name.endswith((".jsonl", ".jsonl.gz", ".parquet", ".json")) or (no_hub_id and not folder.is_dir()):
@@ -67,6 +69,12 @@ def _json_row(line: bytes) -> tuple[Mapping[str, Any] | None, str]:
     if not isinstance(row, dict):
         return None, f"a row is a JSON object, this is {type(row).__name__}"
     return row, ""
+
+
+def _shards(path: Path) -> list[Path]:
+    """Numbered files, as `python -m stages.curate` writes them; other folders are read as data sets."""
+    found = sorted(path.glob("*.jsonl")) if path.is_dir() else []
+    return found if all(shard.stem.isdigit() for shard in found) else []
 
 
 def _json(path: Path) -> Iterator[RawRow]:

@@ -1,15 +1,16 @@
 """Everything about a run that can be known and checked before anything is started."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from rewards.endpoint import EndpointSpec
 from rewards.runner import RewardRunner
-from rl.config import Config, Endpoint, Source
+from rl.config import Config, Endpoint, Reward, Source
 from rl.disk import readable
 from rl.model import checkpoint
 from rl.tracking import check_trackers
@@ -17,7 +18,6 @@ from rl.types import Prompt
 from rollout.chat import Chat
 from rollout.rows import BadRow, MixedOrder, Order, PromptOrder, RowError, Rows, listed, read
 
-SHOWN = 20
 FLOAT32 = 4  # bytes
 BYTES_PER_TOKEN = 1.5  # of compressed text in rollouts/, an estimate: four characters, a third of them left
 MOST_REWARD_WORKERS = 32  # more than that rarely have work, and each holds its libraries in memory
@@ -31,6 +31,7 @@ class Plan:
     model: Path  # local folder the policy starts from
     chat: Chat
     train: Sequence[Prompt]
+    sources: Sequence[int]  # of each of them, as data.train numbers them
     order: Order  # in which they come
     held_out: Sequence[Prompt]
     skipped: Sequence[BadRow]  # rows that are left out, because the recipe allows it
@@ -113,14 +114,16 @@ def saves(config: Config, iteration: int) -> bool:
     return iteration % config.checkpoint.every == 0 or iteration == config.iterations
 
 
-def make_plan(config: Config) -> Plan:
+def make_plan(config: Config, also: Mapping[str, Sequence[Reward]] = MappingProxyType({})) -> Plan:
     """Check model, data, rewards and trackers.
 
+    Args:
+        also: tasks that no row has, for scorers that the rewards are to run as well.
     Raises: ValueError (of several kinds) with one message that says what is wrong and where.
     """
     check_trackers(config.log.trackers)
     rewards = RewardRunner(
-        config.rewards,
+        {**config.rewards, **also},
         workers=config.reward_workers or min(MOST_REWARD_WORKERS, os.cpu_count() or 1),
         endpoints={name: endpoint_spec(name, one) for name, one in config.endpoints.items()},
     )
@@ -137,6 +140,7 @@ def make_plan(config: Config) -> Plan:
         folder,
         chat,
         train.prompts,
+        train.sources,
         _order(config, train),
         _limited(held_out.prompts, config.data.eval_limit),
         (*train.bad, *held_out.bad),

@@ -25,7 +25,7 @@ from rollout.partial import PartialRollouts
 from rollout.pool import Pool
 from stages.loop import Clock, Diverged, Parts, catch_up, evaluate, ppo_iteration, sync
 from stages.plan import Plan, device, evaluates, saves, skipped_lines
-from stages.processes import Processes
+from stages.processes import Processes, Restarts
 
 POLL_S = 0.2  # between questions whether a checkpoint is written
 BEGUN = "begun.json"  # in a checkpoint's state: responses under way, where the recipe has partial rollouts
@@ -58,24 +58,6 @@ def train(plan: Plan, folder: RunFolder, display: Display, *, recipe: Mapping[st
                 restarts.count(f"{died}. Starting again from what is saved")
             finally:
                 run.close()
-
-
-class Restarts:
-    """How often processes may still be replaced.
-
-    Args:
-        say: told of each.
-    """
-
-    def __init__(self, limit: int, say: Callable[[str], None]) -> None:
-        self.limit, self.done, self._say = limit, 0, say
-
-    def count(self, what: str) -> None:
-        """Raises Stop beyond the limit."""
-        if self.done >= self.limit:
-            raise Stop(f"{what}: no more, max_restarts is {self.limit}. Look at why, then use --resume", saves=False)
-        self.done += 1
-        self._say(f"{what} (restart {self.done} of {self.limit})")
 
 
 class _Run:

@@ -39,7 +39,17 @@ def test_every_entry_says_what_it_compares() -> None:
     found = entries()
     shapes = {"demo", "rlvr", "pacore", "judge"}
     learner = {f"learner/{side}{shape}" for side in ("", "padded/", "verl/") for shape in shapes}
-    others = {"async/one_step_off", "gae", "growth", "iteration/trl", "logits", "rewards/hung", "rewards/math", "sync"}
+    others = {
+        "async/one_step_off",
+        "curation",
+        "gae",
+        "growth",
+        "iteration/trl",
+        "logits",
+        "rewards/hung",
+        "rewards/math",
+        "sync",
+    }
     assert set(found) == learner | others
     assert [name for name, entry in found.items() if not (entry.__doc__ or "").strip()] == []
 

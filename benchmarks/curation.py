@@ -1,0 +1,66 @@
+"""Curation's throughput: all prompts in one queue, against one prompt after the other."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
+
+RECIPE = Path(__file__).parent.parent / "recipes/curate.yaml"
+ROWS, REPEATS = 64, 3
+
+
+@benchmark("curation")
+def curation() -> Result:
+    """The policy's responses for the difficulty filter, one queue over all rows: other_s is row by row.
+
+    24 responses of the scale model to each of 64 of its own problems, by a real vLLM engine of the CPU profile; scoring
+    is not in it. max_abs_diff is that of the responses' lengths: 0 where both sides sampled the same, which the last
+    digits of a probability can change.
+    """
+    from rl.actors import as_they_come, cluster, place
+    from rl.recipe import load
+    from rollout.engine import Engine
+    from rollout.pool import Pool
+    from stages.curate import blocks_of
+    from stages.filters import Policy, request
+    from stages.plan import make_plan
+
+    filters = "curate.filters=[difficulty]"
+    config = load(RECIPE, profile="cpu", overrides=[filters, f"curate.rows={ROWS}", f"curate.block={ROWS}"]).config
+    plan = make_plan(config)
+    (rows,) = blocks_of(plan)
+    with cluster():
+        engine = place(
+            Engine,
+            str(plan.model),
+            max_sequence_length=config.max_sequence_length,
+            dtype=config.model.dtype,
+            threads=config.rollout.threads,
+        )
+        engine.ready()
+        limits: dict[str, Any] = {"max_sequence_length": config.max_sequence_length, "temperature": 1.0, "seed": 0}
+        pool = Pool([engine], as_they_come, plan.chat, **limits)
+        policy = Policy(pool, plan.chat, plan.rewards, 1.0, 0, 0.1)
+        asked = [
+            [
+                request("difficulty", row.prompt, n, config.max_sequence_length, policy)
+                for n in range(config.curate.difficulty.rollouts)
+            ]
+            for row in rows
+        ]
+        lengths: dict[str, list[float]] = {}
+
+        def side(name: str) -> float:
+            start = time.perf_counter()
+            calls = [asked] if name == "ours" else [[group] for group in asked]
+            answers = [answer for groups in calls for answer in pool.complete(groups)]
+            lengths[name] = [float(len(answer.response_ids)) for answer in answers]
+            return time.perf_counter() - start
+
+        side("ours")  # warm up
+        ours_s, other_s = interleaved(lambda: side("ours"), lambda: side("other"), REPEATS)
+    more = {"responses": len(lengths["ours"]), "rows": len(rows)}
+    return Result(
+        ours_s, other_s, other_s / ours_s, max_abs_diff=max_abs_diff(lengths["ours"], lengths["other"]), more=more
+    )

@@ -1,0 +1,69 @@
+"""Whether a judge finds a row fit for training: a problem with one result that can be checked, and stated right."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rewards import Rollout, Score, reward
+from rewards.endpoint import EndpointName
+from rewards.judge import REASON_CHARS, Judge, MaxTokens, Verdict, question, truth
+
+UNLIMITED = 1_000_000  # characters; the policy wrote none of what is shown
+
+
+class BareValidity(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    verdict: Literal["valid", "invalid"]
+
+
+class Validity(Verdict):
+    verdict: Literal["valid", "invalid"]
+
+
+@reward("checkable", timeout_s=600, needs="ground_truth")
+class Checkable:
+    """1.0 if the judge calls the row's problem and ground truth valid, else 0.0; the response plays no part.
+
+    For `python -m stages.curate`, which asks for several passes.
+
+    endpoint     the judge. It sees the question (with pictures, where it takes them) and the ground truth
+    vote         which of several independent passes this is; each has its own seed
+    reasons      have the judge give reasons before its verdict
+    temperature  the judge samples at
+    max_tokens   of one verdict, a reasoning judge's thinking included
+    template     a Jinja file in place of rewards/prompts/checkable.jinja, which lists the variables
+
+    The report has four passes of GPT-OSS-120B per prompt and does not say what they ask (the PaCoRe paper: whether
+    problem and answer are valid); the questions are a reconstruction.
+    """
+
+    def __init__(
+        self,
+        endpoint: EndpointName,
+        vote: Annotated[int, Field(ge=0)] = 0,
+        reasons: bool = True,
+        temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0,
+        max_tokens: MaxTokens = 2048,
+        template: str | None = None,
+    ):
+        self.vote, self.reasons = vote, reasons
+        self.judge: Judge[Validity | BareValidity] = Judge(
+            endpoint,
+            Path(template).absolute() if template else "checkable.jinja",
+            Validity if reasons else BareValidity,
+            max_tokens=max_tokens,
+            max_chars=UNLIMITED,
+            temperature=temperature,
+        )
+
+    def setup(self) -> None:
+        self.judge.setup({"question", "truth"}, {"reasons"})
+
+    async def __call__(self, rollout: Rollout) -> Score:
+        row = rollout.prompt
+        shown = {"question": question(row), "truth": truth(row), "reasons": self.reasons}
+        verdict = await self.judge.ask(row, shown, {}, self.vote)
+        said = {"reason": verdict.reasoning[:REASON_CHARS]} if isinstance(verdict, Validity) else {}
+        return Score(float(verdict.verdict == "valid"), said)

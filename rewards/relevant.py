@@ -1,0 +1,70 @@
+"""How much a row's pictures and its question need each other, as a vision-language model rates it."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rewards import Rollout, Score, reward
+from rewards.checkable import UNLIMITED
+from rewards.endpoint import EndpointName
+from rewards.judge import REASON_CHARS, Judge, MaxTokens, Verdict, question
+
+BEST = 10
+
+
+Points = Annotated[int, Field(ge=0, le=BEST)]
+
+
+class BareGrade(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    grade: Points
+
+
+class Grade(Verdict):
+    grade: Points
+
+
+@reward("relevant", timeout_s=600)
+class Relevant:
+    """The rater's grade, 0.0 to 1.0; the response plays no part. For `python -m stages.curate`.
+
+    endpoint     a vision-language model (`images: true` in the recipe); it sees the question and the pictures
+    reasons      have it give reasons before its grade
+    temperature  it samples at
+    max_tokens   of one grade
+    template     a Jinja file in place of rewards/prompts/relevant.jinja, which lists the variables
+
+    The report has an early STEP3-VL-10B rate "semantic correlation and mutual contribution between images and
+    questions" and publishes neither prompt nor threshold: those are reconstructions.
+    """
+
+    def __init__(
+        self,
+        endpoint: EndpointName,
+        reasons: bool = True,
+        temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
+        max_tokens: MaxTokens = 1024,
+        template: str | None = None,
+    ):
+        self.reasons = reasons
+        self.judge: Judge[Grade | BareGrade] = Judge(
+            endpoint,
+            Path(template).absolute() if template else "relevant.jinja",
+            Grade if reasons else BareGrade,
+            max_tokens=max_tokens,
+            max_chars=UNLIMITED,
+            temperature=temperature,
+        )
+
+    def setup(self) -> None:
+        self.judge.setup({"question"}, {"reasons"})
+        if not self.judge.endpoint.spec.images:
+            raise ValueError(f"endpoint {self.judge.name} is shown no pictures; the rater needs `images: true`")
+
+    async def __call__(self, rollout: Rollout) -> Score:
+        row = rollout.prompt
+        grade = await self.judge.ask(row, {"question": question(row), "reasons": self.reasons}, {})
+        said = {"reason": grade.reasoning[:REASON_CHARS]} if isinstance(grade, Grade) else {}
+        return Score(grade.grade / BEST, said)

@@ -1,0 +1,60 @@
+"""Which training rows a benchmark gives away: the same question, or a long run of the same words."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from rl.types import Prompt
+
+_WORD = re.compile(r"\w+|[^\w\s]")  # signs count: 12 + 5 is not 12 - 5
+
+
+class Benchmarks:
+    """What must not be trained on.
+
+    Args:
+        rows: of the benchmarks.
+        length: words in a row that no training row may share with them. Texts that are shorter are compared as a
+            whole. The report says 64-grams; that they are of words and signs, in lower case, is a reconstruction.
+    """
+
+    def __init__(self, rows: Iterable[Prompt], length: int) -> None:
+        self.length, self.rows = length, 0
+        self._questions: dict[tuple[str, ...], list[tuple[frozenset[str], str]]] = {}
+        self._runs: dict[tuple[str, ...], str] = {}
+        for row in rows:
+            self.rows += 1
+            words = words_of(row)
+            self._questions.setdefault(words, []).append((_pictures(row), row.id))
+            for run in _runs(words, length):
+                self._runs.setdefault(run, row.id)
+
+    def shared(self, row: Prompt) -> str | None:
+        """What a row shares with which benchmark row, if anything.
+
+        The same words are the same question only with the same pictures: "How many are there?" may stand below any.
+        """
+        words = words_of(row)
+        for pictures, identity in self._questions.get(words, ()):
+            if pictures == _pictures(row):
+                return f"the question of {identity}"
+        for run in _runs(words, self.length):
+            if run in self._runs:
+                return f"{self.length} words in a row with {self._runs[run]}"
+        return None
+
+
+def words_of(row: Prompt) -> tuple[str, ...]:
+    """All words and signs of a row's messages, in lower case."""
+    said = []
+    for message in row.messages:
+        content = message["content"]
+        said += [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+    return tuple(_WORD.findall(" ".join(said).lower()))
+
+
+def _pictures(row: Prompt) -> frozenset[str]:
+    return frozenset(picture.digest for picture in row.images)
+
+
+def _runs(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
+    return (tuple(words[start : start + length]) for start in range(len(words) - length + 1))

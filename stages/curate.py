@@ -1,0 +1,405 @@
+"""From anybody's problems to a stage's training set: `python -m stages.curate RECIPE.yaml --out DIR [key=value ...]`.
+
+    DIR/recipe.yaml            the recipe, resolved
+        rows/00000.jsonl       rows that stay, as training rows: pool of messages, and in meta.curation why they stayed
+        fates/00000.jsonl      what became of each row of the block
+        answers/00000-difficulty.jsonl   everything that was answered, as it came
+        pictures/              those that came as bytes
+        report.txt, report.html
+
+Rows go through the recipe's filters (`curate.filters`, stages/filters.py) in blocks. A block is done when its file
+in rows/ is there; the same command goes on where it was broken off, and asks nothing twice. Exit codes are those of
+rl.run.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewards.async_pool import Outage
+from rl.actors import Worker, as_they_come, cluster
+from rl.config import Config
+from rl.disk import hold, replacing, writing
+from rl.interrupt import Interrupted, Interrupts
+from rl.recipe import RecipeError, describe, differences, load
+from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT, InputError
+from rl.run_folder import by_name, messages_of
+from rl.stop import Stop, WorkerDied
+from rl.types import Picture, Prompt
+from rollout.decontamination import Benchmarks
+from rollout.pacore import Synthesis as Serialisation
+from rollout.pool import Pool
+from rollout.rows import read
+from stages import curation_report
+from stages.answers import Answers
+from stages.filters import (
+    Checked,
+    Fate,
+    Filter,
+    Policy,
+    Rated,
+    Row,
+    Synthesised,
+    Tried,
+    decontamination,
+    judge_tasks,
+)
+from stages.plan import Plan, make_plan, skipped_lines
+from stages.processes import Restarts, Samplers
+
+ORDER = ("decontamination", "checkability", "relevance", "difficulty", "synthesis")  # the report's
+ASK_THE_POLICY = {"difficulty", "synthesis"}
+MAY_CHANGE = ("rollout.patience_s", "max_restarts", "max_start_s", "max_invalid_fraction")
+Say = Callable[[str], None]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of the contract."""
+    p = argparse.ArgumentParser(prog="python -m stages.curate", description="Keep the rows that are worth training on.")
+    p.add_argument("recipe", type=Path, help="recipe YAML, e.g. recipes/curate.yaml")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. curate.difficulty.rollouts=8")
+    p.add_argument("--out", type=Path, required=True, help="folder to write; one that was begun is gone on with")
+    p.add_argument("--profile", help="scale to run at: a name in recipes/profiles (cpu), or a YAML file")
+    p.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    p.add_argument("--verbose", action="store_true", help="show what Ray and vLLM log")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    args = parser().parse_intermixed_args(arguments)
+    try:
+        return _main(args)
+    except (RecipeError, InputError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except Stop as stop:
+        print(f"error: {stop}", file=sys.stderr)
+        return FAILED
+    except (Interrupted, KeyboardInterrupt):
+        print(f"interrupted; the same command goes on from what is in {args.out}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _main(args: argparse.Namespace) -> int:
+    resolved = load(args.recipe, profile=args.profile, overrides=args.overrides)
+    config = resolved.config
+    try:
+        plan = make_plan(config, judge_tasks(config))
+        benchmarks = _benchmarks(config) if "decontamination" in config.curate.filters else None
+        serialisation = Serialisation(config.curate.synthesis.template)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+    if args.dry_run:
+        sections = {"seed", "model", "data", "rewards", "endpoints", "rollout", "curate"}
+        print(describe(resolved, sections.__contains__), *lines(plan, benchmarks), sep="\n")
+        return DONE
+    out = Out(args.out)
+    out.begin(config, resolved.yaml(), plan.train)
+    curate(plan, out, benchmarks, serialisation, verbose=args.verbose)
+    return DONE
+
+
+def lines(plan: Plan, benchmarks: Benchmarks | None) -> list[str]:
+    """What will be done, for --dry-run."""
+    c = plan.config.curate
+    filters = _applied(plan.config)
+    said = {
+        "decontamination": f"against {benchmarks.rows if benchmarks else 0} benchmark rows, exactly and by "
+        f"{c.decontamination.ngram} words and signs",
+        "checkability": f"{c.checkability.passes} passes of {c.checkability.endpoint}, all have to agree",
+        "relevance": f"{c.relevance.endpoint} grades at least {c.relevance.at_least:g}",
+        "difficulty": f"{c.difficulty.rollouts} responses of {plan.model}, some accepted and not all",
+        "synthesis": f"{c.synthesis.rollouts} responses with {c.synthesis.least_messages} to "
+        f"{c.synthesis.most_messages} messages, some accepted and not all",
+    }
+    return [
+        f"rows       {sum(map(len, blocks_of(plan)))} of {len(plan.train)}, in blocks of {c.block}",
+        *(["skipped    " + line.strip() for line in skipped_lines(plan.skipped)] if plan.skipped else []),
+        *(f"filter     {name}: {said[name]}" for name in filters),
+    ]
+
+
+def _applied(config: Config) -> list[str]:
+    return [name for name in ORDER if name in config.curate.filters]
+
+
+def _benchmarks(config: Config) -> Benchmarks:
+    """Rows of benchmarks need no task."""
+    sources = config.curate.decontamination.against or config.data.eval
+    if not sources:
+        raise InputError("curate.decontamination.against names no benchmark, and data.eval has none either")
+    named = [source.model_copy(update={"task": source.task or "benchmark"}) for source in sources]
+    rows = read(named, columns=config.data.columns)
+    if rows.bad:
+        raise InputError("\n".join(["benchmarks:", *map(str, rows.bad[:20])]))
+    return Benchmarks(rows.prompts, config.curate.decontamination.ngram)
+
+
+@dataclass(frozen=True)
+class Out:
+    """The folder that is written."""
+
+    path: Path
+
+    def begin(self, config: Config, recipe: str, rows: Sequence[Prompt]) -> None:
+        """Make it, or see that what was begun there is the same work.
+
+        Raises: InputError if it is not, or if somebody else is writing there.
+        """
+        saved, state = self.path / "recipe.yaml", self.path / "state.json"
+        if self.path.exists() and not saved.is_file() and any(self.path.iterdir()):
+            raise InputError(f"{self.path} is not empty and no curation; give another --out")
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            hold(self.path)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        digest = _digest(rows)
+        if saved.is_file():
+            changed = [c for c in differences(load(saved).config, config) if c.key not in MAY_CHANGE]
+            if changed:
+                listed = "".join(f"\n  {change}" for change in changed)
+                raise InputError(f"{self.path} was begun with another recipe:{listed}\nGive another --out for this one")
+            if state.is_file() and json.loads(state.read_text())["rows"] != digest:
+                raise InputError(f"the rows are not those that {self.path} was begun with; give another --out")
+        self.write(state, json.dumps({"rows": digest}).encode())
+        self.write(saved, recipe.encode())
+
+    def write(self, path: Path, content: bytes) -> None:
+        """The whole file, or nothing of it. Raises Stop if it cannot be written."""
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                file.write(content)
+
+    def rows(self, block: int) -> Path:
+        return self.path / "rows" / f"{block:05d}.jsonl"
+
+    def fates(self, block: int) -> Path:
+        return self.path / "fates" / f"{block:05d}.jsonl"
+
+    def left(self, blocks: int) -> list[int]:
+        """Those of so many blocks that are not done."""
+        return [block for block in range(blocks) if not self.rows(block).is_file()]
+
+    def answers(self, block: int, name: str) -> Path:
+        return self.path / "answers" / f"{block:05d}-{name}.jsonl"
+
+    def finish(self, block: int, fates: Sequence[tuple[str, Fate]], sources: Sequence[str]) -> None:
+        """A block's fates and, last of all, its rows. `fates` has the filter that decided, or "" for rows that stay."""
+        pictures = Pictures(self)
+        kept = [record(fate.row, pictures.part) for _, fate in fates if fate.dropped is None]
+        told = [
+            {
+                "id": fate.row.prompt.id,
+                "source": sources[fate.row.source],
+                "filter": name,
+                "dropped": fate.dropped,
+                "detail": fate.detail,
+                "question": shortened(fate.row.prompt),
+                "curation": dict(fate.row.notes),
+            }
+            for name, fate in fates
+        ]
+        self.write(self.fates(block), _lines(told))
+        self.write(self.rows(block), _lines(kept))
+
+
+class Pictures:
+    """How rows name theirs: by a path from their file, and those that came as bytes get a file."""
+
+    def __init__(self, out: Out) -> None:
+        self._out = out
+
+    def part(self, picture: Picture) -> dict[str, Any]:
+        if not isinstance(picture.source, bytes):
+            return {"type": "image", "image": os.path.relpath(picture.source, (self._out.path / "rows").resolve())}
+        path = self._out.path / "pictures" / picture.digest
+        if not path.is_file():
+            self._out.write(path, picture.source)
+        return {"type": "image", "image": f"../pictures/{picture.digest}"}
+
+
+def record(row: Row, part_of: Callable[[Picture], dict[str, Any]] = by_name) -> dict[str, Any]:
+    """A row as a training row."""
+    prompt = row.prompt
+    optional = {
+        "ground_truth": prompt.ground_truth,
+        "reference": prompt.reference,
+        "messages_pool": list(prompt.messages_pool) or None,
+        "pool_accuracy": prompt.pool_accuracy,
+    }
+    return {
+        "id": prompt.id,
+        "task": prompt.task,
+        "messages": messages_of(prompt, part_of),
+        **{name: value for name, value in optional.items() if value is not None},
+        "meta": {**prompt.meta, "curation": dict(row.notes)},
+    }
+
+
+def shortened(prompt: Prompt, most: int = 200) -> str:
+    """The last turn's text, for a report."""
+    content = prompt.messages[-1]["content"]
+    parts = [content] if isinstance(content, str) else [p.get("text", "(picture) ") for p in content]
+    text = "".join(parts)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def curate(
+    plan: Plan, out: Out, benchmarks: Benchmarks | None, serialisation: Serialisation, *, verbose: bool = False
+) -> None:
+    """Every block that is not done yet, then the report."""
+    blocks = blocks_of(plan)
+    for line in skipped_lines(plan.skipped) if plan.skipped else ():
+        _say(line)
+    sources = [source.path for source in plan.config.data.train]
+    if left := out.left(len(blocks)):
+        _say(f"{len(blocks) - len(left)} of {len(blocks)} blocks are done already")
+        with (
+            plan.rewards,
+            Interrupts().installed() as interrupts,
+            interrupts.waiting(),
+            _filters(plan, benchmarks, serialisation, verbose) as filters,
+        ):
+            work(blocks, filters, out, sources, _say)
+    report = curation_report.gather([out.fates(n) for n in range(len(blocks))], _applied(plan.config), sources)
+    out.write(out.path / "report.txt", report.text().encode())
+    out.write(out.path / "report.html", report.html().encode())
+    _say(report.text())
+    _say(f"rows: {out.path / 'rows'}, report: {out.path / 'report.html'}")
+
+
+def blocks_of(plan: Plan) -> list[list[Row]]:
+    """The rows in their order, or `curate.rows` of them, spread evenly."""
+    options = plan.config.curate
+    rows = [Row(prompt, source) for prompt, source in zip(plan.train, plan.sources, strict=True)]
+    if options.rows is not None and options.rows < len(rows):
+        rows = [rows[place * len(rows) // options.rows] for place in range(options.rows)]
+    return [rows[start : start + options.block] for start in range(0, len(rows), options.block)]
+
+
+def work(
+    blocks: Sequence[Sequence[Row]], filters: Mapping[str, Filter], out: Out, sources: Sequence[str], say: Say
+) -> None:
+    """Blocks that are not done yet, one after the other."""
+    for number in out.left(len(blocks)):
+        fates = through(blocks[number], filters, lambda name, n=number: Answers(out.answers(n, name)), say)
+        out.finish(number, fates, sources)
+        stay = sum(fate.dropped is None for _, fate in fates)
+        say(f"block {number + 1} of {len(blocks)} is done: {stay} of {len(fates)} rows stay")
+
+
+def _say(message: str) -> None:
+    print(message, flush=True)
+
+
+def through(
+    rows: Sequence[Row], filters: Mapping[str, Filter], answers: Callable[[str], Answers], say: Say
+) -> list[tuple[str, Fate]]:
+    """What becomes of each row, in order: the filter that dropped it, or "", and its fate."""
+    found: dict[int, tuple[str, Fate]] = {number: ("", Fate(row)) for number, row in enumerate(rows)}
+    for name, decide in filters.items():
+        left = [number for number, (_, fate) in found.items() if fate.dropped is None]
+        start = time.monotonic()
+        with answers(name) as known:
+            before = len(known.known)
+            fates = decide([found[number][1].row for number in left], known)
+        for number, fate in zip(left, fates, strict=True):
+            found[number] = (name if fate.dropped is not None else "", fate)
+        stay = sum(fate.dropped is None for fate in fates)
+        seconds = time.monotonic() - start
+        say(f"  {name}: {stay} of {len(left)} rows stay ({seconds:.0f} s, {before} answers were known)")
+    return [found[number] for number in range(len(rows))]
+
+
+@contextmanager
+def _filters(
+    plan: Plan, benchmarks: Benchmarks | None, serialisation: Serialisation, verbose: bool
+) -> Iterator[Mapping[str, Filter]]:
+    """The recipe's filters in the report's order, with the processes that they ask."""
+    config, c = plan.config, plan.config.curate
+    limit = config.max_invalid_fraction
+    made: dict[str, Filter] = {}
+    if benchmarks:
+        made["decontamination"] = decontamination(benchmarks)
+    made["checkability"] = Checked(c.checkability, plan.rewards, limit)
+    made["relevance"] = Rated(c.relevance, plan.rewards, limit)
+    plan.rewards.on_outage = lambda outage: _say(_outage(outage))
+    with cluster(verbose=verbose), _samplers(plan, verbose) as pool:
+        if pool is not None:
+            policy = Policy(pool, plan.chat, plan.rewards, config.rollout.temperature, config.seed, limit)
+            made["difficulty"] = Tried(c.difficulty, policy, config.max_sequence_length)
+            made["synthesis"] = Synthesised(c.synthesis, c.difficulty, serialisation, policy)
+        yield {name: made[name] for name in _applied(config)}
+
+
+@contextmanager
+def _samplers(plan: Plan, verbose: bool) -> Iterator[Pool | None]:
+    """The engines, if a filter asks the policy, and the judges that the recipe has served."""
+    config = plan.config
+    asks = ASK_THE_POLICY & set(config.curate.filters)
+    longest = config.max_sequence_length
+    if "synthesis" in asks:
+        longest = max(longest, config.curate.synthesis.max_sequence_length)
+    samplers = Samplers(plan, longest=longest, engines=config.rollout.workers if asks else 0, verbose=verbose)
+    restarts = Restarts(config.max_restarts, _say)
+
+    def replaced(number: int, died: WorkerDied) -> Worker:
+        restarts.count(f"engine {number} is replaced: {died}")
+        return samplers.replace_engine(number)
+
+    try:
+        samplers.ready()
+        yield (
+            Pool(
+                samplers.engines,
+                as_they_come,
+                plan.chat,
+                max_sequence_length=longest,
+                temperature=config.rollout.temperature,
+                seed=config.seed,
+                patience=config.rollout.patience_s,
+                replacement=replaced,
+            )
+            if asks
+            else None
+        )
+    finally:
+        try:
+            samplers.close()
+        except RuntimeError as error:  # must not hide why the work ends
+            _say(f"a judge's server did not end in good order: {error}")
+
+
+def _outage(outage: Outage) -> str:
+    if outage.why is None:
+        return f"endpoint {outage.endpoint} is back after {outage.seconds:.0f} s"
+    return f"endpoint {outage.endpoint} does not answer ({outage.why}); waiting"
+
+
+def _digest(rows: Sequence[Prompt]) -> str:
+    """Of everything that filters see of the rows."""
+    found = hashlib.sha256()
+    for prompt in rows:
+        seen = [prompt.id, prompt.task, prompt.messages, prompt.ground_truth, prompt.reference, prompt.messages_pool]
+        found.update(json.dumps([seen, [p.digest for p in prompt.images]], sort_keys=True).encode())
+    return found.hexdigest()
+
+
+def _lines(records: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records).encode("utf-8", "backslashreplace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""What a curation did, in numbers and examples: rows in and out by filter and source, accuracy, why rows went."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+EXAMPLES = 3  # of each reason
+BARS = 12  # of a histogram
+WIDTH = 40  # characters of its longest bar
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Rows that came to a filter, and those that stayed."""
+
+    filter: str
+    source: str  # "" for all together
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a filter dropped rows."""
+
+    filter: str
+    why: str
+    count: int
+    examples: tuple[tuple[str, str, str], ...]  # row id, detail, question
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Rows by the share of their responses that was accepted: none, all, and equal parts of what lies between."""
+
+    filter: str
+    bars: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    rows: int
+    kept: int
+    passages: tuple[Passage, ...]
+    histograms: tuple[Histogram, ...]
+    reasons: tuple[Reason, ...]
+
+    def text(self) -> str:
+        """For a terminal."""
+        said = [f"{self.kept} of {self.rows} rows stay"]
+        for one in self.passages:
+            said.append(f"  {one.filter:<16}{one.before:>8} -> {one.after:<8}{one.source}")
+        for histogram in self.histograms:
+            said += ["", f"accepted responses per row ({histogram.filter})"]
+            most = max((count for _, count in histogram.bars), default=0) or 1
+            said += [f"  {name:>10} {count:>7} {'#' * round(WIDTH * count / most)}" for name, count in histogram.bars]
+        for reason in self.reasons:
+            said += ["", f"{reason.filter}: {reason.why} ({reason.count})"]
+            said += [f"  {row}: {' | '.join(filter(None, (detail, shown)))}" for row, detail, shown in reason.examples]
+        return "\n".join(said)
+
+    def html(self) -> str:
+        """One file that needs nothing else."""
+        return _PAGE.render(report=self, widest=lambda histogram: max((n for _, n in histogram.bars), default=0) or 1)
+
+
+def gather(fates: Sequence[Path], filters: Sequence[str], sources: Sequence[str]) -> Report:
+    """From the files of all blocks.
+
+    Args:
+        filters: those that were applied, in order.
+        sources: in the order of the recipe.
+    """
+    rows = [json.loads(line) for path in fates for line in path.read_text("utf-8").splitlines()]
+    passages = []
+    for place, name in enumerate(filters):
+        before = [row for row in rows if row["dropped"] is None or row["filter"] in filters[place:]]
+        after = [row for row in before if row["filter"] != name]
+        passages.append(Passage(name, "", len(before), len(after)))
+        if len(sources) > 1:
+            counts = [Counter(row["source"] for row in some) for some in (before, after)]
+            passages += [Passage(name, source, counts[0][source], counts[1][source]) for source in sources]
+    return Report(
+        rows=len(rows),
+        kept=sum(row["dropped"] is None for row in rows),
+        passages=tuple(passages),
+        histograms=tuple(_histogram(name, rows) for name in filters if name in ("difficulty", "synthesis")),
+        reasons=tuple(_reasons(rows, filters)),
+    )
+
+
+def _reasons(rows: Sequence[dict[str, Any]], filters: Sequence[str]) -> list[Reason]:
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["dropped"] is not None:
+            found.setdefault((row["filter"], row["dropped"]), []).append(row)
+    ordered = sorted(found.items(), key=lambda item: (filters.index(item[0][0]), -len(item[1])))
+    return [
+        Reason(name, why, len(some), tuple((r["id"], r["detail"], r["question"]) for r in some[:EXAMPLES]))
+        for (name, why), some in ordered
+    ]
+
+
+def _histogram(name: str, rows: Sequence[dict[str, Any]]) -> Histogram:
+    shares = [(note["accepted"], note["of"]) for row in rows if (note := row["curation"].get(name))]
+    between = Counter(BARS * (right - 1) // (of - 1) for right, of in shares if 0 < right < of)
+    bars = [("none", sum(right == 0 for right, _ in shares))]
+    bars += [(f"to {100 * (bar + 1) // BARS}%", between[bar]) for bar in range(BARS)]
+    return Histogram(name, (*bars, ("all", sum(right == of for right, of in shares))))
+
+
+_PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Curation: {{ report.kept }} of {{ report.rows }} rows</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; }
+td, th { padding: 0.15rem 0.8rem 0.15rem 0; text-align: left; vertical-align: top; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.bar { width: 24rem; }
+td.bar div { background: #4a7ab5; height: 0.9rem; }
+tr.all td { border-top: 1px solid #ccc; font-weight: 600; }
+code { color: #555; }
+</style>
+</head>
+<body>
+<h1>{{ report.kept }} of {{ report.rows }} rows stay</h1>
+<table>
+<tr><th>filter</th><th>source</th><th class="number">in</th><th class="number">out</th></tr>
+{% for one in report.passages %}
+<tr{% if not one.source %} class="all"{% endif %}><td>{{ one.filter if not one.source }}</td>\
+<td>{{ one.source or "all" }}</td>\
+<td class="number">{{ one.before }}</td><td class="number">{{ one.after }}</td></tr>
+{% endfor %}
+</table>
+{% for histogram in report.histograms %}
+<h2>Accepted responses per row: {{ histogram.filter }}</h2>
+<table>
+{% for name, count in histogram.bars %}
+<tr><td>{{ name }}</td><td class="number">{{ count }}</td>\
+<td class="bar"><div style="width: {{ 100 * count / widest(histogram) }}%"></div></td></tr>
+{% endfor %}
+</table>
+{% endfor %}
+{% if report.reasons %}
+<h2>Why rows went</h2>
+{% for reason in report.reasons %}
+<h3>{{ reason.filter }}: {{ reason.why }} ({{ reason.count }})</h3>
+<table>
+{% for row, detail, question in reason.examples %}
+<tr><td><code>{{ row }}</code></td><td>{{ detail }}</td><td>{{ question }}</td></tr>
+{% endfor %}
+</table>
+{% endfor %}
+{% endif %}
+</body>
+</html>
+""")

@@ -1,0 +1,428 @@
+"""The report's filters, one function or class each: which rows stay, and why the others do not.
+
+A filter gets the rows that are left of a block and says what becomes of each. What it asks of models goes through an
+`Answers`, which knows what has been answered before.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from rl.config import Checkability, Config, Difficulty, Relevance, Reward, Synthesis
+from rl.types import Completion, Prompt, Request, Rollout, Scored
+from rollout.chat import Chat
+from rollout.decontamination import Benchmarks
+from rollout.pacore import Synthesis as Serialisation
+from rollout.pacore import drawn
+from rollout.pool import seed_of
+from stages.answers import Answers
+from stages.loop import enough_valid
+
+ENOUGH_TO_JUDGE = 24  # scores; of fewer a few invalid ones say nothing about the reward
+Said = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row on its way: what it is, where it came from, and what filters have found out."""
+
+    prompt: Prompt
+    source: int  # number in data.train
+    notes: Mapping[str, Any] = field(default_factory=dict)  # by filter; ends in meta.curation
+
+    def noted(self, name: str, note: Any) -> "Row":
+        return replace(self, notes={**self.notes, name: note})
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What a filter did with a row. `dropped` is None, or why: a few words that many rows share."""
+
+    row: Row
+    dropped: str | None = None
+    detail: str = ""  # what is special about this row
+
+
+class Filter(Protocol):
+    def __call__(self, rows: Sequence[Row], answers: Answers) -> list[Fate]: ...
+
+
+class Engines(Protocol):
+    """rollout.pool.Pool, or scripted ones."""
+
+    def complete(
+        self, requests: Sequence[Sequence[Request]], finished: Callable[[int, Completion], None] = ...
+    ) -> list[Completion]: ...
+
+
+class Scorer(Protocol):
+    """rewards.runner.RewardRunner, or a scripted one."""
+
+    def is_group(self, task: str) -> bool: ...
+    def submit(self, rollout: Rollout) -> Future[Scored]: ...
+    def submit_group(self, rollouts: Sequence[Rollout]) -> Sequence[Future[Scored]]: ...
+    def results(self, futures: Sequence[Future[Scored]]) -> list[Scored]: ...
+
+
+def decontamination(benchmarks: Benchmarks) -> Filter:
+    """Rows that benchmarks give away are dropped; nobody is asked."""
+
+    def of(row: Row) -> Fate:
+        shared = benchmarks.shared(row.prompt)
+        if shared is None:
+            return Fate(row)
+        return Fate(row, "the same question" if shared.startswith("the question") else "a long passage", shared)
+
+    return lambda rows, answers: [of(row) for row in rows]
+
+
+# Judges: their questions are rewards under names of their own, one per pass, so that the runner's limits, retries,
+# outages and canaries hold for them as for any reward.
+
+
+def judge_tasks(config: Config) -> dict[str, tuple[Reward, ...]]:
+    """Name of a pass -> the reward that asks for it, for the filters that the recipe applies."""
+    found: dict[str, tuple[Reward, ...]] = {}
+    if "checkability" in config.curate.filters:
+        checks = config.curate.checkability
+        for vote in range(checks.passes):
+            params = {"endpoint": checks.endpoint, "vote": vote, **checks.params}
+            found[pass_name("checkability", vote)] = (Reward(use="checkable", params=params),)
+    if "relevance" in config.curate.filters:
+        rates = config.curate.relevance
+        params = {"endpoint": rates.endpoint, **rates.params}
+        found[pass_name("relevance", 0)] = (Reward(use="relevant", params=params),)
+    return found
+
+
+def pass_name(name: str, vote: int) -> str:
+    """How the rewards call a pass; rows cannot have such a task."""
+    return f"curate/{name}/{vote}"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Keeps rows that every pass of the judge calls valid."""
+
+    options: Checkability
+    scorer: Scorer
+    limit: float  # share of invalid judgements that may be
+
+    def __call__(self, rows: Sequence[Row], answers: Answers) -> list[Fate]:
+        votes = _judged("checkability", self.options.passes, rows, self.scorer, answers, self.limit)
+        return [self._fate(row, found) for row, found in zip(rows, votes, strict=True)]
+
+    def _fate(self, row: Row, votes: Sequence[Scored]) -> Fate:
+        if unscored := _unscored(row, votes):
+            return unscored
+        valid = sum(vote.reward == 1 for vote in votes)
+        noted = row.noted("checkability", {"valid": valid, "of": len(votes)})
+        if valid == len(votes):
+            return Fate(noted)
+        reason = next((str(why) for vote in votes if vote.reward != 1 and (why := _reason(vote))), "")
+        return Fate(noted, "not every pass calls it valid", f"{valid} of {len(votes)}. {reason}".strip())
+
+
+@dataclass(frozen=True)
+class Rated:
+    """Keeps rows without pictures, and those whose pictures matter to their question."""
+
+    options: Relevance
+    scorer: Scorer
+    limit: float
+
+    def __call__(self, rows: Sequence[Row], answers: Answers) -> list[Fate]:
+        seeing = [row for row in rows if row.prompt.images]
+        grades = iter(_judged("relevance", 1, seeing, self.scorer, answers, self.limit))
+        return [self._fate(row, next(grades)[0]) if row.prompt.images else Fate(row) for row in rows]
+
+    def _fate(self, row: Row, grade: Scored) -> Fate:
+        if unscored := _unscored(row, [grade]):
+            return unscored
+        noted = row.noted("relevance", round(grade.reward, 4))
+        if grade.reward >= self.options.at_least:
+            return Fate(noted)
+        return Fate(noted, "picture and question do not need each other", f"{grade.reward:g}. {_reason(grade)}".strip())
+
+
+def _judged(
+    name: str, passes: int, rows: Sequence[Row], scorer: Scorer, answers: Answers, limit: float
+) -> list[list[Scored]]:
+    """Every pass on every row."""
+    asked = [
+        (row, vote, Rollout(replace(row.prompt, task=pass_name(name, vote)), ""))
+        for row in rows
+        for vote in range(passes)
+    ]
+    scores = Scores(scorer, answers, name)
+    for row, vote, rollout in asked:
+        scores.want(row.prompt.id, [(vote, rollout)])
+    found = scores.wait(limit)
+    return [[found[row.prompt.id, vote] for vote in range(passes)] for row in rows]
+
+
+# The policy
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Whom the policy's filters ask."""
+
+    engines: Engines
+    chat: Chat
+    scorer: Scorer
+    temperature: float
+    seed: int
+    limit: float  # share of invalid samples that may be
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A response of the policy to a row, and its score."""
+
+    rollout: Rollout
+    score: Scored
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Keeps rows that the policy solves sometimes, but not always; what it answered is their pool from then on."""
+
+    options: Difficulty
+    policy: Policy
+    longest: int
+
+    def __call__(self, rows: Sequence[Row], answers: Answers) -> list[Fate]:
+        prompts = [row.prompt for row in rows]
+        samples = sampled("difficulty", prompts, prompts, self.options.rollouts, self.longest, self.policy, answers)
+        return [self._fate(row, found) for row, found in zip(rows, samples, strict=True)]
+
+    def _fate(self, row: Row, samples: Sequence[Sample]) -> Fate:
+        if unscored := _unscored(row, [sample.score for sample in samples]):
+            return unscored
+        right = accepted(samples, threshold(self.options, row.prompt.task))
+        # The answer alone is handed on. A response that was cut while thinking has none.
+        pool = [(sample.rollout.answer, good) for sample, good in zip(samples, right, strict=True)]
+        pool = [(message, good) for message, good in pool if message.strip()]
+        prompt = replace(
+            row.prompt,
+            messages_pool=tuple(message for message, _ in pool),
+            pool_accuracy=sum(good for _, good in pool) / len(pool) if pool else None,
+        )
+        noted = replace(row, prompt=prompt).noted("difficulty", _note(samples, right))
+        return Fate(noted, some_accept(right), f"{sum(right)} of {len(right)}")
+
+
+@dataclass(frozen=True)
+class Synthesised:
+    """Keeps rows that the policy, shown messages of their pool, solves sometimes, but not always."""
+
+    options: Synthesis
+    difficulty: Difficulty  # for what counts as accepted
+    serialisation: Serialisation
+    policy: Policy
+
+    def __call__(self, rows: Sequence[Row], answers: Answers) -> list[Fate]:
+        fates = [self._before(row) for row in rows]
+        shown = {number: self.shown(fate.row.prompt) for number, fate in enumerate(fates) if fate.dropped is None}
+        for number, prompt in shown.items():
+            if (tokens := self.policy.chat.length(prompt)) >= self.options.max_sequence_length:
+                fates[number] = Fate(fates[number].row, "too long with its messages", f"{tokens} tokens")
+        left = [number for number in shown if fates[number].dropped is None]
+        samples = sampled(
+            "synthesis",
+            [fates[number].row.prompt for number in left],
+            [shown[number] for number in left],
+            self.options.rollouts,
+            self.options.max_sequence_length,
+            self.policy,
+            answers,
+        )
+        for number, found in zip(left, samples, strict=True):
+            fates[number] = self._after(fates[number].row, found)
+        return fates
+
+    def shown(self, prompt: Prompt) -> Prompt:
+        """The row's problem with messages of its pool: the same ones whenever it is asked."""
+        options = self.options
+        name = f"{self.policy.seed}/synthesis/{prompt.id}"
+        messages = drawn(prompt.messages_pool, options.least_messages, options.most_messages, name)
+        return self.serialisation.prompt(prompt, messages)
+
+    def _before(self, row: Row) -> Fate:
+        options, pool, share = self.options, row.prompt.messages_pool, row.prompt.pool_accuracy
+        if len(pool) < options.least_messages:
+            return Fate(row, "too few messages", f"{len(pool)} of the {options.least_messages} needed")
+        if options.accuracy_over is not None and (share is None or share <= options.accuracy_over):
+            return Fate(row, "messages too often wrong", f"accuracy {share}")
+        if options.accuracy_under is not None and (share is None or share >= options.accuracy_under):
+            return Fate(row, "messages too often right", f"accuracy {share}")
+        return Fate(row)
+
+    def _after(self, row: Row, samples: Sequence[Sample]) -> Fate:
+        if unscored := _unscored(row, [sample.score for sample in samples]):
+            return unscored
+        right = accepted(samples, threshold(self.difficulty, row.prompt.task))
+        noted = row.noted("synthesis", _note(samples, right))
+        return Fate(noted, some_accept(right), f"{sum(right)} of {len(right)}")
+
+
+def accepted(samples: Sequence[Sample], least: float) -> list[bool]:
+    return [sample.score.reward >= least for sample in samples]
+
+
+def some_accept(right: Sequence[bool]) -> str | None:
+    """Why a row is dropped: all or none of its responses are accepted. None if it stays (report, 3.2.3)."""
+    if not any(right):
+        return "never accepted"
+    return "always accepted" if all(right) else None
+
+
+def threshold(options: Difficulty, task: str) -> float:
+    """Reward from which a response to this task is accepted."""
+    return options.accept_by_task.get(task, options.accept)
+
+
+def sampled(
+    name: str,
+    prompts: Sequence[Prompt],
+    shown: Sequence[Prompt],
+    count: int,
+    longest: int,
+    policy: Policy,
+    answers: Answers,
+) -> list[list[Sample]]:
+    """`count` scored responses to each prompt. All that are missing go to the engines at once; each is remembered when
+    it is there, and scored while others are generated.
+
+    Args:
+        shown: what the policy sees of each; rewards see `prompts`.
+        longest: tokens of prompt and response together, at most.
+    """
+    saying, scoring = f"{name} said", Scores(policy.scorer, answers, name)
+    said = _Complete(prompts, count, saying, answers, scoring)
+    missing = [[n for n in range(count) if answers.get(saying, p.id, n) is None] for p in prompts]
+    requests = [
+        [request(name, prompt, n, longest, policy) for n in numbers]
+        for prompt, numbers in zip(shown, missing, strict=True)
+    ]
+    places = [(row, n) for row, numbers in enumerate(missing) for n in numbers]
+
+    def finished(place: int, completion: Completion) -> None:
+        row, n = places[place]
+        text = policy.chat.text(completion.prompt_ids, completion.response_ids)
+        said.put(row, n, {"text": text, "finish": completion.finish, "tokens": len(completion.response_ids)})
+
+    if places:
+        policy.engines.complete(requests, finished)
+    found = scoring.wait(policy.limit)
+    return [
+        [
+            Sample(_rollout(p, record), found[p.id, n], record["tokens"])
+            for n in range(count)
+            if (record := answers.get(saying, p.id, n)) is not None
+        ]
+        for p in prompts
+    ]
+
+
+class _Complete:
+    """Has responses scored: each at once, or those of a prompt together where its reward wants that."""
+
+    def __init__(self, prompts: Sequence[Prompt], count: int, kind: str, answers: Answers, scores: "Scores") -> None:
+        self.prompts, self.count, self.kind, self.answers, self.scores = prompts, count, kind, answers, scores
+        for prompt in prompts:
+            self._score(prompt, range(count))
+
+    def put(self, row: int, n: int, record: Said) -> None:
+        self.answers.put(self.kind, self.prompts[row].id, n, record)
+        self._score(self.prompts[row], [n])
+
+    def _score(self, prompt: Prompt, new: Sequence[int]) -> None:
+        """Those of `new` that are there, or the whole group once it is."""
+        group = self.scores.scorer.is_group(prompt.task)
+        said = [(n, self.answers.get(self.kind, prompt.id, n)) for n in (range(self.count) if group else new)]
+        there = [(n, _rollout(prompt, record)) for n, record in said if record is not None]
+        if not group:
+            for one in there:
+                self.scores.want(prompt.id, [one])
+        elif len(there) == self.count:
+            self.scores.want(prompt.id, there)
+
+
+class Scores:
+    """Scores that are known, or under way; each is remembered when it is there."""
+
+    def __init__(self, scorer: Scorer, answers: Answers, name: str) -> None:
+        self.scorer, self.answers, self.kind = scorer, answers, f"{name} score"
+        self._found: dict[tuple[str, int], Scored] = {}
+        self._waiting: dict[tuple[str, int], Future[Scored]] = {}
+
+    def want(self, identity: str, group: Sequence[tuple[int, Rollout]]) -> None:
+        """Score the rollouts of one row that belong together (numbered), unless all are known. Those that went wrong
+        are not."""
+        known = {n: self.answers.get(self.kind, identity, n) for n, _ in group}
+        if all(record is not None and record["invalid"] is None for record in known.values()):
+            for n, rollout in group:
+                record = known[n] or {}
+                self._found[identity, n] = Scored(rollout, record["reward"], details=record["details"])
+            return
+        rollouts = [rollout for _, rollout in group]
+        futures = self.scorer.submit_group(rollouts) if len(group) > 1 else [self.scorer.submit(rollouts[0])]
+        for (n, _), future in zip(group, futures, strict=True):
+            self._waiting[identity, n] = future
+            future.add_done_callback(lambda done, n=n: self._remember(identity, n, done))
+
+    def _remember(self, identity: str, number: int, done: Future[Scored]) -> None:
+        if done.cancelled() or done.exception():
+            return  # `wait` raises it
+        score = done.result()
+        details = {name: _plain(value) for name, value in score.details.items()}
+        record = {"reward": score.reward, "invalid": score.invalid, "details": details}
+        self.answers.put(self.kind, identity, number, record)
+
+    def wait(self, limit: float) -> dict[tuple[str, int], Scored]:
+        """All of them by row and number. Raises Stop if more than the share `limit` is invalid: then the reward fails,
+        and not this row or that."""
+        scored = self.scorer.results(list(self._waiting.values()))
+        self._found |= dict(zip(self._waiting, scored, strict=True))
+        if len(scored) >= ENOUGH_TO_JUDGE:
+            enough_valid(scored, limit)
+        return self._found
+
+
+def request(name: str, prompt: Prompt, n: int, longest: int, policy: Policy) -> Request:
+    """Its seed comes from the row, so that neither blocks nor a restart change what is sampled."""
+    seed = seed_of(policy.seed, name, prompt.id, n)
+    room = longest - policy.chat.length(prompt)
+    return Request(policy.chat.prompt_ids(prompt), prompt.images, room, seed, policy.temperature)
+
+
+def _rollout(prompt: Prompt, record: Said) -> Rollout:
+    return Rollout(prompt, record["text"], record["finish"])
+
+
+def _unscored(row: Row, scores: Sequence[Scored]) -> Fate | None:
+    """A row some of whose scores are missing is not decided by the others."""
+    invalid = [score.invalid for score in scores if score.invalid is not None]
+    return Fate(row, "could not be scored", invalid[0]) if invalid else None
+
+
+def _note(samples: Sequence[Sample], right: Sequence[bool]) -> dict[str, Any]:
+    tokens = sum(sample.tokens for sample in samples) / len(samples)
+    return {"accepted": sum(right), "of": len(right), "tokens_mean": round(tokens, 2)}
+
+
+def _reason(score: Scored) -> str:
+    return str(score.details.get("reason") or "")
+
+
+def _plain(value: Any) -> Any:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return str(value)
+    return value
