@@ -23,7 +23,7 @@ def curation() -> Result:
     from rollout.engine import Engine
     from rollout.pool import Pool
     from stages.curate import blocks_of
-    from stages.filters import Policy, request
+    from stages.filters import Policy, asked
     from stages.plan import make_plan
 
     filters = "curate.filters=[difficulty]"
@@ -42,18 +42,13 @@ def curation() -> Result:
         limits: dict[str, Any] = {"max_sequence_length": config.max_sequence_length, "temperature": 1.0, "seed": 0}
         pool = Pool([engine], as_they_come, plan.chat, **limits)
         policy = Policy(pool, plan.chat, plan.rewards, 1.0, 0, 0.1)
-        asked = [
-            [
-                request("difficulty", row.prompt, n, config.max_sequence_length, policy)
-                for n in range(config.curate.difficulty.rollouts)
-            ]
-            for row in rows
-        ]
+        numbers, longest = range(config.curate.difficulty.rollouts), config.max_sequence_length
+        requests = [asked("difficulty", row.prompt, numbers, longest, policy) for row in rows]
         lengths: dict[str, list[float]] = {}
 
         def side(name: str) -> float:
             start = time.perf_counter()
-            calls = [asked] if name == "ours" else [[group] for group in asked]
+            calls = [requests] if name == "ours" else [[group] for group in requests]
             answers = [answer for groups in calls for answer in pool.complete(groups)]
             lengths[name] = [float(len(answer.response_ids)) for answer in answers]
             return time.perf_counter() - start

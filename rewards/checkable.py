@@ -59,11 +59,12 @@ class Checkable:
         )
 
     def setup(self) -> None:
-        self.judge.setup({"question", "truth"}, {"reasons"})
+        self.judge.setup({"question", "truth"}, {"reasons", "hidden"})
 
     async def __call__(self, rollout: Rollout) -> Score:
         row = rollout.prompt
-        shown = {"question": question(row), "truth": truth(row), "reasons": self.reasons}
+        hidden = bool(row.images) and not self.judge.endpoint.spec.images
+        shown = {"question": question(row), "truth": truth(row), "reasons": self.reasons, "hidden": hidden}
         verdict = await self.judge.ask(row, shown, {}, self.vote)
         said = {"reason": verdict.reasoning[:REASON_CHARS]} if isinstance(verdict, Validity) else {}
         return Score(float(verdict.verdict == "valid"), said)

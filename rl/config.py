@@ -283,6 +283,14 @@ class Curation(Options):
     synthesis: Synthesis = Synthesis()
     """The policy tries again with messages of the pool."""
 
+    @model_validator(mode="after")
+    def _makes_pools(self) -> "Curation":
+        made, needed = self.difficulty.rollouts, self.synthesis.least_messages
+        if {"difficulty", "synthesis"} <= set(self.filters) and made < needed:
+            problem = f"= {made} makes no pool of the {needed} messages that synthesis.least_messages asks for"
+            raise OptionError("curate.difficulty.rollouts", problem)
+        return self
+
 
 class VerlLoss(Options):
     verl: str
@@ -531,6 +539,12 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
         if (steps := getattr(config.ppo, key)) > config.samples:
             sizes = f"{config.prompts_per_iteration} prompts x {config.rollouts_per_prompt} rollouts"
             yield OptionError(f"ppo.{key}", f"= {steps} is more than the {config.samples} samples ({sizes})")
+    for key, sources in (
+        ("data.eval", config.data.eval),
+        ("curate.decontamination.against", config.curate.decontamination.against),
+    ):
+        if any(source.weight for source in sources):
+            yield OptionError(key, "has a source with a weight; only data.train is drawn from by weight")
     weights = [source.weight for source in config.data.train]
     if None in weights and any(weights):
         yield OptionError("data.train", "gives some of its sources a weight; give all of them one, or none")

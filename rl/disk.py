@@ -34,9 +34,8 @@ def writing(what: object) -> Generator[None, None, None]:
 
 def not_written(what: object, error: Exception) -> Stop:
     """Why the run ends."""
-    return Stop(
-        f"{what} could not be written: {error}. Make room or mend the folder, and go on with --resume.", saves=False
-    )
+    cure = "Make room or mend the folder, and go on with --resume (a curation: with the same command)"
+    return Stop(f"{what} could not be written: {error}. {cure}.", saves=False)
 
 
 def readable(size: int) -> str:

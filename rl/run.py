@@ -16,6 +16,7 @@ from rl.recipe import MissingOption, RecipeError, Resolved, describe, difference
 from rl.stop import Stop
 
 if TYPE_CHECKING:
+    from rl.config import Config
     from stages.plan import Plan
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -65,7 +66,7 @@ def _main(args: argparse.Namespace) -> int:
         raise InputError("name a recipe, e.g. python -m rl.run recipes/rlvr.yaml --profile cpu")
     else:
         resolved = _fresh(args)
-    _check_hardware(resolved, args.dry_run)
+    check_hardware(resolved.config, dry_run=args.dry_run)
     plan = _checked_plan(resolved)
     if args.dry_run:
         print(describe(resolved, lambda section: section != "curate"), *plan.lines(), sep="\n")
@@ -140,8 +141,9 @@ def _has_gpus() -> bool:
     return torch.cuda.is_available() or "RAY_ADDRESS" in os.environ
 
 
-def _check_hardware(resolved: Resolved, dry_run: bool) -> None:
-    if resolved.config.learner.device != "cpu" and not dry_run and not _has_gpus():
+def check_hardware(config: "Config", *, dry_run: bool) -> None:
+    """Raises InputError for a recipe that needs GPUs where there are none."""
+    if config.learner.device != "cpu" and not dry_run and not _has_gpus():
         raise InputError(_NO_GPU.format(recipe="This recipe"))
 
 

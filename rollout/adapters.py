@@ -8,10 +8,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rl.types import THINK_CLOSE
+from rl.types import Prompt, Rollout
 
 Row = Mapping[str, Any]
 Adapter = Callable[[Row], dict[str, Any]]
+NOBODY = Prompt("", "", ())
 THOUSAND = 1000  # Perception-R1's coordinates run from 0 to 1000 over either side of the picture
 
 
@@ -62,7 +63,7 @@ def pacore_train(row: Row) -> dict[str, Any]:
 
     The card leaves open how turns are written (role/content and from/value are both read), whether thinking was
     removed from responses (it is, here), and the ground truth's form (a value, or one inside {answer} or {value}). Rows
-    of code have test cases in a form that is not documented; they are refused.
+    of code have test cases in a form that is not documented; a ground truth that is no text or number is refused.
     """
     truth = row["ground_truth"]
     if isinstance(truth, Mapping):
@@ -70,7 +71,10 @@ def pacore_train(row: Row) -> dict[str, Any]:
         if not inside:
             raise ValueError(f"its ground truth has the keys {', '.join(truth)}, whose meaning is not documented")
         truth = inside[0]
-    pool = [response.rpartition(THINK_CLOSE)[2].strip() for response in row["responses"]]
+    if not isinstance(truth, str | int | float):
+        raise ValueError(f"its ground truth is {type(truth).__name__}, whose meaning is not documented")
+    answers = [Rollout(NOBODY, response).answer for response in row["responses"]]
+    pool = [answer for answer in answers if answer]
     return {"messages": _turns(row["conversation"]), "ground_truth": truth, "messages_pool": pool}
 
 

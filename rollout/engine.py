@@ -81,7 +81,6 @@ class Engine:
         self.policy_step = 0
         self._image_token_id = config.image_token_id if isinstance(config, StepVLConfig) else None
         self._tied = bool(config.tie_word_embeddings)
-        self._awaits_weights = self._tied
         self._broken: str | None = None  # why nothing works any more
         self._llm: LLM = LLM(
             model,
@@ -101,6 +100,10 @@ class Engine:
         )
         self._picture_tokens = _picture_tokens(self._llm) if self._image_token_id is not None else None
         self._llm.init_weight_transfer_engine({"init_info": {}})
+        if self._tied:
+            # vLLM cannot reload a tied pair on CPU, so the engine keeps a head of its own, empty so far.
+            embedding = _embedding(model)
+            self.load({EMBEDDING: embedding, HEAD: embedding}, 0)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One response per request, in order; see `stream`."""
@@ -115,11 +118,11 @@ class Engine:
         response, if one did; logprobs in nats of the distribution sampled from (at temperature 0: of the
         model's own distribution).
         Raises: ValueError for a request that cannot be served (which, and why); RuntimeError if vLLM breaks a
-        request off, or if the engine waits for weights.
+        request off, or after a load that failed half way.
         """
         if not requests:
             return
-        self._require_weights()
+        self._require_whole()
         if len({request.temperature == 0 for request in requests}) > 1:
             raise ValueError(
                 "greedy (temperature 0) and sampled requests in one call: vLLM would ignore all seeds; split them"
@@ -138,7 +141,7 @@ class Engine:
         """
         from vllm import SamplingParams
 
-        self._require_weights()
+        self._require_whole()
         request = Request(tuple(token_ids), tuple(images), max_tokens=1, seed=0)
         length = self._prompt_length(0, request)
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
@@ -172,7 +175,7 @@ class Engine:
         self._llm.finish_weight_update(weight_version=str(step))
         self._forget()
         self.policy_step = step
-        self._awaits_weights, self._broken = False, None
+        self._broken = None
 
     def encodings(self) -> int:
         """Pictures that the engine's vision tower has encoded so far, its own start-up included."""
@@ -219,14 +222,9 @@ class Engine:
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
 
-    def _require_weights(self) -> None:
+    def _require_whole(self) -> None:
         if self._broken:
             raise RuntimeError(self._broken)
-        if self._awaits_weights:
-            raise RuntimeError(
-                "this model's embeddings are tied, which vLLM cannot reload on CPU, so the engine keeps a head of "
-                "its own, empty until weights arrive: call load() before the first generate()"
-            )
 
     def _prompt_length(self, index: int, request: Request) -> int:
         """Tokens of the prompt with its image slots expanded. Raises ValueError if it cannot be served."""
@@ -359,6 +357,17 @@ def _prepare_device(device: str, threads: int) -> None:
         )
     if device == "cpu":
         torch.set_num_threads(threads)  # torch may be imported already, and then has not read OMP_NUM_THREADS
+
+
+def _embedding(model: str) -> "Tensor":
+    """Of a folder, or a hub id, whose head is the same."""
+    from safetensors import safe_open
+
+    from rl.model import checkpoint
+
+    folder = checkpoint.local_folder(model)
+    with safe_open(checkpoint.tensor_files(folder)[EMBEDDING], "pt") as opened:
+        return opened.get_tensor(EMBEDDING)
 
 
 def _untie(config: "PretrainedConfig") -> "PretrainedConfig":

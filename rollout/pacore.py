@@ -42,14 +42,17 @@ class Synthesis:
     def prompt(self, row: Prompt, messages: Sequence[str]) -> Prompt:
         """The row with its last turn replaced by problem and messages; the row itself if there are none.
 
-        Pictures stay where they were in the problem.
+        Pictures stay where they were in the problem. Raises ValueError if the template fails.
         """
         if not messages:
             return row
         *before, last = row.messages
-        text = self._template.render(
-            problem=_with_marks(last["content"]), messages=[one.replace(_PICTURE, "") for one in messages]
-        ).strip()
+        try:
+            text = self._template.render(
+                problem=_with_marks(last["content"]), messages=[one.replace(_PICTURE, "") for one in messages]
+            ).strip()
+        except TemplateError as error:
+            raise ValueError(f"row {row.id}: the template fails: {error}") from error
         return replace(row, messages=(*before, {"role": last["role"], "content": _without_marks(text)}))
 
 

@@ -148,18 +148,29 @@ class Pool:
         requests: Sequence[Sequence[Request]],
         finished: Callable[[int, Completion], None] = lambda place, completion: None,
     ) -> list[Completion]:
-        """Answers to all requests, in order; those of one inner list go to the same engine, which shares their prompt.
-
-        Args:
-            finished: told of each answer, and its place in the result, when it is there. What a worker had not
-                answered when it died is asked of its replacement.
-        """
-        owners = [row for row, group in enumerate(requests) for _ in group]
-        flat = [request for group in requests for request in group]
+        """Answers to all requests, in order; see `consume`."""
         found: dict[int, Completion] = {}
 
         def here(place: int, completion: Completion) -> None:
             found[place] = completion
+            finished(place, completion)
+
+        self.consume(requests, here)
+        return [found[place] for place in sorted(found)]
+
+    def consume(self, requests: Sequence[Sequence[Request]], finished: Callable[[int, Completion], None]) -> None:
+        """Have all requests answered; those of one inner list go to the same engine, which shares their prompt.
+
+        Args:
+            finished: told of each answer, and its place among the requests, when it is there; nothing is kept. What a
+                worker had not answered when it died is asked of its replacement.
+        """
+        owners = [row for row, group in enumerate(requests) for _ in group]
+        flat = [request for group in requests for request in group]
+        found: set[int] = set()
+
+        def here(place: int, completion: Completion) -> None:
+            found.add(place)
             finished(place, completion)
 
         while left := [place for place in range(len(flat)) if place not in found]:
@@ -168,7 +179,6 @@ class Pool:
                 shares[owners[place] % len(self.workers)].append(place)
             if not self._ask(flat, shares, here) and len(found) < len(flat):
                 raise RuntimeError(f"the engines returned {len(found)} of {len(flat)} responses")
-        return [found[place] for place in range(len(flat))]
 
     def _ask(
         self, requests: Sequence[Request], shares: Sequence[Sequence[int]], here: Callable[[int, Completion], None]

@@ -77,9 +77,11 @@ class _Bad(Exception):
 class _Checker:
     reserved: Sequence[str]
     tasks: Collection[str] | None
+    unique: bool = True
     columns: Mapping[str, str] = field(default_factory=dict)  # of the source at hand
     adapter: Adapter | None = None  # likewise
     task: str | None = None  # likewise
+    name: str = ""  # of the source at hand, in the ids of its rows if they have none
     seen: dict[str, str] = field(default_factory=dict)  # id -> where it was first
     pictures: dict[Path, Picture] = field(default_factory=dict)  # a picture many rows show is hashed once
 
@@ -91,6 +93,7 @@ def read(
     reserved: Sequence[str] = (),
     tasks: Collection[str] | None = None,
     problem: Callable[[Prompt], str | None] = lambda prompt: None,
+    unique: bool = True,
 ) -> Rows:
     """Every row of some sources, as a Prompt or as a bad one, in file order.
 
@@ -101,12 +104,13 @@ def read(
             because it would be tokenised as a control token.
         tasks: the tasks that have a reward; None accepts any.
         problem: what else is wrong with a row, None if nothing.
+        unique: whether ids must be there and differ.
     Returns:
         Prompts whose `messages` hold text and bare `{"type": "image"}` placeholders, in the order of
         `images`. Content without a picture is always one str, as text-only chat templates want it.
     Raises: ValueError if a source is missing, of an unknown kind, unreadable as a whole, or has no rows.
     """
-    checker = _Checker(tuple(reserved), tasks)
+    checker = _Checker(tuple(reserved), tasks, unique)
     prompts: list[Prompt] = []
     owners: list[int] = []
     bad: list[BadRow] = []
@@ -116,6 +120,9 @@ def read(
         checker.adapter = adapter(source.adapter) if source.adapter else None
         checker.columns = {} if source.adapter else _checked_columns({**(columns or {}), **source.columns})
         checker.task = source.task
+        base = Path(source.path).name
+        before_it = sum(Path(other.path).name == base for other in sources[:number])
+        checker.name = f"{base}#{before_it + 1}" if before_it else base
         before = len(prompts) + len(bad)
         for raw in islice(raw_rows(source.path, streaming=source.streaming), source.limit):
             try:
@@ -243,7 +250,7 @@ def _prompt(raw: RawRow, checker: _Checker) -> Prompt:
         raise _Bad(raw.problem)
     row = _row(raw.values, raw, checker)
     identity = _identity(row)
-    if identity in checker.seen:
+    if identity in checker.seen and checker.unique:
         raise _Bad(f"id {identity!r} was used before, at {checker.seen[identity]}")
     checker.seen[identity] = f"{raw.file}:{raw.line}"
     _check_reference(row)
@@ -284,7 +291,7 @@ def _made(row: Mapping[str, Any], raw: RawRow, checker: _Checker, chat: Content)
         ground_truth=row.get("ground_truth"),
         reference=row.get("reference"),
         meta=meta,
-        messages_pool=_pool(row),
+        messages_pool=_pool(row, checker.reserved),
         pool_accuracy=_pool_accuracy(row),
     )
 
@@ -299,8 +306,9 @@ def _row(values: Mapping[str, Any], raw: RawRow, checker: _Checker) -> dict[str,
             raise _Bad(f"is no row of {checker.adapter.__name__}: {why}") from problem
     else:
         row = _named(values, checker.columns)
-    if "id" not in row and (checker.adapter or (checker.columns and "id" not in checker.columns)):
-        row["id"] = f"{Path(raw.file).name}:{raw.line}"
+    foreign = checker.adapter or (checker.columns and "id" not in checker.columns)
+    if "id" not in row and (foreign or not checker.unique):
+        row["id"] = f"{checker.name}:{raw.line}"
     if checker.task:
         row.setdefault("task", checker.task)
     return row
@@ -362,10 +370,12 @@ def _check_reference(row: Mapping[str, Any]) -> None:
         raise _Bad(f"reference must be a text, this is {_kind(row['reference'])}")
 
 
-def _pool(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _pool(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[str, ...]:
     pool = row.get("messages_pool", [])
     if not isinstance(pool, list) or not all(isinstance(one, str) and one.strip() for one in pool):
         raise _Bad(f"messages_pool must be a list of texts that are not empty, this is {_kind(pool)}")
+    if found := [word for word in reserved if any(word in one for one in pool)]:
+        raise _Bad(f"messages_pool holds {found[0]!r}, control text of the model; leave such messages out")
     return tuple(pool)
 
 

@@ -18,7 +18,6 @@ class Answers:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.known: dict[Key, Mapping[str, Any]] = {}
-        self.asked = 0  # that were not known before
         self._lock = threading.Lock()
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,10 +47,9 @@ class Answers:
         """Remember an answer. Raises Stop if it cannot be written."""
         line = json.dumps({"kind": kind, "id": identity, "n": number, **record}).encode() + b"\n"
         with self._lock:
-            if self._file.closed:
-                return  # nobody waits for it any more
-            self.known[kind, identity, number] = record
-            self.asked += 1
+            if self._file.closed or self.known.get((kind, identity, number)) == record:
+                return  # nobody waits for it any more, or it is known
             with writing(self.path):
                 self._file.write(line)
                 self._file.flush()
+            self.known[kind, identity, number] = record

@@ -30,7 +30,7 @@ from rl.config import Config
 from rl.disk import hold, replacing, writing
 from rl.interrupt import Interrupted, Interrupts
 from rl.recipe import RecipeError, describe, differences, load
-from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT, InputError
+from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT, InputError, check_hardware
 from rl.run_folder import by_name, messages_of
 from rl.stop import Stop, WorkerDied
 from rl.types import Picture, Prompt
@@ -41,6 +41,7 @@ from rollout.rows import read
 from stages import curation_report
 from stages.answers import Answers
 from stages.filters import (
+    ROUNDING,
     Checked,
     Fate,
     Filter,
@@ -51,13 +52,15 @@ from stages.filters import (
     Tried,
     decontamination,
     judge_tasks,
+    threshold,
 )
 from stages.plan import Plan, make_plan, skipped_lines
 from stages.processes import Restarts, Samplers
 
 ORDER = ("decontamination", "checkability", "relevance", "difficulty", "synthesis")  # the report's
 ASK_THE_POLICY = {"difficulty", "synthesis"}
-MAY_CHANGE = ("rollout.patience_s", "max_restarts", "max_start_s", "max_invalid_fraction")
+RECIPE, STATE = "recipe.yaml", "state.json"
+MATTER = ("model", "data", "rewards", "curate", "seed", "max_sequence_length", "rollout.temperature")
 Say = Callable[[str], None]
 
 
@@ -84,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stop as stop:
         print(f"error: {stop}", file=sys.stderr)
         return FAILED
+    except WorkerDied as died:
+        print(f"error: {died}\nThe same command goes on from what is in {args.out}", file=sys.stderr)
+        return FAILED
     except (Interrupted, KeyboardInterrupt):
         print(f"interrupted; the same command goes on from what is in {args.out}", file=sys.stderr)
         return INTERRUPTED
@@ -92,8 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace) -> int:
     resolved = load(args.recipe, profile=args.profile, overrides=args.overrides)
     config = resolved.config
+    check_hardware(config, dry_run=args.dry_run)
     try:
+        _check_judges(config)
         plan = make_plan(config, judge_tasks(config))
+        _check_thresholds(plan)
         benchmarks = _benchmarks(config) if "decontamination" in config.curate.filters else None
         serialisation = Serialisation(config.curate.synthesis.template)
     except (ValueError, OSError) as error:
@@ -103,9 +112,35 @@ def _main(args: argparse.Namespace) -> int:
         print(describe(resolved, sections.__contains__), *lines(plan, benchmarks), sep="\n")
         return DONE
     out = Out(args.out)
-    out.begin(config, resolved.yaml(), plan.train)
-    curate(plan, out, benchmarks, serialisation, verbose=args.verbose)
+    with out.begun(config, resolved.yaml(), _digest(plan)):
+        curate(plan, out, benchmarks, serialisation, verbose=args.verbose)
     return DONE
+
+
+def _check_judges(config: Config) -> None:
+    c = config.curate
+    if "vote" in c.checkability.params:
+        raise InputError("curate.checkability.params: vote is the number of the pass; leave it out")
+    for name, options in (("checkability", c.checkability), ("relevance", c.relevance)):
+        if name in c.filters and options.endpoint not in config.endpoints:
+            known = ", ".join(config.endpoints) or "none"
+            raise InputError(f"curate.{name}.endpoint: there is no endpoint {options.endpoint!r} (there are: {known})")
+    if "relevance" in c.filters and not config.endpoints[c.relevance.endpoint].images:
+        raise InputError(f"endpoints.{c.relevance.endpoint} is shown no pictures; the rater needs `images: true`")
+
+
+def _check_thresholds(plan: Plan) -> None:
+    """An answer that is accepted, and one that is not, must both be possible."""
+    options, found = plan.config.curate.difficulty, sorted({prompt.task for prompt in plan.train})
+    if unknown := [task for task in options.accept_by_task if task not in plan.config.rewards]:
+        raise InputError(f"curate.difficulty.accept_by_task: {unknown[0]!r} is no task; there are {', '.join(found)}")
+    for task in found if ASK_THE_POLICY & set(plan.config.curate.filters) else ():
+        least, lowest, highest = threshold(options, task), plan.rewards.lowest(task), plan.rewards.highest(task)
+        if not lowest < least <= highest + ROUNDING:
+            raise InputError(
+                f"curate.difficulty: task {task} is accepted from a reward of {least:g}, but its rewards are between "
+                f"{lowest:g} and {highest:g}; set accept, or accept_by_task"
+            )
 
 
 def lines(plan: Plan, benchmarks: Benchmarks | None) -> list[str]:
@@ -138,7 +173,7 @@ def _benchmarks(config: Config) -> Benchmarks:
     if not sources:
         raise InputError("curate.decontamination.against names no benchmark, and data.eval has none either")
     named = [source.model_copy(update={"task": source.task or "benchmark"}) for source in sources]
-    rows = read(named, columns=config.data.columns)
+    rows = read(named, columns=config.data.columns, unique=False)
     if rows.bad:
         raise InputError("\n".join(["benchmarks:", *map(str, rows.bad[:20])]))
     return Benchmarks(rows.prompts, config.curate.decontamination.ngram)
@@ -150,30 +185,44 @@ class Out:
 
     path: Path
 
-    def begin(self, config: Config, recipe: str, rows: Sequence[Prompt]) -> None:
-        """Make it, or see that what was begun there is the same work.
+    @contextmanager
+    def begun(self, config: Config, recipe: str, digest: str) -> Iterator[None]:
+        """Keep the folder for this process, new or with the same work begun in it.
 
-        Raises: InputError if it is not, or if somebody else is writing there.
+        Raises: InputError if it holds something else, or if somebody else is writing there.
         """
-        saved, state = self.path / "recipe.yaml", self.path / "state.json"
-        if self.path.exists() and not saved.is_file() and any(self.path.iterdir()):
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file; give a folder as --out")
+        names = {entry.name.removesuffix(".partial") for entry in self.path.iterdir()} if self.path.exists() else set()
+        if names and RECIPE not in names:
             raise InputError(f"{self.path} is not empty and no curation; give another --out")
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         try:
-            hold(self.path)
+            held = hold(self.path)
         except ValueError as error:
             raise InputError(str(error)) from None
-        digest = _digest(rows)
-        if saved.is_file():
-            changed = [c for c in differences(load(saved).config, config) if c.key not in MAY_CHANGE]
-            if changed:
-                listed = "".join(f"\n  {change}" for change in changed)
-                raise InputError(f"{self.path} was begun with another recipe:{listed}\nGive another --out for this one")
-            if state.is_file() and json.loads(state.read_text())["rows"] != digest:
-                raise InputError(f"the rows are not those that {self.path} was begun with; give another --out")
-        self.write(state, json.dumps({"rows": digest}).encode())
-        self.write(saved, recipe.encode())
+        try:
+            self._check_same(config, digest)
+            self.write(self.path / RECIPE, recipe.encode())
+            self.write(self.path / STATE, json.dumps({"rows": digest}).encode())
+            yield
+        finally:
+            if held is not None:
+                os.close(held)
+
+    def _check_same(self, config: Config, digest: str) -> None:
+        saved, state = self.path / RECIPE, self.path / STATE
+        if not saved.is_file() or not state.is_file():
+            return  # nothing was asked yet
+        if changed := [c for c in differences(load(saved).config, config) if _changes_answers(c.key)]:
+            listed = "".join(f"\n  {change}" for change in changed)
+            raise InputError(f"{self.path} was begun with another recipe:{listed}\nGive another --out for this one")
+        if json.loads(state.read_text())["rows"] != digest:
+            raise InputError(
+                f"the rows (or benchmarks, or a template) are not those that {self.path} was begun with; give another "
+                "--out"
+            )
 
     def write(self, path: Path, content: bytes) -> None:
         """The whole file, or nothing of it. Raises Stop if it cannot be written."""
@@ -244,7 +293,7 @@ def record(row: Row, part_of: Callable[[Picture], dict[str, Any]] = by_name) -> 
         "task": prompt.task,
         "messages": messages_of(prompt, part_of),
         **{name: value for name, value in optional.items() if value is not None},
-        "meta": {**prompt.meta, "curation": dict(row.notes)},
+        "meta": {**prompt.meta, "curation": {**prompt.meta.get("curation", {}), **row.notes}},
     }
 
 
@@ -274,8 +323,8 @@ def curate(
         ):
             work(blocks, filters, out, sources, _say)
     report = curation_report.gather([out.fates(n) for n in range(len(blocks))], _applied(plan.config), sources)
-    out.write(out.path / "report.txt", report.text().encode())
-    out.write(out.path / "report.html", report.html().encode())
+    out.write(out.path / "report.txt", report.text().encode("utf-8", "backslashreplace"))
+    out.write(out.path / "report.html", report.html().encode("utf-8", "backslashreplace"))
     _say(report.text())
     _say(f"rows: {out.path / 'rows'}, report: {out.path / 'report.html'}")
 
@@ -388,12 +437,26 @@ def _outage(outage: Outage) -> str:
     return f"endpoint {outage.endpoint} does not answer ({outage.why}); waiting"
 
 
-def _digest(rows: Sequence[Prompt]) -> str:
-    """Of everything that filters see of the rows."""
+def _changes_answers(key: str) -> bool:
+    """Whether an option has a part in what is asked or kept; an endpoint's name and server may change."""
+    return key.startswith(MATTER) or (key.startswith("endpoints.") and key.endswith(".model"))
+
+
+def _digest(plan: Plan) -> str:
+    """Of all files that filters go by."""
     found = hashlib.sha256()
-    for prompt in rows:
-        seen = [prompt.id, prompt.task, prompt.messages, prompt.ground_truth, prompt.reference, prompt.messages_pool]
-        found.update(json.dumps([seen, [p.digest for p in prompt.images]], sort_keys=True).encode())
+    for prompt, source in zip(plan.train, plan.sources, strict=True):
+        seen = [
+            prompt.id, prompt.task, prompt.messages, prompt.ground_truth, prompt.reference, prompt.meta,
+            prompt.messages_pool, prompt.pool_accuracy, source, [picture.digest for picture in prompt.images],
+        ]  # fmt: skip
+        found.update(json.dumps(seen, sort_keys=True).encode())
+    c = plan.config.curate
+    against = c.decontamination.against or plan.config.data.eval
+    files = [Path(source.path) for source in against] if "decontamination" in c.filters else []
+    files += [c.synthesis.template] if "synthesis" in c.filters and c.synthesis.template else []
+    for file in files:
+        found.update(file.read_bytes() if file.is_file() else b"")
     return found.hexdigest()
 
 

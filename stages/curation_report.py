@@ -76,7 +76,7 @@ def gather(fates: Sequence[Path], filters: Sequence[str], sources: Sequence[str]
         filters: those that were applied, in order.
         sources: in the order of the recipe.
     """
-    rows = [json.loads(line) for path in fates for line in path.read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for path in fates for line in path.read_bytes().split(b"\n") if line]
     passages = []
     for place, name in enumerate(filters):
         before = [row for row in rows if row["dropped"] is None or row["filter"] in filters[place:]]
@@ -108,9 +108,9 @@ def _reasons(rows: Sequence[dict[str, Any]], filters: Sequence[str]) -> list[Rea
 
 def _histogram(name: str, rows: Sequence[dict[str, Any]]) -> Histogram:
     shares = [(note["accepted"], note["of"]) for row in rows if (note := row["curation"].get(name))]
-    between = Counter(BARS * (right - 1) // (of - 1) for right, of in shares if 0 < right < of)
+    between = Counter(-(-BARS * right // of) for right, of in shares if 0 < right < of)  # rounded up
     bars = [("none", sum(right == 0 for right, _ in shares))]
-    bars += [(f"to {100 * (bar + 1) // BARS}%", between[bar]) for bar in range(BARS)]
+    bars += [(f"to {100 * bar // BARS}%", between[bar]) for bar in range(1, BARS + 1)]
     return Histogram(name, (*bars, ("all", sum(right == of for right, of in shares))))
 
 

@@ -7,10 +7,12 @@ A filter gets the rows that are left of a block and says what becomes of each. W
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rl.config import Checkability, Config, Difficulty, Relevance, Reward, Synthesis
+from rl.stop import Stop
 from rl.types import Completion, Prompt, Request, Rollout, Scored
 from rollout.chat import Chat
 from rollout.decontamination import Benchmarks
@@ -21,6 +23,7 @@ from stages.answers import Answers
 from stages.loop import enough_valid
 
 ENOUGH_TO_JUDGE = 24  # scores; of fewer a few invalid ones say nothing about the reward
+ROUNDING = 1e-9  # weights of 0.7, 0.2 and 0.1 do not add up to 1
 Said = Mapping[str, Any]
 
 
@@ -52,9 +55,7 @@ class Filter(Protocol):
 class Engines(Protocol):
     """rollout.pool.Pool, or scripted ones."""
 
-    def complete(
-        self, requests: Sequence[Sequence[Request]], finished: Callable[[int, Completion], None] = ...
-    ) -> list[Completion]: ...
+    def consume(self, requests: Sequence[Sequence[Request]], finished: Callable[[int, Completion], None]) -> None: ...
 
 
 class Scorer(Protocol):
@@ -88,11 +89,11 @@ def judge_tasks(config: Config) -> dict[str, tuple[Reward, ...]]:
     if "checkability" in config.curate.filters:
         checks = config.curate.checkability
         for vote in range(checks.passes):
-            params = {"endpoint": checks.endpoint, "vote": vote, **checks.params}
+            params = {**checks.params, "endpoint": checks.endpoint, "vote": vote}
             found[pass_name("checkability", vote)] = (Reward(use="checkable", params=params),)
     if "relevance" in config.curate.filters:
         rates = config.curate.relevance
-        params = {"endpoint": rates.endpoint, **rates.params}
+        params = {**rates.params, "endpoint": rates.endpoint}
         found[pass_name("relevance", 0)] = (Reward(use="relevant", params=params),)
     return found
 
@@ -115,12 +116,14 @@ class Checked:
         return [self._fate(row, found) for row, found in zip(rows, votes, strict=True)]
 
     def _fate(self, row: Row, votes: Sequence[Scored]) -> Fate:
-        if unscored := _unscored(row, votes):
-            return unscored
-        valid = sum(vote.reward == 1 for vote in votes)
+        valid = sum(vote.invalid is None and vote.reward == 1 for vote in votes)
         noted = row.noted("checkability", {"valid": valid, "of": len(votes)})
         if valid == len(votes):
             return Fate(noted)
+        failed = [vote for vote in votes if vote.invalid is not None]
+        if len(failed) + valid == len(votes):  # nobody is against it
+            return _unscored(row, failed)
+        votes = [vote for vote in votes if vote.invalid is None]
         reason = next((str(why) for vote in votes if vote.reward != 1 and (why := _reason(vote))), "")
         return Fate(noted, "not every pass calls it valid", f"{valid} of {len(votes)}. {reason}".strip())
 
@@ -139,8 +142,8 @@ class Rated:
         return [self._fate(row, next(grades)[0]) if row.prompt.images else Fate(row) for row in rows]
 
     def _fate(self, row: Row, grade: Scored) -> Fate:
-        if unscored := _unscored(row, [grade]):
-            return unscored
+        if grade.invalid is not None:
+            return _unscored(row, [grade])
         noted = row.noted("relevance", round(grade.reward, 4))
         if grade.reward >= self.options.at_least:
             return Fate(noted)
@@ -201,19 +204,19 @@ class Tried:
         return [self._fate(row, found) for row, found in zip(rows, samples, strict=True)]
 
     def _fate(self, row: Row, samples: Sequence[Sample]) -> Fate:
-        if unscored := _unscored(row, [sample.score for sample in samples]):
-            return unscored
+        samples, failed = _valid(samples)
         right = accepted(samples, threshold(self.options, row.prompt.task))
-        # The answer alone is handed on. A response that was cut while thinking has none.
+        # The answer alone is handed on. A response that was cut while thinking has none, and one that spells a control
+        # token of the model would be read as such.
         pool = [(sample.rollout.answer, good) for sample, good in zip(samples, right, strict=True)]
-        pool = [(message, good) for message, good in pool if message.strip()]
+        control = self.policy.chat.reserved
+        pool = [(message, good) for message, good in pool if message.strip() and not any(c in message for c in control)]
         prompt = replace(
             row.prompt,
             messages_pool=tuple(message for message, _ in pool),
             pool_accuracy=sum(good for _, good in pool) / len(pool) if pool else None,
         )
-        noted = replace(row, prompt=prompt).noted("difficulty", _note(samples, right))
-        return Fate(noted, some_accept(right), f"{sum(right)} of {len(right)}")
+        return _decided("difficulty", replace(row, prompt=prompt), samples, right, failed)
 
 
 @dataclass(frozen=True)
@@ -227,10 +230,18 @@ class Synthesised:
 
     def __call__(self, rows: Sequence[Row], answers: Answers) -> list[Fate]:
         fates = [self._before(row) for row in rows]
-        shown = {number: self.shown(fate.row.prompt) for number, fate in enumerate(fates) if fate.dropped is None}
-        for number, prompt in shown.items():
-            if (tokens := self.policy.chat.length(prompt)) >= self.options.max_sequence_length:
-                fates[number] = Fate(fates[number].row, "too long with its messages", f"{tokens} tokens")
+        shown: dict[int, Prompt] = {}
+        for number, fate in enumerate(fates):
+            if fate.dropped is not None:
+                continue
+            try:
+                shown[number] = self.shown(fate.row.prompt)
+                tokens = self.policy.chat.length(shown[number])
+            except ValueError as error:  # the template, or what a message does to the chat
+                fates[number] = Fate(fate.row, "cannot be shown with its messages", str(error))
+                continue
+            if tokens >= self.options.max_sequence_length:
+                fates[number] = Fate(fate.row, "too long with its messages", f"{tokens} tokens")
         left = [number for number in shown if fates[number].dropped is None]
         samples = sampled(
             "synthesis",
@@ -263,15 +274,13 @@ class Synthesised:
         return Fate(row)
 
     def _after(self, row: Row, samples: Sequence[Sample]) -> Fate:
-        if unscored := _unscored(row, [sample.score for sample in samples]):
-            return unscored
+        samples, failed = _valid(samples)
         right = accepted(samples, threshold(self.difficulty, row.prompt.task))
-        noted = row.noted("synthesis", _note(samples, right))
-        return Fate(noted, some_accept(right), f"{sum(right)} of {len(right)}")
+        return _decided("synthesis", row, samples, right, failed)
 
 
 def accepted(samples: Sequence[Sample], least: float) -> list[bool]:
-    return [sample.score.reward >= least for sample in samples]
+    return [sample.score.reward >= least - ROUNDING for sample in samples]
 
 
 def some_accept(right: Sequence[bool]) -> str | None:
@@ -306,7 +315,7 @@ def sampled(
     said = _Complete(prompts, count, saying, answers, scoring)
     missing = [[n for n in range(count) if answers.get(saying, p.id, n) is None] for p in prompts]
     requests = [
-        [request(name, prompt, n, longest, policy) for n in numbers]
+        asked(name, prompt, numbers, longest, policy) if numbers else []
         for prompt, numbers in zip(shown, missing, strict=True)
     ]
     places = [(row, n) for row, numbers in enumerate(missing) for n in numbers]
@@ -317,7 +326,7 @@ def sampled(
         said.put(row, n, {"text": text, "finish": completion.finish, "tokens": len(completion.response_ids)})
 
     if places:
-        policy.engines.complete(requests, finished)
+        policy.engines.consume(requests, finished)
     found = scoring.wait(policy.limit)
     return [
         [
@@ -374,12 +383,15 @@ class Scores:
         futures = self.scorer.submit_group(rollouts) if len(group) > 1 else [self.scorer.submit(rollouts[0])]
         for (n, _), future in zip(group, futures, strict=True):
             self._waiting[identity, n] = future
-            future.add_done_callback(lambda done, n=n: self._remember(identity, n, done))
+            future.add_done_callback(lambda done, n=n: self._done(identity, n, done))
 
-    def _remember(self, identity: str, number: int, done: Future[Scored]) -> None:
-        if done.cancelled() or done.exception():
-            return  # `wait` raises it
-        score = done.result()
+    def _done(self, identity: str, number: int, future: Future[Scored]) -> None:
+        """In some thread, where nobody hears of an error; `wait` does all this again."""
+        if not future.cancelled() and not future.exception():
+            with suppress(Stop):
+                self._remember(identity, number, future.result())
+
+    def _remember(self, identity: str, number: int, score: Scored) -> None:
         details = {name: _plain(value) for name, value in score.details.items()}
         record = {"reward": score.reward, "invalid": score.invalid, "details": details}
         self.answers.put(self.kind, identity, number, record)
@@ -388,27 +400,43 @@ class Scores:
         """All of them by row and number. Raises Stop if more than the share `limit` is invalid: then the reward fails,
         and not this row or that."""
         scored = self.scorer.results(list(self._waiting.values()))
-        self._found |= dict(zip(self._waiting, scored, strict=True))
-        if len(scored) >= ENOUGH_TO_JUDGE:
-            enough_valid(scored, limit)
+        for (identity, number), score in zip(self._waiting, scored, strict=True):
+            self._remember(identity, number, score)  # the callback may not have run yet
+            self._found[identity, number] = score
+        if len(self._found) >= ENOUGH_TO_JUDGE:
+            enough_valid(list(self._found.values()), limit)
         return self._found
 
 
-def request(name: str, prompt: Prompt, n: int, longest: int, policy: Policy) -> Request:
-    """Its seed comes from the row, so that neither blocks nor a restart change what is sampled."""
-    seed = seed_of(policy.seed, name, prompt.id, n)
-    room = longest - policy.chat.length(prompt)
-    return Request(policy.chat.prompt_ids(prompt), prompt.images, room, seed, policy.temperature)
+def asked(name: str, prompt: Prompt, numbers: Sequence[int], longest: int, policy: Policy) -> list[Request]:
+    """One prompt's requests. Seeds come from the row, so that neither blocks nor a restart change what is sampled."""
+    ids, room = policy.chat.prompt_ids(prompt), longest - policy.chat.length(prompt)
+    seeds = [seed_of(policy.seed, name, prompt.id, n) for n in numbers]
+    return [Request(ids, prompt.images, room, seed, policy.temperature) for seed in seeds]
 
 
 def _rollout(prompt: Prompt, record: Said) -> Rollout:
     return Rollout(prompt, record["text"], record["finish"])
 
 
-def _unscored(row: Row, scores: Sequence[Scored]) -> Fate | None:
-    """A row some of whose scores are missing is not decided by the others."""
-    invalid = [score.invalid for score in scores if score.invalid is not None]
-    return Fate(row, "could not be scored", invalid[0]) if invalid else None
+def _valid(samples: Sequence[Sample]) -> tuple[list[Sample], list[Scored]]:
+    """Those that have a score, and what became of the others."""
+    scores = [sample.score for sample in samples]
+    return [s for s in samples if s.score.invalid is None], [s for s in scores if s.invalid is not None]
+
+
+def _decided(name: str, row: Row, samples: Sequence[Sample], right: Sequence[bool], failed: Sequence[Scored]) -> Fate:
+    """Some-accept, unless scores are missing that could change it."""
+    noted = row.noted(name, _note(samples, right)) if samples else row
+    why = some_accept(right)
+    if why is not None and failed:
+        return _unscored(noted, failed)
+    return Fate(noted, why, f"{sum(right)} of {len(right)}")
+
+
+def _unscored(row: Row, failed: Sequence[Scored]) -> Fate:
+    """A row that cannot be decided because of scores that went wrong."""
+    return Fate(row, "could not be scored", str(failed[0].invalid))
 
 
 def _note(samples: Sequence[Sample], right: Sequence[bool]) -> dict[str, Any]:

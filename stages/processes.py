@@ -25,7 +25,9 @@ class Restarts:
     def count(self, what: str) -> None:
         """Raises Stop beyond the limit."""
         if self.done >= self.limit:
-            raise Stop(f"{what}: no more, max_restarts is {self.limit}. Look at why, then use --resume", saves=False)
+            raise Stop(
+                f"{what}: no more, max_restarts is {self.limit}. Look at why, then go on with --resume", saves=False
+            )
         self.done += 1
         self._say(f"{what} (restart {self.done} of {self.limit})")
 
@@ -46,13 +48,18 @@ class Samplers:
         self._share: dict[str, Any] = {"gpus": 1} if self._where == "cuda" else {}
         self.engines = [self._engine() for _ in range(engines)]
         self.judges = self._start_judges()  # kept, because an actor ends with its last handle
+        self._serving: list[Worker] = []  # those of them that answer
 
     def ready(self) -> None:
         """Waits until all are there, the rewards' own processes too.
 
         Raises: what a constructor raised; WorkerDied if one hangs.
         """
-        self._plan.rewards.served({name: judge.call("url") for name, judge in self.judges.items()})
+        urls = {}
+        for name, judge in self.judges.items():
+            urls[name] = judge.call("url")
+            self._serving.append(judge)
+        self._plan.rewards.served(urls)
         rewards = self._plan.rewards.warm()
         for engine in self.engines:
             engine.ready(self._plan.config.max_start_s)
@@ -66,10 +73,13 @@ class Samplers:
         return self.engines[number]
 
     def close(self) -> None:
-        """End the judges in good order; those still starting end with their actor. Raises RuntimeError if one did
-        not."""
-        judges, self.judges = self.judges, {}
-        gather([judge.start("close") for judge in judges.values()])
+        """End the judges: in good order those that answer, at once those that are still starting. Raises RuntimeError
+        if one did not."""
+        serving, judges, self._serving, self.judges = self._serving, self.judges, [], {}
+        for judge in judges.values():
+            if judge not in serving:
+                judge.end()
+        gather([judge.start("close") for judge in serving])
 
     def _needed(self) -> dict[str, int]:
         """Who needs how many GPUs."""

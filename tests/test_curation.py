@@ -34,6 +34,8 @@ class Killed(BaseException):
 class Chat:
     """One token per prompt, whose number the engines know the row by."""
 
+    reserved = ("<im_patch>",)
+
     def __init__(self) -> None:
         self.shown: dict[str, Prompt] = {}  # by row, as it was asked last
 
@@ -62,22 +64,15 @@ class Engines:
             for n in range(ROLLOUTS)
         }
 
-    def complete(
-        self,
-        requests: Sequence[Sequence[Request]],
-        finished: Callable[[int, Completion], None] = lambda place, completion: None,
-    ) -> list[Completion]:
+    def consume(self, requests: Sequence[Sequence[Request]], finished: Callable[[int, Completion], None]) -> None:
         self.calls += 1
-        answers = []
         for place, request in enumerate(one for group in requests for one in group):
             if self.dies_after == sum(self.asked.values()):
                 raise Killed
             key = self._known[request.seed]
             self.asked[key] += 1
             text = tuple(self.script(*key).encode())
-            answers.append(Completion((1,), text, (0.0,) * len(text), "stop"))
-            finished(place, answers[-1])
-        return answers
+            finished(place, Completion((1,), text, (0.0,) * len(text), "stop"))
 
 
 class Scorer:
@@ -170,6 +165,46 @@ def test_a_response_that_never_came_to_an_answer_is_no_message(tmp_path: Path) -
         (fate,) = Tried(Difficulty(), policy(script, rows), 1000)(rows, known)
     assert (len(fate.row.prompt.messages_pool), fate.row.prompt.pool_accuracy) == (19, pytest.approx(3 / 19))
     assert fate.row.notes["difficulty"] == {"accepted": 3, "of": 24, "tokens_mean": pytest.approx(27.5, abs=10)}
+
+
+def test_a_response_that_spells_a_control_token_is_no_message(tmp_path: Path) -> None:
+    rows = [row("a")]
+    script = lambda name, identity, n: RIGHT.format("<im_patch>") if n == 0 else WRONG.format(n)  # noqa: E731
+    with answers(tmp_path) as known:
+        (fate,) = Tried(Difficulty(), policy(script, rows), 1000)(rows, known)
+    assert (fate.dropped, len(fate.row.prompt.messages_pool), fate.row.prompt.pool_accuracy) == (None, 23, 0.0)
+
+
+def test_weights_that_do_not_quite_add_up_to_one_still_accept() -> None:
+    from stages.filters import accepted
+
+    sample: Any = Sample(score=Scored(Rollout(row("a").prompt, ""), 0.7 + 0.2 + 0.1 - 2e-16))
+    assert accepted([sample], 1.0) == [True]
+
+
+@pytest.mark.parametrize(
+    ("counts", "why"),
+    [((1, 1), None), ((2, 0), "could not be scored"), ((0, 2), "could not be scored"), ((0, 0), "could not be scored")],
+)
+def test_scores_that_went_wrong_matter_only_where_they_could_decide(
+    tmp_path: Path, counts: tuple[int, int], why: str | None
+) -> None:
+    class Flaky(Scorer):
+        def submit_group(self, rollouts: Sequence[Rollout]) -> list[Future[Scored]]:
+            (future,) = super().submit_group(rollouts)
+            if "broken" in rollouts[0].answer:
+                future = Future()
+                future.set_result(Scored(rollouts[0], 0.0, "the reward died"))
+            return [future]
+
+    right, wrong = counts
+    texts = [RIGHT.format("")] * right + [WRONG.format("")] * wrong
+    script = lambda name, identity, n: texts[n] if n < len(texts) else "broken"  # noqa: E731
+    rows = [row("a")]
+    with answers(tmp_path) as known:
+        (fate,) = Tried(Difficulty(rollouts=4), policy(script, rows, Flaky()), 1000)(rows, known)
+    assert fate.dropped == why
+    assert len(fate.row.prompt.messages_pool) == right + wrong
 
 
 def test_what_counts_as_accepted_may_differ_by_task() -> None:

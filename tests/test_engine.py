@@ -14,7 +14,7 @@ from transformers import Qwen3ForCausalLM
 from rl.model.config import StepVLConfig
 from rl.types import Completion, Request
 from tests import tiny
-from tests.conftest import Served, ServedTied
+from tests.conftest import Served
 from tests.engine_process import EngineProcess, shared_memory_segments
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -51,26 +51,31 @@ def assert_sampled_from(model: Qwen3ForCausalLM, answers: list[Completion], temp
         )
 
 
-def test_engine_with_tied_embeddings_refuses_to_generate_before_its_first_load(tied: ServedTied) -> None:
-    assert "call load() before" in str(tied.refusal)
+def test_an_engine_with_tied_embeddings_starts_with_its_folders_weights(
+    engine_process: EngineProcess, tmp_path: Path
+) -> None:
+    model = tiny.make_text_model(tmp_path, tied=True)
+    engine = engine_process.start(tmp_path)
+    assert_sampled_from(model, engine.generate(requests(2)))
+    engine.close()
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_tied_embeddings_follow_every_load(tied: ServedTied, seed: int) -> None:
+def test_tied_embeddings_follow_every_load(tied: Served, seed: int) -> None:
     model = changed(tied.model, seed)
     tied.engine.load(all_weights(model), step=seed)
     assert tied.engine.get("policy_step") == seed
     assert_sampled_from(model, tied.engine.generate(requests()))
 
 
-def test_tied_embeddings_must_be_sent_twice(tied: ServedTied) -> None:
+def test_tied_embeddings_must_be_sent_twice(tied: Served) -> None:
     weights = all_weights(tied.model)
     del weights[HEAD]
     with pytest.raises(ValueError, match=r"send both model\.embed_tokens\.weight and lm_head\.weight"):
         tied.engine.load(weights, step=1)
 
 
-def test_a_request_is_answered_with_one_uniform_number_per_token_of_its_own_generator(tied: ServedTied) -> None:
+def test_a_request_is_answered_with_one_uniform_number_per_token_of_its_own_generator(tied: Served) -> None:
     model = changed(tied.model, 7)
     tied.engine.load(all_weights(model), step=7)
     for request, answer in zip(asked := requests(), tied.engine.generate(asked), strict=True):
@@ -82,7 +87,7 @@ def test_a_request_is_answered_with_one_uniform_number_per_token_of_its_own_gene
         assert torch.searchsorted(chances.cumsum(-1), drawn[:, None]).tolist() == [[i] for i in answer.response_ids]
 
 
-def test_prompt_seen_before_a_load_is_computed_anew_after_it(tied: ServedTied) -> None:
+def test_prompt_seen_before_a_load_is_computed_anew_after_it(tied: Served) -> None:
     long = requests(1, length=300)  # longer than vLLM's cache block of 128 tokens
     for seed in (3, 4):
         model = changed(tied.model, seed)
@@ -90,7 +95,7 @@ def test_prompt_seen_before_a_load_is_computed_anew_after_it(tied: ServedTied) -
         assert_sampled_from(model, tied.engine.generate(long))
 
 
-def test_weights_may_be_bfloat16_tensors_or_read_only_arrays(tied: ServedTied) -> None:
+def test_weights_may_be_bfloat16_tensors_or_read_only_arrays(tied: Served) -> None:
     model = changed(tied.model, 5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -117,7 +122,7 @@ def _load_in_pieces(key: int, weights: dict[str, np.ndarray], size: int) -> int:
 
 
 def test_weights_larger_than_a_segment_arrive_in_pieces_and_leave_no_shared_memory(
-    tied: ServedTied, engine_process: EngineProcess
+    tied: Served, engine_process: EngineProcess
 ) -> None:
     before = shared_memory_segments()
     model = changed(tied.model, 6)
@@ -152,7 +157,7 @@ def test_only_the_decoder_needs_sending(step_vl: Served) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_logprobs_are_of_the_distribution_sampled_from(tied: ServedTied, temperature: float) -> None:
+def test_logprobs_are_of_the_distribution_sampled_from(tied: Served, temperature: float) -> None:
     tied.engine.load(all_weights(tied.model), step=0)
     assert_sampled_from(tied.model, tied.engine.generate(requests(temperature=temperature)), temperature)
 
@@ -216,7 +221,7 @@ def test_greedy_requests_are_refused_beside_sampled_ones(step_vl: Served) -> Non
         step_vl.engine.generate([*requests(1), *requests(1, temperature=0.0)])
 
 
-def test_greedy_takes_the_likeliest_token(tied: ServedTied) -> None:
+def test_greedy_takes_the_likeliest_token(tied: Served) -> None:
     tied.engine.load(all_weights(tied.model), step=0)
     answers = tied.engine.generate(requests(2, temperature=0.0))
     assert_sampled_from(tied.model, answers)

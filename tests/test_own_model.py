@@ -53,7 +53,7 @@ def their_run(theirs: Path) -> Path:
         f"model.path={theirs}/model", f"data.train={theirs}/train.jsonl", f"data.eval={theirs}/heldout.jsonl",
         "rewards.echo={use: exact}", "iterations=2", "prompts_per_iteration=8", "rollouts_per_prompt=4",
         "max_sequence_length=24", "checkpoint.every=1", "rollout.workers=2",
-        "rollout.partial={extra_prompts: 0.5, chunk_tokens: 4}", folder=theirs,
+        "rollout.partial={extra_prompts: 0.5, chunk_tokens: 2}", folder=theirs,
     )  # fmt: skip
     assert code == 0, err
     folder = theirs / "my_run"
@@ -84,5 +84,5 @@ def test_responses_that_one_iteration_cut_are_finished_by_later_ones_even_after_
         assert (line["rollout/staleness"] > 0) == (iteration > 1)
         assert 0.9 < line["policy/tis_mean"] < 1.1
         seen += [sample["id"] for sample in found]
-    assert metrics(their_run)[3]["response/continued_fraction"] > 0
+    assert max(line["response/continued_fraction"] for line in metrics(their_run)[2:]) > 0
     assert len(seen) == 3 * 8 * 4 and len(set(seen)) == 3 * 8  # every prompt once, with all of its rollouts
