@@ -96,7 +96,7 @@ class Engine:
             limit_mm_per_prompt={"image": max_images_per_prompt} if self._image_token_id is not None else {},
             weight_transfer_config={"backend": HOST_BACKEND},
             use_tqdm_on_load=verbose,
-            **(_whole_prompts(max_sequence_length) if device == "cpu" else {}),
+            **(whole_prompts(max_sequence_length) if device == "cpu" else {}),
         )
         self._picture_tokens = _picture_tokens(self._llm) if self._image_token_id is not None else None
         self._llm.init_weight_transfer_engine({"init_info": {}})
@@ -315,7 +315,7 @@ def offline(model: str) -> dict[str, str]:
     return {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
 
 
-def _whole_prompts(max_sequence_length: int) -> dict[str, Any]:
+def whole_prompts(max_sequence_length: int) -> dict[str, Any]:
     """Scheduler limits under which every prompt is processed in one step, with all its pictures.
 
     Part of a prompt makes vLLM draw a token, throw it away and rewind the request's generator, which CPU generators

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Literal
 
-from rollout.engine import cpu_variables, offline
+from rollout.engine import cpu_variables, offline, whole_prompts
 
 LAST_LINES = 15  # of its log, in a message
 START = """\
@@ -68,7 +68,7 @@ class JudgeServer:
             self.host,
             "--port",
             str(self.port),
-            *_arguments(device, options or {}),
+            *_arguments(model, device, options or {}),
         ]
         self._process = subprocess.Popen(
             [sys.executable, "-c", START, str(os.getpid()), *arguments],
@@ -123,13 +123,32 @@ def _node_address() -> str:
     return node_address()
 
 
-def _arguments(device: str, options: Mapping[str, str | int | float | bool]) -> list[str]:
-    given = {"enforce-eager": True, **options} if device == "cpu" else dict(options)
+def _arguments(model: str, device: str, options: Mapping[str, str | int | float | bool]) -> list[str]:
+    given = {**_on_cpu(model, options), **options} if device == "cpu" else dict(options)
     arguments: list[str] = []
     for name, value in given.items():
         if value is not False:
             arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return arguments
+
+
+def _on_cpu(model: str, options: Mapping[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
+    """What a server needs there, where requests have seeds: whole prompts, or its worker dies."""
+    longest = options.get("max-model-len")
+    if longest is None:
+        from transformers import AutoConfig
+
+        from rl.model import config
+
+        config.register()
+        longest = AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
+    limits = whole_prompts(int(longest))
+    return {
+        "enforce-eager": True,
+        "no-enable-chunked-prefill": True,
+        "max-num-seqs": limits["max_num_seqs"],
+        "max-num-batched-tokens": limits["max_num_batched_tokens"],
+    }
 
 
 def _environment(model: str, device: str, threads: int, kv_cache_gib: int) -> dict[str, str]:

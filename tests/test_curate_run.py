@@ -16,11 +16,8 @@ CPU = ("stages.curate", RECIPE, "--profile", "cpu")
 SMALL = (
     "curate.rows=16",
     "curate.block=8",
-    "curate.filters=[decontamination,difficulty,synthesis]",
+    "curate.filters=[decontamination,difficulty]",
     "curate.difficulty.rollouts=8",
-    "curate.synthesis.least_messages=4",
-    "curate.synthesis.most_messages=6",
-    "curate.synthesis.rollouts=8",
 )
 
 
@@ -43,9 +40,9 @@ def test_rows_that_stay_are_training_rows_with_their_pools_and_why(curated: tupl
     assert rows.bad == () and rows.prompts
     for prompt in rows.prompts:
         notes = prompt.meta["curation"]
-        assert all(0 < notes[name]["accepted"] < 8 for name in ("difficulty", "synthesis"))
-        assert len(prompt.messages_pool) >= 4 and prompt.pool_accuracy is not None
-        assert all(picture.size == (56, 56) or picture.size[0] > 0 for picture in prompt.images)
+        assert 0 < notes["difficulty"]["accepted"] < 8
+        assert 0 < len(prompt.messages_pool) <= 8 and prompt.pool_accuracy is not None
+    assert any(prompt.images for prompt in rows.prompts)
 
 
 def test_every_row_has_a_fate_and_the_report_counts_them(curated: tuple[Path, str]) -> None:
@@ -118,18 +115,26 @@ def test_a_dry_run_says_what_would_be_done_and_starts_nothing(
 @pytest.mark.slow
 def test_with_a_served_judge_and_a_kill_every_row_goes_through_all_filters_once(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    options = ("curate.rows=32", "curate.difficulty.rollouts=8", "curate.synthesis.rollouts=8")
-    pool = ("curate.synthesis.least_messages=4", "curate.synthesis.most_messages=6")
-    command = Command(*CPU, "--out", out, *options, *pool)
+    options = (
+        "curate.rows=256",
+        "curate.checkability.passes=2",  # the scale model's verdicts are chance: a quarter of the rows stays
+        "curate.difficulty.rollouts=8",
+        "curate.synthesis.least_messages=2",
+        "curate.synthesis.most_messages=4",
+        "curate.synthesis.rollouts=8",
+        "curate.synthesis.max_sequence_length=256",
+    )
+    command = Command(*CPU, "--out", out, *options)
     answers = out / "answers/00000-difficulty.jsonl"
-    wait_for(lambda: answers.exists() and answers.stat().st_size > 10_000, command)
+    wait_for(lambda: answers.exists() and answers.stat().st_size > 1000, command)
     command.kill()
-    assert command.left_behind() == []
+    assert command.left_behind(60) == []
     before = len(answers.read_text().splitlines()) - 1  # the last line may be cut
-    code, said, err = run(*CPU, "--out", out, *options, *pool)
+    code, _, err = run(*CPU, "--out", out, *options)
     assert code == 0, err
     known = Counter((a["kind"], a["id"], a["n"]) for a in lines(out / "answers"))
     assert max(known.values()) == 1 and before > 0
-    assert sum(kind == "checkability score" for kind, _, _ in known) == 4 * 32
-    assert len(lines(out / "fates")) == 32
-    assert "checkability" in said
+    assert sum(kind == "checkability score" for kind, _, _ in known) == 2 * 256
+    fates = lines(out / "fates")
+    assert len({fate["id"] for fate in fates}) == 256
+    assert {"checkability", "difficulty", "synthesis"} <= {fate["filter"] for fate in fates}
