@@ -21,10 +21,15 @@ from rollout.engine import cpu_variables, offline, whole_prompts
 LAST_LINES = 15  # of its log, in a message
 START = """\
 # Stays beside the server, whose own children outlive it: ends them all when the process that wanted them is gone.
-import os, signal, subprocess, sys, time
+import ctypes, os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, lambda *_: None)  # the server gets it as well, and then ends
 parent = int(sys.argv[1])
-server = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.openai.api_server", *sys.argv[2:]])
+def end_with_this():  # Ray kills this process by force when its own is gone
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+server = subprocess.Popen(
+    [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *sys.argv[2:]], preexec_fn=end_with_this
+)
 while server.poll() is None and os.getppid() == parent:
     time.sleep(0.2)
 if server.returncode is None:
