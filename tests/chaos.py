@@ -82,7 +82,7 @@ def strike(command: Command, kind: str) -> str | None:
     elif kind == "group":
         os.killpg(command.process.pid, signal.SIGKILL)
     else:
-        # one that hangs while it starts is not noticed: how long loading may take, nobody knows
+        # one that hangs while it starts is noticed after max_start_s only, an hour
         found = named(command, "Engine.stream" if kind == "hang" else kind)
         if not found:
             return None
