@@ -25,12 +25,12 @@ def raw_rows(source: str, *, streaming: bool = False) -> Iterator[RawRow]:
     """The rows of one file or dataset, as stored.
 
     Args:
-        streaming: read a dataset of the hub row by row over the network, without a copy on disk.
+        streaming: read a dataset row by row from where it is, without a copy of it on this machine's disk.
     Raises: ValueError if it cannot be read as a whole.
     """
     path = Path(source)
-    if streaming and path.exists():
-        raise ValueError(f"{path}: streaming is for data sets of the hub; leave it out")
+    if streaming and path.is_file():
+        raise ValueError(f"{path}: streaming is for data sets; a file is never copied, leave it out")
     if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):
         return _jsonl(path)
     if path.is_file() and path.suffix == ".json":
@@ -125,7 +125,9 @@ def _load_dataset(name: str, split: str, streaming: bool) -> Any:
 
     try:
         if any((Path(name) / kind).exists() for kind in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(name)  # written by save_to_disk
+            if streaming:
+                raise ValueError("it was written by save_to_disk and is read from where it is anyway; no streaming")
+            saved = datasets.load_from_disk(name)
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(name, split=split, streaming=streaming)
     except KeyError as problem:

@@ -88,8 +88,18 @@ def test_a_pool_of_messages_comes_with_its_row(tmp_path: Path) -> None:
 
 
 def test_streaming_is_refused_for_a_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="streaming is for data sets of the hub"):
+    with pytest.raises(ValueError, match="streaming is for data sets"):
         read([Source(path=str(jsonl(tmp_path, row())), streaming=True)])
+
+
+def test_a_data_set_that_is_streamed_gives_the_same_rows_pictures_included(tmp_path: Path) -> None:
+    pictures = [{"bytes": png(color=color), "path": None} for color in ("red", "blue")]
+    (tmp_path / "set").mkdir()
+    parquet(tmp_path / "set", *(row(id=f"r{n}", messages="?", images=[one]) for n, one in enumerate(pictures)))
+    whole, streamed = (
+        read([Source(path=str(tmp_path / "set"), streaming=streaming)]).prompts for streaming in (False, True)
+    )
+    assert streamed == whole and len(whole) == 2
 
 
 # Public data sets: rows made in their documented schemas
