@@ -6,10 +6,12 @@ is in rewards.compose.
 
 import hashlib
 import json
+import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -161,8 +163,9 @@ class RewardRunner:
         waiting = set(futures)
         while waiting:
             _, waiting = wait(waiting, timeout=0.2)
-            while not self._async.news.empty():
-                self.on_outage(self._async.news.get())
+            with suppress(queue.Empty):  # several threads may wait, and only one hears of each
+                while True:
+                    self.on_outage(self._async.news.get_nowait())
         return [future.result() for future in futures]
 
     def close(self) -> None:

@@ -1,4 +1,5 @@
-"""The next iteration's samples, made in a thread of their own while this one trains (rollout.max_staleness: 1)."""
+"""What comes next, made in a thread of its own while the main one works: the next iteration's samples, while this one
+trains (rollout.max_staleness: 1), or the next block's judgements in a curation."""
 
 import threading
 from collections.abc import Callable
@@ -11,7 +12,7 @@ PATIENCE_S = 10.0  # how long `abandon` waits for the thread to notice
 
 
 class Abandoned(Exception):
-    """Raised in the thread: nobody wants the samples any more."""
+    """Raised in the thread: nobody wants the result any more."""
 
 
 class Ahead(Generic[T]):
@@ -22,9 +23,9 @@ class Ahead(Generic[T]):
         self._unwanted = threading.Event()
 
     def start(self, iteration: int, make: Callable[[], T]) -> None:
-        """Begin `make()` for an iteration; it should call `check` now and then."""
+        """Begin `make()` for an iteration (or a block); it should call `check` now and then."""
         if self._task is not None:
-            raise RuntimeError(f"samples of iteration {self._task[0]} have not been taken yet")
+            raise RuntimeError(f"what was made for {self._task[0]} has not been taken yet")
         future: Future[T] = Future()
 
         def run() -> None:
@@ -33,20 +34,20 @@ class Ahead(Generic[T]):
             except BaseException as error:  # handed on to whoever takes the result
                 future.set_exception(error)
 
-        thread = threading.Thread(target=run, name=f"samples of iteration {iteration}", daemon=True)
+        thread = threading.Thread(target=run, name=f"ahead for {iteration}", daemon=True)
         self._task = iteration, future, thread
         thread.start()
 
     def has(self, iteration: int) -> bool:
-        """Whether this iteration's samples were started and not taken."""
+        """Whether this iteration's was started and not taken."""
         return self._task is not None and self._task[0] == iteration
 
     def take(self, iteration: int, meanwhile: Callable[[], None]) -> T:
-        """The samples that were started for this iteration, waited for; calls `meanwhile` every POLL_S.
+        """What was started for this iteration, waited for; calls `meanwhile` every POLL_S.
 
         Raises what making them raised."""
         if self._task is None or self._task[0] != iteration:
-            raise RuntimeError(f"samples of iteration {iteration} were not started")
+            raise RuntimeError(f"nothing was started for {iteration}")
         future = self._task[1]
         while not wait([future], timeout=POLL_S).done:
             meanwhile()

@@ -39,6 +39,7 @@ from rollout.pacore import Synthesis as Serialisation
 from rollout.pool import Pool
 from rollout.rows import read
 from stages import curation_report
+from stages.ahead import Ahead
 from stages.answers import Answers
 from stages.filters import (
     ROUNDING,
@@ -62,6 +63,7 @@ ASK_THE_POLICY = {"difficulty", "synthesis"}
 RECIPE, STATE = "recipe.yaml", "state.json"
 MATTER = ("model", "data", "rewards", "curate", "seed", "max_sequence_length", "rollout.temperature")
 Say = Callable[[str], None]
+Decision = tuple[str, Fate]  # with the filter that dropped the row, or ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -244,8 +246,8 @@ class Out:
     def answers(self, block: int, name: str) -> Path:
         return self.path / "answers" / f"{block:05d}-{name}.jsonl"
 
-    def finish(self, block: int, fates: Sequence[tuple[str, Fate]], sources: Sequence[str]) -> None:
-        """A block's fates and, last of all, its rows. `fates` has the filter that decided, or "" for rows that stay."""
+    def finish(self, block: int, fates: Sequence[Decision], sources: Sequence[str]) -> None:
+        """A block's fates and, last of all, its rows."""
         pictures = Pictures(self)
         kept = [record(fate.row, pictures.part) for _, fate in fates if fate.dropped is None]
         told = [
@@ -341,12 +343,33 @@ def blocks_of(plan: Plan) -> list[list[Row]]:
 def work(
     blocks: Sequence[Sequence[Row]], filters: Mapping[str, Filter], out: Out, sources: Sequence[str], say: Say
 ) -> None:
-    """Blocks that are not done yet, one after the other."""
-    for number in out.left(len(blocks)):
-        fates = through(blocks[number], filters, lambda name, n=number: Answers(out.answers(n, name)), say)
-        out.finish(number, fates, sources)
-        stay = sum(fate.dropped is None for _, fate in fates)
-        say(f"block {number + 1} of {len(blocks)} is done: {stay} of {len(fates)} rows stay")
+    """Blocks that are not done yet, one after the other; judges look at the next while the policy tries this one."""
+    judging = {name: decide for name, decide in filters.items() if name not in ASK_THE_POLICY}
+    trying = {name: decide for name, decide in filters.items() if name in ASK_THE_POLICY}
+    ahead: Ahead[list[Decision]] = Ahead()
+
+    def some(number: int, fates: Sequence[Decision], which: Mapping[str, Filter]) -> list[Decision]:
+        def told(message: str) -> None:
+            ahead.check()
+            say(f"block {number + 1}: {message}")
+
+        return through(fates, which, lambda name: Answers(out.answers(number, name)), told)
+
+    def judged(number: int) -> list[Decision]:
+        return some(number, [("", Fate(row)) for row in blocks[number]], judging)
+
+    left = out.left(len(blocks))
+    try:
+        for number, following in zip(left, [*left[1:], None], strict=True):
+            fates = ahead.take(number, lambda: None) if ahead.has(number) else judged(number)
+            if judging and trying and following is not None:
+                ahead.start(following, lambda n=following: judged(n))
+            fates = some(number, fates, trying)
+            out.finish(number, fates, sources)
+            stay = sum(fate.dropped is None for _, fate in fates)
+            say(f"block {number + 1} of {len(blocks)} is done: {stay} of {len(fates)} rows stay")
+    finally:
+        ahead.abandon()
 
 
 def _say(message: str) -> None:
@@ -354,22 +377,22 @@ def _say(message: str) -> None:
 
 
 def through(
-    rows: Sequence[Row], filters: Mapping[str, Filter], answers: Callable[[str], Answers], say: Say
-) -> list[tuple[str, Fate]]:
-    """What becomes of each row, in order: the filter that dropped it, or "", and its fate."""
-    found: dict[int, tuple[str, Fate]] = {number: ("", Fate(row)) for number, row in enumerate(rows)}
+    fates: Sequence[Decision], filters: Mapping[str, Filter], answers: Callable[[str], Answers], say: Say
+) -> list[Decision]:
+    """What becomes of each row after more filters, in order."""
+    found = dict(enumerate(fates))
     for name, decide in filters.items():
         left = [number for number, (_, fate) in found.items() if fate.dropped is None]
         start = time.monotonic()
         with answers(name) as known:
             before = len(known.known)
-            fates = decide([found[number][1].row for number in left], known)
-        for number, fate in zip(left, fates, strict=True):
+            decided = decide([found[number][1].row for number in left], known)
+        for number, fate in zip(left, decided, strict=True):
             found[number] = (name if fate.dropped is not None else "", fate)
-        stay = sum(fate.dropped is None for fate in fates)
+        stay = sum(fate.dropped is None for fate in decided)
         seconds = time.monotonic() - start
-        say(f"  {name}: {stay} of {len(left)} rows stay ({seconds:.0f} s, {before} answers were known)")
-    return [found[number] for number in range(len(rows))]
+        say(f"{name}: {stay} of {len(left)} rows stay ({seconds:.0f} s, {before} answers were known)")
+    return [found[number] for number in range(len(fates))]
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def test_samples_that_nobody_wants_any_more_are_not_made_to_the_end() -> None:
 def test_only_one_iteration_is_sampled_ahead() -> None:
     ahead: Ahead[str] = Ahead()
     ahead.start(1, str)
-    with pytest.raises(RuntimeError, match="samples of iteration 1 have not been taken yet"):
+    with pytest.raises(RuntimeError, match="what was made for 1 has not been taken yet"):
         ahead.start(2, str)
 
 

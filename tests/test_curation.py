@@ -21,6 +21,7 @@ from stages.answers import Answers
 from stages.curate import Out, through, work
 from stages.curation_report import gather
 from stages.filters import Checked, Fate, Filter, Policy, Rated, Row, Synthesised, Tried, decontamination
+from tests.command import wait_until
 from tests.test_rows import png
 
 RIGHT, WRONG = "<think>hm</think>It is right, {}", "<think>hm</think>It is wrong, {}"
@@ -518,6 +519,18 @@ def test_an_answer_that_was_cut_by_a_crash_is_asked_again(tmp_path: Path) -> Non
     assert [json.loads(line)["x"] for line in path.read_text().splitlines()] == [1, 3]
 
 
+def test_judges_look_at_the_next_block_while_the_policy_tries_this_one(tmp_path: Path) -> None:
+    filters = everything([row(n) for n in NAMES], script, scorer := judge())
+    tried: Any = filters["difficulty"]
+
+    def patient(rows: Sequence[Row], answers: Answers) -> list[Fate]:
+        wait_until(lambda: any(identity == "always" for _, identity in scorer.asked))  # a row of the second block
+        return tried(rows, answers)
+
+    work(blocks(), {**filters, "difficulty": patient}, Out(tmp_path), ["s"], lambda message: None)
+    assert len(finished(tmp_path)) == 4
+
+
 def test_scores_that_went_wrong_are_asked_again(tmp_path: Path) -> None:
     said: list[float | str] = ["the server is down", 1.0]
     for stays in (False, True):
@@ -539,6 +552,7 @@ def test_all_prompts_go_to_the_engines_in_one_call(tmp_path: Path) -> None:
     rows = [row(f"r{n}") for n in range(50)]
     who = policy(lambda name, identity, n: RIGHT.format(n), rows)
     with answers(tmp_path) as known:
-        through(rows, {"difficulty": Tried(Difficulty(), who, 1000)}, lambda name: known, lambda message: None)
+        fates = [("", Fate(one)) for one in rows]
+        through(fates, {"difficulty": Tried(Difficulty(), who, 1000)}, lambda name: known, lambda message: None)
     engines: Any = who.engines
     assert (engines.calls, sum(engines.asked.values())) == (1, 50 * 24)
