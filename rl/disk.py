@@ -9,7 +9,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import IO
 
-from rl.stop import Stop
+from rl.stop import GO_ON, Stop
 
 
 class NoRoom(OSError):
@@ -34,8 +34,7 @@ def writing(what: object) -> Generator[None, None, None]:
 
 def not_written(what: object, error: Exception) -> Stop:
     """Why the run ends."""
-    cure = "Make room or mend the folder, and go on with --resume (a curation: with the same command)"
-    return Stop(f"{what} could not be written: {error}. {cure}.", saves=False)
+    return Stop(f"{what} could not be written: {error}. Make room or mend the folder, and {GO_ON}.", saves=False)
 
 
 def readable(size: int) -> str:

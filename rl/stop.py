@@ -1,5 +1,7 @@
 """Why a run ends by its own decision, or has to begin again from what it has saved."""
 
+GO_ON = "go on with --resume (a curation: with the same command)"  # what helps once the cause is mended
+
 
 class Stop(RuntimeError):
     """The run must not go on; the message says why and what would help. What it finished is kept.

@@ -6,7 +6,7 @@ from typing import Any
 from rl.actors import Team, Worker, alone, gather, gpus, place, place_team
 from rl.critic import Critic
 from rl.learner import Policy
-from rl.stop import Stop
+from rl.stop import GO_ON, Stop
 from rollout.engine import Engine
 from rollout.judge_server import JudgeServer
 from stages.plan import Plan, device, judge_gpus, served_here
@@ -25,9 +25,7 @@ class Restarts:
     def count(self, what: str) -> None:
         """Raises Stop beyond the limit."""
         if self.done >= self.limit:
-            raise Stop(
-                f"{what}: no more, max_restarts is {self.limit}. Look at why, then go on with --resume", saves=False
-            )
+            raise Stop(f"{what}: no more, max_restarts is {self.limit}. Look at why, then {GO_ON}", saves=False)
         self.done += 1
         self._say(f"{what} (restart {self.done} of {self.limit})")
 

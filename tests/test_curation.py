@@ -161,7 +161,10 @@ def test_the_final_messages_become_the_pool_with_their_accuracy(tmp_path: Path) 
 
 def test_a_response_that_never_came_to_an_answer_is_no_message(tmp_path: Path) -> None:
     rows = [row("a")]
-    script = lambda name, identity, n: "<think>hm" if n < 5 else (RIGHT if n < 8 else WRONG).format(n)  # noqa: E731
+
+    def script(name: str, identity: str, n: int) -> str:
+        return "<think>hm" if n < 5 else (RIGHT if n < 8 else WRONG).format(n)
+
     with answers(tmp_path) as known:
         (fate,) = Tried(Difficulty(), policy(script, rows), 1000)(rows, known)
     assert (len(fate.row.prompt.messages_pool), fate.row.prompt.pool_accuracy) == (19, pytest.approx(3 / 19))
@@ -170,7 +173,10 @@ def test_a_response_that_never_came_to_an_answer_is_no_message(tmp_path: Path) -
 
 def test_a_response_that_spells_a_control_token_is_no_message(tmp_path: Path) -> None:
     rows = [row("a")]
-    script = lambda name, identity, n: RIGHT.format("<im_patch>") if n == 0 else WRONG.format(n)  # noqa: E731
+
+    def script(name: str, identity: str, n: int) -> str:
+        return RIGHT.format("<im_patch>") if n == 0 else WRONG.format(n)
+
     with answers(tmp_path) as known:
         (fate,) = Tried(Difficulty(), policy(script, rows), 1000)(rows, known)
     assert (fate.dropped, len(fate.row.prompt.messages_pool), fate.row.prompt.pool_accuracy) == (None, 23, 0.0)
@@ -200,7 +206,10 @@ def test_scores_that_went_wrong_matter_only_where_they_could_decide(
 
     right, wrong = counts
     texts = [RIGHT.format("")] * right + [WRONG.format("")] * wrong
-    script = lambda name, identity, n: texts[n] if n < len(texts) else "broken"  # noqa: E731
+
+    def script(name: str, identity: str, n: int) -> str:
+        return texts[n] if n < len(texts) else "broken"
+
     rows = [row("a")]
     with answers(tmp_path) as known:
         (fate,) = Tried(Difficulty(rollouts=4), policy(script, rows, Flaky()), 1000)(rows, known)
@@ -535,7 +544,7 @@ def test_scores_that_went_wrong_are_asked_again(tmp_path: Path) -> None:
     said: list[float | str] = ["the server is down", 1.0]
     for stays in (False, True):
         with answers(tmp_path) as known:
-            scorer = Scorer(lambda name, identity: said[stays])  # noqa: B023
+            scorer = Scorer(lambda name, identity, now=said[stays]: now)
             (fate,) = Checked(Checkability(passes=1), scorer, 0.1)([row("a")], known)
         assert (fate.dropped is None) == stays
 
