@@ -18,7 +18,8 @@ from rollout.pacore import drawn
 from rollout.pool import seed_of
 from rollout.rows import read
 from stages.answers import Answers
-from stages.curate import Out, through, work
+from stages.curate import through, work
+from stages.curation_folder import Out
 from stages.curation_report import gather
 from stages.filters import Checked, Fate, Filter, Policy, Rated, Row, Synthesised, Tried, decontamination
 from tests.command import wait_until
