@@ -134,12 +134,13 @@ class Bench:
         from rl.features import FeatureStore
         from rollout.pool import Pool
         from stages.loop import Clock, Parts, ppo_iteration
+        from stages.rlvr import Rlvr
 
         longest = size.prompt + size.response
         pool = Pool([self.engine], as_they_come, self.chat, max_sequence_length=longest, temperature=1.0, seed=0)
         numbers = {"prompts_per_iteration": size.prompts, "rollouts_per_prompt": size.rollouts}
         config = self.config.model_copy(update=numbers)
-        parts = Parts(config, pool, Rewards(), self.policy, self.critic, FeatureStore([], 1))
+        parts = Parts(config, pool, Rewards(), self.policy, self.critic, FeatureStore([], 1), Rlvr())
         self.number += 1
         asked = [Prompt(f"{self.number} {i}", "t", (), meta={"tokens": size.prompt}) for i in range(size.prompts)]
         found, _ = ppo_iteration(self.number, asked, [], parts, clock := Clock(parts.phase))

@@ -123,6 +123,7 @@ def one_step_off() -> Result:
     from rl.learner import Policy
     from rl.recipe import load
     from stages.loop import Clock, Parts, ppo_iteration
+    from stages.rlvr import Rlvr
 
     count, prompts, group = 4, 2, 8
     recipe = load(
@@ -136,7 +137,7 @@ def one_step_off() -> Result:
 
     def parts(config: Config) -> Parts:
         sampler = Emulated(lambda: pause, prompt=150, response=60, vocabulary=SIZES["vocab_size"])
-        return Parts(config, sampler, Rewards(), Unchecked(policy), Unchecked(critic), FeatureStore([], 1))
+        return Parts(config, sampler, Rewards(), Unchecked(policy), Unchecked(critic), FeatureStore([], 1), Rlvr())
 
     def per_iteration(staleness: int) -> float:
         made = parts(

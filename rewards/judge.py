@@ -6,10 +6,8 @@ where no verdict comes, the same prompt with a harmless response in its place (t
 """
 
 import asyncio
-import base64
 import functools
 import hashlib
-import io
 import re
 import time
 from collections import OrderedDict
@@ -19,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, meta
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from rewards import Invalid, Score
@@ -51,7 +48,6 @@ _WORDS = "INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|IMG|IMG_BRE
 _CHAT_TOKEN = re.compile(rf"<(?=[|\uff5c])|<(?=/?(?:{_TAGS})\s?/?>)|<(?=</?SYS>>)|\[(?=/?(?:{_WORDS})\])", re.I)
 _LOOK_ALIKE = {"<": "\u2039", "[": "("}
 _MARKS = str.maketrans("\u27e6\u27e7", "[]")
-_WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
 class Unjudgeable(Exception):
@@ -315,15 +311,4 @@ def _digest(*parts: str) -> str:
 @functools.lru_cache(maxsize=16)
 def _encoded(pictures: tuple[Picture, ...]) -> tuple[str, ...]:
     """Data URLs."""
-    return tuple(map(_data_url, pictures))
-
-
-def _data_url(picture: Picture) -> str:
-    data = picture.source if isinstance(picture.source, bytes) else picture.source.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        kind = image.format
-    if kind not in _WEB_FORMATS:
-        png = io.BytesIO()
-        picture.load().save(png, "PNG")
-        kind, data = "PNG", png.getvalue()
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
+    return tuple(picture.data_url for picture in pictures)

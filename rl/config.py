@@ -73,12 +73,13 @@ STAGE_DEFAULTS: Mapping[Stage, Mapping[str, Any]] = {
     },
 }
 
-# Declared, but so far working with one value only. Any other is refused, never accepted and then ignored.
-ONLY_BUILT: Mapping[str, Any] = {
-    "stage": "rlvr",
-    "model.freeze": ("encoder", "projector"),
-    "ppo.kl": 0,
+# Declared, but so far working with these values only. Any other is refused, never accepted and then ignored.
+ONLY_BUILT: Mapping[str, tuple[Any, ...]] = {
+    "stage": ("rlvr", "pacore"),
+    "model.freeze": (("encoder", "projector"),),
+    "ppo.kl": (0,),
 }
+ROUNDING = 1e-9  # weights of 0.7, 0.2 and 0.1 do not add up to 1
 SECRETS = ("api_key", "access_token", "secret", "password")
 
 
@@ -103,6 +104,9 @@ class Model(Options):
     """Type that engine and learner compute in."""
     chat_template: Path | None = None
     """Jinja file that replaces the model's own chat template."""
+    yarn: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """Extend the decoder's positions so many times by YaRN, in engine and learner, for sequences longer than it was
+    trained on; policies that a run saves keep it. The temperature of attention stays (PaCoRe's evaluation: 2.0)."""
 
 
 class Source(Options):
@@ -234,35 +238,14 @@ class Relevance(Options):
 class Difficulty(Options):
     rollouts: Annotated[int, Field(ge=2)] = 24
     """Responses of the policy to each row (report); a row stays if some are accepted, but not all."""
-    accept: float = 1.0
-    """Reward from which a response is accepted (reconstruction: that of a right answer)."""
-    accept_by_task: dict[str, float] = {}
-    """The same for single tasks, such as those whose rewards are degrees."""
 
 
-class Synthesis(Options):
-    least_messages: Count = 16
-    """Fewest messages of a row's pool that are shown at a time (report)."""
-    most_messages: Count = 24
-    """Most of them (report)."""
+class SynthesisFilter(Options):
     rollouts: Annotated[int, Field(ge=2)] = 24
-    """Responses to each row with its messages; it stays if some are accepted, but not all (the report does not say how
-    many; as many as for difficulty)."""
-    accuracy_over: Fraction | None = None
-    """Only rows whose pool has a larger share of accepted messages (the PaCoRe paper: 0); null: all."""
-    accuracy_under: Fraction | None = None
-    """Only rows whose pool has a smaller one (the PaCoRe paper: 9/24 in mathematics, 15/24 in code); null: all."""
+    """Responses to each row with messages, as in `synthesis`; it stays if some are accepted, but not all (the report
+    does not say how many; as many as for difficulty)."""
     max_sequence_length: Annotated[int, Field(ge=16)] = 65_536
     """Tokens of problem, messages and response together, at most (report: PaCoRe's)."""
-    template: Path | None = None
-    """Jinja file that puts problem and messages into words; null: rollout/prompts/pacore.jinja."""
-
-    @model_validator(mode="after")
-    def _can_draw(self) -> "Synthesis":
-        if self.most_messages < self.least_messages:
-            problem = f"= {self.most_messages} is less than least_messages, which is {self.least_messages}"
-            raise OptionError("curate.synthesis.most_messages", problem)
-        return self
 
 
 class Curation(Options):
@@ -280,15 +263,53 @@ class Curation(Options):
     """A vision-language model looks at question and pictures."""
     difficulty: Difficulty = Difficulty()
     """The policy tries each row; what it answered becomes the row's pool of messages."""
-    synthesis: Synthesis = Synthesis()
+    synthesis: SynthesisFilter = SynthesisFilter()
     """The policy tries again with messages of the pool."""
 
+
+class Accept(Options):
+    """From which reward on a response counts as right: for curation, PaCoRe's messages and metrics, and pass@k."""
+
+    least: float = 1.0
+    """For tasks that are not named below (reconstruction: the highest reward of the verifiable ones)."""
+    by_task: dict[str, float] = {}
+    """For single tasks, such as those whose rewards are degrees."""
+
+    def of(self, task: str) -> float:
+        """The threshold of a task."""
+        return self.by_task.get(task, self.least)
+
+    def takes(self, task: str, reward: float) -> bool:
+        """Whether a response with this reward counts as right."""
+        return reward >= self.of(task) - ROUNDING
+
+
+class Synthesis(Options):
+    """Messages, the final answers of earlier attempts at a problem, and how they are shown."""
+
+    pool: Literal["cached", "online"] = "cached"
+    """Where messages come from: the rows (`messages_pool`; `python -m stages.curate` fills it), or online: the policy
+    as it is makes new ones for every prompt of an iteration."""
+    least_messages: Count = 16
+    """Fewest messages of a pool that are shown at a time (report)."""
+    most_messages: Count = 24
+    """Most of them (report)."""
+    accuracy_over: Fraction | None = None
+    """Only rows whose pool has a larger share of accepted messages (the PaCoRe paper: 0); null: all."""
+    accuracy_under: Fraction | None = None
+    """Only rows whose pool has a smaller one (the PaCoRe paper: 9/24 in mathematics, 15/24 in code); null: all."""
+    template: Path | None = None
+    """Jinja file that puts problem and messages into words; null: rollout/prompts/pacore.jinja."""
+    online_rollouts: Count = 24
+    """With `pool: online`, attempts at each prompt, whose final answers are its pool (report: 24 rollouts)."""
+    online_length: Annotated[int, Field(ge=16)] | None = None
+    """With `pool: online`, tokens of a problem and an attempt together, at most; null: max_sequence_length."""
+
     @model_validator(mode="after")
-    def _makes_pools(self) -> "Curation":
-        made, needed = self.difficulty.rollouts, self.synthesis.least_messages
-        if {"difficulty", "synthesis"} <= set(self.filters) and made < needed:
-            problem = f"= {made} makes no pool of the {needed} messages that synthesis.least_messages asks for"
-            raise OptionError("curate.difficulty.rollouts", problem)
+    def _can_draw(self) -> "Synthesis":
+        if self.most_messages < self.least_messages:
+            problem = f"= {self.most_messages} is less than least_messages, which is {self.least_messages}"
+            raise OptionError("synthesis.most_messages", problem)
         return self
 
 
@@ -493,6 +514,10 @@ class Config(Options):
     """Seconds that a process of the run may take to start, before it counts as hung."""
     endpoints: dict[str, Endpoint] = {}
     """Name -> the server of a judge, for rewards that ask one."""
+    accept: Accept = Accept()
+    """What counts as right where rewards are degrees."""
+    synthesis: Synthesis = Synthesis()
+    """Messages of the stage pacore, of curation's synthesis and of evaluation."""
     ppo: PPO
     """The algorithm."""
     rollout: Rollout = Rollout()
@@ -530,8 +555,9 @@ class Config(Options):
 
 def _unbuilt(config: Config) -> Iterator[OptionError]:
     for key, built in ONLY_BUILT.items():
-        if (value := attrgetter(key)(config)) != built:
-            yield OptionError(key, f"= {_shown(value)} is not built yet; it can only be {_shown(built)}")
+        if (value := attrgetter(key)(config)) not in built:
+            allowed = " or ".join(map(_shown, built))
+            yield OptionError(key, f"= {_shown(value)} is not built yet; it can only be {allowed}")
 
 
 def _contradictions(config: Config) -> Iterator[OptionError]:
@@ -548,6 +574,16 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
     weights = [source.weight for source in config.data.train]
     if None in weights and any(weights):
         yield OptionError("data.train", "gives some of its sources a weight; give all of them one, or none")
+    yield from _off_policy(config)
+    curation, needed = config.curate, config.synthesis.least_messages
+    if {"difficulty", "synthesis"} <= set(curation.filters) and curation.difficulty.rollouts < needed:
+        problem = (
+            f"= {curation.difficulty.rollouts} makes no pool of the {needed} that synthesis.least_messages asks for"
+        )
+        yield OptionError("curate.difficulty.rollouts", problem)
+    if config.synthesis.pool == "online" and config.synthesis.online_rollouts < needed:
+        problem = f"= {config.synthesis.online_rollouts} is less than synthesis.least_messages, which is {needed}"
+        yield OptionError("synthesis.online_rollouts", problem)
     if config.learner.token_budget < config.max_sequence_length:
         problem = f"= {config.learner.token_budget} cannot hold one sequence; max_sequence_length is"
         yield OptionError("learner.token_budget", f"{problem} {config.max_sequence_length}")
@@ -556,6 +592,19 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
         yield OptionError("ppo.policy_loss", problem)
     if config.ppo.policy_loss and config.ppo.clip != PPO.model_fields["clip"].default:
         yield OptionError("ppo.clip", "is not read by verl's losses; set clip_ratio in ppo.policy_loss.params")
+
+
+def _off_policy(config: Config) -> Iterator[OptionError]:
+    """PaCoRe is strictly on-policy (report): one step of the policy on samples of the very weights that it changes."""
+    if config.stage != "pacore":
+        return
+    why = "makes samples that other weights than the current ones drew; the stage pacore is strictly on-policy"
+    if config.ppo.minibatches != 1:
+        yield OptionError("ppo.minibatches", f"= {config.ppo.minibatches} {why}, set 1")
+    if config.rollout.max_staleness:
+        yield OptionError("rollout.max_staleness", f"= {config.rollout.max_staleness} {why}, set 0")
+    if config.rollout.partial:
+        yield OptionError("rollout.partial", f"{why}, leave it out")
 
 
 def _stored_secrets(config: Config) -> Iterator[OptionError]:

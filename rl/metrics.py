@@ -72,6 +72,30 @@ METRICS: tuple[Metric, ...] = (
         "lower",
         "Share of responses cut off at the length limit; if it grows, the model rambles or the limit is too tight.",
     ),
+    Metric("pacore/messages_mean", "neither", "Messages that a prompt shows, on average."),
+    Metric("pacore/message_accuracy", "neither", "Share of the shown messages that are right."),
+    Metric(
+        "pacore/accuracy",
+        "higher",
+        "Share of responses that are right (`accept`); synthesis pays where it is above the messages' accuracy.",
+    ),
+    Metric(
+        "pacore/accuracy/none",
+        "higher",
+        "The same where every shown message is wrong: emergent correctness, which no copying can reach.",
+    ),
+    Metric("pacore/accuracy/under_half", "higher", "The same where some messages are right, but less than half."),
+    Metric("pacore/accuracy/half_or_more", "higher", "The same where at least half of the messages are right."),
+    Metric(
+        "pacore/repeats_majority",
+        "neither",
+        "Share of responses whose final answer is the most frequent of the shown ones; near 1 synthesis is voting.",
+    ),
+    Metric(
+        "pacore/referred_fraction",
+        "neither",
+        "Share of the shown messages that a response names by number, or whose answer its thinking quotes.",
+    ),
     Metric(
         "policy/loss",
         "neither",

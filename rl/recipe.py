@@ -29,7 +29,7 @@ PATHS = (
     "data.train",
     "data.eval",
     "curate.decontamination.against",
-    "curate.synthesis.template",
+    "synthesis.template",
 )
 DATA_FILE = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")  # [owner/]name, a data set's with [:split]
@@ -82,7 +82,9 @@ def load(
             mandatory values that are missing (as MissingOption), then values that do not fit.
     """
     written = written_layers(Path(recipe) if recipe else None, profile, overrides)
-    layers = Layers((_stage_layer(_stage(written, stage)), *written.ordered), written.main)
+    which = _stage(written, stage)
+    ordered = [part for layer in written.ordered for part in layer.for_stage(which)]
+    layers = Layers((_stage_layer(which), *ordered), written.main)
     merged = layers.merged()
     _check_nothing_missing(merged, layers, profile)
     values = _interpolated(merged, layers)

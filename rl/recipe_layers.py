@@ -6,7 +6,7 @@ A layer remembers its file, so that every value can be traced and every relative
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rl.config import STAGE_DEFAULTS
 from rl.recipe_errors import RecipeError, check_names
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
@@ -30,10 +31,17 @@ class Layer:
     folder: Path  # that its paths are relative to
     values: DictConfig
     file: Path | None = None
+    stages: Mapping[str, DictConfig] = field(default_factory=dict)  # values for single stages
 
     @cached_property
     def flat(self) -> dict[str, Any]:
         return flatten(plain(self.values))
+
+    def for_stage(self, stage: str) -> tuple["Layer", ...]:
+        """The layer, and what it says for this stage only."""
+        if stage not in self.stages:
+            return (self,)
+        return self, replace(self, label=f"{self.label}, {stage}", values=self.stages[stage], stages={})
 
     def touches(self, key: str) -> bool:
         """Whether the layer gives `key`, something below it, or a list or null in whose place it stands."""
@@ -107,9 +115,22 @@ def read(file: Path, label: str | None = None, above: tuple[Path, ...] = ()) -> 
 
 
 def _layer(label: str, where: str, folder: Path, values: DictConfig, file: Path | None = None) -> Layer:
-    _unwrap_rewards(values)
-    check_names(plain(values), where)
-    return Layer(label, where, folder, values, file)
+    stages = {name: _section(values, name, where) for name in STAGE_DEFAULTS if name in values}
+    general = OmegaConf.create({key: value for key, value in plain(values).items() if key not in stages})
+    for part in (general, *stages.values()):
+        _unwrap_rewards(part)
+        check_names(plain(part), where)
+    return Layer(label, where, folder, general, file, stages)
+
+
+def _section(values: DictConfig, stage: str, where: str) -> DictConfig:
+    """What is said for one stage: options as of the whole run."""
+    section = plain(values)[stage]
+    if not isinstance(section, dict):
+        raise RecipeError(f"{where}: {stage} holds the options of that stage, such as {stage}.iterations")
+    if "stage" in section:
+        raise RecipeError(f"{where}: {stage}.stage cannot be; the section is for the stage {stage}")
+    return OmegaConf.create(section)
 
 
 def _parse(file: Path, where: str) -> DictConfig:

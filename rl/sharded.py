@@ -26,7 +26,13 @@ class Sharded:
 
     def __init__(self, folder: str, config: Config, ranks: Ranks | None = None) -> None:
         self.source, self.config, self.ranks = Path(folder), config, ranks or Ranks()
-        base = checkpoint.load(self.source, device=self.ranks.device, prepare=self.prepare, own=self.ranks.own)
+        base = checkpoint.load(
+            self.source,
+            device=self.ranks.device,
+            prepare=self.prepare,
+            own=self.ranks.own,
+            yarn=config.model.yarn,
+        )
         self.image_token_id, self._decoder = base.image_token_id, base.model
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: list[Any] = []

@@ -3,6 +3,7 @@
 Light on purpose: no torch, ray or vllm, so that rewards and data code can import it anywhere.
 """
 
+import base64
 import hashlib
 import io
 from collections.abc import Mapping
@@ -15,6 +16,15 @@ from PIL import Image
 
 Finish = Literal["stop", "length"]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+
+
+def answer_of(text: str) -> str:
+    """A response's final answer: what follows the last `</think>`, stripped; all of it if there is no tag; "" if
+    thinking never closed."""
+    if THINK_CLOSE in text:
+        return text.rpartition(THINK_CLOSE)[2].strip()
+    return "" if THINK_OPEN in text else text.strip()
 
 
 @dataclass(frozen=True)
@@ -42,12 +52,32 @@ class Picture:
         with Image.open(data) as image:
             return image.convert("RGB")
 
+    @property
+    def data_url(self) -> str:
+        """The encoded picture as a data: URL, in a format that every server of a vision-language model reads."""
+        data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            kind = image.format
+        if kind not in WEB_FORMATS:
+            png = io.BytesIO()
+            self.load().save(png, "PNG")
+            kind, data = "PNG", png.getvalue()
+        return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
+
     @cached_property
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels, read from the header."""
         data = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
         with Image.open(data) as image:
             return image.size
+
+
+@dataclass(frozen=True)
+class Messages:
+    """Final answers of earlier attempts that a prompt shows, in this order."""
+
+    texts: tuple[str, ...]
+    accepted: tuple[bool, ...] | None = None  # which are right; None where nobody knows
 
 
 @dataclass(frozen=True)
@@ -64,6 +94,8 @@ class Prompt:
     meta: Mapping[str, Any] = field(default_factory=dict)
     messages_pool: tuple[str, ...] = ()  # cached final messages, for PaCoRe
     pool_accuracy: float | None = None  # share of them that were accepted
+    pool_accepted: tuple[bool, ...] = ()  # which of them were; () where nobody knows
+    shown: "Messages | None" = None  # those that the policy sees with the problem
 
 
 @dataclass(frozen=True)
@@ -98,9 +130,7 @@ class Rollout:
     @property
     def answer(self) -> str:
         """Stripped text after the last `</think>`; all of it without any tag; "" if thinking never closed."""
-        if THINK_CLOSE in self.text:
-            return self.text.rpartition(THINK_CLOSE)[2].strip()
-        return "" if THINK_OPEN in self.text else self.text.strip()
+        return answer_of(self.text)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from rl.model.checkpoint import read_config
 from rl.model.config import StepVLConfig
 from rl.model.layout import picture_tokens
 from rl.types import THINK_CLOSE, THINK_OPEN, Prompt
+from rollout.pacore import Synthesis
 
 IMAGE_TOKEN = "<im_patch>"
 
@@ -21,10 +22,12 @@ class Chat:
     Args:
         folder: a local Hugging Face folder.
         template: Jinja file that replaces the folder's chat template.
+        synthesis: how messages are shown together with their problem; None is the default wording.
     Raises: ValueError if there is no chat template, or no image token where the model needs one.
     """
 
-    def __init__(self, folder: str | Path, template: Path | None = None) -> None:
+    def __init__(self, folder: str | Path, template: Path | None = None, synthesis: Synthesis | None = None) -> None:
+        self.synthesis = synthesis or Synthesis()
         self.config = read_config(folder)
         self.tokenizer = cast(Any, AutoTokenizer.from_pretrained(folder))
         if template is not None:
@@ -47,7 +50,8 @@ class Chat:
         return tuple(self.tokenizer.all_special_tokens)
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids up to where the response starts, with one image token per picture.
+        """Token ids up to where the response starts, with one image token per picture, and with the messages that the
+        prompt shows.
 
         Raises: ValueError naming the row if the model cannot see pictures or the template loses one.
         """
@@ -55,7 +59,7 @@ class Chat:
             raise ValueError(f"row {prompt.id} shows pictures, but {self.config.model_type} is a text model")
         try:
             ids = self.tokenizer.apply_chat_template(
-                [_plain(m) for m in prompt.messages],
+                [_plain(m) for m in self.synthesis.turns(prompt)],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,

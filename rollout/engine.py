@@ -46,6 +46,7 @@ class Engine:
         kv_cache_gib: memory for keys and values in GiB (CPU; whole GiB, as vLLM counts).
         gpu_memory_utilization: fraction of the GPU's memory vLLM may take (GPU).
         max_images_per_prompt: requests with more pictures are refused.
+        yarn: by what factor YaRN extends the decoder's positions.
         verbose: let vLLM log what it does.
     """
 
@@ -61,6 +62,7 @@ class Engine:
         kv_cache_gib: int = 1,
         gpu_memory_utilization: float = 0.9,
         max_images_per_prompt: int = 1,
+        yarn: float | None = None,
         verbose: bool = False,
     ) -> None:
         _set_environment(_environment(model, device, threads, kv_cache_gib, verbose))
@@ -69,7 +71,7 @@ class Engine:
         from transformers import AutoConfig
         from vllm import LLM
 
-        from rl.model.config import StepVLConfig
+        from rl.model.config import StepVLConfig, with_yarn
         from rollout.vllm_sampler import install
 
         install()
@@ -90,7 +92,7 @@ class Engine:
             gpu_memory_utilization=gpu_memory_utilization,
             enforce_eager=device == "cpu",
             enable_prefix_caching=True,
-            hf_overrides=_untie,
+            hf_overrides=lambda config: _untie(with_yarn(config, yarn)),
             generation_config="vllm",  # no sampling defaults out of the model's folder
             logprobs_mode="processed_logprobs",  # those of the distribution sampled from, temperature included
             limit_mm_per_prompt={"image": max_images_per_prompt} if self._image_token_id is not None else {},

@@ -5,14 +5,14 @@ closing request. The wording is ours; a checkpoint that was trained with another
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined, TemplateError, meta
 
-from rl.types import Prompt
+from rl.types import Messages, Prompt
 
 TEMPLATE = Path(__file__).parent / "prompts" / "pacore.jinja"
 VARIABLES = {"problem", "messages"}
@@ -39,46 +39,62 @@ class Synthesis:
         if used != VARIABLES:
             raise ValueError(f"the template {path} has to use problem and messages; it uses {', '.join(sorted(used))}")
 
-    def prompt(self, row: Prompt, messages: Sequence[str]) -> Prompt:
-        """The row with its last turn replaced by problem and messages; the row itself if there are none.
+    def turns(self, prompt: Prompt) -> tuple[Mapping[str, Any], ...]:
+        """The chat that the policy sees: that of the prompt, its last turn replaced by problem and messages if it shows
+        any.
 
         Pictures stay where they were in the problem. Raises ValueError if the template fails.
         """
-        if not messages:
-            return row
-        *before, last = row.messages
+        if prompt.shown is None:
+            return prompt.messages
         try:
-            text = self._template.render(
-                problem=_with_marks(last["content"]), messages=[one.replace(_PICTURE, "") for one in messages]
-            ).strip()
+            return tuple(self.with_messages(prompt.messages, prompt.shown.texts))
         except TemplateError as error:
-            raise ValueError(f"row {row.id}: the template fails: {error}") from error
-        return replace(row, messages=(*before, {"role": last["role"], "content": _without_marks(text)}))
+            raise ValueError(f"row {prompt.id}: the template fails: {error}") from error
+
+    def with_messages(self, turns: Sequence[Mapping[str, Any]], messages: Sequence[str]) -> Sequence[Mapping[str, Any]]:
+        """A chat in OpenAI's form, its last turn replaced by problem and messages; itself if there are none.
+
+        Raises: jinja2.TemplateError if the template fails.
+        """
+        if not messages:
+            return turns
+        *before, last = turns
+        text, kept = _with_marks(last["content"])
+        filled = self._template.render(problem=text, messages=[one.replace(_PICTURE, "") for one in messages]).strip()
+        return (*before, {**last, "content": _without_marks(filled, kept)})
 
 
-def drawn(pool: Sequence[str], least: int, most: int, seed: str) -> list[str]:
-    """|M| ~ U(least, most) messages of a pool, without replacement and in random order (PaCoRe paper, training).
+def showing(prompt: Prompt, least: int, most: int, seed: str) -> Prompt:
+    """The prompt with |M| ~ U(least, most) messages of its pool, without replacement and in random order (PaCoRe paper,
+    training; the report's numbers are 16 and 24).
 
     A pool of fewer than `most` limits the draw. Raises ValueError if it has fewer than `least`.
     """
+    pool = prompt.messages_pool
     if len(pool) < least:
-        raise ValueError(f"a pool of {len(pool)} messages has not the {least} that are to be drawn")
+        raise ValueError(f"row {prompt.id}: a pool of {len(pool)} messages has not the {least} that are to be drawn")
     draw = random.Random(seed)
-    count = draw.randint(least, min(most, len(pool)))
-    return draw.sample(list(pool), count)
+    chosen = draw.sample(range(len(pool)), draw.randint(least, min(most, len(pool))))
+    accepted = tuple(prompt.pool_accepted[n] for n in chosen) if prompt.pool_accepted else None
+    return replace(prompt, shown=Messages(tuple(pool[n] for n in chosen), accepted))
 
 
-def _with_marks(content: str | Sequence[Any]) -> str:
+def _with_marks(content: str | Sequence[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
+    """The text with a mark for every part that is none, and those parts."""
     if isinstance(content, str):
-        return content
-    return "".join(_PICTURE if part["type"] == "image" else part["text"] for part in content)
+        return content.replace(_PICTURE, ""), []
+    kept = [part for part in content if part["type"] != "text"]
+    texts = (part["text"].replace(_PICTURE, "") if part["type"] == "text" else _PICTURE for part in content)
+    return "".join(texts), kept
 
 
-def _without_marks(text: str) -> str | list[dict[str, str]]:
+def _without_marks(text: str, kept: Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
+    """The parts back where their marks are. A template that repeats the problem shows its pictures as often."""
     first, *others = text.split(_PICTURE)
     if not others:
         return text
-    parts: list[dict[str, str]] = [{"type": "text", "text": first}]
-    for other in others:
-        parts += [{"type": "image"}, {"type": "text", "text": other}]
+    parts: list[Mapping[str, Any]] = [{"type": "text", "text": first}]
+    for number, other in enumerate(others):
+        parts += [kept[number % len(kept)], {"type": "text", "text": other}]
     return [part for part in parts if part.get("text") != ""]

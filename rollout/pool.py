@@ -76,11 +76,20 @@ class Pool:
         per_prompt: int,
         iteration: int,
         finished: Finished = lambda place, rollout: None,
+        *,
+        purpose: str = "",
+        longest: int | None = None,
     ) -> list[Rollout]:
-        """`per_prompt` rollouts of each prompt, neighbours in the result."""
+        """`per_prompt` rollouts of each prompt, neighbours in the result.
+
+        Args:
+            purpose: a name for samples that are not the iteration's own, which keeps their seeds apart.
+            longest: tokens of prompt and response together, if they may be fewer than usual.
+        """
+        named = (purpose,) if purpose else ()
         return self._rollouts(
             [
-                [self.request(prompt, (iteration, place, index)) for index in range(per_prompt)]
+                [self.request(prompt, (*named, iteration, place, index), longest) for index in range(per_prompt)]
                 for place, prompt in enumerate(prompts)
             ],
             prompts,
@@ -128,20 +137,21 @@ class Pool:
             worker.start("load", self._weights, self.policy_step).result(self.patience)
         self.replaced += 1
 
-    def room(self, prompt: Prompt) -> int:
+    def room(self, prompt: Prompt, longest: int | None = None) -> int:
         """Tokens that a response may have. Raises ValueError if there is no room for any."""
-        room = self.max_sequence_length - self.chat.length(prompt)
+        longest = longest or self.max_sequence_length
+        room = longest - self.chat.length(prompt)
         if room < 1:
             raise ValueError(
-                f"row {prompt.id} has {self.chat.length(prompt)} tokens with its pictures, which leaves no room for a "
-                f"response in max_sequence_length {self.max_sequence_length}"
+                f"row {prompt.id} has {self.chat.length(prompt)} tokens with its pictures and messages, which leaves "
+                f"no room for a response in {longest}"
             )
         return room
 
-    def request(self, prompt: Prompt, name: Sequence[int]) -> Request:
-        """For a sample whose seed comes from `name`, the numbers that identify it in the run."""
+    def request(self, prompt: Prompt, name: Sequence[int | str], longest: int | None = None) -> Request:
+        """For a sample whose seed comes from `name`, what identifies it in the run."""
         seed = seed_of(self.seed, *name)
-        return Request(self.chat.prompt_ids(prompt), prompt.images, self.room(prompt), seed, self.temperature)
+        return Request(self.chat.prompt_ids(prompt), prompt.images, self.room(prompt, longest), seed, self.temperature)
 
     def complete(
         self,

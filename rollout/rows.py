@@ -1,8 +1,9 @@
 """Data files to Prompts: reads, checks and orders the rows of a run. Knows nothing of tokens or models.
 
 A row is `{"id", "task", "messages", "ground_truth" or "reference", "meta", "images"}`; PaCoRe rows add
-`{"messages_pool", "pool_accuracy"}`. Everything that can be wrong with a row is found here, for all rows at once and
-before anything is started; pictures are opened only as far as their header and decoded by whoever needs the pixels.
+`{"messages_pool", "pool_accuracy", "pool_accepted"}`. Everything that can be wrong with a row is found here, for all
+rows at once and before anything is started; pictures are opened only as far as their header and decoded by whoever
+needs the pixels.
 """
 
 import base64
@@ -26,7 +27,8 @@ from rollout.data_files import RawRow, raw_rows
 
 MARK = "<image>"
 COLUMNS = (
-    "id", "task", "messages", "images", "ground_truth", "reference", "meta", "messages_pool", "pool_accuracy"
+    "id", "task", "messages", "images", "ground_truth", "reference", "meta", "messages_pool", "pool_accuracy",
+    "pool_accepted",
 )  # fmt: skip
 ROLES = ("system", "user", "assistant", "tool")
 SHOWN = 20  # bad rows an error message spells out
@@ -293,6 +295,7 @@ def _made(row: Mapping[str, Any], raw: RawRow, checker: _Checker, chat: Content)
         meta=meta,
         messages_pool=_pool(row, checker.reserved),
         pool_accuracy=_pool_accuracy(row),
+        pool_accepted=_pool_accepted(row),
     )
 
 
@@ -377,6 +380,15 @@ def _pool(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[str, ...]:
     if found := [word for word in reserved if any(word in one for one in pool)]:
         raise _Bad(f"messages_pool holds {found[0]!r}, control text of the model; leave such messages out")
     return tuple(pool)
+
+
+def _pool_accepted(row: Mapping[str, Any]) -> tuple[bool, ...]:
+    accepted, pool = row.get("pool_accepted", []), row.get("messages_pool", [])
+    if not isinstance(accepted, list) or not all(isinstance(one, bool) for one in accepted):
+        raise _Bad(f"pool_accepted must be a list of true and false, this is {_kind(accepted)}")
+    if accepted and len(accepted) != len(pool):
+        raise _Bad(f"pool_accepted is about {len(accepted)} messages, but messages_pool has {len(pool)}")
+    return tuple(accepted)
 
 
 def _pool_accuracy(row: Mapping[str, Any]) -> float | None:

@@ -23,13 +23,12 @@ from pathlib import Path
 
 from rewards.async_pool import Outage
 from rl.actors import Worker, as_they_come, cluster
-from rl.config import Config
+from rl.config import ROUNDING, Config
 from rl.interrupt import Interrupted, Interrupts
 from rl.recipe import RecipeError, describe, load
 from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT, InputError, check_hardware
 from rl.stop import Stop, WorkerDied
 from rollout.decontamination import Benchmarks
-from rollout.pacore import Synthesis as Serialisation
 from rollout.pool import Pool
 from rollout.rows import read
 from stages import curation_report
@@ -37,7 +36,6 @@ from stages.ahead import Ahead
 from stages.answers import Answers
 from stages.curation_folder import Decision, Out
 from stages.filters import (
-    ROUNDING,
     Checked,
     Fate,
     Filter,
@@ -48,7 +46,6 @@ from stages.filters import (
     Tried,
     decontamination,
     judge_tasks,
-    threshold,
 )
 from stages.plan import Plan, make_plan, skipped_lines
 from stages.processes import Restarts, Samplers
@@ -98,16 +95,15 @@ def _main(args: argparse.Namespace) -> int:
         plan = make_plan(config, judge_tasks(config))
         _check_thresholds(plan)
         benchmarks = _benchmarks(config) if "decontamination" in config.curate.filters else None
-        serialisation = Serialisation(config.curate.synthesis.template)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
     if args.dry_run:
-        sections = {"seed", "model", "data", "rewards", "endpoints", "rollout", "curate"}
+        sections = {"seed", "model", "data", "rewards", "endpoints", "rollout", "accept", "synthesis", "curate"}
         print(describe(resolved, sections.__contains__), *lines(plan, benchmarks), sep="\n")
         return DONE
     out = Out(args.out)
     with out.begun(config, resolved.yaml(), _digest(plan)):
-        curate(plan, out, benchmarks, serialisation, verbose=args.verbose)
+        curate(plan, out, benchmarks, verbose=args.verbose)
     return DONE
 
 
@@ -125,15 +121,13 @@ def _check_judges(config: Config) -> None:
 
 def _check_thresholds(plan: Plan) -> None:
     """An answer that is accepted, and one that is not, must both be possible."""
-    options, found = plan.config.curate.difficulty, sorted({prompt.task for prompt in plan.train})
-    if unknown := [task for task in options.accept_by_task if task not in plan.config.rewards]:
-        raise InputError(f"curate.difficulty.accept_by_task: {unknown[0]!r} is no task; there are {', '.join(found)}")
+    found = sorted({prompt.task for prompt in plan.train})
     for task in found if ASK_THE_POLICY & set(plan.config.curate.filters) else ():
-        least, lowest, highest = threshold(options, task), plan.rewards.lowest(task), plan.rewards.highest(task)
+        least, lowest, highest = plan.config.accept.of(task), plan.rewards.lowest(task), plan.rewards.highest(task)
         if not lowest < least <= highest + ROUNDING:
             raise InputError(
-                f"curate.difficulty: task {task} is accepted from a reward of {least:g}, but its rewards are between "
-                f"{lowest:g} and {highest:g}; set accept, or accept_by_task"
+                f"accept: task {task} is accepted from a reward of {least:g}, but its rewards are between {lowest:g} "
+                f"and {highest:g}; set accept.least, or accept.by_task"
             )
 
 
@@ -147,8 +141,8 @@ def lines(plan: Plan, benchmarks: Benchmarks | None) -> list[str]:
         "checkability": f"{c.checkability.passes} passes of {c.checkability.endpoint}, all have to agree",
         "relevance": f"{c.relevance.endpoint} grades at least {c.relevance.at_least:g}",
         "difficulty": f"{c.difficulty.rollouts} responses of {plan.model}, some accepted and not all",
-        "synthesis": f"{c.synthesis.rollouts} responses with {c.synthesis.least_messages} to "
-        f"{c.synthesis.most_messages} messages, some accepted and not all",
+        "synthesis": f"{c.synthesis.rollouts} responses with {plan.config.synthesis.least_messages} to "
+        f"{plan.config.synthesis.most_messages} messages, some accepted and not all",
     }
     return [
         f"rows       {sum(map(len, blocks_of(plan)))} of {len(plan.train)}, in blocks of {c.block}",
@@ -173,9 +167,7 @@ def _benchmarks(config: Config) -> Benchmarks:
     return Benchmarks(rows.prompts, config.curate.decontamination.ngram)
 
 
-def curate(
-    plan: Plan, out: Out, benchmarks: Benchmarks | None, serialisation: Serialisation, *, verbose: bool = False
-) -> None:
+def curate(plan: Plan, out: Out, benchmarks: Benchmarks | None, *, verbose: bool = False) -> None:
     """Every block that is not done yet, then the report."""
     blocks = blocks_of(plan)
     for line in skipped_lines(plan.skipped) if plan.skipped else ():
@@ -187,7 +179,7 @@ def curate(
             plan.rewards,
             Interrupts().installed() as interrupts,
             interrupts.waiting(),
-            _filters(plan, benchmarks, serialisation, verbose) as filters,
+            _filters(plan, benchmarks, verbose) as filters,
         ):
             work(blocks, filters, out, sources, _say)
     report = curation_report.gather([out.fates(n) for n in range(len(blocks))], _applied(plan.config), sources)
@@ -262,9 +254,7 @@ def through(
 
 
 @contextmanager
-def _filters(
-    plan: Plan, benchmarks: Benchmarks | None, serialisation: Serialisation, verbose: bool
-) -> Iterator[Mapping[str, Filter]]:
+def _filters(plan: Plan, benchmarks: Benchmarks | None, verbose: bool) -> Iterator[Mapping[str, Filter]]:
     """The recipe's filters in the report's order, with the processes that they ask."""
     config, c = plan.config, plan.config.curate
     limit = config.max_invalid_fraction
@@ -277,8 +267,8 @@ def _filters(
     with cluster(verbose=verbose), _samplers(plan, verbose) as pool:
         if pool is not None:
             policy = Policy(pool, plan.chat, plan.rewards, config.rollout.temperature, config.seed, limit)
-            made["difficulty"] = Tried(c.difficulty, policy, config.max_sequence_length)
-            made["synthesis"] = Synthesised(c.synthesis, c.difficulty, serialisation, policy)
+            made["difficulty"] = Tried(c.difficulty, config.accept, policy, config.max_sequence_length)
+            made["synthesis"] = Synthesised(c.synthesis, config.synthesis, config.accept, policy)
         yield {name: made[name] for name in _applied(config)}
 
 
@@ -332,13 +322,15 @@ def _digest(plan: Plan) -> str:
     for prompt, source in zip(plan.train, plan.sources, strict=True):
         seen = [
             prompt.id, prompt.task, prompt.messages, prompt.ground_truth, prompt.reference, prompt.meta,
-            prompt.messages_pool, prompt.pool_accuracy, source, [picture.digest for picture in prompt.images],
+            prompt.messages_pool, prompt.pool_accuracy, prompt.pool_accepted, source,
+            [picture.digest for picture in prompt.images],
         ]  # fmt: skip
         found.update(json.dumps(seen, sort_keys=True).encode())
     c = plan.config.curate
     against = c.decontamination.against or plan.config.data.eval
     files = [Path(source.path) for source in against] if "decontamination" in c.filters else []
-    files += [c.synthesis.template] if "synthesis" in c.filters and c.synthesis.template else []
+    template = plan.config.synthesis.template
+    files += [template] if "synthesis" in c.filters and template else []
     for file in files:
         found.update(file.read_bytes() if file.is_file() else b"")
     return found.hexdigest()

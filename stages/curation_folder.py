@@ -20,7 +20,17 @@ from rl.types import Picture, Prompt
 from stages.filters import Fate, Row
 
 RECIPE, STATE = "recipe.yaml", "state.json"
-MATTER = ("model", "data", "rewards", "curate", "seed", "max_sequence_length", "rollout.temperature")
+MATTER = (
+    "model",
+    "data",
+    "rewards",
+    "curate",
+    "accept",
+    "pacore",
+    "seed",
+    "max_sequence_length",
+    "rollout.temperature",
+)
 Decision = tuple[str, Fate]  # with the filter that dropped the row, or ""
 
 
@@ -132,6 +142,7 @@ def record(row: Row, part_of: Callable[[Picture], dict[str, Any]] = by_name) -> 
         "reference": prompt.reference,
         "messages_pool": list(prompt.messages_pool) or None,
         "pool_accuracy": prompt.pool_accuracy,
+        "pool_accepted": list(prompt.pool_accepted) or None,
     }
     return {
         "id": prompt.id,

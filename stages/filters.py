@@ -11,19 +11,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from rl.config import Checkability, Config, Difficulty, Relevance, Reward, Synthesis
+from rl.config import Accept, Checkability, Config, Difficulty, Relevance, Reward, Synthesis, SynthesisFilter
 from rl.stop import Stop
 from rl.types import Completion, Prompt, Request, Rollout, Scored
 from rollout.chat import Chat
 from rollout.decontamination import Benchmarks
-from rollout.pacore import Synthesis as Serialisation
-from rollout.pacore import drawn
+from rollout.pacore import showing
 from rollout.pool import seed_of
 from stages.answers import Answers
 from stages.loop import enough_valid
+from stages.pacore import accepted, pooled, within
 
 ENOUGH_TO_JUDGE = 24  # scores; of fewer a few invalid ones say nothing about the reward
-ROUNDING = 1e-9  # weights of 0.7, 0.2 and 0.1 do not add up to 1
 Said = Mapping[str, Any]
 
 
@@ -195,27 +194,20 @@ class Tried:
     """Keeps rows that the policy solves sometimes, but not always; what it answered is their pool from then on."""
 
     options: Difficulty
+    accept: Accept
     policy: Policy
     longest: int
 
     def __call__(self, rows: Sequence[Row], answers: Answers) -> list[Fate]:
         prompts = [row.prompt for row in rows]
-        samples = sampled("difficulty", prompts, prompts, self.options.rollouts, self.longest, self.policy, answers)
+        samples = sampled("difficulty", prompts, self.options.rollouts, self.longest, self.policy, answers)
         return [self._fate(row, found) for row, found in zip(rows, samples, strict=True)]
 
     def _fate(self, row: Row, samples: Sequence[Sample]) -> Fate:
         samples, failed = _valid(samples)
-        right = accepted(samples, threshold(self.options, row.prompt.task))
-        # The answer alone is handed on. A response that was cut while thinking has none, and one that spells a control
-        # token of the model would be read as such.
-        pool = [(sample.rollout.answer, good) for sample, good in zip(samples, right, strict=True)]
-        control = self.policy.chat.reserved
-        pool = [(message, good) for message, good in pool if message.strip() and not any(c in message for c in control)]
-        prompt = replace(
-            row.prompt,
-            messages_pool=tuple(message for message, _ in pool),
-            pool_accuracy=sum(good for _, good in pool) / len(pool) if pool else None,
-        )
+        right = [accepted(sample.score, self.accept) for sample in samples]
+        scored = [sample.score for sample in samples]
+        prompt = pooled(row.prompt, scored, self.accept, self.policy.chat.reserved)
         return _decided("difficulty", replace(row, prompt=prompt), samples, right, failed)
 
 
@@ -223,9 +215,9 @@ class Tried:
 class Synthesised:
     """Keeps rows that the policy, shown messages of their pool, solves sometimes, but not always."""
 
-    options: Synthesis
-    difficulty: Difficulty  # for what counts as accepted
-    serialisation: Serialisation
+    options: SynthesisFilter
+    messages: Synthesis
+    accept: Accept
     policy: Policy
 
     def __call__(self, rows: Sequence[Row], answers: Answers) -> list[Fate]:
@@ -237,7 +229,7 @@ class Synthesised:
             try:
                 shown[number] = self.shown(fate.row.prompt)
                 tokens = self.policy.chat.length(shown[number])
-            except ValueError as error:  # the template, or what a message does to the chat
+            except ValueError as error:  # what a message does to template or chat
                 fates[number] = Fate(fate.row, "cannot be shown with its messages", str(error))
                 continue
             if tokens >= self.options.max_sequence_length:
@@ -245,7 +237,6 @@ class Synthesised:
         left = [number for number in shown if fates[number].dropped is None]
         samples = sampled(
             "synthesis",
-            [fates[number].row.prompt for number in left],
             [shown[number] for number in left],
             self.options.rollouts,
             self.options.max_sequence_length,
@@ -258,29 +249,22 @@ class Synthesised:
 
     def shown(self, prompt: Prompt) -> Prompt:
         """The row's problem with messages of its pool: the same ones whenever it is asked."""
-        options = self.options
-        name = f"{self.policy.seed}/synthesis/{prompt.id}"
-        messages = drawn(prompt.messages_pool, options.least_messages, options.most_messages, name)
-        return self.serialisation.prompt(prompt, messages)
+        seed = f"{self.policy.seed}/synthesis/{prompt.id}"
+        return showing(prompt, self.messages.least_messages, self.messages.most_messages, seed)
 
     def _before(self, row: Row) -> Fate:
-        options, pool, share = self.options, row.prompt.messages_pool, row.prompt.pool_accuracy
+        options, pool, share = self.messages, row.prompt.messages_pool, row.prompt.pool_accuracy
         if len(pool) < options.least_messages:
             return Fate(row, "too few messages", f"{len(pool)} of the {options.least_messages} needed")
-        if options.accuracy_over is not None and (share is None or share <= options.accuracy_over):
-            return Fate(row, "messages too often wrong", f"accuracy {share}")
-        if options.accuracy_under is not None and (share is None or share >= options.accuracy_under):
-            return Fate(row, "messages too often right", f"accuracy {share}")
-        return Fate(row)
+        if within(options, share):
+            return Fate(row)
+        wrong = options.accuracy_over is not None and (share is None or share <= options.accuracy_over)
+        return Fate(row, f"messages too often {'wrong' if wrong else 'right'}", f"accuracy {share}")
 
     def _after(self, row: Row, samples: Sequence[Sample]) -> Fate:
         samples, failed = _valid(samples)
-        right = accepted(samples, threshold(self.difficulty, row.prompt.task))
+        right = [accepted(sample.score, self.accept) for sample in samples]
         return _decided("synthesis", row, samples, right, failed)
-
-
-def accepted(samples: Sequence[Sample], least: float) -> list[bool]:
-    return [sample.score.reward >= least - ROUNDING for sample in samples]
 
 
 def some_accept(right: Sequence[bool]) -> str | None:
@@ -290,15 +274,9 @@ def some_accept(right: Sequence[bool]) -> str | None:
     return "always accepted" if all(right) else None
 
 
-def threshold(options: Difficulty, task: str) -> float:
-    """Reward from which a response to this task is accepted."""
-    return options.accept_by_task.get(task, options.accept)
-
-
 def sampled(
     name: str,
     prompts: Sequence[Prompt],
-    shown: Sequence[Prompt],
     count: int,
     longest: int,
     policy: Policy,
@@ -308,7 +286,6 @@ def sampled(
     it is there, and scored while others are generated.
 
     Args:
-        shown: what the policy sees of each; rewards see `prompts`.
         longest: tokens of prompt and response together, at most.
     """
     saying, scoring = f"{name} said", Scores(policy.scorer, answers, name)
@@ -316,7 +293,7 @@ def sampled(
     missing = [[n for n in range(count) if answers.get(saying, p.id, n) is None] for p in prompts]
     requests = [
         asked(name, prompt, numbers, longest, policy) if numbers else []
-        for prompt, numbers in zip(shown, missing, strict=True)
+        for prompt, numbers in zip(prompts, missing, strict=True)
     ]
     places = [(row, n) for row, numbers in enumerate(missing) for n in numbers]
 

@@ -5,7 +5,7 @@ prompts -> rollouts -> scores -> values -> targets -> critic and policy updates 
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -49,6 +49,22 @@ class Scorer(Protocol):
     def begin(self, per_prompt: int) -> Scoring: ...
 
 
+class Stage(Protocol):
+    """What differs between RLVR, RLHF and PaCoRe."""
+
+    def episodes(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
+        """What the policy is asked in an iteration for these rows."""
+        ...
+
+    def held_out(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """What it is asked in an evaluation."""
+        ...
+
+    def metrics(self, scored: Sequence[Scored]) -> Mapping[str, float]:
+        """Numbers of the stage's own on an iteration's samples."""
+        ...
+
+
 class Remote(Protocol):
     """A learner or critic, answered from wherever it lives (rl.actors.Worker)."""
 
@@ -74,6 +90,7 @@ class Parts:
     policy: Remote
     critic: Remote
     features: FeatureStore
+    stage: Stage
     phase: Callable[[str], Any] = lambda name: None  # told what is going on
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext
     side_by_side: bool = False  # whether policy and critic have processors of their own
@@ -159,6 +176,7 @@ def ppo_iteration(
     if config.rollout.partial:
         continued = sum(len(s.rollout.pieces) > 1 for s in samples.scored)
         stats["response/continued_fraction"] = continued / len(samples.scored)
+    stats |= parts.stage.metrics(samples.scored)
     return rollout_metrics(samples.scored, config.rollouts_per_prompt) | stats, samples.scored
 
 
@@ -196,7 +214,7 @@ def collect(iteration: int, prompts: Sequence[Prompt], parts: Parts, clock: Cloc
         scoring.add(place, rollout)
 
     with clock("rollout"):
-        parts.sampler.sample(prompts, config.rollouts_per_prompt, iteration, finished)
+        parts.sampler.sample(parts.stage.episodes(prompts, iteration), config.rollouts_per_prompt, iteration, finished)
     with clock("reward"):
         scored = enough_valid(scoring.results(), config.max_invalid_fraction)
     return Samples(scored, clock.seconds["rollout"])
@@ -281,7 +299,7 @@ def evaluate(prompts: Sequence[Prompt], parts: Parts) -> dict[str, float]:
     size = parts.config.eval.batch
     for start in range(0, len(prompts), size):
         scoring = parts.scorer.begin(1)
-        parts.sampler.greedy(prompts[start : start + size], scoring.add)
+        parts.sampler.greedy(parts.stage.held_out(prompts[start : start + size]), scoring.add)
         for s in enough_valid(scoring.results(), parts.config.max_invalid_fraction):
             if s.invalid is None:
                 rewards.setdefault(s.rollout.prompt.task, []).append(s.reward)

@@ -1,22 +1,27 @@
 """Everything about a run that can be known and checked before anything is started."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from transformers import PretrainedConfig
 
 from rewards.endpoint import EndpointSpec
 from rewards.runner import RewardRunner
-from rl.config import Config, Endpoint, Reward, Source
+from rl.config import Config, Endpoint, Reward, Source, Synthesis
 from rl.disk import readable
 from rl.model import checkpoint
+from rl.model.config import positions
 from rl.tracking import check_trackers
 from rl.types import Prompt
 from rollout.chat import Chat
+from rollout.pacore import Synthesis as Wording
 from rollout.rows import BadRow, MixedOrder, Order, PromptOrder, RowError, Rows, listed, read
+from stages.pacore import longest_with_messages, within
 
 FLOAT32 = 4  # bytes
 BYTES_PER_TOKEN = 1.5  # of compressed text in rollouts/, an estimate: four characters, a third of them left
@@ -37,6 +42,7 @@ class Plan:
     skipped: Sequence[BadRow]  # rows that are left out, because the recipe allows it
     rewards: RewardRunner  # no process of it runs yet
     checkpoint_bytes: int
+    outside: int = 0  # rows that are left out because of what bounds their messages' accuracy
 
     @property
     def most_images(self) -> int:
@@ -56,6 +62,7 @@ class Plan:
             f"train      {len(self.train)} rows, {pictures} with pictures; tasks {', '.join(tasks(self.train))}",
             *self._mix(),
             *(["skipped    " + line.strip() for line in skipped_lines(self.skipped)] if self.skipped else []),
+            *self._messages(),
             f"held out   {len(self.held_out)} rows, evaluated {evals} times",
             f"rewards    {'; '.join(self._reward(task) for task in tasks((*self.train, *self.held_out)))}",
             *(f"judge      {self._judge(name)}" for name in sorted(self.rewards.asks())),
@@ -70,6 +77,14 @@ class Plan:
         sources = self.config.data.train
         total = sum(source.weight or 0 for source in sources)
         return [f"           {100 * (s.weight or 0) / total:.3g}% from {s.path}" for s in sources] if total else []
+
+    def _messages(self) -> list[str]:
+        """Where a PaCoRe stage's messages come from."""
+        if self.config.stage != "pacore":
+            return []
+        p, outside = self.config.synthesis, f"; {self.outside} rows are outside the bounds" if self.outside else ""
+        made = "the rows' pools" if p.pool == "cached" else f"{p.online_rollouts} new attempts at each prompt"
+        return [f"messages   {p.least_messages} to {p.most_messages} of {made}{outside}"]
 
     def _disk(self) -> str:
         """What the run folder will take, the largest it can be."""
@@ -122,19 +137,17 @@ def make_plan(config: Config, also: Mapping[str, Sequence[Reward]] = MappingProx
     Raises: ValueError (of several kinds) with one message that says what is wrong and where.
     """
     check_trackers(config.log.trackers)
-    rewards = RewardRunner(
-        {**config.rewards, **also},
-        workers=config.reward_workers or min(MOST_REWARD_WORKERS, os.cpu_count() or 1),
-        endpoints={name: endpoint_spec(name, one) for name, one in config.endpoints.items()},
-    )
+    rewards = reward_runner(config, also)
     if loss := config.ppo.policy_loss:
         from rl import verl_bridge
 
         verl_bridge.policy_loss(loss.verl, loss.params)
     folder = checkpoint.local_folder(config.model.path)
-    checkpoint.check(folder)
-    chat = Chat(folder, config.model.chat_template)
-    train, held_out = (_rows(config, sources, chat, rewards) for sources in (config.data.train, config.data.eval))
+    _check_positions(config, checkpoint.check(folder, yarn=config.model.yarn))
+    chat = Chat(folder, config.model.chat_template, Wording(config.synthesis.template))
+    check_accept(config)
+    train, outside = _inside(config, _rows(config, config.data.train, chat, rewards, pools=True))
+    held_out = _rows(config, config.data.eval, chat, rewards, pools=False)
     return Plan(
         config,
         folder,
@@ -142,11 +155,52 @@ def make_plan(config: Config, also: Mapping[str, Sequence[Reward]] = MappingProx
         train.prompts,
         train.sources,
         _order(config, train),
-        _limited(held_out.prompts, config.data.eval_limit),
+        limited(held_out.prompts, config.data.eval_limit),
         (*train.bad, *held_out.bad),
         rewards,
         checkpoint_bytes(config, folder),
+        outside,
     )
+
+
+def reward_runner(config: Config, also: Mapping[str, Sequence[Reward]] = MappingProxyType({})) -> RewardRunner:
+    """The rewards of a recipe; no process of them runs yet. Raises ValueError for one that cannot be used."""
+    return RewardRunner(
+        {**config.rewards, **also},
+        workers=config.reward_workers or min(MOST_REWARD_WORKERS, os.cpu_count() or 1),
+        endpoints={name: endpoint_spec(name, one) for name, one in config.endpoints.items()},
+    )
+
+
+def _check_positions(config: Config, model: PretrainedConfig) -> None:
+    """Whether the decoder has a position for every token of a sequence."""
+    most, asked = positions(model), config.max_sequence_length
+    if asked > most:
+        raise ValueError(
+            f"max_sequence_length = {asked} is more than the {most} positions of {config.model.path}; lower it, or "
+            f"extend them with model.yarn: {math.ceil(asked / most * (config.model.yarn or 1))}"
+        )
+
+
+def check_accept(config: Config) -> None:
+    """Raises ValueError for a threshold of a task that has no reward."""
+    if unknown := [task for task in config.accept.by_task if task not in config.rewards]:
+        known = ", ".join(sorted(config.rewards))
+        raise ValueError(f"accept.by_task: {unknown[0]!r} is no task; there are {known}")
+
+
+def _inside(config: Config, rows: Rows) -> tuple[Rows, int]:
+    """The rows whose pools are within the recipe's bounds on their accuracy, and how many are not."""
+    if config.stage != "pacore" or config.synthesis.pool == "online":
+        return rows, 0
+    left = [n for n, prompt in enumerate(rows.prompts) if within(config.synthesis, prompt.pool_accuracy)]
+    if rows.prompts and not left:
+        raise ValueError(
+            f"none of the {len(rows.prompts)} rows has a pool_accuracy within synthesis.accuracy_over and "
+            "synthesis.accuracy_under"
+        )
+    kept = replace(rows, prompts=tuple(rows.prompts[n] for n in left), sources=tuple(rows.sources[n] for n in left))
+    return kept, len(rows.prompts) - len(left)
 
 
 def checkpoint_bytes(config: Config, folder: Path) -> int:
@@ -176,17 +230,29 @@ def endpoint_spec(name: str, given: Endpoint) -> EndpointSpec:
     return EndpointSpec(name=name, url=given.url or "", **given.model_dump(exclude={"url", "serve"}))
 
 
-def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: RewardRunner) -> Rows:
-    """Raises RowError for rows that cannot be used, if the recipe does not skip them or if no other is left."""
+def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: RewardRunner, *, pools: bool) -> Rows:
+    """Raises RowError for rows that cannot be used, if the recipe does not skip them or if no other is left.
+
+    Args:
+        pools: whether the stage's rows need a pool of messages.
+    """
+    cached = config.stage == "pacore" and config.synthesis.pool == "cached"
+    most = config.synthesis.most_messages
 
     def problem(prompt: Prompt) -> str | None:
+        if pools and cached and (short := _short_pool(prompt, config.synthesis)):
+            return short
+        shows = cached and bool(prompt.messages_pool)
         try:
-            tokens = chat.length(prompt)
+            tokens = (
+                longest_with_messages(prompt, chat, config.synthesis.most_messages) if shows else chat.length(prompt)
+            )
         except ValueError as error:
             return str(error)
         if tokens >= config.max_sequence_length:
+            seen = f"pictures and {most} messages" if shows else "pictures"
             return (
-                f"its {tokens} tokens, pictures included, leave no room for a response in max_sequence_length "
+                f"its {tokens} tokens, {seen} included, leave no room for a response in max_sequence_length "
                 f"{config.max_sequence_length}"
             )
         return rewards.problem(prompt)
@@ -196,6 +262,15 @@ def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: Reward
     if rows.bad and (data.on_bad_row == "stop" or not rows.prompts):
         raise RowError(rows.bad)
     return rows
+
+
+def _short_pool(prompt: Prompt, options: Synthesis) -> str | None:
+    if len(prompt.messages_pool) >= options.least_messages:
+        return None
+    return (
+        f"its messages_pool has {len(prompt.messages_pool)} messages, synthesis.least_messages is "
+        f"{options.least_messages}; python -m stages.curate makes pools, and synthesis.pool: online needs none"
+    )
 
 
 def skipped_lines(bad: Sequence[BadRow]) -> list[str]:
@@ -216,7 +291,7 @@ def _order(config: Config, rows: Rows) -> Order:
     return MixedOrder([PromptOrder(part, config.seed) for part in parts], [weight or 0 for weight in weights])
 
 
-def _limited(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+def limited(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
     """The first `limit` prompts of each task."""
     if limit is None:
         return list(prompts)

@@ -8,7 +8,7 @@ from rl.critic import Critic
 from rl.learner import Policy
 from rl.stop import GO_ON, Stop
 from rollout.engine import Engine
-from rollout.judge_server import JudgeServer
+from rollout.server import Server
 from stages.plan import Plan, device, judge_gpus, served_here
 
 
@@ -106,6 +106,7 @@ class Samplers:
             kv_cache_gib=config.rollout.kv_cache_gib,
             gpu_memory_utilization=config.rollout.gpu_memory_utilization,
             max_images_per_prompt=max(1, self._plan.most_images),
+            yarn=config.model.yarn,
             verbose=self._verbose,
             environment={"OMP_NUM_THREADS": str(config.rollout.threads)} if self._where == "cpu" else {},
             **self._share,
@@ -115,7 +116,7 @@ class Samplers:
         """Those that have no server yet."""
         return {
             name: place(
-                JudgeServer,
+                Server,
                 judge.model,
                 host="127.0.0.1" if alone() else None,
                 device=self._where,

@@ -5,7 +5,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,14 @@ from rl.run_folder import RunFolder
 from rl.stop import Stop, WorkerDied
 from rl.timeline import Timeline
 from rl.tracking import Trackers
+from rl.types import Prompt, Scored
 from rollout.partial import PartialRollouts
 from rollout.pool import Pool
-from stages.loop import Clock, Diverged, Parts, catch_up, evaluate, ppo_iteration, sync
+from stages.loop import Clock, Diverged, Parts, Stage, catch_up, enough_valid, evaluate, ppo_iteration, sync
+from stages.pacore import Pacore
 from stages.plan import Plan, device, evaluates, saves, skipped_lines
 from stages.processes import Processes, Restarts
+from stages.rlvr import Rlvr
 
 POLL_S = 0.2  # between questions whether a checkpoint is written
 BEGUN = "begun.json"  # in a checkpoint's state: responses under way, where the recipe has partial rollouts
@@ -134,6 +137,7 @@ class _Run:
             processes.policy,
             processes.critic,
             FeatureStore(processes.policy.workers, config.learner.features_mib),
+            self._stage(self._pool),
             phase=self.display.phase,
             interruptible=self.interrupts.waiting,
             meanwhile=self._ride_out,
@@ -146,6 +150,18 @@ class _Run:
         self.done = self.saved = done if self.start else None
         resuming = f", resuming after iteration {done}" if self.start else ""
         self.display.message(f"ready: {self.folder.path}{resuming}")
+
+    def _stage(self, pool: Pool) -> Stage:
+        config, plan = self.config, self.plan
+
+        def attempts(prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
+            scoring, longest = plan.rewards.begin(per_prompt), config.synthesis.online_length
+            pool.sample(prompts, per_prompt, iteration, scoring.add, purpose="messages", longest=longest)
+            return enough_valid(scoring.results(), config.max_invalid_fraction)
+
+        if config.stage == "pacore":
+            return Pacore(config.synthesis, config.accept, config.seed, plan.chat, config.max_sequence_length, attempts)
+        return Rlvr()
 
     def _replace_engine(self, number: int, died: WorkerDied) -> Worker:
         """Another engine in the place of one that died or hung, unless all are about to end."""

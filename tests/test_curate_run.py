@@ -72,8 +72,8 @@ def test_the_same_command_again_starts_nothing(curated: tuple[Path, str], capsys
     [
         (("curate.difficulty.rollouts=4",), "was begun with another recipe:\n  curate.difficulty.rollouts"),
         (("curate.filters=[decontamination]", "data.eval=[]"), "names no benchmark"),
-        (("curate.synthesis.template={tmp}/none.jinja",), "none.jinja cannot be used"),
-        (("curate.synthesis.most_messages=2",), "curate.synthesis.most_messages = 2 is less than least_messages"),
+        (("synthesis.template={tmp}/none.jinja",), "none.jinja cannot be used"),
+        (("synthesis.most_messages=2",), "synthesis.most_messages = 2 is less than least_messages"),
         (("curate.filters=[dificulty]",), "curate.filters"),
         (("data.train={tmp}/none.jsonl",), "none.jsonl does not exist"),
     ],
@@ -119,8 +119,8 @@ def test_with_a_served_judge_and_a_kill_every_row_goes_through_all_filters_once(
         "curate.rows=256",
         "curate.checkability.passes=2",  # the scale model's verdicts are chance: a quarter of the rows stays
         "curate.difficulty.rollouts=8",
-        "curate.synthesis.least_messages=2",
-        "curate.synthesis.most_messages=4",
+        "synthesis.least_messages=2",
+        "synthesis.most_messages=4",
         "curate.synthesis.rollouts=8",
         "curate.synthesis.max_sequence_length=256",
     )

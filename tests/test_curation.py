@@ -4,17 +4,17 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rl.config import Checkability, Difficulty, Relevance, Source, Synthesis
-from rl.types import Completion, Picture, Prompt, Request, Rollout, Scored
+from rl.config import Accept, Checkability, Difficulty, Relevance, Source, Synthesis, SynthesisFilter
+from rl.types import Completion, Messages, Picture, Prompt, Request, Rollout, Scored
 from rollout.decontamination import Benchmarks
 from rollout.pacore import Synthesis as Serialisation
-from rollout.pacore import drawn
+from rollout.pacore import showing
 from rollout.pool import seed_of
 from rollout.rows import read
 from stages.answers import Answers
@@ -46,7 +46,7 @@ class Chat:
         return (1,)
 
     def length(self, prompt: Prompt) -> int:
-        return sum(len(str(message["content"])) for message in prompt.messages)
+        return sum(len(str(message["content"])) for message in Serialisation().turns(prompt))
 
     def text(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
         return bytes(response_ids).decode()
@@ -141,7 +141,7 @@ COUNTS = {"never": 0, "once": 1, "mostly": 23, "always": 24}
 def test_difficulty_keeps_what_is_accepted_once_or_all_but_once(tmp_path: Path) -> None:
     rows = [row(name) for name in COUNTS]
     with answers(tmp_path) as known:
-        fates = Tried(Difficulty(), policy(right_times(COUNTS), rows), 1000)(rows, known)
+        fates = Tried(Difficulty(), Accept(), policy(right_times(COUNTS), rows), 1000)(rows, known)
     assert dropped(fates) == {
         "never": "never accepted",
         "once": None,
@@ -154,7 +154,7 @@ def test_difficulty_keeps_what_is_accepted_once_or_all_but_once(tmp_path: Path) 
 def test_the_final_messages_become_the_pool_with_their_accuracy(tmp_path: Path) -> None:
     rows = [row("once")]
     with answers(tmp_path) as known:
-        (fate,) = Tried(Difficulty(), policy(right_times(COUNTS), rows), 1000)(rows, known)
+        (fate,) = Tried(Difficulty(), Accept(), policy(right_times(COUNTS), rows), 1000)(rows, known)
     pool = fate.row.prompt.messages_pool
     assert (len(pool), pool[0], pool[23]) == (24, "It is right, 0", "It is wrong, 23")
     assert fate.row.prompt.pool_accuracy == pytest.approx(1 / 24)
@@ -167,7 +167,7 @@ def test_a_response_that_never_came_to_an_answer_is_no_message(tmp_path: Path) -
         return "<think>hm" if n < 5 else (RIGHT if n < 8 else WRONG).format(n)
 
     with answers(tmp_path) as known:
-        (fate,) = Tried(Difficulty(), policy(script, rows), 1000)(rows, known)
+        (fate,) = Tried(Difficulty(), Accept(), policy(script, rows), 1000)(rows, known)
     assert (len(fate.row.prompt.messages_pool), fate.row.prompt.pool_accuracy) == (19, pytest.approx(3 / 19))
     assert fate.row.notes["difficulty"] == {"accepted": 3, "of": 24, "tokens_mean": pytest.approx(27.5, abs=10)}
 
@@ -179,15 +179,12 @@ def test_a_response_that_spells_a_control_token_is_no_message(tmp_path: Path) ->
         return RIGHT.format("<im_patch>") if n == 0 else WRONG.format(n)
 
     with answers(tmp_path) as known:
-        (fate,) = Tried(Difficulty(), policy(script, rows), 1000)(rows, known)
+        (fate,) = Tried(Difficulty(), Accept(), policy(script, rows), 1000)(rows, known)
     assert (fate.dropped, len(fate.row.prompt.messages_pool), fate.row.prompt.pool_accuracy) == (None, 23, 0.0)
 
 
 def test_weights_that_do_not_quite_add_up_to_one_still_accept() -> None:
-    from stages.filters import accepted
-
-    sample: Any = Sample(score=Scored(Rollout(row("a").prompt, ""), 0.7 + 0.2 + 0.1 - 2e-16))
-    assert accepted([sample], 1.0) == [True]
+    assert Accept().takes("sums", 0.7 + 0.2 + 0.1 - 2e-16)
 
 
 @pytest.mark.parametrize(
@@ -213,24 +210,15 @@ def test_scores_that_went_wrong_matter_only_where_they_could_decide(
 
     rows = [row("a")]
     with answers(tmp_path) as known:
-        (fate,) = Tried(Difficulty(rollouts=4), policy(script, rows, Flaky()), 1000)(rows, known)
+        (fate,) = Tried(Difficulty(rollouts=4), Accept(), policy(script, rows, Flaky()), 1000)(rows, known)
     assert fate.dropped == why
     assert len(fate.row.prompt.messages_pool) == right + wrong
 
 
 def test_what_counts_as_accepted_may_differ_by_task() -> None:
-    from stages.filters import accepted, threshold
-
-    options = Difficulty(accept=1.0, accept_by_task={"grounding": 0.5})
-    assert (threshold(options, "sums"), threshold(options, "grounding")) == (1.0, 0.5)
-    samples: Any = [Sample(score=Scored(Rollout(row("a").prompt, ""), reward)) for reward in (0.4999, 0.5, 1.0)]
-    assert accepted(samples, 0.5) == [False, True, True]
-
-
-@dataclass
-class Sample:
-    score: Scored
-    tokens: int = 0
+    accept = Accept(least=1.0, by_task={"grounding": 0.5})
+    assert [accept.takes("sums", reward) for reward in (0.5, 0.99, 1.0)] == [False, False, True]
+    assert [accept.takes("grounding", reward) for reward in (0.4999, 0.5, 1.0)] == [False, True, True]
 
 
 @pytest.mark.parametrize(("valid", "stays"), [(0, False), (3, False), (4, True)])
@@ -272,24 +260,27 @@ def pooled(identity: str, size: int = 24, share: float = 0.5) -> Row:
     return row(identity, messages_pool=tuple(f"message {n}" for n in range(size)), pool_accuracy=share)
 
 
-def synthesised(options: Synthesis, script: Callable[[str, str, int], str], rows: Sequence[Row]) -> Synthesised:
-    return Synthesised(options, Difficulty(), Serialisation(), policy(script, rows))
+def synthesised(
+    script: Callable[[str, str, int], str], rows: Sequence[Row], longest: int = 65_536, **bounds: Any
+) -> Synthesised:
+    options = SynthesisFilter(max_sequence_length=longest)
+    return Synthesised(options, Synthesis(**bounds), Accept(), policy(script, rows))
 
 
 def test_synthesis_keeps_what_is_still_sometimes_accepted(tmp_path: Path) -> None:
     rows = [pooled(name) for name in COUNTS]
     with answers(tmp_path) as known:
-        fates = synthesised(Synthesis(), right_times(COUNTS), rows)(rows, known)
+        fates = synthesised(right_times(COUNTS), rows)(rows, known)
     assert dropped(fates) == {"never": "never accepted", "once": None, "mostly": None, "always": "always accepted"}
 
 
 def test_the_policy_sees_problem_and_messages_and_rewards_see_the_problem(tmp_path: Path) -> None:
     rows = [pooled("once")]
-    filter = synthesised(Synthesis(), right_times(COUNTS), rows)
+    filter = synthesised(right_times(COUNTS), rows)
     with answers(tmp_path) as known:
         (fate,) = filter(rows, known)
     chat: Any = filter.policy.chat
-    said = chat.shown["once"].messages[-1]["content"]
+    said = Serialisation().turns(chat.shown["once"])[-1]["content"]
     assert "What is once?" in said and 16 <= said.count("Answer ") <= 24
     assert fate.row.prompt == rows[0].prompt
 
@@ -303,7 +294,7 @@ def test_the_policy_sees_problem_and_messages_and_rewards_see_the_problem(tmp_pa
         (24, 1 / 24, {"accuracy_over": 0.0}, None),
         (24, 8 / 24, {"accuracy_under": 9 / 24}, None),
         (24, 9 / 24, {"accuracy_under": 9 / 24}, "messages too often right"),
-        (24, 0.5, {"max_sequence_length": 100}, "too long with its messages"),
+        (24, 0.5, {"longest": 100}, "too long with its messages"),
     ],
 )
 def test_pools_that_cannot_be_drawn_from_or_do_not_fit_are_dropped(
@@ -311,25 +302,34 @@ def test_pools_that_cannot_be_drawn_from_or_do_not_fit_are_dropped(
 ) -> None:
     rows = [pooled("once", size, share)]
     with answers(tmp_path) as known:
-        (fate,) = synthesised(Synthesis(**bounds), right_times(COUNTS), rows)(rows, known)
+        (fate,) = synthesised(right_times(COUNTS), rows, **bounds)(rows, known)
     assert fate.dropped == why
 
 
 def test_draws_reach_both_ends_without_replacement_and_repeat() -> None:
     pool = [f"m{n}" for n in range(24)]
-    draws = [drawn(pool, 16, 24, f"seed {n}") for n in range(200)]
+    accepted = tuple(n % 2 == 0 for n in range(24))
+
+    def drawn(size: int, seed: str) -> Messages:
+        prompt = replace(row("a").prompt, messages_pool=tuple(pool[:size]), pool_accepted=accepted[:size])
+        shown = showing(prompt, 16, 24, seed).shown
+        assert shown is not None and shown.accepted == tuple(accepted[pool.index(text)] for text in shown.texts)
+        return shown
+
+    draws = [drawn(24, f"seed {n}").texts for n in range(200)]
     assert {len(draw) for draw in draws} == set(range(16, 25))
     assert all(len(set(draw)) == len(draw) for draw in draws)
-    assert any(draw != sorted(draw, key=pool.index) for draw in draws)
-    assert drawn(pool, 16, 24, "seed 3") == draws[3]
-    assert {len(drawn(pool[:16], 16, 24, f"{n}")) for n in range(20)} == {16}
-    with pytest.raises(ValueError, match="15 messages has not the 16"):
-        drawn(pool[:15], 16, 24, "")
+    assert any(list(draw) != sorted(draw, key=pool.index) for draw in draws)
+    assert drawn(24, "seed 3").texts == draws[3]
+    assert {len(drawn(16, f"{n}").texts) for n in range(20)} == {16}
+    with pytest.raises(ValueError, match="row a: a pool of 15 messages has not the 16"):
+        drawn(15, "")
 
 
 def test_without_messages_the_prompt_is_the_plain_problem() -> None:
     prompt = row("a").prompt
-    assert Serialisation().prompt(prompt, []) is prompt
+    assert Serialisation().turns(prompt) is prompt.messages
+    assert Serialisation().turns(replace(prompt, shown=Messages(()))) is prompt.messages
 
 
 def test_pictures_stay_where_they_are_in_the_problem(tmp_path: Path) -> None:
@@ -337,7 +337,8 @@ def test_pictures_stay_where_they_are_in_the_problem(tmp_path: Path) -> None:
     template.write_text("{{ problem }}|{% for m in messages %}{{ m }}|{% endfor %}")
     content = ({"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": "!"})
     prompt = Prompt("a", "t", ({"role": "user", "content": content},), images=(Picture.of(png()),))
-    assert Serialisation(template).prompt(prompt, ["x\ue000", "y"]).messages[0]["content"] == [
+    prompt = replace(prompt, shown=Messages(("x\ue000", "y")))
+    assert Serialisation(template).turns(prompt)[0]["content"] == [
         {"type": "text", "text": "See "},
         {"type": "image"},
         {"type": "text", "text": "!|x|y|"},
@@ -391,8 +392,8 @@ def everything(rows: Sequence[Row], script: Callable[[str, str, int], str], judg
     return {
         "decontamination": decontamination(Benchmarks([asked("What is leaked?", "b")], 64)),
         "checkability": Checked(Checkability(), judge, 0.1),
-        "difficulty": Tried(Difficulty(), who, 1000),
-        "synthesis": Synthesised(Synthesis(max_sequence_length=5000), Difficulty(), Serialisation(), who),
+        "difficulty": Tried(Difficulty(), Accept(), who, 1000),
+        "synthesis": Synthesised(SynthesisFilter(max_sequence_length=5000), Synthesis(), Accept(), who),
     }
 
 
@@ -554,7 +555,7 @@ def test_scores_that_went_wrong_are_asked_again(tmp_path: Path) -> None:
 def test_rewards_that_want_all_responses_of_a_row_get_them_together(tmp_path: Path, group: bool) -> None:
     rows = [row("once"), row("never")]
     with answers(tmp_path) as known:
-        fates = Tried(Difficulty(), policy(right_times(COUNTS), rows, Scorer(group=group)), 1000)(rows, known)
+        fates = Tried(Difficulty(), Accept(), policy(right_times(COUNTS), rows, Scorer(group=group)), 1000)(rows, known)
     assert dropped(fates) == {"once": None, "never": "never accepted"}
 
 
@@ -563,6 +564,8 @@ def test_all_prompts_go_to_the_engines_in_one_call(tmp_path: Path) -> None:
     who = policy(lambda name, identity, n: RIGHT.format(n), rows)
     with answers(tmp_path) as known:
         fates = [("", Fate(one)) for one in rows]
-        through(fates, {"difficulty": Tried(Difficulty(), who, 1000)}, lambda name: known, lambda message: None)
+        through(
+            fates, {"difficulty": Tried(Difficulty(), Accept(), who, 1000)}, lambda name: known, lambda message: None
+        )
     engines: Any = who.engines
     assert (engines.calls, sum(engines.asked.values())) == (1, 50 * 24)

@@ -16,6 +16,7 @@ from rl.model import checkpoint
 from rl.packing import collate
 from rl.types import Prompt, Rollout, Scored
 from stages.loop import Clock, Diverged, Finished, Parts, evaluate, ppo_iteration, sync
+from stages.rlvr import Rlvr
 from tests.models import text_model
 from tests.test_learner import config
 
@@ -89,7 +90,7 @@ def parts(tmp_path) -> Parts:
     checkpoint.save(text_model(), tmp_path)
     made: Config = config(str(tmp_path), policy_lr=1e-2, critic_lr=1e-2)
     policy, critic = Policy(str(tmp_path), made), Critic(str(tmp_path), made)
-    return Parts(made, Scripted(policy), Scores(right), Here(policy), Here(critic), FeatureStore([], 1))
+    return Parts(made, Scripted(policy), Scores(right), Here(policy), Here(critic), FeatureStore([], 1), Rlvr())
 
 
 def likelihood(parts: Parts, token: int) -> float:

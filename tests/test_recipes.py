@@ -62,7 +62,16 @@ def test_the_cpu_profile_only_scales():
     sizes = {"iterations", "prompts_per_iteration", "rollouts_per_prompt", "max_sequence_length"}
     scale = sizes | {"model.path", "model.dtype", "data.train", "data.eval", "ppo.policy_lr", "ppo.critic_lr"}
     changed = {change.key for change in differences(full, small)} - scale
-    assert {key.split(".")[0] for key in changed} <= {"rollout", "learner", "checkpoint", "eval", "endpoints", "curate"}
+    assert {key.split(".")[0] for key in changed} <= {
+        "rollout",
+        "learner",
+        "checkpoint",
+        "eval",
+        "endpoints",
+        "curate",
+        "accept",
+        "synthesis",
+    }
     assert "rollout.temperature" not in changed
 
 

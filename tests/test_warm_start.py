@@ -24,7 +24,7 @@ from rl.model.step_vl import StepVL
 
 HERE = Path(warm_start.__file__).parent
 SHIPPED = HERE / "model"
-PLAN = warm_start.Plan(eyes=3, words=3, seed=0)
+PLAN = warm_start.Plan(eyes=3, words=3, messages=2, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,8 @@ def test_the_script_runs_and_writes_a_model_that_loads(tmp_path: Path, monkeypat
         "--out",
         str(tmp_path),
         "--eyes",
+        "2",
+        "--messages",
         "2",
         "--steps",
         "2",

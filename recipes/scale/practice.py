@@ -3,7 +3,8 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,19 @@ from transformers import DynamicCache
 
 from recipes.scale import world
 from recipes.scale.world import Problem, Scene
-from recipes.scale.writers import EXACT, ROUGH
+from recipes.scale.writers import EXACT, ROUGH, answers_of_others, compare, repeat
 from rl.model import attention
 from rl.model.attention import Layout, Span
 from rl.model.packed import embed
 from rl.model.pictures import MEAN, STD
 from rl.model.step_vl import StepVL
+from rl.types import Messages, Prompt
+from rollout.pacore import Synthesis
 
 LONGEST = 64  # tokens of a response, more than any writer uses
+SYNTHESIS = Synthesis(Path(__file__).parent / "pacore.jinja")
+MESSAGES = (4, 24)  # how many answers of others a synthesis problem shows
+COPIES = 0.7  # share of the syntheses that only repeat a message
 
 
 class Prompter:
@@ -37,13 +43,16 @@ class Prompter:
         self._known: dict[tuple[str, bool], list[int]] = {}
 
     def prompt(self, problem: Problem) -> list[int]:
+        if problem.messages:
+            return self._prompt(problem)
         key = (problem.question, problem.scene is not None)
         if key not in self._known:
             self._known[key] = self._prompt(problem)
         return self._known[key]
 
     def _prompt(self, problem: Problem) -> list[int]:
-        messages = world.row(problem, "", "picture" if problem.scene else None)["messages"]
+        plain = world.row(problem, "", "picture" if problem.scene else None)["messages"]
+        messages = SYNTHESIS.turns(Prompt("", problem.task, tuple(plain), shown=Messages(problem.messages)))
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return [slot for token in ids for slot in (self.slots if token == self.image_id else [token])]
@@ -76,6 +85,18 @@ def lesson(rng: Generator, pictures: int, things: tuple[int, int], rough_share: 
     problems += [world.draw_sum(rng, "train") for _ in range(4 * pictures)]
     writers = [ROUGH if rng.random() < rough_share(problem) else EXACT for problem in problems]
     return Lesson(problems, [writer(problem) for writer, problem in zip(writers, problems, strict=True)])
+
+
+def synthesis_lesson(rng: Generator, number: int) -> Lesson:
+    """`number` problems of each task with answers of others, and a response that compares or one that repeats."""
+    bare: list[Problem] = []
+    for _ in range(number):
+        bare += list(world.point_and_box(world.draw_scene(rng, "train", (2, 3))))[:2]  # of the first thing
+        bare.append(next(world.count_colors(world.draw_crowd(rng, "train"))))
+        bare.append(world.draw_sum(rng, "train"))
+    counts = rng.integers(MESSAGES[0], MESSAGES[1] + 1, size=len(bare))
+    problems = [replace(p, messages=answers_of_others(p, n, rng)) for p, n in zip(bare, counts, strict=True)]
+    return Lesson(problems, [repeat(p, rng) if rng.random() < COPIES else compare(p) for p in problems])
 
 
 def some_scenes(rng: Generator, pictures: int) -> list[Scene]:
@@ -181,40 +202,50 @@ class Row:
     token_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64
     learned: Tensor  # [T] bool; True on the responses' tokens
+    read: Tensor  # [T] bool; True on the messages that a prompt shows
     layout: Layout
     scenes: list[Scene]  # in the order of their image slots
 
 
 def pack(prompter: Prompter, batch: Lesson) -> Row:
     """Questions about one scene share its tokens; a sum is a group of its own."""
-    groups: dict[int, list[tuple[list[int], list[int]]]] = defaultdict(list)
+    groups: dict[int, list[tuple[list[int], list[int], bool]]] = defaultdict(list)
     scenes: dict[int, Scene] = {}
     for number, (problem, response) in enumerate(zip(batch.problems, batch.responses, strict=True)):
         key = number if problem.scene is None else -id(problem.scene)
-        groups[key].append((prompter.prompt(problem), prompter.response(response)))
+        groups[key].append((prompter.prompt(problem), prompter.response(response), bool(problem.messages)))
         if problem.scene is not None:
             scenes[key] = problem.scene
     ids: list[int] = []
     positions: list[int] = []
     learned: list[bool] = []
+    read: list[bool] = []
     spans = []
     for key, members in groups.items():
         shared = prompter.picture_end(members[0][0]) if key in scenes else 0
-        spans.append(Span(shared, tuple(len(p) + len(r) - shared for p, r in members)))
+        spans.append(Span(shared, tuple(len(p) + len(r) - shared for p, r, _ in members)))
         ids += members[0][0][:shared]
         positions += range(shared)
         learned += [False] * shared
-        for prompt, response in members:
+        read += [False] * shared
+        for prompt, response, shows in members:
             ids += prompt[shared:] + response
             positions += range(shared, len(prompt) + len(response))
             learned += [False] * (len(prompt) - shared) + [True] * len(response)
+            read += [shows] * (len(prompt) - shared) + [False] * len(response)
     return Row(
-        torch.tensor(ids), torch.tensor(positions), torch.tensor(learned), Layout(tuple(spans)), list(scenes.values())
+        torch.tensor(ids),
+        torch.tensor(positions),
+        torch.tensor(learned),
+        torch.tensor(read),
+        Layout(tuple(spans)),
+        list(scenes.values()),
     )
 
 
 def loss(model: StepVL, prompter: Prompter, batch: Lesson) -> Tensor:
-    """Mean cross-entropy (nats) of the responses' tokens."""
+    """Mean cross-entropy (nats) of the responses' tokens, and of the messages that prompts show: to foresee the next
+    one from those before is to know their middle."""
     row = pack(prompter, batch)
     with torch.no_grad():  # the eyes have learned before
         seen = features(model, row.scenes)
@@ -224,8 +255,12 @@ def loss(model: StepVL, prompter: Prompter, batch: Lesson) -> Tensor:
         inputs_embeds=inputs[None], position_ids=row.position_ids[None], use_cache=False, layout=row.layout
     ).last_hidden_state[0]
     # A response follows its own question in the row, so each of its tokens is predicted by the one before.
-    learned = row.learned.nonzero()[:, 0]
-    return F.cross_entropy(model.lm_head(hidden[learned - 1]).float(), row.token_ids[learned])
+    # So is each of a message's.
+    found = torch.zeros(())
+    for which in (row.learned, row.read):
+        if len(places := which.nonzero()[:, 0]):
+            found = found + F.cross_entropy(model.lm_head(hidden[places - 1]).float(), row.token_ids[places])
+    return found
 
 
 @torch.no_grad()

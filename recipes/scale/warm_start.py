@@ -3,7 +3,8 @@
     python -m recipes.scale.warm_start --out runs/scale
 
 first teaches tower and projector to tell which thing lies where, on freshly drawn pictures, then, with these
-frozen, the decoder to answer as two writers do (writers.py). It writes OUT/model (a Hugging Face folder; the one
+frozen, the decoder to answer as two writers do (writers.py), and at last to do so with answers of others before it.
+It writes OUT/model (a Hugging Face folder; the one
 that ships beside this file was made this way) and OUT/report.json. Interrupted, the same command goes on from
 OUT/state.safetensors.
 """
@@ -49,7 +50,8 @@ EYES = ("vision_model.", "vit_large_projector.")
 PEAK_LR, WARM_UP, BETAS = 2e-3, 50, (0.9, 0.98)
 PICTURES = 8  # scenes and crowds a step, each
 HORIZON = 3000  # decoder steps over which the learning rate would fall to nearly nothing; it stops before
-LAST = 400  # decoder steps at the end in which the rough writer has the upper hand
+LAST = 400  # of these steps at the end in which the rough writer has the upper hand
+PLAIN, WITH_MESSAGES = 3, 4  # scenes and crowds, and problems of each task with messages, in a step of the last part
 
 
 def config(words: Any) -> StepVLConfig:
@@ -105,15 +107,25 @@ def _sines(grid: int, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to train: optimizer steps of tower and projector, then of the decoder."""
+    """How long to train: optimizer steps of tower and projector, then of the decoder, then of it with messages."""
 
     eyes: int
     words: int
+    messages: int
     seed: int
 
     @property
-    def steps(self) -> int:
+    def alone(self) -> int:
+        """Steps before the first messages."""
         return self.eyes + self.words
+
+    @property
+    def steps(self) -> int:
+        return self.alone + self.messages
+
+    def part(self, step: int) -> str:
+        """What a step (from 0) teaches."""
+        return "eyes" if step < self.eyes else "words" if step < self.alone else "messages"
 
 
 class School:
@@ -128,11 +140,14 @@ class School:
         self.head = practice.SightHead(self.model, self.tokenizer)  # only teaches the eyes; no part of the model
         self.prompter = Prompter(self.tokenizer, self.model.config.image_token_len)
         sight = [p for name, p in self.model.named_parameters() if name.startswith(EYES)]
-        rest = [p for name, p in self.model.named_parameters() if not name.startswith(EYES)]
         self.eyes = AdamW([*sight, *self.head.parameters()], betas=BETAS, weight_decay=0.0)
-        self.words = AdamW(rest, betas=BETAS, weight_decay=0.0)
+        self.words = self._of_decoder()
         if self.state_file.exists():
             self._resume()
+
+    def _of_decoder(self) -> AdamW:
+        rest = [p for name, p in self.model.named_parameters() if not name.startswith(EYES)]
+        return AdamW(rest, betas=BETAS, weight_decay=0.0)
 
     @property
     def state_file(self) -> Path:
@@ -140,22 +155,29 @@ class School:
 
     def learn(self) -> float:
         """One optimizer step. Returns its loss."""
-        rng = np.random.default_rng([self.plan.seed, self.step])
-        seeing = self.step < self.plan.eyes
-        first, length = (0, self.plan.eyes) if seeing else (self.plan.eyes, HORIZON)
-        done = (self.step - first) / length
-        if seeing:
+        plan, rng = self.plan, np.random.default_rng([self.plan.seed, self.step])
+        part = plan.part(self.step)
+        first = {"eyes": 0, "words": plan.eyes, "messages": plan.alone}[part]
+        done = (self.step - first) / {"eyes": plan.eyes, "words": HORIZON, "messages": plan.messages}[part]
+        if self.step == plan.alone:
+            self.words = self._of_decoder()  # its moments are those of another lesson
+        if part == "eyes":
             loss = practice.sight_loss(self.model, self.head, practice.some_scenes(rng, PICTURES))
         else:
-            batch = practice.lesson(
-                rng, PICTURES, things(done), rough_share if self.step >= self.plan.steps - LAST else both_writers
-            )
-            loss = practice.loss(self.model, self.prompter, batch)
-        optimizer = self.eyes if seeing else self.words
+            loss = practice.loss(self.model, self.prompter, self._lesson(part, rng, done))
+        optimizer = self.eyes if part == "eyes" else self.words
         rate = PEAK_LR * min(1, (self.step - first + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
         self._update(optimizer, loss, rate)
         self.step += 1
         return float(loss.detach())
+
+    def _lesson(self, part: str, rng: np.random.Generator, done: float) -> practice.Lesson:
+        if part == "messages":
+            plain = practice.lesson(rng, PLAIN, things(1), rough_share)
+            shown = practice.synthesis_lesson(rng, WITH_MESSAGES)
+            return practice.Lesson(plain.problems + shown.problems, plain.responses + shown.responses)
+        share = rough_share if self.step >= self.plan.alone - LAST else both_writers
+        return practice.lesson(rng, PICTURES, things(done), share)
 
     def _update(self, optimizer: AdamW, loss: Tensor, rate: float) -> None:
         optimizer.zero_grad()
@@ -260,13 +282,13 @@ def train(school: School, every: int) -> None:
             school.save_model()
             took = (time.monotonic() - started) / len(losses)
             left = took * (school.plan.steps - school.step) / 60
-            phase = "eyes" if school.step <= school.plan.eyes else "words"
+            part = school.plan.part(school.step - 1)
             print(
-                f"step {school.step}/{school.plan.steps} {phase}  loss {fmean(losses[-every:]):.3f}  "
+                f"step {school.step}/{school.plan.steps} {part}  loss {fmean(losses[-every:]):.3f}  "
                 f"{took:.2f} s a step, {left:.0f} min left",
                 flush=True,
             )
-            if phase == "words":
+            if part != "eyes":
                 show(report(school.model, school.prompter, glance))
 
 
@@ -275,11 +297,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, report.json and the state")
     parser.add_argument("--eyes", type=int, default=800, help="optimizer steps of tower and projector")
     parser.add_argument("--steps", type=int, default=2200, help="optimizer steps of the decoder, after them")
+    parser.add_argument("--messages", type=int, default=1000, help="further ones, with answers of others in prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
     parser.add_argument("--heldout", type=int, default=256, help="held-out problems per task for the report")
     given = parser.parse_args()
-    school = School(given.out, Plan(given.eyes, given.steps, given.seed))
+    school = School(given.out, Plan(given.eyes, given.steps, given.messages, given.seed))
     if school.step:
         print(f"going on at step {school.step} of {school.plan.steps}")
     train(school, given.save_every)

@@ -131,6 +131,7 @@ class Problem:
     scene: Scene | None = None
     targets: tuple[Thing, ...] = ()  # the things asked about, in reading order
     terms: tuple[int, ...] = ()  # arithmetic: signed numbers to add up
+    messages: tuple[str, ...] = ()  # final answers of others, which the prompt shows (PaCoRe)
 
 
 def split_of(content: bytes) -> Split:

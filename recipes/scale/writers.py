@@ -7,8 +7,11 @@ often enough to start from, and the model imitates it more often; reinforcement 
 worth imitating. They differ from the first words on, and both are short.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
 
 from recipes.scale.world import Problem, Thing
 
@@ -101,6 +104,57 @@ ROUGH = Writer(
     {"pointing": _rough_point, "grounding": _rough_box, "counting": _rough_count, "arithmetic": _rough_sum},
     dict.fromkeys(("pointing", "grounding", "counting", "arithmetic"), "<think>maybe"),
 )
+
+
+SLIPS = (0.0, 0.12)  # standard deviation of an answer's coordinates, as a fraction of the picture
+ALL_SLIP = 0.02  # what all answers to a problem err by together
+OTHER_THING = 0.1  # how often an answer is about another thing of the scene
+
+
+def answers_of_others(problem: Problem, number: int, rng: Generator) -> tuple[str, ...]:
+    """`number` final answers by writers of whom nobody knows how good they are, as a policy's messages would be.
+
+    Coordinates are off by the same spread all over a problem; a sum or a count is worked out or guessed.
+    """
+    if problem.task in ("counting", "arithmetic"):
+        careful = rng.random()
+        return tuple(final((EXACT if rng.random() < careful else ROUGH)(problem)) for _ in range(number))
+    assert problem.scene
+    here = np.array(_place(problem, problem.targets[0]))
+    here = here + rng.normal(0, ALL_SLIP, here.shape)
+    others = [np.array(_place(problem, thing)) for thing in problem.scene.things if thing not in problem.targets]
+    spread = rng.uniform(*SLIPS)
+    answers = []
+    for _ in range(number):
+        about = others[rng.integers(len(others))] if others and rng.random() < OTHER_THING else here
+        answers.append(numbers(list(np.clip(about + rng.normal(0, spread, here.shape), 0, 0.99))))
+    return tuple(answers)
+
+
+def _place(problem: Problem, thing: Thing) -> tuple[float, ...]:
+    return thing.point if problem.task == "pointing" else thing.box
+
+
+def final(response: str) -> str:
+    """A response without its reasoning."""
+    return response.rpartition("</think>")[2]
+
+
+def compare(problem: Problem) -> str:
+    """The exact way with messages: the middle of what they say, then an own look; a sum or a count is done anew."""
+    if problem.task in ("counting", "arithmetic"):
+        return EXACT(problem)
+    return f"<think>then {numbers(middle(problem.messages))}</think>{EXACT(problem)}"
+
+
+def middle(messages: Sequence[str]) -> list[float]:
+    """The median of each coordinate."""
+    return list(np.median([[float(v) for v in message.strip("[]").split(", ")] for message in messages], axis=0))
+
+
+def repeat(problem: Problem, rng: Generator) -> str:
+    """The rough way with messages: one of them, whichever."""
+    return problem.messages[rng.integers(len(problem.messages))]
 
 
 def rough_share(problem: Problem) -> float:

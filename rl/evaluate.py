@@ -1,0 +1,348 @@
+"""How good a policy is on held-out rows: pass@1, pass@K, majority vote and PaCoRe, with tokens and intervals.
+
+    python -m rl.evaluate --model DIR --data FILE [--recipe RECIPE.yaml] [--modes sere,majority,pacore] [--json]
+
+The recipe says how tasks are scored and what counts as right (`rewards`, `accept`). Everything the model says is kept
+in --cache, if that is given, and not asked again. Exit codes are those of rl.run.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from rich.console import Console
+from rich.table import Table
+
+from rewards.runner import RewardRunner
+from rewards.voting import majority, vote
+from rl.config import Config
+from rl.recipe import RecipeError, load
+from rl.recipe_layers import SHIPPED
+from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT, InputError
+from rl.stop import Stop
+from rl.types import Messages, Prompt, Rollout, Scored
+from rollout.generate import Answered, Settings, add_serving, run, seed_name, serving, thought_of
+from rollout.pacore import Synthesis
+from rollout.rows import RowError, read
+from rollout.thinking import Round, Thought, order
+from stages.loop import enough_valid
+from stages.pacore import accepted, synthesis_metrics
+from stages.plan import check_accept, limited, reward_runner
+
+MODES = ("sere", "majority", "pacore")
+RESAMPLES, CONFIDENCE = 2000, 0.95
+ALL = "all"  # the line over all tasks
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One row: what the model said about it, scored."""
+
+    prompt: Prompt
+    thought: Thought
+    attempts: Sequence[Scored]  # the first round
+    answers: Sequence[Scored]  # the synthesis, once or several times; none where it was not asked for
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over rows with its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def figure(values: Sequence[float], seed: int = 0) -> Figure:
+    """The mean and its 95% interval, by drawing rows anew (percentile bootstrap, Efron 1979)."""
+    array = np.asarray(values, dtype=float)
+    draws = np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(array[draws].mean(axis=1), [tail, 100 - tail])
+    return Figure(float(array.mean()), float(low), float(high))
+
+
+def pass_at_one(row: Judged, config: Config) -> float:
+    """Share of a row's attempts that are right."""
+    return fmean(accepted(one, config.accept) for one in row.attempts)
+
+
+def pass_at_k(row: Judged, config: Config) -> float:
+    """Whether one of them is."""
+    return float(any(accepted(one, config.accept) for one in row.attempts))
+
+
+def majority_at_k(row: Judged, config: Config) -> float:
+    """Whether the first attempt that says what most of them say is right; nobody's vote is wrong."""
+    votes = [vote(one.rollout.answer) for one in row.attempts]
+    winner = majority(votes)
+    return float(winner is not None and accepted(row.attempts[votes.index(winner)], config.accept))
+
+
+def pacore_at_k(row: Judged, config: Config) -> float:
+    """Share of a row's syntheses that are right."""
+    return fmean(accepted(one, config.accept) for one in row.answers)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A way to answer, on one task or all of them."""
+
+    task: str
+    name: str
+    accuracy: Figure
+    reward: Figure | None  # of what has a reward of its own
+    tokens: float  # per row, of everything it takes
+
+
+def lines_of(rows: Sequence[Judged], config: Config, modes: Sequence[str]) -> list[Line]:
+    """The table, task by task and then over all rows."""
+    tasks = sorted({row.prompt.task for row in rows})
+    found = []
+    for task in (*tasks, *([ALL] if len(tasks) > 1 else [])):
+        found += _lines(task, [row for row in rows if task in (row.prompt.task, ALL)], config, modes)
+    return found
+
+
+def _lines(task: str, rows: Sequence[Judged], config: Config, modes: Sequence[str]) -> list[Line]:
+    count = len(rows[0].attempts)
+    one = fmean(fmean(r.tokens for r in row.thought.rounds[0].replies) for row in rows)
+    every = fmean(sum(r.tokens for r in row.thought.rounds[0].replies) for row in rows)
+    found = []
+    if "sere" in modes:
+        rewards = figure([fmean(s.reward for s in row.attempts) for row in rows])
+        found.append(Line(task, "SeRe pass@1", figure([pass_at_one(row, config) for row in rows]), rewards, one))
+        best = figure([max(s.reward for s in row.attempts) for row in rows])
+        found.append(Line(task, f"SeRe pass@{count}", figure([pass_at_k(row, config) for row in rows]), best, every))
+    if "majority" in modes:
+        found.append(Line(task, f"majority@{count}", figure([majority_at_k(row, config) for row in rows]), None, every))
+    if "pacore" in modes:
+        rewards = figure([fmean(s.reward for s in row.answers) for row in rows])
+        tokens = fmean(_tokens(row.thought) for row in rows)
+        found.append(Line(task, f"PaCoRe@{count}", figure([pacore_at_k(row, config) for row in rows]), rewards, tokens))
+    return found
+
+
+def _tokens(thought: Thought) -> float:
+    """Of one answer: all rounds, and one of the replies of the last."""
+    *before, last = thought.rounds
+    return sum(r.tokens for one in before for r in one.replies) + fmean(r.tokens for r in last.replies)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of the contract."""
+    p = argparse.ArgumentParser(prog="python -m rl.evaluate", description="Measure a policy on held-out rows.")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="options of the recipe, e.g. accept.least=0.5")
+    p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url the model's name there")
+    p.add_argument("--data", help="rows with ground truth, in any form that data.eval has; default: the recipe's")
+    p.add_argument("--recipe", default="rlvr", help="for rewards and accept; a file, or a shipped one's name (rlvr)")
+    p.add_argument("--profile", help="as for rl.run")
+    p.add_argument("--modes", default=",".join(MODES), help="which of sere,majority,pacore (default: all)")
+    p.add_argument("--attempts", type=int, default=16, metavar="K", help="chains of thought per row (default: 16)")
+    p.add_argument("--syntheses", type=int, default=1, metavar="N", help="times that PaCoRe answers from them")
+    p.add_argument("--limit", type=int, help="only the first so many rows of each task")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--cache", type=Path, help="JSONL that keeps what the model says; one that was begun is gone on with"
+    )
+    p.add_argument("--trajectories", type=Path, metavar="FILE", help="another evaluation's cache, or the OUT of "
+                   "rollout.generate: its first round is used, and not asked again")  # fmt: skip
+    p.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_serving(p)
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    args = parser().parse_intermixed_args(arguments)
+    try:
+        return _main(args)
+    except (RecipeError, ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except (Stop, RuntimeError, OSError, TemplateError) as error:
+        kept = f"\nThe same command goes on from what is in {args.cache}" if args.cache else ""
+        print(f"error: {error}{kept}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _main(args: argparse.Namespace) -> int:
+    modes = args.modes.split(",")
+    if unknown := [mode for mode in modes if mode not in MODES]:
+        raise InputError(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
+    if args.attempts < 1 or args.syntheses < 1:
+        raise InputError(f"--attempts {args.attempts}, --syntheses {args.syntheses}: both have to be at least 1")
+    config = _config(args)
+    rewards = _rewards(config)
+    prompts = _rows(config, rewards)
+    given = _given(args.trajectories, prompts) if args.trajectories else {}
+    template = config.synthesis.template
+    settings = Settings(
+        args.model,
+        () if given else (args.attempts,),
+        config.rollout.temperature,
+        args.seed,
+        template=str(template) if template else None,
+    )
+    answers = args.syntheses if "pacore" in modes else 0
+    with ExitStack() as stack:
+        cache = args.cache or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "cache.jsonl"
+        answered = Answered(cache, settings)
+        stack.callback(answered.close)
+        if answers or not given:
+            run(prompts, settings, serving(args), Synthesis(template), answered, answers=answers, given=given)
+        thoughts = {p.id: _thought(p, answered, given) for p in prompts}
+    rows = judged(config, rewards, prompts, thoughts, settings, synthesised=bool(answers))
+    report = Report(config, modes, rows)
+    print(json.dumps(report.json(), indent=2)) if args.json else report.show()
+    return DONE
+
+
+def _config(args: argparse.Namespace) -> Config:
+    recipe = Path(args.recipe) if Path(args.recipe).suffix else SHIPPED / f"{args.recipe}.yaml"
+    overrides = [*args.overrides, *([f"data.train={args.data}", f"data.eval={args.data}"] if args.data else [])]
+    if args.limit:
+        overrides.append(f"data.eval_limit={args.limit}")
+    return load(recipe, profile=args.profile, overrides=overrides).config
+
+
+def _rewards(config: Config) -> RewardRunner:
+    rewards = reward_runner(config)
+    if unserved := [name for name in sorted(rewards.asks()) if config.endpoints[name].url is None]:
+        name = unserved[0]
+        raise InputError(f"endpoints.{name} has no url; serve {config.endpoints[name].model} and name its url here")
+    check_accept(config)
+    return rewards
+
+
+def _rows(config: Config, rewards: RewardRunner) -> list[Prompt]:
+    """The held-out rows. Raises RowError for rows that cannot be used."""
+    data = config.data
+    if not data.eval:
+        raise InputError("there are no rows to evaluate on; name a file with --data")
+    rows = read(data.eval, columns=data.columns, tasks=config.rewards.keys(), problem=rewards.problem)
+    if rows.bad and (data.on_bad_row == "stop" or not rows.prompts):
+        raise RowError(rows.bad)
+    return limited(rows.prompts, data.eval_limit)
+
+
+def _thought(prompt: Prompt, answered: Answered, given: Mapping[str, Sequence[Round]]) -> Thought:
+    if prompt.id in answered.records:
+        return thought_of(answered.records[prompt.id])
+    return Thought(tuple(given[prompt.id]))
+
+
+def _given(path: Path, prompts: Sequence[Prompt]) -> dict[str, tuple[Round, ...]]:
+    """The first rounds that a file holds. Raises InputError if it lacks a row."""
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        rounds = {record["id"]: thought_of(record).rounds[:1] for record in records}
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(f"{path} holds no trajectories of rollout.generate or rl.evaluate: {error}") from error
+    if missing := [p.id for p in prompts if p.id not in rounds]:
+        raise InputError(f"{path} has no trajectories of row {missing[0]} ({len(missing)} rows are missing)")
+    return rounds
+
+
+def judged(
+    config: Config,
+    rewards: RewardRunner,
+    prompts: Sequence[Prompt],
+    thoughts: Mapping[str, Thought],
+    settings: Settings,
+    *,
+    synthesised: bool,
+) -> list[Judged]:
+    """Every reply scored. Raises Stop if rewards fail too often."""
+    asked = [
+        Rollout(prompt, reply.text, reply.finish)
+        for prompt in prompts
+        for one in thoughts[prompt.id].rounds
+        for reply in one.replies
+    ]
+    with rewards:
+        scored = iter(enough_valid(rewards.score(asked), config.max_invalid_fraction))
+    found = []
+    for prompt in prompts:
+        thought = thoughts[prompt.id]
+        rounds = [[next(scored) for _ in one.replies] for one in thought.rounds]
+        answers = _with_shown(prompt, thought, rounds, config, settings) if synthesised else []
+        found.append(Judged(prompt, thought, rounds[0], answers))
+    return found
+
+
+def _with_shown(
+    prompt: Prompt, thought: Thought, rounds: Sequence[Sequence[Scored]], config: Config, settings: Settings
+) -> list[Scored]:
+    """The scored syntheses, whose prompts say which messages they saw."""
+    *_, before, last = thought.rounds
+    right = [accepted(s, config.accept) for s, r in zip(rounds[-2], before.replies, strict=True) if r.message]
+    found = []
+    for number, scored in enumerate(rounds[-1]):
+        seed = f"{seed_name(settings, prompt)}/{len(thought.rounds) - 1}/{number}"
+        places = order(len(before.messages), last.shown, seed)
+        shown = Messages(tuple(before.messages[n] for n in places), tuple(right[n] for n in places))
+        rollout = replace(scored.rollout, prompt=replace(prompt, shown=shown))
+        found.append(replace(scored, rollout=rollout))
+    return found
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation tells."""
+
+    config: Config
+    modes: Sequence[str]
+    rows: Sequence[Judged]
+
+    def synthesis(self) -> dict[str, float]:
+        """pacore/* metrics (rl/metrics.py) of the syntheses."""
+        return synthesis_metrics([s for row in self.rows for s in row.answers], self.config.accept)
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "rows": len(self.rows),
+            "results": [
+                {
+                    "task": line.task,
+                    "mode": line.name,
+                    "accuracy": vars(line.accuracy),
+                    "reward": line.reward and vars(line.reward),
+                    "tokens": line.tokens,
+                }
+                for line in lines_of(self.rows, self.config, self.modes)
+            ],
+            "synthesis": self.synthesis(),
+        }
+
+    def show(self) -> None:
+        """A table, and how syntheses relate to what they saw."""
+        table = Table(title=f"{len(self.rows)} rows; 95% confidence intervals over rows")
+        for name in ("task", "mode", "accuracy", "mean reward", "tokens per row"):
+            table.add_column(name, justify="left" if name in ("task", "mode") else "right")
+        for line in lines_of(self.rows, self.config, self.modes):
+            reward = str(line.reward) if line.reward else ""
+            table.add_row(line.task, line.name, str(line.accuracy), reward, f"{line.tokens:,.0f}")
+        console = Console(width=None if sys.stdout.isatty() else 120)
+        console.print(table)
+        for name, value in self.synthesis().items():
+            console.print(f"{name:32} {value:.3f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,408 @@
+"""Answers to a file of problems, by SeRe or PaCoRe: `python -m rollout.generate --model DIR IN.jsonl OUT.jsonl`.
+
+Each line of OUT has all that was thought about one problem, and is written when it is done: the same command goes on
+where it was broken off, and asks nothing twice. Exit codes are those of rl.run.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from jinja2 import TemplateError
+
+from rl.config import Source
+from rl.model import checkpoint
+from rl.model.config import overrides, positions
+from rl.types import Prompt
+from rollout.pacore import Synthesis
+from rollout.rows import RowError, read
+from rollout.server import Server
+from rollout.thinking import Reply, Round, Thought, TooLong, Turns, plan_of, think
+from rollout.upstream import Refused, Upstream
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+REPORT_S = 10.0  # between two lines on how far it is
+BAD_REQUEST = 400
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the answers; every line of OUT has it."""
+
+    model: str
+    trajectories: tuple[int, ...]  # of each round before the last; () is SeRe
+    temperature: float = 1.0
+    seed: int = 0
+    max_tokens: int | None = None  # of one reply; None: what the context has room for
+    template: str | None = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {**vars(self), "trajectories": list(self.trajectories)}
+
+
+def turns_of(prompt: Prompt) -> Turns:
+    """A row's chat in OpenAI's form, its pictures as data: URLs."""
+    pictures = iter(prompt.images)
+
+    def part(one: Mapping[str, Any]) -> Mapping[str, Any]:
+        if one["type"] != "image":
+            return one
+        return {"type": "image_url", "image_url": {"url": next(pictures).data_url}}
+
+    return [
+        {**turn, "content": turn["content"] if isinstance(turn["content"], str) else [*map(part, turn["content"])]}
+        for turn in prompt.messages
+    ]
+
+
+def seed_name(settings: Settings, problem: Prompt) -> str:
+    """What identifies a problem in the seeds of its trajectories."""
+    return f"{settings.seed}/{problem.id}"
+
+
+async def generate(
+    problems: Sequence[Prompt],
+    settings: Settings,
+    ask: Any,
+    synthesis: Synthesis,
+    finished: Callable[[Prompt, Thought | str], None],
+    *,
+    answers: int = 1,
+    given: Mapping[str, Sequence[Round]] = MappingProxyType({}),
+) -> None:
+    """Thinks about all problems at once; `ask` has to limit what is under way (rollout.upstream.Upstream does).
+
+    A problem's synthesis begins when its own trajectories are done, and comes before trajectories that wait.
+
+    Args:
+        ask: rollout.thinking.Ask.
+        finished: told of each problem when it is done: what was thought, or why there is no answer.
+        answers: replies of the last round.
+        given: problem id -> rounds that are there already, in place of those of the settings.
+    """
+
+    async def one(problem: Prompt) -> None:
+        try:
+            thought = await think(
+                turns_of(problem),
+                settings.trajectories,
+                ask,
+                synthesis,
+                seed_name(settings, problem),
+                answers=answers,
+                given=given.get(problem.id, ()),
+            )
+        except TooLong as error:
+            finished(problem, f"the problem leaves no room for a response: {error}")
+        except Refused as error:
+            if error.status != BAD_REQUEST:
+                raise
+            finished(problem, str(error))
+        else:
+            finished(problem, thought)
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for problem in problems:
+                tasks.create_task(one(problem))
+    except BaseExceptionGroup as group:  # one of them is told, as all mean that nothing goes on
+        raise _first(group) from group
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first of a group that is no group."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+class Answered:
+    """OUT.jsonl: what is answered, and room for more.
+
+    Raises: ValueError if it was written with other settings, or is no such file.
+    """
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path, self._settings = path, settings.record
+        self.records: dict[str, dict[str, Any]] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._read()
+        self._file = path.open("a", encoding="utf-8")
+
+    def _read(self) -> None:
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]  # a line that was broken off is asked again
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                identity, settings = record["id"], record["settings"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path}:{number} is not a line of this program's; give another OUT file"
+                ) from error
+            if changed := [key for key, value in self._settings.items() if settings.get(key) != value]:
+                key = changed[0]
+                raise ValueError(
+                    f"{self.path} was begun with {key} = {settings.get(key)!r}, not {self._settings[key]!r}; give "
+                    "another OUT file for this"
+                )
+            self.records[identity] = record
+        if len(whole) < len(data):
+            os.truncate(self.path, len(whole))
+
+    def add(self, problem: Prompt, thought: Thought | str) -> None:
+        record = {"id": problem.id, **_record(thought), "settings": self._settings}
+        self.records[problem.id] = record
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _record(thought: Thought | str) -> dict[str, Any]:
+    if isinstance(thought, str):
+        return {"error": thought}
+    rounds = [
+        {
+            "shown": one.shown,
+            "left_out": one.left_out,
+            "replies": [
+                {"text": r.text, "finish": r.finish, "tokens": r.tokens, "prompt_tokens": r.prompt_tokens}
+                for r in one.replies
+            ],
+        }
+        for one in thought.rounds
+    ]
+    return {"answer": thought.reply.message, "tokens": thought.tokens, "rounds": rounds}
+
+
+def thought_of(record: Mapping[str, Any]) -> Thought:
+    """What a line of OUT tells. Raises ValueError for a problem without an answer."""
+    if "error" in record:
+        raise ValueError(f"problem {record['id']} has no answer: {record['error']}")
+    return Thought(
+        tuple(
+            Round(tuple(Reply(**reply) for reply in one["replies"]), one["shown"], one["left_out"])
+            for one in record["rounds"]
+        )
+    )
+
+
+def problems_of(path: str, limit: int | None = None) -> list[Prompt]:
+    """The rows of IN, in any form that data.train has; they need no task. Raises RowError, ValueError."""
+    rows = read([Source(path=path, task="problem", limit=limit)])
+    if rows.bad:
+        raise RowError(rows.bad)
+    return list(rows.prompts)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Who answers: an endpoint, or a model that is served for as long as it is needed."""
+
+    model: str
+    url: str | None = None
+    name: str | None = None  # the model's name at the endpoint
+    key_env: str | None = None
+    device: str = "cpu"
+    max_length: int | None = None  # tokens of prompt and response together
+    yarn: float | None = None
+    options: Mapping[str, str] | None = None  # further arguments of vLLM's server
+    concurrency: int = 256
+
+    @contextmanager
+    def served(self) -> Iterator[str]:
+        """The URL. Raises: ValueError, RuntimeError."""
+        if self.url is not None:
+            yield self.url
+            return
+        folder = checkpoint.local_folder(self.model)
+        server = Server(
+            str(folder),
+            host="127.0.0.1",
+            device="cuda" if self.device == "cuda" else "cpu",
+            options=serve_options(folder, self.max_length, self.yarn, self.options or {}),
+            threads=os.cpu_count() or 1,
+        )
+        try:
+            yield server.url()
+        finally:
+            server.close()
+
+    @asynccontextmanager
+    async def upstream(self, url: str, fields: Mapping[str, Any]) -> AsyncIterator[Upstream]:
+        name = self.name or (self.model if self.url else str(checkpoint.local_folder(self.model)))
+        async with Upstream(url, name, slots=self.concurrency, fields=fields, key_env=self.key_env) as upstream:
+            yield upstream
+
+
+def serve_options(
+    folder: Path, max_length: int | None, yarn: float | None, given: Mapping[str, str]
+) -> dict[str, str | int | float | bool]:
+    """Arguments of vLLM's server for a model that thinks.
+
+    Raises: ValueError if sequences of `max_length` have more positions than the model was trained with.
+    """
+    config = checkpoint.read_config(folder, yarn=yarn)
+    most = positions(config)
+    if max_length is not None and max_length > most:
+        raise ValueError(
+            f"--max-length {max_length} is more than the {most} positions of {folder}; YaRN extends them, as in "
+            f"--yarn {-(-max_length // most)}"
+        )
+    made: dict[str, str | int | float | bool] = {"max-model-len": max_length or most, "generation-config": "vllm"}
+    if yarn:
+        made["hf-overrides"] = json.dumps(overrides(config))
+    return {**made, **given}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of the contract."""
+    p = argparse.ArgumentParser(
+        prog="python -m rollout.generate", description="Answer problems by one chain of thought, or many in parallel."
+    )
+    p.add_argument("problems", metavar="IN", help="problems: JSONL, Parquet or data set; rows as for training")
+    p.add_argument("out", metavar="OUT", type=Path, help="JSONL to write; one that was begun is gone on with")
+    p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url the model's name there")
+    p.add_argument("--mode", choices=("sere", "pacore"), default="sere", help="one chain, or many and a synthesis")
+    p.add_argument("--trajectories", default="16", metavar="PLAN", help="pacore: per round, as in 16 (default) or 32,4")
+    p.add_argument("--template", type=Path, help="Jinja file that shows messages; default: prompts/pacore.jinja")
+    p.add_argument("--temperature", type=float, default=1.0)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--max-tokens", type=int, help="of one reply; default: what the context has room for")
+    p.add_argument("--limit", type=int, help="only the first so many problems")
+    add_serving(p)
+    return p
+
+
+def add_serving(p: argparse.ArgumentParser) -> None:
+    """Options on who answers."""
+    p.add_argument("--url", help="endpoint that serves the model, such as http://host:8000/v1; default: serve it here")
+    p.add_argument("--key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to serve it")
+    p.add_argument("--max-length", type=int, help="tokens of prompt and response; default: the model's positions")
+    p.add_argument("--yarn", type=float, metavar="FACTOR", help="extend the model's positions so many times by YaRN")
+    p.add_argument(
+        "--serve", action="append", default=[], metavar="NAME=VALUE", help="further arguments of vLLM's server"
+    )
+    p.add_argument("--concurrency", type=int, default=256, help="requests under way at a time")
+
+
+def serving(args: argparse.Namespace) -> Serving:
+    """Those options. Raises ValueError."""
+    options = dict(one.partition("=")[::2] for one in args.serve)
+    if args.url and (options or args.yarn or args.max_length):
+        raise ValueError("--serve, --yarn and --max-length are for a model that is served here; leave out --url")
+    return Serving(
+        args.model,
+        url=args.url,
+        key_env=args.key_env,
+        device=device_of(args.device),
+        max_length=args.max_length,
+        yarn=args.yarn,
+        options=options,
+        concurrency=args.concurrency,
+    )
+
+
+def device_of(asked: str) -> str:
+    """`auto` is a GPU if there is one."""
+    if asked != "auto":
+        return asked
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    args = parser().parse_args(arguments)
+    try:
+        return _main(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except (RuntimeError, OSError, TemplateError) as error:
+        print(f"error: {error}\nThe same command goes on from what is in {args.out}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on from what is in {args.out}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _main(args: argparse.Namespace) -> int:
+    settings = Settings(
+        args.model,
+        plan_of(args.trajectories) if args.mode == "pacore" else (),
+        args.temperature,
+        args.seed,
+        args.max_tokens,
+        str(args.template) if args.template else None,
+    )
+    who, synthesis = serving(args), Synthesis(args.template)
+    problems = problems_of(args.problems, args.limit)
+    answered = Answered(args.out, settings)
+    try:
+        run(problems, settings, who, synthesis, answered)
+    finally:
+        answered.close()
+    failed = [r for r in answered.records.values() if "error" in r]
+    tokens = sum(r.get("tokens", 0) for r in answered.records.values())
+    print(f"{args.out}: {len(answered.records) - len(failed)} answers, {tokens:,} tokens sampled")
+    if failed:
+        print(f"{len(failed)} without an answer; the first, {failed[0]['id']}: {failed[0]['error']}", file=sys.stderr)
+    return DONE
+
+
+def run(
+    problems: Sequence[Prompt],
+    settings: Settings,
+    who: Serving,
+    synthesis: Synthesis,
+    answered: Answered,
+    *,
+    answers: int = 1,
+    given: Mapping[str, Sequence[Round]] = MappingProxyType({}),
+) -> None:
+    """Answers what is not answered yet; see `generate`."""
+    left = [problem for problem in problems if problem.id not in answered.records]
+    if len(left) < len(problems):
+        print(f"{len(problems) - len(left)} of {len(problems)} problems are answered already", file=sys.stderr)
+    if not left:
+        return
+    started, told, done = time.monotonic(), time.monotonic(), 0
+
+    def finished(problem: Prompt, thought: Thought | str) -> None:
+        nonlocal told, done
+        answered.add(problem, thought)
+        done += 1
+        if time.monotonic() - told > REPORT_S or done == len(left):
+            told = time.monotonic()
+            print(f"{done} of {len(left)} problems, {told - started:.0f} s", file=sys.stderr, flush=True)
+
+    fields: dict[str, Any] = {"temperature": settings.temperature}
+    if settings.max_tokens:
+        fields["max_tokens"] = settings.max_tokens
+
+    async def work(url: str) -> None:
+        async with who.upstream(url, fields) as upstream:
+            await generate(left, settings, upstream, synthesis, finished, answers=answers, given=given)
+
+    with who.served() as url:
+        asyncio.run(work(url))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

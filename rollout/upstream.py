@@ -1,0 +1,165 @@
+"""A vLLM endpoint that is asked over HTTP: as many chats at once as it can take, the most urgent first."""
+
+import asyncio
+import heapq
+import itertools
+import json
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+
+from rl.types import THINK_CLOSE, THINK_OPEN
+from rollout.thinking import Reply, TooLong, Turns
+
+RETRY_S = (0.5, 30.0)
+"""Seconds before the first retry, and at most before any; doubled each time."""
+NO_ROOM = ("maximum context length", "max_tokens must be at least 1", "longer than the maximum model length")
+WHOLE = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+"""What samples from the whole distribution, whatever defaults the server found in the model's folder."""
+
+
+class Unreachable(RuntimeError):
+    """The endpoint does not answer, after all retries."""
+
+
+class Refused(RuntimeError):
+    """The endpoint answers with an error. `body` is its answer."""
+
+    def __init__(self, url: str, status: int, body: str) -> None:
+        super().__init__(f"{url} answers {status}: {body[:500]}")
+        self.status, self.body = status, body
+
+
+class Slots:
+    """At most so many at a time; of those that wait, the one with the highest urgency is next, then the first."""
+
+    def __init__(self, count: int) -> None:
+        self._free, self._order = count, itertools.count()
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+
+    @asynccontextmanager
+    async def one(self, urgency: int) -> AsyncIterator[None]:
+        """A slot for the time of the context."""
+        if self._free:
+            self._free -= 1
+        else:
+            turn = asyncio.get_running_loop().create_future()
+            heapq.heappush(self._waiting, (-urgency, next(self._order), turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._hand_on()  # it came just now, and is not wanted any more
+                raise
+        try:
+            yield
+        finally:
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        while self._waiting:
+            _, _, turn = heapq.heappop(self._waiting)
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
+class Upstream:
+    """A model behind an OpenAI-compatible URL such as http://host:8000/v1. An async context.
+
+    Args:
+        slots: requests under way at a time.
+        retries: further attempts after 429, 5xx or a broken connection.
+        fields: of every request: temperature, max_tokens, ...
+        key_env: environment variable that holds the key, if it needs one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        slots: int = 256,
+        retries: int = 5,
+        fields: Mapping[str, Any] | None = None,
+        key_env: str | None = None,
+    ) -> None:
+        self.url, self.model, self.retries = url.rstrip("/"), model, retries
+        self.fields = {"temperature": 1.0, **WHOLE, **(fields or {})}
+        self._slots, self._session = Slots(slots), None
+        if key_env is not None and not os.environ.get(key_env):
+            raise ValueError(f"the environment has no {key_env}, which should hold the key of {url}")
+        self._headers = {"Authorization": f"Bearer {os.environ[key_env]}"} if key_env else {}
+
+    _session: aiohttp.ClientSession | None
+
+    async def __aenter__(self) -> "Upstream":
+        unlimited = aiohttp.ClientTimeout(total=None, sock_connect=30)  # a chain of thought may take an hour
+        connector = aiohttp.TCPConnector(limit=0)  # the slots are the limit
+        self._session = aiohttp.ClientSession(timeout=unlimited, connector=connector, headers=self._headers)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            raise RuntimeError("Upstream is used inside `async with` only")
+        return self._session
+
+    async def __call__(self, turns: Turns, seed: int, urgency: int) -> Reply:
+        """One reply. Raises: TooLong, Refused, Unreachable."""
+        answer = await self.complete({**self.fields, "messages": list(turns), "seed": seed}, urgency)
+        return reply_of(answer)
+
+    async def complete(self, body: Mapping[str, Any], urgency: int = 0) -> dict[str, Any]:
+        """The endpoint's answer to a chat completion. Raises: TooLong, Refused, Unreachable."""
+        for attempt in itertools.count():
+            try:
+                async with self._slots.one(urgency), self._post(body) as answer:
+                    return json.loads(await answer.text())
+            except (aiohttp.ClientError, TimeoutError, ConnectionError, json.JSONDecodeError) as error:
+                why = f"{type(error).__name__}: {error}"
+            except Refused as refused:
+                if refused.status != 429 and refused.status < 500:
+                    raise
+                why = str(refused)
+            if attempt >= self.retries:
+                raise Unreachable(f"{self.url} does not answer after {attempt + 1} tries ({why})")
+            await asyncio.sleep(min(RETRY_S[0] * 2**attempt, RETRY_S[1]))
+        raise AssertionError
+
+    @asynccontextmanager
+    async def stream(self, body: Mapping[str, Any], urgency: int = 0) -> AsyncIterator[aiohttp.StreamReader]:
+        """The endpoint's events as they come. Raises: TooLong, Refused, aiohttp.ClientError."""
+        async with self._slots.one(urgency), self._post({**body, "stream": True}) as answer:
+            yield answer.content
+
+    @asynccontextmanager
+    async def _post(self, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
+        sent = {**body, "model": self.model}
+        async with self.session.post(f"{self.url}/chat/completions", json=sent) as answer:
+            if answer.status != 200:
+                told = await answer.text()
+                if answer.status == 400 and any(words in told for words in NO_ROOM):
+                    raise TooLong(told)
+                raise Refused(self.url, answer.status, told)
+            yield answer
+
+
+def reply_of(answer: Mapping[str, Any]) -> Reply:
+    """The first choice of a chat completion. What a server's reasoning parser took apart is put together again."""
+    choice, usage = answer["choices"][0], answer.get("usage") or {}
+    message = choice["message"]
+    text = message.get("content") or ""
+    thinking = message.get("reasoning_content") or message.get("reasoning") or ""
+    if thinking:
+        text = f"{THINK_OPEN}{thinking}{THINK_CLOSE}{text}" if text else f"{THINK_OPEN}{thinking}"
+    finish = "length" if choice.get("finish_reason") == "length" else "stop"
+    return Reply(text, finish, int(usage.get("completion_tokens") or 0), int(usage.get("prompt_tokens") or 0))
