@@ -145,6 +145,7 @@ def sample_record(sample: Scored) -> dict[str, Any]:
         "messages": messages_of(prompt),
         **{name: answer for name, answer in answers.items() if answer is not None},
         "meta": dict(prompt.meta),
+        **({"shown": {"messages": prompt.shown.texts, "accepted": prompt.shown.accepted}} if prompt.shown else {}),
         "response": rollout.text,
         "reward": sample.reward if sample.invalid is None else None,
         "parts": dict(sample.parts),

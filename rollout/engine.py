@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,7 +72,7 @@ class Engine:
         from transformers import AutoConfig
         from vllm import LLM
 
-        from rl.model.config import StepVLConfig, with_yarn
+        from rl.model.config import StepVLConfig
         from rollout.vllm_sampler import install
 
         install()
@@ -92,7 +93,7 @@ class Engine:
             gpu_memory_utilization=gpu_memory_utilization,
             enforce_eager=device == "cpu",
             enable_prefix_caching=True,
-            hf_overrides=lambda config: _untie(with_yarn(config, yarn)),
+            hf_overrides=partial(_overridden, yarn=yarn),
             generation_config="vllm",  # no sampling defaults out of the model's folder
             logprobs_mode="processed_logprobs",  # those of the distribution sampled from, temperature included
             limit_mm_per_prompt={"image": max_images_per_prompt} if self._image_token_id is not None else {},
@@ -372,11 +373,15 @@ def _embedding(model: str) -> "Tensor":
         return opened.get_tensor(EMBEDDING)
 
 
-def _untie(config: "PretrainedConfig") -> "PretrainedConfig":
-    """Give the engine a head of its own: reloading updates only the embedding of a tied pair on CPU."""
+def _overridden(config: "PretrainedConfig", yarn: float | None) -> "PretrainedConfig":
+    """The engine gets a head of its own, because reloading updates only the embedding of a tied pair on CPU, and the
+    positions that it is asked to have."""
+    from rl.model.config import with_yarn
+
     config.tie_word_embeddings = False
     config.get_text_config().tie_word_embeddings = False
-    return config
+    a_real_one = hasattr(config.get_text_config(), "rope_parameters")  # vLLM tries this on an empty config first
+    return with_yarn(config, yarn) if a_real_one else config
 
 
 def _picture_tokens(llm: "LLM") -> Any:
