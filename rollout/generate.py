@@ -219,7 +219,7 @@ class Serving:
     device: str = "cpu"
     max_length: int | None = None  # tokens of prompt and response together
     yarn: float | None = None
-    options: Mapping[str, str] | None = None  # further arguments of vLLM's server
+    options: Mapping[str, str | bool] | None = None  # further arguments of vLLM's server
     concurrency: int = 256
 
     @contextmanager
@@ -249,7 +249,7 @@ class Serving:
 
 
 def serve_options(
-    folder: Path, max_length: int | None, yarn: float | None, given: Mapping[str, str]
+    folder: Path, max_length: int | None, yarn: float | None, given: Mapping[str, str | bool]
 ) -> dict[str, str | int | float | bool]:
     """Arguments of vLLM's server for a model that thinks.
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from openai import AsyncOpenAI, BadRequestError, InternalServerError, NotFoundError
+from openai import AsyncOpenAI, BadRequestError, InternalServerError, NotFoundError, OpenAI
 
 from rollout import upstream as upstream_module
 from rollout.pacore import Synthesis
 from rollout.serve import Front
 from rollout.upstream import Upstream
+from tests.command import Command, wait_for
+from tests.judge_server import judge_server
 
 ASK: list[Any] = [{"role": "user", "content": "What is 2 + 2?"}]
 LONG = "This model's maximum context length is 10 tokens. However, you requested more"
@@ -253,3 +256,23 @@ def test_an_endpoint_that_stays_away_is_told_as_that_and_a_hiccup_is_ridden_out(
                 await client.chat.completions.create(model="step", messages=ASK)
 
     asyncio.run(scenario())
+
+
+def test_the_command_serves_until_it_is_interrupted() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with judge_server(["<think>a</think>four"]) as behind:
+        command = Command("rollout.serve", "--url", behind.url, "--model", "m", "--name", "step", "--port", port)
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=60)
+        wait_for(lambda: _listens(port), command)
+        found = client.chat.completions.create(model="step:sere", messages=ASK)
+        assert found.choices[0].message.content == "<think>a</think>four"
+        command.interrupt()
+        code, out, err = command.finish(30)
+    assert (code, err) == (0, "") and f"http://127.0.0.1:{port}/v1 serves step, step:sere and step:pacore" in out
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,0 +1,163 @@
+"""PaCoRe at inference, on the scale model behind vLLM's server: how full the engine is kept, what trajectories share,
+and whether speculation pays for a synthesis."""
+
+import asyncio
+import json
+import re
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from types import MappingProxyType
+
+from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
+from rl.types import Prompt
+from rollout.generate import Serving, Settings, generate, problems_of
+from rollout.pacore import Synthesis
+from rollout.thinking import Round, Thought
+
+SCALE = Path(__file__).parent.parent / "recipes/scale"
+PROBLEMS, TRAJECTORIES, SYNTHESES, REPEATS = 64, 16, 16, 3
+SPECULATION = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+FIELDS = {"temperature": 1.0, "max_tokens": 64}
+
+
+def problems() -> list[Prompt]:
+    """Held-out problems of all families alike."""
+    rows = problems_of(str(SCALE / "data/heldout.jsonl"))
+    return rows[:: len(rows) // PROBLEMS][:PROBLEMS]
+
+
+def serving(options: Mapping[str, str | bool] = MappingProxyType({})) -> Serving:
+    return Serving(str(SCALE / "model"), max_length=1024, options=options)
+
+
+def thoughts(
+    who: Serving,
+    url: str,
+    asked: Sequence[Sequence[Prompt]],
+    plan: tuple[int, ...] = (TRAJECTORIES,),
+    answers: int = 1,
+    given: dict[str, tuple[Round, ...]] | None = None,
+) -> list[Thought]:
+    """What is thought about some problems, the groups one after the other."""
+    found: dict[str, Thought] = {}
+    settings = Settings(who.model, plan)
+
+    def finished(problem: Prompt, thought: Thought | str) -> None:
+        if isinstance(thought, str):
+            raise RuntimeError(f"problem {problem.id} has no answer: {thought}")
+        found[problem.id] = thought
+
+    async def work() -> None:
+        async with who.upstream(url, FIELDS) as upstream:
+            for group in asked:
+                synthesis = Synthesis(SCALE / "pacore.jinja")
+                await generate(group, settings, upstream, synthesis, finished, answers=answers, given=given or {})
+
+    asyncio.run(work())
+    return [found[problem.id] for group in asked for problem in group]
+
+
+def tokens(found: Sequence[Thought]) -> list[float]:
+    return [float(one.tokens) for one in found]
+
+
+@benchmark("inference/parallel")
+def parallel() -> Result:
+    """64 problems x 16 trajectories and their syntheses: all at once, against one problem after another.
+
+    Both sides have 16 trajectories of a problem under way together. max_abs_diff is that of the tokens of a problem: 0
+    where both sides sampled the same, which the last digits of a probability can change.
+    """
+    who, rows = serving(), problems()
+    counted: dict[str, list[float]] = {}
+
+    def side(name: str, url: str) -> float:
+        start = time.perf_counter()
+        counted[name] = tokens(thoughts(who, url, [rows] if name == "ours" else [[row] for row in rows]))
+        return time.perf_counter() - start
+
+    with who.served() as url:
+        side("ours", url)  # warm up
+        ours_s, other_s = interleaved(lambda: side("ours", url), lambda: side("other", url), REPEATS)
+    more = {"goal": "ratio at least 3", "problems": len(rows), "tokens": sum(counted["ours"])}
+    difference = max_abs_diff(counted["ours"], counted["other"])
+    return Result(ours_s, other_s, other_s / ours_s, ceiling=3.0, max_abs_diff=difference, more=more)
+
+
+@benchmark("inference/prefix_cache")
+def prefix_cache() -> Result:
+    """16 trajectories of problems with long prompts: with vLLM's prefix cache against without; `hit_rate` is the share
+    of prompt tokens whose keys and values were there already (at most 15/16 of whole blocks of 128 tokens).
+    """
+    rows = [_long(row) for row in problems() if not row.images][:16]
+    cached, plain = serving(), serving({"no-enable-prefix-caching": True})
+    rates: list[float] = []
+
+    def side(who: Serving, name: str, url: str) -> float:
+        # Every repeat has questions that the cache has not seen.
+        asked = [replace(row, messages=_numbered(row, f"{name} {len(rates)}")) for row in rows]
+        before, start = _cache(url), time.perf_counter()
+        thoughts(who, url, [asked], answers=0)
+        took = time.perf_counter() - start
+        if name == "ours":
+            wanted, hit = (after - was for after, was in zip(_cache(url), before, strict=True))
+            rates.append(hit / wanted)
+        return took
+
+    with cached.served() as ours, plain.served() as other:
+        ours_s, other_s = interleaved(lambda: side(cached, "ours", ours), lambda: side(plain, "other", other), REPEATS)
+    more = {"goal": "hit_rate near 0.94", "hit_rate": fmean(rates), "prompts": len(rows)}
+    return Result(ours_s, other_s, other_s / ours_s, more=more)
+
+
+def _long(row: Prompt) -> Prompt:
+    """The same question after 60 others, as a text of some hundred tokens."""
+    (turn,) = row.messages
+    return replace(row, messages=({**turn, "content": "What is 3 + 4 - 5? " * 60 + str(turn["content"])},))
+
+
+def _numbered(row: Prompt, number: str) -> tuple[dict[str, str], ...]:
+    (turn,) = row.messages
+    return ({"role": "user", "content": f"{number} {turn['content']}"},)
+
+
+def _cache(url: str) -> tuple[float, float]:
+    """Prompt tokens that the prefix cache was asked for, and those it had."""
+    with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as reply:
+        text = reply.read().decode()
+    names = ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")
+    asked, hit = (sum(map(float, re.findall(rf"^{name}\{{[^}}]*\}} (\S+)$", text, re.M))) for name in names)
+    return asked, hit
+
+
+@benchmark("inference/ngram")
+def ngram() -> Result:
+    """Syntheses, which quote their messages: with vLLM's n-gram speculation against without.
+
+    The same trajectories for both, 16 syntheses of each problem at temperature 1. The mean tokens of both sides would
+    differ if speculation did not sample from the model's distribution.
+    """
+    rows = problems()
+    plain, speculating = serving(), serving({"speculative-config": json.dumps(SPECULATION)})
+    counted: dict[str, list[float]] = {}
+
+    def side(who: Serving, name: str, url: str, given: dict[str, tuple[Round, ...]]) -> float:
+        start = time.perf_counter()
+        found = thoughts(who, url, [rows], (), SYNTHESES, given)
+        counted[name] = [float(r.tokens) for one in found for r in one.rounds[-1].replies]
+        return time.perf_counter() - start
+
+    with speculating.served() as ours, plain.served() as other:
+        first = thoughts(plain, other, [rows], answers=0)
+        given = {row.id: one.rounds for row, one in zip(rows, first, strict=True)}
+        for name, who, url in (("ours", speculating, ours), ("other", plain, other)):
+            side(who, name, url, given)  # warm up
+        ours_s, other_s = interleaved(
+            lambda: side(speculating, "ours", ours, given), lambda: side(plain, "other", other, given), REPEATS
+        )
+    more = {"ours_tokens_mean": fmean(counted["ours"]), "other_tokens_mean": fmean(counted["other"])}
+    return Result(ours_s, other_s, other_s / ours_s, more=more)

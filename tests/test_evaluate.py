@@ -1,0 +1,74 @@
+"""The figures of an evaluation, by hand."""
+
+from typing import Any
+
+import pytest
+
+from rl.evaluate import Judged, Report, figure, lines_of, majority_at_k, pacore_at_k, pass_at_k, pass_at_one
+from rl.types import Prompt, Rollout, Scored
+from rollout.thinking import Reply, Round, Thought
+from tests.test_config import config
+
+CONFIG = config()
+
+
+def judged(task: str, attempts: list[tuple[str, float]], answers: list[tuple[str, float]], tokens: int = 10) -> Judged:
+    prompt = Prompt("a", task, ())
+
+    def scored(said: list[tuple[str, float]]) -> list[Scored]:
+        return [Scored(Rollout(prompt, text), reward) for text, reward in said]
+
+    rounds = [Round(tuple(Reply(text, "stop", tokens, 5) for text, _ in said)) for said in (attempts, answers) if said]
+    return Judged(prompt, Thought(tuple(rounds)), scored(attempts), scored(answers))
+
+
+def boxed(value: int) -> str:
+    return rf"<think>hm</think>it is \boxed{{{value}}}"
+
+
+SPLIT = [(boxed(5), 0.0), (boxed(4), 1.0), (boxed(5), 0.0), (boxed(6), 0.0)]
+
+
+def test_pass_at_one_is_the_share_and_pass_at_k_whether_any_is_right() -> None:
+    row = judged("sums", SPLIT, [("4", 1.0), ("5", 0.0)])
+    assert (pass_at_one(row, CONFIG), pass_at_k(row, CONFIG), pacore_at_k(row, CONFIG)) == (0.25, 1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "right"),
+    [
+        (SPLIT, 0.0),
+        ([(boxed(4), 1.0), (boxed(5), 0.0), (r"\boxed{4}", 1.0)], 1.0),  # said in other words
+        ([(boxed(5), 0.0), (boxed(4), 1.0)], 0.0),  # of two alike the first
+        ([("<think>never", 0.0), (boxed(4), 1.0)], 1.0),  # who does not answer has no vote
+        ([("<think>never", 0.0)], 0.0),
+    ],
+)
+def test_the_majority_is_right_if_its_first_voter_is(attempts: list[tuple[str, float]], right: float) -> None:
+    assert majority_at_k(judged("sums", attempts, []), CONFIG) == right
+
+
+def test_the_interval_holds_the_mean_and_shrinks_with_more_rows() -> None:
+    few, many = figure([0.0, 1.0] * 10), figure([0.0, 1.0] * 1000)
+    assert few.mean == many.mean == 0.5
+    assert few.low < many.low < 0.5 < many.high < few.high
+    assert many.high - many.low == pytest.approx(2 * 1.96 * 0.5 / 2000**0.5, rel=0.1)  # as the normal distribution says
+    assert figure([1.0, 1.0]) == figure([1.0]) and figure([1.0]).low == 1.0
+    assert figure([0.0, 1.0, 1.0], seed=3) == figure([0.0, 1.0, 1.0], seed=3)
+
+
+def test_the_table_has_a_line_for_each_task_and_way_and_counts_all_tokens() -> None:
+    rows = [judged("sums", SPLIT, [("4", 1.0), ("4", 1.0)]), judged("boxes", SPLIT, [("5", 0.0)], tokens=20)]
+    found = {(line.task, line.name): line for line in lines_of(rows, CONFIG, ("sere", "majority", "pacore"))}
+    assert list(found)[:4] == [("boxes", n) for n in ("SeRe pass@1", "SeRe pass@4", "majority@4", "PaCoRe@4")]
+    assert [found["sums", name].tokens for name in ("SeRe pass@1", "SeRe pass@4", "PaCoRe@4")] == [10, 40, 50]
+    assert found["all", "PaCoRe@4"].accuracy.mean == 0.5 and found["all", "PaCoRe@4"].tokens == 75
+    assert {line.name for line in lines_of(rows, CONFIG, ("sere",))} == {"SeRe pass@1", "SeRe pass@4"}
+
+
+def test_a_report_is_json(capsys: pytest.CaptureFixture) -> None:
+    report = Report(CONFIG, ("sere",), [judged("sums", SPLIT, [])])
+    told: Any = report.json()
+    assert told["rows"] == 1 and told["results"][0]["accuracy"]["mean"] == 0.25 and told["synthesis"] == {}
+    report.show()
+    assert "0.250" in capsys.readouterr().out
