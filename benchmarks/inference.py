@@ -44,7 +44,7 @@ def thoughts(
 ) -> list[Thought]:
     """What is thought about some problems, the groups one after the other."""
     found: dict[str, Thought] = {}
-    settings = Settings(who.model, plan)
+    settings = Settings(who.model, plan, answers=answers)
 
     def finished(problem: Prompt, thought: Thought | str) -> None:
         if isinstance(thought, str):
@@ -55,7 +55,7 @@ def thoughts(
         async with who.upstream(url, FIELDS) as upstream:
             for group in asked:
                 synthesis = Synthesis(SCALE / "pacore.jinja")
-                await generate(group, settings, upstream, synthesis, finished, answers=answers, given=given or {})
+                await generate(group, settings, upstream, synthesis, finished, given=given or {})
 
     asyncio.run(work())
     return [found[problem.id] for group in asked for problem in group]

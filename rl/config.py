@@ -581,6 +581,9 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
             f"= {curation.difficulty.rollouts} makes no pool of the {needed} that synthesis.least_messages asks for"
         )
         yield OptionError("curate.difficulty.rollouts", problem)
+    if (config.synthesis.online_length or 0) > config.max_sequence_length:
+        problem = f"= {config.synthesis.online_length} is more than max_sequence_length, {config.max_sequence_length}"
+        yield OptionError("synthesis.online_length", problem)
     if config.synthesis.pool == "online" and config.synthesis.online_rollouts < needed:
         problem = f"= {config.synthesis.online_rollouts} is less than synthesis.least_messages, which is {needed}"
         yield OptionError("synthesis.online_rollouts", problem)

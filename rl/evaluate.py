@@ -30,7 +30,20 @@ from rl.recipe_layers import SHIPPED
 from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT, InputError
 from rl.stop import Stop
 from rl.types import Messages, Prompt, Rollout, Scored
-from rollout.generate import Answered, Settings, add_serving, run, seed_name, serving, thought_of
+from rollout.generate import (
+    Answered,
+    Settings,
+    add_serving,
+    digest_of,
+    run,
+    seed_name,
+    serving,
+    settings_of,
+    thought_of,
+)
+from rollout.generate import (
+    lines_of as records_of,
+)
 from rollout.pacore import Synthesis
 from rollout.rows import RowError, read
 from rollout.thinking import Round, Thought, order
@@ -192,23 +205,28 @@ def _main(args: argparse.Namespace) -> int:
     prompts = _rows(config, rewards)
     given = _given(args.trajectories, prompts) if args.trajectories else {}
     template = config.synthesis.template
-    settings = Settings(
-        args.model,
-        () if given else (args.attempts,),
-        config.rollout.temperature,
-        args.seed,
-        template=str(template) if template else None,
+    who = replace(serving(args), options=_options(config) | dict(serving(args).options or {}))
+    settings = settings_of(
+        who,
+        template,
+        trajectories=() if given else (args.attempts,),
+        temperature=config.rollout.temperature,
+        seed=args.seed,
+        answers=args.syntheses if "pacore" in modes else 0,
+        given=str(args.trajectories) if args.trajectories else None,
     )
-    answers = args.syntheses if "pacore" in modes else 0
     with ExitStack() as stack:
         cache = args.cache or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "cache.jsonl"
         answered = Answered(cache, settings)
         stack.callback(answered.close)
-        if answers or not given:
-            run(prompts, settings, serving(args), Synthesis(template), answered, answers=answers, given=given)
-        thoughts = {p.id: _thought(p, answered, given) for p in prompts}
-    rows = judged(config, rewards, prompts, thoughts, settings, synthesised=bool(answers))
-    report = Report(config, modes, rows)
+        if settings.answers or not given:
+            run(prompts, settings, who, Synthesis(template), answered, given=given)
+            failed = answered.left(prompts)
+            thoughts = {p.id: thought_of(answered.records[p.id]) for p in prompts if p not in failed}
+        else:
+            thoughts = {p.id: Thought(given[p.id]) for p in prompts}
+    rows = judged(config, rewards, [p for p in prompts if p.id in thoughts], thoughts, settings)
+    report = Report(config, modes, rows, left_out=len(prompts) - len(rows))
     print(json.dumps(report.json(), indent=2)) if args.json else report.show()
     return DONE
 
@@ -241,19 +259,23 @@ def _rows(config: Config, rewards: RewardRunner) -> list[Prompt]:
     return limited(rows.prompts, data.eval_limit)
 
 
-def _thought(prompt: Prompt, answered: Answered, given: Mapping[str, Sequence[Round]]) -> Thought:
-    if prompt.id in answered.records:
-        return thought_of(answered.records[prompt.id])
-    return Thought(tuple(given[prompt.id]))
+def _options(config: Config) -> dict[str, str | bool]:
+    """How a recipe's policy computes, as arguments of vLLM's server."""
+    template = config.model.chat_template
+    return {"dtype": config.model.dtype, **({"chat-template": str(template)} if template else {})}
 
 
 def _given(path: Path, prompts: Sequence[Prompt]) -> dict[str, tuple[Round, ...]]:
-    """The first rounds that a file holds. Raises InputError if it lacks a row."""
-    try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        rounds = {record["id"]: thought_of(record).rounds[:1] for record in records}
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise InputError(f"{path} holds no trajectories of rollout.generate or rl.evaluate: {error}") from error
+    """The first rounds that a file holds. Raises ValueError if it lacks one of the rows, or is about other problems."""
+    rounds: dict[str, tuple[Round, ...]] = {}
+    problems = {prompt.id: digest_of(prompt) for prompt in prompts}
+    data = path.read_bytes()
+    for record in records_of(path, data[: data.rfind(b"\n") + 1]):
+        if "error" in record or record["id"] not in problems:
+            continue
+        if record["problem"] != problems[record["id"]]:
+            raise InputError(f"{path}: row {record['id']} was another problem when it was asked")
+        rounds[record["id"]] = thought_of(record).rounds[:1]
     if missing := [p.id for p in prompts if p.id not in rounds]:
         raise InputError(f"{path} has no trajectories of row {missing[0]} ({len(missing)} rows are missing)")
     return rounds
@@ -265,40 +287,52 @@ def judged(
     prompts: Sequence[Prompt],
     thoughts: Mapping[str, Thought],
     settings: Settings,
-    *,
-    synthesised: bool,
 ) -> list[Judged]:
-    """Every reply scored. Raises Stop if rewards fail too often."""
-    asked = [
-        Rollout(prompt, reply.text, reply.finish)
-        for prompt in prompts
-        for one in thoughts[prompt.id].rounds
-        for reply in one.replies
-    ]
+    """Every reply scored; without rows that are left with no valid score. Raises Stop if rewards fail too often."""
     with rewards:
-        scored = iter(enough_valid(rewards.score(asked), config.max_invalid_fraction))
+        first = _scored(config, rewards, prompts, thoughts, 0)
+        last = _scored(config, rewards, prompts, thoughts, -1) if settings.answers else {}
     found = []
     for prompt in prompts:
-        thought = thoughts[prompt.id]
-        rounds = [[next(scored) for _ in one.replies] for one in thought.rounds]
-        answers = _with_shown(prompt, thought, rounds, config, settings) if synthesised else []
-        found.append(Judged(prompt, thought, rounds[0], answers))
+        thought, attempts = thoughts[prompt.id], first[prompt.id]
+        answers = _with_shown(prompt, thought, attempts, last[prompt.id], config, settings) if last else []
+        valid = [[s for s in some if s.invalid is None] for some in (attempts, answers)]
+        if valid[0] and (valid[1] or not last):
+            found.append(Judged(prompt, thought, *valid))
+    if not found:
+        raise Stop("not one row was answered and scored, so there is nothing to report", saves=False)
     return found
 
 
+def _scored(
+    config: Config, rewards: RewardRunner, prompts: Sequence[Prompt], thoughts: Mapping[str, Thought], which: int
+) -> dict[str, list[Scored]]:
+    """The replies of every row's round number `which`. Apart from other rounds: rewards may see a row's as a group."""
+    asked = [
+        Rollout(prompt, reply.text, reply.finish)
+        for prompt in prompts
+        for reply in thoughts[prompt.id].rounds[which].replies
+    ]
+    scored = iter(enough_valid(rewards.score(asked), config.max_invalid_fraction))
+    return {p.id: [next(scored) for _ in thoughts[p.id].rounds[which].replies] for p in prompts}
+
+
 def _with_shown(
-    prompt: Prompt, thought: Thought, rounds: Sequence[Sequence[Scored]], config: Config, settings: Settings
+    prompt: Prompt,
+    thought: Thought,
+    attempts: Sequence[Scored],
+    answers: Sequence[Scored],
+    config: Config,
+    settings: Settings,
 ) -> list[Scored]:
     """The scored syntheses, whose prompts say which messages they saw."""
-    *_, before, last = thought.rounds
-    right = [accepted(s, config.accept) for s, r in zip(rounds[-2], before.replies, strict=True) if r.message]
+    before, last = thought.rounds
+    right = [accepted(s, config.accept) for s, r in zip(attempts, before.replies, strict=True) if r.message]
     found = []
-    for number, scored in enumerate(rounds[-1]):
-        seed = f"{seed_name(settings, prompt)}/{len(thought.rounds) - 1}/{number}"
-        places = order(len(before.messages), last.shown, seed)
+    for number, scored in enumerate(answers):
+        places = order(len(before.messages), last.shown, f"{seed_name(settings, prompt)}/1/{number}")
         shown = Messages(tuple(before.messages[n] for n in places), tuple(right[n] for n in places))
-        rollout = replace(scored.rollout, prompt=replace(prompt, shown=shown))
-        found.append(replace(scored, rollout=rollout))
+        found.append(replace(scored, rollout=replace(scored.rollout, prompt=replace(prompt, shown=shown))))
     return found
 
 
@@ -309,6 +343,7 @@ class Report:
     config: Config
     modes: Sequence[str]
     rows: Sequence[Judged]
+    left_out: int = 0  # rows without an answer or a valid score
 
     def synthesis(self) -> dict[str, float]:
         """pacore/* metrics (rl/metrics.py) of the syntheses."""
@@ -317,6 +352,7 @@ class Report:
     def json(self) -> dict[str, Any]:
         return {
             "rows": len(self.rows),
+            "left_out": self.left_out,
             "results": [
                 {
                     "task": line.task,
@@ -340,6 +376,8 @@ class Report:
             table.add_row(line.task, line.name, str(line.accuracy), reward, f"{line.tokens:,.0f}")
         console = Console(width=None if sys.stdout.isatty() else 120)
         console.print(table)
+        if self.left_out:
+            console.print(f"{self.left_out} rows are left out: they have no answer, or no valid score")
         for name, value in self.synthesis().items():
             console.print(f"{name:32} {value:.3f}")
 

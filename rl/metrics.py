@@ -72,6 +72,12 @@ METRICS: tuple[Metric, ...] = (
         "lower",
         "Share of responses cut off at the length limit; if it grows, the model rambles or the limit is too tight.",
     ),
+    Metric(
+        "pacore/prompts",
+        "higher",
+        "Prompts of the iteration that showed messages; fewer than asked for where fresh ones were too few or outside "
+        "the bounds on their accuracy.",
+    ),
     Metric("pacore/messages_mean", "neither", "Messages that a prompt shows, on average."),
     Metric("pacore/message_accuracy", "neither", "Share of the shown messages that are right."),
     Metric(

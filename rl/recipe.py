@@ -83,6 +83,8 @@ def load(
     """
     written = written_layers(Path(recipe) if recipe else None, profile, overrides)
     which = _stage(written, stage)
+    if unused := [name for name in written.ordered[-1].stages if name != which]:
+        raise RecipeError(f"command line: {unused[0]}.* is for the stage {unused[0]}, but this one is {which}")
     ordered = [part for layer in written.ordered for part in layer.for_stage(which)]
     layers = Layers((_stage_layer(which), *ordered), written.main)
     merged = layers.merged()

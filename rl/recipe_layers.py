@@ -58,10 +58,8 @@ class Layers:
     def origin(self, key: str) -> Layer | None:
         """The last layer that gives exactly this key; failing that, the last that has to do with it."""
         later_first = self._in_force(key)[::-1]
-        exact = [layer for layer in later_first if key in layer.flat]
-        valued = [layer for layer in exact if layer.flat[key] != "???"]  # a ??? takes no value away
-        touching = (layer for layer in later_first if layer.touches(key))
-        return next(iter([*valued, *exact]), None) or next(touching, None)
+        exact = (layer for layer in later_first if key in layer.flat)
+        return next(exact, None) or next((layer for layer in later_first if layer.touches(key)), None)
 
     def where(self, key: str) -> str:
         """The file to look in about `key`."""
@@ -76,7 +74,8 @@ class Layers:
         return self.ordered[naming[-1] if naming else 0 :]
 
     def merged(self) -> DictConfig:
-        """OmegaConf's merge, except that saying a task's `use`, or a list, drops what was said of its reward before."""
+        """OmegaConf's merge, except that saying a task's `use`, or a list, drops what was said of its reward before,
+        and a ??? what was said of its option."""
         merged = OmegaConf.create({})
         for layer in self.ordered:
             for key in filter(re.compile(r"rewards\.[^.]+(\.use)?").fullmatch, layer.flat):
@@ -84,6 +83,8 @@ class Layers:
                     rewards.pop(key.split(".")[1], None)
             try:
                 merged.merge_with(layer.values)
+                for key in (key for key, value in layer.flat.items() if value == "???"):  # merging would ignore it
+                    OmegaConf.update(merged, key, "???")
             except (TypeError, OmegaConfBaseException) as error:
                 problem = f"a list stands where others have options, or the reverse: {first_line(error)}"
                 raise RecipeError(f"{layer.where}: {problem}") from None

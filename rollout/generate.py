@@ -6,6 +6,7 @@ where it was broken off, and asks nothing twice. Exit codes are those of rl.run.
 
 import argparse
 import asyncio
+import hashlib
 import json
 import os
 import sys
@@ -36,18 +37,37 @@ BAD_REQUEST = 400
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the answers; every line of OUT has it."""
+    """What decides the answers, but for the problem and how the server computes; every line of OUT has it."""
 
     model: str
     trajectories: tuple[int, ...]  # of each round before the last; () is SeRe
     temperature: float = 1.0
     seed: int = 0
     max_tokens: int | None = None  # of one reply; None: what the context has room for
-    template: str | None = None
+    answers: int = 1  # replies of the last round
+    given: str | None = None  # the file that the first rounds are from
+    wording: str | None = None  # digest of the template that shows messages; None: the default one
+    weights: str | None = None  # of a model folder: what tells it from another in the same place
+    max_length: int | None = None
+    yarn: float | None = None
 
     @property
     def record(self) -> dict[str, Any]:
         return {**vars(self), "trajectories": list(self.trajectories)}
+
+
+def settings_of(who: "Serving", template: Path | None, **others: Any) -> Settings:
+    """Those of a command. Raises OSError for a template that cannot be read."""
+    wording = hashlib.sha256(template.read_bytes()).hexdigest()[:16] if template else None
+    return Settings(
+        who.model, wording=wording, weights=who.weights(), max_length=who.max_length, yarn=who.yarn, **others
+    )
+
+
+def digest_of(problem: Prompt) -> str:
+    """What tells a problem from another with the same id."""
+    content = json.dumps([problem.messages, [picture.digest for picture in problem.images]], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def turns_of(prompt: Prompt) -> Turns:
@@ -77,21 +97,27 @@ async def generate(
     synthesis: Synthesis,
     finished: Callable[[Prompt, Thought | str], None],
     *,
-    answers: int = 1,
     given: Mapping[str, Sequence[Round]] = MappingProxyType({}),
+    under_way: int = 64,
 ) -> None:
-    """Thinks about all problems at once; `ask` has to limit what is under way (rollout.upstream.Upstream does).
+    """Thinks about many problems at once; `ask` has to limit its requests (rollout.upstream.Upstream does).
 
     A problem's synthesis begins when its own trajectories are done, and comes before trajectories that wait.
 
     Args:
         ask: rollout.thinking.Ask.
         finished: told of each problem when it is done: what was thought, or why there is no answer.
-        answers: replies of the last round.
+        under_way: problems that are thought about at a time, whose pictures are in memory.
         given: problem id -> rounds that are there already, in place of those of the settings.
     """
 
+    places = asyncio.Semaphore(under_way)
+
     async def one(problem: Prompt) -> None:
+        async with places:
+            await answer(problem)
+
+    async def answer(problem: Prompt) -> None:
         try:
             thought = await think(
                 turns_of(problem),
@@ -99,7 +125,7 @@ async def generate(
                 ask,
                 synthesis,
                 seed_name(settings, problem),
-                answers=answers,
+                answers=settings.answers,
                 given=given.get(problem.id, ()),
             )
         except TooLong as error:
@@ -126,6 +152,18 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
+def lines_of(path: Path, whole: bytes) -> Iterator[dict[str, Any]]:
+    """The records of OUT's whole lines. Raises ValueError if it is no such file."""
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):  # other ends of lines may be in texts
+        try:
+            record = json.loads(line)
+            if not {"id", "problem", "settings"} <= record.keys():
+                raise ValueError("an OUT file has id, problem and settings in every line")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}:{number} is not a line of this program's; give another OUT file") from error
+        yield record
+
+
 class Answered:
     """OUT.jsonl: what is answered, and room for more.
 
@@ -143,26 +181,30 @@ class Answered:
     def _read(self) -> None:
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]  # a line that was broken off is asked again
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                record = json.loads(line)
-                identity, settings = record["id"], record["settings"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{self.path}:{number} is not a line of this program's; give another OUT file"
-                ) from error
+        for record in lines_of(self.path, whole):
+            identity, settings = record["id"], record["settings"]
             if changed := [key for key, value in self._settings.items() if settings.get(key) != value]:
                 key = changed[0]
                 raise ValueError(
                     f"{self.path} was begun with {key} = {settings.get(key)!r}, not {self._settings[key]!r}; give "
                     "another OUT file for this"
                 )
-            self.records[identity] = record
+            self.records[identity] = record  # the last of a problem's lines counts
         if len(whole) < len(data):
             os.truncate(self.path, len(whole))
 
+    def left(self, problems: Sequence[Prompt]) -> list[Prompt]:
+        """Those without an answer: not asked yet, asked in vain, or not the same problem as when they were asked."""
+        return [problem for problem in problems if not self._has(problem)]
+
+    def _has(self, problem: Prompt) -> bool:
+        record = self.records.get(problem.id)
+        return record is not None and "error" not in record and record["problem"] == digest_of(problem)
+
     def add(self, problem: Prompt, thought: Thought | str) -> None:
-        record = {"id": problem.id, **_record(thought), "settings": self._settings}
+        record = {
+            "id": problem.id, "problem": digest_of(problem), **_record(thought), "settings": self._settings
+        }  # fmt: skip
         self.records[problem.id] = record
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
@@ -222,6 +264,14 @@ class Serving:
     options: Mapping[str, str | bool] | None = None  # further arguments of vLLM's server
     concurrency: int = 256
 
+    def weights(self) -> str | None:
+        """Changes with the files of a model folder; None for a model that is somewhere else."""
+        if self.url is not None or not Path(self.model).is_dir():
+            return None
+        files = [(file.name, file.stat()) for file in sorted(Path(self.model).glob("*.safetensors"))]
+        seen = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
     @contextmanager
     def served(self) -> Iterator[str]:
         """The URL. Raises: ValueError, RuntimeError."""
@@ -260,9 +310,11 @@ def serve_options(
     if max_length is not None and max_length > most:
         raise ValueError(
             f"--max-length {max_length} is more than the {most} positions of {folder}; YaRN extends them, as in "
-            f"--yarn {-(-max_length // most)}"
+            f"--yarn {-(-max_length * (yarn or 1) // most):g}"
         )
     made: dict[str, str | int | float | bool] = {"max-model-len": max_length or most, "generation-config": "vllm"}
+    if (dtype := getattr(getattr(config, "text_config", config), "dtype", None)) is not None:
+        made["dtype"] = str(dtype).removeprefix("torch.")  # as saved; vLLM would turn float32 into something smaller
     if yarn:
         made["hf-overrides"] = json.dumps(overrides(config))
     return {**made, **given}
@@ -295,14 +347,15 @@ def add_serving(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-length", type=int, help="tokens of prompt and response; default: the model's positions")
     p.add_argument("--yarn", type=float, metavar="FACTOR", help="extend the model's positions so many times by YaRN")
     p.add_argument(
-        "--serve", action="append", default=[], metavar="NAME=VALUE", help="further arguments of vLLM's server"
+        "--serve", action="append", default=[], metavar="NAME[=VALUE]", help="further arguments of vLLM's server"
     )
     p.add_argument("--concurrency", type=int, default=256, help="requests under way at a time")
 
 
 def serving(args: argparse.Namespace) -> Serving:
     """Those options. Raises ValueError."""
-    options = dict(one.partition("=")[::2] for one in args.serve)
+    parts = [one.partition("=") for one in args.serve]
+    options = {name: value if sign else True for name, sign, value in parts}
     if args.url and (options or args.yarn or args.max_length):
         raise ValueError("--serve, --yarn and --max-length are for a model that is served here; leave out --url")
     return Serving(
@@ -343,27 +396,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    settings = Settings(
-        args.model,
-        plan_of(args.trajectories) if args.mode == "pacore" else (),
-        args.temperature,
-        args.seed,
-        args.max_tokens,
-        str(args.template) if args.template else None,
-    )
     who, synthesis = serving(args), Synthesis(args.template)
+    settings = settings_of(
+        who,
+        args.template,
+        trajectories=plan_of(args.trajectories) if args.mode == "pacore" else (),
+        temperature=args.temperature,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+    )
     problems = problems_of(args.problems, args.limit)
     answered = Answered(args.out, settings)
     try:
         run(problems, settings, who, synthesis, answered)
     finally:
         answered.close()
-    failed = [r for r in answered.records.values() if "error" in r]
-    tokens = sum(r.get("tokens", 0) for r in answered.records.values())
-    print(f"{args.out}: {len(answered.records) - len(failed)} answers, {tokens:,} tokens sampled")
+    failed = answered.left(problems)
+    tokens = sum(answered.records[problem.id].get("tokens", 0) for problem in problems)
+    print(f"{args.out}: {len(problems) - len(failed)} answers, {tokens:,} tokens sampled")
     if failed:
-        print(f"{len(failed)} without an answer; the first, {failed[0]['id']}: {failed[0]['error']}", file=sys.stderr)
-    return DONE
+        why = answered.records[failed[0].id]["error"]
+        print(f"{len(failed)} without an answer; the first, {failed[0].id}: {why}", file=sys.stderr)
+        print("The same command asks them again", file=sys.stderr)
+    return FAILED if failed else DONE
 
 
 def run(
@@ -373,11 +428,12 @@ def run(
     synthesis: Synthesis,
     answered: Answered,
     *,
-    answers: int = 1,
     given: Mapping[str, Sequence[Round]] = MappingProxyType({}),
 ) -> None:
     """Answers what is not answered yet; see `generate`."""
-    left = [problem for problem in problems if problem.id not in answered.records]
+    left = answered.left(problems)
+    trajectories = max(settings.trajectories, default=settings.answers)
+    under_way = max(2, 2 * who.concurrency // max(1, trajectories))
     if len(left) < len(problems):
         print(f"{len(problems) - len(left)} of {len(problems)} problems are answered already", file=sys.stderr)
     if not left:
@@ -398,7 +454,7 @@ def run(
 
     async def work(url: str) -> None:
         async with who.upstream(url, fields) as upstream:
-            await generate(left, settings, upstream, synthesis, finished, answers=answers, given=given)
+            await generate(left, settings, upstream, synthesis, finished, given=given, under_way=under_way)
 
     with who.served() as url:
         asyncio.run(work(url))

@@ -1,7 +1,7 @@
 """PaCoRe's prompts: a problem together with messages, the final answers of earlier attempts at it.
 
 The serialisation is that of the PaCoRe paper (arXiv 2601.05593): an instruction, the problem, the numbered messages, a
-closing request. The wording is ours; a checkpoint that was trained with another one brings its own template.
+closing request. The wording is ours; a checkpoint that was trained with another one needs that template.
 """
 
 import random

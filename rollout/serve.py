@@ -30,6 +30,7 @@ SIGN_OF_LIFE_S = 10.0  # between comments to a client that waits for a stream's 
 OF_THE_ANSWER = {"stream", "stream_options", "n", "model", "messages", "seed", "logprobs", "top_logprobs"}
 """Fields of a request that are not those of its trajectories, or have a value of their own there."""
 FOR_ONE_REPLY = ("tools", "tool_choice", "functions", "function_call")
+SHUTDOWN_S = 2.0
 BAD_REQUEST, NOT_FOUND, BAD_GATEWAY = 400, 404, 502
 
 
@@ -84,7 +85,7 @@ class Front:
             return _error(BAD_REQUEST, f"the template of messages fails: {error}")
         except Refused as error:  # in the words of the endpoint behind
             return web.Response(status=error.status, text=error.body, content_type="application/json")
-        except (Unreachable, aiohttp.ClientError, OSError) as error:
+        except (Unreachable, aiohttp.ClientError, OSError, ValueError) as error:
             return _error(BAD_GATEWAY, str(error))
 
     def _mode(self, body: Mapping[str, Any]) -> str:
@@ -103,12 +104,21 @@ class Front:
             answer = await self.upstream.complete(body)
             return web.json_response({**answer, "model": body.get("model", self.name)})
         response = _events()
-        async with self.upstream.stream(body) as events:
-            await response.prepare(request)
-            async for line in events:
-                await response.write(line)
+        try:
+            async with self.upstream.stream(body) as events:
+                await response.prepare(request)
+                async for piece in events.iter_any():
+                    await response.write(piece)
+        except aiohttp.ClientError as error:
+            await self._broken(response, error)
         await response.write_eof()
         return response
+
+    async def _broken(self, response: web.StreamResponse, error: Exception) -> None:
+        """Tells a client whose stream has begun; raises `error` if it has not, for an answer with a status."""
+        if not response.prepared:
+            raise error
+        await response.write(_event({"error": {"message": str(error), "type": type(error).__name__}}))
 
     # PaCoRe
 
@@ -143,10 +153,8 @@ class Front:
                 if not response.prepared:
                     await response.prepare(request)
                 await response.write(line)
-        except (Wrong, TooLong, Refused, Unreachable, TemplateError, aiohttp.ClientError) as error:
-            if not response.prepared:
-                raise
-            await response.write(_event({"error": {"message": str(error), "type": type(error).__name__}}))
+        except (TooLong, Refused, Unreachable, TemplateError, aiohttp.ClientError, ValueError) as error:
+            await self._broken(response, error)
         finally:
             exploring.cancel()  # the client may have gone
         await response.write_eof()
@@ -281,7 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def _serve(args: argparse.Namespace, connecting: Any, plan: Sequence[int], synthesis: Synthesis) -> None:
     async with connecting as upstream:
         front = Front(upstream, args.name or args.model, plan, args.mode, synthesis)
-        runner = web.AppRunner(front.app(), handler_cancellation=True)  # a client that goes ends its trajectories
+        # A client that goes ends its trajectories, and so does the end of the server.
+        runner = web.AppRunner(front.app(), handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
         try:
             await web.TCPSite(runner, args.host, args.port).start()

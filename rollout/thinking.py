@@ -7,7 +7,7 @@ STEP3-VL-10B report's plan: 16 chains, then the synthesis. `()` is SeRe.
 
 import asyncio
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,7 +45,7 @@ class Ask(Protocol):
     Raises: TooLong.
     """
 
-    async def __call__(self, turns: Turns, seed: int, urgency: int) -> Reply:
+    def __call__(self, turns: Turns, seed: int, urgency: int) -> Coroutine[Any, Any, Reply]:
         """`urgency`: of several that wait, the one with the highest comes first."""
         ...
 
@@ -134,15 +134,23 @@ async def _round(
     while True:
         orders = [order(len(messages), shown, f"{seed}/{number}/{n}") for n in range(count)]
         prompts = [synthesis.with_messages(turns, [messages[place] for place in one]) for one in orders]
-        asked = [ask(p, seed_of(seed, number, n), number) for n, p in enumerate(prompts)]
-        replies = await asyncio.gather(*asked, return_exceptions=True)
-        failed = [reply for reply in replies if isinstance(reply, BaseException)]
-        if not failed:
-            done = tuple(reply for reply in replies if isinstance(reply, Reply))
-            return Round(done, shown, len(messages) - shown)
-        if not shown or not all(isinstance(one, TooLong) for one in failed):
-            raise next((one for one in failed if not isinstance(one, TooLong)), failed[0])
-        shown = fewer(shown)
+        try:
+            replies = await _all(ask(p, seed_of(seed, number, n), number) for n, p in enumerate(prompts))
+            return Round(tuple(replies), shown, len(messages) - shown)
+        except TooLong:
+            if not shown:
+                raise
+            shown = fewer(shown)
+
+
+async def _all(asked: Iterable[Coroutine[Any, Any, Reply]]) -> list[Reply]:
+    """What all say; the first that fails ends the others, which would be of no use."""
+    tasks = [asyncio.ensure_future(one) for one in asked]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def fewer(shown: int) -> int:

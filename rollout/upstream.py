@@ -5,9 +5,9 @@ import heapq
 import itertools
 import json
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 
@@ -17,6 +17,9 @@ from rollout.thinking import Reply, TooLong, Turns
 RETRY_S = (0.5, 30.0)
 """Seconds before the first retry, and at most before any; doubled each time."""
 NO_ROOM = ("maximum context length", "max_tokens must be at least 1", "longer than the maximum model length")
+CAPS = ("max_tokens", "max_completion_tokens")
+KEEP_ALIVE_S = 4.0  # vLLM closes idle connections after 5
+Answer = TypeVar("Answer")
 WHOLE = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """What samples from the whole distribution, whatever defaults the server found in the model's folder."""
 
@@ -99,7 +102,7 @@ class Upstream:
 
     async def __aenter__(self) -> "Upstream":
         unlimited = aiohttp.ClientTimeout(total=None, sock_connect=30)  # a chain of thought may take an hour
-        connector = aiohttp.TCPConnector(limit=0)  # the slots are the limit
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)  # the slots are the limit
         self._session = aiohttp.ClientSession(timeout=unlimited, connector=connector, headers=self._headers)
         return self
 
@@ -120,37 +123,52 @@ class Upstream:
 
     async def complete(self, body: Mapping[str, Any], urgency: int = 0) -> dict[str, Any]:
         """The endpoint's answer to a chat completion. Raises: TooLong, Refused, Unreachable."""
-        for attempt in itertools.count():
+
+        async def whole() -> dict[str, Any]:
+            answer = await self._post(body)
+            async with answer:
+                return json.loads(await answer.text())
+
+        async with self._slots.one(urgency):
+            return await self._retried(whole)
+
+    @asynccontextmanager
+    async def stream(self, body: Mapping[str, Any], urgency: int = 0) -> AsyncIterator[aiohttp.StreamReader]:
+        """The endpoint's events as they come; until they begin there are retries. Raises: TooLong, Refused,
+        Unreachable, and aiohttp.ClientError if the stream breaks."""
+        async with self._slots.one(urgency):
+            answer = await self._retried(lambda: self._post({**body, "stream": True}))
+            async with answer:
+                yield answer.content
+
+    async def _retried(self, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
+        for number in itertools.count():
             try:
-                async with self._slots.one(urgency), self._post(body) as answer:
-                    return json.loads(await answer.text())
+                return await attempt()
             except (aiohttp.ClientError, TimeoutError, ConnectionError, json.JSONDecodeError) as error:
                 why = f"{type(error).__name__}: {error}"
             except Refused as refused:
                 if refused.status != 429 and refused.status < 500:
                     raise
                 why = str(refused)
-            if attempt >= self.retries:
-                raise Unreachable(f"{self.url} does not answer after {attempt + 1} tries ({why})")
-            await asyncio.sleep(min(RETRY_S[0] * 2**attempt, RETRY_S[1]))
+            if number >= self.retries:
+                raise Unreachable(f"{self.url} does not answer after {number + 1} tries ({why})")
+            await asyncio.sleep(min(RETRY_S[0] * 2**number, RETRY_S[1]))
         raise AssertionError
 
-    @asynccontextmanager
-    async def stream(self, body: Mapping[str, Any], urgency: int = 0) -> AsyncIterator[aiohttp.StreamReader]:
-        """The endpoint's events as they come. Raises: TooLong, Refused, aiohttp.ClientError."""
-        async with self._slots.one(urgency), self._post({**body, "stream": True}) as answer:
-            yield answer.content
-
-    @asynccontextmanager
-    async def _post(self, body: Mapping[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
-        sent = {**body, "model": self.model}
-        async with self.session.post(f"{self.url}/chat/completions", json=sent) as answer:
-            if answer.status != 200:
-                told = await answer.text()
-                if answer.status == 400 and any(words in told for words in NO_ROOM):
-                    raise TooLong(told)
-                raise Refused(self.url, answer.status, told)
-            yield answer
+    async def _post(self, body: Mapping[str, Any]) -> aiohttp.ClientResponse:
+        """The endpoint's answer, not read yet. Raises: TooLong, Refused."""
+        answer = await self.session.post(f"{self.url}/chat/completions", json={**body, "model": self.model})
+        if answer.status == 200:
+            return answer
+        async with answer:
+            told = await answer.text()
+        if answer.status != 400 or not any(words in told for words in NO_ROOM):
+            raise Refused(self.url, answer.status, told)
+        capless = {name: value for name, value in body.items() if name not in CAPS}
+        if len(capless) < len(body):  # prompt and cap together have no room, so what is left is less than the cap
+            return await self._post(capless)
+        raise TooLong(told)
 
 
 def reply_of(answer: Mapping[str, Any]) -> Reply:

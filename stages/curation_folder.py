@@ -26,7 +26,7 @@ MATTER = (
     "rewards",
     "curate",
     "accept",
-    "pacore",
+    "synthesis",
     "seed",
     "max_sequence_length",
     "rollout.temperature",

@@ -45,16 +45,19 @@ class Pacore:
     attempts: Attempts
 
     def episodes(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
-        """Each with messages drawn for this iteration. Raises Stop if the bounds on their accuracy leave no prompt."""
+        """Each with messages drawn for this iteration; without those whose fresh messages are too few or outside the
+        bounds. Raises Stop if none is left."""
         if self.options.pool == "cached":
             return [self._showing(p, f"{iteration}/{place}") for place, p in enumerate(prompts)]
         pooled = self.fresh(prompts, iteration)
-        inside = [p for p in pooled if within(self.options, p.pool_accuracy)]
+        least = self.options.least_messages
+        inside = [p for p in pooled if len(p.messages_pool) >= least and within(self.options, p.pool_accuracy)]
         if not inside:
             raise Stop(
-                f"iteration {iteration}: no prompt's fresh messages are within synthesis.accuracy_over = "
-                f"{self.options.accuracy_over} and synthesis.accuracy_under = {self.options.accuracy_under}; the rows "
-                "are too easy or too hard for the policy by now. Loosen the bounds, or take other rows",
+                f"iteration {iteration}: no prompt has {least} fresh messages whose accuracy is within "
+                f"synthesis.accuracy_over = {self.options.accuracy_over} and synthesis.accuracy_under = "
+                f"{self.options.accuracy_under}: the policy does not come to answers, or the rows are too easy or too "
+                "hard for it by now. Loosen the bounds, give more room, or take other rows",
                 saves=True,
             )
         return [self._fitting(self._showing(p, f"{iteration}/{place}")) for place, p in enumerate(inside)]
@@ -145,6 +148,7 @@ def synthesis_metrics(scored: Sequence[Scored], accept: Accept) -> dict[str, flo
     if not seen:
         return {}
     found = {
+        "prompts": [float(len({s.rollout.prompt.id for s in seen}))],
         "messages_mean": [float(len(_texts(s.rollout))) for s in seen],
         "accuracy": [float(accepted(s, accept)) for s in seen],
         "repeats_majority": [float(repeats_majority(s.rollout)) for s in seen],

@@ -15,7 +15,7 @@ from rewards.runner import RewardRunner
 from rl.config import Config, Endpoint, Reward, Source, Synthesis
 from rl.disk import readable
 from rl.model import checkpoint
-from rl.model.config import positions
+from rl.model.config import positions, trained_positions
 from rl.tracking import check_trackers
 from rl.types import Prompt
 from rollout.chat import Chat
@@ -174,11 +174,11 @@ def reward_runner(config: Config, also: Mapping[str, Sequence[Reward]] = Mapping
 
 def _check_positions(config: Config, model: PretrainedConfig) -> None:
     """Whether the decoder has a position for every token of a sequence."""
-    most, asked = positions(model), config.max_sequence_length
+    most, trained, asked = positions(model), trained_positions(model), config.max_sequence_length
     if asked > most:
         raise ValueError(
             f"max_sequence_length = {asked} is more than the {most} positions of {config.model.path}; lower it, or "
-            f"extend them with model.yarn: {math.ceil(asked / most * (config.model.yarn or 1))}"
+            f"extend them with model.yarn: {math.ceil(asked / trained)}"
         )
 
 
@@ -238,6 +238,8 @@ def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: Reward
     """
     cached = config.stage == "pacore" and config.synthesis.pool == "cached"
     most = config.synthesis.most_messages
+    online = config.stage == "pacore" and config.synthesis.pool == "online"
+    fresh = config.synthesis.online_length if online else None
 
     def problem(prompt: Prompt) -> str | None:
         if pools and cached and (short := _short_pool(prompt, config.synthesis)):
@@ -249,6 +251,8 @@ def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: Reward
             )
         except ValueError as error:
             return str(error)
+        if fresh and (own := chat.length(prompt)) >= fresh:
+            return f"its {own} tokens leave no room for an attempt in synthesis.online_length {fresh}"
         if tokens >= config.max_sequence_length:
             seen = f"pictures and {most} messages" if shows else "pictures"
             return (

@@ -135,6 +135,33 @@ def test_trajectories_must_be_those_of_the_rows(answered: Path, capsys: pytest.C
     assert "has no trajectories of row heldout-pointing-001 (1016 rows are missing)" in capsys.readouterr().err
 
 
+def test_a_cache_is_for_the_same_number_of_syntheses_of_the_same_trajectories(
+    answered: Path, problems: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    cache = tmp_path / "cache.jsonl"
+    asked = ["--model", str(MODEL), "--url", url, "--data", str(problems), "--profile", "cpu", "--cache", str(cache)]
+    with judge_server(lambda request: Reply("[0.5, 0.5]")) as server:
+        scripted = [one if one != url else server.url for one in asked]
+        assert evaluate.main([*scripted, "--trajectories", str(answered)]) == 0
+        assert evaluate.main([*scripted, "--trajectories", str(answered), "--syntheses", "2"]) == evaluate.WRONG_INPUT
+        assert "was begun with answers = 1, not 2" in capsys.readouterr().err
+        assert evaluate.main([*scripted, "--attempts", "2"]) == evaluate.WRONG_INPUT
+        assert "was begun with trajectories = [], not [2]" in capsys.readouterr().err
+
+
+def test_rows_without_an_answer_are_left_out_and_counted(
+    problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def script(request: dict[str, Any]) -> Reply:
+        return Reply("no", status=400) if "How many" in text_of(request) else Reply("[0.5, 0.5]")
+
+    with judge_server(script) as server:
+        asked = ["--model", "m", "--url", server.url, "--data", str(problems), "--profile", "cpu", "--attempts", "2"]
+        assert evaluate.main([*asked, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["rows"], report["left_out"]) == (6, 2)
+
+
 def test_an_unknown_mode_is_refused(capsys: pytest.CaptureFixture) -> None:
     assert evaluate.main(["--model", "m", "--data", "x.jsonl", "--modes", "best"]) == evaluate.WRONG_INPUT
     assert "--modes: 'best' is none of sere, majority, pacore" in capsys.readouterr().err
@@ -189,10 +216,23 @@ def test_a_problem_without_room_is_told_and_the_others_are_answered(
         return Reply("<think>hm</think>4")
 
     code, out = scripted(tmp_path, script)
-    assert code == generate.DONE
+    assert code == generate.FAILED
     failed, found = sorted(records(out), key=lambda record: record["id"])
     assert "leaves no room for a response" in failed["error"] and found["answer"] == "4"
     assert "1 without an answer; the first, 0" in capsys.readouterr().err
+    code, _ = scripted(tmp_path, [Reply("5")])  # when there is room the same command asks it again, and nothing else
+    assert code == generate.DONE
+    assert {r["id"]: r["answer"] for r in records(out) if "error" not in r} == {"0": "5", "1": "4"}
+
+
+def test_another_problem_under_the_same_id_is_asked_anew(tmp_path: Path) -> None:
+    code, out = scripted(tmp_path, [Reply("4")], rows=1)
+    assert code == generate.DONE
+    data = tmp_path / "rows.jsonl"
+    data.write_text(data.read_text().replace("problem 0", "another one"))
+    with judge_server([Reply("6")]) as server:
+        assert generate.main(["--model", "m", "--url", server.url, str(data), str(out)]) == generate.DONE
+    assert [r["answer"] for r in records(out)] == ["4", "6"]
 
 
 def test_an_endpoint_that_refuses_the_model_ends_the_command_and_keeps_what_is_there(

@@ -158,7 +158,7 @@ def test_online_prompts_outside_the_bounds_are_left_out_of_the_iteration() -> No
 
 
 def test_an_iteration_without_any_prompt_stops_the_run_with_advice() -> None:
-    with pytest.raises(Stop, match=r"iteration 7: no prompt's fresh messages .* Loosen the bounds"):
+    with pytest.raises(Stop, match=r"iteration 7: no prompt has 1 fresh messages .* Loosen the bounds"):
         online("wrong", "wrong", accuracy_over=0.0).episodes([ROW], 7)
 
 
@@ -168,9 +168,13 @@ def test_fresh_messages_that_leave_no_room_are_not_shown() -> None:
     assert len(prompt.shown.texts) > 0
 
 
-def test_attempts_that_never_answer_leave_the_plain_problem() -> None:
-    (prompt,) = online("<think>", "<think>").episodes([ROW], 1)
-    assert (prompt.shown, prompt.pool_accuracy) == (None, None)
+def test_prompts_with_too_few_fresh_messages_are_left_out_and_evaluated_plainly() -> None:
+    def made(prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
+        return [Scored(Rollout(p, "4" if p.id == "b" else "<think>"), 1.0) for p in prompts for _ in range(per_prompt)]
+
+    several = stage(made, pool="online")
+    assert [prompt.id for prompt in several.episodes([ROW, replace(ROW, id="b")], 1)] == ["b"]
+    assert several.held_out([ROW])[0].shown is None
 
 
 def test_a_message_that_spells_a_control_token_is_none() -> None:
@@ -205,6 +209,7 @@ def test_emergent_correctness_is_the_accuracy_where_every_message_is_wrong() -> 
     assert found["pacore/messages_mean"] == pytest.approx(12 / 5)
     assert found["pacore/message_accuracy"] == pytest.approx((0 + 0 + 1 / 3 + 2 / 3 + 1 / 2) / 5)
     assert found["pacore/repeats_majority"] == pytest.approx(1 / 5)
+    assert found["pacore/prompts"] == 1
     assert all(describe(name) for name in found)
 
 

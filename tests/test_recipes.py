@@ -46,8 +46,8 @@ def refusal(text: str = "", *overrides: str, profile: str | None = None) -> str:
 @pytest.mark.parametrize("recipe", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("profile", [None, *sorted(path.stem for path in SHIPPED.glob("profiles/*.yaml"))])
 def test_every_shipped_recipe_loads(recipe: Path, profile: str | None):
-    resolved = load(recipe, profile=profile, overrides=[] if profile else [ROWS])
-    assert resolved.config.stage == "rlvr"
+    resolved = load(recipe, profile=profile, overrides=[] if profile else [ROWS, "model.path=owner/name"])
+    assert resolved.config.stage == ("pacore" if recipe.stem == "pacore" else "rlvr")
 
 
 def test_the_rlvr_recipe_repeats_the_defaults_and_changes_none():
@@ -163,9 +163,23 @@ def test_values_may_refer_to_each_other_and_to_the_environment(monkeypatch: pyte
     assert refusal("seed: ${nope}").startswith("mine.yaml: seed cannot be resolved: Interpolation key 'nope'")
 
 
-def test_a_mandatory_mark_takes_no_value_away():
-    resolved = mine("iterations: 3", "iterations=???")
-    assert (resolved.config.iterations, resolved.provenance["iterations"]) == (3, "mine.yaml")
+def test_a_mandatory_mark_takes_the_value_of_the_layers_before_it_away():
+    with pytest.raises(MissingOption, match="iterations is \\?\\?\\?, which only you can fill in"):
+        mine("iterations: 3", "iterations=???")
+    assert mine("iterations: ???", "iterations=3").config.iterations == 3
+    with pytest.raises(MissingOption, match=r"pacore.yaml: model.path is \?\?\?.* the policy that RLVR and RLHF"):
+        load(SHIPPED / "pacore.yaml", overrides=[ROWS])
+
+
+def test_a_section_named_after_a_stage_is_for_that_stage_only():
+    assert load(SHIPPED / "rlvr.yaml", profile="cpu").config.max_sequence_length == 128
+    small = load(SHIPPED / "pacore.yaml", profile="cpu", overrides=["pacore.iterations=7", "iterations=9"])
+    assert (small.config.max_sequence_length, small.config.iterations) == (1024, 7)
+    assert small.provenance["max_sequence_length"] == "profile cpu, pacore"
+    with pytest.raises(RecipeError, match=r"pacore\.\* is for the stage pacore, but this one is rlvr"):
+        load(SHIPPED / "rlvr.yaml", profile="cpu", overrides=["pacore.iterations=7"])
+    assert "pacore holds the options of that stage" in refusal("pacore: 5")
+    assert "pacore.stage cannot be" in refusal("pacore: {stage: rlvr}")
 
 
 def test_without_a_recipe_the_command_line_says_everything():

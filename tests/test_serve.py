@@ -203,6 +203,31 @@ def test_messages_that_have_no_room_are_left_out() -> None:
     run(scenario)
 
 
+def test_a_cap_on_tokens_does_not_cost_messages() -> None:
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        behind.fail = lambda body: (
+            web.json_response({"error": {"message": LONG}}, status=400) if body.get("max_tokens", 0) > 50 else None
+        )
+        found = await client.chat.completions.create(model="step", messages=ASK, max_tokens=60)
+        assert found.model_extra is not None and found.model_extra["pacore"]["messages_shown"] == 4
+
+    run(scenario)
+
+
+def test_a_stream_is_retried_until_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream_module, "RETRY_S", (0.01, 0.02))
+
+    async def scenario() -> None:
+        behind, failures = Behind(), iter(range(100))
+        behind.fail = lambda body: web.Response(status=503) if body.get("stream") and next(failures) < 2 else None
+        async with served(behind, retries=2) as client:
+            stream = await client.chat.completions.create(model="step", messages=ASK, stream=True)
+            pieces = [choice.delta.content or "" async for chunk in stream for choice in chunk.choices]
+        assert "".join(pieces) == "4" and len([b for b in behind.bodies if not b.get("stream")]) == 4
+
+    asyncio.run(scenario())
+
+
 def test_models_are_listed_with_their_modes() -> None:
     async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
         assert [model.id async for model in client.models.list()] == ["step", "step:sere", "step:pacore"]

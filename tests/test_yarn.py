@@ -87,3 +87,10 @@ def test_a_vision_language_models_decoder_is_extended(tmp_path: Path) -> None:
     assert (positions(plain), positions(made)) == (2048, 4096)
     assert overrides(made)["text_config"]["rope_parameters"]["factor"] == 2.0
     assert overrides(made)["text_config"]["max_position_embeddings"] == 4096
+
+
+def test_positions_that_are_extended_another_way_are_left_alone(tmp_path: Path) -> None:
+    model = tiny.make_text_model(tmp_path, tied=False)
+    model.config.rope_parameters = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}
+    with pytest.raises(ValueError, match="its positions are extended by llama3 already"):
+        with_yarn(model.config, 2.0)

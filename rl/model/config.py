@@ -167,7 +167,9 @@ def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfi
         return config
     text = getattr(config, "text_config", config)
     rope = dict(text.rope_parameters)
-    trained = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+    if (kind := rope.get("rope_type", "default")) not in ("default", "yarn"):
+        raise ValueError(f"its positions are extended by {kind} already, which YaRN cannot be put on top of")
+    trained = trained_positions(config)
     text.rope_parameters = {
         "rope_theta": rope["rope_theta"],
         "rope_type": "yarn",
@@ -180,6 +182,12 @@ def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfi
     }
     text.max_position_embeddings = int(trained * factor)
     return config
+
+
+def trained_positions(config: PretrainedConfig) -> int:
+    """Those before any extension by YaRN."""
+    text = getattr(config, "text_config", config)
+    return (text.rope_parameters or {}).get("original_max_position_embeddings") or text.max_position_embeddings
 
 
 def positions(config: PretrainedConfig) -> int:
