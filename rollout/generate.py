@@ -23,6 +23,7 @@ from jinja2 import TemplateError
 from rl.config import Source
 from rl.model import checkpoint
 from rl.model.config import overrides, positions
+from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT
 from rl.types import Prompt
 from rollout.pacore import Synthesis
 from rollout.rows import RowError, read
@@ -30,7 +31,6 @@ from rollout.server import Server
 from rollout.thinking import Reply, Round, Thought, TooLong, Turns, plan_of, think
 from rollout.upstream import Refused, Upstream
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 REPORT_S = 10.0  # between two lines on how far it is
 BAD_REQUEST = 400
 

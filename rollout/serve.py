@@ -20,7 +20,8 @@ import aiohttp
 from aiohttp import web
 from jinja2 import TemplateError
 
-from rollout.generate import DONE, FAILED, INTERRUPTED, WRONG_INPUT, add_serving, serving
+from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT
+from rollout.generate import add_serving, serving
 from rollout.pacore import Synthesis
 from rollout.thinking import Reply, Round, TooLong, Turns, explore, fewer, order, plan_of
 from rollout.upstream import WHOLE, Refused, Unreachable, Upstream, reply_of
