@@ -144,7 +144,7 @@ class Pool:
         if room < 1:
             raise ValueError(
                 f"row {prompt.id} has {self.chat.length(prompt)} tokens with its pictures and messages, which leaves "
-                f"no room for a response in {longest}"
+                f"no room for a response in a sequence of {longest}"
             )
         return room
 

@@ -11,9 +11,9 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         who, plan, synthesis = serving(args), plan_of(args.trajectories), Synthesis(args.template)
-        with who.served() as url, suppress(KeyboardInterrupt):
+        with who.served() as url:
             asyncio.run(_serve(args, who.upstream(url, {}), plan, synthesis))
         return DONE
     except (ValueError, FileNotFoundError) as error:
@@ -291,12 +291,15 @@ async def _serve(args: argparse.Namespace, connecting: Any, plan: Sequence[int],
     async with connecting as upstream:
         front = Front(upstream, args.name or args.model, plan, args.mode, synthesis)
         # A client that goes ends its trajectories, and so does the end of the server.
+        stopped = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell starts it in the background
+            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
         runner = web.AppRunner(front.app(), handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
         try:
             await web.TCPSite(runner, args.host, args.port).start()
             print(f"http://{args.host}:{args.port}/v1 serves {front.name}, {front.name}:sere and {front.name}:pacore")
-            await asyncio.Event().wait()
+            await stopped.wait()
         finally:
             await runner.cleanup()
 

@@ -138,7 +138,7 @@ def lines(plan: Plan, benchmarks: Benchmarks | None) -> list[str]:
     said = {
         "decontamination": f"against {benchmarks.rows if benchmarks else 0} benchmark rows, exactly and by "
         f"{c.decontamination.ngram} words and signs",
-        "checkability": f"{c.checkability.passes} passes of {c.checkability.endpoint}, all have to agree",
+        "checkability": f"{c.checkability.passes} pass(es) of {c.checkability.endpoint}, all have to agree",
         "relevance": f"{c.relevance.endpoint} grades at least {c.relevance.at_least:g}",
         "difficulty": f"{c.difficulty.rollouts} responses of {plan.model}, some accepted and not all",
         "synthesis": f"{c.synthesis.rollouts} responses with {plan.config.synthesis.least_messages} to "

@@ -121,7 +121,7 @@ def test_loaded_weights_reach_every_engine_and_mark_the_rollouts() -> None:
 
 def test_a_prompt_that_fills_the_sequence_is_refused_by_name() -> None:
     made, _ = pool(1, length=1)
-    with pytest.raises(ValueError, match=r"row 0 has 1 tokens .* max_sequence_length 1"):
+    with pytest.raises(ValueError, match=r"row 0 has 1 tokens .* no room for a response in a sequence of 1"):
         made.sample(PROMPTS[:1], 1, iteration=1)
 
 

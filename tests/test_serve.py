@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -283,7 +285,7 @@ def test_an_endpoint_that_stays_away_is_told_as_that_and_a_hiccup_is_ridden_out(
     asyncio.run(scenario())
 
 
-def test_the_command_serves_until_it_is_interrupted() -> None:
+def test_the_command_serves_until_it_is_told_to_end() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -293,7 +295,7 @@ def test_the_command_serves_until_it_is_interrupted() -> None:
         wait_for(lambda: _listens(port), command)
         found = client.chat.completions.create(model="step:sere", messages=ASK)
         assert found.choices[0].message.content == "<think>a</think>four"
-        command.interrupt()
+        os.killpg(command.process.pid, signal.SIGTERM)
         code, out, err = command.finish(30)
     assert (code, err) == (0, "") and f"http://127.0.0.1:{port}/v1 serves step, step:sere and step:pacore" in out
 
