@@ -14,8 +14,9 @@ from types import MappingProxyType
 
 from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
 from rl.types import Prompt
-from rollout.generate import Serving, Settings, generate, problems_of
+from rollout.generate import Settings, generate, problems_of
 from rollout.pacore import Synthesis
+from rollout.serving import Serving
 from rollout.thinking import Round, Thought
 
 SCALE = Path(__file__).parent.parent / "recipes/scale"

@@ -33,11 +33,9 @@ from rl.types import Messages, Prompt, Rollout, Scored
 from rollout.generate import (
     Answered,
     Settings,
-    add_serving,
     digest_of,
     run,
     seed_name,
-    serving,
     settings_of,
     thought_of,
 )
@@ -46,6 +44,7 @@ from rollout.generate import (
 )
 from rollout.pacore import Synthesis
 from rollout.rows import RowError, read
+from rollout.serving import add_serving, serving
 from rollout.thinking import Round, Thought, order
 from stages.loop import enough_valid
 from stages.pacore import accepted, synthesis_metrics

@@ -11,8 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,15 +20,13 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rl.config import Source
-from rl.model import checkpoint
-from rl.model.config import overrides, positions
 from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT
 from rl.types import Prompt
 from rollout.pacore import Synthesis
 from rollout.rows import RowError, read
-from rollout.server import Server
+from rollout.serving import Serving, add_serving, serving
 from rollout.thinking import Reply, Round, Thought, TooLong, Turns, plan_of, think
-from rollout.upstream import Refused, Upstream
+from rollout.upstream import Refused
 
 REPORT_S = 10.0  # between two lines on how far it is
 BAD_REQUEST = 400
@@ -56,7 +53,7 @@ class Settings:
         return {**vars(self), "trajectories": list(self.trajectories)}
 
 
-def settings_of(who: "Serving", template: Path | None, **others: Any) -> Settings:
+def settings_of(who: Serving, template: Path | None, **others: Any) -> Settings:
     """Those of a command. Raises OSError for a template that cannot be read."""
     wording = hashlib.sha256(template.read_bytes()).hexdigest()[:16] if template else None
     return Settings(
@@ -250,76 +247,6 @@ def problems_of(path: str, limit: int | None = None) -> list[Prompt]:
     return list(rows.prompts)
 
 
-@dataclass(frozen=True)
-class Serving:
-    """Who answers: an endpoint, or a model that is served for as long as it is needed."""
-
-    model: str
-    url: str | None = None
-    name: str | None = None  # the model's name at the endpoint
-    key_env: str | None = None
-    device: str = "cpu"
-    max_length: int | None = None  # tokens of prompt and response together
-    yarn: float | None = None
-    options: Mapping[str, str | bool] | None = None  # further arguments of vLLM's server
-    concurrency: int = 256
-
-    def weights(self) -> str | None:
-        """Changes with the files of a model folder; None for a model that is somewhere else."""
-        if self.url is not None or not Path(self.model).is_dir():
-            return None
-        files = [(file.name, file.stat()) for file in sorted(Path(self.model).glob("*.safetensors"))]
-        seen = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
-
-    @contextmanager
-    def served(self) -> Iterator[str]:
-        """The URL. Raises: ValueError, RuntimeError."""
-        if self.url is not None:
-            yield self.url
-            return
-        folder = checkpoint.local_folder(self.model)
-        server = Server(
-            str(folder),
-            host="127.0.0.1",
-            device="cuda" if self.device == "cuda" else "cpu",
-            options=serve_options(folder, self.max_length, self.yarn, self.options or {}),
-            threads=os.cpu_count() or 1,
-        )
-        try:
-            yield server.url()
-        finally:
-            server.close()
-
-    @asynccontextmanager
-    async def upstream(self, url: str, fields: Mapping[str, Any]) -> AsyncIterator[Upstream]:
-        name = self.name or (self.model if self.url else str(checkpoint.local_folder(self.model)))
-        async with Upstream(url, name, slots=self.concurrency, fields=fields, key_env=self.key_env) as upstream:
-            yield upstream
-
-
-def serve_options(
-    folder: Path, max_length: int | None, yarn: float | None, given: Mapping[str, str | bool]
-) -> dict[str, str | int | float | bool]:
-    """Arguments of vLLM's server for a model that thinks.
-
-    Raises: ValueError if sequences of `max_length` have more positions than the model was trained with.
-    """
-    config = checkpoint.read_config(folder, yarn=yarn)
-    most = positions(config)
-    if max_length is not None and max_length > most:
-        raise ValueError(
-            f"--max-length {max_length} is more than the {most} positions of {folder}; YaRN extends them, as in "
-            f"--yarn {-(-max_length * (yarn or 1) // most):g}"
-        )
-    made: dict[str, str | int | float | bool] = {"max-model-len": max_length or most, "generation-config": "vllm"}
-    if (dtype := getattr(getattr(config, "text_config", config), "dtype", None)) is not None:
-        made["dtype"] = str(dtype).removeprefix("torch.")  # as saved; vLLM would turn float32 into something smaller
-    if yarn:
-        made["hf-overrides"] = json.dumps(overrides(config))
-    return {**made, **given}
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line of the contract."""
     p = argparse.ArgumentParser(
@@ -337,46 +264,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, help="only the first so many problems")
     add_serving(p)
     return p
-
-
-def add_serving(p: argparse.ArgumentParser) -> None:
-    """Options on who answers."""
-    p.add_argument("--url", help="endpoint that serves the model, such as http://host:8000/v1; default: serve it here")
-    p.add_argument("--key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to serve it")
-    p.add_argument("--max-length", type=int, help="tokens of prompt and response; default: the model's positions")
-    p.add_argument("--yarn", type=float, metavar="FACTOR", help="extend the model's positions so many times by YaRN")
-    p.add_argument(
-        "--serve", action="append", default=[], metavar="NAME[=VALUE]", help="further arguments of vLLM's server"
-    )
-    p.add_argument("--concurrency", type=int, default=256, help="requests under way at a time")
-
-
-def serving(args: argparse.Namespace) -> Serving:
-    """Those options. Raises ValueError."""
-    parts = [one.partition("=") for one in args.serve]
-    options = {name: value if sign else True for name, sign, value in parts}
-    if args.url and (options or args.yarn or args.max_length):
-        raise ValueError("--serve, --yarn and --max-length are for a model that is served here; leave out --url")
-    return Serving(
-        args.model,
-        url=args.url,
-        key_env=args.key_env,
-        device=device_of(args.device),
-        max_length=args.max_length,
-        yarn=args.yarn,
-        options=options,
-        concurrency=args.concurrency,
-    )
-
-
-def device_of(asked: str) -> str:
-    """`auto` is a GPU if there is one."""
-    if asked != "auto":
-        return asked
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

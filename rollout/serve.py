@@ -21,8 +21,8 @@ from aiohttp import web
 from jinja2 import TemplateError
 
 from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT
-from rollout.generate import add_serving, serving
 from rollout.pacore import Synthesis
+from rollout.serving import add_serving, serving
 from rollout.thinking import Reply, Round, TooLong, Turns, explore, fewer, order, plan_of
 from rollout.upstream import WHOLE, Refused, Unreachable, Upstream, reply_of
 
@@ -216,12 +216,17 @@ def _check_pacore(body: Mapping[str, Any]) -> None:
         raise Wrong(BAD_REQUEST, "the last turn must be the user's: PaCoRe shows messages together with the problem")
     content = last.get("content")
     parts = content if isinstance(content, list) else []
-    if not isinstance(content, str) and not (parts and all(isinstance(p, dict) and "type" in p for p in parts)):
+    if not isinstance(content, str) and not (parts and all(map(_is_part, parts))):
         raise Wrong(BAD_REQUEST, "the last turn's content must be a text, or a list of parts that have a type")
     if body.get("n", 1) != 1:
         raise Wrong(BAD_REQUEST, f"n = {body['n']}: PaCoRe gives one answer; set n to 1")
     if used := [name for name in FOR_ONE_REPLY if body.get(name)]:
         raise Wrong(BAD_REQUEST, f"{used[0]} is not for PaCoRe, whose trajectories answer at once; use the mode sere")
+
+
+def _is_part(part: Any) -> bool:
+    """Of a turn's content; one of type text has to have it."""
+    return isinstance(part, dict) and "type" in part and (part["type"] != "text" or isinstance(part.get("text"), str))
 
 
 def _seed(body: Mapping[str, Any]) -> str:

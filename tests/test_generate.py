@@ -13,9 +13,10 @@ from openai import AsyncOpenAI
 from rl import evaluate
 from rollout import generate
 from rollout import upstream as upstream_module
-from rollout.generate import Answered, Serving, Settings, serve_options
+from rollout.generate import Answered, Settings
 from rollout.pacore import Synthesis
 from rollout.serve import Front
+from rollout.serving import Serving, serve_options
 from rollout.upstream import Upstream
 from tests.command import ROOT
 from tests.judge_server import Reply, judge_server, text_of

@@ -246,6 +246,7 @@ def test_models_are_listed_with_their_modes() -> None:
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "use the mode sere"),
         ({"messages": [*ASK, {"role": "assistant", "content": "4"}]}, "the last turn must be the user's"),
         ({"messages": [{"role": "user", "content": 4}]}, "content must be a text, or a list of parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content must be a text, or a list of parts"),
         ({"messages": []}, "messages must be a list of turns that is not empty"),
     ],
 )
