@@ -130,7 +130,7 @@ def test_with_a_served_judge_and_a_kill_every_row_goes_through_all_filters_once(
     answers = out / "answers/00000-difficulty.jsonl"
     wait_for(lambda: answers.exists() and answers.stat().st_size > 1000, command)
     command.kill()
-    assert command.left_behind(60) == []
+    assert command.left_behind(patience=90) == []  # Ray's own agents may need a minute to notice
     before = len(answers.read_text().splitlines()) - 1  # the last line may be cut
     code, _, err = run(*CPU, "--out", out, *options)
     assert code == 0, err
