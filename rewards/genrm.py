@@ -1,6 +1,7 @@
 """How a judge prefers the answer to a teacher's reference, compared in both orders."""
 
 import math
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -38,7 +39,8 @@ class GenRM:
     """A generative reward model: it compares answer and reference, gives reasons, then grades both from 0 to 10.
 
     Two comparisons are asked for, with the answer first and with the reference first, and each side's grades are
-    averaged, so that a judge's liking for the first (or second) place cancels out. With s the averaged grades:
+    averaged, so that a judge's liking for the first (or second) place cancels out. With s the averaged grades, that of
+    the answer less what `length_control` takes:
 
         bradley_terry   1 / (1 + exp(-(s_answer - s_reference) / scale))     the chance that the answer wins
         linear          1/2 + (s_answer - s_reference) / 20
@@ -48,11 +50,13 @@ class GenRM:
     temperature  the judge samples at
     max_tokens   of one comparison, a reasoning judge's thinking included
     max_chars    of answer and of reference that are shown: their beginning and, mostly, their end
+    template     a Jinja file in place of rewards/prompts/genrm.jinja, which lists the variables
+    length_control  grades that an answer loses for each doubling of its length over the reference's; 0 ignores length
 
     An empty answer, and one that the judge compares with nothing though it compares a harmless one, scores 0.0. A row
     without reference is Invalid. The report has pairwise comparison with a teacher's response, reasons and a
-    fine-grained score; grades, criteria, both orders and the scale are reconstructions. The win probability follows
-    Step 3.5 Flash (Bradley and Terry 1952).
+    fine-grained score; grades, criteria, both orders and the scale are reconstructions. The win probability (Bradley
+    and Terry 1952), and that length can cost confidence, follow Step 3.5 Flash.
     """
 
     def __init__(
@@ -63,13 +67,16 @@ class GenRM:
         temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0,
         max_tokens: MaxTokens = 4096,
         max_chars: MaxChars = 16_000,
+        template: str | None = None,
+        length_control: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
     ):
         if rule == "linear" and scale is not None:
             raise ValueError(f"genrm: scale is {scale:g}, but rule: linear has none; leave it out")
         self.rule, self.scale, self.max_chars = rule, scale or SCALE, max_chars
+        self.length_control = length_control
         self.judge = Judge(
             endpoint,
-            "genrm.jinja",
+            Path(template).absolute() if template else "genrm.jinja",
             Comparison,
             max_tokens=max_tokens,
             max_chars=max_chars,
@@ -86,6 +93,7 @@ class GenRM:
             raise Invalid(f"row {row.id} has no reference to compare with")
         if empty(rollout.answer):
             return Score(0.0, {"why": "an empty answer"})
+        doublings = over_length(rollout.answer, reference)
         asked, reference = question(row), cut(reference, self.max_chars)
         try:
             first, second = await together(
@@ -94,21 +102,27 @@ class GenRM:
             )
         except Unjudgeable as e:
             return Score(0.0, {"why": str(e)})
-        return self._score(first, second)
+        return self._score(first, second, doublings)
 
-    def _score(self, first: Comparison, second: Comparison) -> Score:
+    def _score(self, first: Comparison, second: Comparison, doublings: float) -> Score:
         """From the comparison with the answer as A and the one with it as B."""
         answer = (first.grade_a + second.grade_b) / 2
         reference = (first.grade_b + second.grade_a) / 2
         agreed = _sign(first.grade_a - first.grade_b) == _sign(second.grade_b - second.grade_a)
         reasons = [first.reasoning[:REASON_CHARS], second.reasoning[:REASON_CHARS]]
         details = {"answer": answer, "reference": reference, "orders_agree": agreed, "reasons": reasons}
-        return Score(self._value(answer - reference), details)
+        kept = max(0.0, answer - self.length_control * doublings)
+        return Score(self._value(kept - reference), details)
 
     def _value(self, lead: float) -> float:
         if self.rule == "linear":
             return 0.5 + lead / (2 * BEST)
         return 0.5 + 0.5 * math.tanh(lead / self.scale / 2)  # the logistic function, for any scale without overflow
+
+
+def over_length(answer: str, reference: str) -> float:
+    """How many times an answer's length (characters) has doubled from the reference's; 0 for a shorter one."""
+    return max(0.0, math.log2(len(answer.strip()) / len(reference)))
 
 
 def _sign(lead: float) -> int:

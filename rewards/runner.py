@@ -87,6 +87,11 @@ class RewardRunner:
         """The endpoints that the rewards of this recipe ask."""
         return {name for task in self._tasks.values() for part in task.parts for name in part.bound.endpoints}
 
+    def penalties(self) -> frozenset[str]:
+        """Names of all penalties, as in `Scored.parts`."""
+        parts = (part for task in self._tasks.values() for part in task.parts)
+        return frozenset(part.name for part in parts if part.bound.reward.kind == "penalty")
+
     def problem(self, prompt: Prompt) -> str | None:
         """Why a row does not fit its reward, if it does not: its task has none, or it lacks what that needs."""
         if prompt.task not in self._tasks:

@@ -75,7 +75,6 @@ STAGE_DEFAULTS: Mapping[Stage, Mapping[str, Any]] = {
 
 # Declared, but so far working with these values only. Any other is refused, never accepted and then ignored.
 ONLY_BUILT: Mapping[str, tuple[Any, ...]] = {
-    "stage": ("rlvr", "pacore"),
     "model.freeze": (("encoder", "projector"),),
     "ppo.kl": (0,),
 }
@@ -284,6 +283,14 @@ class Accept(Options):
         return reward >= self.of(task) - ROUNDING
 
 
+class Preference(Options):
+    """What the stage rlhf compares."""
+
+    verifiable_tasks: tuple[str, ...] = ()
+    """Tasks whose rows have a ground truth and are mixed in, scored by their own rewards, to preserve reasoning; rows
+    of all others need a reference, and may have no ground truth (report: uncheckable prompts only)."""
+
+
 class Synthesis(Options):
     """Messages, the final answers of earlier attempts at a problem, and how they are shown."""
 
@@ -299,7 +306,8 @@ class Synthesis(Options):
     accuracy_under: Fraction | None = None
     """Only rows whose pool has a smaller one (the PaCoRe paper: 9/24 in mathematics, 15/24 in code); null: all."""
     template: Path | None = None
-    """Jinja file that puts problem and messages into words; null: rollout/prompts/pacore.jinja."""
+    """Jinja file that puts problem and messages into words; null: the one that the model's folder carries
+    (pacore.jinja), else rollout/prompts/pacore.jinja. Policies that are saved carry it."""
     online_rollouts: Count = 24
     """With `pool: online`, attempts at each prompt, whose final answers are its pool (report: 24 rollouts)."""
     online_length: Annotated[int, Field(ge=16)] | None = None
@@ -516,6 +524,8 @@ class Config(Options):
     """Name -> the server of a judge, for rewards that ask one."""
     accept: Accept = Accept()
     """What counts as right where rewards are degrees."""
+    preference: Preference = Preference()
+    """Rows of the stage rlhf."""
     synthesis: Synthesis = Synthesis()
     """Messages of the stage pacore, of curation's synthesis and of evaluation."""
     ppo: PPO

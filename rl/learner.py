@@ -31,7 +31,7 @@ from rl.packing import Batch, Group, Row, collate, minibatches
 from rl.ranks import Ranks
 from rl.sharded import Sharded
 from rl.targets import Targets
-from rl.types import Picture, Rollout, Scored
+from rl.types import SYNTHESIS_TEMPLATE, Picture, Rollout, Scored
 
 if TYPE_CHECKING:
     from rl.verl_bridge import RolloutCorrection
@@ -205,7 +205,12 @@ class Policy(Sharded):
 
     def write_whole(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """A folder that loads in vLLM."""
-        checkpoint.save(self.model, folder, source=self.source, tensors=tensors)
+        named = {
+            "chat_template.jinja": self.config.model.chat_template,
+            SYNTHESIS_TEMPLATE: self.config.synthesis.template,
+        }
+        templates = {name: file for name, file in named.items() if file is not None}
+        checkpoint.save(self.model, folder, source=self.source, templates=templates, tensors=tensors)
 
     def read_whole(self, folder: Path) -> None:
         """The float32 weights, unless a smaller type made `shards` keep them."""

@@ -103,6 +103,31 @@ METRICS: tuple[Metric, ...] = (
         "Share of the shown messages that a response names by number, or whose answer its thinking quotes.",
     ),
     Metric(
+        "eval/win_rate",
+        "higher",
+        "Share of held-out rows whose greedy answer the judge grades above the teacher's reference; ties count half.",
+    ),
+    Metric("eval/order_agreement", "higher", "Share of these comparisons whose two orders have the same winner."),
+    Metric("genrm/win_rate", "higher", "Share of sampled answers that the judge grades above the reference."),
+    Metric(
+        "genrm/order_agreement",
+        "higher",
+        "Share of comparisons in which the same side wins whichever comes first; near 0.5 the judge goes by place.",
+    ),
+    Metric("genrm/score_p10", "neither", "Score that a tenth of the compared answers do not exceed, before penalties."),
+    Metric("genrm/score_p50", "neither", "Their median score; at 0.5 they are as good as the teacher's."),
+    Metric(
+        "genrm/score_p90",
+        "neither",
+        "Score that nine tenths do not exceed; if all three are alike, the judge tells nothing apart.",
+    ),
+    Metric(
+        "genrm/length_correlation",
+        "neither",
+        "Spearman's rank correlation of response length and score; far above 0 the judge pays for length.",
+    ),
+    Metric("penalty/<part>", "lower", "Mean offence that a penalty finds in the responses it judges, 0 to 1."),
+    Metric(
         "policy/loss",
         "neither",
         "The policy-gradient loss, whose gradient matters and whose value does not: it need not fall.",

@@ -16,6 +16,8 @@ from PIL import Image
 
 Finish = Literal["stop", "length"]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+SYNTHESIS_TEMPLATE = "pacore.jinja"
+"""The file of a model's folder that shows messages in the words that the model was trained with."""
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 

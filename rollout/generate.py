@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from rl.config import Source
 from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT
 from rl.types import Prompt
-from rollout.pacore import Synthesis
+from rollout.pacore import Synthesis, wording
 from rollout.rows import RowError, read
 from rollout.serving import Serving, add_serving, serving
 from rollout.thinking import Reply, Round, Thought, TooLong, Turns, plan_of, think
@@ -257,7 +257,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url the model's name there")
     p.add_argument("--mode", choices=("sere", "pacore"), default="sere", help="one chain, or many and a synthesis")
     p.add_argument("--trajectories", default="16", metavar="PLAN", help="pacore: per round, as in 16 (default) or 32,4")
-    p.add_argument("--template", type=Path, help="Jinja file that shows messages; default: prompts/pacore.jinja")
+    p.add_argument(
+        "--template",
+        type=Path,
+        help="Jinja file that shows messages; default: the model's, or ours",
+    )
     p.add_argument("--temperature", type=float, default=1.0)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-tokens", type=int, help="of one reply; default: what the context has room for")
@@ -283,10 +287,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    who, synthesis = serving(args), Synthesis(args.template)
+    who, template = serving(args), wording(args.model, args.template)
+    synthesis = Synthesis(template)
     settings = settings_of(
         who,
-        args.template,
+        template,
         trajectories=plan_of(args.trajectories) if args.mode == "pacore" else (),
         temperature=args.temperature,
         seed=args.seed,

@@ -1,7 +1,7 @@
 """PaCoRe's prompts: a problem together with messages, the final answers of earlier attempts at it.
 
 The serialisation is that of the PaCoRe paper (arXiv 2601.05593): an instruction, the problem, the numbered messages, a
-closing request. The wording is ours; a checkpoint that was trained with another one needs that template.
+closing request. The default wording is ours; what a policy was trained with goes along in its folder.
 """
 
 import random
@@ -12,11 +12,17 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, TemplateError, meta
 
-from rl.types import Messages, Prompt
+from rl.types import SYNTHESIS_TEMPLATE, Messages, Prompt
 
 TEMPLATE = Path(__file__).parent / "prompts" / "pacore.jinja"
 VARIABLES = {"problem", "messages"}
 _PICTURE = "\ue000"  # stands for a picture while the template is filled; of a private area, so no text has it
+
+
+def wording(model: str | Path, template: Path | None) -> Path | None:
+    """The template that counts: the one that is named, else the one that the model's folder carries, if any."""
+    carried = Path(model) / SYNTHESIS_TEMPLATE
+    return template or (carried if carried.is_file() else None)
 
 
 class Synthesis:

@@ -14,6 +14,8 @@ import random
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -21,9 +23,9 @@ from aiohttp import web
 from jinja2 import TemplateError
 
 from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT
-from rollout.pacore import Synthesis
+from rollout.pacore import Synthesis, wording
 from rollout.serving import add_serving, serving
-from rollout.thinking import Reply, Round, TooLong, Turns, explore, fewer, order, plan_of
+from rollout.thinking import Reply, Round, TooLong, Turns, explore, order, plan_of, with_room
 from rollout.upstream import WHOLE, Refused, Unreachable, Upstream, reply_of
 
 MODES = ("sere", "pacore")
@@ -127,15 +129,11 @@ class Front:
         seed = _seed(body)
         rounds = await self._explored(body, seed)
         messages = rounds[-1].messages
-        shown = len(messages)
-        while True:
-            try:
-                answer = await self.upstream.complete(self._final(body, messages, shown, seed), len(self.plan))
-                break
-            except TooLong:
-                if not shown:
-                    raise
-                shown = fewer(shown)
+
+        async def attempt(shown: int) -> dict[str, Any]:
+            return await self.upstream.complete(self._final(body, messages, shown, seed), len(self.plan))
+
+        answer, shown = await with_room(len(messages), attempt)
         usage = _usage(rounds, answer.get("usage") or {})
         told = {"trajectories": [len(one.replies) for one in rounds], "messages_shown": shown}
         return web.json_response({**answer, "model": body.get("model", self.name), "usage": usage, "pacore": told})
@@ -163,17 +161,15 @@ class Front:
 
     async def _events_of(self, body: Mapping[str, Any], rounds: Sequence[Round], seed: str) -> AsyncIterator[bytes]:
         messages = rounds[-1].messages
-        shown = len(messages)
-        while True:
-            try:
-                async with self.upstream.stream(self._final(body, messages, shown, seed), len(self.plan)) as events:
-                    async for line in events:
-                        yield self._retold(line, body, rounds)
-                return
-            except TooLong:
-                if not shown:
-                    raise
-                shown = fewer(shown)
+        async with AsyncExitStack() as stack:
+
+            async def attempt(shown: int) -> aiohttp.StreamReader:
+                final = self._final(body, messages, shown, seed)
+                return await stack.enter_async_context(self.upstream.stream(final, len(self.plan)))
+
+            events, _ = await with_room(len(messages), attempt)
+            async for line in events:
+                yield self._retold(line, body, rounds)
 
     def _retold(self, line: bytes, body: Mapping[str, Any], rounds: Sequence[Round]) -> bytes:
         """A line of the endpoint's stream with the model's name that the client knows, and all tokens in its usage."""
@@ -267,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--name", help="its name for clients; default: as --model")
     p.add_argument("--mode", choices=MODES, default="pacore", help="of requests that name none (default: pacore)")
     p.add_argument("--trajectories", default="16", metavar="PLAN", help="per round, as in 16 (default) or 32,4")
-    p.add_argument("--template", help="Jinja file that shows messages; default: prompts/pacore.jinja")
+    p.add_argument("--template", type=Path, help="Jinja file that shows messages; default: the model's, or ours")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     p.add_argument("--port", type=int, default=9000)
     add_serving(p)
@@ -278,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     args = parser().parse_args(arguments)
     try:
-        who, plan, synthesis = serving(args), plan_of(args.trajectories), Synthesis(args.template)
+        who, plan, synthesis = serving(args), plan_of(args.trajectories), Synthesis(wording(args.model, args.template))
         with who.served() as url:
             asyncio.run(_serve(args, who.upstream(url, {}), plan, synthesis))
         return DONE

@@ -45,6 +45,7 @@ class Server:
     Args:
         model: Hugging Face folder or hub id; also the model's name there.
         host: address to listen on; None is this node's in the Ray cluster.
+        port: likewise; None is a free one.
         device: "cpu" or "cuda"; must be what the installed vLLM was built for.
         options: arguments of `vllm serve` by their long names, such as {"max-model-len": 8192}.
         threads: OpenMP threads on CPU.
@@ -56,15 +57,17 @@ class Server:
         model: str,
         *,
         host: str | None = None,
+        port: int | None = None,
         device: Literal["cpu", "cuda"] = "cpu",
         options: Mapping[str, str | int | float | bool] | None = None,
         threads: int = 1,
         kv_cache_gib: int = 1,
     ) -> None:
-        self.host, self.port = host or _node_address(), 0
-        with socket.socket() as free:
-            free.bind((self.host, 0))
-            self.port = free.getsockname()[1]
+        self.host = host or _node_address()
+        with socket.socket() as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # its predecessor's connections may linger
+            found.bind((self.host, port or 0))
+            self.port: int = found.getsockname()[1]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the object
         arguments = [
             "--model",
@@ -99,6 +102,10 @@ class Server:
                 raise RuntimeError(f"{self.model} was not served in {timeout_s:g} s:\n{self._last_lines()}")
             time.sleep(0.25)
         return f"http://{self.host}:{self.port}/v1"
+
+    def runs(self) -> bool:
+        """Whether its process is there."""
+        return self._process.poll() is None
 
     def close(self) -> None:
         """Ends the server and all its processes; by force if it takes longer than ten seconds."""

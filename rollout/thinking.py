@@ -7,14 +7,15 @@ STEP3-VL-10B report's plan: 16 chains, then the synthesis. `()` is SeRe.
 
 import asyncio
 import random
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rl.types import THINK_CLOSE, Finish, answer_of
 from rollout.pacore import Synthesis
 from rollout.pool import seed_of
 
+Result = TypeVar("Result")
 Turns = Sequence[Mapping[str, Any]]
 MOST_TRAJECTORIES = 4096  # of a round; a larger number is a slip of the hand
 
@@ -130,17 +131,29 @@ async def _round(
     turns: Turns, messages: Sequence[str], count: int, number: int, ask: Ask, synthesis: Synthesis, seed: str
 ) -> Round:
     """Trajectories with the same messages, each in an order of its own. Messages that have no room are left out."""
-    shown = len(messages)
-    while True:
+
+    async def attempt(shown: int) -> list[Reply]:
         orders = [order(len(messages), shown, f"{seed}/{number}/{n}") for n in range(count)]
         prompts = [synthesis.with_messages(turns, [messages[place] for place in one]) for one in orders]
+        return await _all(ask(p, seed_of(seed, number, n), number) for n, p in enumerate(prompts))
+
+    replies, shown = await with_room(len(messages), attempt)
+    return Round(tuple(replies), shown, len(messages) - shown)
+
+
+async def with_room(messages: int, attempt: Callable[[int], Awaitable[Result]]) -> tuple[Result, int]:
+    """What `attempt` returns when it shows so many messages, or the most that have room, and how many these are.
+
+    Raises TooLong if the problem alone leaves no room.
+    """
+    shown = messages
+    while True:
         try:
-            replies = await _all(ask(p, seed_of(seed, number, n), number) for n, p in enumerate(prompts))
-            return Round(tuple(replies), shown, len(messages) - shown)
+            return await attempt(shown), shown
         except TooLong:
             if not shown:
                 raise
-            shown = fewer(shown)
+            shown -= max(1, shown // 10)
 
 
 async def _all(asked: Iterable[Coroutine[Any, Any, Reply]]) -> list[Reply]:
@@ -151,11 +164,6 @@ async def _all(asked: Iterable[Coroutine[Any, Any, Reply]]) -> list[Reply]:
     finally:
         for task in tasks:
             task.cancel()
-
-
-def fewer(shown: int) -> int:
-    """How many messages to try next where so many had no room: a tenth less."""
-    return shown - max(1, shown // 10)
 
 
 def order(messages: int, shown: int, seed: str) -> list[int]:

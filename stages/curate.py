@@ -29,6 +29,7 @@ from rl.recipe import RecipeError, describe, load
 from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT, InputError, check_hardware
 from rl.stop import Stop, WorkerDied
 from rollout.decontamination import Benchmarks
+from rollout.pacore import wording
 from rollout.pool import Pool
 from rollout.rows import read
 from stages import curation_report
@@ -329,7 +330,7 @@ def _digest(plan: Plan) -> str:
     c = plan.config.curate
     against = c.decontamination.against or plan.config.data.eval
     files = [Path(source.path) for source in against] if "decontamination" in c.filters else []
-    template = plan.config.synthesis.template
+    template = wording(plan.model, plan.config.synthesis.template)
     files += [template] if "synthesis" in c.filters and template else []
     for file in files:
         found.update(file.read_bytes() if file.is_file() else b"")

@@ -64,6 +64,10 @@ class Stage(Protocol):
         """Numbers of the stage's own on an iteration's samples."""
         ...
 
+    def evaluation(self, scored: Sequence[Scored]) -> Mapping[str, float]:
+        """Numbers of the stage's own on held-out rows."""
+        ...
+
 
 class Remote(Protocol):
     """A learner or critic, answered from wherever it lives (rl.actors.Worker)."""
@@ -294,13 +298,17 @@ def sync(iteration: int, prompts: Sequence[Prompt], parts: Parts) -> dict[str, f
 
 
 def evaluate(prompts: Sequence[Prompt], parts: Parts) -> dict[str, float]:
-    """Mean greedy reward per task over held-out prompts, as eval/<task>. Invalid samples are left out."""
+    """Mean greedy reward per task over held-out prompts, as eval/<task>, and what the stage makes of them. Invalid
+    samples are left out."""
     rewards: dict[str, list[float]] = {}
+    every: list[Scored] = []
     size = parts.config.eval.batch
     for start in range(0, len(prompts), size):
         scoring = parts.scorer.begin(1)
         parts.sampler.greedy(parts.stage.held_out(prompts[start : start + size]), scoring.add)
-        for s in enough_valid(scoring.results(), parts.config.max_invalid_fraction):
-            if s.invalid is None:
-                rewards.setdefault(s.rollout.prompt.task, []).append(s.reward)
-    return {f"eval/{task}": sum(values) / len(values) for task, values in sorted(rewards.items())}
+        every += enough_valid(scoring.results(), parts.config.max_invalid_fraction)
+    for s in every:
+        if s.invalid is None:
+            rewards.setdefault(s.rollout.prompt.task, []).append(s.reward)
+    means = {f"eval/{task}": sum(values) / len(values) for task, values in sorted(rewards.items())}
+    return means | dict(parts.stage.evaluation(every))

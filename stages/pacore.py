@@ -95,6 +95,9 @@ class Pacore:
     def metrics(self, scored: Sequence[Scored]) -> Mapping[str, float]:
         return synthesis_metrics(scored, self.accept)
 
+    def evaluation(self, scored: Sequence[Scored]) -> Mapping[str, float]:
+        return {}
+
 
 def within(options: Synthesis, accuracy: float | None) -> bool:
     """Whether a pool's accuracy is within the recipe's bounds; where there are any, an unknown one is not."""

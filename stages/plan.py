@@ -20,8 +20,10 @@ from rl.tracking import check_trackers
 from rl.types import Prompt
 from rollout.chat import Chat
 from rollout.pacore import Synthesis as Wording
+from rollout.pacore import wording
 from rollout.rows import BadRow, MixedOrder, Order, PromptOrder, RowError, Rows, listed, read
 from stages.pacore import longest_with_messages, within
+from stages.rlhf import row_problem
 
 FLOAT32 = 4  # bytes
 BYTES_PER_TOKEN = 1.5  # of compressed text in rollouts/, an estimate: four characters, a third of them left
@@ -144,7 +146,7 @@ def make_plan(config: Config, also: Mapping[str, Sequence[Reward]] = MappingProx
         verl_bridge.policy_loss(loss.verl, loss.params)
     folder = checkpoint.local_folder(config.model.path)
     _check_positions(config, checkpoint.check(folder, yarn=config.model.yarn))
-    chat = Chat(folder, config.model.chat_template, Wording(config.synthesis.template))
+    chat = Chat(folder, config.model.chat_template, Wording(wording(folder, config.synthesis.template)))
     check_accept(config)
     train, outside = _inside(config, _rows(config, config.data.train, chat, rewards, pools=True))
     held_out = _rows(config, config.data.eval, chat, rewards, pools=False)
@@ -242,6 +244,8 @@ def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: Reward
     fresh = config.synthesis.online_length if online else None
 
     def problem(prompt: Prompt) -> str | None:
+        if config.stage == "rlhf" and (other := row_problem(prompt, config.preference)):
+            return other
         if pools and cached and (short := _short_pool(prompt, config.synthesis)):
             return short
         shows = cached and bool(prompt.messages_pool)

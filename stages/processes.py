@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from rl.actors import Team, Worker, alone, gather, gpus, place, place_team
 from rl.critic import Critic
 from rl.learner import Policy
-from rl.stop import GO_ON, Stop
+from rl.stop import GO_ON, Stop, WorkerDied
 from rollout.engine import Engine
 from rollout.server import Server
 from stages.plan import Plan, device, judge_gpus, served_here
+
+JUDGE_PATIENCE_S = 60.0
+"""Seconds within which a judge's process has to say whether its server runs."""
 
 
 class Restarts:
@@ -47,17 +51,17 @@ class Samplers:
         self.engines = [self._engine() for _ in range(engines)]
         self.judges = self._start_judges()  # kept, because an actor ends with its last handle
         self._serving: list[Worker] = []  # those of them that answer
+        self._urls: dict[str, str] = {}
 
     def ready(self) -> None:
         """Waits until all are there, the rewards' own processes too.
 
         Raises: what a constructor raised; WorkerDied if one hangs.
         """
-        urls = {}
         for name, judge in self.judges.items():
-            urls[name] = judge.call("url")
+            self._urls[name] = judge.call("url")
             self._serving.append(judge)
-        self._plan.rewards.served(urls)
+        self._plan.rewards.served(self._urls)
         rewards = self._plan.rewards.warm()
         for engine in self.engines:
             engine.ready(self._plan.config.max_start_s)
@@ -69,6 +73,31 @@ class Samplers:
         self.engines[number] = self._engine()
         self.engines[number].ready(self._plan.config.max_start_s)
         return self.engines[number]
+
+    def lost_judge(self, name: str) -> bool:
+        """Whether a judge that this run serves has died."""
+        if name not in self.judges:
+            return False
+        try:
+            return not self.judges[name].start("runs").result(JUDGE_PATIENCE_S)
+        except WorkerDied:
+            return True
+
+    def replace_judge(self, name: str) -> None:
+        """Serve it again, at the address that the rewards know; they find out by themselves when it answers.
+
+        Raises Stop if that address is gone, as it is with its node.
+        """
+        address = urlsplit(self._urls[name])
+        self._serving = [judge for judge in self._serving if judge is not self.judges[name]]
+        self.judges[name].end()
+        self.judges[name] = self._judge(name, address.hostname, address.port)
+        try:
+            self.judges[name].ready(self._plan.config.max_start_s)
+        except OSError as error:
+            raise Stop(
+                f"judge {name} cannot be served at {self._urls[name]} again: {error}; {GO_ON}", saves=True
+            ) from error
 
     def close(self) -> None:
         """End the judges: in good order those that answer, at once those that are still starting. Raises RuntimeError
@@ -114,17 +143,20 @@ class Samplers:
 
     def _start_judges(self) -> dict[str, Worker]:
         """Those that have no server yet."""
-        return {
-            name: place(
-                Server,
-                judge.model,
-                host="127.0.0.1" if alone() else None,
-                device=self._where,
-                options=judge.serve,
-                gpus=judge_gpus(judge) if self._where == "cuda" else 0,
-            )
-            for name, judge in served_here(self._plan.config, self._plan.rewards).items()
-        }
+        host = "127.0.0.1" if alone() else None
+        return {name: self._judge(name, host) for name in served_here(self._plan.config, self._plan.rewards)}
+
+    def _judge(self, name: str, host: str | None, port: int | None = None) -> Worker:
+        judge = self._plan.config.endpoints[name]
+        return place(
+            Server,
+            judge.model,
+            host=host,
+            port=port,
+            device=self._where,
+            options=judge.serve,
+            gpus=judge_gpus(judge) if self._where == "cuda" else 0,
+        )
 
 
 class Processes(Samplers):

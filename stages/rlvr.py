@@ -16,3 +16,6 @@ class Rlvr:
 
     def metrics(self, scored: Sequence[Scored]) -> Mapping[str, float]:
         return {}
+
+    def evaluation(self, scored: Sequence[Scored]) -> Mapping[str, float]:
+        return {}

@@ -28,6 +28,7 @@ from stages.loop import Clock, Diverged, Parts, Stage, catch_up, enough_valid, e
 from stages.pacore import Pacore
 from stages.plan import Plan, device, evaluates, saves, skipped_lines
 from stages.processes import Processes, Restarts
+from stages.rlhf import Rlhf
 from stages.rlvr import Rlvr
 
 POLL_S = 0.2  # between questions whether a checkpoint is written
@@ -161,6 +162,8 @@ class _Run:
 
         if config.stage == "pacore":
             return Pacore(config.synthesis, config.accept, config.seed, plan.chat, config.max_sequence_length, attempts)
+        if config.stage == "rlhf":
+            return Rlhf(plan.rewards.penalties())
         return Rlvr()
 
     def _replace_engine(self, number: int, died: WorkerDied) -> Worker:
@@ -228,6 +231,9 @@ class _Run:
             f"endpoint {outage.endpoint} does not answer ({outage.why}); waiting for up to {wait:.0f} s"
             + (f", everything up to iteration {self.saved} is saved" if self.saved is not None else "")
         )
+        if self.processes.lost_judge(outage.endpoint):
+            self.restarts.count(f"judge {outage.endpoint}, which this run serves, has died and is started again")
+            self.processes.replace_judge(outage.endpoint)
 
     def _restore(self, start: Path) -> None:
         counters = checkpoint.counters(start)

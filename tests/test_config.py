@@ -100,7 +100,7 @@ def test_a_value_that_does_not_fit_is_refused(key: str, value: Any):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("stage", "rlhf"), ("model__freeze", ["encoder"]), ("model__freeze", []),
+    ("model__freeze", ["encoder"]), ("model__freeze", []),
     ("ppo__kl", 0.1),
 ])  # fmt: skip
 def test_an_option_that_nothing_implements_yet_is_refused(key: str, value: Any):

@@ -105,8 +105,8 @@ def test_a_dry_run_says_what_would_be_done_and_starts_nothing(
     assert main([*map(str, CPU[1:]), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     said = capsys.readouterr().out
     for part in (
-        "512 of 2048, in blocks of 1024",
-        "against 1024 benchmark rows",
+        "512 of 2560, in blocks of 1024",
+        "against 1280 benchmark rows",
         "1 pass(es) of checker",
         "16 to 24 messages",
     ):

@@ -1,5 +1,6 @@
 """The generative reward model: both orders, and from grades to a value."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +58,30 @@ def test_both_orders_are_asked_and_a_liking_for_the_first_place_cancels_out() ->
     assert biased.value == 0.5
     assert biased.details == {"answer": 6, "reference": 6, "orders_agree": False, "reasons": ["Because.", "Because."]}
     assert compared(grades(8, 5, first_place=2)).details["orders_agree"] is True
+
+
+def test_length_over_the_references_costs_grades_only_where_that_is_asked_for() -> None:
+    # "The teacher says 42." has 20 characters; an answer of 40 has doubled once, one of 20 or less not at all
+    def value(answer: str, **params: Any) -> float:
+        def script(request: dict[str, Any]) -> dict[str, Any]:
+            return {"reasoning": "", "grade_a": 6, "grade_b": 6}
+
+        with judging(script):
+            return score("genrm", rollout(answer, reference="The teacher says 42."), rule="linear", **params).value
+
+    assert value("x" * 40) == 0.5
+    assert value("x" * 40, length_control=2) == pytest.approx(0.5 - 2 / 20)
+    assert value("x" * 80, length_control=2) == pytest.approx(0.5 - 4 / 20)
+    assert value("x" * 20, length_control=2) == value("4", length_control=2) == 0.5
+    assert value("x" * 20 * 2**9, length_control=2) == pytest.approx(0.5 - 6 / 20)  # a grade does not go below 0
+
+
+def test_another_prompt_can_be_used(tmp_path: Path) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ rules }}{{ question }}Which?{{ response_a }}{{ response_b }}")
+    with judging(grades(8, 6)) as server:
+        score("genrm", rollout("It is 42", reference="The teacher says 42."), template=str(own))
+    assert all("Which?" in prompt for prompt in server.prompts)
 
 
 def test_a_row_without_reference_is_the_rows_fault() -> None:

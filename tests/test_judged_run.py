@@ -2,29 +2,37 @@
 
 import gzip
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.command import ROOT, metrics, run
+from tests.command import ROOT, Command, metrics, run, wait_for_iteration
 from tests.judge_server import Reply, judge_server
 
-RIGHT = {"reasoning": "It says so.", "verdict": "correct"}
+SMALL = (
+    *("rl.run", ROOT / "recipes/rlvr.yaml", "--profile", "cpu", "prompts_per_iteration=4", "rollouts_per_prompt=4"),
+    "data.eval=[]",
+)
+ALIKE = {"reasoning": "Both say so.", "grade_a": 6, "grade_b": 6}
 
 
-def rows(folder: Path) -> Path:
-    """A few sums of the scale model's world."""
+def rows(folder: Path, *, taught: bool = False) -> Path:
+    """A few sums of the scale model's world; `taught`: answered by a teacher instead of having a ground truth."""
     lines = (ROOT / "recipes/scale/data/train.jsonl").read_text().splitlines()
-    sums = [line for line in lines if json.loads(line)["task"] == "arithmetic"]
-    file = folder / "sums.jsonl"
-    file.write_text("\n".join(sums[:16]) + "\n")
+    sums = [row for row in map(json.loads, lines) if row["task"] == "arithmetic"][:16]
+    if taught:
+        sums = [{**row, "reference": f"It is {row.pop('ground_truth')}."} for row in sums]
+    file = folder / f"sums{'-taught' if taught else ''}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in sums))
     return file
 
 
 class Judge:
-    """Finds everything right, but is away for `away_s` seconds from when the run has done its first iteration."""
+    """Finds all alike, but is away for `away_s` seconds from when the run has done its first iteration."""
 
     def __init__(self, run_folder: Path, away_s: float) -> None:
         self.run_folder, self.away_s, self.since = run_folder, away_s, float("inf")
@@ -33,31 +41,17 @@ class Judge:
         if self.since == float("inf") and any(line["iteration"] == 1 for line in metrics(self.run_folder)):
             self.since = time.monotonic()
         away = self.since <= time.monotonic() < self.since + self.away_s
-        return Reply("restarting", status=503) if away else Reply(RIGHT)
-
-
-def small_run(folder: Path, *overrides: str) -> tuple[int, str, str]:
-    return run(
-        "rl.run",
-        ROOT / "recipes/rlvr.yaml",
-        "--profile",
-        "cpu",
-        "--output",
-        folder / "run",
-        "prompts_per_iteration=4",
-        "rollouts_per_prompt=4",
-        f"data.train={rows(folder)}",
-        "data.eval=[]",
-        *overrides,
-    )
+        return Reply("restarting", status=503) if away else Reply(ALIKE)
 
 
 def judged(folder: Path, away_s: float, max_wait: float) -> tuple[int, str, str]:
+    """A run of the stage RLHF with that judge."""
+    taught = rows(folder, taught=True)
     with judge_server(Judge(folder / "run", away_s)) as server:
-        return small_run(
-            folder,
-            "iterations=2",
-            "rewards.arithmetic={use: verifier, params: {endpoint: judge}}",
+        return run(
+            *SMALL,
+            *("--output", folder / "run", "stage=rlhf", "iterations=2", f"data.train={taught}", f"data.eval={taught}"),
+            "rewards.arithmetic={use: genrm, params: {endpoint: judge}, penalties: [language_consistency]}",
             f"endpoints.judge={{url: '{server.url}', model: judge, retries: 0, max_wait: {max_wait}}}",
         )
 
@@ -68,7 +62,12 @@ def test_a_run_waits_for_a_judge_that_goes_away_and_loses_nothing(tmp_path: Path
     assert "endpoint judge does not answer (HTTP 503: restarting" in out
     assert "everything up to iteration 1 is saved" in out and "endpoint judge is back after" in out
     assert [line["iteration"] for line in metrics(tmp_path / "run")] == [0, 1, 2]
-    assert [line["reward/invalid_fraction"] for line in metrics(tmp_path / "run")[1:]] == [0, 0]
+    first, *lines = metrics(tmp_path / "run")
+    assert [line["reward/invalid_fraction"] for line in lines] == [0, 0]
+    assert [line["stage"] for line in lines] == ["rlhf", "rlhf"]
+    assert first["eval/win_rate"] == lines[-1]["eval/win_rate"] == 0.5  # nobody wins
+    assert all(line["genrm/win_rate"] == 0.5 and line["genrm/order_agreement"] == 1 for line in lines)
+    assert all("penalty/language_consistency" in line for line in lines)
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["000001", "000002"]
 
 
@@ -116,18 +115,23 @@ class Asked:
 
 
 @pytest.mark.slow
-def test_a_judge_without_a_url_is_served_by_the_run_itself_with_vllm(tmp_path: Path) -> None:
+def test_a_judge_that_the_run_serves_is_started_again_when_it_dies(tmp_path: Path) -> None:
     (tmp_path / "asks.py").write_text(PLUGIN)
-    code, _, err = small_run(
-        tmp_path,
-        "iterations=1",
-        "checkpoint.every=1",
+    command = Command(
+        *SMALL,
+        *("--output", tmp_path / "run", f"data.train={rows(tmp_path)}", "iterations=3"),
         f"rewards.arithmetic={{use: '{tmp_path}/asks.py:asked', params: {{judge: own}}}}",
-        f"endpoints.own={{model: {ROOT}/recipes/scale/model, serve: {OPTIONS}}}",
+        f"endpoints.own={{model: {ROOT}/recipes/scale/model, serve: {OPTIONS}, retries: 1}}",
     )
+    wait_for_iteration(tmp_path / "run", 1, command)
+    (server,) = [pid for pid, line in command.marked() if "-m vllm.entrypoints.openai.api_server" in line]
+    os.kill(server, signal.SIGKILL)
+    code, out, err = command.finish()
     assert code == 0, err
-    (line,) = metrics(tmp_path / "run")[1:]
-    assert line["reward/invalid_fraction"] == 0
+    assert "judge own, which this run serves, has died and is started again (restart 1 of 10)" in out
+    assert "endpoint own is back after" in out and command.left_behind() == []
+    lines = metrics(tmp_path / "run")[1:]
+    assert [line["reward/invalid_fraction"] for line in lines] == [0, 0, 0]
     with gzip.open(tmp_path / "run/rollouts/000001.jsonl.gz", "rt") as file:
         said = [json.loads(json.loads(sample)["details"]["said"])["verdict"] for sample in file]
     assert len(said) == 16 and set(said) <= {"fine", "poor"}

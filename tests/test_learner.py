@@ -122,6 +122,23 @@ def test_only_the_decoder_is_trained_and_the_encoder_stays_bit_identical(folder)
     assert not any(name.startswith(tuple(frozen)) for name in policy.optimizer.state())
 
 
+def test_a_saved_policy_carries_the_templates_that_it_was_trained_with(folder, tmp_path):
+    chat, shown = tmp_path / "c.jinja", tmp_path / "s.jinja"
+    chat.write_text("{{ messages[0].content }}")
+    shown.write_text("{{ problem }}{{ messages }}")
+    plain = config(folder)
+    named = {
+        "model": plain.model.model_copy(update={"chat_template": chat}),
+        "synthesis": plain.synthesis.model_copy(update={"template": shown}),
+    }
+    for name, given in (("plain", {}), ("named", named)):
+        policy = Policy(folder, plain.model_copy(update=given))
+        policy.write_whole(policy.whole(), tmp_path / name)
+    assert not (tmp_path / "plain/pacore.jinja").exists()
+    assert (tmp_path / "named/pacore.jinja").read_text() == shown.read_text()
+    assert (tmp_path / "named/chat_template.jinja").read_text() == chat.read_text()
+
+
 def test_a_rewarded_response_becomes_more_likely_and_a_punished_one_less(folder):
     policy = Policy(folder, config(folder, policy_lr=1e-3, minibatches=1))
     batch = batch_of(policy)

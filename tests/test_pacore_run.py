@@ -41,6 +41,7 @@ def test_a_run_needs_no_cached_pools_if_the_policy_makes_its_messages(finished: 
         assert line["rollout/logprob_gap"] < 0.001 and line["rollout/staleness"] == 0
     assert any(name.startswith("eval/") for name in first)
     assert (finished / "policy" / "model.safetensors").is_file()
+    assert (finished / "policy" / "pacore.jinja").is_file()  # the words that it was trained with
 
 
 def test_every_sample_says_which_messages_it_saw_and_its_prompt_has_room_for_them(finished: Path) -> None:
@@ -62,7 +63,7 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
 
 def test_rows_without_a_pool_are_refused_with_what_to_do(capsys: pytest.CaptureFixture) -> None:
     said = refused(capsys)
-    assert "2048 bad data row(s)" in said
+    assert "2560 bad data row(s)" in said
     assert "its messages_pool has 0 messages, synthesis.least_messages is 16; python -m stages.curate makes" in said
 
 

@@ -109,6 +109,7 @@ def test_a_run_interrupted_and_resumed_ends_like_one_that_was_not(finished: tupl
     assert_same(folder, finished[0])
 
 
+@pytest.mark.slow
 def test_a_run_whose_learner_and_then_itself_are_killed_ends_like_one_that_was_not(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:

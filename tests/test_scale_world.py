@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -11,10 +12,11 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer
 
-from recipes.scale import tokenizer, world
+from recipes.scale import practice, tokenizer, world
+from recipes.scale.practice import Prompter
 from recipes.scale.warm_start import score
 from recipes.scale.world import Problem, Scene, Thing
-from recipes.scale.writers import EXACT, ROUGH, without_carrying
+from recipes.scale.writers import EXACT, ROUGH, Writer, compare, final, usual_lines, without_carrying
 from rollout.rows import read_rows
 
 SPLITS: tuple[world.Split, ...] = ("train", "heldout")
@@ -58,7 +60,7 @@ def test_the_generator_draws_the_shipped_pictures_again(written: Path) -> None:
 def test_the_shipped_rows_are_rows_the_reader_accepts(split: world.Split) -> None:
     prompts = read_rows(world.SHIPPED / f"{split}.jsonl", reserved=tokenizer.SPECIAL, tasks=world.TASKS)
     assert Counter(prompt.task for prompt in prompts) == dict.fromkeys(world.TASKS, world.SIZES[split])
-    assert all(len(prompt.images) == (prompt.task != "arithmetic") for prompt in prompts)
+    assert all(len(prompt.images) == (prompt.task not in ("arithmetic", "worksheet")) for prompt in prompts)
 
 
 def test_there_are_256_heldout_problems_of_each_task() -> None:
@@ -120,29 +122,70 @@ def test_counting_goes_through_the_things_one_by_one() -> None:
     problem = next(world.count_colors(Scene((255, 255, 255), things)))
     assert problem.question == "How many red things?"
     steps = "top left red 1, middle blue, bottom right red 2"
-    assert EXACT(problem) == f"<think>one by one</think>{steps}, \\boxed{{2}}"
+    assert EXACT(problem, np.random.default_rng(0)) == f"<think>one by one</think>{steps}, \\boxed{{2}}"
 
 
-def test_the_exact_writer_is_nearly_always_right(heldout: list[Problem]) -> None:
-    for task in world.TASKS:  # two decimals cost a little: a box of 0.2 by 0.2 off by 0.005 has IoU squared 0.9
-        assert fmean(score(p, EXACT(p)) for p in heldout if p.task == task) > 0.9, task
+def test_the_exact_writer_is_nearly_always_right_where_one_can_do_it_alone(heldout: list[Problem]) -> None:
+    for task in set(world.TASKS) - {"worksheet"}:  # two decimals cost a box a little
+        assert mean_score(heldout, task, EXACT) > 0.9, task
+
+
+def mean_score(problems: list[Problem], task: str, writer: Writer) -> float:
+    rng = np.random.default_rng(0)
+    return fmean(score(p, writer(p, rng)) for p in problems if p.task == task)
 
 
 def test_the_rough_writer_is_right_often_enough_to_learn_from(heldout: list[Problem]) -> None:
-    for task in world.TASKS:
-        assert 0.3 < fmean(score(p, ROUGH(p)) for p in heldout if p.task == task) < 0.6, task
+    for task in set(world.TASKS) - {"worksheet"}:
+        assert 0.3 < mean_score(heldout, task, ROUGH) < 0.6, task
+
+
+def test_one_writer_rarely_gets_a_whole_worksheet_right_and_many_together_mostly_do(heldout: list[Problem]) -> None:
+    rng = np.random.default_rng(0)
+    assert mean_score(heldout, "worksheet", EXACT) < 0.1
+    sheets = [p for p in heldout if p.task == "worksheet"][:100]
+    shown = [replace(p, messages=tuple(final(EXACT(p, rng)) for _ in range(16))) for p in sheets]
+    assert fmean(score(p, compare(p, rng)) for p in shown) > 0.9
+
+
+def test_a_worksheet_is_worked_out_in_part_and_its_lines_are_compared_one_by_one() -> None:
+    lines = ((17, 8), (1, 1), (9, -9), (14, 4), (6, -5), (19, 9))
+    problem = Problem("worksheet", "What are ...?", "p=25, q=2, r=0, s=18, t=1, u=28", lines=lines)
+    thinking, answer = EXACT(problem, np.random.default_rng(0)).split("</think>")
+    worked = {"p=17+8=25", "q=1+1=2", "r=9-9=0", "s=14+4=18", "t=6-5=1", "u=19+9=28"}
+    steps = thinking.removeprefix("<think>").split(", ")
+    assert len(steps) == 3 and set(steps) <= worked and answer.startswith("\\boxed{p=")
+    votes = ("p=1, q=4, r=5, s=10, t=0, u=1", "p=2, q=4, r=6, s=11, t=1, u=2", "p=1, q=3, r=6, s=11, t=0, u=3")
+    assert usual_lines(votes) == ["1", "4", "6", "11", "0", "1"]
+
+
+def test_a_worksheet_of_which_some_sums_are_worked_out_fits_into_the_cpu_profiles_sequence(words) -> None:
+    prompter, rng = Prompter(words, 16), np.random.default_rng(0)
+    for _ in range(100):
+        sheet = world.draw_worksheet(rng, "train")
+        assert len(prompter.prompt(sheet)) + len(prompter.response(EXACT(sheet, rng))) <= 128
+
+
+def test_descriptions_name_the_things_in_reading_order() -> None:
+    things = (Thing("blue", "cross", 60, 20, 10), Thing("red", "ring", 90, 90, 10))  # a crowd's come in this order
+    problem = world.describe(Scene((255, 255, 255), things))
+    rng = np.random.default_rng(0)
+    assert EXACT(problem, rng) == "<think>one by one</think>top blue cross, bottom right red ring"
+    assert " blue " in ROUGH(problem, rng) and " red " in ROUGH(problem, rng)
 
 
 def test_the_writers_differ_from_their_first_words_on(heldout: list[Problem]) -> None:
-    for problem in heldout:
-        assert EXACT(problem).startswith(EXACT.opening[problem.task])
-        assert ROUGH(problem).startswith(ROUGH.opening[problem.task])
-        assert not EXACT(problem).startswith(ROUGH.opening[problem.task])
+    rng = np.random.default_rng(0)
+    described = [world.describe(problem.scene) for problem in heldout if problem.task == "counting" and problem.scene]
+    for problem in heldout + described:
+        assert EXACT(problem, rng).startswith(EXACT.opening[problem.task])
+        assert ROUGH(problem, rng).startswith(ROUGH.opening[problem.task])
+        assert not EXACT(problem, rng).startswith(ROUGH.opening[problem.task])
 
 
 def test_reasoning_answers_show_their_work_after_the_thinking() -> None:
     problem = Problem("arithmetic", "What is 27 + 15 - 8?", "34", terms=(27, 15, -8))
-    thinking, answer = EXACT(problem).split("</think>")
+    thinking, answer = EXACT(problem, np.random.default_rng(0)).split("</think>")
     assert thinking == "<think>first 27+15=42, then 42-8=34"
     assert answer == "27+15-8=42-8=\\boxed{34}"
 
@@ -179,10 +222,11 @@ def test_any_text_survives_the_tokenizer(text: str, words) -> None:
 
 
 def test_demonstrations_are_short_and_survive_the_tokenizer(heldout: list[Problem], words) -> None:
+    rng = np.random.default_rng(0)
     for problem in heldout:
-        for text in (EXACT(problem), ROUGH(problem)):
+        for text in (EXACT(problem, rng), ROUGH(problem, rng)):
             ids = words(text).input_ids
-            assert len(ids) <= 48 and words.decode(ids) == text
+            assert len(ids) < practice.LONGEST and words.decode(ids) == text
 
 
 def test_a_coordinate_is_three_tokens(words) -> None:

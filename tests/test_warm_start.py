@@ -73,7 +73,7 @@ def test_a_prompt_is_the_chat_template_with_slots_for_the_picture(prompter: Prom
 def test_sharing_a_pictures_tokens_does_not_change_the_loss(model: StepVL, prompter: Prompter) -> None:
     rng = np.random.default_rng(0)
     problems = [*world.point_and_box(world.draw_scene(rng, "train", (2, 2))), world.draw_sum(rng, "train")]
-    batch = Lesson(problems, [EXACT(problems[0]), *(ROUGH(p) for p in problems[1:])])
+    batch = Lesson(problems, [EXACT(problems[0], rng), *(ROUGH(p, rng) for p in problems[1:])])
     apart = [_summed_loss(model, prompter, p, r) for p, r in zip(problems, batch.responses, strict=True)]
     tokens = sum(len(prompter.response(r)) for r in batch.responses)
     torch.testing.assert_close(practice.loss(model, prompter, batch), torch.stack(apart).sum() / tokens)
@@ -160,6 +160,10 @@ def test_the_shipped_model_is_what_the_script_would_build(words) -> None:
     assert theirs.get_vocab() == words.get_vocab()
 
 
+def test_the_shipped_model_carries_its_words_for_messages() -> None:
+    assert (SHIPPED / "pacore.jinja").read_text() == practice.TEMPLATE.read_text()
+
+
 def test_the_shipped_model_answers_but_not_yet_well() -> None:
     """A quick look at 48 problems a task; report.json beside the model has all 256."""
     model, words = checkpoint.load(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
@@ -167,8 +171,9 @@ def test_the_shipped_model_answers_but_not_yet_well() -> None:
     problems = world.problems("heldout", world.SEEDS["heldout"], per_task=48)
     table = warm_start.report(model, Prompter(words, model.config.image_token_len), problems)
     for task, row in table.items():
-        assert 0.1 < row["greedy"] < 0.7, (task, row)
-    assert fmean(row["exact"] - row["rough"] for row in table.values()) > 0.15
+        low, high = warm_start.READY
+        assert low - 0.1 < row["greedy"] < high + 0.1, (task, row)
+    assert fmean(row["exact"] - row["rough"] for row in table.values()) > 0.1
 
 
 def test_the_shipped_report_is_within_bounds_for_every_task() -> None:

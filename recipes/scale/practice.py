@@ -25,8 +25,9 @@ from rl.model.step_vl import StepVL
 from rl.types import Messages, Prompt
 from rollout.pacore import Synthesis
 
-LONGEST = 64  # tokens of a response, more than any writer uses
-SYNTHESIS = Synthesis(Path(__file__).parent / "pacore.jinja")
+LONGEST = 72  # tokens of a response, more than any writer uses
+TEMPLATE = Path(__file__).parent / "pacore.jinja"
+SYNTHESIS = Synthesis(TEMPLATE)
 MESSAGES = (4, 24)  # how many answers of others a synthesis problem shows
 COPIES = 0.7  # share of the syntheses that only repeat a message
 
@@ -76,27 +77,32 @@ class Lesson:
     responses: list[str]
 
 
-def lesson(rng: Generator, pictures: int, things: tuple[int, int], rough_share: Callable[[Problem], float]) -> Lesson:
-    """`pictures` scenes with their pointing and grounding problems, twice as many crowds, four times as many sums."""
+def lesson(
+    rng: Generator, pictures: int, things: tuple[int, int], rough_share: Callable[[Problem], float], sheets: int = 0
+) -> Lesson:
+    """`pictures` scenes to point at and box, twice as many crowds to count and describe, four times as many sums."""
     scenes = [world.draw_scene(rng, "train", things) for _ in range(pictures)]
     crowds = [world.draw_crowd(rng, "train") for _ in range(2 * pictures)]
     problems = [p for scene in scenes for p in world.point_and_box(scene)]
     problems += [p for crowd in crowds for p in world.count_colors(crowd)]
     problems += [world.draw_sum(rng, "train") for _ in range(4 * pictures)]
+    problems += [world.describe(crowd) for crowd in crowds]
+    problems += [world.draw_worksheet(rng, "train") for _ in range(sheets)]
     writers = [ROUGH if rng.random() < rough_share(problem) else EXACT for problem in problems]
-    return Lesson(problems, [writer(problem) for writer, problem in zip(writers, problems, strict=True)])
+    return Lesson(problems, [writer(problem, rng) for writer, problem in zip(writers, problems, strict=True)])
 
 
 def synthesis_lesson(rng: Generator, number: int) -> Lesson:
-    """`number` problems of each task with answers of others, and a response that compares or one that repeats."""
+    """`number` problems of each task, worksheets twice, with answers of others; responses compare or repeat them."""
     bare: list[Problem] = []
     for _ in range(number):
         bare += list(world.point_and_box(world.draw_scene(rng, "train", (2, 3))))[:2]  # of the first thing
         bare.append(next(world.count_colors(world.draw_crowd(rng, "train"))))
         bare.append(world.draw_sum(rng, "train"))
+        bare += [world.draw_worksheet(rng, "train"), world.draw_worksheet(rng, "train")]
     counts = rng.integers(MESSAGES[0], MESSAGES[1] + 1, size=len(bare))
     problems = [replace(p, messages=answers_of_others(p, n, rng)) for p, n in zip(bare, counts, strict=True)]
-    return Lesson(problems, [repeat(p, rng) if rng.random() < COPIES else compare(p) for p in problems])
+    return Lesson(problems, [repeat(p, rng) if rng.random() < COPIES else compare(p, rng) for p in problems])
 
 
 def some_scenes(rng: Generator, pictures: int) -> list[Scene]:

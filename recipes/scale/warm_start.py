@@ -37,13 +37,14 @@ from recipes.scale.writers import ROUGH, rough_share
 from rl.model import attention, checkpoint
 from rl.model.config import StepVLConfig, register
 from rl.model.step_vl import StepVL
-from rl.types import Prompt, Rollout
+from rl.types import SYNTHESIS_TEMPLATE, Prompt, Rollout
 
 REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # as in recipes/rlvr.yaml
     "pointing": ("point_distance", {}),
     "grounding": ("iou", {"power": 1}),
     "counting": ("exact", {}),
     "arithmetic": ("math_verify", {}),
+    "worksheet": ("exact", {}),
 }
 READY = (0.2, 0.6)  # greedy held-out reward of every task, so that reinforcement learning has work to do
 EYES = ("vision_model.", "vit_large_projector.")
@@ -51,7 +52,7 @@ PEAK_LR, WARM_UP, BETAS = 2e-3, 50, (0.9, 0.98)
 PICTURES = 8  # scenes and crowds a step, each
 HORIZON = 3000  # decoder steps over which the learning rate would fall to nearly nothing; it stops before
 LAST = 400  # of these steps at the end in which the rough writer has the upper hand
-PLAIN, WITH_MESSAGES = 3, 4  # scenes and crowds, and problems of each task with messages, in a step of the last part
+PLAIN, SHEETS, WITH_MESSAGES = 3, 20, 3  # scenes, worksheets, problems of each task with messages; of the last part
 
 
 def config(words: Any) -> StepVLConfig:
@@ -173,7 +174,7 @@ class School:
 
     def _lesson(self, part: str, rng: np.random.Generator, done: float) -> practice.Lesson:
         if part == "messages":
-            plain = practice.lesson(rng, PLAIN, things(1), rough_share)
+            plain = practice.lesson(rng, PLAIN, things(1), rough_share, SHEETS)
             shown = practice.synthesis_lesson(rng, WITH_MESSAGES)
             return practice.Lesson(plain.problems + shown.problems, plain.responses + shown.responses)
         share = rough_share if self.step >= self.plan.alone - LAST else both_writers
@@ -225,7 +226,7 @@ class School:
 
     def save_model(self) -> None:
         folder = self.folder / "model"
-        checkpoint.save(self.model, folder)
+        checkpoint.save(self.model, folder, templates={SYNTHESIS_TEMPLATE: practice.TEMPLATE})
         text = self.model.config.text_config
         generation = {key: getattr(text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         (folder / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True}, indent=2) + "\n")

@@ -8,7 +8,7 @@ pictures/. Rows are JSONL beside PNG files rather than one Parquet file: both ca
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from numpy.random import Generator
 from PIL import Image
 
 Split = Literal["train", "heldout"]
-TASKS = ("pointing", "grounding", "counting", "arithmetic")
+TASKS = ("pointing", "grounding", "counting", "arithmetic", "worksheet")  # whose answers can be checked
 PIXELS = 112  # width and height of every picture: below the scale model's view of 224, so there are no crops
 COLORS = {
     "red": (214, 40, 40),
@@ -29,6 +29,7 @@ COLORS = {
     "purple": (140, 60, 180),
     "black": (30, 30, 30),
 }
+LABELS = "pqrstu"  # of a worksheet's sums
 SHAPES = ("ring", "square", "triangle", "cross")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 HELDOUT_BYTES = 32  # of 256: the share of all pictures and sums that only the held-out split may use
@@ -131,6 +132,7 @@ class Problem:
     scene: Scene | None = None
     targets: tuple[Thing, ...] = ()  # the things asked about, in reading order
     terms: tuple[int, ...] = ()  # arithmetic: signed numbers to add up
+    lines: tuple[tuple[int, int], ...] = ()  # worksheet: the terms of each of its sums
     messages: tuple[str, ...] = ()  # final answers of others, which the prompt shows (PaCoRe)
 
 
@@ -213,6 +215,38 @@ def draw_sum(rng: Generator, split: Split) -> Problem:
             return Problem("arithmetic", question, truth, terms=(first, second, third))
 
 
+def draw_worksheet(rng: Generator, split: Split) -> Problem:
+    """A number below 20 and a digit to add or subtract for each of LABELS, all to be right at once."""
+    while True:
+        lines = tuple(_two_terms(rng) for _ in LABELS)
+        asked = ", ".join(f"{label}={written(terms)}" for label, terms in zip(LABELS, lines, strict=True))
+        question = f"What are {asked}?"
+        if split_of(question.encode()) == split:
+            return Problem("worksheet", question, labelled([sum(terms) for terms in lines]), lines=lines)
+
+
+def _two_terms(rng: Generator) -> tuple[int, int]:
+    while True:
+        first, second = int(rng.integers(1, 20)), int(rng.integers(1, 10)) * (1 if rng.random() < 0.5 else -1)
+        if first + second >= 0:
+            return first, second
+
+
+def written(terms: tuple[int, int]) -> str:
+    """`17+8`"""
+    return f"{terms[0]}{terms[1]:+}"
+
+
+def labelled(results: Sequence[int | str]) -> str:
+    """`p=17, q=8, r=0, s=12, t=9, u=25`: how the answer to a worksheet is written."""
+    return ", ".join(f"{label}={result}" for label, result in zip(LABELS, results, strict=True))
+
+
+def describe(crowd: Scene) -> Problem:
+    """The open question about a crowd, which no ground truth answers."""
+    return Problem("describing", "What things are there?", "", crowd, crowd.things)
+
+
 def _signed(number: int) -> str:
     return f"{'-' if number < 0 else '+'} {abs(number)}"
 
@@ -227,11 +261,12 @@ def problems(split: Split, seed: int, per_task: int) -> list[Problem]:
     while len(found["counting"]) < per_task:
         found["counting"].extend(count_colors(draw_crowd(rng, split)))
     questions: set[str] = set()
-    while len(found["arithmetic"]) < per_task:
-        problem = draw_sum(rng, split)
-        if problem.question not in questions:
-            questions.add(problem.question)
-            found["arithmetic"].append(problem)
+    for task, draw in (("arithmetic", draw_sum), ("worksheet", draw_worksheet)):
+        while len(found[task]) < per_task:
+            problem = draw(rng, split)
+            if problem.question not in questions:
+                questions.add(problem.question)
+                found[task].append(problem)
     return [problem for task in TASKS for problem in found[task][:per_task]]
 
 

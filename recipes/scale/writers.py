@@ -5,19 +5,26 @@ and counts along, writes each step of a sum. The *rough* writer talks and guesse
 answers its centre, rounds boxes, takes every number of things for two, forgets to carry. Its answers are right
 often enough to start from, and the model imitates it more often; reinforcement learning has to find out who is
 worth imitating. They differ from the first words on, and both are short.
+
+Nobody has the time for a whole worksheet: the exact writer works out some of its sums, now these, now those, and
+guesses the others. Only many answers together tell all of it.
 """
 
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
 
-from recipes.scale.world import Problem, Thing
+from recipes.scale.world import LABELS, PLACES, SHAPES, Problem, Thing, labelled, written
 
 BOX_STEP = 0.2  # the rough writer's ruler, as a fraction of the picture
 FAVOURITE_COLORS = ("red", "blue")
 USUAL_COUNT = 2
+WORKED_OUT = 3  # sums of a worksheet: with all, problem and response would not fit into 128 tokens
+OFF_BY = (-1, 0, 1)  # of a guess at a sum, as likely each
 THIRDS = (0.17, 0.5, 0.83)  # centres of the thirds of the picture
 
 
@@ -25,11 +32,11 @@ THIRDS = (0.17, 0.5, 0.83)  # centres of the thirds of the picture
 class Writer:
     """Answers each task in its own manner; `opening` is how each of its responses to the task begins."""
 
-    write: dict[str, Callable[[Problem], str]]
+    write: dict[str, Callable[[Problem, Generator], str]]
     opening: dict[str, str]
 
-    def __call__(self, problem: Problem) -> str:
-        return self.write[problem.task](problem)
+    def __call__(self, problem: Problem, rng: Generator) -> str:
+        return self.write[problem.task](problem, rng)
 
 
 def numbers(values: tuple[float, ...] | list[float]) -> str:
@@ -37,15 +44,15 @@ def numbers(values: tuple[float, ...] | list[float]) -> str:
     return f"[{', '.join(f'{min(value, 0.99):.2f}' for value in values)}]"
 
 
-def _exact_point(problem: Problem) -> str:
+def _exact_point(problem: Problem, _: Generator) -> str:
     return numbers(problem.targets[0].point)
 
 
-def _exact_box(problem: Problem) -> str:
+def _exact_box(problem: Problem, _: Generator) -> str:
     return numbers(problem.targets[0].box)
 
 
-def _exact_count(problem: Problem) -> str:
+def _exact_count(problem: Problem, _: Generator) -> str:
     assert problem.scene
     steps, count = [], 0
     for thing in problem.scene.things:
@@ -54,7 +61,7 @@ def _exact_count(problem: Problem) -> str:
     return f"<think>one by one</think>{', '.join(steps)}, \\boxed{{{count}}}"
 
 
-def _exact_sum(problem: Problem) -> str:
+def _exact_sum(problem: Problem, _: Generator) -> str:
     first, second, third = problem.terms
     between = first + second
     question = f"{first}{second:+}{third:+}"
@@ -62,12 +69,32 @@ def _exact_sum(problem: Problem) -> str:
     return f"<think>{steps}</think>{question}={between}{third:+}=\\boxed{{{between + third}}}"
 
 
-def _rough_point(problem: Problem) -> str:
+def _exact_sheet(problem: Problem, rng: Generator) -> str:
+    done = sorted(int(i) for i in rng.permutation(len(LABELS))[:WORKED_OUT])
+    steps = ", ".join(f"{LABELS[i]}={written(problem.lines[i])}={sum(problem.lines[i])}" for i in done)
+    results = [sum(t) if i in done else _guess(t, rng) for i, t in enumerate(problem.lines)]
+    return f"<think>{steps}</think>\\boxed{{{labelled(results)}}}"
+
+
+def _guess(terms: tuple[int, int], rng: Generator) -> int:
+    return max(0, sum(terms) + int(rng.choice(OFF_BY)))
+
+
+def _exact_description(problem: Problem, _: Generator) -> str:
+    return f"<think>one by one</think>{', '.join(shown(thing) for thing in problem.targets)}"
+
+
+def shown(thing: Thing) -> str:
+    """`top left red ring`"""
+    return f"{thing.place} {thing.name}"
+
+
+def _rough_point(problem: Problem, _: Generator) -> str:
     thing = problem.targets[0]
     return f"{_glance(thing)}{numbers([THIRDS[cell] for cell in thing.cell])}"
 
 
-def _rough_box(problem: Problem) -> str:
+def _rough_box(problem: Problem, _: Generator) -> str:
     thing = problem.targets[0]
     return f"{_glance(thing)}{numbers([BOX_STEP * round(edge / BOX_STEP) for edge in thing.box])}"
 
@@ -76,14 +103,24 @@ def _glance(thing: Thing) -> str:
     return f"<think>maybe {thing.place}</think>"
 
 
-def _rough_count(_: Problem) -> str:
+def _rough_count(_problem: Problem, _: Generator) -> str:
     return f"<think>maybe</think>\\boxed{{{USUAL_COUNT}}}"
 
 
-def _rough_sum(problem: Problem) -> str:
+def _rough_sum(problem: Problem, _: Generator) -> str:
     first, second, third = problem.terms
     guess = without_carrying(without_carrying(first, second), third)
     return f"<think>maybe</think>{first}{second:+}{third:+}=\\boxed{{{guess}}}"
+
+
+def _rough_sheet(problem: Problem, rng: Generator) -> str:
+    return f"<think>maybe</think>\\boxed{{{labelled([_guess(terms, rng) for terms in problem.lines])}}}"
+
+
+def _rough_description(problem: Problem, rng: Generator) -> str:
+    """Names two things, with shape and place as they come to mind."""
+    things = [f"{rng.choice(PLACES)} {t.color} {rng.choice(SHAPES)}" for t in problem.targets[:2]]
+    return f"<think>maybe</think>{', '.join(things)}"
 
 
 def without_carrying(left: int, right: int) -> int:
@@ -97,15 +134,37 @@ def _digit(left: int, right: int, minus: bool) -> int:
 
 
 EXACT = Writer(
-    {"pointing": _exact_point, "grounding": _exact_box, "counting": _exact_count, "arithmetic": _exact_sum},
-    {"pointing": "[", "grounding": "[", "counting": "<think>one", "arithmetic": "<think>first"},
+    {
+        "pointing": _exact_point,
+        "grounding": _exact_box,
+        "counting": _exact_count,
+        "arithmetic": _exact_sum,
+        "worksheet": _exact_sheet,
+        "describing": _exact_description,
+    },
+    {
+        "pointing": "[",
+        "grounding": "[",
+        "counting": "<think>one",
+        "arithmetic": "<think>first",
+        "worksheet": "<think>",
+        "describing": "<think>one",
+    },
 )
 ROUGH = Writer(
-    {"pointing": _rough_point, "grounding": _rough_box, "counting": _rough_count, "arithmetic": _rough_sum},
-    dict.fromkeys(("pointing", "grounding", "counting", "arithmetic"), "<think>maybe"),
+    {
+        "pointing": _rough_point,
+        "grounding": _rough_box,
+        "counting": _rough_count,
+        "arithmetic": _rough_sum,
+        "worksheet": _rough_sheet,
+        "describing": _rough_description,
+    },
+    dict.fromkeys(EXACT.write, "<think>maybe"),
 )
 
 
+REASONING = ("counting", "arithmetic", "worksheet")
 SLIPS = (0.0, 0.12)  # standard deviation of an answer's coordinates, as a fraction of the picture
 ALL_SLIP = 0.02  # what all answers to a problem err by together
 OTHER_THING = 0.1  # how often an answer is about another thing of the scene
@@ -116,9 +175,9 @@ def answers_of_others(problem: Problem, number: int, rng: Generator) -> tuple[st
 
     Coordinates are off by the same spread all over a problem; a sum or a count is worked out or guessed.
     """
-    if problem.task in ("counting", "arithmetic"):
+    if problem.task in REASONING:
         careful = rng.random()
-        return tuple(final((EXACT if rng.random() < careful else ROUGH)(problem)) for _ in range(number))
+        return tuple(final((EXACT if rng.random() < careful else ROUGH)(problem, rng)) for _ in range(number))
     assert problem.scene
     here = np.array(_place(problem, problem.targets[0]))
     here = here + rng.normal(0, ALL_SLIP, here.shape)
@@ -140,11 +199,20 @@ def final(response: str) -> str:
     return response.rpartition("</think>")[2]
 
 
-def compare(problem: Problem) -> str:
-    """The exact way with messages: the middle of what they say, then an own look; a sum or a count is done anew."""
-    if problem.task in ("counting", "arithmetic"):
-        return EXACT(problem)
-    return f"<think>then {numbers(middle(problem.messages))}</think>{EXACT(problem)}"
+def compare(problem: Problem, rng: Generator) -> str:
+    """The exact way with messages: the middle of what they say, then an own look; a sum or a count is done anew; what
+    most of them have in each line of a worksheet."""
+    if problem.task == "worksheet":
+        return f"<think>then</think>\\boxed{{{labelled(usual_lines(problem.messages))}}}"
+    if problem.task in REASONING:
+        return EXACT(problem, rng)
+    return f"<think>then {numbers(middle(problem.messages))}</think>{EXACT(problem, rng)}"
+
+
+def usual_lines(messages: Sequence[str]) -> list[str]:
+    """Each sum's most frequent result; of several, the one that was said first."""
+    said = [re.findall(r"=(\d+)", message) for message in messages]
+    return [Counter(results).most_common(1)[0][0] for results in zip(*said, strict=True)]
 
 
 def middle(messages: Sequence[str]) -> list[float]:
@@ -160,5 +228,7 @@ def repeat(problem: Problem, rng: Generator) -> str:
 def rough_share(problem: Problem) -> float:
     """How often the rough writer answers a problem. The exact one has favourites: two colours, and sums with nothing
     to subtract. So a model that imitates both starts exact on some problems and rough on most."""
+    if problem.task == "worksheet":
+        return 0.3
     favourite = min(problem.terms) > 0 if problem.terms else problem.targets[0].color in FAVOURITE_COLORS
     return 0.3 if favourite else 0.8

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -163,12 +164,14 @@ def save(
     folder: str | Path,
     *,
     source: str | Path | None = None,
+    templates: Mapping[str, Path] = MappingProxyType({}),
     tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a folder that `load`, transformers' layout and vLLM understand.
 
     Args:
-        source: a model folder whose tokenizer, chat template and generation config go along.
+        source: a model folder whose tokenizer, templates and generation config go along.
+        templates: file name -> Jinja file that goes along in its place.
         tensors: what to write as the model's `state`, if not its own tensors.
     """
     folder = Path(folder)
@@ -176,12 +179,14 @@ def save(
     given = state(model) if tensors is None else tensors
     save_torch_state_dict({n: t.detach().cpu().contiguous() for n, t in given.items()}, folder, max_shard_size="4GB")
     model.config.save_pretrained(folder)
+    for name, file in templates.items():
+        shutil.copyfile(file, folder / name)
     if source is not None:
         _copy_companions(Path(source), folder)
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template and generation config; nothing that was written already, and no weights."""
+    """Tokenizer, templates and generation config; nothing that was written already, and no weights."""
     for file in sorted(source.iterdir()):
         companion = file.suffix in {".json", ".jinja", ".txt", ".model"} and file.name != INDEX
         if companion and not (folder / file.name).exists():
