@@ -97,6 +97,9 @@ class Options(BaseModel):
 class Model(Options):
     path: str
     """Folder in Hugging Face layout, or hub id, that policy and critic start from."""
+    critic: Path | None = None
+    """Folder of a critic that an earlier run saved (RUN_DIR/checkpoints/000600/critic), to go on with its values; null:
+    the policy's decoder with a new value head. (Whether the report carries it from stage to stage is unpublished.)"""
     freeze: Frozen = ("encoder", "projector")
     """Parts that are never trained (report: only the decoder is; freezing the projector: reconstruction)."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

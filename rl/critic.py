@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rl.config import Config
 from rl.losses import explained_variance, value_loss
+from rl.model.checkpoint import VALUE_HEAD
 from rl.model.packed import hidden_states
 from rl.packing import Batch, Group, Pack, Row, minibatches
 from rl.ranks import Ranks
@@ -51,17 +52,19 @@ class Critic(Sharded):
     """Values for advantages, and the value update. A plain object; Ray places it, possibly split over several ranks.
 
     Args:
-        folder: model folder whose decoder the critic starts from.
+        folder: model folder whose decoder the critic starts from, unless `model.critic` names another one.
     """
 
     def __init__(self, folder: str, config: Config, ranks: Ranks | None = None) -> None:
         super().__init__(folder, config, ranks)
         head = self.model.value_head
         weight = self.ranks.own(initial_head(head.in_features, config.seed), head.weight)
-        self.model.load_state_dict({"value_head.weight": weight}, strict=False, assign=True)
+        self.model.load_state_dict({VALUE_HEAD: weight}, strict=False, assign=True)
         self._kept: _Kept | None = None
         trained = dict(self.model.named_parameters())
         self.optimizer = self.adamw(trained, config.ppo.critic_lr, config.ppo.critic_warmup)
+        if config.model.critic is not None:
+            self.read_whole(config.model.critic)
 
     def prepare(self, base: Any) -> None:
         """Exchange the head, which takes no memory yet, and split the parameters over the ranks."""

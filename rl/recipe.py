@@ -25,6 +25,7 @@ __all__ = ["Change", "MissingOption", "RecipeError", "Resolved", "describe", "di
 
 PATHS = (
     "model.path",
+    "model.critic",
     "model.chat_template",
     "data.train",
     "data.eval",
@@ -170,7 +171,9 @@ def _make_paths_absolute(values: dict[str, Any], layers: Layers) -> None:
         for section in sections:
             holder = holder.get(section) if isinstance(holder, dict) else None
         if isinstance(holder, dict) and origin:
-            holder[name] = _absolute(holder.get(name), origin.folder, always=name.endswith("template"))
+            holder[name] = _absolute(
+                holder.get(name), origin.folder, always=name in ("critic", "template", "chat_template")
+            )
     rewards = values.get("rewards")
     for task, given in rewards.items() if isinstance(rewards, dict) else ():
         for reward in given if isinstance(given, list) else [given]:

@@ -26,7 +26,7 @@ from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT
 from rollout.pacore import Synthesis, wording
 from rollout.serving import add_serving, serving
 from rollout.thinking import Reply, Round, TooLong, Turns, explore, order, plan_of, with_room
-from rollout.upstream import WHOLE, Refused, Unreachable, Upstream, reply_of
+from rollout.upstream import WHOLE, Refused, Unreachable, Upstream
 
 MODES = ("sere", "pacore")
 SIGN_OF_LIFE_S = 10.0  # between comments to a client that waits for a stream's first words
@@ -184,9 +184,9 @@ class Front:
     async def _explored(self, body: Mapping[str, Any], seed: str) -> tuple[Round, ...]:
         fields = {name: value for name, value in body.items() if name not in OF_THE_ANSWER}
 
-        async def ask(turns: Turns, seed: int, urgency: int) -> Reply:
+        async def ask(turns: Turns, seed: int, urgency: int, count: int = 1) -> list[Reply]:
             asked = {**WHOLE, **fields, "messages": list(turns), "seed": seed}
-            return reply_of(await self.upstream.complete(asked, urgency))
+            return await self.upstream.ask(asked, urgency, count)
 
         return await explore(body["messages"], self.plan, ask, self.synthesis, seed)
 

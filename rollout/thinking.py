@@ -41,12 +41,12 @@ class Reply:
 
 
 class Ask(Protocol):
-    """Has a model answer a chat.
+    """Has a model answer a chat `count` times.
 
     Raises: TooLong.
     """
 
-    def __call__(self, turns: Turns, seed: int, urgency: int) -> Coroutine[Any, Any, Reply]:
+    def __call__(self, turns: Turns, seed: int, urgency: int, count: int = 1) -> Coroutine[Any, Any, list[Reply]]:
         """`urgency`: of several that wait, the one with the highest comes first."""
         ...
 
@@ -130,9 +130,12 @@ async def explore(turns: Turns, plan: Sequence[int], ask: Ask, synthesis: Synthe
 async def _round(
     turns: Turns, messages: Sequence[str], count: int, number: int, ask: Ask, synthesis: Synthesis, seed: str
 ) -> Round:
-    """Trajectories with the same messages, each in an order of its own. Messages that have no room are left out."""
+    """Trajectories with the same messages, each in an order of its own; without messages they are asked for together.
+    Messages that have no room are left out."""
 
     async def attempt(shown: int) -> list[Reply]:
+        if not shown:
+            return await ask(turns, seed_of(seed, number), number, count)
         orders = [order(len(messages), shown, f"{seed}/{number}/{n}") for n in range(count)]
         prompts = [synthesis.with_messages(turns, [messages[place] for place in one]) for one in orders]
         return await _all(ask(p, seed_of(seed, number, n), number) for n, p in enumerate(prompts))
@@ -156,11 +159,11 @@ async def with_room(messages: int, attempt: Callable[[int], Awaitable[Result]]) 
             shown -= max(1, shown // 10)
 
 
-async def _all(asked: Iterable[Coroutine[Any, Any, Reply]]) -> list[Reply]:
-    """What all say; the first that fails ends the others, which would be of no use."""
+async def _all(asked: Iterable[Coroutine[Any, Any, list[Reply]]]) -> list[Reply]:
+    """What all say, in this order; the first that fails ends the others, which would be of no use."""
     tasks = [asyncio.ensure_future(one) for one in asked]
     try:
-        return list(await asyncio.gather(*tasks))
+        return [reply for replies in await asyncio.gather(*tasks) for reply in replies]
     finally:
         for task in tasks:
             task.cancel()

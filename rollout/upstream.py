@@ -40,42 +40,46 @@ class Slots:
     """At most so many at a time; of those that wait, the one with the highest urgency is next, then the first."""
 
     def __init__(self, count: int) -> None:
-        self._free, self._order = count, itertools.count()
-        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._all = self._free = count
+        self._order = itertools.count()
+        self._waiting: list[tuple[int, int, int, asyncio.Future[None]]] = []
 
     @asynccontextmanager
-    async def one(self, urgency: int) -> AsyncIterator[None]:
-        """A slot for the time of the context."""
-        if self._free:
-            self._free -= 1
-        else:
-            turn = asyncio.get_running_loop().create_future()
-            heapq.heappush(self._waiting, (-urgency, next(self._order), turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._hand_on()  # it came just now, and is not wanted any more
-                raise
+    async def take(self, urgency: int, count: int = 1) -> AsyncIterator[None]:
+        """So many slots, all of them at most, for the time of the context."""
+        count = min(count, self._all)
+        turn = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (-urgency, next(self._order), count, turn))
+        self._hand_on()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._free += count  # they came just now, and are not wanted any more
+            self._hand_on()  # it may have kept others waiting
+            raise
         try:
             yield
         finally:
+            self._free += count
             self._hand_on()
 
     def _hand_on(self) -> None:
         while self._waiting:
-            _, _, turn = heapq.heappop(self._waiting)
+            _, _, count, turn = self._waiting[0]
             if not turn.done():
+                if count > self._free:
+                    return
+                self._free -= count
                 turn.set_result(None)
-                return
-        self._free += 1
+            heapq.heappop(self._waiting)
 
 
 class Upstream:
     """A model behind an OpenAI-compatible URL such as http://host:8000/v1. An async context.
 
     Args:
-        slots: requests under way at a time.
+        slots: replies under way at a time.
         retries: further attempts after 429, 5xx or a broken connection.
         fields: of every request: temperature, max_tokens, ...
         key_env: environment variable that holds the key, if it needs one.
@@ -116,10 +120,17 @@ class Upstream:
             raise RuntimeError("Upstream is used inside `async with` only")
         return self._session
 
-    async def __call__(self, turns: Turns, seed: int, urgency: int) -> Reply:
-        """One reply. Raises: TooLong, Refused, Unreachable."""
-        answer = await self.complete({**self.fields, "messages": list(turns), "seed": seed}, urgency)
-        return reply_of(answer)
+    async def __call__(self, turns: Turns, seed: int, urgency: int, count: int = 1) -> list[Reply]:
+        """Several replies by one request, whose prompt is read once. Raises: TooLong, Refused, Unreachable."""
+        return await self.ask({**self.fields, "messages": list(turns), "seed": seed}, urgency, count)
+
+    async def ask(self, body: Mapping[str, Any], urgency: int, count: int) -> list[Reply]:
+        """`count` replies to a chat completion's request. Raises: TooLong, Refused, Unreachable."""
+        several = {"n": count, "return_token_ids": True} if count > 1 else {}
+        replies = replies_of(await self.complete({**body, **several}, urgency))
+        if len(replies) != count:
+            raise Unreachable(f"{self.url} gives {len(replies)} replies where n = {count} were asked for; is it vLLM?")
+        return replies
 
     async def complete(self, body: Mapping[str, Any], urgency: int = 0) -> dict[str, Any]:
         """The endpoint's answer to a chat completion. Raises: TooLong, Refused, Unreachable."""
@@ -129,14 +140,14 @@ class Upstream:
             async with answer:
                 return json.loads(await answer.text())
 
-        async with self._slots.one(urgency):
+        async with self._slots.take(urgency, int(body.get("n") or 1)):
             return await self._retried(whole)
 
     @asynccontextmanager
     async def stream(self, body: Mapping[str, Any], urgency: int = 0) -> AsyncIterator[aiohttp.StreamReader]:
         """The endpoint's events as they come; until they begin there are retries. Raises: TooLong, Refused,
         Unreachable, and aiohttp.ClientError if the stream breaks."""
-        async with self._slots.one(urgency):
+        async with self._slots.take(urgency, int(body.get("n") or 1)):
             answer = await self._retried(lambda: self._post({**body, "stream": True}))
             async with answer:
                 yield answer.content
@@ -171,13 +182,22 @@ class Upstream:
         raise TooLong(told)
 
 
-def reply_of(answer: Mapping[str, Any]) -> Reply:
-    """The first choice of a chat completion. What a server's reasoning parser took apart is put together again."""
-    choice, usage = answer["choices"][0], answer.get("usage") or {}
+def replies_of(answer: Mapping[str, Any]) -> list[Reply]:
+    """The choices of a chat completion. An endpoint that does not tell their token ids only counts all tokens together;
+    then each reply has the mean."""
+    choices, usage = answer["choices"], answer.get("usage") or {}
+    mean = int(usage.get("completion_tokens") or 0) / len(choices)
+    prompt = int(usage.get("prompt_tokens") or 0)
+    ordered = sorted(choices, key=lambda choice: choice.get("index") or 0)
+    return [_reply(choice, len(choice.get("token_ids") or ()) or round(mean), prompt) for choice in ordered]
+
+
+def _reply(choice: Mapping[str, Any], tokens: int, prompt_tokens: int) -> Reply:
+    """What a server's reasoning parser took apart is put together again."""
     message = choice["message"]
     text = message.get("content") or ""
     thinking = message.get("reasoning_content") or message.get("reasoning") or ""
     if thinking:
         text = f"{THINK_OPEN}{thinking}{THINK_CLOSE}{text}" if text else f"{THINK_OPEN}{thinking}"
     finish = "length" if choice.get("finish_reason") == "length" else "stop"
-    return Reply(text, finish, int(usage.get("completion_tokens") or 0), int(usage.get("prompt_tokens") or 0))
+    return Reply(text, finish, tokens, prompt_tokens)

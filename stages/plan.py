@@ -145,7 +145,10 @@ def make_plan(config: Config, also: Mapping[str, Sequence[Reward]] = MappingProx
 
         verl_bridge.policy_loss(loss.verl, loss.params)
     folder = checkpoint.local_folder(config.model.path)
-    _check_positions(config, checkpoint.check(folder, yarn=config.model.yarn))
+    model = checkpoint.check(folder, yarn=config.model.yarn)
+    _check_positions(config, model)
+    if config.model.critic is not None:
+        checkpoint.check_critic(config.model.critic, model)
     chat = Chat(folder, config.model.chat_template, Wording(wording(folder, config.synthesis.template)))
     check_accept(config)
     train, outside = _inside(config, _rows(config, config.data.train, chat, rewards, pools=True))

@@ -258,11 +258,23 @@ def test_hiccups_are_ridden_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_what_a_reasoning_parser_took_apart_is_put_together() -> None:
     message = {"content": "4", "reasoning_content": "2 + 2"}
     answer = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"completion_tokens": 7}}
-    reply = upstream_module.reply_of(answer)
+    (reply,) = upstream_module.replies_of(answer)
     assert (reply.text, reply.message, reply.tokens) == ("<think>2 + 2</think>4", "4", 7)
     cut = {"content": None, "reasoning_content": "2 +"}
     answer = {"choices": [{"message": cut, "finish_reason": "length"}], "usage": {}}
-    assert upstream_module.reply_of(answer).message == ""
+    assert upstream_module.replies_of(answer)[0].message == ""
+
+
+def test_several_replies_have_their_own_tokens_or_the_mean_where_an_endpoint_counts_all_together() -> None:
+    def choice(index: int, **more: Any) -> dict[str, Any]:
+        return {"index": index, "message": {"content": f"{index}"}, "finish_reason": "stop", **more}
+
+    usage = {"completion_tokens": 6, "prompt_tokens": 9}
+    told = upstream_module.replies_of({"choices": [choice(1, token_ids=[1, 2, 3, 4, 5]), choice(0, token_ids=[1])],
+                                       "usage": usage})  # fmt: skip
+    assert [(one.text, one.tokens, one.prompt_tokens) for one in told] == [("0", 1, 9), ("1", 5, 9)]
+    counted = upstream_module.replies_of({"choices": [choice(0), choice(1)], "usage": usage})
+    assert [one.tokens for one in counted] == [3, 3]
 
 
 def test_a_file_of_something_else_is_not_written_to(tmp_path: Path) -> None:

@@ -204,6 +204,35 @@ def test_the_critic_learns_the_returns(folder):
     assert losses[-1] < losses[0] / 4
 
 
+def test_a_critic_goes_on_with_the_values_of_an_earlier_one(folder, tmp_path):
+    policy, earlier = Policy(folder, config(folder)), Critic(folder, config(folder, critic_lr=3e-3))
+    batch = batch_of(policy)
+    features = features_of(policy)
+    values, final = earlier.values(batch, features)
+    earlier.update(batch, make_targets(batch, values, final, earlier.config.ppo), features, 1)
+    earlier.write_whole(earlier.whole(), tmp_path / "critic")
+    plain = config(folder)
+    given = plain.model_copy(update={"model": plain.model.model_copy(update={"critic": tmp_path / "critic"})})
+    learned = earlier.values(batch, features)[0]
+    torch.testing.assert_close(Critic(folder, given).values(batch, features)[0], learned)
+    assert not torch.allclose(learned, values)
+
+
+def test_a_folder_that_is_no_critic_of_the_model_is_refused(folder, tmp_path):
+    policy, critic = Policy(folder, config(folder)), Critic(folder, config(folder))
+    model = checkpoint.read_config(folder)
+    critic.write_whole(critic.whole(), tmp_path / "critic")
+    checkpoint.check_critic(tmp_path / "critic", model)
+    critic.write_whole({**critic.whole(), "value_head.weight": torch.zeros(1, 3)}, tmp_path / "other")
+    with pytest.raises(checkpoint.CheckpointError, match=r"value_head.weight is \(1, 3\), the config asks for"):
+        checkpoint.check_critic(tmp_path / "other", model)
+    policy.write_whole(policy.whole(), tmp_path / "policy")
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"is no critic of this model: 1 missing tensors: value_head.weight"
+    ):
+        checkpoint.check_critic(tmp_path / "policy", model)
+
+
 def test_critic_gradients_do_not_depend_on_how_a_minibatch_is_split(folder):
     found = []
     for budget in (4096, 24):

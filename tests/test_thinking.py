@@ -27,11 +27,12 @@ class Model:
         self.script = script
         self.asked: list[tuple[str, int, int]] = []
 
-    async def __call__(self, turns: Turns, seed: int, urgency: int) -> Reply:
+    async def __call__(self, turns: Turns, seed: int, urgency: int, count: int = 1) -> list[Reply]:
+        """As vLLM, which gives each of several replies to one request the next seed."""
         text = str(turns[-1]["content"])
-        self.asked.append((text, seed, urgency))
+        self.asked += [(text, seed + n, urgency) for n in range(count)]
         await asyncio.sleep(0)
-        return self.script(text, seed)
+        return [self.script(text, seed + n) for n in range(count)]
 
 
 def thought(model: Model, plan: Sequence[int], **options: Any) -> Thought:
@@ -120,6 +121,18 @@ def test_a_problem_that_has_no_room_itself_is_refused() -> None:
         thought(Model(script), (4,))
 
 
+def test_trajectories_without_messages_are_asked_for_by_one_request() -> None:
+    requests: list[tuple[int, int]] = []
+
+    class Counting(Model):
+        async def __call__(self, turns: Turns, seed: int, urgency: int, count: int = 1) -> list[Reply]:
+            requests.append((urgency, count))
+            return await super().__call__(turns, seed, urgency, count)
+
+    thought(Counting(lambda text, seed: reply(f"{seed}")), (16, 2))
+    assert requests == [(0, 16), (1, 1), (1, 1), (2, 1)]
+
+
 def test_given_rounds_are_not_asked_again() -> None:
     first = thought(Model(lambda text, seed: reply("m")), (4,), answers=0)
     model = Model(lambda text, seed: reply("4"))
@@ -140,20 +153,20 @@ def test_another_plan_is_refused(text: str) -> None:
 
 def test_a_problems_synthesis_does_not_wait_for_the_trajectories_of_others() -> None:
     problems = [Prompt(f"{n}", "t", ({"role": "user", "content": f"problem {n}"},)) for n in range(8)]
-    slots, order = Slots(2), list[str]()
+    slots, order = Slots(8), list[str]()  # the trajectories of two problems
 
-    async def ask(turns: Turns, seed: int, urgency: int) -> Reply:
-        async with slots.one(urgency):
+    async def ask(turns: Turns, seed: int, urgency: int, count: int = 1) -> list[Reply]:
+        async with slots.take(urgency, count):
             await asyncio.sleep(0.001)
             (which,) = re.findall(r"problem \d", str(turns[-1]["content"]))
             order.append(f"synthesis {which}" if urgency else which)
-            return reply("m")
+            return [reply("m")] * count
 
     done: list[str] = []
     settings = Settings("m", (4,))
     asyncio.run(generate(problems, settings, ask, Synthesis(), lambda problem, found: done.append(problem.id)))
     assert sorted(done) == [problem.id for problem in problems]
-    assert order.index("synthesis problem 0") < order.index("problem 3")
+    assert order.index("synthesis problem 0") < order.index("problem 4")
     assert max(place for place, one in enumerate(order) if one.startswith("problem")) > order.index(
         "synthesis problem 5"
     )
@@ -164,7 +177,7 @@ def test_slots_go_to_the_most_urgent_and_survive_being_cancelled() -> None:
         slots, order = Slots(1), list[str]()
 
         async def use(name: str, urgency: int) -> None:
-            async with slots.one(urgency):
+            async with slots.take(urgency):
                 order.append(name)
                 await asyncio.sleep(0.001)
 
@@ -173,8 +186,25 @@ def test_slots_go_to_the_most_urgent_and_survive_being_cancelled() -> None:
         await asyncio.sleep(0)
         gone.cancel()
         await asyncio.gather(*tasks)
-        async with asyncio.timeout(1), slots.one(0):  # nothing was lost
+        async with asyncio.timeout(1), slots.take(0):  # nothing was lost
             order.append("last")
         return order
 
     assert asyncio.run(scenario()) == ["a", "c", "d", "b", "last"]
+
+
+def test_a_request_for_several_replies_takes_as_many_slots_and_all_of_them_at_most() -> None:
+    async def scenario() -> list[str]:
+        slots, events = Slots(4), list[str]()
+
+        async def use(name: str, count: int) -> None:
+            async with slots.take(0, count):
+                events.append(f"+{name}")
+                await asyncio.sleep(0.001)
+                events.append(f"-{name}")
+
+        await asyncio.gather(use("a", 3), use("b", 2), use("c", 1), use("d", 100))
+        return events
+
+    # b does not fit beside a; c would, but does not overtake it; d takes all there are
+    assert asyncio.run(scenario()) == ["+a", "-a", "+b", "+c", "-b", "-c", "+d", "-d"]

@@ -20,6 +20,7 @@ from rl.model.text import TextModel, packable
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+VALUE_HEAD = "value_head.weight"
 
 
 class CheckpointError(ValueError):
@@ -88,13 +89,7 @@ def check(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
     )
     if missing or extra:
         raise CheckpointError(f"{folder}: {_listed('missing', missing)}{_listed('unknown', extra)}")
-    for file in sorted(set(files.values())):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if name in expected and (got := tuple(tensors.get_slice(name).get_shape())) != tuple(
-                    expected[name].shape
-                ):
-                    raise CheckpointError(f"{file}: {name} is {got}, the config asks for {tuple(expected[name].shape)}")
+    _check_shapes(files, expected)
     return config
 
 
@@ -144,6 +139,32 @@ def load(
         model.lm_head.weight = model.model.embed_tokens.weight  # assignment made two parameters of one
     materialize(model.model, device)
     return model.eval()
+
+
+def check_critic(folder: str | Path, config: PretrainedConfig) -> None:
+    """Whether a folder holds a critic of this architecture: its decoder and a value head.
+
+    Raises CheckpointError naming missing or extra tensors and wrong shapes.
+    """
+    folder, model = Path(folder), build(config)
+    expected = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
+    hidden = getattr(config, "text_config", config).hidden_size
+    expected[VALUE_HEAD] = torch.empty((1, hidden), device="meta")
+    files = tensor_files(folder)
+    missing, extra = sorted(expected.keys() - files.keys()), sorted(files.keys() - expected.keys())
+    if missing or extra:
+        found = _listed("missing", missing) + _listed("unknown", extra)
+        raise CheckpointError(f"{folder} is no critic of this model: {found}")
+    _check_shapes(files, expected)
+
+
+def _check_shapes(files: Mapping[str, Path], expected: Mapping[str, Tensor]) -> None:
+    for file in sorted(set(files.values())):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                wanted = tuple(expected[name].shape) if name in expected else None
+                if wanted is not None and (got := tuple(opened.get_slice(name).get_shape())) != wanted:
+                    raise CheckpointError(f"{file}: {name} is {got}, the config asks for {wanted}")
 
 
 def tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
