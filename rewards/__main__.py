@@ -195,6 +195,8 @@ def _runner(target: Target, workers: int) -> RewardRunner:
 
 
 def _tell(outage: Outage) -> None:
+    if outage.again:
+        return
     state = f"does not answer: {outage.why}; trying for {MOST_WAIT_S:.0f} s" if outage.why else "is back"
     print(f"endpoint {outage.endpoint} {state}", file=sys.stderr)
 

@@ -34,11 +34,13 @@ class EndpointAway(Stop):
 
 @dataclass(frozen=True)
 class Outage:
-    """News of an endpoint: it does not answer (and why), or it is back (`why` is None) after `seconds`."""
+    """News of an endpoint: it does not answer (and why), still does not after a while (`again`), or is back after
+    `seconds` (`why` is None)."""
 
     endpoint: str
     why: str | None
     seconds: float = 0.0
+    again: bool = False
 
 
 @dataclass
@@ -253,6 +255,7 @@ class AsyncPool(Pool):
             self.news.put(Outage(endpoint, why))
         if away.probe is job:
             away.probe_again()
+            self.news.put(Outage(endpoint, why, now - away.since, again=True))
         away.why = why
         away.held.append(job)
 

@@ -102,6 +102,10 @@ class RewardRunner:
                 return f"row {prompt.id!r} has no {needed}, which {part.name} (task {prompt.task}) compares with"
         return None
 
+    def address(self, endpoint: str) -> str:
+        """Where an endpoint is; "" while the run has not started the server."""
+        return self._endpoints[endpoint].url
+
     def served(self, urls: Mapping[str, str]) -> None:
         """Where endpoints are that the run serves itself; to be told before anything is started."""
         for name, url in urls.items():

@@ -310,7 +310,7 @@ class Synthesis(Options):
     """Only rows whose pool has a smaller one (the PaCoRe paper: 9/24 in mathematics, 15/24 in code); null: all."""
     template: Path | None = None
     """Jinja file that puts problem and messages into words; null: the one that the model's folder carries
-    (pacore.jinja), else rollout/prompts/pacore.jinja. Policies that are saved carry it."""
+    (pacore.jinja), else rollout/prompts/pacore.jinja. Policies carry what is named here."""
     online_rollouts: Count = 24
     """With `pool: online`, attempts at each prompt, whose final answers are its pool (report: 24 rollouts)."""
     online_length: Annotated[int, Field(ge=16)] | None = None
@@ -588,6 +588,11 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
     if None in weights and any(weights):
         yield OptionError("data.train", "gives some of its sources a weight; give all of them one, or none")
     yield from _off_policy(config)
+    if named := config.preference.verifiable_tasks:
+        if config.stage != "rlhf":
+            yield OptionError("preference.verifiable_tasks", f"is for the stage rlhf, but this one is {config.stage}")
+        if unknown := [task for task in named if task not in config.rewards]:
+            yield OptionError("preference.verifiable_tasks", f"has {unknown[0]!r}, for which there is no reward")
     curation, needed = config.curate, config.synthesis.least_messages
     if {"difficulty", "synthesis"} <= set(curation.filters) and curation.difficulty.rollouts < needed:
         problem = (

@@ -19,6 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rl.metrics import describe
+
 WINDOW = 10  # iterations in a moving average
 TREND = 30  # iterations in a sparkline
 BARS = "▁▂▃▄▅▆▇█"
@@ -302,7 +304,9 @@ class Display:
 
 
 def _families(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
+    """The tasks' rewards; a stage's own figures on held-out rows, such as eval/win_rate, are not of their kind."""
+    tasks = [name for name in metrics if name.startswith("eval/") and describe(name).name == "eval/<task>"]
+    return {name.removeprefix("eval/"): metrics[name] for name in tasks}
 
 
 def _with_average(families: Mapping[str, float]) -> dict[str, float]:

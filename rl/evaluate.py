@@ -42,7 +42,7 @@ from rollout.generate import (
 from rollout.generate import (
     lines_of as records_of,
 )
-from rollout.pacore import Synthesis, wording
+from rollout.pacore import Synthesis
 from rollout.rows import RowError, read
 from rollout.serving import add_serving, serving
 from rollout.thinking import Round, Thought, order
@@ -203,8 +203,8 @@ def _main(args: argparse.Namespace) -> int:
     rewards = _rewards(config)
     prompts = _rows(config, rewards)
     given = _given(args.trajectories, prompts) if args.trajectories else {}
-    template = wording(args.model, config.synthesis.template)
     who = replace(serving(args), options=_options(config) | dict(serving(args).options or {}))
+    template = who.template(config.synthesis.template)
     settings = settings_of(
         who,
         template,

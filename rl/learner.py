@@ -63,6 +63,8 @@ class Policy(Sharded):
         self.optimizer = self.adamw(self.trained, config.ppo.policy_lr, config.ppo.policy_warmup)
         self.loss = policy_loss(config.ppo)
         self._encoded: dict[str, int] = {}
+        named = {"chat_template.jinja": config.model.chat_template, SYNTHESIS_TEMPLATE: config.synthesis.template}
+        self.templates = {name: file.read_text(encoding="utf-8") for name, file in named.items() if file is not None}
 
     def prepare(self, base: Any) -> None:
         """Freeze what is frozen, and split the rest over the ranks."""
@@ -205,12 +207,7 @@ class Policy(Sharded):
 
     def write_whole(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """A folder that loads in vLLM."""
-        named = {
-            "chat_template.jinja": self.config.model.chat_template,
-            SYNTHESIS_TEMPLATE: self.config.synthesis.template,
-        }
-        templates = {name: file for name, file in named.items() if file is not None}
-        checkpoint.save(self.model, folder, source=self.source, templates=templates, tensors=tensors)
+        checkpoint.save(self.model, folder, source=self.source, templates=self.templates, tensors=tensors)
 
     def read_whole(self, folder: Path) -> None:
         """The float32 weights, unless a smaller type made `shards` keep them."""

@@ -105,10 +105,11 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "eval/win_rate",
         "higher",
-        "Share of held-out rows whose greedy answer the judge grades above the teacher's reference; ties count half.",
+        "Share of held-out rows whose greedy answer the judge grades above the teacher's reference; ties count half, "
+        "answers that are empty or cut off as lost.",
     ),
     Metric("eval/order_agreement", "higher", "Share of these comparisons whose two orders have the same winner."),
-    Metric("genrm/win_rate", "higher", "Share of sampled answers that the judge grades above the reference."),
+    Metric("genrm/win_rate", "higher", "The same share of the sampled answers."),
     Metric(
         "genrm/order_agreement",
         "higher",

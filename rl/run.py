@@ -67,7 +67,7 @@ def _main(args: argparse.Namespace) -> int:
     else:
         resolved = _fresh(args)
     check_hardware(resolved.config, dry_run=args.dry_run)
-    plan = _checked_plan(resolved)
+    plan = _checked_plan(resolved, begun=args.resume is not None)
     if args.dry_run:
         print(describe(resolved, lambda section: section != "curate"), *plan.lines(), sep="\n")
         return DONE
@@ -147,11 +147,11 @@ def check_hardware(config: "Config", *, dry_run: bool) -> None:
         raise InputError(_NO_GPU.format(recipe="This recipe"))
 
 
-def _checked_plan(resolved: Resolved) -> "Plan":
+def _checked_plan(resolved: Resolved, *, begun: bool) -> "Plan":
     from stages.plan import make_plan
 
     try:
-        return make_plan(resolved.config)
+        return make_plan(resolved.config, begun=begun)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
 

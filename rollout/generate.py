@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from rl.config import Source
 from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT
 from rl.types import Prompt
-from rollout.pacore import Synthesis, wording
+from rollout.pacore import Synthesis
 from rollout.rows import RowError, read
 from rollout.serving import Serving, add_serving, serving
 from rollout.thinking import Reply, Round, Thought, TooLong, Turns, plan_of, think
@@ -287,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    who, template = serving(args), wording(args.model, args.template)
+    who = serving(args)
+    template = who.template(args.template)
     synthesis = Synthesis(template)
     settings = settings_of(
         who,

@@ -23,7 +23,7 @@ from aiohttp import web
 from jinja2 import TemplateError
 
 from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT
-from rollout.pacore import Synthesis, wording
+from rollout.pacore import Synthesis
 from rollout.serving import add_serving, serving
 from rollout.thinking import Reply, Round, TooLong, Turns, explore, order, plan_of, with_room
 from rollout.upstream import WHOLE, Refused, Unreachable, Upstream
@@ -274,7 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     args = parser().parse_args(arguments)
     try:
-        who, plan, synthesis = serving(args), plan_of(args.trajectories), Synthesis(wording(args.model, args.template))
+        who, plan = serving(args), plan_of(args.trajectories)
+        synthesis = Synthesis(who.template(args.template))
         with who.served() as url:
             asyncio.run(_serve(args, who.upstream(url, {}), plan, synthesis))
         return DONE

@@ -12,6 +12,7 @@ from typing import Any
 
 from rl.model import checkpoint
 from rl.model.config import overrides, positions
+from rollout.pacore import wording
 from rollout.server import Server
 from rollout.upstream import Upstream
 
@@ -37,6 +38,11 @@ class Serving:
         files = [(file.name, file.stat()) for file in sorted(Path(self.model).glob("*.safetensors"))]
         seen = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
         return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+    def template(self, named: Path | None) -> Path | None:
+        """What shows messages: the file that is named, else the one that the model's folder carries; what an endpoint's
+        model was trained with is not known."""
+        return named if self.url else wording(checkpoint.local_folder(self.model), named)
 
     @contextmanager
     def served(self) -> Iterator[str]:

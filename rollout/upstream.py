@@ -18,6 +18,7 @@ RETRY_S = (0.5, 30.0)
 """Seconds before the first retry, and at most before any; doubled each time."""
 NO_ROOM = ("maximum context length", "max_tokens must be at least 1", "longer than the maximum model length")
 CAPS = ("max_tokens", "max_completion_tokens")
+GREEDY = 1e-5  # temperatures below it, to vLLM
 KEEP_ALIVE_S = 4.0  # vLLM closes idle connections after 5
 Answer = TypeVar("Answer")
 WHOLE = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -126,6 +127,9 @@ class Upstream:
 
     async def ask(self, body: Mapping[str, Any], urgency: int, count: int) -> list[Reply]:
         """`count` replies to a chat completion's request. Raises: TooLong, Refused, Unreachable."""
+        if count > 1 and body.get("temperature") is not None and float(body["temperature"]) < GREEDY:
+            same = await asyncio.gather(*(self.ask(body, urgency, 1) for _ in range(count)))  # vLLM refuses n here
+            return [reply for (reply,) in same]
         several = {"n": count, "return_token_ids": True} if count > 1 else {}
         replies = replies_of(await self.complete({**body, **several}, urgency))
         if len(replies) != count:
@@ -140,14 +144,14 @@ class Upstream:
             async with answer:
                 return json.loads(await answer.text())
 
-        async with self._slots.take(urgency, int(body.get("n") or 1)):
+        async with self._slots.take(urgency, _replies(body)):
             return await self._retried(whole)
 
     @asynccontextmanager
     async def stream(self, body: Mapping[str, Any], urgency: int = 0) -> AsyncIterator[aiohttp.StreamReader]:
         """The endpoint's events as they come; until they begin there are retries. Raises: TooLong, Refused,
         Unreachable, and aiohttp.ClientError if the stream breaks."""
-        async with self._slots.take(urgency, int(body.get("n") or 1)):
+        async with self._slots.take(urgency, _replies(body)):
             answer = await self._retried(lambda: self._post({**body, "stream": True}))
             async with answer:
                 yield answer.content
@@ -180,6 +184,12 @@ class Upstream:
         if len(capless) < len(body):  # prompt and cap together have no room, so what is left is less than the cap
             return await self._post(capless)
         raise TooLong(told)
+
+
+def _replies(body: Mapping[str, Any]) -> int:
+    """How many a request asks for; what is no number is the endpoint's to refuse."""
+    count = body.get("n")
+    return count if isinstance(count, int) and count > 0 else 1
 
 
 def replies_of(answer: Mapping[str, Any]) -> list[Reply]:

@@ -54,10 +54,10 @@ class Ahead(Generic[T]):
         self._task = None
         return future.result()
 
-    def settle(self) -> None:
-        """Wait until the task, if there is one, has ended, well or not."""
-        if self._task is not None:
-            wait([self._task[1]])
+    def settle(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Wait until the task, if there is one, has ended, well or not; calls `meanwhile` every POLL_S."""
+        while self._task is not None and not wait([self._task[1]], timeout=POLL_S).done:
+            meanwhile()
 
     def check(self) -> None:
         """Raises Abandoned in a thread whose result is not wanted any more."""

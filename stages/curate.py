@@ -264,7 +264,7 @@ def _filters(plan: Plan, benchmarks: Benchmarks | None, verbose: bool) -> Iterat
         made["decontamination"] = decontamination(benchmarks)
     made["checkability"] = Checked(c.checkability, plan.rewards, limit)
     made["relevance"] = Rated(c.relevance, plan.rewards, limit)
-    plan.rewards.on_outage = lambda outage: _say(_outage(outage))
+    plan.rewards.on_outage = lambda outage: None if outage.again else _say(_outage(outage))
     with cluster(verbose=verbose), _samplers(plan, verbose) as pool:
         if pool is not None:
             policy = Policy(pool, plan.chat, plan.rewards, config.rollout.temperature, config.seed, limit)

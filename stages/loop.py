@@ -268,7 +268,7 @@ def enough_valid(scored: list[Scored], limit: float) -> list[Scored]:
 
 def catch_up(iteration: int, prompts: Sequence[Prompt], parts: Parts) -> dict[str, float]:
     """`sync`, if the engines' weights are older than those from after `iteration`, else the gap found at the last."""
-    parts.ahead.settle()
+    parts.ahead.settle(parts.meanwhile)
     if parts.sampler.policy_step < iteration:
         return sync(iteration, prompts, parts)
     return {"rollout/logprob_gap": parts.gap}

@@ -131,11 +131,14 @@ def saves(config: Config, iteration: int) -> bool:
     return iteration % config.checkpoint.every == 0 or iteration == config.iterations
 
 
-def make_plan(config: Config, also: Mapping[str, Sequence[Reward]] = MappingProxyType({})) -> Plan:
+def make_plan(
+    config: Config, also: Mapping[str, Sequence[Reward]] = MappingProxyType({}), *, begun: bool = False
+) -> Plan:
     """Check model, data, rewards and trackers.
 
     Args:
         also: tasks that no row has, for scorers that the rewards are to run as well.
+        begun: whether the run goes on from a checkpoint, which has a critic.
     Raises: ValueError (of several kinds) with one message that says what is wrong and where.
     """
     check_trackers(config.log.trackers)
@@ -147,7 +150,7 @@ def make_plan(config: Config, also: Mapping[str, Sequence[Reward]] = MappingProx
     folder = checkpoint.local_folder(config.model.path)
     model = checkpoint.check(folder, yarn=config.model.yarn)
     _check_positions(config, model)
-    if config.model.critic is not None:
+    if config.model.critic is not None and not begun:
         checkpoint.check_critic(config.model.critic, model)
     chat = Chat(folder, config.model.chat_template, Wording(wording(folder, config.synthesis.template)))
     check_accept(config)

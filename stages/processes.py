@@ -1,6 +1,7 @@
 """The processes of a run: vLLM engines, policy, critic, and the judges that it serves itself."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -51,17 +52,17 @@ class Samplers:
         self.engines = [self._engine() for _ in range(engines)]
         self.judges = self._start_judges()  # kept, because an actor ends with its last handle
         self._serving: list[Worker] = []  # those of them that answer
-        self._urls: dict[str, str] = {}
 
     def ready(self) -> None:
         """Waits until all are there, the rewards' own processes too.
 
         Raises: what a constructor raised; WorkerDied if one hangs.
         """
+        urls = {}
         for name, judge in self.judges.items():
-            self._urls[name] = judge.call("url")
+            urls[name] = judge.call("url")
             self._serving.append(judge)
-        self._plan.rewards.served(self._urls)
+        self._plan.rewards.served(urls)
         rewards = self._plan.rewards.warm()
         for engine in self.engines:
             engine.ready(self._plan.config.max_start_s)
@@ -86,18 +87,20 @@ class Samplers:
     def replace_judge(self, name: str) -> None:
         """Serve it again, at the address that the rewards know; they find out by themselves when it answers.
 
-        Raises Stop if that address is gone, as it is with its node.
+        Raises Stop if that address is gone, as it is with its node, or if Ray places it on another.
         """
-        address = urlsplit(self._urls[name])
-        self._serving = [judge for judge in self._serving if judge is not self.judges[name]]
-        self.judges[name].end()
-        self.judges[name] = self._judge(name, address.hostname, address.port)
+        old = self.judges[name]
+        self._serving = [judge for judge in self._serving if judge is not old]
+        with suppress(WorkerDied):
+            old.start("close").result(JUDGE_PATIENCE_S)  # what the server has left behind holds memory
+        old.end()
+        self.judges[name] = self._judge(name)
         try:
             self.judges[name].ready(self._plan.config.max_start_s)
         except OSError as error:
-            raise Stop(
-                f"judge {name} cannot be served at {self._urls[name]} again: {error}; {GO_ON}", saves=True
-            ) from error
+            where = self._plan.rewards.address(name)
+            raise Stop(f"judge {name} cannot be served at {where} again: {error}; {GO_ON}", saves=True) from error
+        self._serving.append(self.judges[name])
 
     def close(self) -> None:
         """End the judges: in good order those that answer, at once those that are still starting. Raises RuntimeError
@@ -143,16 +146,17 @@ class Samplers:
 
     def _start_judges(self) -> dict[str, Worker]:
         """Those that have no server yet."""
-        host = "127.0.0.1" if alone() else None
-        return {name: self._judge(name, host) for name in served_here(self._plan.config, self._plan.rewards)}
+        return {name: self._judge(name) for name in served_here(self._plan.config, self._plan.rewards)}
 
-    def _judge(self, name: str, host: str | None, port: int | None = None) -> Worker:
-        judge = self._plan.config.endpoints[name]
+    def _judge(self, name: str) -> Worker:
+        """At the address that the rewards' processes know, if they have been told one."""
+        judge, known = self._plan.config.endpoints[name], urlsplit(self._plan.rewards.address(name))
+        host = known.hostname or ("127.0.0.1" if alone() else None)
         return place(
             Server,
             judge.model,
             host=host,
-            port=port,
+            port=known.port,
             device=self._where,
             options=judge.serve,
             gpus=judge_gpus(judge) if self._where == "cuda" else 0,

@@ -38,7 +38,7 @@ class Rlhf:
         return preference_metrics(scored) | penalty_metrics(scored, self.penalties)
 
     def evaluation(self, scored: Sequence[Scored]) -> Mapping[str, float]:
-        return {f"eval/{name}": value for name, value in _shares(comparisons(scored)).items()}
+        return {f"eval/{name}": value for name, value in _shares(scored).items()}
 
 
 def row_problem(prompt: Prompt, preference: Preference) -> str | None:
@@ -90,18 +90,23 @@ def preference_metrics(scored: Sequence[Scored]) -> dict[str, float]:
     if not found:
         return {}
     scores = [one.score for one in found]
-    metrics = _shares(found) | {f"score_p{tenth}": percentile(scores, tenth) for tenth in TENTHS}
+    metrics = _shares(scored) | {f"score_p{tenth}": percentile(scores, tenth) for tenth in TENTHS}
     lengths = [len(one.sample.rollout.response_ids) for one in found]
     if (with_length := rank_correlation(lengths, scores)) is not None:
         metrics["length_correlation"] = with_length
     return {f"genrm/{name}": value for name, value in metrics.items()}
 
 
-def _shares(found: Sequence[Comparison]) -> dict[str, float]:
+def _shares(scored: Sequence[Scored]) -> dict[str, float]:
+    """Who wins; what was not compared (empty, cut off) in a task whose answers are has lost."""
+    found = comparisons(scored)
     if not found:
         return {}
+    wins = [0.5 if one.lead == 0 else float(one.lead > 0) for one in found]
+    compared = {one.sample.rollout.prompt.task for one in found}
+    entered = [sample for sample in scored if sample.invalid is None and sample.rollout.prompt.task in compared]
     return {
-        "win_rate": statistics.fmean(0.5 if one.lead == 0 else float(one.lead > 0) for one in found),
+        "win_rate": sum(wins) / max(len(entered), len(wins)),
         "order_agreement": statistics.fmean(one.orders_agree for one in found),
     }
 

@@ -110,7 +110,7 @@ class _Run:
     def begin(self) -> None:
         """Place engines, policy and critic side by side, and bring them to where the run stands."""
         config, cores, done = self.config, os.cpu_count() or 1, max(self.begins, 0)
-        self._processes = processes = Processes(self.plan, verbose=self.verbose)
+        self._processes = processes = Processes(self._placed(), verbose=self.verbose)
         processes.ready()
         if self.start:
             self._restore(self.start)
@@ -151,6 +151,13 @@ class _Run:
         self.done = self.saved = done if self.start else None
         resuming = f", resuming after iteration {done}" if self.start else ""
         self.display.message(f"ready: {self.folder.path}{resuming}")
+
+    def _placed(self) -> Plan:
+        """The plan; a run that goes on has its critic in the checkpoint, and the one that it began with may be gone."""
+        if self.start is None or self.config.model.critic is None:
+            return self.plan
+        model = self.config.model.model_copy(update={"critic": None})
+        return replace(self.plan, config=self.config.model_copy(update={"model": model}))
 
     def _stage(self, pool: Pool) -> Stage:
         config, plan = self.config, self.plan
@@ -223,6 +230,13 @@ class _Run:
         if outage.why is None:
             self.display.message(f"endpoint {outage.endpoint} is back after {outage.seconds:.0f} s")
             return
+        if not outage.again:
+            self._wait_for(outage)
+        if self.processes.lost_judge(outage.endpoint):
+            self.restarts.count(f"judge {outage.endpoint}, which this run serves, has died and is started again")
+            self.processes.replace_judge(outage.endpoint)
+
+    def _wait_for(self, outage: Outage) -> None:
         if self.done is not None and self.saved != self.done:
             self._save()
         self.checkpoints.settle()
@@ -231,9 +245,6 @@ class _Run:
             f"endpoint {outage.endpoint} does not answer ({outage.why}); waiting for up to {wait:.0f} s"
             + (f", everything up to iteration {self.saved} is saved" if self.saved is not None else "")
         )
-        if self.processes.lost_judge(outage.endpoint):
-            self.restarts.count(f"judge {outage.endpoint}, which this run serves, has died and is started again")
-            self.processes.replace_judge(outage.endpoint)
 
     def _restore(self, start: Path) -> None:
         counters = checkpoint.counters(start)

@@ -108,6 +108,15 @@ def test_an_option_that_nothing_implements_yet_is_refused(key: str, value: Any):
         config(**{key: value})
 
 
+def test_verifiable_tasks_are_mixed_into_rlhf_only_and_have_a_reward():
+    named = {"preference__verifiable_tasks": ["math"]}
+    assert config(stage="rlhf", **named).preference.verifiable_tasks == ("math",)
+    with pytest.raises(ValidationError, match="is for the stage rlhf, but this one is rlvr"):
+        config(**named)
+    with pytest.raises(ValidationError, match="has 'maths', for which there is no reward"):
+        config(stage="rlhf", preference__verifiable_tasks=["maths"])
+
+
 def test_frozen_parts_may_be_named_in_any_order():
     assert config(model__freeze=["projector", "encoder"]) == config()
 

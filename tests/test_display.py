@@ -91,6 +91,14 @@ def test_any_width_can_be_drawn(width: int, caplog: pytest.LogCaptureFixture) ->
     assert not caplog.records and "cannot draw" not in shown(screen)
 
 
+def test_a_stages_own_figures_on_held_out_rows_are_no_task_and_not_in_the_average() -> None:
+    screen = console()
+    display = Display(Plan(), screen)
+    before = {"eval/chat": 0.25, "eval/win_rate": 0.9, "eval/order_agreement": 1.0}
+    display.summary(before, {**before, "eval/chat": 0.5})
+    assert "win_rate" not in shown(screen) and "0.250" in shown(screen)
+
+
 def test_evaluations_are_a_table_first_and_then_a_line_with_the_change() -> None:
     screen = console()
     display = Display(Plan(), screen)

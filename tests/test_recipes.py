@@ -1,5 +1,6 @@
 """Layers merge in order, values know their origin, paths mean what their file says, mistakes are told."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -331,3 +332,17 @@ def test_files_that_are_not_there_are_named():
 @pytest.mark.parametrize("override", ["seed", "=1", "seed =1", "seed=[1", "base=rlvr"])
 def test_an_override_that_is_not_key_equals_value_is_told(override: str):
     assert refusal("", override).startswith("command line: ")
+
+
+def test_the_readmes_rlhf_recipe_resolves_to_the_reports_sizes():
+    readme = (SHIPPED.parent / "README.md").read_text()
+    (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "stage: rlhf" in block]
+    config = load(write("chats.yaml", text)).config
+    assert (config.iterations, config.prompts_per_iteration, config.rollouts_per_prompt) == (300, 512, 8)
+    assert config.max_sequence_length == 32_768 and config.ppo.minibatches == 4
+    assert [one.use for one in config.rewards["chat"][0].penalties] == [
+        "language_consistency",
+        "citation",
+        "calibration",
+    ]
+    assert str(config.model.critic).endswith("/rlvr/checkpoints/000600/critic")

@@ -53,11 +53,15 @@ def test_comparisons_are_found_beside_penalties_and_penalties_have_rates() -> No
     assert stage.evaluation([sample(8, 6)]) == {"eval/win_rate": 1.0, "eval/order_agreement": 1.0}
 
 
-def test_what_was_not_compared_does_not_count_and_nothing_is_made_up_without_comparisons() -> None:
+def test_what_could_not_be_compared_has_lost_and_nothing_is_made_up_without_comparisons() -> None:
     empty = Scored(Rollout(ROW, "", "stop"), 0.0, None, {"genrm": 0.0}, {"why": "an empty answer"})
+    cut = Scored(Rollout(ROW, "So long", "length"), 0.0, details={"truncated": True})
     invalid = replace(sample(9, 1), invalid="its judge failed")
     assert preference_metrics([empty, invalid]) == {}
-    assert Rlhf(frozenset()).evaluation([empty]) == {}
+    assert Rlhf(frozenset()).evaluation([empty, cut]) == {}
+    assert preference_metrics([sample(8, 6), empty, cut, invalid])["genrm/win_rate"] == pytest.approx(1 / 3)
+    sums = replace(cut, rollout=replace(cut.rollout, prompt=replace(ROW, task="sums")))
+    assert preference_metrics([sample(8, 6), sums])["genrm/win_rate"] == 1  # of a task that is not compared
 
 
 def test_a_judge_that_pays_for_length_is_seen() -> None:

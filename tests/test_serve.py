@@ -38,6 +38,8 @@ class Behind:
         self.bodies.append(body)
         if (failed := self.fail(body)) is not None:
             return failed
+        if body.get("n", 1) > 1 and body.get("temperature", 1) == 0:
+            return web.json_response({"error": {"message": "n must be 1 when using greedy sampling"}}, status=400)
         text = "4" if "Answer 1" in text_of(body) else "<think>a</think>four"
         if not body.get("stream"):
             self.under_way += 1
@@ -131,6 +133,24 @@ def test_the_mode_sere_hands_the_request_on_as_it_is() -> None:
         assert found.choices[0].message.content == "<think>a</think>four"
         (body,) = behind.bodies
         assert body == {"model": "behind", "messages": ASK, "temperature": 0.3}
+
+    run(scenario)
+
+
+def test_greedy_trajectories_which_vllm_does_not_give_together_are_asked_one_by_one() -> None:
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        found = await client.chat.completions.create(model="step", messages=ASK, temperature=0)
+        assert found.choices[0].message.content == "4" and len(behind.bodies) == 5
+
+    run(scenario)
+
+
+def test_a_number_of_answers_that_is_none_is_the_endpoints_to_refuse() -> None:
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        for n in (-1000, "x", [2]):
+            behind.fail = lambda body: web.json_response({"error": {"message": "n is no number"}}, status=400)
+            with pytest.raises(BadRequestError, match="n is no number"):
+                await client.chat.completions.create(model="step:sere", messages=ASK, extra_body={"n": n})
 
     run(scenario)
 

@@ -226,7 +226,7 @@ class School:
 
     def save_model(self) -> None:
         folder = self.folder / "model"
-        checkpoint.save(self.model, folder, templates={SYNTHESIS_TEMPLATE: practice.TEMPLATE})
+        checkpoint.save(self.model, folder, templates={SYNTHESIS_TEMPLATE: practice.TEMPLATE.read_text()})
         text = self.model.config.text_config
         generation = {key: getattr(text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         (folder / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True}, indent=2) + "\n")

@@ -185,14 +185,14 @@ def save(
     folder: str | Path,
     *,
     source: str | Path | None = None,
-    templates: Mapping[str, Path] = MappingProxyType({}),
+    templates: Mapping[str, str] = MappingProxyType({}),
     tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a folder that `load`, transformers' layout and vLLM understand.
 
     Args:
         source: a model folder whose tokenizer, templates and generation config go along.
-        templates: file name -> Jinja file that goes along in its place.
+        templates: file name -> text that goes along in place of the source's.
         tensors: what to write as the model's `state`, if not its own tensors.
     """
     folder = Path(folder)
@@ -200,8 +200,8 @@ def save(
     given = state(model) if tensors is None else tensors
     save_torch_state_dict({n: t.detach().cpu().contiguous() for n, t in given.items()}, folder, max_shard_size="4GB")
     model.config.save_pretrained(folder)
-    for name, file in templates.items():
-        shutil.copyfile(file, folder / name)
+    for name, text in templates.items():
+        (folder / name).write_text(text, encoding="utf-8")
     if source is not None:
         _copy_companions(Path(source), folder)
 
