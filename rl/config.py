@@ -519,8 +519,8 @@ class Config(Options):
     max_invalid_fraction: Fraction = 0.1
     """Share of an iteration's samples that may be invalid (a reward or its endpoint failed) before the run stops."""
     max_restarts: Annotated[int, Field(ge=0)] = 10
-    """Times that processes which died or hung are replaced before the run stops: an engine by itself, policy and
-    critic by starting all again from the newest checkpoint."""
+    """Times that processes which died or hung are replaced before the run stops: an engine, or a
+    judge that the run serves, by itself, policy and critic by starting all again from the newest checkpoint."""
     max_start_s: Positive = 3600.0
     """Seconds that a process of the run may take to start, before it counts as hung."""
     endpoints: dict[str, Endpoint] = {}

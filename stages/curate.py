@@ -264,7 +264,6 @@ def _filters(plan: Plan, benchmarks: Benchmarks | None, verbose: bool) -> Iterat
         made["decontamination"] = decontamination(benchmarks)
     made["checkability"] = Checked(c.checkability, plan.rewards, limit)
     made["relevance"] = Rated(c.relevance, plan.rewards, limit)
-    plan.rewards.on_outage = lambda outage: None if outage.again else _say(_outage(outage))
     with cluster(verbose=verbose), _samplers(plan, verbose) as pool:
         if pool is not None:
             policy = Policy(pool, plan.chat, plan.rewards, config.rollout.temperature, config.seed, limit)
@@ -288,6 +287,13 @@ def _samplers(plan: Plan, verbose: bool) -> Iterator[Pool | None]:
         restarts.count(f"engine {number} is replaced: {died}")
         return samplers.replace_engine(number)
 
+    def heard(outage: Outage) -> None:
+        if not outage.again:
+            _say(_outage(outage))
+        if outage.why is not None:
+            samplers.revive_judge(outage.endpoint, restarts)
+
+    plan.rewards.on_outage = heard
     try:
         samplers.ready()
         yield (

@@ -75,8 +75,13 @@ class Samplers:
         self.engines[number].ready(self._plan.config.max_start_s)
         return self.engines[number]
 
-    def lost_judge(self, name: str) -> bool:
-        """Whether a judge that this run serves has died."""
+    def revive_judge(self, name: str, restarts: Restarts) -> None:
+        """Serve a judge again if this run serves it and it has died."""
+        if self._lost_judge(name):
+            restarts.count(f"judge {name}, which this run serves, has died and is started again")
+            self._replace_judge(name)
+
+    def _lost_judge(self, name: str) -> bool:
         if name not in self.judges:
             return False
         try:
@@ -84,8 +89,8 @@ class Samplers:
         except WorkerDied:
             return True
 
-    def replace_judge(self, name: str) -> None:
-        """Serve it again, at the address that the rewards know; they find out by themselves when it answers.
+    def _replace_judge(self, name: str) -> None:
+        """At the address that the rewards know; they find out by themselves when it answers.
 
         Raises Stop if that address is gone, as it is with its node, or if Ray places it on another.
         """

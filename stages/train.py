@@ -232,9 +232,7 @@ class _Run:
             return
         if not outage.again:
             self._wait_for(outage)
-        if self.processes.lost_judge(outage.endpoint):
-            self.restarts.count(f"judge {outage.endpoint}, which this run serves, has died and is started again")
-            self.processes.replace_judge(outage.endpoint)
+        self.processes.revive_judge(outage.endpoint, self.restarts)
 
     def _wait_for(self, outage: Outage) -> None:
         if self.done is not None and self.saved != self.done:
