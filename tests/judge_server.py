@@ -101,14 +101,15 @@ class JudgeServer:
         if reply.status != 200:
             error = {"error": {"message": reply.content or "as scripted", "type": "scripted", "code": None}}
             return web.json_response(error, status=reply.status, headers=reply.headers)
-        return web.json_response(completion(body["model"], reply))
+        return web.json_response(completion(body["model"], reply, body.get("n", 1)))
 
 
-def completion(model: str, reply: Reply) -> dict[str, Any]:
+def completion(model: str, reply: Reply, count: int = 1) -> dict[str, Any]:
+    """`count` times the same."""
     content = json.dumps(reply.content) if isinstance(reply.content, dict) else reply.content
     message = {"role": "assistant", "content": content}
-    choice = {"index": 0, "message": message, "finish_reason": reply.finish}
-    return {"id": "c", "object": "chat.completion", "created": 0, "model": model, "choices": [choice]}
+    choices = [{"index": n, "message": message, "finish_reason": reply.finish} for n in range(count)]
+    return {"id": "c", "object": "chat.completion", "created": 0, "model": model, "choices": choices}
 
 
 def text_of(request: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ def rows(folder: Path, *, taught: bool = False) -> Path:
     lines = (ROOT / "recipes/scale/data/train.jsonl").read_text().splitlines()
     sums = [row for row in map(json.loads, lines) if row["task"] == "arithmetic"][:16]
     if taught:
-        sums = [{**row, "reference": f"It is {row.pop('ground_truth')}."} for row in sums]
+        sums = [{**row, "ground_truth": None, "reference": f"It is {row['ground_truth']}."} for row in sums]
     file = folder / f"sums{'-taught' if taught else ''}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in sums))
     return file
