@@ -26,6 +26,9 @@ BEST = 10.0
 """Grades go from 0 to this."""
 SCALE = 2.0
 
+SHOWN = frozenset({"question", "response_a", "response_b"})
+"""Variables of the prompt."""
+
 Grade = Annotated[float, Field(ge=0, le=BEST, allow_inf_nan=False)]
 
 
@@ -84,7 +87,7 @@ class GenRM:
         )
 
     def setup(self) -> None:
-        self.judge.setup({"question", "response_a", "response_b"})
+        self.judge.setup(SHOWN)
 
     async def __call__(self, rollout: Rollout) -> Score:
         row = rollout.prompt

@@ -107,10 +107,13 @@ class Judge(Generic[V]):
         self._canaries: OrderedDict[str, _Canary] = OrderedDict()
 
     def setup(self, needed: Set[str], optional: Set[str] = frozenset()) -> None:
-        """Finds the endpoint and loads the prompt, which has to use `rules` and the variables `needed` and may use
-        `optional` ones. Raises ValueError for what a person got wrong."""
-        needed = needed | {"rules"}
+        """Finds the endpoint and loads the prompt (see `load`). Raises ValueError for what a person got wrong."""
         self.endpoint: Endpoint = endpoint(self.name)
+        self.load(needed, optional)
+
+    def load(self, needed: Set[str], optional: Set[str] = frozenset()) -> None:
+        """Loads the prompt, which has to use `rules` and the variables `needed` and may use `optional` ones."""
+        needed = needed | {"rules"}
         environment = Environment(
             loader=FileSystemLoader(self.path.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
@@ -158,7 +161,7 @@ class Judge(Generic[V]):
     async def _once(
         self, row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str], vote: int, attempt: int
     ) -> V:
-        text = self._filled(row, shown, written)
+        text = self.prompt(row, shown, written)
         seed = int(_digest(text, str(vote), str(attempt))[:8], 16) >> 1
         pictures = await asyncio.to_thread(_encoded, row.images) if self.endpoint.spec.images and row.images else ()
         parts = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
@@ -168,7 +171,8 @@ class Judge(Generic[V]):
         )
         return verdict
 
-    def _filled(self, row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str]) -> str:
+    def prompt(self, row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str]) -> str:
+        """What the judge reads, once the prompt is loaded; arguments as in `ask`, nothing is cut."""
         texts = {key: clean(value) for key, value in {**shown, **written}.items() if isinstance(value, str)}
         # The text itself is part of what is hashed, so no text can contain its own marks.
         nonce = _digest(self.path.name, row.id, *texts.values())[:16]

@@ -483,6 +483,8 @@ class Evaluation(Options):
     """Iterations between greedy evaluations; iteration 0 and the last always have one."""
     batch: Count = 256
     """Held-out prompts that are handed to the engines at a time."""
+    sampled_rows: Count | None = None
+    """Rows of each task of which a chain's last evaluation samples 16 answers and a synthesis; null: all."""
 
 
 class Log(Options):

@@ -134,10 +134,10 @@ class Display:
     @_harmless
     def evaluation(self, metrics: Mapping[str, Any]) -> None:
         """Shows `eval/*`, if there are any: the first time as a table, then as a line with what changed."""
-        families = _families(metrics)
-        if not families:
+        found = families(metrics)
+        if not found:
             return
-        self._held_out = families
+        self._held_out = found
         iteration = metrics.get("iteration", 0)
         if not self._first_held_out:
             self._first_held_out = self._held_out
@@ -153,7 +153,7 @@ class Display:
         """The run's result: each family's held-out reward before and after, from two dicts with `eval/*`."""
         self._stop()
         self._print(Text("held-out reward before and after training", style="bold"))
-        self._print(_before_after(_families(before), _families(after)))
+        self._print(_before_after(families(before), families(after)))
 
     # Terminal
 
@@ -303,7 +303,7 @@ class Display:
         return Text(f"{running}running for {_clock(now - self._began)}", style="dim")
 
 
-def _families(metrics: Mapping[str, Any]) -> dict[str, float]:
+def families(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The tasks' rewards; a stage's own figures on held-out rows, such as eval/win_rate, are not of their kind."""
     tasks = [name for name in metrics if name.startswith("eval/") and describe(name).name == "eval/<task>"]
     return {name.removeprefix("eval/"): metrics[name] for name in tasks}

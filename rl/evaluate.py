@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,11 +44,12 @@ from rollout.generate import (
 )
 from rollout.pacore import Synthesis
 from rollout.rows import RowError, read
-from rollout.serving import add_serving, serving
+from rollout.serving import Serving, add_serving, serving
 from rollout.thinking import Round, Thought, order
 from stages.loop import enough_valid
 from stages.pacore import accepted, synthesis_metrics
 from stages.plan import check_accept, limited, reward_runner
+from stages.rlhf import penalty_metrics, preference_metrics
 
 MODES = ("sere", "majority", "pacore")
 RESAMPLES, CONFIDENCE = 2000, 0.95
@@ -197,25 +198,56 @@ def _main(args: argparse.Namespace) -> int:
     modes = args.modes.split(",")
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise InputError(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit {args.limit}: it has to be at least 1")
     if args.attempts < 1 or args.syntheses < 1:
         raise InputError(f"--attempts {args.attempts}, --syntheses {args.syntheses}: both have to be at least 1")
-    config = _config(args)
-    rewards = _rewards(config)
-    prompts = _rows(config, rewards)
-    given = _given(args.trajectories, prompts) if args.trajectories else {}
-    who = replace(serving(args), options=_options(config) | dict(serving(args).options or {}))
+    asked = Questions(modes, args.attempts, args.syntheses, args.limit, args.seed, args.cache, args.trajectories)
+    report = measure(_config(args), serving(args), asked)
+    print(json.dumps(report.json(), indent=2)) if args.json else report.show()
+    return DONE
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What an evaluation asks."""
+
+    modes: Sequence[str]
+    attempts: int = 16  # chains of thought per row
+    syntheses: int = 1  # times that PaCoRe answers from them
+    limit: int | None = None  # rows of each task; None: as many as data.eval_limit says
+    seed: int = 0
+    cache: Path | None = None  # keeps what the model says, for the same questions asked again
+    trajectories: Path | None = None  # whose first rounds are used
+    skip_unserved: bool = False  # whether tasks are left out whose judge has no url
+
+
+def measure(config: Config, who: Serving, asked: Questions) -> "Report":
+    """How good a policy is on the recipe's held-out rows. Raises ValueError (of several kinds) for what does not fit,
+    and what serving and scoring raise."""
+    rewards, unserved = reward_runner(config), _unserved(config)
+    if unserved and not asked.skip_unserved:
+        task, name = next(iter(unserved.items()))
+        raise InputError(
+            f"rewards.{task} asks endpoints.{name}, which has no url; serve {config.endpoints[name].model} and name "
+            "its url here"
+        )
+    check_accept(config)
+    prompts = _rows(config, rewards, asked.limit, unserved)
+    given = _given(asked.trajectories, prompts) if asked.trajectories else {}
+    who = replace(who, options=_options(config) | dict(who.options or {}))
     template = who.template(config.synthesis.template)
     settings = settings_of(
         who,
         template,
-        trajectories=() if given else (args.attempts,),
+        trajectories=() if given else (asked.attempts,),
         temperature=config.rollout.temperature,
-        seed=args.seed,
-        answers=args.syntheses if "pacore" in modes else 0,
-        given=str(args.trajectories) if args.trajectories else None,
+        seed=asked.seed,
+        answers=asked.syntheses if "pacore" in asked.modes else 0,
+        given=str(asked.trajectories) if asked.trajectories else None,
     )
     with ExitStack() as stack:
-        cache = args.cache or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "cache.jsonl"
+        cache = asked.cache or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "cache.jsonl"
         answered = Answered(cache, settings)
         stack.callback(answered.close)
         if settings.answers or not given:
@@ -225,37 +257,34 @@ def _main(args: argparse.Namespace) -> int:
         else:
             thoughts = {p.id: Thought(given[p.id]) for p in prompts}
     rows = judged(config, rewards, [p for p in prompts if p.id in thoughts], thoughts, settings)
-    report = Report(config, modes, rows, left_out=len(prompts) - len(rows))
-    print(json.dumps(report.json(), indent=2)) if args.json else report.show()
-    return DONE
+    return Report(config, asked.modes, rows, len(prompts) - len(rows), rewards.penalties())
 
 
 def _config(args: argparse.Namespace) -> Config:
     recipe = Path(args.recipe) if Path(args.recipe).suffix else SHIPPED / f"{args.recipe}.yaml"
     overrides = [*args.overrides, *([f"data.train={args.data}", f"data.eval={args.data}"] if args.data else [])]
-    if args.limit:
-        overrides.append(f"data.eval_limit={args.limit}")
     return load(recipe, profile=args.profile, overrides=overrides).config
 
 
-def _rewards(config: Config) -> RewardRunner:
-    rewards = reward_runner(config)
-    if unserved := [name for name in sorted(rewards.asks()) if config.endpoints[name].url is None]:
-        name = unserved[0]
-        raise InputError(f"endpoints.{name} has no url; serve {config.endpoints[name].model} and name its url here")
-    check_accept(config)
-    return rewards
+def _unserved(config: Config) -> dict[str, str]:
+    """Task -> the judge without a url that its reward asks."""
+    found: dict[str, str] = {}
+    for task, given in config.rewards.items():
+        alone = reward_runner(config.model_copy(update={"rewards": {task: given}}))
+        if names := [name for name in sorted(alone.asks()) if config.endpoints[name].url is None]:
+            found[task] = names[0]
+    return found
 
 
-def _rows(config: Config, rewards: RewardRunner) -> list[Prompt]:
-    """The held-out rows. Raises RowError for rows that cannot be used."""
+def _rows(config: Config, rewards: RewardRunner, limit: int | None, without: Collection[str]) -> list[Prompt]:
+    """The held-out rows, but for those of some tasks. Raises RowError for rows that cannot be used."""
     data = config.data
     if not data.eval:
         raise InputError("there are no rows to evaluate on; name a file with --data")
     rows = read(data.eval, columns=data.columns, tasks=config.rewards.keys(), problem=rewards.problem)
     if rows.bad and (data.on_bad_row == "stop" or not rows.prompts):
         raise RowError(rows.bad)
-    return limited(rows.prompts, data.eval_limit)
+    return limited([prompt for prompt in rows.prompts if prompt.task not in without], limit or data.eval_limit)
 
 
 def _options(config: Config) -> dict[str, str | bool]:
@@ -343,10 +372,16 @@ class Report:
     modes: Sequence[str]
     rows: Sequence[Judged]
     left_out: int = 0  # rows without an answer or a valid score
+    penalties: Collection[str] = ()  # names of the recipe's, as in `Scored.parts`
 
     def synthesis(self) -> dict[str, float]:
         """pacore/* metrics (rl/metrics.py) of the syntheses."""
         return synthesis_metrics([s for row in self.rows for s in row.answers], self.config.accept)
+
+    def preference(self) -> dict[str, float]:
+        """genrm/* and penalty/* metrics (rl/metrics.py) of the attempts, where a judge compares with a teacher."""
+        attempts = [s for row in self.rows for s in row.attempts]
+        return preference_metrics(attempts) | penalty_metrics(attempts, self.penalties)
 
     def json(self) -> dict[str, Any]:
         return {
@@ -363,6 +398,7 @@ class Report:
                 for line in lines_of(self.rows, self.config, self.modes)
             ],
             "synthesis": self.synthesis(),
+            "preference": self.preference(),
         }
 
     def show(self) -> None:
@@ -377,7 +413,7 @@ class Report:
         console.print(table)
         if self.left_out:
             console.print(f"{self.left_out} rows are left out: they have no answer, or no valid score")
-        for name, value in self.synthesis().items():
+        for name, value in (self.synthesis() | self.preference()).items():
             console.print(f"{name:32} {value:.3f}")
 
 

@@ -50,7 +50,12 @@ class Resolved:
 
     def yaml(self) -> str:
         """plain() as the text of a recipe.yaml."""
-        return OmegaConf.to_yaml(OmegaConf.create(_escaped(self.plain())))
+        return yaml_of(self.plain())
+
+
+def yaml_of(values: Mapping[str, Any]) -> str:
+    """A recipe's text. Loads again as the same values."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(dict(values))))
 
 
 class Change(NamedTuple):
@@ -83,11 +88,18 @@ def load(
             mandatory values that are missing (as MissingOption), then values that do not fit.
     """
     written = written_layers(Path(recipe) if recipe else None, profile, overrides)
-    which = _stage(written, stage)
+    if chained := [layer for layer in written.ordered if layer.chain is not None]:
+        raise RecipeError(f"{chained[-1].where}: has a chain of recipes, which only rl.run takes; name one of them")
+    which = stage_of(written, stage)
     if unused := [name for name in written.ordered[-1].stages if name != which]:
         raise RecipeError(f"command line: {unused[0]}.* is for the stage {unused[0]}, but this one is {which}")
-    ordered = [part for layer in written.ordered for part in layer.for_stage(which)]
-    layers = Layers((_stage_layer(which), *ordered), written.main)
+    return resolve(written, which, profile)
+
+
+def resolve(written: Layers, stage: str, profile: str | None) -> Resolved:
+    """Layers as written become the config of a stage. Raises RecipeError, like `load`."""
+    ordered = [part for layer in written.ordered for part in layer.for_stage(stage)]
+    layers = Layers((_stage_layer(stage), *ordered), written.main)
     merged = layers.merged()
     _check_nothing_missing(merged, layers, profile)
     values = _interpolated(merged, layers)
@@ -112,10 +124,8 @@ def differences(saved: Config, new: Config) -> list[Change]:
     return [change for change in changes if change.saved != change.new]
 
 
-def _stage(layers: Layers, asked: str | None) -> str:
-    """The stage that the layers name. One that is known but not built is left to Config to refuse."""
-    if any("chain" in layer.values for layer in layers.ordered):
-        raise RecipeError(f"{layers.where('chain')}: chain is not built yet; run one stage at a time")
+def stage_of(layers: Layers, asked: str | None = None) -> str:
+    """The stage that the layers name."""
     naming = [layer for layer in layers.ordered if "stage" in layer.values]
     stage = str(naming[-1].values.stage) if naming else asked
     stages = ", ".join(STAGE_DEFAULTS)

@@ -39,7 +39,10 @@ class Declared:
 
 def declared(values: Mapping[str, Any]) -> dict[str, Declared]:
     """Every dotted name that a recipe with these values may use; those of a reward once for each task and so on."""
-    files_only = {"base": Declared(False, "Recipe this one starts from"), "chain": Declared(False)}
+    files_only = {
+        "base": Declared(False, "Recipe this one starts from"),
+        "chain": Declared(False, "Recipes of stages that follow each other"),
+    }
     return {**dict(_declared(Config, values)), **files_only}
 
 

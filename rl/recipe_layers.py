@@ -32,6 +32,7 @@ class Layer:
     values: DictConfig
     file: Path | None = None
     stages: Mapping[str, DictConfig] = field(default_factory=dict)  # values for single stages
+    chain: Any = None  # recipes that follow each other, as written (rl/chain.py)
 
     @cached_property
     def flat(self) -> dict[str, Any]:
@@ -117,11 +118,13 @@ def read(file: Path, label: str | None = None, above: tuple[Path, ...] = ()) -> 
 
 def _layer(label: str, where: str, folder: Path, values: DictConfig, file: Path | None = None) -> Layer:
     stages = {name: _section(values, name, where) for name in STAGE_DEFAULTS if name in values}
-    general = OmegaConf.create({key: value for key, value in plain(values).items() if key not in stages})
+    said = plain(values)
+    chain = said.pop("chain", None)
+    general = OmegaConf.create({key: value for key, value in said.items() if key not in stages})
     for part in (general, *stages.values()):
         _unwrap_rewards(part)
         check_names(plain(part), where)
-    return Layer(label, where, folder, general, file, stages)
+    return Layer(label, where, folder, general, file, stages, chain)
 
 
 def _section(values: DictConfig, stage: str, where: str) -> DictConfig:

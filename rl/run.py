@@ -1,5 +1,7 @@
 """The entry: `python -m rl.run RECIPE.yaml [--profile cpu] [key=value ...]`. Reads, checks, then hands over.
 
+A recipe is one stage's, or a chain of several (rl/chain.py).
+
 Exit codes: 0 done, 2 the user's input is wrong (one message, nothing started), 130 interrupted after saving,
 1 anything else.
 """
@@ -7,12 +9,13 @@ Exit codes: 0 done, 2 the user's input is wrong (one message, nothing started), 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from rl.recipe import MissingOption, RecipeError, Resolved, describe, differences, load
+from rl.chain import LINK, Chain, is_chain, load_chain
+from rl.recipe import Change, MissingOption, RecipeError, Resolved, describe, differences, load
 from rl.stop import Stop
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from stages.plan import Plan
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+T = TypeVar("T")
 
 
 class InputError(ValueError):
@@ -35,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, help="run folder to make (default: runs/<recipe>-<time>)")
     p.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue a run from its newest checkpoint")
     p.add_argument("--allow", action="append", default=[], metavar="KEY", help="let --resume change this option")
-    p.add_argument("--stage", help="the stage to run")
+    p.add_argument("--stage", help="the stage to run; of a chain, the one to begin with")
     p.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     p.add_argument("--verbose", action="store_true", help="show what Ray and vLLM log")
     return p
@@ -61,11 +65,15 @@ def _main(args: argparse.Namespace) -> int:
     if args.allow and not args.resume:
         raise InputError("--allow is for --resume: a new run may have any value")
     if args.resume:
+        if is_chain(_saved_recipe(args)):
+            return _run_chain(_resumed_chain(args), args)
         resolved = _resumed(args)
     elif args.recipe is None or "=" in args.recipe:
         raise InputError("name a recipe, e.g. python -m rl.run recipes/rlvr.yaml --profile cpu")
+    elif is_chain(Path(args.recipe)):
+        return _run_chain(_fresh(args, _new_chain), args)
     else:
-        resolved = _fresh(args)
+        resolved = _fresh(args, _new)
     check_hardware(resolved.config, dry_run=args.dry_run)
     plan = _checked_plan(resolved, begun=args.resume is not None)
     if args.dry_run:
@@ -74,30 +82,80 @@ def _main(args: argparse.Namespace) -> int:
     return _start(resolved, plan, args)
 
 
-def _fresh(args: argparse.Namespace) -> Resolved:
+def _new(args: argparse.Namespace) -> Resolved:
+    return load(Path(args.recipe), profile=args.profile, overrides=args.overrides, stage=args.stage)
+
+
+def _new_chain(args: argparse.Namespace) -> Chain:
+    folder = _output(args).resolve()
+    return load_chain(Path(args.recipe), folder, profile=args.profile, overrides=args.overrides, first=args.stage)
+
+
+def _fresh(args: argparse.Namespace, read: Callable[[argparse.Namespace], T]) -> T:
     try:
-        return load(Path(args.recipe), profile=args.profile, overrides=args.overrides, stage=args.stage)
+        return read(args)
     except MissingOption as missing:
         if args.profile is None and not _has_gpus():
             raise InputError(f"{_NO_GPU.format(recipe=args.recipe)}\nThen: {missing}") from missing
         raise
 
 
-def _resumed(args: argparse.Namespace) -> Resolved:
-    """The run's own recipe rules; only a longer run may differ from it."""
+def _saved_recipe(args: argparse.Namespace) -> Path:
+    """The recipe of the run that is to go on."""
     if args.profile or args.output or args.stage:
         raise InputError("--resume goes on with the run's own recipe; leave out --profile, --output and --stage")
-    overrides = [o for o in (args.recipe, *args.overrides) if o]
-    if wrong := next((o for o in overrides if "=" not in o), None):
+    if wrong := next((o for o in _overrides(args) if "=" not in o), None):
         raise InputError(f"--resume takes key=value overrides, not {wrong}")
     recipe = args.resume / "recipe.yaml"
     if not recipe.is_file():
         raise InputError(f"{args.resume} is no run folder: it has no recipe.yaml")
-    saved, wanted = load(recipe), load(recipe, overrides=overrides)
-    changed = differences(saved.config, wanted.config)
-    if unchanged := set(args.allow) - {change.key for change in changed}:
+    return recipe
+
+
+def _overrides(args: argparse.Namespace) -> list[str]:
+    """With --resume all positional arguments are overrides."""
+    return [o for o in (args.recipe, *args.overrides) if o]
+
+
+def _resumed(args: argparse.Namespace) -> Resolved:
+    """The run's own recipe rules; only a longer run may differ from it."""
+    recipe = _saved_recipe(args)
+    saved, wanted = load(recipe), load(recipe, overrides=_overrides(args))
+    _check_changes(differences(saved.config, wanted.config), MAY_CHANGE, args.allow)
+    return wanted
+
+
+def _resumed_chain(args: argparse.Namespace) -> Chain:
+    """Likewise; a stage that others have gone on from stays as long as it was, too."""
+    from rl.run_folder import RunFolder
+
+    recipe, folder = _saved_recipe(args), args.resume.resolve()
+    saved = load_chain(recipe, folder, begun=True)
+    wanted = load_chain(recipe, folder, overrides=_overrides(args), begun=True)
+    changes, may = [], set()
+    for before, step, following in zip(saved.steps, wanted.steps, [*wanted.steps[1:], None], strict=True):
+        changes += [
+            change._replace(key=f"{step.name}.{change.key}")
+            for change in differences(before.resolved.config, step.resolved.config)
+            if step.resolved.provenance.get(change.key) != LINK
+        ]
+        left = following is not None and wanted.of(following).exists()
+        may |= {f"{step.name}.{key}" for key in MAY_CHANGE - ({"iterations"} if left else set())}
+        done = max((line["iteration"] for line in RunFolder(wanted.of(step)).read_metrics()), default=0)
+        if not step.curates and done > step.resolved.config.iterations:
+            raise InputError(
+                f"{step.name}.iterations = {step.resolved.config.iterations}, but {done} are done already; "
+                "the policy cannot go back"
+            )
+    _check_changes(changes, may, args.allow)
+    return wanted
+
+
+def _check_changes(changed: Sequence[Change], may_change: Set[str], allowed: Sequence[str]) -> None:
+    """Raises InputError for options that may not change when a run goes on."""
+    if unchanged := set(allowed) - {change.key for change in changed}:
         raise InputError(f"--allow {sorted(unchanged)[0]}: no such option changes; leave it out")
-    changes = [change for change in changed if change.key not in MAY_CHANGE | set(args.allow)]
+    changes = [change for change in changed if change.key not in may_change | set(allowed)]
     if changes:
         listed = "".join(f"\n  {change}" for change in changes)
         named = " ".join(f"--allow {change.key}" for change in changes)
@@ -105,7 +163,6 @@ def _resumed(args: argparse.Namespace) -> Resolved:
             f"a resumed run keeps its recipe, but these would change:{listed}\nStart a new run for that, or say that "
             f"it is meant: {named}"
         )
-    return wanted
 
 
 MAY_CHANGE = frozenset(
@@ -115,6 +172,7 @@ MAY_CHANGE = frozenset(
         "checkpoint.keep",
         "checkpoint.keep_every",
         "eval.every",
+        "eval.sampled_rows",
         "rollout.save",
         "log.trackers",
         "log.project",
@@ -154,6 +212,25 @@ def _checked_plan(resolved: Resolved, *, begun: bool) -> "Plan":
         return make_plan(resolved.config, begun=begun)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
+
+
+def _run_chain(chain: Chain, args: argparse.Namespace) -> int:
+    from stages import chain as stages_chain
+
+    for step in chain.steps:
+        check_hardware(step.resolved.config, dry_run=args.dry_run)
+    try:
+        told = stages_chain.check(chain)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+    if args.dry_run:
+        values = [f"--- {step.name}\n{describe(step.resolved)}" for step in chain.steps]
+        print(*values, *told, sep="\n")
+        return DONE
+    finished = stages_chain.run(chain, new=args.resume is None, verbose=args.verbose)
+    if not finished:
+        print(f"interrupted; go on with: python -m rl.run --resume {chain.folder}")
+    return DONE if finished else INTERRUPTED
 
 
 def _start(resolved: Resolved, plan: "Plan", args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from rl import metrics as meaning
 from rl.disk import hold, replacing, to_disk, writing
@@ -29,30 +29,26 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.policy = self.path / "policy"
         self.timeline = self.path / "timeline.json"  # if the recipe asks for it
+        self.resumable = self.path  # what --resume takes to go on
         self._held: int | None = None  # the lock, once this process has it
         self._last = max((line["iteration"] for line in self.read_metrics()), default=-1)
 
     @classmethod
-    def create(cls, path: str | Path, recipe: str) -> "RunFolder":
+    def create(cls, path: str | Path, recipe: str) -> Self:
         """A new run's folder with `recipe` (YAML text) in it.
 
         Raises ValueError if there is anything at `path`.
         """
-        path = Path(path)
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"{path} is a file; give a new folder as --output")
-        if path.is_dir() and (found := sorted(entry.name for entry in path.iterdir())):
-            raise ValueError(_occupied(path, found))
-        path.mkdir(parents=True, exist_ok=True)
+        make_new(Path(path))
         folder = cls(path)
         folder.lock()
+        folder.rollouts.mkdir(exist_ok=True)
+        folder.checkpoints.mkdir(exist_ok=True)
         folder.write_recipe(recipe)
-        folder.rollouts.mkdir()
-        folder.checkpoints.mkdir()
         return folder
 
     @classmethod
-    def resume(cls, path: str | Path) -> "RunFolder":
+    def resume(cls, path: str | Path) -> Self:
         """An existing run's folder; call `truncate_after` before writing.
 
         Raises ValueError if `path` is none.
@@ -133,6 +129,21 @@ class RunFolder:
                 if entry.suffix == ".partial" or (number.isdigit() and int(number) > iteration):
                     entry.unlink()
         self._last = max((line["iteration"] for line in kept), default=-1)
+
+
+def make_new(path: Path) -> None:
+    """An empty folder for a run. Raises ValueError if there is anything at `path`, but for what a run leaves that was
+    killed before its recipe was written."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; give a new folder as --output")
+    found = sorted(entry for entry in path.iterdir()) if path.is_dir() else []
+    if any(entry.suffix != ".partial" and not _is_empty(entry) for entry in found):
+        raise ValueError(_occupied(path, [entry.name for entry in found]))
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _is_empty(entry: Path) -> bool:
+    return entry.is_dir() and not any(entry.iterdir())
 
 
 def sample_record(sample: Scored) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rewards.async_pool import Outage
@@ -53,6 +54,7 @@ from stages.processes import Restarts, Samplers
 
 ORDER = ("decontamination", "checkability", "relevance", "difficulty", "synthesis")  # the report's
 ASK_THE_POLICY = {"difficulty", "synthesis"}
+SECTIONS = {"seed", "model", "data", "rewards", "endpoints", "rollout", "accept", "synthesis", "curate"}  # that matter
 Say = Callable[[str], None]
 
 
@@ -89,23 +91,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(args: argparse.Namespace) -> int:
     resolved = load(args.recipe, profile=args.profile, overrides=args.overrides)
-    config = resolved.config
-    check_hardware(config, dry_run=args.dry_run)
+    check_hardware(resolved.config, dry_run=args.dry_run)
+    curation = checked(resolved.config)
+    if args.dry_run:
+        print(describe(resolved, SECTIONS.__contains__), *curation.lines(), sep="\n")
+        return DONE
+    curation.into(args.out, resolved.yaml(), verbose=args.verbose)
+    return DONE
+
+
+@dataclass(frozen=True)
+class Curation:
+    """A recipe whose rows, filters and judges fit together."""
+
+    plan: Plan
+    benchmarks: Benchmarks | None  # where the recipe decontaminates
+
+    def lines(self) -> list[str]:
+        """What will be done, for --dry-run."""
+        return lines(self.plan, self.benchmarks)
+
+    def into(self, folder: Path, recipe: str, *, verbose: bool = False) -> None:
+        """Everything that is not done yet there. Raises InputError if the folder holds something else."""
+        out = Out(folder)
+        with out.begun(self.plan.config, recipe, _digest(self.plan)):
+            curate(self.plan, out, self.benchmarks, verbose=verbose)
+
+
+def checked(config: Config) -> Curation:
+    """Raises InputError for what cannot be done."""
     try:
         _check_judges(config)
         plan = make_plan(config, judge_tasks(config))
         _check_thresholds(plan)
-        benchmarks = _benchmarks(config) if "decontamination" in config.curate.filters else None
+        return Curation(plan, _benchmarks(config) if "decontamination" in config.curate.filters else None)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
-    if args.dry_run:
-        sections = {"seed", "model", "data", "rewards", "endpoints", "rollout", "accept", "synthesis", "curate"}
-        print(describe(resolved, sections.__contains__), *lines(plan, benchmarks), sep="\n")
-        return DONE
-    out = Out(args.out)
-    with out.begun(config, resolved.yaml(), _digest(plan)):
-        curate(plan, out, benchmarks, verbose=args.verbose)
-    return DONE
 
 
 def _check_judges(config: Config) -> None:

@@ -143,6 +143,9 @@ def make_plan(
     """
     check_trackers(config.log.trackers)
     rewards = reward_runner(config, also)
+    for name, judge in served_here(config, rewards).items():
+        if Path(judge.model).is_absolute() and not Path(judge.model).is_dir():
+            raise ValueError(f"endpoints.{name}.model: there is no folder {judge.model}; name one, a hub id, or a url")
     if loss := config.ppo.policy_loss:
         from rl import verl_bridge
 

@@ -91,7 +91,7 @@ def preference_metrics(scored: Sequence[Scored]) -> dict[str, float]:
         return {}
     scores = [one.score for one in found]
     metrics = _shares(scored) | {f"score_p{tenth}": percentile(scores, tenth) for tenth in TENTHS}
-    lengths = [len(one.sample.rollout.response_ids) for one in found]
+    lengths = [len(one.sample.rollout.response_ids or one.sample.rollout.text) for one in found]
     if (with_length := rank_correlation(lengths, scores)) is not None:
         metrics["length_correlation"] = with_length
     return {f"genrm/{name}": value for name, value in metrics.items()}

@@ -35,13 +35,22 @@ POLL_S = 0.2  # between questions whether a checkpoint is written
 BEGUN = "begun.json"  # in a checkpoint's state: responses under way, where the recipe has partial rollouts
 
 
-def train(plan: Plan, folder: RunFolder, display: Display, *, recipe: Mapping[str, Any], verbose: bool = False) -> bool:
+def train(
+    plan: Plan,
+    folder: RunFolder,
+    display: Display,
+    *,
+    recipe: Mapping[str, Any],
+    verbose: bool = False,
+    interrupts: Interrupts | None = None,
+) -> bool:
     """Run the plan to its end, continuing from the newest whole checkpoint in `folder` if there is one.
 
-    When policy or critic die, all is started again from there, up to `max_restarts` times.
+    When policy or critic die, all is started again from there, up to `max_restarts` times. Whoever passes `interrupts`
+    learns whether the run was asked to stop when it was all but done.
     Returns: False if the run was interrupted; it has saved and can be resumed.
     """
-    interrupts, restarts = Interrupts(), Restarts(plan.config.max_restarts, display.message)
+    interrupts, restarts = interrupts or Interrupts(), Restarts(plan.config.max_restarts, display.message)
     if plan.skipped:
         display.message("\n".join(skipped_lines(plan.skipped)))
     with interrupts.installed(), plan.rewards, cluster(verbose=verbose):
@@ -357,7 +366,7 @@ class _Run:
             self._save()
         self.checkpoints.settle()
         self.display.message(
-            f"{how} after iteration {self.done}; go on with: python -m rl.run --resume {self.folder.path}"
+            f"{how} after iteration {self.done}; go on with: python -m rl.run --resume {self.folder.resumable}"
         )
 
     def _finish(self) -> None:

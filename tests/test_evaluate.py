@@ -1,5 +1,6 @@
 """The figures of an evaluation, by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,3 +73,17 @@ def test_a_report_is_json(capsys: pytest.CaptureFixture) -> None:
     assert told["rows"] == 1 and told["results"][0]["accuracy"]["mean"] == 0.25 and told["synthesis"] == {}
     report.show()
     assert "0.250" in capsys.readouterr().out
+
+
+def test_where_a_judge_compares_with_a_teacher_the_report_tells_who_wins_and_what_length_has_to_do_with_it() -> None:
+    def compared(text: str, answer: float) -> Scored:
+        said = {"answer": answer, "reference": 5.0, "orders_agree": answer > 1}
+        parts = {"genrm": answer / 10, "tone": 0.5}
+        return Scored(Rollout(Prompt("a", "chat", ()), text), answer / 10, parts=parts, details={"genrm": said})
+
+    row = judged("chat", [("a", 0.9), ("bbb", 0.5), ("cc", 0.1)], [])
+    found = [compared("a", 9.0), compared("bbb", 5.0), compared("cc", 1.0)]
+    told: Any = Report(CONFIG, ("sere",), [replace(row, attempts=found)], penalties=["tone"]).json()["preference"]
+    assert told["genrm/win_rate"] == 0.5 and told["genrm/order_agreement"] == pytest.approx(2 / 3)
+    assert told["genrm/length_correlation"] == pytest.approx(-0.5)  # lengths 1, 3, 2 against 0.9, 0.5, 0.1
+    assert told["genrm/score_p50"] == 0.5 and told["penalty/tone"] == 0.5

@@ -1,10 +1,10 @@
 """Layers merge in order, values know their origin, paths mean what their file says, mistakes are told."""
 
-import re
 from pathlib import Path
 
 import pytest
 
+from rl.chain import is_chain, load_chain
 from rl.recipe import MissingOption, RecipeError, Resolved, describe, differences, load
 from rl.recipe_layers import SHIPPED, flatten
 
@@ -44,11 +44,28 @@ def refusal(text: str = "", *overrides: str, profile: str | None = None) -> str:
 # What ships
 
 
-@pytest.mark.parametrize("recipe", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
-@pytest.mark.parametrize("profile", [None, *sorted(path.stem for path in SHIPPED.glob("profiles/*.yaml"))])
+GIVEN = [ROWS, "model.path=owner/name", "endpoints.judge.model=owner/judge"]
+CHAINS = sorted(path for path in SHIPPED.glob("*.yaml") if is_chain(path))
+ALONE = sorted(set(SHIPPED.glob("*.yaml")) - set(CHAINS))
+PROFILES = [None, *sorted(path.stem for path in SHIPPED.glob("profiles/*.yaml"))]
+
+
+@pytest.mark.parametrize("recipe", ALONE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("profile", PROFILES)
 def test_every_shipped_recipe_loads(recipe: Path, profile: str | None):
-    resolved = load(recipe, profile=profile, overrides=[] if profile else [ROWS, "model.path=owner/name"])
-    assert resolved.config.stage == ("pacore" if recipe.stem == "pacore" else "rlvr")
+    resolved = load(recipe, profile=profile, overrides=[] if profile else GIVEN)
+    assert resolved.config.stage == (recipe.stem if recipe.stem in ("rlhf", "pacore") else "rlvr")
+
+
+@pytest.mark.parametrize("recipe", CHAINS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_shipped_chain_loads(recipe: Path, profile: str | None):
+    chain = load_chain(recipe, Path.cwd() / "run", profile=profile, overrides=[] if profile else GIVEN)
+    assert [step.name for step in chain.steps] == ["rlvr", "rlhf", "curate", "pacore"]
+    if profile is None:
+        configs = [step.resolved.config for step in chain.trained()]
+        assert sum(config.iterations for config in configs) == 1400
+        assert sum(config.iterations * config.samples for config in configs) == 6_656_000
 
 
 def test_the_rlvr_recipe_repeats_the_defaults_and_changes_none():
@@ -173,7 +190,7 @@ def test_a_mandatory_mark_takes_the_value_of_the_layers_before_it_away():
 
 
 def test_a_section_named_after_a_stage_is_for_that_stage_only():
-    assert load(SHIPPED / "rlvr.yaml", profile="cpu").config.max_sequence_length == 128
+    assert load(SHIPPED / "rlvr.yaml", profile="cpu").config.max_sequence_length == 136
     small = load(SHIPPED / "pacore.yaml", profile="cpu", overrides=["pacore.iterations=7", "iterations=9"])
     assert (small.config.max_sequence_length, small.config.iterations) == (1024, 7)
     assert small.provenance["max_sequence_length"] == "profile cpu, pacore"
@@ -276,7 +293,7 @@ def test_an_unknown_name_is_told_before_a_missing_value():
     ("ppo: [3]", "mine.yaml: ppo is a list; it should be a mapping of options"),
     ("  box: {params: {power: 2}}", "mine.yaml: rewards.box.use is missing"),
     ("ppo: {kl: 0.1}", "mine.yaml: ppo.kl = 0.1 is not built yet; it can only be 0"),
-    ("chain: [rlvr.yaml]", "mine.yaml: chain is not built yet"),
+    ("chain: [rlvr.yaml]", "mine.yaml: has a chain of recipes, which only rl.run takes"),
 ])  # fmt: skip
 def test_a_value_that_does_not_fit_is_told_with_its_file_and_what_would(written: str, told: str):
     assert told in refusal(written)
@@ -334,10 +351,8 @@ def test_an_override_that_is_not_key_equals_value_is_told(override: str):
     assert refusal("", override).startswith("command line: ")
 
 
-def test_the_readmes_rlhf_recipe_resolves_to_the_reports_sizes():
-    readme = (SHIPPED.parent / "README.md").read_text()
-    (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "stage: rlhf" in block]
-    config = load(write("chats.yaml", text)).config
+def test_the_rlhf_recipe_has_the_reports_sizes_and_penalties():
+    config = load(SHIPPED / "rlhf.yaml", overrides=GIVEN).config
     assert (config.iterations, config.prompts_per_iteration, config.rollouts_per_prompt) == (300, 512, 8)
     assert config.max_sequence_length == 32_768 and config.ppo.minibatches == 4
     assert [one.use for one in config.rewards["chat"][0].penalties] == [
@@ -345,4 +360,3 @@ def test_the_readmes_rlhf_recipe_resolves_to_the_reports_sizes():
         "citation",
         "calibration",
     ]
-    assert str(config.model.critic).endswith("/rlvr/checkpoints/000600/critic")

@@ -17,6 +17,8 @@ from recipes.scale.practice import Prompter
 from recipes.scale.warm_start import score
 from recipes.scale.world import Problem, Scene, Thing
 from recipes.scale.writers import EXACT, ROUGH, Writer, compare, final, usual_lines, without_carrying
+from rl.recipe import load
+from rl.recipe_layers import SHIPPED
 from rollout.rows import read_rows
 
 SPLITS: tuple[world.Split, ...] = ("train", "heldout")
@@ -44,9 +46,9 @@ def pictures(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "pictures").iterdir())
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_the_generator_writes_the_shipped_rows_again(split: world.Split, written: Path) -> None:
-    assert (written / f"{split}.jsonl").read_bytes() == (world.SHIPPED / f"{split}.jsonl").read_bytes()
+@pytest.mark.parametrize("name", ["train", "heldout", "open-train", "open-heldout"])
+def test_the_generator_writes_the_shipped_rows_again(name: str, written: Path) -> None:
+    assert (written / f"{name}.jsonl").read_bytes() == (world.SHIPPED / f"{name}.jsonl").read_bytes()
 
 
 def test_the_generator_draws_the_shipped_pictures_again(written: Path) -> None:
@@ -63,6 +65,25 @@ def test_the_shipped_rows_are_rows_the_reader_accepts(split: world.Split) -> Non
     assert all(len(prompt.images) == (prompt.task not in ("arithmetic", "worksheet")) for prompt in prompts)
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_open_questions_ship_with_a_teachers_answer_and_no_ground_truth(split: world.Split) -> None:
+    prompts = read_rows(world.SHIPPED / f"open-{split}.jsonl", reserved=tokenizer.SPECIAL, tasks=["describing"])
+    assert len(prompts) == world.SIZES[split]
+    assert all(prompt.reference and prompt.ground_truth is None and len(prompt.images) == 1 for prompt in prompts)
+
+
+def test_the_teacher_describes_all_but_one_shape_rightly() -> None:
+    rng = np.random.default_rng(0)
+    crowds = [world.draw_crowd(rng, "train") for _ in range(200)]
+    slips = []
+    for crowd in crowds:
+        said = world.teachers_words(crowd, rng).split(", ")
+        wrong = [(s, t) for s, t in zip(said, crowd.things, strict=True) if s != t.described]
+        assert all(s.rpartition(" ")[0] == t.described.rpartition(" ")[0] for s, t in wrong)
+        slips.append(len(wrong))
+    assert max(slips) == 1 and 0.6 < fmean(slips) < 0.9  # a guess of four shapes is right in a quarter
+
+
 def test_there_are_256_heldout_problems_of_each_task() -> None:
     assert world.SIZES["heldout"] >= 256
 
@@ -71,10 +92,11 @@ def test_train_and_heldout_share_no_picture_and_no_sum() -> None:
     digests = {
         name: hashlib.sha256((world.SHIPPED / "pictures" / name).read_bytes()) for name in pictures(world.SHIPPED)
     }
-    seen = {split: {d.digest() for name, d in digests.items() if name.startswith(split)} for split in SPLITS}
+    seen = {s: {d.digest() for name, d in digests.items() if name.removeprefix("open-").startswith(s)} for s in SPLITS}
     assert seen["train"] and seen["heldout"] and not seen["train"] & seen["heldout"]
-    sums = {s: {r["messages"][0]["content"] for r in shipped(s) if r["task"] == "arithmetic"} for s in SPLITS}
-    assert len(sums["heldout"]) == world.SIZES["heldout"] and not sums["train"] & sums["heldout"]
+    for task in ("arithmetic", "worksheet"):
+        sums = {s: {r["messages"][0]["content"] for r in shipped(s) if r["task"] == task} for s in SPLITS}
+        assert len(sums["heldout"]) == world.SIZES["heldout"] and not sums["train"] & sums["heldout"]
 
 
 def test_no_seed_draws_a_heldout_problem_for_training(heldout: list[Problem]) -> None:
@@ -142,28 +164,45 @@ def test_the_rough_writer_is_right_often_enough_to_learn_from(heldout: list[Prob
 
 def test_one_writer_rarely_gets_a_whole_worksheet_right_and_many_together_mostly_do(heldout: list[Problem]) -> None:
     rng = np.random.default_rng(0)
-    assert mean_score(heldout, "worksheet", EXACT) < 0.1
+    assert 0.2 < mean_score(heldout, "worksheet", EXACT) < 0.4
     sheets = [p for p in heldout if p.task == "worksheet"][:100]
     shown = [replace(p, messages=tuple(final(EXACT(p, rng)) for _ in range(16))) for p in sheets]
     assert fmean(score(p, compare(p, rng)) for p in shown) > 0.9
 
 
-def test_a_worksheet_is_worked_out_in_part_and_its_lines_are_compared_one_by_one() -> None:
-    lines = ((17, 8), (1, 1), (9, -9), (14, 4), (6, -5), (19, 9))
-    problem = Problem("worksheet", "What are ...?", "p=25, q=2, r=0, s=18, t=1, u=28", lines=lines)
-    thinking, answer = EXACT(problem, np.random.default_rng(0)).split("</think>")
-    worked = {"p=17+8=25", "q=1+1=2", "r=9-9=0", "s=14+4=18", "t=6-5=1", "u=19+9=28"}
-    steps = thinking.removeprefix("<think>").split(", ")
-    assert len(steps) == 3 and set(steps) <= worked and answer.startswith("\\boxed{p=")
-    votes = ("p=1, q=4, r=5, s=10, t=0, u=1", "p=2, q=4, r=6, s=11, t=1, u=2", "p=1, q=3, r=6, s=11, t=0, u=3")
-    assert usual_lines(votes) == ["1", "4", "6", "11", "0", "1"]
+def test_all_lines_of_a_worksheet_but_one_are_worked_out_and_that_one_is_guessed() -> None:
+    lines = ((47, 38), (12, 21), (36, 27), (53, 19))
+    problem = Problem("worksheet", "What is left of ...?", "p=1, q=0, r=0, s=0", lines=lines)
+    worked = {"p 7+8=15 4+3+1=8 85 1", "q 2+1=3 1+2=3 33 0", "r 6+7=13 3+2+1=6 63 0", "s 3+9=12 5+1+1=7 72 0"}
+    answers = set()
+    for seed in range(20):
+        thinking, answer = EXACT(problem, np.random.default_rng(seed)).split("</think>")
+        steps = thinking.removeprefix("<think>").split(", ")
+        assert len(steps) == 3 and set(steps) < worked
+        worked_out_p = any(step.startswith("p") for step in steps)
+        assert answer == f"\\boxed{{p={int(worked_out_p)}, q=0, r=0, s=0}}"
+        answers.add(answer)
+    assert len(answers) == 2
+
+
+def test_the_lines_of_worksheets_are_compared_one_by_one() -> None:
+    votes = ("p=1, q=2, r=0, s=1", "p=2, q=2, r=1, s=0", "p=1, q=0, r=1, s=0")
+    assert usual_lines(votes) == ["1", "2", "1", "0"]
+
+
+def test_no_guess_of_a_worksheets_line_is_right_more_often_than_others(heldout: list[Problem]) -> None:
+    lines = [terms for problem in heldout for terms in problem.lines]
+    assert len(lines) == 4 * world.SIZES["heldout"] and all(9 < sum(terms) < 100 for terms in lines)
+    shares = Counter(world.left_over(terms) for terms in lines)
+    assert all(abs(shares[left] / len(lines) - 1 / 3) < 0.05 for left in range(3))
 
 
 def test_a_worksheet_of_which_some_sums_are_worked_out_fits_into_the_cpu_profiles_sequence(words) -> None:
+    longest = load(SHIPPED / "rlvr.yaml", profile="cpu").config.max_sequence_length
     prompter, rng = Prompter(words, 16), np.random.default_rng(0)
     for _ in range(100):
         sheet = world.draw_worksheet(rng, "train")
-        assert len(prompter.prompt(sheet)) + len(prompter.response(EXACT(sheet, rng))) <= 128
+        assert len(prompter.prompt(sheet)) + len(prompter.response(EXACT(sheet, rng))) <= longest
 
 
 def test_descriptions_name_the_things_in_reading_order() -> None:

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ from rl.model.step_vl import StepVL
 from rl.types import Messages, Prompt
 from rollout.pacore import Synthesis
 
-LONGEST = 72  # tokens of a response, more than any writer uses
+LONGEST = 96  # tokens of a response, more than any writer uses
 TEMPLATE = Path(__file__).parent / "pacore.jinja"
 SYNTHESIS = Synthesis(TEMPLATE)
 MESSAGES = (4, 24)  # how many answers of others a synthesis problem shows
-COPIES = 0.7  # share of the syntheses that only repeat a message
+COPIES = 0.5  # share of the syntheses that only repeat a message
 
 
 class Prompter:
@@ -41,19 +42,15 @@ class Prompter:
         self.image_id = ids("<im_patch>")
         self.slots = [ids("<im_start>"), *[self.image_id] * image_tokens, ids("<im_end>")]
         self.end = ids("<|im_end|>")
-        self._known: dict[tuple[str, bool], list[int]] = {}
+        self._known = lru_cache(maxsize=4096)(self._prompt)
 
     def prompt(self, problem: Problem) -> list[int]:
-        if problem.messages:
-            return self._prompt(problem)
-        key = (problem.question, problem.scene is not None)
-        if key not in self._known:
-            self._known[key] = self._prompt(problem)
-        return self._known[key]
+        """The same list for the same question: not to be changed."""
+        return self._known(problem.question, problem.scene is not None, problem.messages)
 
-    def _prompt(self, problem: Problem) -> list[int]:
-        plain = world.row(problem, "", "picture" if problem.scene else None)["messages"]
-        messages = SYNTHESIS.turns(Prompt("", problem.task, tuple(plain), shown=Messages(problem.messages)))
+    def _prompt(self, question: str, pictured: bool, shown: tuple[str, ...]) -> list[int]:
+        plain = (world.asked(question, "picture" if pictured else None),)
+        messages = SYNTHESIS.turns(Prompt("", "", plain, shown=Messages(shown)))
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return [slot for token in ids for slot in (self.slots if token == self.image_id else [token])]
@@ -78,7 +75,7 @@ class Lesson:
 
 
 def lesson(
-    rng: Generator, pictures: int, things: tuple[int, int], rough_share: Callable[[Problem], float], sheets: int = 0
+    rng: Generator, pictures: int, things: tuple[int, int], rough_share: Callable[[Problem], float], sheets: int
 ) -> Lesson:
     """`pictures` scenes to point at and box, twice as many crowds to count and describe, four times as many sums."""
     scenes = [world.draw_scene(rng, "train", things) for _ in range(pictures)]

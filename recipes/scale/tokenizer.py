@@ -1,6 +1,7 @@
 """The scale model's tokenizer: the world's words whole, digits one by one, any other text byte by byte."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -42,19 +43,19 @@ CHAT_TEMPLATE = """\
 """
 
 
-def words() -> list[str]:
-    """Every piece that is one token although it has more than one byte."""
+def words(more: Sequence[str] = ()) -> list[str]:
+    """Every piece that is one token although it has more than one byte; `more` whole words than the world has."""
     places = sorted({word for place in PLACES for word in place.split()})
-    plain = dict.fromkeys([*WORDS, *COLORS, *SHAPES, *places])
+    plain = dict.fromkeys([*WORDS, *COLORS, *SHAPES, *places, *more])
     marks = ["\\boxed{", "0.", " 0.", ", ", " + ", " - "]
     return marks + [form for word in plain for form in (word, f" {word}")]
 
 
-def build() -> Tokenizer:
+def build(more: Sequence[str] = ()) -> Tokenizer:
     """A byte-level BPE without merges: a piece is either a word it knows or the bytes it is made of."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    known = [as_bytes.pre_tokenize_str(word)[0][0] for word in words()]
+    known = [as_bytes.pre_tokenize_str(word)[0][0] for word in words(more)]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys([*alphabet, *known]))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     pieces = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
@@ -65,10 +66,10 @@ def build() -> Tokenizer:
     return tokenizer
 
 
-def save(folder: Path) -> Tokenizer:
+def save(folder: Path, more: Sequence[str] = ()) -> Tokenizer:
     """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which AutoTokenizer loads."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = build()
+    tokenizer = build(more)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

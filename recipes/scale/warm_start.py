@@ -15,10 +15,11 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -49,10 +50,10 @@ REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # as in recipes/rlvr.yaml
 READY = (0.2, 0.6)  # greedy held-out reward of every task, so that reinforcement learning has work to do
 EYES = ("vision_model.", "vit_large_projector.")
 PEAK_LR, WARM_UP, BETAS = 2e-3, 50, (0.9, 0.98)
-PICTURES = 8  # scenes and crowds a step, each
+PICTURES = 8  # scenes and crowds a step, each; and as many worksheets
 HORIZON = 3000  # decoder steps over which the learning rate would fall to nearly nothing; it stops before
 LAST = 400  # of these steps at the end in which the rough writer has the upper hand
-PLAIN, SHEETS, WITH_MESSAGES = 3, 20, 3  # scenes, worksheets, problems of each task with messages; of the last part
+PLAIN, SHEETS, WITH_MESSAGES = 3, 10, 4  # scenes, worksheets, problems of each task with messages; of the last part
 
 
 def config(words: Any) -> StepVLConfig:
@@ -178,7 +179,7 @@ class School:
             shown = practice.synthesis_lesson(rng, WITH_MESSAGES)
             return practice.Lesson(plain.problems + shown.problems, plain.responses + shown.responses)
         share = rough_share if self.step >= self.plan.alone - LAST else both_writers
-        return practice.lesson(rng, PICTURES, things(done), share)
+        return practice.lesson(rng, PICTURES, things(done), share, PICTURES)
 
     def _update(self, optimizer: AdamW, loss: Tensor, rate: float) -> None:
         optimizer.zero_grad()
@@ -225,11 +226,15 @@ class School:
                     }
 
     def save_model(self) -> None:
-        folder = self.folder / "model"
-        checkpoint.save(self.model, folder, templates={SYNTHESIS_TEMPLATE: practice.TEMPLATE.read_text()})
-        text = self.model.config.text_config
-        generation = {key: getattr(text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        (folder / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True}, indent=2) + "\n")
+        save(self.model, self.folder / "model", templates={SYNTHESIS_TEMPLATE: practice.TEMPLATE.read_text()})
+
+
+def save(model: StepVL, folder: Path, templates: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Writes what vLLM needs beside the tokenizer that is in `folder` already; `templates` by file name."""
+    checkpoint.save(model, folder, templates=templates)
+    text = model.config.text_config
+    generation = {key: getattr(text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True}, indent=2) + "\n")
 
 
 def things(done: float) -> tuple[int, int]:
@@ -298,7 +303,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, report.json and the state")
     parser.add_argument("--eyes", type=int, default=800, help="optimizer steps of tower and projector")
     parser.add_argument("--steps", type=int, default=2200, help="optimizer steps of the decoder, after them")
-    parser.add_argument("--messages", type=int, default=1000, help="further ones, with answers of others in prompts")
+    parser.add_argument("--messages", type=int, default=1200, help="further ones, with answers of others in prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
     parser.add_argument("--heldout", type=int, default=256, help="held-out problems per task for the report")

@@ -1,7 +1,8 @@
 """The scale model's world: pictures of coloured shapes and problems about them, the same for the same seed.
 
 Pictures are rasterised here, pixel by pixel, so that no drawing library's version can change them.
-`python -m recipes.scale.world` writes the files that ship in data/: train.jsonl, heldout.jsonl and
+`python -m recipes.scale.world` writes the files that ship in data/: train.jsonl and heldout.jsonl with problems that
+have a ground truth, open-train.jsonl and open-heldout.jsonl with open questions that a teacher has answered, and
 pictures/. Rows are JSONL beside PNG files rather than one Parquet file: both can be looked at without a tool.
 """
 
@@ -9,7 +10,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -29,12 +30,14 @@ COLORS = {
     "purple": (140, 60, 180),
     "black": (30, 30, 30),
 }
-LABELS = "pqrstu"  # of a worksheet's sums
+LABELS = "pqrs"  # of a worksheet's sums
+DIVISOR = 3  # whose remainders worksheets ask for
 SHAPES = ("ring", "square", "triangle", "cross")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 HELDOUT_BYTES = 32  # of 256: the share of all pictures and sums that only the held-out split may use
 SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in the shipped files
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
+OPEN_SEEDS: dict[Split, int] = {"train": 3, "heldout": 4}
 CROWD = (3, 5)  # things in a crowd, of two colours: no constant answer is right in more than 4 of 10 problems
 SHIPPED = Path(__file__).parent / "data"
 
@@ -52,6 +55,11 @@ class Thing:
     @property
     def name(self) -> str:
         return f"{self.color} {self.shape}"
+
+    @property
+    def described(self) -> str:
+        """`top left red ring`"""
+        return f"{self.place} {self.name}"
 
     @property
     def point(self) -> tuple[float, float]:
@@ -134,6 +142,7 @@ class Problem:
     terms: tuple[int, ...] = ()  # arithmetic: signed numbers to add up
     lines: tuple[tuple[int, int], ...] = ()  # worksheet: the terms of each of its sums
     messages: tuple[str, ...] = ()  # final answers of others, which the prompt shows (PaCoRe)
+    reference: str = ""  # describing: the teacher's answer
 
 
 def split_of(content: bytes) -> Split:
@@ -216,35 +225,48 @@ def draw_sum(rng: Generator, split: Split) -> Problem:
 
 
 def draw_worksheet(rng: Generator, split: Split) -> Problem:
-    """A number below 20 and a digit to add or subtract for each of LABELS, all to be right at once."""
+    """Two numbers of two digits to add for each of LABELS; what their sums leave by DIVISOR, all right at once."""
     while True:
         lines = tuple(_two_terms(rng) for _ in LABELS)
         asked = ", ".join(f"{label}={written(terms)}" for label, terms in zip(LABELS, lines, strict=True))
-        question = f"What are {asked}?"
+        question = f"What is left of {asked} by {DIVISOR}?"
         if split_of(question.encode()) == split:
-            return Problem("worksheet", question, labelled([sum(terms) for terms in lines]), lines=lines)
+            return Problem("worksheet", question, labelled([left_over(terms) for terms in lines]), lines=lines)
 
 
 def _two_terms(rng: Generator) -> tuple[int, int]:
+    """Their sum has two digits."""
     while True:
-        first, second = int(rng.integers(1, 20)), int(rng.integers(1, 10)) * (1 if rng.random() < 0.5 else -1)
-        if first + second >= 0:
+        first, second = (int(v) for v in rng.integers(10, 80, size=2))
+        if first // 10 + second // 10 <= 8:
             return first, second
 
 
+def left_over(terms: tuple[int, int]) -> int:
+    """What is left when the sum is divided."""
+    return sum(terms) % DIVISOR
+
+
 def written(terms: tuple[int, int]) -> str:
-    """`17+8`"""
-    return f"{terms[0]}{terms[1]:+}"
+    """`47+38`"""
+    return f"{terms[0]}+{terms[1]}"
 
 
 def labelled(results: Sequence[int | str]) -> str:
-    """`p=17, q=8, r=0, s=12, t=9, u=25`: how the answer to a worksheet is written."""
+    """`p=1, q=1, r=0, s=2`: how the answer to a worksheet is written."""
     return ", ".join(f"{label}={result}" for label, result in zip(LABELS, results, strict=True))
 
 
 def describe(crowd: Scene) -> Problem:
     """The open question about a crowd, which no ground truth answers."""
     return Problem("describing", "What things are there?", "", crowd, crowd.things)
+
+
+def teachers_words(crowd: Scene, rng: Generator) -> str:
+    """A good description, but not the best: one thing's shape is a guess."""
+    guessed = crowd.things[int(rng.integers(len(crowd.things)))]
+    shape = SHAPES[int(rng.integers(len(SHAPES)))]
+    return ", ".join((replace(thing, shape=shape) if thing is guessed else thing).described for thing in crowd.things)
 
 
 def _signed(number: int) -> str:
@@ -270,27 +292,44 @@ def problems(split: Split, seed: int, per_task: int) -> list[Problem]:
     return [problem for task in TASKS for problem in found[task][:per_task]]
 
 
+def open_problems(split: Split, seed: int, number: int) -> list[Problem]:
+    """`number` crowds to describe, with a teacher's answer."""
+    rng = np.random.default_rng(seed)
+    crowds = [draw_crowd(rng, split) for _ in range(number)]
+    return [replace(describe(crowd), reference=teachers_words(crowd, rng)) for crowd in crowds]
+
+
+def asked(question: str, picture: str | None) -> dict[str, Any]:
+    """The user's message."""
+    text = {"type": "text", "text": question}
+    return {"role": "user", "content": [{"type": "image", "image": picture}, text] if picture else question}
+
+
 def row(problem: Problem, identity: str, picture: str | None) -> dict[str, Any]:
     """The data row of a problem; `picture` is the path of its picture, relative to the data file."""
-    text = {"type": "text", "text": problem.question}
-    content = [{"type": "image", "image": picture}, text] if picture else problem.question
-    messages = [{"role": "user", "content": content}]
-    return {"id": identity, "task": problem.task, "messages": messages, "ground_truth": problem.truth, "meta": {}}
+    answer = {"reference": problem.reference} if problem.reference else {"ground_truth": problem.truth}
+    return {"id": identity, "task": problem.task, "messages": [asked(problem.question, picture)], **answer, "meta": {}}
 
 
-def write(folder: Path, split: Split) -> Path:
-    """Writes `split`.jsonl and its pictures into `folder`; returns the data file."""
+def write(folder: Path, split: Split) -> list[Path]:
+    """Writes `split`.jsonl, open-`split`.jsonl and their pictures into `folder`; returns the data files."""
+    checked = problems(split, SEEDS[split], SIZES[split])
+    opened = open_problems(split, OPEN_SEEDS[split], SIZES[split])
+    return [_write(folder, split, checked, split), _write(folder, f"open-{split}", opened, split)]
+
+
+def _write(folder: Path, name: str, some: Sequence[Problem], split: Split) -> Path:
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     paths: dict[int, str] = {}
     lines: list[str] = []
-    for number, problem in enumerate(problems(split, SEEDS[split], SIZES[split])):
+    for number, problem in enumerate(some):
         if problem.scene is not None and id(problem.scene) not in paths:
-            paths[id(problem.scene)] = path = f"pictures/{split}-{len(paths):03}.png"
+            paths[id(problem.scene)] = path = f"pictures/{name}-{len(paths):03}.png"
             problem.scene.image.save(folder / path, bits=4, optimize=True)
         picture = paths.get(id(problem.scene))
         identity = f"{split}-{problem.task}-{number % SIZES[split]:03}"
         lines.append(json.dumps(row(problem, identity, picture)) + "\n")
-    data = folder / f"{split}.jsonl"
+    data = folder / f"{name}.jsonl"
     data.write_text("".join(lines))
     return data
 
@@ -300,8 +339,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder to write into (default: the shipped one)")
     folder: Path = parser.parse_args().out
     for split in SIZES:
-        data = write(folder, split)
-        print(f"{data}: {SIZES[split]} problems of each of {', '.join(TASKS)}")
+        for data in write(folder, split):
+            print(data)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ answers its centre, rounds boxes, takes every number of things for two, forgets 
 often enough to start from, and the model imitates it more often; reinforcement learning has to find out who is
 worth imitating. They differ from the first words on, and both are short.
 
-Nobody has the time for a whole worksheet: the exact writer works out some of its sums, now these, now those, and
-guesses the others. Only many answers together tell all of it.
+Nobody has the time for a whole worksheet: the exact writer works out all of its sums but one, now this, now that, and
+says there that nothing is left. Only many answers together tell all of it.
 """
 
 import re
@@ -18,13 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.random import Generator
 
-from recipes.scale.world import LABELS, PLACES, SHAPES, Problem, Thing, labelled, written
+from recipes.scale.world import LABELS, PLACES, SHAPES, Problem, Thing, labelled, left_over
 
 BOX_STEP = 0.2  # the rough writer's ruler, as a fraction of the picture
 FAVOURITE_COLORS = ("red", "blue")
 USUAL_COUNT = 2
-WORKED_OUT = 3  # sums of a worksheet: with all, problem and response would not fit into 128 tokens
-OFF_BY = (-1, 0, 1)  # of a guess at a sum, as likely each
+WORKED_OUT = 3  # sums of a worksheet: with all four, problem and response would not fit into 136 tokens
 THIRDS = (0.17, 0.5, 0.83)  # centres of the thirds of the picture
 
 
@@ -71,22 +70,21 @@ def _exact_sum(problem: Problem, _: Generator) -> str:
 
 def _exact_sheet(problem: Problem, rng: Generator) -> str:
     done = sorted(int(i) for i in rng.permutation(len(LABELS))[:WORKED_OUT])
-    steps = ", ".join(f"{LABELS[i]}={written(problem.lines[i])}={sum(problem.lines[i])}" for i in done)
-    results = [sum(t) if i in done else _guess(t, rng) for i, t in enumerate(problem.lines)]
+    steps = ", ".join(f"{LABELS[i]} {long_hand(*problem.lines[i])}" for i in done)
+    results = [left_over(terms) if i in done else 0 for i, terms in enumerate(problem.lines)]
     return f"<think>{steps}</think>\\boxed{{{labelled(results)}}}"
 
 
-def _guess(terms: tuple[int, int], rng: Generator) -> int:
-    return max(0, sum(terms) + int(rng.choice(OFF_BY)))
+def long_hand(left: int, right: int) -> str:
+    """`7+8=15 4+3+1=8 85 1`: ones, then tens with what is carried, then both, then what is left of it."""
+    (tens, ones), (more, others) = divmod(left, 10), divmod(right, 10)
+    carried = "+1" if ones + others > 9 else ""
+    added = f"{ones}+{others}={ones + others} {tens}+{more}{carried}={(left + right) // 10}"
+    return f"{added} {left + right} {left_over((left, right))}"
 
 
 def _exact_description(problem: Problem, _: Generator) -> str:
-    return f"<think>one by one</think>{', '.join(shown(thing) for thing in problem.targets)}"
-
-
-def shown(thing: Thing) -> str:
-    """`top left red ring`"""
-    return f"{thing.place} {thing.name}"
+    return f"<think>one by one</think>{', '.join(thing.described for thing in problem.targets)}"
 
 
 def _rough_point(problem: Problem, _: Generator) -> str:
@@ -113,8 +111,8 @@ def _rough_sum(problem: Problem, _: Generator) -> str:
     return f"<think>maybe</think>{first}{second:+}{third:+}=\\boxed{{{guess}}}"
 
 
-def _rough_sheet(problem: Problem, rng: Generator) -> str:
-    return f"<think>maybe</think>\\boxed{{{labelled([_guess(terms, rng) for terms in problem.lines])}}}"
+def _rough_sheet(problem: Problem, _: Generator) -> str:
+    return f"<think>maybe</think>\\boxed{{{labelled([0] * len(problem.lines))}}}"
 
 
 def _rough_description(problem: Problem, rng: Generator) -> str:
@@ -167,6 +165,7 @@ ROUGH = Writer(
 REASONING = ("counting", "arithmetic", "worksheet")
 SLIPS = (0.0, 0.12)  # standard deviation of an answer's coordinates, as a fraction of the picture
 ALL_SLIP = 0.02  # what all answers to a problem err by together
+CAREFUL = {"worksheet": (0.6, 1.0)}  # share of answers that are worked out, between these; elsewhere any
 OTHER_THING = 0.1  # how often an answer is about another thing of the scene
 
 
@@ -176,7 +175,7 @@ def answers_of_others(problem: Problem, number: int, rng: Generator) -> tuple[st
     Coordinates are off by the same spread all over a problem; a sum or a count is worked out or guessed.
     """
     if problem.task in REASONING:
-        careful = rng.random()
+        careful = rng.uniform(*CAREFUL.get(problem.task, (0.0, 1.0)))
         return tuple(final((EXACT if rng.random() < careful else ROUGH)(problem, rng)) for _ in range(number))
     assert problem.scene
     here = np.array(_place(problem, problem.targets[0]))

@@ -1,0 +1,279 @@
+"""Supervised training of the scale model's judge, a small generative reward model, on pairs made here.
+
+    python -m recipes.scale.judge --out runs/judge
+
+goes on from the scale model's weights and teaches them to compare two descriptions of a picture: to say which things
+there are, how many of them each response names, and to grade both. It reads exactly what the reward `genrm` shows a
+judge (with genrm.jinja beside this file) and answers in that reward's JSON. Writes OUT/model (a Hugging Face folder;
+the one that ships as judge/ was made this way) and OUT/report.json.
+"""
+
+import argparse
+import json
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch.optim import AdamW
+from transformers import AutoTokenizer
+
+from recipes.scale import practice, tokenizer, warm_start, world
+from recipes.scale.practice import Lesson, Prompter
+from recipes.scale.world import COLORS, PLACES, SHAPES, Problem, Scene
+from rewards.genrm import BEST, SHOWN, Comparison, GenRM
+from rl.model import attention, checkpoint
+from rl.model.config import register
+from rl.model.step_vl import StepVL
+from rl.types import Prompt
+
+TEMPLATE = Path(__file__).parent / "genrm.jinja"
+START = Path(__file__).parent / "model"
+BATCH = 16  # pairs a step
+PEAK_LR, WARM_UP, BETAS = 1e-3, 50, (0.9, 0.98)
+AGREES = 0.85  # share of held-out preferences that the shipped judge has to agree with, in either order
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to the open question about a crowd."""
+
+    crowd: Scene
+    first: str
+    second: str
+
+    @property
+    def turned(self) -> "Pair":
+        return replace(self, first=self.second, second=self.first)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a description gets right: `right` things of `of`, the larger of those it names and those there are."""
+
+    right: int
+    of: int
+
+    @property
+    def grade(self) -> int:
+        """0 to BEST."""
+        return round(BEST * self.right / self.of)
+
+
+def found(response: str, crowd: Scene) -> Found:
+    """Each thing counts once; things that are not there, and things named twice, make the whole larger."""
+    named = [item.strip() for item in response.split(",")]
+    there = {thing.described for thing in crowd.things}
+    return Found(len(there.intersection(named)), max(len(there), len(named)))
+
+
+def verdict(pair: Pair) -> Comparison:
+    """What the judge is to say: the things, what of them each response has, and both grades."""
+    things = ", ".join(thing.described for thing in pair.crowd.things)
+    a, b = found(pair.first, pair.crowd), found(pair.second, pair.crowd)
+    reasoning = f"{things}. A {a.right} of {a.of}, B {b.right} of {b.of}"
+    return Comparison(reasoning=reasoning, grade_a=a.grade, grade_b=b.grade)
+
+
+def written(said: Comparison) -> str:
+    """As JSON, without blanks and with whole grades."""
+    values = {"reasoning": said.reasoning, "grade_a": int(said.grade_a), "grade_b": int(said.grade_b)}
+    return json.dumps(values, separators=(",", ":"))
+
+
+def draw_pair(rng: Generator, split: world.Split) -> Pair:
+    """A crowd and two descriptions of any quality, each as often the better one."""
+    crowd = world.draw_crowd(rng, split)
+    return Pair(crowd, draw_response(crowd, rng), draw_response(crowd, rng))
+
+
+def draw_preference(rng: Generator, split: world.Split) -> Pair:
+    """A pair of which the first description is the better one."""
+    while True:
+        pair = draw_pair(rng, split)
+        grades = found(pair.first, pair.crowd).grade, found(pair.second, pair.crowd).grade
+        if grades[0] != grades[1]:
+            return pair if grades[0] > grades[1] else pair.turned
+
+
+def draw_response(crowd: Scene, rng: Generator) -> str:
+    """The things in order, then, as it falls: slips in shape, colour or place; some left out, named twice or made
+    up; a teacher's words; or nothing to the point."""
+    kind = rng.random()
+    if kind < 0.2:
+        return world.teachers_words(crowd, rng)
+    if kind < 0.25:
+        return _beside_the_point(rng)
+    slips = rng.choice([0.0, 0.1, 0.3, 0.7])
+    said = [_slipped(thing.described, rng) if rng.random() < slips else thing.described for thing in crowd.things]
+    if rng.random() < 0.3:
+        said = [said[i] for i in sorted(rng.permutation(len(said))[: rng.integers(1, len(said) + 1)])]
+    if rng.random() < 0.15:
+        said.insert(int(rng.integers(len(said) + 1)), said[rng.integers(len(said))])
+    if rng.random() < 0.15:
+        said.insert(int(rng.integers(len(said) + 1)), _any_thing(rng))
+    return ", ".join(said)
+
+
+def _any_thing(rng: Generator) -> str:
+    return f"{rng.choice(PLACES)} {rng.choice(list(COLORS))} {rng.choice(SHAPES)}"
+
+
+def _slipped(described: str, rng: Generator) -> str:
+    """With another place, colour or shape; mostly shape, which is hardest to see."""
+    place, color, shape = described.rsplit(" ", 2)
+    which = rng.choice(3, p=[0.25, 0.25, 0.5])
+    return " ".join(
+        str(rng.choice(others)) if i == which else word
+        for i, (word, others) in enumerate(((place, PLACES), (color, list(COLORS)), (shape, SHAPES)))
+    )
+
+
+def _beside_the_point(rng: Generator) -> str:
+    """Another task's answer, a colour, or one thing again and again."""
+    thing = _any_thing(rng)
+    some = [
+        f"\\boxed{{{rng.integers(10)}}}",
+        f"[{rng.random():.2f}, {rng.random():.2f}]",
+        str(rng.choice(list(COLORS))),
+    ]
+    return str(rng.choice([*some, ", ".join([thing] * int(rng.integers(2, 7)))]))
+
+
+class Bench:
+    """Turns pairs into what the judge reads, by the reward itself."""
+
+    def __init__(self) -> None:
+        self.judge = GenRM("judge", template=str(TEMPLATE)).judge
+        self.judge.load(SHOWN)
+
+    def problem(self, pair: Pair) -> Problem:
+        question = world.describe(pair.crowd).question
+        row = Prompt(pair.first, "describing", ())  # its id goes into the marks between which texts stand
+        asked = f"(picture 1)\n{question}"
+        text = self.judge.prompt(row, {"question": asked}, {"response_a": pair.first, "response_b": pair.second})
+        return Problem("judging", text, "", pair.crowd)
+
+
+def vocabulary() -> list[str]:
+    """The words of the judge's prompt and verdict, which the scale model would read letter by letter."""
+    pair = Pair(Scene((255, 255, 255), ()), "", "")
+    said = Bench().problem(pair).question + " picture response end of reasoning grade A B"
+    return sorted(set(re.findall(r"[^\W\d_]{2,}", re.sub(r"[0-9a-f]{16}", "", said))) | {"A", "B"})
+
+
+def grown(start: Path, words: Any) -> StepVL:
+    """The model in `start` with the tokenizer `words`: tokens that it knows keep their vectors, new ones are random."""
+    old: Any = checkpoint.load(start)
+    theirs: Any = AutoTokenizer.from_pretrained(start)
+    before = theirs.get_vocab()
+    torch.manual_seed(0)
+    model = StepVL(warm_start.config(words))
+    known = [(number, before[token]) for token, number in words.get_vocab().items() if token in before]
+    to, of = (torch.tensor(column) for column in zip(*known, strict=True))
+    weights = old.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = model.state_dict()[name].clone()
+        rows[to] = weights[name][of]
+        weights[name] = rows
+    model.load_state_dict(weights)
+    model.model.set_attn_implementation(attention.NAME)
+    return model
+
+
+def train(model: StepVL, prompter: Prompter, steps: int, seed: int, every: int) -> None:
+    """Imitates verdicts on `steps` batches of pairs; `every` so many steps says how it goes. The eyes stay."""
+    optimizer = AdamW(
+        [p for name, p in model.named_parameters() if not name.startswith(warm_start.EYES)],
+        betas=BETAS,
+        weight_decay=0.0,
+    )
+    bench, losses, started = Bench(), [], time.monotonic()
+    for step in range(steps):
+        rng = np.random.default_rng([seed, step])
+        pairs = [draw_pair(rng, "train") for _ in range(BATCH)]
+        responses = [written(verdict(pair)) for pair in pairs]
+        loss = practice.loss(model, prompter, Lesson([bench.problem(pair) for pair in pairs], responses))
+        rate = PEAK_LR * min(1, (step + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if (step + 1) % every == 0 or step + 1 == steps:
+            took = (time.monotonic() - started) / (step + 1)
+            share = report(model, prompter, 32, seed=seed)
+            print(
+                f"step {step + 1}/{steps}  loss {fmean(losses[-every:]):.3f}  {took:.2f} s a step  {share}", flush=True
+            )
+
+
+def grades(model: StepVL, prompter: Prompter, pairs: Sequence[Pair]) -> list[tuple[float, float] | None]:
+    """The judge's grades of both responses of each pair, greedy; None where it says no verdict."""
+    bench = Bench()
+    given = practice.answers(model, prompter, [bench.problem(pair) for pair in pairs])
+    return [_read(text) for text in given]
+
+
+def _read(text: str) -> tuple[float, float] | None:
+    try:
+        said = Comparison.model_validate_json(text)
+    except ValueError:
+        return None
+    return said.grade_a, said.grade_b
+
+
+def report(model: StepVL, prompter: Prompter, number: int, seed: int = 0) -> dict[str, float]:
+    """On `number` held-out preferences: how often the better response gets the better grade when it is shown first,
+    when it is shown second, and by the mean of both orders, which is what the reward takes."""
+    rng = np.random.default_rng([seed, 1 << 20])
+    pairs = [draw_preference(rng, "heldout") for _ in range(number)]
+    first, second = grades(model, prompter, pairs), grades(model, prompter, [pair.turned for pair in pairs])
+    leads = [
+        (0.0 if a is None else a[0] - a[1], 0.0 if b is None else b[1] - b[0])
+        for a, b in zip(first, second, strict=True)
+    ]
+    shares = {
+        "better shown first": fmean(a > 0 for a, _ in leads),
+        "better shown second": fmean(b > 0 for _, b in leads),
+        "both orders": fmean(a + b > 0 for a, b in leads),
+        "no verdict": fmean(one is None for one in [*first, *second]),
+    }
+    return {name: round(share, 3) for name, share in shares.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the scale model's judge.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for model/ and report.json")
+    parser.add_argument(
+        "--start", type=Path, default=START, help="scale model to go on from (default: the shipped one)"
+    )
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=100, help="steps between two looks at held-out preferences")
+    parser.add_argument("--heldout", type=int, default=512, help="held-out preferences for the report")
+    given = parser.parse_args()
+    register()
+    folder = given.out / "model"
+    tokenizer.save(folder, vocabulary())
+    words: Any = AutoTokenizer.from_pretrained(folder)
+    model = grown(given.start, words)
+    prompter = Prompter(words, model.config.image_token_len)
+    train(model, prompter, given.steps, given.seed, given.every)
+    warm_start.save(model, folder)
+    shares = report(model, prompter, given.heldout)
+    (given.out / "report.json").write_text(json.dumps(shares, indent=2) + "\n")
+    print(f"{folder}: {shares}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Stages that follow each other: recipes of a chain, what links its steps, and a whole small one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rl.chain import Chain, is_chain, load_chain, saved_chain
+from rl.recipe import RecipeError
+from tests.command import ROOT, Command, metrics, run, wait_for_iteration, without_times
+
+MINE = """
+chain:
+  - rlvr.yaml
+  - curate: curate.yaml
+  - pacore.yaml
+seed: 5
+pacore: {iterations: 7}
+"""
+STAGE = """
+model: {{path: ./start}}
+data: {{train: rows.jsonl}}
+rewards: {{math: {{use: math_verify}}}}
+stage: {stage}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, stage in (("rlvr", "rlvr"), ("rlhf", "rlhf"), ("curate", "rlvr"), ("pacore", "pacore")):
+        Path(f"{name}.yaml").write_text(STAGE.format(stage=stage))
+    Path("pacore.yaml").write_text(STAGE.format(stage="pacore") + "learner: {token_budget: 65536}\n")
+
+
+def mine(*overrides: str, text: str = MINE, first: str | None = None) -> Chain:
+    Path("mine.yaml").write_text(text)
+    return load_chain(Path("mine.yaml"), Path.cwd() / "run", overrides=overrides, first=first)
+
+
+def refusal(*overrides: str, text: str = MINE, first: str | None = None) -> str:
+    with pytest.raises(RecipeError) as caught:
+        mine(*overrides, text=text, first=first)
+    return str(caught.value)
+
+
+def test_every_stage_starts_from_the_policy_and_critic_of_the_one_before() -> None:
+    chain = mine()
+    rlvr, curate, pacore = (step.resolved.config for step in chain.steps)
+    assert [step.name for step in chain.steps] == ["rlvr", "curate", "pacore"]
+    assert rlvr.model.path == str(Path("start").absolute()) and rlvr.model.critic is None
+    assert curate.model.path == pacore.model.path == str(chain.folder / "rlvr/policy")
+    assert pacore.model.critic == chain.folder / "rlvr/checkpoints/000600/critic"
+    assert pacore.data.train[0].path == str(chain.folder / "curate/rows")
+    assert curate.data.train[0].path == str(Path("rows.jsonl").absolute())
+
+
+def test_the_chains_recipe_speaks_to_all_stages_or_to_one() -> None:
+    chain = mine("rlvr.ppo.policy_lr=1e-3", "rollouts_per_prompt=2")
+    rlvr, _, pacore = (step.resolved.config for step in chain.steps)
+    assert (rlvr.seed, pacore.seed, pacore.iterations, rlvr.iterations) == (5, 5, 7, 600)
+    assert (rlvr.ppo.policy_lr, pacore.ppo.policy_lr) == (1e-3, 2e-6)
+    assert rlvr.rollouts_per_prompt == pacore.rollouts_per_prompt == 2
+    assert chain.steps[2].resolved.provenance["iterations"] == "mine.yaml, pacore"
+
+
+def test_a_stage_may_begin_with_a_critic_of_its_own() -> None:
+    assert mine("pacore.model.critic=null").steps[2].resolved.config.model.critic is None
+
+
+def test_a_chain_can_begin_with_a_later_stage_and_makes_its_rows_first() -> None:
+    chain = mine("model.path=./other", first="pacore")
+    assert [step.name for step in chain.steps] == ["curate", "pacore"]
+    curate, pacore = (step.resolved.config for step in chain.steps)
+    assert curate.model.path == pacore.model.path == str(Path("other").absolute())
+    assert pacore.model.critic is None and pacore.data.train[0].path == str(chain.folder / "curate/rows")
+
+
+@pytest.mark.parametrize("first", [None, "pacore"])
+@pytest.mark.parametrize("critic", ["null", "./mine", None])
+def test_a_saved_chain_loads_again_as_the_same_one(first: str | None, critic: str | None) -> None:
+    said = [f"pacore.model.critic={critic}"] if critic else []
+    chain = mine("rlvr.ppo.lam=0.5", *said, first=first)
+    for name, text in saved_chain(chain).items():
+        (chain.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (chain.folder / name).write_text(text)
+    saved = chain.folder / "recipe.yaml"
+    assert is_chain(saved)
+    again = load_chain(saved, chain.folder, begun=True)
+    assert [step.name for step in again.steps] == [step.name for step in chain.steps]
+    for before, step in zip(chain.steps, again.steps, strict=True):
+        assert step.resolved.plain() == before.resolved.plain()
+    longer = load_chain(saved, chain.folder, begun=True, overrides=["pacore.iterations=9"])
+    assert longer.steps[-1].resolved.config.iterations == 9
+
+
+def test_a_critic_for_the_whole_chain_is_the_first_stages_and_none_is_everyones() -> None:
+    first, _, last = (step.resolved.config.model.critic for step in mine("model.critic=./own").steps)
+    assert first == Path("own").absolute() and str(last).endswith("rlvr/checkpoints/000600/critic")
+    assert mine("model.critic=null").steps[2].resolved.config.model.critic is None
+
+
+def test_what_an_earlier_step_leaves_cannot_be_said_otherwise() -> None:
+    assert "pacore.model.path cannot be said in a chain: it starts from the policy of rlvr" in refusal(
+        "pacore.model.path=./x"
+    )
+    assert "pacore.data.train cannot be said in a chain" in refusal("pacore.data.train=x.jsonl")
+    assert "stage stands in the recipes of a chain" in refusal(text=MINE + "stage: rlvr\n")
+
+
+def test_curated_rows_have_our_names_whatever_the_problems_had() -> None:
+    config = mine("data.columns.ground_truth=answer").steps[2].resolved.config
+    assert config.data.train[0].columns == {"ground_truth": "ground_truth"}
+
+
+def test_a_curation_that_makes_too_few_messages_is_refused() -> None:
+    assert "needs 16 messages in each row" in refusal("curate.difficulty.rollouts=8")
+    assert "needs 16 messages in each row" in refusal("curate.filters=[synthesis]")
+    assert mine("curate.filters=[synthesis]", "pacore.synthesis.pool=online")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("chain: []", "chain is a list of recipes"),
+        ("chain: rlvr.yaml", "chain is a list of recipes"),
+        ("chain: [3]", "chain holds 3; give the path of a recipe"),
+        ("chain: [rlvr.yaml, rlvr.yaml]", "chain has rlvr twice"),
+        ("chain: [rlvr.yaml, {curate: curate.yaml}]", "curate belongs between two stages"),
+        ("chain: [{curate: curate.yaml}, pacore.yaml]", "curate belongs between two stages"),
+        ("chain: [none.yaml]", "none.yaml: no such file"),
+        ("chain: [mine.yaml]", "mine.yaml, which is a chain itself"),
+    ],
+)
+def test_a_chain_that_cannot_be_is_refused(text: str, told: str) -> None:
+    assert told in refusal(text=text)
+
+
+def test_what_names_a_stage_that_the_chain_has_not_is_refused() -> None:
+    assert "rlhf.* is for the stage rlhf; the chain has rlvr, curate, pacore" in refusal("rlhf.iterations=3")
+    assert "no stage rlhf to begin with; it has rlvr, pacore" in refusal(first="rlhf")
+    assert "chain belongs in a recipe file" in refusal("chain=[rlvr.yaml]")
+
+
+def test_a_mistake_in_any_stage_is_told_with_its_file() -> None:
+    Path("pacore.yaml").write_text(STAGE.format(stage="pacore") + "ppo: {gama: 1}\n")
+    assert "pacore.yaml: unknown option ppo.gama; did you mean ppo.gamma?" in refusal()
+
+
+def small(folder: Path) -> Path:
+    """A chain of two stages of the scale model, of two iterations each."""
+    recipes = ROOT / "recipes"
+    lines = [str(recipes / "rlvr.yaml"), {"curate": str(recipes / "curate.yaml")}, str(recipes / "pacore.yaml")]
+    options = {"iterations": 2, "prompts_per_iteration": 4, "rollouts_per_prompt": 4, "data": {"eval_limit": 2}}
+    curate = {"rows": 40, "filters": ["difficulty"], "difficulty": {"rollouts": 16}}
+    file = folder / "small.yaml"
+    options |= {"pacore": {"iterations": 2, "prompts_per_iteration": 4}, "curate": curate, "eval": {"sampled_rows": 1}}
+    file.write_text(json.dumps({"chain": lines, **options}))
+    return file
+
+
+def test_a_dry_run_of_the_whole_recipe_tells_of_every_step_and_starts_nothing(tmp_path: Path) -> None:
+    code, out, err = run(
+        "rl.run", ROOT / "recipes/step3_vl.yaml", "--profile", "cpu", "--dry-run", "--output", tmp_path / "run"
+    )
+    assert code == 0, err
+    for part in ("--- rlvr", "--- rlhf", "--- curate", "--- pacore", f"model      {tmp_path}/run/rlhf/policy, critic"):
+        assert part in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_wrong_with_a_later_stage_is_told_before_the_first_begins(tmp_path: Path) -> None:
+    code, _, err = run("rl.run", small(tmp_path), "--profile", "cpu", "--output", tmp_path / "run",
+                       "pacore.max_sequence_length=99999", "pacore.learner.token_budget=99999")  # fmt: skip
+    assert code == 2 and "is more than the 4096 positions" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_chain_that_is_broken_off_twice_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    recipe = ("rl.run", small(tmp_path), "--profile", "cpu")
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    code, out, err = run(*recipe, "--output", whole, timeout=600)
+    assert code == 0, err
+    assert "PaCoRe@16" in out and f"policy: {whole / 'policy'}" in out
+    assert {path.name for path in whole.iterdir()} >= {"recipe.yaml", "rlvr", "curate", "pacore", "policy", "final"}
+    told = [(line["stage"], line["iteration"]) for line in metrics(whole)]
+    assert told == [("rlvr", 0), ("rlvr", 1), ("rlvr", 2), ("pacore", 0), ("pacore", 1), ("pacore", 2)]
+    table = json.loads((whole / "final/table.json").read_text())
+    assert list(table["held_out"]) == ["start", "rlvr", "pacore"] and table["sampled"]
+
+    command = Command(*recipe, "--output", halves)
+    wait_for_iteration(halves / "rlvr", 1, command)
+    command.interrupt()
+    code, out, err = command.finish(timeout=600)
+    assert code == 130 and f"--resume {halves}" in out
+    command = Command("rl.run", "--resume", halves)
+    wait_for_iteration(halves / "pacore", 1, command)
+    command.kill()
+    assert command.left_behind(90) == []
+    assert "keeps its recipe" in run("rl.run", "--resume", halves, "rlvr.iterations=3")[2]
+    code, out, err = run("rl.run", "--resume", halves, timeout=600)
+    assert code == 0, err
+    assert "rlvr is done already" in out
+    assert without_times(metrics(halves)) == without_times(metrics(whole))
+    assert (halves / "policy/model.safetensors").read_bytes() == (whole / "policy/model.safetensors").read_bytes()
