@@ -7,7 +7,7 @@ import pytest
 
 from rl.chain import Chain, is_chain, load_chain, saved_chain
 from rl.recipe import RecipeError
-from tests.command import ROOT, Command, metrics, run, wait_for_iteration, without_times
+from tests.command import ROOT, Command, metrics, run, wait_for, wait_for_iteration, without_times
 
 MINE = """
 chain:
@@ -190,7 +190,7 @@ def test_a_chain_that_is_broken_off_twice_ends_as_an_undisturbed_one(tmp_path: P
     assert list(table["held_out"]) == ["start", "rlvr", "pacore"] and table["sampled"]
 
     command = Command(*recipe, "--output", halves)
-    wait_for_iteration(halves / "rlvr", 1, command)
+    wait_for((halves / "curate/recipe.yaml").exists, command)
     command.interrupt()
     code, out, err = command.finish(timeout=600)
     assert code == 130 and f"--resume {halves}" in out
