@@ -161,7 +161,8 @@ def small(folder: Path) -> Path:
 
 def test_a_dry_run_of_the_whole_recipe_tells_of_every_step_and_starts_nothing(tmp_path: Path) -> None:
     code, out, err = run(
-        "rl.run", ROOT / "recipes/step3_vl.yaml", "--profile", "cpu", "--dry-run", "--output", tmp_path / "run"
+        *("rl.run", ROOT / "recipes/step3_vl.yaml", "--profile", "cpu", "--dry-run", "--output", tmp_path / "run"),
+        *("rlhf.endpoints.judge.url=http://127.0.0.1:9/v1", "rlhf.endpoints.judge.model=judge"),
     )
     assert code == 0, err
     for part in ("--- rlvr", "--- rlhf", "--- curate", "--- pacore", f"model      {tmp_path}/run/rlhf/policy, critic"):
