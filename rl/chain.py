@@ -191,7 +191,8 @@ def _links(entry: _Entry, steps: Sequence[Step], folder: Path, written: Layers) 
         renamed = _flat(entry, written, "data.columns.")
         columns = {key.removeprefix("data.columns."): key.removeprefix("data.columns.") for key in renamed}
         rows: dict[str, Any] = {"path": str(folder / CURATE / "rows")}
-        links["data"] = {"train": [rows | {"columns": columns}] if columns else rows["path"]}
+        train = [rows | {"columns": columns}] if columns else rows["path"]
+        links["data"] = {"train": train, "on_bad_row": "skip"}  # a pool that is too small must not cost all before it
     return links
 
 
