@@ -53,7 +53,7 @@ def answered(url: str, problems: Path, tmp_path_factory: pytest.TempPathFactory)
 def arguments(problems: Path, out: Path, url: str, *more: str) -> list[str]:
     return [
         *("--model", str(MODEL), "--url", url, "--mode", "pacore", "--trajectories", "6"),
-        *("--max-tokens", "60", *more, str(problems), str(out)),
+        *("--template", str(TEMPLATE), "--max-tokens", "60", *more, str(problems), str(out)),
     ]
 
 

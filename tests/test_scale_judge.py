@@ -38,7 +38,7 @@ def test_a_description_is_worth_the_share_of_things_that_it_gets_right(response:
 
 def test_a_verdict_says_what_there_is_and_counts_before_it_grades() -> None:
     said = verdict(Pair(CROWD, "middle blue cross", "top left red ring, middle blue cross"))
-    assert said.reasoning == "top left red ring, middle blue cross. A 1 of 2, B 2 of 2"
+    assert said.reasoning == "top left red ring B, middle blue cross A B. A 1 of 2, B 2 of 2"
     assert (said.grade_a, said.grade_b) == (5, 10)
     assert Comparison.model_validate_json(written(said)) == said and " :" not in written(said)
 

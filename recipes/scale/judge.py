@@ -3,7 +3,7 @@
     python -m recipes.scale.judge --out runs/judge
 
 goes on from the scale model's weights and teaches them to compare two descriptions of a picture: to say which things
-there are, how many of them each response names, and to grade both. It reads exactly what the reward `genrm` shows a
+there are and which response names each, to count, and to grade both. It reads exactly what the reward `genrm` shows a
 judge (with genrm.jinja beside this file) and answers in that reward's JSON. Writes OUT/model (a Hugging Face folder;
 the one that ships as judge/ was made this way) and OUT/report.json.
 """
@@ -69,16 +69,22 @@ class Found:
 
 def found(response: str, crowd: Scene) -> Found:
     """Each thing counts once; things that are not there, and things named twice, make the whole larger."""
-    named = [item.strip() for item in response.split(",")]
+    named = _items(response)
     there = {thing.described for thing in crowd.things}
     return Found(len(there.intersection(named)), max(len(there), len(named)))
 
 
+def _items(response: str) -> list[str]:
+    return [item.strip() for item in response.split(",")]
+
+
 def verdict(pair: Pair) -> Comparison:
-    """What the judge is to say: the things, what of them each response has, and both grades."""
-    things = ", ".join(thing.described for thing in pair.crowd.things)
+    """What the judge is to say: each thing and who names it, how many of how many each names, and both grades."""
+    named = {"A": _items(pair.first), "B": _items(pair.second)}
+    things = [thing.described for thing in pair.crowd.things]
+    marked = ", ".join(" ".join([thing, *(who for who in "AB" if thing in named[who])]) for thing in things)
     a, b = found(pair.first, pair.crowd), found(pair.second, pair.crowd)
-    reasoning = f"{things}. A {a.right} of {a.of}, B {b.right} of {b.of}"
+    reasoning = f"{marked}. A {a.right} of {a.of}, B {b.right} of {b.of}"
     return Comparison(reasoning=reasoning, grade_a=a.grade, grade_b=b.grade)
 
 
