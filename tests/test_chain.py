@@ -147,16 +147,15 @@ def test_a_mistake_in_any_stage_is_told_with_its_file() -> None:
     assert "pacore.yaml: unknown option ppo.gama; did you mean ppo.gamma?" in refusal()
 
 
-def small(folder: Path) -> Path:
-    """A chain of two stages of the scale model, of two iterations each."""
-    recipes = ROOT / "recipes"
+def small(folder: Path) -> tuple[object, ...]:
+    """The command for a chain of two stages of the scale model, of two iterations each."""
+    file, recipes = folder / "small.yaml", ROOT / "recipes"
     lines = [str(recipes / "rlvr.yaml"), {"curate": str(recipes / "curate.yaml")}, str(recipes / "pacore.yaml")]
-    options = {"iterations": 2, "prompts_per_iteration": 4, "rollouts_per_prompt": 4, "data": {"eval_limit": 2}}
-    curate = {"filters": ["difficulty"], "difficulty": {"rollouts": 20}}
-    file = folder / "small.yaml"
-    options |= {"pacore": {"iterations": 2, "prompts_per_iteration": 4}, "curate": curate, "eval": {"sampled_rows": 1}}
-    file.write_text(json.dumps({"chain": lines, **options}))
-    return file
+    file.write_text(json.dumps({"chain": lines}))
+    sizes = ("rlvr.iterations=2", "pacore.iterations=2", "rollouts_per_prompt=4", "rlvr.prompts_per_iteration=4")
+    less = ("data.eval_limit=2", "eval.sampled_rows=1", "pacore.prompts_per_iteration=4")
+    curate = ("curate.rows=40", "curate.filters=[difficulty]", "curate.difficulty.rollouts=20")
+    return ("rl.run", file, "--profile", "cpu", *sizes, *less, *curate)
 
 
 def test_a_dry_run_of_the_whole_recipe_tells_of_every_step_and_starts_nothing(tmp_path: Path) -> None:
@@ -171,15 +170,15 @@ def test_a_dry_run_of_the_whole_recipe_tells_of_every_step_and_starts_nothing(tm
 
 
 def test_what_is_wrong_with_a_later_stage_is_told_before_the_first_begins(tmp_path: Path) -> None:
-    code, _, err = run("rl.run", small(tmp_path), "--profile", "cpu", "--output", tmp_path / "run",
-                       "pacore.max_sequence_length=99999", "pacore.learner.token_budget=99999")  # fmt: skip
+    longer = ("pacore.max_sequence_length=99999", "pacore.learner.token_budget=99999")
+    code, _, err = run(*small(tmp_path), *longer, "--output", tmp_path / "run")
     assert code == 2 and "is more than the 4096 positions" in err
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_a_chain_that_is_broken_off_twice_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    recipe = ("rl.run", small(tmp_path), "--profile", "cpu", "curate.rows=40")
+    recipe = small(tmp_path)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     code, out, err = run(*recipe, "--output", whole, timeout=600)
     assert code == 0, err
