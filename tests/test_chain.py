@@ -7,6 +7,7 @@ import pytest
 
 from rl.chain import Chain, is_chain, load_chain, saved_chain
 from rl.recipe import RecipeError
+from rl.run import main
 from tests.command import ROOT, Command, metrics, run, wait_for, wait_for_iteration, without_times
 
 MINE = """
@@ -167,6 +168,14 @@ def test_a_dry_run_of_the_whole_recipe_tells_of_every_step_and_starts_nothing(tm
     for part in ("--- rlvr", "--- rlhf", "--- curate", "--- pacore", f"model      {tmp_path}/run/rlhf/policy, critic"):
         assert part in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_can_begin_with_a_later_stage(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    policy = ROOT / "recipes/scale/model"
+    given = ["--profile", "cpu", "--stage", "pacore", f"model.path={policy}", "pacore.iterations=100", "--dry-run"]
+    assert main([str(ROOT / "recipes/step3_vl.yaml"), *given, "--output", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "--- curate" in out and "stage      pacore, 100 iterations" in out and "--- rlhf" not in out
 
 
 def test_what_is_wrong_with_a_later_stage_is_told_before_the_first_begins(tmp_path: Path) -> None:

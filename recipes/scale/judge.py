@@ -4,8 +4,8 @@
 
 goes on from the scale model's weights and teaches them to compare two descriptions of a picture: to say which things
 there are and which response names each, to count, and to grade both. It reads exactly what the reward `genrm` shows a
-judge (with genrm.jinja beside this file) and answers in that reward's JSON. Writes OUT/model (a Hugging Face folder;
-the one that ships as judge/ was made this way) and OUT/report.json.
+judge (with genrm.jinja beside this file) and answers in that reward's JSON. Writes OUT/model (a Hugging Face folder)
+and OUT/report.json.
 """
 
 import argparse
@@ -38,7 +38,6 @@ TEMPLATE = Path(__file__).parent / "genrm.jinja"
 START = Path(__file__).parent / "model"
 BATCH = 16  # pairs a step
 PEAK_LR, WARM_UP, BETAS = 1e-3, 50, (0.9, 0.98)
-AGREES = 0.85  # share of held-out preferences that the shipped judge has to agree with, in either order
 
 
 @dataclass(frozen=True)
@@ -208,12 +207,7 @@ def train(model: StepVL, prompter: Prompter, steps: int, seed: int, every: int) 
         responses = [written(verdict(pair)) for pair in pairs]
         loss = practice.loss(model, prompter, Lesson([bench.problem(pair) for pair in pairs], responses))
         rate = PEAK_LR * min(1, (step + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
-        optimizer.zero_grad()
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-        optimizer.step()
+        warm_start.update(optimizer, loss, rate)
         losses.append(float(loss.detach()))
         if (step + 1) % every == 0 or step + 1 == steps:
             took = (time.monotonic() - started) / (step + 1)

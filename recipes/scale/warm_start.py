@@ -107,6 +107,16 @@ def _sines(grid: int, width: int) -> Tensor:
     return 0.5 * torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
+def update(optimizer: AdamW, loss: Tensor, rate: float) -> None:
+    """One optimizer step at a learning rate, with gradients of at most norm 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+
+
 @dataclass(frozen=True)
 class Plan:
     """How long to train: optimizer steps of tower and projector, then of the decoder, then of it with messages."""
@@ -169,7 +179,7 @@ class School:
             loss = practice.loss(self.model, self.prompter, self._lesson(part, rng, done))
         optimizer = self.eyes if part == "eyes" else self.words
         rate = PEAK_LR * min(1, (self.step - first + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
-        self._update(optimizer, loss, rate)
+        update(optimizer, loss, rate)
         self.step += 1
         return float(loss.detach())
 
@@ -180,14 +190,6 @@ class School:
             return practice.Lesson(plain.problems + shown.problems, plain.responses + shown.responses)
         share = rough_share if self.step >= self.plan.alone - LAST else both_writers
         return practice.lesson(rng, PICTURES, things(done), share, PICTURES)
-
-    def _update(self, optimizer: AdamW, loss: Tensor, rate: float) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-        optimizer.step()
 
     def _parameters(self) -> dict[str, torch.nn.Parameter]:
         return {**dict(self.model.named_parameters(prefix="model")), **dict(self.head.named_parameters(prefix="head"))}
