@@ -95,9 +95,22 @@ class _Fetched(Mapping[str, Any]):
         return len(self._given)
 
 
+@contextmanager
+def signals_as_raised() -> Iterator[None]:
+    """What a signal's handler raises while Ray waits, as it was raised: if the wait ends at that moment, Ray returns
+    with the exception pending, and Python makes a SystemError of it."""
+    try:
+        yield
+    except SystemError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
+
+
 def _get(reference: Any, patience: float | None = None) -> Any:
     try:
-        return ray.get(reference, timeout=patience)
+        with signals_as_raised():
+            return ray.get(reference, timeout=patience)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RayError):
             raise SourceDied(f"a worker process of the run died, and others waited for it: {error.cause}") from error
@@ -153,7 +166,8 @@ class Together(Later):
         patience = patience or self._team.patience
         try:
             while waiting:
-                ready = ray.wait(list(waiting), num_returns=1, timeout=patience)[0]
+                with signals_as_raised():
+                    ready = ray.wait(list(waiting), num_returns=1, timeout=patience)[0]
                 if not ready:
                     raise WorkerDied(_SILENT.format(patience))
                 for reference in ready:
@@ -249,7 +263,8 @@ def as_they_come(streams: Sequence[Any], patience: float) -> Iterator[tuple[int,
     running: dict[Any, int] = {stream: index for index, stream in enumerate(streams)}
     heard = dict.fromkeys(running, time.monotonic())
     while running:
-        ready: list[Any] = ray.wait(list(running), num_returns=1, timeout=patience / 4)[0]
+        with signals_as_raised():
+            ready: list[Any] = ray.wait(list(running), num_returns=1, timeout=patience / 4)[0]
         for stream in ready:
             try:
                 reference = next(stream)

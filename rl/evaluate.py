@@ -8,10 +8,11 @@ in --cache, if that is given, and not asked again. Exit codes are those of rl.ru
 
 import argparse
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -44,11 +45,12 @@ from rollout.generate import (
 )
 from rollout.pacore import Synthesis
 from rollout.rows import RowError, read
+from rollout.server import Server
 from rollout.serving import Serving, add_serving, serving
 from rollout.thinking import Round, Thought, order
 from stages.loop import enough_valid
 from stages.pacore import accepted, synthesis_metrics
-from stages.plan import check_accept, limited, reward_runner
+from stages.plan import check_accept, limited, reward_runner, served_here
 from stages.rlhf import penalty_metrics, preference_metrics
 
 MODES = ("sere", "majority", "pacore")
@@ -172,6 +174,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--trajectories", type=Path, metavar="FILE", help="another evaluation's cache, or the OUT of "
                    "rollout.generate: its first round is used, and not asked again")  # fmt: skip
+    p.add_argument("--blind", action="store_true", help="show the policy another row's pictures, but not the judges: "
+                   "what answers earn that have nothing to do with the picture")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_serving(p)
     return p
@@ -202,8 +206,10 @@ def _main(args: argparse.Namespace) -> int:
         raise InputError(f"--limit {args.limit}: it has to be at least 1")
     if args.attempts < 1 or args.syntheses < 1:
         raise InputError(f"--attempts {args.attempts}, --syntheses {args.syntheses}: both have to be at least 1")
-    asked = Questions(modes, args.attempts, args.syntheses, args.limit, args.seed, args.cache, args.trajectories)
-    report = measure(_config(args), serving(args), asked)
+    asked = Questions(
+        modes, args.attempts, args.syntheses, args.limit, args.seed, args.cache, args.trajectories, blind=args.blind
+    )
+    report = measure(config_of(args), serving(args), asked)
     print(json.dumps(report.json(), indent=2)) if args.json else report.show()
     return DONE
 
@@ -219,22 +225,19 @@ class Questions:
     seed: int = 0
     cache: Path | None = None  # keeps what the model says, for the same questions asked again
     trajectories: Path | None = None  # whose first rounds are used
-    skip_unserved: bool = False  # whether tasks are left out whose judge has no url
+    blind: bool = False  # whether the policy sees pictures of other rows
+    tasks: Collection[str] | None = None  # whose rows; None: all
 
 
 def measure(config: Config, who: Serving, asked: Questions) -> "Report":
     """How good a policy is on the recipe's held-out rows. Raises ValueError (of several kinds) for what does not fit,
     and what serving and scoring raise."""
-    rewards, unserved = reward_runner(config), _unserved(config)
-    if unserved and not asked.skip_unserved:
-        task, name = next(iter(unserved.items()))
-        raise InputError(
-            f"rewards.{task} asks endpoints.{name}, which has no url; serve {config.endpoints[name].model} and name "
-            "its url here"
-        )
     check_accept(config)
-    prompts = _rows(config, rewards, asked.limit, unserved)
-    given = _given(asked.trajectories, prompts) if asked.trajectories else {}
+    prompts = [p for p in _rows(config, asked.limit) if asked.tasks is None or p.task in asked.tasks]
+    tasks = {prompt.task for prompt in prompts}  # the others' judges need not be there
+    rewards = reward_runner(config.model_copy(update={"rewards": {task: config.rewards[task] for task in tasks}}))
+    posed = blinded(prompts) if asked.blind else prompts
+    given = _given(asked.trajectories, posed) if asked.trajectories else {}
     who = replace(who, options=_options(config) | dict(who.options or {}))
     template = who.template(config.synthesis.template)
     settings = settings_of(
@@ -251,40 +254,71 @@ def measure(config: Config, who: Serving, asked: Questions) -> "Report":
         answered = Answered(cache, settings)
         stack.callback(answered.close)
         if settings.answers or not given:
-            run(prompts, settings, who, Synthesis(template), answered, given=given)
-            failed = answered.left(prompts)
-            thoughts = {p.id: thought_of(answered.records[p.id]) for p in prompts if p not in failed}
+            run(posed, settings, who, Synthesis(template), answered, given=given)
+            failed = answered.left(posed)
+            thoughts = {p.id: thought_of(answered.records[p.id]) for p in posed if p not in failed}
         else:
             thoughts = {p.id: Thought(given[p.id]) for p in prompts}
-    rows = judged(config, rewards, [p for p in prompts if p.id in thoughts], thoughts, settings)
+    with _judges(config, rewards, who.device):
+        rows = judged(config, rewards, [p for p in prompts if p.id in thoughts], thoughts, settings)
     return Report(config, asked.modes, rows, len(prompts) - len(rows), rewards.penalties())
 
 
-def _config(args: argparse.Namespace) -> Config:
+def config_of(args: argparse.Namespace) -> Config:
+    """The recipe, with model and rows of the command line. Raises RecipeError."""
     recipe = Path(args.recipe) if Path(args.recipe).suffix else SHIPPED / f"{args.recipe}.yaml"
-    overrides = [*args.overrides, *([f"data.train={args.data}", f"data.eval={args.data}"] if args.data else [])]
+    rows = [f"data.train={args.data}", f"data.eval={args.data}"] if args.data else []
+    overrides = [f"model.path={args.model}", *args.overrides, *rows]  # what a recipe may leave to the command line
     return load(recipe, profile=args.profile, overrides=overrides).config
 
 
-def _unserved(config: Config) -> dict[str, str]:
-    """Task -> the judge without a url that its reward asks."""
-    found: dict[str, str] = {}
-    for task, given in config.rewards.items():
-        alone = reward_runner(config.model_copy(update={"rewards": {task: given}}))
-        if names := [name for name in sorted(alone.asks()) if config.endpoints[name].url is None]:
-            found[task] = names[0]
-    return found
+@contextmanager
+def _judges(config: Config, rewards: RewardRunner, device: str) -> Iterator[None]:
+    """Serves the judges without a url here, once the policy is served no more. Raises RuntimeError if one cannot be."""
+    with ExitStack() as stack:
+        servers = {}
+        for name, judge in served_here(config, rewards).items():
+            servers[name] = Server(
+                judge.model,
+                host="127.0.0.1",
+                device="cuda" if device == "cuda" else "cpu",
+                options=judge.serve,
+                threads=os.cpu_count() or 1,
+            )
+            stack.callback(servers[name].close)
+        rewards.served({name: server.url() for name, server in servers.items()})
+        yield
 
 
-def _rows(config: Config, rewards: RewardRunner, limit: int | None, without: Collection[str]) -> list[Prompt]:
-    """The held-out rows, but for those of some tasks. Raises RowError for rows that cannot be used."""
+def _rows(config: Config, limit: int | None) -> list[Prompt]:
+    """The held-out rows. Raises RowError for rows that cannot be used."""
     data = config.data
     if not data.eval:
         raise InputError("there are no rows to evaluate on; name a file with --data")
-    rows = read(data.eval, columns=data.columns, tasks=config.rewards.keys(), problem=rewards.problem)
+    rows = read(data.eval, columns=data.columns, tasks=config.rewards.keys(), problem=reward_runner(config).problem)
     if rows.bad and (data.on_bad_row == "stop" or not rows.prompts):
         raise RowError(rows.bad)
-    return limited([prompt for prompt in rows.prompts if prompt.task not in without], limit or data.eval_limit)
+    return limited(rows.prompts, limit or data.eval_limit)
+
+
+def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Each row with the pictures of the next one of its task that has as many, but others; rows without pictures stay.
+    Raises InputError if there is none."""
+    found = []
+    for number, prompt in enumerate(prompts):
+        around = (*prompts[number + 1 :], *prompts[:number])
+        others = (
+            other.images
+            for other in around
+            if (other.task, len(other.images)) == (prompt.task, len(prompt.images)) and other.images != prompt.images
+        )
+        if (images := next(others, prompt.images)) == prompt.images and images:
+            raise InputError(
+                f"--blind: no other row of task {prompt.task} has {len(images)} pictures to show in place of those of "
+                f"row {prompt.id}"
+            )
+        found.append(replace(prompt, images=images))
+    return found
 
 
 def _options(config: Config) -> dict[str, str | bool]:

@@ -15,9 +15,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -29,7 +29,7 @@ from rl.checkpoint import publish
 from rl.config import Config
 from rl.disk import hold, replacing, writing
 from rl.display import Display, families
-from rl.evaluate import ALL, Line, Questions, lines_of, measure
+from rl.evaluate import ALL, Line, Questions, Report, lines_of, measure
 from rl.interrupt import Interrupted, Interrupts
 from rl.run import InputError
 from rl.run_folder import RunFolder, make_new
@@ -41,6 +41,7 @@ from stages.train import train
 
 MODES = ("sere", "majority", "pacore")
 ATTEMPTS = 16
+COMPARED = 4  # answers to a row that a judge compares with the teacher's
 FINAL = "final"
 WIDTH = 160  # columns of the table where there is no terminal
 
@@ -209,7 +210,8 @@ class FinalTable:
 
     stages: Mapping[str, Mapping[str, float]]  # "start" and each stage -> family -> held-out reward
     sampled: tuple[Line, ...]  # of the last policy, at the training temperature
-    win_rates: Mapping[str, float]  # "start" and the stages that compare with a teacher
+    win_rates: Mapping[str, float]  # before and after a stage that compares with a teacher
+    sampled_win_rate: float | None = None  # of the last policy
 
     @property
     def families(self) -> list[str]:
@@ -221,7 +223,8 @@ class FinalTable:
         sampled = [
             {"task": s.task, "mode": s.name, "accuracy": vars(s.accuracy), "tokens": s.tokens} for s in self.sampled
         ]
-        return {"held_out": self.stages, "win_rate": self.win_rates, "sampled": sampled}
+        wins = {"win_rate": self.win_rates, "sampled_win_rate": self.sampled_win_rate}
+        return {"held_out": self.stages, **wins, "sampled": sampled}
 
     def show(self, console: Console) -> None:
         """A line for each family; accuracies with their 95% intervals are in table.json."""
@@ -236,40 +239,56 @@ class FinalTable:
         if self.win_rates:
             table.add_section()
             rates = [f"{self.win_rates[name]:.3f}" if name in self.win_rates else "" for name in self.stages]
-            table.add_row("wins against the teacher", *rates, *("" for _ in modes))
+            last = "" if self.sampled_win_rate is None else f"{self.sampled_win_rate:.3f}"
+            table.add_row("wins against the teacher", *rates, *[last, *("" for _ in modes)][: len(modes)])
         console.print(table)
+
+
+def before_and_after(
+    stages: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Held-out rewards of each family and win rates, at the start and after each stage, from the stages' metrics.
+
+    What a stage evaluates before it trains tells how the stage before has left the families that only this one has.
+    """
+    held_out: dict[str, dict[str, float]] = {}
+    wins: dict[str, float] = {}
+    before = "start"
+    for name, lines in stages.items():
+        evaluated = [line for line in lines if families(line)]
+        first = evaluated[:1] if evaluated and evaluated[0]["iteration"] == 0 else []
+        for when, line in [*((before, line) for line in first), *((name, line) for line in evaluated[-1:])]:
+            held_out[when] = families(line) | held_out.get(when, {})
+            if "eval/win_rate" in line:
+                wins.setdefault(when, line["eval/win_rate"])
+        before = name
+    return held_out, wins
 
 
 def final_table(chain: Chain) -> FinalTable:
     """What the stages' metrics say, and a last evaluation of the policy, which keeps what it asked."""
     (chain.folder / FINAL).mkdir(exist_ok=True)
-    stages: dict[str, dict[str, float]] = {}
-    wins: dict[str, float] = {}
-    for name, lines in stage_metrics(chain).items():
-        evaluated = [line for line in lines if families(line)]
-        if not stages and evaluated and evaluated[0]["iteration"] == 0:
-            stages["start"] = families(evaluated[0])
-        if evaluated:
-            stages[name] = families(evaluated[-1])
-        if rates := [line["eval/win_rate"] for line in evaluated if "eval/win_rate" in line]:
-            wins |= {list(stages)[list(stages).index(name) - 1]: rates[0], name: rates[-1]}
-    return FinalTable(stages, tuple(_sampled(chain)), wins)
+    evaluated = [config for step in chain.trained() if (config := step.resolved.config).data.eval]
+    checked = [config for config in evaluated if config.stage != "rlhf"]
+    compared = [config for config in evaluated if config.stage == "rlhf"]
+    sampled: list[Line] = []
+    if checked:
+        sampled = lines_of(_answers(chain, checked[-1], Questions(MODES, ATTEMPTS)).rows, checked[-1], MODES)
+    wins = None
+    if compared:
+        unchecked = compared[-1].rewards.keys() - set(compared[-1].preference.verifiable_tasks)
+        asked = Questions(("sere",), COMPARED, tasks=unchecked)
+        wins = _answers(chain, compared[-1], asked).preference().get("genrm/win_rate")
+    held_out, won = before_and_after(stage_metrics(chain))
+    return FinalTable(held_out, tuple(sampled), won, wins)
 
 
-def _sampled(chain: Chain) -> list[Line]:
-    """Accuracies of the last policy on held-out rows, but for tasks that are scored by a judge whom nobody serves
-    now."""
-    verifiable = [config for step in chain.trained() if (config := step.resolved.config).stage != "rlhf"]
-    if not verifiable or not (config := verifiable[-1]).data.eval:
-        return []
+def _answers(chain: Chain, config: Config, asked: Questions) -> Report:
+    """Those of the last policy to held-out rows of a stage."""
     who = Serving(
         str(chain.of(chain.trained()[-1]) / "policy"), device=device(config), max_length=config.max_sequence_length
     )
     # Another policy, or another place, is asked anew.
     asked_of = hashlib.sha256(f"{who.model} {who.weights()}".encode()).hexdigest()[:12]
-    cache = chain.folder / FINAL / f"answers-{asked_of}.jsonl"
-    asked = Questions(
-        MODES, ATTEMPTS, limit=config.eval.sampled_rows, seed=config.seed, cache=cache, skip_unserved=True
-    )
-    report = measure(config, who, asked)
-    return lines_of(report.rows, config, MODES)
+    cache = chain.folder / FINAL / f"{config.stage}-{asked_of}.jsonl"
+    return measure(config, who, replace(asked, limit=config.eval.sampled_rows, seed=config.seed, cache=cache))

@@ -8,6 +8,7 @@ import pytest
 from rl.chain import Chain, is_chain, load_chain, saved_chain
 from rl.recipe import RecipeError
 from rl.run import main
+from stages.chain import before_and_after
 from tests.command import ROOT, Command, metrics, run, wait_for, wait_for_iteration, without_times
 
 MINE = """
@@ -161,13 +162,32 @@ def small(folder: Path) -> tuple[object, ...]:
 
 def test_a_dry_run_of_the_whole_recipe_tells_of_every_step_and_starts_nothing(tmp_path: Path) -> None:
     code, out, err = run(
-        *("rl.run", ROOT / "recipes/step3_vl.yaml", "--profile", "cpu", "--dry-run", "--output", tmp_path / "run"),
-        *("rlhf.endpoints.judge.url=http://127.0.0.1:9/v1", "rlhf.endpoints.judge.model=judge"),
+        "rl.run", ROOT / "recipes/step3_vl.yaml", "--profile", "cpu", "--dry-run", "--output", tmp_path / "run"
     )
     assert code == 0, err
     for part in ("--- rlvr", "--- rlhf", "--- curate", "--- pacore", f"model      {tmp_path}/run/rlhf/policy, critic"):
         assert part in out
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_stage_evaluates_before_it_trains_completes_how_the_one_before_left_the_policy() -> None:
+    held_out, wins = before_and_after(
+        {
+            "rlvr": [{"iteration": 0, "eval/sums": 0.2}, {"iteration": 1}, {"iteration": 2, "eval/sums": 0.6}],
+            "rlhf": [
+                {"iteration": 0, "eval/sums": 0.5, "eval/chats": 0.3, "eval/win_rate": 0.25},
+                {"iteration": 1, "eval/sums": 0.6, "eval/chats": 0.7, "eval/win_rate": 0.75},
+            ],
+            "pacore": [{"iteration": 1, "eval/sums": 0.9}],
+        }
+    )
+    assert held_out == {
+        "start": {"sums": 0.2},
+        "rlvr": {"sums": 0.6, "chats": 0.3},
+        "rlhf": {"sums": 0.6, "chats": 0.7},
+        "pacore": {"sums": 0.9},
+    }
+    assert wins == {"rlvr": 0.25, "rlhf": 0.75}
 
 
 def test_a_dry_run_can_begin_with_a_later_stage(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,12 +1,26 @@
 """The figures of an evaluation, by hand."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rl.evaluate import Judged, Report, figure, lines_of, majority_at_k, pacore_at_k, pass_at_k, pass_at_one
-from rl.types import Prompt, Rollout, Scored
+from rl.evaluate import (
+    Judged,
+    Report,
+    blinded,
+    config_of,
+    figure,
+    lines_of,
+    majority_at_k,
+    pacore_at_k,
+    parser,
+    pass_at_k,
+    pass_at_one,
+)
+from rl.run import InputError
+from rl.types import Picture, Prompt, Rollout, Scored
 from rollout.thinking import Reply, Round, Thought
 from tests.test_config import config
 
@@ -67,12 +81,33 @@ def test_the_table_has_a_line_for_each_task_and_way_and_counts_all_tokens() -> N
     assert {line.name for line in lines_of(rows, CONFIG, ("sere",))} == {"SeRe pass@1", "SeRe pass@4"}
 
 
+def test_a_recipe_that_asks_for_model_and_rows_is_given_those_of_the_command() -> None:
+    given = ["--recipe", "rlhf", "--model", "owner/name", "--data", "rows.jsonl", "endpoints.judge.model=owner/judge"]
+    config = config_of(parser().parse_intermixed_args(given))
+    assert config.model.path == "owner/name" and [source.path for source in config.data.eval] == [
+        str(Path("rows.jsonl").absolute())
+    ]
+
+
 def test_a_report_is_json(capsys: pytest.CaptureFixture) -> None:
     report = Report(CONFIG, ("sere",), [judged("sums", SPLIT, [])])
     told: Any = report.json()
     assert told["rows"] == 1 and told["results"][0]["accuracy"]["mean"] == 0.25 and told["synthesis"] == {}
     report.show()
     assert "0.250" in capsys.readouterr().out
+
+
+def test_a_blind_policy_sees_the_pictures_of_other_rows_of_its_task() -> None:
+    one, two, three = (Picture(bytes(n), str(n)) for n in range(3))
+    pictures = [("boxes", one), ("boxes", one), ("points", three), ("boxes", two), ("points", one)]
+    rows = [Prompt(str(n), task, (), (picture,)) for n, (task, picture) in enumerate(pictures)]
+    text = Prompt("5", "sums", ())
+    assert [row.images for row in blinded([*rows, text])] == [(two,), (two,), (one,), (one,), (three,), ()]
+    assert [row.id for row in blinded([*rows, text])] == ["0", "1", "2", "3", "4", "5"]
+    with pytest.raises(
+        InputError, match="no other row of task boxes has 1 pictures to show in place of those of row 0"
+    ):
+        blinded(rows[:2])
 
 
 def test_where_a_judge_compares_with_a_teacher_the_report_tells_who_wins_and_what_length_has_to_do_with_it() -> None:

@@ -22,6 +22,7 @@ from tests.command import ROOT
 from tests.judge_server import Reply, judge_server, text_of
 
 MODEL, ROWS = ROOT / "recipes/scale/model", ROOT / "recipes/scale/data/heldout.jsonl"
+OPEN = ROWS.with_name("open-heldout.jsonl")
 TEMPLATE = ROOT / "recipes/scale/pacore.jinja"
 
 
@@ -161,6 +162,16 @@ def test_rows_without_an_answer_are_left_out_and_counted(
         assert evaluate.main([*asked, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["rows"], report["left_out"]) == (6, 2)
+
+
+def test_an_evaluation_serves_its_judge_and_who_describes_another_picture_does_not_win(
+    url: str, capsys: pytest.CaptureFixture
+) -> None:
+    policy = ("--model", str(MODEL), "--url", url, "--modes", "sere", "--attempts", "2", "--limit", "16", "--blind")
+    assert evaluate.main(["--recipe", "rlhf", "--profile", "cpu", *policy, "--json", f"data.eval={OPEN}"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["rows"] == 16 and told["preference"]["genrm/win_rate"] < 0.1
+    assert told["preference"]["genrm/order_agreement"] > 0.5
 
 
 def test_an_unknown_mode_is_refused(capsys: pytest.CaptureFixture) -> None:

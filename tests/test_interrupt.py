@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from rl.actors import signals_as_raised
 from rl.interrupt import Interrupted, Interrupts
 
 
@@ -37,3 +38,10 @@ def test_handlers_are_given_back() -> None:
     with Interrupts().installed():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_interrupt_that_ray_returns_with_is_no_error_of_pythons() -> None:
+    with pytest.raises(Interrupted), signals_as_raised():
+        raise SystemError("wait returned a result with an exception set") from Interrupted()
+    with pytest.raises(SystemError, match="bad call"), signals_as_raised():
+        raise SystemError("bad call")

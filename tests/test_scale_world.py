@@ -74,7 +74,8 @@ def test_open_questions_ship_with_a_teachers_answer_and_no_ground_truth(split: w
 
 def test_the_teacher_describes_all_but_one_shape_rightly() -> None:
     rng = np.random.default_rng(0)
-    crowds = [world.draw_crowd(rng, "train") for _ in range(200)]
+    crowds = [world.draw_crowd(rng, "train", world.OPEN_CROWD) for _ in range(200)]
+    assert {len(crowd.things) for crowd in crowds} == {5, 6, 7, 8}
     slips = []
     for crowd in crowds:
         said = world.teachers_words(crowd, rng).split(", ")
@@ -290,6 +291,7 @@ def test_think_tags_are_single_tokens_that_decoding_keeps(words) -> None:
     assert len(ids) == 5 and words.decode(ids, skip_special_tokens=True) == "<think>maybe</think>4"
 
 
-def test_everything_that_ships_is_below_ten_megabytes() -> None:
-    files = (path for path in world.SHIPPED.parent.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+def test_policy_and_data_that_ship_are_below_ten_megabytes() -> None:
+    other = {"__pycache__", "judge"}
+    files = (path for path in world.SHIPPED.parent.rglob("*") if path.is_file() and not other & {*path.parts})
     assert sum(path.stat().st_size for path in files) < 10 * MEGABYTE

@@ -2,10 +2,10 @@
 
     python -m recipes.scale.judge --out runs/judge
 
-goes on from the scale model's weights and teaches them to compare two descriptions of a picture: to say which things
-there are and which response names each, to count, and to grade both. It reads exactly what the reward `genrm` shows a
-judge (with genrm.jinja beside this file) and answers in that reward's JSON. Writes OUT/model (a Hugging Face folder)
-and OUT/report.json.
+goes on from the scale model's weights and teaches them to compare two descriptions of a picture: to say of each thing
+that there is what either response has in its place and whether that is right, to count, and to grade both. It reads
+exactly what the reward `genrm` shows a judge (with genrm.jinja beside this file) and answers in that reward's JSON.
+Writes OUT/model (a Hugging Face folder) and OUT/report.json.
 """
 
 import argparse
@@ -37,7 +37,9 @@ from rl.types import Prompt
 TEMPLATE = Path(__file__).parent / "genrm.jinja"
 START = Path(__file__).parent / "model"
 BATCH = 16  # pairs a step
-PEAK_LR, WARM_UP, BETAS = 1e-3, 50, (0.9, 0.98)
+THINGS = (world.CROWD[0], world.OPEN_CROWD[1])  # in the pictures that it is to judge
+PEAK_LR, WARM_UP, BETAS = 1.5e-3, 50, (0.9, 0.98)
+READING = 0.375  # first part of the training, in which most pairs are guesses; later every second one is
 
 
 @dataclass(frozen=True)
@@ -67,24 +69,41 @@ class Found:
 
 
 def found(response: str, crowd: Scene) -> Found:
-    """Each thing counts once; things that are not there, and things named twice, make the whole larger."""
-    named = _items(response)
-    there = {thing.described for thing in crowd.things}
-    return Found(len(there.intersection(named)), max(len(there), len(named)))
+    """What it has first in a place counts; things that are not there, and things named twice, make the whole larger."""
+    said = _by_place(response)
+    right = sum(said.get(thing.place) == thing.name for thing in crowd.things)
+    return Found(right, max(len(crowd.things), len(_items(response))))
 
 
 def _items(response: str) -> list[str]:
     return [item.strip() for item in response.split(",")]
 
 
+def _by_place(response: str) -> dict[str, str]:
+    """Place -> what a description has there first."""
+    names: dict[str, str] = {}
+    for item in _items(response):
+        place, *name = item.rsplit(" ", 2)
+        if len(name) == 2:
+            names.setdefault(place, " ".join(name))
+    return names
+
+
 def verdict(pair: Pair) -> Comparison:
-    """What the judge is to say: each thing and who names it, how many of how many each names, and both grades."""
-    named = {"A": _items(pair.first), "B": _items(pair.second)}
-    things = [thing.described for thing in pair.crowd.things]
-    marked = ", ".join(" ".join([thing, *(who for who in "AB" if thing in named[who])]) for thing in things)
+    """What the judge is to say: each thing, what each response has in its place and whether that is right; how many of
+    how many each gets right; and both grades."""
+    said = {"A": _by_place(pair.first), "B": _by_place(pair.second)}
+    compared = ", ".join(
+        thing.described + "".join(_compared(who, said[who].get(thing.place), thing.name) for who in said)
+        for thing in pair.crowd.things
+    )
     a, b = found(pair.first, pair.crowd), found(pair.second, pair.crowd)
-    reasoning = f"{marked}. A {a.right} of {a.of}, B {b.right} of {b.of}"
+    reasoning = f"{compared}. A {a.right} of {a.of}, B {b.right} of {b.of}"
     return Comparison(reasoning=reasoning, grade_a=a.grade, grade_b=b.grade)
+
+
+def _compared(who: str, name: str | None, truth: str) -> str:
+    return f" {who} no" if name is None else f" {who} {name} {'yes' if name == truth else 'no'}"
 
 
 def written(said: Comparison) -> str:
@@ -93,16 +112,33 @@ def written(said: Comparison) -> str:
     return json.dumps(values, separators=(",", ":"))
 
 
-def draw_pair(rng: Generator, split: world.Split) -> Pair:
+def draw_pair(rng: Generator, split: world.Split, things: tuple[int, int] = THINGS) -> Pair:
     """A crowd and two descriptions of any quality, each as often the better one."""
-    crowd = world.draw_crowd(rng, split)
+    crowd = world.draw_crowd(rng, split, things)
     return Pair(crowd, draw_response(crowd, rng), draw_response(crowd, rng))
 
 
-def draw_preference(rng: Generator, split: world.Split) -> Pair:
+def draw_guesses(rng: Generator, split: world.Split, things: tuple[int, int] = THINGS) -> Pair:
+    """A crowd and two descriptions by somebody who has seen where things are, hardly what they are: what they say has
+    to be read. Of good descriptions it could be foreseen, and a judge would learn to copy what it sees itself."""
+    crowd = world.draw_crowd(rng, split, things)
+    return Pair(crowd, _guesses(crowd, rng), _guesses(crowd, rng))
+
+
+def _guesses(crowd: Scene, rng: Generator) -> str:
+    said = []
+    for thing in crowd.things:
+        color = thing.color if rng.random() < 0.75 else rng.choice(list(COLORS))
+        shape = thing.shape if rng.random() < 0.3 else rng.choice(SHAPES)
+        if rng.random() < 0.8:
+            said.append(f"{thing.place} {color} {shape}")
+    return ", ".join(said or [_any_thing(rng)])
+
+
+def draw_preference(rng: Generator, split: world.Split, things: tuple[int, int] = THINGS) -> Pair:
     """A pair of which the first description is the better one."""
     while True:
-        pair = draw_pair(rng, split)
+        pair = draw_pair(rng, split, things)
         grades = found(pair.first, pair.crowd).grade, found(pair.second, pair.crowd).grade
         if grades[0] != grades[1]:
             return pair if grades[0] > grades[1] else pair.turned
@@ -171,7 +207,7 @@ def vocabulary() -> list[str]:
     """The words of the judge's prompt and verdict, which the scale model would read letter by letter."""
     pair = Pair(Scene((255, 255, 255), ()), "", "")
     said = Bench().problem(pair).question + " picture response end of reasoning grade A B"
-    return sorted(set(re.findall(r"[^\W\d_]{2,}", re.sub(r"[0-9a-f]{16}", "", said))) | {"A", "B"})
+    return sorted(set(re.findall(r"[^\W\d_]{2,}", re.sub(r"[0-9a-f]{16}", "", said))) | {"A", "B", "yes", "no"})
 
 
 def grown(start: Path, words: Any) -> StepVL:
@@ -193,7 +229,9 @@ def grown(start: Path, words: Any) -> StepVL:
     return model
 
 
-def train(model: StepVL, prompter: Prompter, steps: int, seed: int, every: int) -> None:
+def train(
+    model: StepVL, prompter: Prompter, steps: int, seed: int, every: int, things: tuple[int, int] = THINGS
+) -> None:
     """Imitates verdicts on `steps` batches of pairs; `every` so many steps says how it goes. The eyes stay."""
     optimizer = AdamW(
         [p for name, p in model.named_parameters() if not name.startswith(warm_start.EYES)],
@@ -203,7 +241,8 @@ def train(model: StepVL, prompter: Prompter, steps: int, seed: int, every: int) 
     bench, losses, started = Bench(), [], time.monotonic()
     for step in range(steps):
         rng = np.random.default_rng([seed, step])
-        pairs = [draw_pair(rng, "train") for _ in range(BATCH)]
+        guesses = BATCH * 3 // 4 if step < READING * steps else BATCH // 2
+        pairs = [(draw_guesses if i < guesses else draw_pair)(rng, "train", things) for i in range(BATCH)]
         responses = [written(verdict(pair)) for pair in pairs]
         loss = practice.loss(model, prompter, Lesson([bench.problem(pair) for pair in pairs], responses))
         rate = PEAK_LR * min(1, (step + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
@@ -211,7 +250,7 @@ def train(model: StepVL, prompter: Prompter, steps: int, seed: int, every: int) 
         losses.append(float(loss.detach()))
         if (step + 1) % every == 0 or step + 1 == steps:
             took = (time.monotonic() - started) / (step + 1)
-            share = report(model, prompter, 32, seed=seed)
+            share = report(model, prompter, 32, seed=seed, things=things)
             print(
                 f"step {step + 1}/{steps}  loss {fmean(losses[-every:]):.3f}  {took:.2f} s a step  {share}", flush=True
             )
@@ -232,11 +271,13 @@ def _read(text: str) -> tuple[float, float] | None:
     return said.grade_a, said.grade_b
 
 
-def report(model: StepVL, prompter: Prompter, number: int, seed: int = 0) -> dict[str, float]:
+def report(
+    model: StepVL, prompter: Prompter, number: int, seed: int = 0, things: tuple[int, int] = THINGS
+) -> dict[str, float]:
     """On `number` held-out preferences: how often the better response gets the better grade when it is shown first,
     when it is shown second, and by the mean of both orders, which is what the reward takes."""
     rng = np.random.default_rng([seed, 1 << 20])
-    pairs = [draw_preference(rng, "heldout") for _ in range(number)]
+    pairs = [draw_preference(rng, "heldout", things) for _ in range(number)]
     first, second = grades(model, prompter, pairs), grades(model, prompter, [pair.turned for pair in pairs])
     leads = [
         (0.0 if a is None else a[0] - a[1], 0.0 if b is None else b[1] - b[0])
@@ -257,7 +298,8 @@ def main() -> None:
     parser.add_argument(
         "--start", type=Path, default=START, help="scale model to go on from (default: the shipped one)"
     )
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
+    parser.add_argument("--most", type=int, default=THINGS[1], help=f"things in a picture; at least {THINGS[0]}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=100, help="steps between two looks at held-out preferences")
     parser.add_argument("--heldout", type=int, default=512, help="held-out preferences for the report")
@@ -268,9 +310,10 @@ def main() -> None:
     words: Any = AutoTokenizer.from_pretrained(folder)
     model = grown(given.start, words)
     prompter = Prompter(words, model.config.image_token_len)
-    train(model, prompter, given.steps, given.seed, given.every)
+    things = (THINGS[0], given.most)
+    train(model, prompter, given.steps, given.seed, given.every, things)
     warm_start.save(model, folder)
-    shares = report(model, prompter, given.heldout)
+    shares = report(model, prompter, given.heldout, things=things)
     (given.out / "report.json").write_text(json.dumps(shares, indent=2) + "\n")
     print(f"{folder}: {shares}")
 

@@ -26,7 +26,7 @@ from rl.model.step_vl import StepVL
 from rl.types import Messages, Prompt
 from rollout.pacore import Synthesis
 
-LONGEST = 96  # tokens of a response, more than any writer uses
+LONGEST = 176  # tokens of a response, more than any writer or judge uses
 TEMPLATE = Path(__file__).parent / "pacore.jinja"
 SYNTHESIS = Synthesis(TEMPLATE)
 MESSAGES = (4, 24)  # how many answers of others a synthesis problem shows

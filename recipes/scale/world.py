@@ -39,6 +39,7 @@ SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
 OPEN_SEEDS: dict[Split, int] = {"train": 3, "heldout": 4}
 CROWD = (3, 5)  # things in a crowd, of two colours: no constant answer is right in more than 4 of 10 problems
+OPEN_CROWD = (5, 8)  # in those to describe: more than the warm start has seen, so that something is left to learn
 SHIPPED = Path(__file__).parent / "data"
 
 
@@ -166,10 +167,11 @@ def draw_scene(rng: Generator, split: Split, things: tuple[int, int] = (1, 3)) -
             return scene
 
 
-def draw_crowd(rng: Generator, split: Split) -> Scene:
-    """CROWD things of any shape in different thirds of the picture, and of two colours, each at least once."""
+def draw_crowd(rng: Generator, split: Split, things: tuple[int, int] = CROWD) -> Scene:
+    """Between `things[0]` and `things[1]` things of any shape in different ninths of the picture, and of two colours,
+    each at least once."""
     while True:
-        number = int(rng.integers(CROWD[0], CROWD[1] + 1))
+        number = int(rng.integers(things[0], things[1] + 1))
         one, other = (list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2])
         first = int(rng.integers(1, number))  # how many have the first colour
         cells = [int(cell) for cell in rng.permutation(9)[:number]]
@@ -295,7 +297,7 @@ def problems(split: Split, seed: int, per_task: int) -> list[Problem]:
 def open_problems(split: Split, seed: int, number: int) -> list[Problem]:
     """`number` crowds to describe, with a teacher's answer."""
     rng = np.random.default_rng(seed)
-    crowds = [draw_crowd(rng, split) for _ in range(number)]
+    crowds = [draw_crowd(rng, split, OPEN_CROWD) for _ in range(number)]
     return [replace(describe(crowd), reference=teachers_words(crowd, rng)) for crowd in crowds]
 
 
