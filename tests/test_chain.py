@@ -149,15 +149,17 @@ def test_a_mistake_in_any_stage_is_told_with_its_file() -> None:
     assert "pacore.yaml: unknown option ppo.gama; did you mean ppo.gamma?" in refusal()
 
 
-def small(folder: Path) -> tuple[object, ...]:
-    """The command for a chain of two stages of the scale model, of two iterations each."""
-    file, recipes = folder / "small.yaml", ROOT / "recipes"
-    lines = [str(recipes / "rlvr.yaml"), {"curate": str(recipes / "curate.yaml")}, str(recipes / "pacore.yaml")]
-    file.write_text(json.dumps({"chain": lines}))
-    sizes = ("rlvr.iterations=2", "pacore.iterations=2", "rollouts_per_prompt=4", "rlvr.prompts_per_iteration=4")
-    less = ("data.eval_limit=2", "eval.sampled_rows=1", "pacore.prompts_per_iteration=4")
-    curate = ("curate.rows=40", "curate.filters=[difficulty]", "curate.difficulty.rollouts=20")
-    return ("rl.run", file, "--profile", "cpu", *sizes, *less, *curate)
+# The whole recipe with stages of two iterations.
+SMALL = (
+    *("rl.run", ROOT / "recipes/step3_vl.yaml", "--profile", "cpu", "rollouts_per_prompt=4"),
+    *(
+        f"{stage}.{size}"
+        for stage in ("rlvr", "rlhf", "pacore")
+        for size in ("iterations=2", "prompts_per_iteration=4")
+    ),
+    *("data.eval_limit=2", "eval.sampled_rows=1"),
+    *("curate.rows=40", "curate.filters=[difficulty]", "curate.difficulty.rollouts=20"),
+)
 
 
 def test_a_dry_run_of_the_whole_recipe_tells_of_every_step_and_starts_nothing(tmp_path: Path) -> None:
@@ -200,29 +202,35 @@ def test_a_dry_run_can_begin_with_a_later_stage(tmp_path: Path, capsys: pytest.C
 
 def test_what_is_wrong_with_a_later_stage_is_told_before_the_first_begins(tmp_path: Path) -> None:
     longer = ("pacore.max_sequence_length=99999", "pacore.learner.token_budget=99999")
-    code, _, err = run(*small(tmp_path), *longer, "--output", tmp_path / "run")
+    code, _, err = run(*SMALL, *longer, "--output", tmp_path / "run")
     assert code == 2 and "is more than the 4096 positions" in err
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_a_chain_that_is_broken_off_twice_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    recipe = small(tmp_path)
+def test_a_chain_that_is_broken_off_in_every_step_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    code, out, err = run(*recipe, "--output", whole, timeout=600)
+    code, out, err = run(*SMALL, "--output", whole, timeout=900)
     assert code == 0, err
-    assert "PaCoRe@16" in out and f"policy: {whole / 'policy'}" in out
-    assert {path.name for path in whole.iterdir()} >= {"recipe.yaml", "rlvr", "curate", "pacore", "policy", "final"}
+    assert "PaCoRe@16" in out and "wins against the teacher" in out and f"policy: {whole / 'policy'}" in out
+    steps = {"rlvr", "rlhf", "curate", "pacore"}
+    assert {path.name for path in whole.iterdir()} >= {"recipe.yaml", *steps, "policy", "final"}
     told = [(line["stage"], line["iteration"]) for line in metrics(whole)]
-    assert told == [("rlvr", 0), ("rlvr", 1), ("rlvr", 2), ("pacore", 0), ("pacore", 1), ("pacore", 2)]
+    assert told == [(stage, number) for stage in ("rlvr", "rlhf", "pacore") for number in range(3)]
     table = json.loads((whole / "final/table.json").read_text())
-    assert list(table["held_out"]) == ["start", "rlvr", "pacore"] and table["sampled"]
+    assert list(table["held_out"]) == ["start", "rlvr", "rlhf", "pacore"] and table["sampled"]
+    assert list(table["win_rate"]) == ["rlvr", "rlhf"] and 0 <= table["sampled_win_rate"] <= 1
+    assert "describing" in table["held_out"]["rlvr"] and "describing" in table["held_out"]["rlhf"]
 
-    command = Command(*recipe, "--output", halves)
-    wait_for((halves / "curate/recipe.yaml").exists, command)
+    command = Command(*SMALL, "--output", halves)
+    wait_for_iteration(halves / "rlhf", 1, command)
     command.interrupt()
     code, out, err = command.finish(timeout=600)
     assert code == 130 and f"--resume {halves}" in out
+    command = Command("rl.run", "--resume", halves)
+    wait_for((halves / "curate/recipe.yaml").exists, command)
+    command.interrupt()
+    assert command.finish(timeout=600)[0] == 130
     command = Command("rl.run", "--resume", halves)
     wait_for_iteration(halves / "pacore", 1, command)
     command.kill()
@@ -230,6 +238,6 @@ def test_a_chain_that_is_broken_off_twice_ends_as_an_undisturbed_one(tmp_path: P
     assert "keeps its recipe" in run("rl.run", "--resume", halves, "rlvr.iterations=3")[2]
     code, out, err = run("rl.run", "--resume", halves, timeout=600)
     assert code == 0, err
-    assert "rlvr is done already" in out
+    assert "rlvr is done already" in out and "rlhf is done already" in out
     assert without_times(metrics(halves)) == without_times(metrics(whole))
     assert (halves / "policy/model.safetensors").read_bytes() == (whole / "policy/model.safetensors").read_bytes()

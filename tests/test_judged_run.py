@@ -81,6 +81,21 @@ def test_a_judge_that_never_comes_back_ends_the_run_with_its_name_and_everything
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["000001"]
 
 
+def test_the_rlhf_recipe_trains_with_the_judge_that_it_serves(tmp_path: Path) -> None:
+    code, _, err = run(
+        *("rl.run", ROOT / "recipes/rlhf.yaml", "--profile", "cpu", "--output", tmp_path / "run", "iterations=2"),
+        *("prompts_per_iteration=4", "rollouts_per_prompt=4", "data.eval_limit=8"),
+    )
+    assert code == 0, err
+    first, *lines = metrics(tmp_path / "run")
+    assert {"eval/describing", "eval/counting", "eval/win_rate"} <= first.keys() & lines[-1].keys()
+    assert all(line["reward/invalid_fraction"] == 0 and line["genrm/order_agreement"] > 0.5 for line in lines)
+    assert all({"genrm/win_rate", "genrm/score_p50", "genrm/score_p90"} <= line.keys() for line in lines)
+    with gzip.open(tmp_path / "run/rollouts/000001.jsonl.gz", "rt") as file:
+        reasons = [json.loads(sample)["details"]["reasons"] for sample in file]
+    assert all("A " in one and "B " in one for both in reasons for one in both)
+
+
 # without this a grammar allows any amount of blanks, and the scale model is happy to write them
 TERSE = '{"backend": "xgrammar", "disable_any_whitespace": true}'
 OPTIONS = f"{{max-model-len: 256, dtype: float32, structured-outputs-config: '{TERSE}'}}"
