@@ -23,6 +23,7 @@ from jinja2 import TemplateError
 from rich.console import Console
 from rich.table import Table
 
+from rewards.async_pool import Outage
 from rewards.runner import RewardRunner
 from rewards.voting import majority, vote
 from rl.config import Config
@@ -50,7 +51,7 @@ from rollout.serving import Serving, add_serving, serving
 from rollout.thinking import Round, Thought, order
 from stages.loop import enough_valid
 from stages.pacore import accepted, synthesis_metrics
-from stages.plan import check_accept, limited, reward_runner, served_here
+from stages.plan import check_accept, check_judges, limited, reward_runner, served_here
 from stages.rlhf import penalty_metrics, preference_metrics
 
 MODES = ("sere", "majority", "pacore")
@@ -174,8 +175,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--trajectories", type=Path, metavar="FILE", help="another evaluation's cache, or the OUT of "
                    "rollout.generate: its first round is used, and not asked again")  # fmt: skip
-    p.add_argument("--blind", action="store_true", help="show the policy another row's pictures, but not the judges: "
-                   "what answers earn that have nothing to do with the picture")  # fmt: skip
+    p.add_argument("--blind", action="store_true", help="only rows with pictures, and the policy sees those of another "
+                   "row: what answers earn that have nothing to do with the picture")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_serving(p)
     return p
@@ -236,7 +237,11 @@ def measure(config: Config, who: Serving, asked: Questions) -> "Report":
     prompts = [p for p in _rows(config, asked.limit) if asked.tasks is None or p.task in asked.tasks]
     tasks = {prompt.task for prompt in prompts}  # the others' judges need not be there
     rewards = reward_runner(config.model_copy(update={"rewards": {task: config.rewards[task] for task in tasks}}))
-    posed = blinded(prompts) if asked.blind else prompts
+    check_judges(config, rewards)
+    posed = prompts
+    if asked.blind:
+        prompts = [prompt for prompt in prompts if prompt.images]
+        posed = blinded(prompts)
     given = _given(asked.trajectories, posed) if asked.trajectories else {}
     who = replace(who, options=_options(config) | dict(who.options or {}))
     template = who.template(config.synthesis.template)
@@ -286,6 +291,14 @@ def _judges(config: Config, rewards: RewardRunner, device: str) -> Iterator[None
                 threads=os.cpu_count() or 1,
             )
             stack.callback(servers[name].close)
+
+        def heard(outage: Outage) -> None:
+            if outage.endpoint in servers and not servers[outage.endpoint].runs():
+                raise RuntimeError(f"judge {outage.endpoint}, which was served here, has died: {outage.why}")
+            if not outage.again:
+                print(f"endpoint {outage.endpoint}: {outage.why or 'is back'}", file=sys.stderr)
+
+        rewards.on_outage = heard
         rewards.served({name: server.url() for name, server in servers.items()})
         yield
 
@@ -302,19 +315,23 @@ def _rows(config: Config, limit: int | None) -> list[Prompt]:
 
 
 def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Each row with the pictures of the next one of its task that has as many, but others; rows without pictures stay.
-    Raises InputError if there is none."""
+    """Each row, all with pictures, with those of the next one of its task that has as many, but others. Raises
+    InputError if there is none."""
+    if not prompts:
+        raise InputError("--blind: no row has a picture")
     found = []
     for number, prompt in enumerate(prompts):
         around = (*prompts[number + 1 :], *prompts[:number])
+        seen = [picture.digest for picture in prompt.images]
         others = (
             other.images
             for other in around
-            if (other.task, len(other.images)) == (prompt.task, len(prompt.images)) and other.images != prompt.images
+            if (other.task, len(other.images)) == (prompt.task, len(seen))
+            and [picture.digest for picture in other.images] != seen
         )
-        if (images := next(others, prompt.images)) == prompt.images and images:
+        if (images := next(others, None)) is None:
             raise InputError(
-                f"--blind: no other row of task {prompt.task} has {len(images)} pictures to show in place of those of "
+                f"--blind: no other row of task {prompt.task} has {len(seen)} pictures to show in place of those of "
                 f"row {prompt.id}"
             )
         found.append(replace(prompt, images=images))

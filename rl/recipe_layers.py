@@ -44,6 +44,14 @@ class Layer:
             return (self,)
         return self, replace(self, label=f"{self.label}, {stage}", values=self.stages[stage], stages={})
 
+    @cached_property
+    def begun_anew(self) -> frozenset[str]:
+        """Of what earlier layers say does not count any more: options of a reward whose `use` this one gives, and how
+        to serve a judge whose `model` or `url` it gives."""
+        rewards = {key.removesuffix(".use") for key in self.flat if re.fullmatch(r"rewards\.[^.]+(\.use)?", key)}
+        judges = (re.fullmatch(r"(endpoints\.[^.]+)\.(model|url)", key) for key, value in self.flat.items() if value)
+        return frozenset({*rewards, *(f"{judge[1]}.serve" for judge in judges if judge)})
+
     def touches(self, key: str) -> bool:
         """Whether the layer gives `key`, something below it, or a list or null in whose place it stands."""
         return any(f"{own}.".startswith(f"{key}.") or f"{key}.".startswith(f"{own}.") for own in self.flat)
@@ -68,20 +76,23 @@ class Layers:
         return origin.where if origin else self.main
 
     def _in_force(self, key: str) -> tuple[Layer, ...]:
-        """The layers whose word on `key` counts: for a task, the last that says its `use` and those above."""
-        section, *rest = key.split(".")
-        task = f"rewards.{rest[0]}" if section == "rewards" and rest else None
-        naming = [index for index, layer in enumerate(self.ordered) if {task, f"{task}.use"} & layer.flat.keys()]
-        return self.ordered[naming[-1] if naming else 0 :]
+        """The layers whose word on `key` counts: the last that begins it anew, and those above."""
+        beginning = [
+            index
+            for index, layer in enumerate(self.ordered)
+            if any(f"{key}.".startswith(f"{anew}.") for anew in layer.begun_anew)
+        ]
+        return self.ordered[beginning[-1] if beginning else 0 :]
 
     def merged(self) -> DictConfig:
-        """OmegaConf's merge, except that saying a task's `use`, or a list, drops what was said of its reward before,
-        and a ??? what was said of its option."""
+        """OmegaConf's merge, except that saying a task's `use`, or a list, drops what was said of its reward before, a
+        judge's `model` or `url` how to serve it, and a ??? what was said of its option."""
         merged = OmegaConf.create({})
         for layer in self.ordered:
-            for key in filter(re.compile(r"rewards\.[^.]+(\.use)?").fullmatch, layer.flat):
-                if isinstance(rewards := merged.get("rewards"), DictConfig):
-                    rewards.pop(key.split(".")[1], None)
+            for key in layer.begun_anew:
+                above, _, last = key.rpartition(".")
+                if isinstance(holder := OmegaConf.select(merged, above), DictConfig):
+                    holder.pop(last, None)
             try:
                 merged.merge_with(layer.values)
                 for key in (key for key, value in layer.flat.items() if value == "???"):  # merging would ignore it

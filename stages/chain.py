@@ -228,7 +228,9 @@ class FinalTable:
 
     def show(self, console: Console) -> None:
         """A line for each family; accuracies with their 95% intervals are in table.json."""
-        modes = list(dict.fromkeys(line.name for line in self.sampled if line.name != f"SeRe pass@{ATTEMPTS}"))
+        first = ["SeRe pass@1"] if self.sampled_win_rate is not None else []
+        sampled = (line.name for line in self.sampled if line.name != f"SeRe pass@{ATTEMPTS}")
+        modes = list(dict.fromkeys([*first, *sampled]))
         table = Table(title="held-out reward (greedy) before and after each stage; the last policy's accuracy, sampled")
         for title in ("family", *self.stages, *modes):
             table.add_column(title, justify="left" if title == "family" else "right")
@@ -236,7 +238,7 @@ class FinalTable:
         for family in (*self.families, ALL):
             rewards = [f"{found[family]:.3f}" if family in found else "" for found in self.stages.values()]
             table.add_row(family, *rewards, *(accuracy.get((family, mode), "") for mode in modes))
-        if self.win_rates:
+        if self.win_rates or self.sampled_win_rate is not None:
             table.add_section()
             rates = [f"{self.win_rates[name]:.3f}" if name in self.win_rates else "" for name in self.stages]
             last = "" if self.sampled_win_rate is None else f"{self.sampled_win_rate:.3f}"
@@ -249,14 +251,15 @@ def before_and_after(
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Held-out rewards of each family and win rates, at the start and after each stage, from the stages' metrics.
 
-    What a stage evaluates before it trains tells how the stage before has left the families that only this one has.
+    What a stage evaluates before it trains tells how the stage before has left the families that only this one has;
+    but for PaCoRe, which evaluates answers to messages.
     """
     held_out: dict[str, dict[str, float]] = {}
     wins: dict[str, float] = {}
     before = "start"
     for name, lines in stages.items():
         evaluated = [line for line in lines if families(line)]
-        first = evaluated[:1] if evaluated and evaluated[0]["iteration"] == 0 else []
+        first = [line for line in evaluated[:1] if line["iteration"] == 0 and (name != "pacore" or not held_out)]
         for when, line in [*((before, line) for line in first), *((name, line) for line in evaluated[-1:])]:
             held_out[when] = families(line) | held_out.get(when, {})
             if "eval/win_rate" in line:
@@ -271,15 +274,15 @@ def final_table(chain: Chain) -> FinalTable:
     evaluated = [config for step in chain.trained() if (config := step.resolved.config).data.eval]
     checked = [config for config in evaluated if config.stage != "rlhf"]
     compared = [config for config in evaluated if config.stage == "rlhf"]
+    held_out, won = before_and_after(stage_metrics(chain))
     sampled: list[Line] = []
     if checked:
         sampled = lines_of(_answers(chain, checked[-1], Questions(MODES, ATTEMPTS)).rows, checked[-1], MODES)
     wins = None
-    if compared:
+    if compared and won:
         unchecked = compared[-1].rewards.keys() - set(compared[-1].preference.verifiable_tasks)
         asked = Questions(("sere",), COMPARED, tasks=unchecked)
         wins = _answers(chain, compared[-1], asked).preference().get("genrm/win_rate")
-    held_out, won = before_and_after(stage_metrics(chain))
     return FinalTable(held_out, tuple(sampled), won, wins)
 
 

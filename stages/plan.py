@@ -143,9 +143,7 @@ def make_plan(
     """
     check_trackers(config.log.trackers)
     rewards = reward_runner(config, also)
-    for name, judge in served_here(config, rewards).items():
-        if Path(judge.model).is_absolute() and not Path(judge.model).is_dir():
-            raise ValueError(f"endpoints.{name}.model: there is no folder {judge.model}; name one, a hub id, or a url")
+    check_judges(config, rewards)
     if loss := config.ppo.policy_loss:
         from rl import verl_bridge
 
@@ -229,6 +227,13 @@ def checkpoint_bytes(config: Config, folder: Path) -> int:
 def served_here(config: Config, rewards: RewardRunner) -> dict[str, Endpoint]:
     """The judges that this run has to serve itself: those without a URL that a reward asks."""
     return {name: one for name, one in config.endpoints.items() if one.url is None and name in rewards.asks()}
+
+
+def check_judges(config: Config, rewards: RewardRunner) -> None:
+    """Raises ValueError for one without a url whose model's folder is not there."""
+    for name, judge in served_here(config, rewards).items():
+        if Path(judge.model).is_absolute() and not Path(judge.model).is_dir():
+            raise ValueError(f"endpoints.{name}.model: there is no folder {judge.model}; name one, a hub id, or a url")
 
 
 def judge_gpus(judge: Endpoint) -> int:

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rl.chain import Chain, is_chain, load_chain, saved_chain
 from rl.recipe import RecipeError
 from rl.run import main
-from stages.chain import before_and_after
+from stages.chain import FinalTable, before_and_after
 from tests.command import ROOT, Command, metrics, run, wait_for, wait_for_iteration, without_times
 
 MINE = """
@@ -180,7 +181,7 @@ def test_what_a_stage_evaluates_before_it_trains_completes_how_the_one_before_le
                 {"iteration": 0, "eval/sums": 0.5, "eval/chats": 0.3, "eval/win_rate": 0.25},
                 {"iteration": 1, "eval/sums": 0.6, "eval/chats": 0.7, "eval/win_rate": 0.75},
             ],
-            "pacore": [{"iteration": 1, "eval/sums": 0.9}],
+            "pacore": [{"iteration": 0, "eval/sums": 0.5, "eval/places": 0.4}, {"iteration": 1, "eval/sums": 0.9}],
         }
     )
     assert held_out == {
@@ -190,6 +191,12 @@ def test_what_a_stage_evaluates_before_it_trains_completes_how_the_one_before_le
         "pacore": {"sums": 0.9},
     }
     assert wins == {"rlvr": 0.25, "rlhf": 0.75}
+
+
+def test_the_last_table_shows_how_often_the_last_policy_wins(capsys: pytest.CaptureFixture) -> None:
+    FinalTable({"rlhf": {"chats": 0.7}}, (), {"rlhf": 0.75}, 0.625).show(Console(width=100))
+    out = capsys.readouterr().out
+    assert "SeRe pass@1" in out and "0.750" in out and "0.625" in out
 
 
 def test_a_dry_run_can_begin_with_a_later_stage(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -208,6 +215,7 @@ def test_what_is_wrong_with_a_later_stage_is_told_before_the_first_begins(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2700)
 def test_a_chain_that_is_broken_off_in_every_step_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     code, out, err = run(*SMALL, "--output", whole, timeout=900)

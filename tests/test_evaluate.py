@@ -99,15 +99,17 @@ def test_a_report_is_json(capsys: pytest.CaptureFixture) -> None:
 
 def test_a_blind_policy_sees_the_pictures_of_other_rows_of_its_task() -> None:
     one, two, three = (Picture(bytes(n), str(n)) for n in range(3))
-    pictures = [("boxes", one), ("boxes", one), ("points", three), ("boxes", two), ("points", one)]
+    copy = Picture(Path("copy.png"), one.digest)
+    pictures = [("boxes", one), ("boxes", copy), ("points", three), ("boxes", two), ("points", one)]
     rows = [Prompt(str(n), task, (), (picture,)) for n, (task, picture) in enumerate(pictures)]
-    text = Prompt("5", "sums", ())
-    assert [row.images for row in blinded([*rows, text])] == [(two,), (two,), (one,), (one,), (three,), ()]
-    assert [row.id for row in blinded([*rows, text])] == ["0", "1", "2", "3", "4", "5"]
+    assert [row.images for row in blinded(rows)] == [(two,), (two,), (one,), (one,), (three,)]
+    assert [row.id for row in blinded(rows)] == ["0", "1", "2", "3", "4"]
     with pytest.raises(
         InputError, match="no other row of task boxes has 1 pictures to show in place of those of row 0"
     ):
         blinded(rows[:2])
+    with pytest.raises(InputError, match="no row has a picture"):
+        blinded([])
 
 
 def test_where_a_judge_compares_with_a_teacher_the_report_tells_who_wins_and_what_length_has_to_do_with_it() -> None:

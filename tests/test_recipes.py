@@ -351,6 +351,20 @@ def test_an_override_that_is_not_key_equals_value_is_told(override: str):
     assert refusal("", override).startswith("command line: ")
 
 
+@pytest.mark.parametrize("given", ["url=http://judge:8000/v1", "model=owner/judge"])
+def test_how_a_judge_is_served_belongs_to_its_model(given: str):
+    small = load(SHIPPED / "rlhf.yaml", profile="cpu").config.endpoints["judge"]
+    assert small.serve["dtype"] == "float32"
+    other = load(SHIPPED / "rlhf.yaml", profile="cpu", overrides=[f"endpoints.judge.{given}"]).config.endpoints["judge"]
+    assert other.serve == {} and other.images and other.concurrency == small.concurrency
+
+
+def test_a_judge_of_ones_own_is_served_as_one_says():
+    own = ["endpoints.judge.model=owner/judge", "endpoints.judge.serve.dtype=float16"]
+    config = load(SHIPPED / "rlhf.yaml", profile="cpu", overrides=own).config
+    assert config.endpoints["judge"].serve == {"dtype": "float16"}
+
+
 def test_the_rlhf_recipe_has_the_reports_sizes_and_penalties():
     config = load(SHIPPED / "rlhf.yaml", overrides=GIVEN).config
     assert (config.iterations, config.prompts_per_iteration, config.rollouts_per_prompt) == (300, 512, 8)

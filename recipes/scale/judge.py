@@ -299,7 +299,9 @@ def main() -> None:
         "--start", type=Path, default=START, help="scale model to go on from (default: the shipped one)"
     )
     parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
-    parser.add_argument("--most", type=int, default=THINGS[1], help=f"things in a picture; at least {THINGS[0]}")
+    parser.add_argument(
+        "--most", type=int, default=THINGS[1], choices=range(THINGS[0], len(PLACES) + 1), help="things in a picture"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=100, help="steps between two looks at held-out preferences")
     parser.add_argument("--heldout", type=int, default=512, help="held-out preferences for the report")

@@ -39,7 +39,7 @@ SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
 OPEN_SEEDS: dict[Split, int] = {"train": 3, "heldout": 4}
 CROWD = (3, 5)  # things in a crowd, of two colours: no constant answer is right in more than 4 of 10 problems
-OPEN_CROWD = (5, 8)  # in those to describe: more than the warm start has seen, so that something is left to learn
+OPEN_CROWD = (5, 8)  # in those to describe: mostly more than the warm start shows, so that something is left to learn
 SHIPPED = Path(__file__).parent / "data"
 
 
