@@ -140,6 +140,7 @@ def _lines(task: str, rows: Sequence[Judged], config: Config, modes: Sequence[st
     if "sere" in modes:
         rewards = figure([fmean(s.reward for s in row.attempts) for row in rows])
         found.append(Line(task, "SeRe pass@1", figure([pass_at_one(row, config) for row in rows]), rewards, one))
+    if "sere" in modes and count > 1:  # of a single attempt both would be the same
         best = figure([max(s.reward for s in row.attempts) for row in rows])
         found.append(Line(task, f"SeRe pass@{count}", figure([pass_at_k(row, config) for row in rows]), best, every))
     if "majority" in modes:
@@ -266,7 +267,7 @@ def measure(config: Config, who: Serving, asked: Questions) -> "Report":
             thoughts = {p.id: Thought(given[p.id]) for p in prompts}
     with _judges(config, rewards, who.device):
         rows = judged(config, rewards, [p for p in prompts if p.id in thoughts], thoughts, settings)
-    return Report(config, asked.modes, rows, len(prompts) - len(rows), rewards.penalties())
+    return Report(config, asked.modes, rows, len(prompts) - len(rows), rewards.penalties(), asked.blind)
 
 
 def config_of(args: argparse.Namespace) -> Config:
@@ -315,8 +316,10 @@ def _rows(config: Config, limit: int | None) -> list[Prompt]:
 
 
 def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Each row, all with pictures, with those of the next one of its task that has as many, but others. Raises
-    InputError if there is none."""
+    """Every row with the pictures of another: the next one of its task that shows as many, and not the same.
+
+    Raises: InputError if there is none, or no row at all; rows without pictures are not to be given.
+    """
     if not prompts:
         raise InputError("--blind: no row has a picture")
     found = []
@@ -424,6 +427,7 @@ class Report:
     rows: Sequence[Judged]
     left_out: int = 0  # rows without an answer or a valid score
     penalties: Collection[str] = ()  # names of the recipe's, as in `Scored.parts`
+    blind: bool = False  # whether the policy saw other rows' pictures
 
     def synthesis(self) -> dict[str, float]:
         """pacore/* metrics (rl/metrics.py) of the syntheses."""
@@ -438,6 +442,7 @@ class Report:
         return {
             "rows": len(self.rows),
             "left_out": self.left_out,
+            "blind": self.blind,
             "results": [
                 {
                     "task": line.task,
@@ -454,7 +459,8 @@ class Report:
 
     def show(self) -> None:
         """A table, and how syntheses relate to what they saw."""
-        table = Table(title=f"{len(self.rows)} rows; 95% confidence intervals over rows")
+        whose = ", with pictures of other rows" if self.blind else ""
+        table = Table(title=f"{len(self.rows)} rows{whose}; 95% confidence intervals over rows")
         for name in ("task", "mode", "accuracy", "mean reward", "tokens per row"):
             table.add_column(name, justify="left" if name in ("task", "mode") else "right")
         for line in lines_of(self.rows, self.config, self.modes):

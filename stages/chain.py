@@ -42,6 +42,7 @@ from stages.train import train
 MODES = ("sere", "majority", "pacore")
 ATTEMPTS = 16
 COMPARED = 4  # answers to a row that a judge compares with the teacher's
+ONE_CHAIN = "SeRe pass@1"  # the column of single answers
 FINAL = "final"
 WIDTH = 160  # columns of the table where there is no terminal
 
@@ -228,7 +229,7 @@ class FinalTable:
 
     def show(self, console: Console) -> None:
         """A line for each family; accuracies with their 95% intervals are in table.json."""
-        first = ["SeRe pass@1"] if self.sampled_win_rate is not None else []
+        first = [ONE_CHAIN] if self.sampled_win_rate is not None else []
         sampled = (line.name for line in self.sampled if line.name != f"SeRe pass@{ATTEMPTS}")
         modes = list(dict.fromkeys([*first, *sampled]))
         table = Table(title="held-out reward (greedy) before and after each stage; the last policy's accuracy, sampled")
@@ -242,7 +243,7 @@ class FinalTable:
             table.add_section()
             rates = [f"{self.win_rates[name]:.3f}" if name in self.win_rates else "" for name in self.stages]
             last = "" if self.sampled_win_rate is None else f"{self.sampled_win_rate:.3f}"
-            table.add_row("wins against the teacher", *rates, *[last, *("" for _ in modes)][: len(modes)])
+            table.add_row("wins against the teacher", *rates, *(last if mode == ONE_CHAIN else "" for mode in modes))
         console.print(table)
 
 

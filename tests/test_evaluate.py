@@ -79,6 +79,9 @@ def test_the_table_has_a_line_for_each_task_and_way_and_counts_all_tokens() -> N
     assert [found["sums", name].tokens for name in ("SeRe pass@1", "SeRe pass@4", "PaCoRe@4")] == [10, 40, 50]
     assert found["all", "PaCoRe@4"].accuracy.mean == 0.5 and found["all", "PaCoRe@4"].tokens == 75
     assert {line.name for line in lines_of(rows, CONFIG, ("sere",))} == {"SeRe pass@1", "SeRe pass@4"}
+    single = [replace(row, attempts=row.attempts[:1]) for row in rows[:1]]
+    told = [(line.task, line.name) for line in lines_of(single, CONFIG, ("sere",))]
+    assert told[0] == ("sums", "SeRe pass@1") and len(told) == len(set(told))
 
 
 def test_a_recipe_that_asks_for_model_and_rows_is_given_those_of_the_command() -> None:
@@ -92,9 +95,17 @@ def test_a_recipe_that_asks_for_model_and_rows_is_given_those_of_the_command() -
 def test_a_report_is_json(capsys: pytest.CaptureFixture) -> None:
     report = Report(CONFIG, ("sere",), [judged("sums", SPLIT, [])])
     told: Any = report.json()
-    assert told["rows"] == 1 and told["results"][0]["accuracy"]["mean"] == 0.25 and told["synthesis"] == {}
+    assert (
+        not told["blind"]
+        and told["rows"] == 1
+        and told["results"][0]["accuracy"]["mean"] == 0.25
+        and told["synthesis"] == {}
+    )
     report.show()
     assert "0.250" in capsys.readouterr().out
+    blind = replace(report, blind=True)
+    blind.show()
+    assert blind.json()["blind"] and "with pictures of other rows" in capsys.readouterr().out
 
 
 def test_a_blind_policy_sees_the_pictures_of_other_rows_of_its_task() -> None:

@@ -170,7 +170,7 @@ def test_an_evaluation_serves_its_judge_and_who_describes_another_picture_does_n
     policy = ("--model", str(MODEL), "--url", url, "--modes", "sere", "--attempts", "2", "--limit", "16", "--blind")
     assert evaluate.main(["--recipe", "rlhf", "--profile", "cpu", *policy, "--json", f"data.eval={OPEN}"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["rows"] == 16 and told["preference"]["genrm/win_rate"] < 0.1
+    assert told["blind"] and told["rows"] == 16 and told["preference"]["genrm/win_rate"] < 0.1
     assert told["preference"]["genrm/order_agreement"] > 0.5
 
 
