@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, entries, save, table
-
-DONE, FAILED, WRONG_INPUT = 0, 1, 2
+from rl.exits import DONE, FAILED, WRONG_INPUT
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

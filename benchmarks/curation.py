@@ -19,11 +19,11 @@ def curation() -> Result:
     digits of a probability can change.
     """
     from rl.actors import as_they_come, cluster, place
-    from rl.recipe import load
-    from rollout.engine import Engine
-    from rollout.pool import Pool
+    from rl.recipe.resolve import load
+    from rollout.pool import EnginePool
+    from rollout.vllm.engine import Engine
     from stages.curate import blocks_of
-    from stages.filters import Policy, asked
+    from stages.curation.filters import Policy, asked
     from stages.plan import make_plan
 
     filters = "curate.filters=[difficulty]"
@@ -40,7 +40,7 @@ def curation() -> Result:
         )
         engine.ready()
         limits: dict[str, Any] = {"max_sequence_length": config.max_sequence_length, "temperature": 1.0, "seed": 0}
-        pool = Pool([engine], as_they_come, plan.chat, **limits)
+        pool = EnginePool([engine], as_they_come, plan.chat, **limits)
         policy = Policy(pool, plan.chat, plan.rewards, 1.0, 0, 0.1)
         numbers, longest = range(config.curate.difficulty.rollouts), config.max_sequence_length
         requests = [asked("difficulty", row.prompt, numbers, longest, policy) for row in rows]

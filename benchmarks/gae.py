@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Result, benchmark, interleaved
-from rl.gae import gae
+from rl.algorithm.gae import gae
 
 RESPONSES, TOKENS = 1024, 65_536
 CASES = {"gamma 1, lam 1": (1.0, 1.0), "gamma 0.99, lam 0.95": (0.99, 0.95)}

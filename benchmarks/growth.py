@@ -102,10 +102,10 @@ class Bench:
     def __enter__(self) -> "Bench":
         from benchmarks.learner import SIZES, model_folder
         from rl.actors import cluster, place, place_team
-        from rl.critic import Critic
-        from rl.learner import Policy
-        from rl.recipe import load
-        from rollout.engine import Engine
+        from rl.learner.critic import Critic
+        from rl.learner.policy import Policy
+        from rl.recipe.resolve import load
+        from rollout.vllm.engine import Engine
 
         self._folder, self._cluster = TemporaryDirectory(), cluster()
         self._cluster.__enter__()
@@ -131,13 +131,13 @@ class Bench:
         """Seconds of one: total, and by phase."""
         from benchmarks.loop import Rewards
         from rl.actors import as_they_come
-        from rl.features import FeatureStore
-        from rollout.pool import Pool
+        from rl.learner.features import FeatureStore
+        from rollout.pool import EnginePool
         from stages.loop import Clock, Parts, ppo_iteration
         from stages.rlvr import Rlvr
 
         longest = size.prompt + size.response
-        pool = Pool([self.engine], as_they_come, self.chat, max_sequence_length=longest, temperature=1.0, seed=0)
+        pool = EnginePool([self.engine], as_they_come, self.chat, max_sequence_length=longest, temperature=1.0, seed=0)
         numbers = {"prompts_per_iteration": size.prompts, "rollouts_per_prompt": size.rollouts}
         config = self.config.model_copy(update=numbers)
         parts = Parts(config, pool, Rewards(), self.policy, self.critic, FeatureStore([], 1), Rlvr())

@@ -15,9 +15,9 @@ from types import MappingProxyType
 from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
 from rl.types import Prompt
 from rollout.generate import Settings, generate, problems_of
-from rollout.pacore import Synthesis
-from rollout.serving import Serving
-from rollout.thinking import Round, Thought
+from rollout.pacore.prompt import SynthesisPrompt
+from rollout.pacore.rounds import PacoreResult, Round
+from rollout.pacore.target import ModelTarget
 
 SCALE = Path(__file__).parent.parent / "recipes/scale"
 PROBLEMS, TRAJECTORIES, SYNTHESES, REPEATS = 64, 16, 16, 3
@@ -31,23 +31,23 @@ def problems() -> list[Prompt]:
     return rows[:: len(rows) // PROBLEMS][:PROBLEMS]
 
 
-def serving(options: Mapping[str, str | bool] = MappingProxyType({})) -> Serving:
-    return Serving(str(SCALE / "model"), max_length=1024, options=options)
+def serving(options: Mapping[str, str | bool] = MappingProxyType({})) -> ModelTarget:
+    return ModelTarget(str(SCALE / "model"), max_length=1024, options=options)
 
 
 def thoughts(
-    who: Serving,
+    who: ModelTarget,
     url: str,
     asked: Sequence[Sequence[Prompt]],
     plan: tuple[int, ...] = (TRAJECTORIES,),
     answers: int = 1,
     given: dict[str, tuple[Round, ...]] | None = None,
-) -> list[Thought]:
+) -> list[PacoreResult]:
     """What is thought about some problems, the groups one after the other."""
-    found: dict[str, Thought] = {}
+    found: dict[str, PacoreResult] = {}
     settings = Settings(who.model, plan, answers=answers)
 
-    def finished(problem: Prompt, thought: Thought | str) -> None:
+    def finished(problem: Prompt, thought: PacoreResult | str) -> None:
         if isinstance(thought, str):
             raise RuntimeError(f"problem {problem.id} has no answer: {thought}")
         found[problem.id] = thought
@@ -55,14 +55,14 @@ def thoughts(
     async def work() -> None:
         async with who.upstream(url, FIELDS) as upstream:
             for group in asked:
-                synthesis = Synthesis(SCALE / "pacore.jinja")
+                synthesis = SynthesisPrompt(SCALE / "pacore.jinja")
                 await generate(group, settings, upstream, synthesis, finished, given=given or {})
 
     asyncio.run(work())
     return [found[problem.id] for group in asked for problem in group]
 
 
-def tokens(found: Sequence[Thought]) -> list[float]:
+def tokens(found: Sequence[PacoreResult]) -> list[float]:
     return [float(one.tokens) for one in found]
 
 
@@ -98,7 +98,7 @@ def prefix_cache() -> Result:
     cached, plain = serving(), serving({"no-enable-prefix-caching": True})
     rates: list[float] = []
 
-    def side(who: Serving, name: str, url: str) -> float:
+    def side(who: ModelTarget, name: str, url: str) -> float:
         # Every repeat has questions that the cache has not seen.
         asked = [replace(row, messages=_numbered(row, f"{name} {len(rates)}")) for row in rows]
         before, start = _cache(url), time.perf_counter()
@@ -146,7 +146,7 @@ def ngram() -> Result:
     plain, speculating = serving(), serving({"speculative-config": json.dumps(SPECULATION)})
     counted: dict[str, list[float]] = {}
 
-    def side(who: Serving, name: str, url: str, given: dict[str, tuple[Round, ...]]) -> float:
+    def side(who: ModelTarget, name: str, url: str, given: dict[str, tuple[Round, ...]]) -> float:
         start = time.perf_counter()
         found = thoughts(who, url, [rows], (), SYNTHESES, given)
         counted[name] = [float(r.tokens) for one in found for r in one.rounds[-1].replies]

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import PretrainedConfig, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
-from rl.losses import MinibatchSize, policy_gradient_loss
-from rl.model import checkpoint
+from rl.algorithm.losses import MinibatchSize, policy_gradient_loss
+from rl.learner.packing import Group, Pack, pack
+from rl.model import hf_folder
 from rl.model.attention import Layout, Span
 from rl.model.logprobs import token_logprobs
 from rl.model.packed import PolicyModel, pairs_per_token
 from rl.model.text import TextModel
-from rl.packing import Group, Pack, pack
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 BUDGET = 8192  # tokens in one forward pass
@@ -110,7 +110,7 @@ def work(shape: Shape) -> Work:
         groups.append(Group(tokens(shape.prompt), (), responses, tuple(range(first, first + len(responses)))))
         first += len(responses)
     advantages = [torch.tensor([rng.gauss(0, 1) for _ in response]) for group in groups for response in group.responses]
-    model = checkpoint.load(model_folder().name)
+    model = hf_folder.load(model_folder().name)
     assert isinstance(model, TextModel)
     return Work(groups, advantages, PolicyModel(model.model, model.lm_head), model.config)
 

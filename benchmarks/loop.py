@@ -118,10 +118,10 @@ def one_step_off() -> Result:
     """
     from benchmarks.learner import SIZES, model_folder
     from rl.config import Config
-    from rl.critic import Critic
-    from rl.features import FeatureStore
-    from rl.learner import Policy
-    from rl.recipe import load
+    from rl.learner.critic import Critic
+    from rl.learner.features import FeatureStore
+    from rl.learner.policy import Policy
+    from rl.recipe.resolve import load
     from stages.loop import Clock, Parts, ppo_iteration
     from stages.rlvr import Rlvr
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
-from rewards.runner import RewardRunner
-from rl.config import Reward
+from rewards.running.runner import RewardRunner
+from rl.config import RewardSpec
 from rl.types import Prompt, Rollout, Scored
 
 SAMPLES, ANSWERS = 64, 2000
@@ -101,7 +101,7 @@ def half_and_half() -> Iterator[RewardRunner]:
     params = {"rounds": int(rounds * 0.05 / min(took)), "rest_s": 0.05}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "plugin.py").write_text(PLUGIN)
-        spec = Reward(use="plugin.py:half_and_half", params=params, timeout_s=TIMEOUT_S)
+        spec = RewardSpec(use="plugin.py:half_and_half", params=params, timeout_s=TIMEOUT_S)
         with RewardRunner({"task": [spec]}, folder, workers=CORES) as runner:
             runner.warm().result()
             time.sleep(2.0)  # the reserve loads
@@ -172,7 +172,7 @@ def fresh(side: str) -> tuple[float, float, list[float]]:
 
 def ours(pairs: Sequence[tuple[str, str]]) -> list[float]:
     rollouts = [rollout(answer, truth, f"row-{place}") for place, (truth, answer) in enumerate(pairs)]
-    with RewardRunner({"task": [Reward(use="math_verify")]}, workers=CORES) as runner:
+    with RewardRunner({"task": [RewardSpec(use="math_verify")]}, workers=CORES) as runner:
         scored = runner.score(rollouts)
     assert not any(one.invalid for one in scored), next(one.invalid for one in scored if one.invalid)
     return [one.reward for one in scored]

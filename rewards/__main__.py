@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -23,12 +24,11 @@ import yaml
 from rewards import registry
 from rewards.endpoint import EndpointSpec, is_endpoint_name
 from rewards.registry import all_rewards, get
-from rewards.runner import Outage, RewardRunner
-from rl.config import Penalty, Reward
-from rl.stop import Stop
+from rewards.running.runner import Outage, RewardRunner
+from rl.config import PenaltySpec, RewardSpec
+from rl.exits import DONE, WRONG_INPUT, run_command
 from rl.types import Prompt, Rollout, Scored
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 TRIED = "tried"  # the task that all samples are scored as
 SHOWN = 10  # ground truths that fail, spelled out
 MOST_WAIT_S = 60.0  # for an endpoint that does not answer: somebody sits and watches
@@ -38,12 +38,12 @@ MOST_WAIT_S = 60.0  # for an endpoint that does not answer: somebody sits and wa
 class Target:
     """What scores the samples: the rewards of one task."""
 
-    specs: Sequence[Reward]
+    specs: Sequence[RewardSpec]
     endpoints: Mapping[str, EndpointSpec]
     task: str | None = None  # in a recipe
 
     @property
-    def verifiable(self) -> dict[str, Reward]:
+    def verifiable(self) -> dict[str, RewardSpec]:
         """The rewards that compare with ground truths, by number."""
         found = [one for one in self.specs if get(one.use, one.params).reward.truth_as_text]
         return {str(number): one for number, one in enumerate(found)}
@@ -65,16 +65,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     args = parser().parse_args(arguments)
-    try:
-        return _list() if args.command == "list" else _try(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT
-    except Stop as stop:
-        print(f"error: {stop}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    work = _list if args.command == "list" else partial(_try, args)
+    return run_command(work, input_errors=(ValueError, OSError))
 
 
 # list
@@ -129,7 +121,7 @@ def _bounds(mark: Any) -> Iterator[str]:
 
 
 def _try(args: argparse.Namespace) -> int:
-    from rollout.rows import read_samples
+    from rollout.data.rows import read_samples
 
     target = _target(args.target, args.param, args.samples)
     samples = _of_task(read_samples(args.samples), target.task)
@@ -150,8 +142,8 @@ def _target(target: str, params: Sequence[str], samples: str) -> Target:
         return _of_recipe(file, task, samples)
     given = dict(_assignment(text) for text in params)
     if get(target, given).reward.kind == "penalty":  # shown by what it leaves of a reward of 1
-        return Target([Reward(use="constant", penalties=(Penalty(use=target, params=given),))], {})
-    return Target([Reward(use=target, params=given)], {})
+        return Target([RewardSpec(use="constant", penalties=(PenaltySpec(use=target, params=given),))], {})
+    return Target([RewardSpec(use=target, params=given)], {})
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -162,7 +154,7 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def _of_recipe(file: str, task: str, samples: str) -> Target:
-    from rl.recipe import load
+    from rl.recipe.resolve import load
     from stages.plan import endpoint_spec
 
     config = load(Path(file), overrides=[f"data.train={json.dumps(os.path.abspath(samples))}"]).config
@@ -183,7 +175,7 @@ def _of_task(samples: list[Rollout], task: str | None) -> list[Rollout]:
 def _runner(target: Target, workers: int) -> RewardRunner:
     """Knows the target's rewards as one task, and each that compares with ground truths as a task of its own."""
     alone = {name: [one.model_copy(update={"penalties": (), "weight": 1.0})] for name, one in target.verifiable.items()}
-    tasks: dict[str, Sequence[Reward]] = {TRIED: target.specs, **alone}
+    tasks: dict[str, Sequence[RewardSpec]] = {TRIED: target.specs, **alone}
     endpoints = {name: replace(one, max_wait=MOST_WAIT_S) for name, one in target.endpoints.items()}
     runner = RewardRunner(tasks, workers=workers, endpoints=endpoints)
     if unserved := [name for name in sorted(runner.asks()) if not target.endpoints[name].url]:
@@ -243,7 +235,7 @@ def _check_truths(runner: RewardRunner, target: Target, prompts: Sequence[Prompt
     return WRONG_INPUT
 
 
-def _failing(runner: RewardRunner, task: str, spec: Reward, prompts: Any) -> Iterator[str]:
+def _failing(runner: RewardRunner, task: str, spec: RewardSpec, prompts: Any) -> Iterator[str]:
     as_text = get(spec.use, spec.params).reward.truth_as_text
     assert as_text
     responses = [Rollout(replace(one, task=task), as_text(one.ground_truth)) for one in prompts]

@@ -219,7 +219,7 @@ def _import_builtin() -> None:
     import rewards  # here, because that package imports this module
 
     for module in pkgutil.iter_modules(rewards.__path__):
-        if not module.name.startswith("_"):
+        if not module.ispkg and not module.name.startswith("_"):
             importlib.import_module(f"rewards.{module.name}")
 
 

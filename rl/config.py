@@ -1,6 +1,6 @@
 """Every option of a run, declared once, with its default and a sentence on what it does.
 
-Values are frozen and names are checked; rl.recipe fills this in from recipe, profile and command line.
+Values are frozen and names are checked; rl.recipe.resolve fills this in from recipe, profile and command line.
 "Report" below is the STEP3-VL-10B report (arXiv 2601.09668). What it does not state is marked as a
 reconstruction. Sizes have these words and no others: prompts_per_iteration x rollouts_per_prompt = samples of
 an iteration; minibatches = optimizer steps of an iteration; token_budget = tokens in one forward pass.
@@ -115,7 +115,7 @@ class Source(Options):
     path: str
     """JSONL, JSON or Parquet file, or Hugging Face dataset (folder or hub id), `path:SPLIT` for another than train."""
     adapter: str | None = None
-    """Public data set whose rows these are, read by its documented schema (rollout/adapters.py has them all)."""
+    """Public data set whose rows these are, read by its documented schema (rollout/data/adapters.py has them all)."""
     columns: dict[str, str] = {}
     """Our column name -> theirs, beyond data.columns; a dotted name (extra.answer) looks inside a column."""
     task: str | None = None
@@ -157,7 +157,7 @@ class Data(Options):
     """What to do if rows cannot be used: list them and stop, or leave them out and say so."""
 
 
-class Scorer(Options):
+class ScorerSpec(Options):
     """What rewards and penalties have in common."""
 
     use: str
@@ -170,23 +170,25 @@ class Scorer(Options):
     """MiB that scoring may take on top of what loading the reward took."""
 
 
-class Penalty(Scorer):
+class PenaltySpec(ScorerSpec):
     magnitude: Fraction = 1.0
     """Share of the reward that a full offence costs; 1 takes it to its lowest value (report: citations zero the
     reward; the other penalties' magnitudes are unpublished, and 1 is Step 3.5 Flash's)."""
 
 
-class Reward(Scorer):
+class RewardSpec(ScorerSpec):
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Factor of this reward in its task's sum."""
-    penalties: Annotated[tuple[Penalty, ...], BeforeValidator(_named_alone)] = ()
+    penalties: Annotated[tuple[PenaltySpec, ...], BeforeValidator(_named_alone)] = ()
     """Behaviour penalties on this reward: names, or mappings like a reward's with a magnitude."""
 
 
-Rewards = Annotated[tuple[Reward, ...], Field(min_length=1), BeforeValidator(_one_alone), WrapSerializer(_alone_again)]
+Rewards = Annotated[
+    tuple[RewardSpec, ...], Field(min_length=1), BeforeValidator(_one_alone), WrapSerializer(_alone_again)
+]
 
 
-class Endpoint(Options):
+class EndpointOptions(Options):
     url: str | None = None
     """Base URL of an OpenAI-compatible server, such as http://judge:8000/v1; null: the run serves `model` itself."""
     model: str
@@ -242,7 +244,7 @@ class Difficulty(Options):
     """Responses of the policy to each row (report); a row stays if some are accepted, but not all."""
 
 
-class SynthesisFilter(Options):
+class SynthesisFilterOptions(Options):
     rollouts: Annotated[int, Field(ge=2)] = 24
     """Responses to each row with messages, as in `synthesis`; it stays if some are accepted, but not all (the report
     does not say how many; as many as for difficulty)."""
@@ -250,7 +252,7 @@ class SynthesisFilter(Options):
     """Tokens of problem, messages and response together, at most (report: PaCoRe's)."""
 
 
-class Curation(Options):
+class CurationOptions(Options):
     filters: tuple[Filter, ...] = ("difficulty",)
     """Which filters `python -m stages.curate` applies; always in the report's order, which is the one above."""
     rows: Count | None = None
@@ -265,7 +267,7 @@ class Curation(Options):
     """A vision-language model looks at question and pictures."""
     difficulty: Difficulty = Difficulty()
     """The policy tries each row; what it answered becomes the row's pool of messages."""
-    synthesis: SynthesisFilter = SynthesisFilter()
+    synthesis: SynthesisFilterOptions = SynthesisFilterOptions()
     """The policy tries again with messages of the pool."""
 
 
@@ -294,7 +296,7 @@ class Preference(Options):
     of all others need a reference, and may have no ground truth (report: uncheckable prompts only)."""
 
 
-class Synthesis(Options):
+class SynthesisOptions(Options):
     """Messages, the final answers of earlier attempts at a problem, and how they are shown."""
 
     pool: Literal["cached", "online"] = "cached"
@@ -317,7 +319,7 @@ class Synthesis(Options):
     """With `pool: online`, tokens of a problem and an attempt together, at most; null: max_sequence_length."""
 
     @model_validator(mode="after")
-    def _can_draw(self) -> "Synthesis":
+    def _can_draw(self) -> "SynthesisOptions":
         if self.most_messages < self.least_messages:
             problem = f"= {self.most_messages} is less than least_messages, which is {self.least_messages}"
             raise OptionError("synthesis.most_messages", problem)
@@ -420,7 +422,7 @@ class Partial(Options):
     """Tokens by which all responses grow before it is asked whether enough groups are whole."""
 
 
-class Rollout(Options):
+class RolloutOptions(Options):
     temperature: Positive = 1.0
     """Sampling temperature. There is no top_p or top_k: probability ratios need the whole distribution."""
     workers: Count = 1
@@ -525,17 +527,17 @@ class Config(Options):
     judge that the run serves, by itself, policy and critic by starting all again from the newest checkpoint."""
     max_start_s: Positive = 3600.0
     """Seconds that a process of the run may take to start, before it counts as hung."""
-    endpoints: dict[str, Endpoint] = {}
+    endpoints: dict[str, EndpointOptions] = {}
     """Name -> the server of a judge, for rewards that ask one."""
     accept: Accept = Accept()
     """What counts as right where rewards are degrees."""
     preference: Preference = Preference()
     """Rows of the stage rlhf."""
-    synthesis: Synthesis = Synthesis()
+    synthesis: SynthesisOptions = SynthesisOptions()
     """Messages of the stage pacore, of curation's synthesis and of evaluation."""
     ppo: PPO
     """The algorithm."""
-    rollout: Rollout = Rollout()
+    rollout: RolloutOptions = RolloutOptions()
     """How responses are sampled."""
     learner: Learner = Learner()
     """How policy and critic are computed."""
@@ -545,7 +547,7 @@ class Config(Options):
     """When the run is measured on held-out rows."""
     log: Log = Log()
     """Who is told."""
-    curate: Curation = Curation()
+    curate: CurationOptions = CurationOptions()
     """What `python -m stages.curate` keeps; no part of a training run."""
 
     @property

@@ -3,159 +3,25 @@
     python -m rl.evaluate --model DIR --data FILE [--recipe RECIPE.yaml] [--modes sere,majority,pacore] [--json]
 
 The recipe says how tasks are scored and what counts as right (`rewards`, `accept`). Everything the model says is kept
-in --cache, if that is given, and not asked again. Exit codes are those of rl.run.
+in --cache, if that is given, and not asked again. Exit codes are in rl/exits.py.
 """
 
 import argparse
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
-import numpy as np
 from jinja2 import TemplateError
-from rich.console import Console
-from rich.table import Table
 
-from rewards.async_pool import Outage
-from rewards.runner import RewardRunner
-from rewards.voting import majority, vote
 from rl.config import Config
-from rl.recipe import RecipeError, load
-from rl.recipe_layers import SHIPPED
-from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT, InputError
-from rl.stop import Stop
-from rl.types import Messages, Prompt, Rollout, Scored
-from rollout.generate import (
-    Answered,
-    Settings,
-    digest_of,
-    run,
-    seed_name,
-    settings_of,
-    thought_of,
-)
-from rollout.generate import (
-    lines_of as records_of,
-)
-from rollout.pacore import Synthesis
-from rollout.rows import RowError, read
-from rollout.server import Server
-from rollout.serving import Serving, add_serving, serving
-from rollout.thinking import Round, Thought, order
-from stages.loop import enough_valid
-from stages.pacore import accepted, synthesis_metrics
-from stages.plan import check_accept, check_judges, limited, reward_runner, served_here
-from stages.rlhf import penalty_metrics, preference_metrics
+from rl.exits import DONE, InputError, run_command
+from rl.recipe.layers import SHIPPED
+from rl.recipe.resolve import load
+from rollout.pacore.target import add_target_options, target_of
+from stages.evaluation.measure import Questions, measure
 
 MODES = ("sere", "majority", "pacore")
-RESAMPLES, CONFIDENCE = 2000, 0.95
-ALL = "all"  # the line over all tasks
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One row: what the model said about it, scored."""
-
-    prompt: Prompt
-    thought: Thought
-    attempts: Sequence[Scored]  # the first round
-    answers: Sequence[Scored]  # the synthesis, once or several times; none where it was not asked for
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A mean over rows with its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
-
-
-def figure(values: Sequence[float], seed: int = 0) -> Figure:
-    """The mean and its 95% interval, by drawing rows anew (percentile bootstrap, Efron 1979)."""
-    array = np.asarray(values, dtype=float)
-    draws = np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(array[draws].mean(axis=1), [tail, 100 - tail])
-    return Figure(float(array.mean()), float(low), float(high))
-
-
-def pass_at_one(row: Judged, config: Config) -> float:
-    """Share of a row's attempts that are right."""
-    return fmean(accepted(one, config.accept) for one in row.attempts)
-
-
-def pass_at_k(row: Judged, config: Config) -> float:
-    """Whether one of them is."""
-    return float(any(accepted(one, config.accept) for one in row.attempts))
-
-
-def majority_at_k(row: Judged, config: Config) -> float:
-    """Whether the first attempt that says what most of them say is right; nobody's vote is wrong."""
-    votes = [vote(one.rollout.answer) for one in row.attempts]
-    winner = majority(votes)
-    return float(winner is not None and accepted(row.attempts[votes.index(winner)], config.accept))
-
-
-def pacore_at_k(row: Judged, config: Config) -> float:
-    """Share of a row's syntheses that are right."""
-    return fmean(accepted(one, config.accept) for one in row.answers)
-
-
-@dataclass(frozen=True)
-class Line:
-    """A way to answer, on one task or all of them."""
-
-    task: str
-    name: str
-    accuracy: Figure
-    reward: Figure | None  # of what has a reward of its own
-    tokens: float  # per row, of everything it takes
-
-
-def lines_of(rows: Sequence[Judged], config: Config, modes: Sequence[str]) -> list[Line]:
-    """The table, task by task and then over all rows."""
-    tasks = sorted({row.prompt.task for row in rows})
-    found = []
-    for task in (*tasks, *([ALL] if len(tasks) > 1 else [])):
-        found += _lines(task, [row for row in rows if task in (row.prompt.task, ALL)], config, modes)
-    return found
-
-
-def _lines(task: str, rows: Sequence[Judged], config: Config, modes: Sequence[str]) -> list[Line]:
-    count = len(rows[0].attempts)
-    one = fmean(fmean(r.tokens for r in row.thought.rounds[0].replies) for row in rows)
-    every = fmean(sum(r.tokens for r in row.thought.rounds[0].replies) for row in rows)
-    found = []
-    if "sere" in modes:
-        rewards = figure([fmean(s.reward for s in row.attempts) for row in rows])
-        found.append(Line(task, "SeRe pass@1", figure([pass_at_one(row, config) for row in rows]), rewards, one))
-    if "sere" in modes and count > 1:  # of a single attempt both would be the same
-        best = figure([max(s.reward for s in row.attempts) for row in rows])
-        found.append(Line(task, f"SeRe pass@{count}", figure([pass_at_k(row, config) for row in rows]), best, every))
-    if "majority" in modes:
-        found.append(Line(task, f"majority@{count}", figure([majority_at_k(row, config) for row in rows]), None, every))
-    if "pacore" in modes:
-        rewards = figure([fmean(s.reward for s in row.answers) for row in rows])
-        tokens = fmean(_tokens(row.thought) for row in rows)
-        found.append(Line(task, f"PaCoRe@{count}", figure([pacore_at_k(row, config) for row in rows]), rewards, tokens))
-    return found
-
-
-def _tokens(thought: Thought) -> float:
-    """Of one answer: all rounds, and one of the replies of the last."""
-    *before, last = thought.rounds
-    return sum(r.tokens for one in before for r in one.replies) + fmean(r.tokens for r in last.replies)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -179,25 +45,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--blind", action="store_true", help="only rows with pictures, and the policy sees those of another "
                    "row: what answers earn that have nothing to do with the picture")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    add_serving(p)
+    add_target_options(p)
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     args = parser().parse_intermixed_args(arguments)
-    try:
-        return _main(args)
-    except (RecipeError, ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT
-    except (Stop, RuntimeError, OSError, TemplateError) as error:
-        kept = f"\nThe same command goes on from what is in {args.cache}" if args.cache else ""
-        print(f"error: {error}{kept}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    return run_command(
+        lambda: _main(args),
+        input_errors=(ValueError, FileNotFoundError),
+        failures=(RuntimeError, OSError, TemplateError),
+        resume=f"The same command continues from what is in {args.cache}" if args.cache else "",
+    )
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -211,63 +71,9 @@ def _main(args: argparse.Namespace) -> int:
     asked = Questions(
         modes, args.attempts, args.syntheses, args.limit, args.seed, args.cache, args.trajectories, blind=args.blind
     )
-    report = measure(config_of(args), serving(args), asked)
+    report = measure(config_of(args), target_of(args), asked)
     print(json.dumps(report.json(), indent=2)) if args.json else report.show()
     return DONE
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What an evaluation asks."""
-
-    modes: Sequence[str]
-    attempts: int = 16  # chains of thought per row
-    syntheses: int = 1  # times that PaCoRe answers from them
-    limit: int | None = None  # rows of each task; None: as many as data.eval_limit says
-    seed: int = 0
-    cache: Path | None = None  # keeps what the model says, for the same questions asked again
-    trajectories: Path | None = None  # whose first rounds are used
-    blind: bool = False  # whether the policy sees pictures of other rows
-    tasks: Collection[str] | None = None  # whose rows; None: all
-
-
-def measure(config: Config, who: Serving, asked: Questions) -> "Report":
-    """How good a policy is on the recipe's held-out rows. Raises ValueError (of several kinds) for what does not fit,
-    and what serving and scoring raise."""
-    check_accept(config)
-    prompts = [p for p in _rows(config, asked.limit) if asked.tasks is None or p.task in asked.tasks]
-    tasks = {prompt.task for prompt in prompts}  # the others' judges need not be there
-    rewards = reward_runner(config.model_copy(update={"rewards": {task: config.rewards[task] for task in tasks}}))
-    check_judges(config, rewards)
-    posed = prompts
-    if asked.blind:
-        prompts = [prompt for prompt in prompts if prompt.images]
-        posed = blinded(prompts)
-    given = _given(asked.trajectories, posed) if asked.trajectories else {}
-    who = replace(who, options=_options(config) | dict(who.options or {}))
-    template = who.template(config.synthesis.template)
-    settings = settings_of(
-        who,
-        template,
-        trajectories=() if given else (asked.attempts,),
-        temperature=config.rollout.temperature,
-        seed=asked.seed,
-        answers=asked.syntheses if "pacore" in asked.modes else 0,
-        given=str(asked.trajectories) if asked.trajectories else None,
-    )
-    with ExitStack() as stack:
-        cache = asked.cache or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "cache.jsonl"
-        answered = Answered(cache, settings)
-        stack.callback(answered.close)
-        if settings.answers or not given:
-            run(posed, settings, who, Synthesis(template), answered, given=given)
-            failed = answered.left(posed)
-            thoughts = {p.id: thought_of(answered.records[p.id]) for p in posed if p not in failed}
-        else:
-            thoughts = {p.id: Thought(given[p.id]) for p in prompts}
-    with _judges(config, rewards, who.device):
-        rows = judged(config, rewards, [p for p in prompts if p.id in thoughts], thoughts, settings)
-    return Report(config, asked.modes, rows, len(prompts) - len(rows), rewards.penalties(), asked.blind)
 
 
 def config_of(args: argparse.Namespace) -> Config:
@@ -276,202 +82,6 @@ def config_of(args: argparse.Namespace) -> Config:
     rows = [f"data.train={args.data}", f"data.eval={args.data}"] if args.data else []
     overrides = [f"model.path={args.model}", *args.overrides, *rows]  # what a recipe may leave to the command line
     return load(recipe, profile=args.profile, overrides=overrides).config
-
-
-@contextmanager
-def _judges(config: Config, rewards: RewardRunner, device: str) -> Iterator[None]:
-    """Serves the judges without a url here, once the policy is served no more. Raises RuntimeError if one cannot be."""
-    with ExitStack() as stack:
-        servers = {}
-        for name, judge in served_here(config, rewards).items():
-            servers[name] = Server(
-                judge.model,
-                host="127.0.0.1",
-                device="cuda" if device == "cuda" else "cpu",
-                options=judge.serve,
-                threads=os.cpu_count() or 1,
-            )
-            stack.callback(servers[name].close)
-
-        def heard(outage: Outage) -> None:
-            if outage.endpoint in servers and not servers[outage.endpoint].runs():
-                raise RuntimeError(f"judge {outage.endpoint}, which was served here, has died: {outage.why}")
-            if not outage.again:
-                print(f"endpoint {outage.endpoint}: {outage.why or 'is back'}", file=sys.stderr)
-
-        rewards.on_outage = heard
-        rewards.served({name: server.url() for name, server in servers.items()})
-        yield
-
-
-def _rows(config: Config, limit: int | None) -> list[Prompt]:
-    """The held-out rows. Raises RowError for rows that cannot be used."""
-    data = config.data
-    if not data.eval:
-        raise InputError("there are no rows to evaluate on; name a file with --data")
-    rows = read(data.eval, columns=data.columns, tasks=config.rewards.keys(), problem=reward_runner(config).problem)
-    if rows.bad and (data.on_bad_row == "stop" or not rows.prompts):
-        raise RowError(rows.bad)
-    return limited(rows.prompts, limit or data.eval_limit)
-
-
-def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Every row with the pictures of another: the next one of its task that shows as many, and not the same.
-
-    Raises: InputError if there is none, or no row at all; rows without pictures are not to be given.
-    """
-    if not prompts:
-        raise InputError("--blind: no row has a picture")
-    found = []
-    for number, prompt in enumerate(prompts):
-        around = (*prompts[number + 1 :], *prompts[:number])
-        seen = [picture.digest for picture in prompt.images]
-        others = (
-            other.images
-            for other in around
-            if (other.task, len(other.images)) == (prompt.task, len(seen))
-            and [picture.digest for picture in other.images] != seen
-        )
-        if (images := next(others, None)) is None:
-            raise InputError(
-                f"--blind: no other row of task {prompt.task} has {len(seen)} pictures to show in place of those of "
-                f"row {prompt.id}"
-            )
-        found.append(replace(prompt, images=images))
-    return found
-
-
-def _options(config: Config) -> dict[str, str | bool]:
-    """How a recipe's policy computes, as arguments of vLLM's server."""
-    template = config.model.chat_template
-    return {"dtype": config.model.dtype, **({"chat-template": str(template)} if template else {})}
-
-
-def _given(path: Path, prompts: Sequence[Prompt]) -> dict[str, tuple[Round, ...]]:
-    """The first rounds that a file holds. Raises ValueError if it lacks one of the rows, or is about other problems."""
-    rounds: dict[str, tuple[Round, ...]] = {}
-    problems = {prompt.id: digest_of(prompt) for prompt in prompts}
-    data = path.read_bytes()
-    for record in records_of(path, data[: data.rfind(b"\n") + 1]):
-        if "error" in record or record["id"] not in problems:
-            continue
-        if record["problem"] != problems[record["id"]]:
-            raise InputError(f"{path}: row {record['id']} was another problem when it was asked")
-        rounds[record["id"]] = thought_of(record).rounds[:1]
-    if missing := [p.id for p in prompts if p.id not in rounds]:
-        raise InputError(f"{path} has no trajectories of row {missing[0]} ({len(missing)} rows are missing)")
-    return rounds
-
-
-def judged(
-    config: Config,
-    rewards: RewardRunner,
-    prompts: Sequence[Prompt],
-    thoughts: Mapping[str, Thought],
-    settings: Settings,
-) -> list[Judged]:
-    """Every reply scored; without rows that are left with no valid score. Raises Stop if rewards fail too often."""
-    with rewards:
-        first = _scored(config, rewards, prompts, thoughts, 0)
-        last = _scored(config, rewards, prompts, thoughts, -1) if settings.answers else {}
-    found = []
-    for prompt in prompts:
-        thought, attempts = thoughts[prompt.id], first[prompt.id]
-        answers = _with_shown(prompt, thought, attempts, last[prompt.id], config, settings) if last else []
-        valid = [[s for s in some if s.invalid is None] for some in (attempts, answers)]
-        if valid[0] and (valid[1] or not last):
-            found.append(Judged(prompt, thought, *valid))
-    if not found:
-        raise Stop("not one row was answered and scored, so there is nothing to report", saves=False)
-    return found
-
-
-def _scored(
-    config: Config, rewards: RewardRunner, prompts: Sequence[Prompt], thoughts: Mapping[str, Thought], which: int
-) -> dict[str, list[Scored]]:
-    """The replies of every row's round number `which`. Apart from other rounds: rewards may see a row's as a group."""
-    asked = [
-        Rollout(prompt, reply.text, reply.finish)
-        for prompt in prompts
-        for reply in thoughts[prompt.id].rounds[which].replies
-    ]
-    scored = iter(enough_valid(rewards.score(asked), config.max_invalid_fraction))
-    return {p.id: [next(scored) for _ in thoughts[p.id].rounds[which].replies] for p in prompts}
-
-
-def _with_shown(
-    prompt: Prompt,
-    thought: Thought,
-    attempts: Sequence[Scored],
-    answers: Sequence[Scored],
-    config: Config,
-    settings: Settings,
-) -> list[Scored]:
-    """The scored syntheses, whose prompts say which messages they saw."""
-    before, last = thought.rounds
-    right = [accepted(s, config.accept) for s, r in zip(attempts, before.replies, strict=True) if r.message]
-    found = []
-    for number, scored in enumerate(answers):
-        places = order(len(before.messages), last.shown, f"{seed_name(settings, prompt)}/1/{number}")
-        shown = Messages(tuple(before.messages[n] for n in places), tuple(right[n] for n in places))
-        found.append(replace(scored, rollout=replace(scored.rollout, prompt=replace(prompt, shown=shown))))
-    return found
-
-
-@dataclass(frozen=True)
-class Report:
-    """What an evaluation tells."""
-
-    config: Config
-    modes: Sequence[str]
-    rows: Sequence[Judged]
-    left_out: int = 0  # rows without an answer or a valid score
-    penalties: Collection[str] = ()  # names of the recipe's, as in `Scored.parts`
-    blind: bool = False  # whether the policy saw other rows' pictures
-
-    def synthesis(self) -> dict[str, float]:
-        """pacore/* metrics (rl/metrics.py) of the syntheses."""
-        return synthesis_metrics([s for row in self.rows for s in row.answers], self.config.accept)
-
-    def preference(self) -> dict[str, float]:
-        """genrm/* and penalty/* metrics (rl/metrics.py) of the attempts, where a judge compares with a teacher."""
-        attempts = [s for row in self.rows for s in row.attempts]
-        return preference_metrics(attempts) | penalty_metrics(attempts, self.penalties)
-
-    def json(self) -> dict[str, Any]:
-        return {
-            "rows": len(self.rows),
-            "left_out": self.left_out,
-            "blind": self.blind,
-            "results": [
-                {
-                    "task": line.task,
-                    "mode": line.name,
-                    "accuracy": vars(line.accuracy),
-                    "reward": line.reward and vars(line.reward),
-                    "tokens": line.tokens,
-                }
-                for line in lines_of(self.rows, self.config, self.modes)
-            ],
-            "synthesis": self.synthesis(),
-            "preference": self.preference(),
-        }
-
-    def show(self) -> None:
-        """A table, and how syntheses relate to what they saw."""
-        whose = ", with pictures of other rows" if self.blind else ""
-        table = Table(title=f"{len(self.rows)} rows{whose}; 95% confidence intervals over rows")
-        for name in ("task", "mode", "accuracy", "mean reward", "tokens per row"):
-            table.add_column(name, justify="left" if name in ("task", "mode") else "right")
-        for line in lines_of(self.rows, self.config, self.modes):
-            reward = str(line.reward) if line.reward else ""
-            table.add_row(line.task, line.name, str(line.accuracy), reward, f"{line.tokens:,.0f}")
-        console = Console(width=None if sys.stdout.isatty() else 120)
-        console.print(table)
-        if self.left_out:
-            console.print(f"{self.left_out} rows are left out: they have no answer, or no valid score")
-        for name, value in (self.synthesis() | self.preference()).items():
-            console.print(f"{name:32} {value:.3f}")
 
 
 if __name__ == "__main__":

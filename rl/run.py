@@ -1,33 +1,25 @@
 """The entry: `python -m rl.run RECIPE.yaml [--profile cpu] [key=value ...]`. Reads, checks, then hands over.
 
-A recipe is one stage's, or a chain of several (rl/chain.py).
+A recipe is one stage's, or a chain of several (rl/recipe/chain.py).
 
-Exit codes: 0 done, 2 the user's input is wrong (one message, nothing started), 130 interrupted after saving,
-1 anything else.
+Exit codes are in rl/exits.py.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence, Set
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from rl.chain import LINK, Chain, is_chain, load_chain
-from rl.recipe import Change, MissingOption, RecipeError, Resolved, describe, differences, load
-from rl.stop import Stop
+from rl.exits import DONE, INTERRUPTED, NO_GPU, InputError, check_hardware, has_gpus, run_command
+from rl.recipe.chain import LINK, Chain, is_chain, load_chain
+from rl.recipe.resolve import Change, MissingOption, Resolved, describe, differences, load
 
 if TYPE_CHECKING:
-    from rl.config import Config
     from stages.plan import Plan
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 T = TypeVar("T")
-
-
-class InputError(ValueError):
-    """What the user asked for cannot be done; the message is all they need to see."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,17 +40,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     args = parser().parse_intermixed_args(arguments)
-    try:
-        return _main(args)
-    except (RecipeError, InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT
-    except Stop as stop:
-        print(f"error: {stop}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted before the run began; nothing to save", file=sys.stderr)
-        return INTERRUPTED
+    return run_command(lambda: _main(args), interrupted="interrupted before the run began; nothing to save")
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -95,8 +77,8 @@ def _fresh(args: argparse.Namespace, read: Callable[[argparse.Namespace], T]) ->
     try:
         return read(args)
     except MissingOption as missing:
-        if args.profile is None and not _has_gpus():
-            raise InputError(f"{_NO_GPU.format(recipe=args.recipe)}\nThen: {missing}") from missing
+        if args.profile is None and not has_gpus():
+            raise InputError(f"{NO_GPU.format(recipe=args.recipe)}\nThen: {missing}") from missing
         raise
 
 
@@ -127,7 +109,7 @@ def _resumed(args: argparse.Namespace) -> Resolved:
 
 def _resumed_chain(args: argparse.Namespace) -> Chain:
     """Likewise; a stage that others have gone on from stays as long as it was, too."""
-    from rl.run_folder import RunFolder
+    from rl.record.run_folder import RunFolder
 
     recipe, folder = _saved_recipe(args), args.resume.resolve()
     saved = load_chain(recipe, folder, begun=True)
@@ -175,7 +157,6 @@ MAY_CHANGE = frozenset(
         "eval.sampled_rows",
         "rollout.save",
         "log.trackers",
-        "log.project",
         "log.timeline",
         "max_restarts",
         "max_start_s",
@@ -183,26 +164,6 @@ MAY_CHANGE = frozenset(
         "rollout.patience_s",
     }
 )  # what changes no weight
-
-
-_NO_GPU = (
-    "{recipe} is the full-size run: it needs a GPU for each vLLM engine, for the policy and for the critic, and this "
-    "machine has none.\nTo run it here with the small model that ships: add --profile cpu. To use your own small model "
-    "on the CPU: add learner.device=cpu."
-)
-
-
-def _has_gpus() -> bool:
-    """GPUs of this machine; a cluster is asked when it has been joined."""
-    import torch
-
-    return torch.cuda.is_available() or "RAY_ADDRESS" in os.environ
-
-
-def check_hardware(config: "Config", *, dry_run: bool) -> None:
-    """Raises InputError for a recipe that needs GPUs where there are none."""
-    if config.learner.device != "cpu" and not dry_run and not _has_gpus():
-        raise InputError(_NO_GPU.format(recipe="This recipe"))
 
 
 def _checked_plan(resolved: Resolved, *, begun: bool) -> "Plan":
@@ -215,27 +176,27 @@ def _checked_plan(resolved: Resolved, *, begun: bool) -> "Plan":
 
 
 def _run_chain(chain: Chain, args: argparse.Namespace) -> int:
-    from stages import chain as stages_chain
+    from stages import pipeline
 
     for step in chain.steps:
         check_hardware(step.resolved.config, dry_run=args.dry_run)
     try:
-        told = stages_chain.check(chain)
+        told = pipeline.check(chain)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
     if args.dry_run:
         values = [f"--- {step.name}\n{describe(step.resolved)}" for step in chain.steps]
         print(*values, *told, sep="\n")
         return DONE
-    finished = stages_chain.run(chain, new=args.resume is None, verbose=args.verbose)
+    finished = pipeline.run(chain, new=args.resume is None, verbose=args.verbose)
     if not finished:
         print(f"interrupted; go on with: python -m rl.run --resume {chain.folder}")
     return DONE if finished else INTERRUPTED
 
 
 def _start(resolved: Resolved, plan: "Plan", args: argparse.Namespace) -> int:
-    from rl.display import Display
-    from rl.run_folder import RunFolder
+    from rl.record.display import Display
+    from rl.record.run_folder import RunFolder
     from stages.train import train
 
     try:

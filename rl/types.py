@@ -75,7 +75,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Messages:
+class PooledAnswers:
     """Final answers of earlier attempts that a prompt shows, in this order."""
 
     texts: tuple[str, ...]
@@ -97,7 +97,7 @@ class Prompt:
     messages_pool: tuple[str, ...] = ()  # cached final messages, for PaCoRe
     pool_accuracy: float | None = None  # share of them that were accepted
     pool_accepted: tuple[bool, ...] = ()  # which of them were; () where nobody knows
-    shown: "Messages | None" = None  # those that the policy sees with the problem
+    shown: "PooledAnswers | None" = None  # those that the policy sees with the problem
 
 
 @dataclass(frozen=True)

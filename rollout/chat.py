@@ -7,11 +7,11 @@ from typing import Any, cast
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from rl.model.checkpoint import read_config
 from rl.model.config import StepVLConfig
+from rl.model.hf_folder import read_config
 from rl.model.layout import picture_tokens
 from rl.types import THINK_CLOSE, THINK_OPEN, Prompt
-from rollout.pacore import Synthesis
+from rollout.pacore.prompt import SynthesisPrompt
 
 IMAGE_TOKEN = "<im_patch>"
 
@@ -26,8 +26,10 @@ class Chat:
     Raises: ValueError if there is no chat template, or no image token where the model needs one.
     """
 
-    def __init__(self, folder: str | Path, template: Path | None = None, synthesis: Synthesis | None = None) -> None:
-        self.synthesis = synthesis or Synthesis()
+    def __init__(
+        self, folder: str | Path, template: Path | None = None, synthesis: SynthesisPrompt | None = None
+    ) -> None:
+        self.synthesis = synthesis or SynthesisPrompt()
         self.config = read_config(folder)
         self.tokenizer = cast(Any, AutoTokenizer.from_pretrained(folder))
         if template is not None:

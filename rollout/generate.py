@@ -20,13 +20,13 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rl.config import Source
-from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT
+from rl.exits import DONE, FAILED, run_command
 from rl.types import Prompt
-from rollout.pacore import Synthesis
-from rollout.rows import RowError, read
-from rollout.serving import Serving, add_serving, serving
-from rollout.thinking import Reply, Round, Thought, TooLong, Turns, plan_of, think
-from rollout.upstream import Refused
+from rollout.data.rows import RowError, read
+from rollout.pacore.client import Refused
+from rollout.pacore.prompt import SynthesisPrompt
+from rollout.pacore.rounds import PacoreResult, Reply, Round, TooLong, Turns, plan_of, think
+from rollout.pacore.target import ModelTarget, add_target_options, target_of
 
 REPORT_S = 10.0  # between two lines on how far it is
 BAD_REQUEST = 400
@@ -53,7 +53,7 @@ class Settings:
         return {**vars(self), "trajectories": list(self.trajectories)}
 
 
-def settings_of(who: Serving, template: Path | None, **others: Any) -> Settings:
+def settings_of(who: ModelTarget, template: Path | None, **others: Any) -> Settings:
     """Those of a command. Raises OSError for a template that cannot be read."""
     wording = hashlib.sha256(template.read_bytes()).hexdigest()[:16] if template else None
     return Settings(
@@ -91,18 +91,18 @@ async def generate(
     problems: Sequence[Prompt],
     settings: Settings,
     ask: Any,
-    synthesis: Synthesis,
-    finished: Callable[[Prompt, Thought | str], None],
+    synthesis: SynthesisPrompt,
+    finished: Callable[[Prompt, PacoreResult | str], None],
     *,
     given: Mapping[str, Sequence[Round]] = MappingProxyType({}),
     under_way: int = 64,
 ) -> None:
-    """Thinks about many problems at once; `ask` has to limit its requests (rollout.upstream.Upstream does).
+    """Thinks about many problems at once; `ask` has to limit its requests (rollout.pacore.client.EndpointClient does).
 
     A problem's synthesis begins when its own trajectories are done, and comes before trajectories that wait.
 
     Args:
-        ask: rollout.thinking.Ask.
+        ask: rollout.pacore.rounds.Ask.
         finished: told of each problem when it is done: what was thought, or why there is no answer.
         under_way: problems that are thought about at a time, whose pictures are in memory.
         given: problem id -> rounds that are there already, in place of those of the settings.
@@ -198,7 +198,7 @@ class Answered:
         record = self.records.get(problem.id)
         return record is not None and "error" not in record and record["problem"] == digest_of(problem)
 
-    def add(self, problem: Prompt, thought: Thought | str) -> None:
+    def add(self, problem: Prompt, thought: PacoreResult | str) -> None:
         record = {
             "id": problem.id, "problem": digest_of(problem), **_record(thought), "settings": self._settings
         }  # fmt: skip
@@ -210,7 +210,7 @@ class Answered:
         self._file.close()
 
 
-def _record(thought: Thought | str) -> dict[str, Any]:
+def _record(thought: PacoreResult | str) -> dict[str, Any]:
     if isinstance(thought, str):
         return {"error": thought}
     rounds = [
@@ -227,11 +227,11 @@ def _record(thought: Thought | str) -> dict[str, Any]:
     return {"answer": thought.reply.message, "tokens": thought.tokens, "rounds": rounds}
 
 
-def thought_of(record: Mapping[str, Any]) -> Thought:
+def thought_of(record: Mapping[str, Any]) -> PacoreResult:
     """What a line of OUT tells. Raises ValueError for a problem without an answer."""
     if "error" in record:
         raise ValueError(f"problem {record['id']} has no answer: {record['error']}")
-    return Thought(
+    return PacoreResult(
         tuple(
             Round(tuple(Reply(**reply) for reply in one["replies"]), one["shown"], one["left_out"])
             for one in record["rounds"]
@@ -266,30 +266,25 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-tokens", type=int, help="of one reply; default: what the context has room for")
     p.add_argument("--limit", type=int, help="only the first so many problems")
-    add_serving(p)
+    add_target_options(p)
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     args = parser().parse_args(arguments)
-    try:
-        return _main(args)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT
-    except (RuntimeError, OSError, TemplateError) as error:
-        print(f"error: {error}\nThe same command goes on from what is in {args.out}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on from what is in {args.out}", file=sys.stderr)
-        return INTERRUPTED
+    return run_command(
+        lambda: _main(args),
+        input_errors=(ValueError, FileNotFoundError),
+        failures=(RuntimeError, OSError, TemplateError),
+        resume=f"The same command continues from what is in {args.out}",
+    )
 
 
 def _main(args: argparse.Namespace) -> int:
-    who = serving(args)
+    who = target_of(args)
     template = who.template(args.template)
-    synthesis = Synthesis(template)
+    synthesis = SynthesisPrompt(template)
     settings = settings_of(
         who,
         template,
@@ -317,8 +312,8 @@ def _main(args: argparse.Namespace) -> int:
 def run(
     problems: Sequence[Prompt],
     settings: Settings,
-    who: Serving,
-    synthesis: Synthesis,
+    who: ModelTarget,
+    synthesis: SynthesisPrompt,
     answered: Answered,
     *,
     given: Mapping[str, Sequence[Round]] = MappingProxyType({}),
@@ -333,7 +328,7 @@ def run(
         return
     started, told, done = time.monotonic(), time.monotonic(), 0
 
-    def finished(problem: Prompt, thought: Thought | str) -> None:
+    def finished(problem: Prompt, thought: PacoreResult | str) -> None:
         nonlocal told, done
         answered.add(problem, thought)
         done += 1

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from rl.types import Completion, Finish, Prompt, Request, Rollout
-from rollout.pool import Finished, Pool
+from rollout.pool import EnginePool, Finished
 
 
 @dataclass(frozen=True)
@@ -73,29 +73,29 @@ class PartialRollouts:
         chunk: tokens by which responses grow at a time.
     """
 
-    def __init__(self, pool: Pool, *, wanted: int, chunk: int) -> None:
+    def __init__(self, pool: EnginePool, *, wanted: int, chunk: int) -> None:
         self.pool, self.wanted, self.chunk = pool, wanted, chunk
         self._left: dict[int, list[Begun]] = {}  # by iteration, of the newest two
 
     @property
     def policy_step(self) -> int:
-        """As rollout.pool.Pool's."""
+        """As rollout.pool.EnginePool's."""
         return self.pool.policy_step
 
     def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]:
-        """As rollout.pool.Pool's."""
+        """As rollout.pool.EnginePool's."""
         return self.pool.check(prompts, iteration)
 
     def greedy(self, prompts: Sequence[Prompt], finished: Finished = lambda place, rollout: None) -> list[Rollout]:
-        """As rollout.pool.Pool's."""
+        """As rollout.pool.EnginePool's."""
         return self.pool.greedy(prompts, finished)
 
     def load(self, weights: Any, policy_step: int) -> None:
-        """As rollout.pool.Pool's."""
+        """As rollout.pool.EnginePool's."""
         self.pool.load(weights, policy_step)
 
     def encodings(self) -> int:
-        """As rollout.pool.Pool's."""
+        """As rollout.pool.EnginePool's."""
         return self.pool.encodings()
 
     def left(self, iteration: int) -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ class PartialRollouts:
         return replace(request, prompt_ids=request.prompt_ids + done, max_tokens=most)
 
 
-def _rollout(prompt: Prompt, draft: Draft, pool: Pool) -> Rollout:
+def _rollout(prompt: Prompt, draft: Draft, pool: EnginePool) -> Rollout:
     assert draft.finish is not None
     completion = Completion(draft.prompt_ids, draft.response_ids, draft.logprobs, draft.finish)
     return replace(pool.rollout(prompt, completion), policy_step=draft.pieces[0][0], pieces=draft.pieces)

@@ -19,7 +19,7 @@ class Pending(Protocol):
 
 
 class Worker(Protocol):
-    """A rollout.engine.Engine somewhere."""
+    """A rollout.vllm.engine.Engine somewhere."""
 
     def start(self, method: str, *args: Any) -> Pending: ...
     def stream(self, method: str, *args: Any) -> Any: ...
@@ -34,7 +34,7 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
-class Pool:
+class EnginePool:
     """All rollout workers behind `sample`, `greedy` and `load`.
 
     Args:

@@ -22,11 +22,11 @@ import aiohttp
 from aiohttp import web
 from jinja2 import TemplateError
 
-from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT
-from rollout.pacore import Synthesis
-from rollout.serving import add_serving, serving
-from rollout.thinking import Reply, Round, TooLong, Turns, explore, order, plan_of, with_room
-from rollout.upstream import WHOLE, Refused, Unreachable, Upstream
+from rl.exits import DONE, run_command
+from rollout.pacore.client import WHOLE, EndpointClient, Refused, Unreachable
+from rollout.pacore.prompt import SynthesisPrompt
+from rollout.pacore.rounds import Reply, Round, TooLong, Turns, explore, order, plan_of, with_room
+from rollout.pacore.target import add_target_options, target_of
 
 MODES = ("sere", "pacore")
 SIGN_OF_LIFE_S = 10.0  # between comments to a client that waits for a stream's first words
@@ -54,7 +54,9 @@ class Front:
         mode: of requests for plain `name`.
     """
 
-    def __init__(self, upstream: Upstream, name: str, plan: Sequence[int], mode: str, synthesis: Synthesis) -> None:
+    def __init__(
+        self, upstream: EndpointClient, name: str, plan: Sequence[int], mode: str, synthesis: SynthesisPrompt
+    ) -> None:
         self.upstream, self.name, self.plan, self.mode, self.synthesis = upstream, name, plan, mode, synthesis
 
     def app(self) -> web.Application:
@@ -266,30 +268,27 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--template", type=Path, help="Jinja file that shows messages; default: the model's, or ours")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     p.add_argument("--port", type=int, default=9000)
-    add_serving(p)
+    add_target_options(p)
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     args = parser().parse_args(arguments)
-    try:
-        who, plan = serving(args), plan_of(args.trajectories)
-        synthesis = Synthesis(who.template(args.template))
-        with who.served() as url:
-            asyncio.run(_serve(args, who.upstream(url, {}), plan, synthesis))
-        return DONE
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT
-    except (RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return run_command(
+        lambda: _main(args), input_errors=(ValueError, FileNotFoundError), failures=(RuntimeError, OSError)
+    )
 
 
-async def _serve(args: argparse.Namespace, connecting: Any, plan: Sequence[int], synthesis: Synthesis) -> None:
+def _main(args: argparse.Namespace) -> int:
+    who, plan = target_of(args), plan_of(args.trajectories)
+    synthesis = SynthesisPrompt(who.template(args.template))
+    with who.served() as url:
+        asyncio.run(_serve(args, who.upstream(url, {}), plan, synthesis))
+    return DONE
+
+
+async def _serve(args: argparse.Namespace, connecting: Any, plan: Sequence[int], synthesis: SynthesisPrompt) -> None:
     async with connecting as upstream:
         front = Front(upstream, args.name or args.model, plan, args.mode, synthesis)
         # A client that goes ends its trajectories, and so does the end of the server.

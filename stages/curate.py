@@ -7,9 +7,9 @@
         pictures/              those that came as bytes
         report.txt, report.html
 
-Rows go through the recipe's filters (`curate.filters`, stages/filters.py) in blocks. A block is done when its file
-in rows/ is there; the same command goes on where it was broken off, and asks nothing twice. Exit codes are those of
-rl.run.
+Rows go through the recipe's filters (`curate.filters`, stages/curation/filters.py) in blocks. A block is done when its
+file in rows/ is there; the same command goes on where it was broken off, and asks nothing twice. Exit codes are in
+rl/exits.py.
 """
 
 import argparse
@@ -22,22 +22,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rewards.async_pool import Outage
+from rewards.running.async_pool import Outage
 from rl.actors import Worker, as_they_come, cluster
 from rl.config import ROUNDING, Config
-from rl.interrupt import Interrupted, Interrupts
-from rl.recipe import RecipeError, describe, load
-from rl.run import DONE, FAILED, INTERRUPTED, WRONG_INPUT, InputError, check_hardware
-from rl.stop import Stop, WorkerDied
-from rollout.decontamination import Benchmarks
-from rollout.pacore import wording
-from rollout.pool import Pool
-from rollout.rows import read
-from stages import curation_report
+from rl.exits import DONE, InputError, check_hardware, run_command
+from rl.interrupt import Interrupts
+from rl.recipe.resolve import describe, load
+from rl.stop import WorkerDied
+from rollout.data.decontamination import Benchmarks
+from rollout.data.rows import read
+from rollout.pacore.prompt import synthesis_template
+from rollout.pool import EnginePool
 from stages.ahead import Ahead
-from stages.answers import Answers
-from stages.curation_folder import Decision, Out
-from stages.filters import (
+from stages.curation import report as curation_report
+from stages.curation.answers import Answers
+from stages.curation.filters import (
     Checked,
     Fate,
     Filter,
@@ -49,6 +48,7 @@ from stages.filters import (
     decontamination,
     judge_tasks,
 )
+from stages.curation.folder import Decision, Out
 from stages.plan import Plan, make_plan, skipped_lines
 from stages.processes import Restarts, Samplers
 
@@ -73,20 +73,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     args = parser().parse_intermixed_args(arguments)
-    try:
-        return _main(args)
-    except (RecipeError, InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_INPUT
-    except Stop as stop:
-        print(f"error: {stop}", file=sys.stderr)
-        return FAILED
-    except WorkerDied as died:
-        print(f"error: {died}\nThe same command goes on from what is in {args.out}", file=sys.stderr)
-        return FAILED
-    except (Interrupted, KeyboardInterrupt):
-        print(f"interrupted; the same command goes on from what is in {args.out}", file=sys.stderr)
-        return INTERRUPTED
+    return run_command(lambda: _main(args), resume=f"The same command continues from what is in {args.out}")
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -294,7 +281,7 @@ def _filters(plan: Plan, benchmarks: Benchmarks | None, verbose: bool) -> Iterat
 
 
 @contextmanager
-def _samplers(plan: Plan, verbose: bool) -> Iterator[Pool | None]:
+def _samplers(plan: Plan, verbose: bool) -> Iterator[EnginePool | None]:
     """The engines, if a filter asks the policy, and the judges that the recipe has served."""
     config = plan.config
     asks = ASK_THE_POLICY & set(config.curate.filters)
@@ -318,7 +305,7 @@ def _samplers(plan: Plan, verbose: bool) -> Iterator[Pool | None]:
     try:
         samplers.ready()
         yield (
-            Pool(
+            EnginePool(
                 samplers.engines,
                 as_they_come,
                 plan.chat,
@@ -357,7 +344,7 @@ def _digest(plan: Plan) -> str:
     c = plan.config.curate
     against = c.decontamination.against or plan.config.data.eval
     files = [Path(source.path) for source in against] if "decontamination" in c.filters else []
-    template = wording(plan.model, plan.config.synthesis.template)
+    template = synthesis_template(plan.model, plan.config.synthesis.template)
     files += [template] if "synthesis" in c.filters and template else []
     for file in files:
         found.update(file.read_bytes() if file.is_file() else b"")

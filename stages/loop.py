@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rl.config import Config
-from rl.features import FeatureStore
-from rl.metrics import rollout_metrics
-from rl.packing import collate
+from rl.learner.features import FeatureStore
+from rl.learner.packing import collate
+from rl.learner.targets import make_targets
+from rl.record.metrics import rollout_metrics
 from rl.stop import Stop
-from rl.targets import make_targets
 from rl.types import Picture, Prompt, Rollout, Scored
 from stages.ahead import Ahead
 
@@ -23,7 +23,7 @@ Finished = Callable[[int, Rollout], None]
 
 
 class Sampler(Protocol):
-    """rollout.pool.Pool, or a scripted one."""
+    """rollout.pool.EnginePool, or a scripted one."""
 
     def sample(
         self, prompts: Sequence[Prompt], per_prompt: int, iteration: int, finished: Finished = ...
@@ -37,14 +37,14 @@ class Sampler(Protocol):
 
 
 class Scoring(Protocol):
-    """A batch that is scored while its rollouts come in (rewards.runner.Scoring)."""
+    """A batch that is scored while its rollouts come in (rewards.running.runner.Scoring)."""
 
     def add(self, place: int, rollout: Rollout) -> None: ...
     def results(self) -> list[Scored]: ...
 
 
 class Scorer(Protocol):
-    """rewards.runner.RewardRunner, or a scripted one."""
+    """rewards.running.runner.RewardRunner, or a scripted one."""
 
     def begin(self, per_prompt: int) -> Scoring: ...
 
@@ -52,7 +52,7 @@ class Scorer(Protocol):
 class Stage(Protocol):
     """What differs between RLVR, RLHF and PaCoRe."""
 
-    def episodes(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
+    def prompts_for_iteration(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
         """What the policy is asked in an iteration for these rows."""
         ...
 
@@ -218,7 +218,9 @@ def collect(iteration: int, prompts: Sequence[Prompt], parts: Parts, clock: Cloc
         scoring.add(place, rollout)
 
     with clock("rollout"):
-        parts.sampler.sample(parts.stage.episodes(prompts, iteration), config.rollouts_per_prompt, iteration, finished)
+        parts.sampler.sample(
+            parts.stage.prompts_for_iteration(prompts, iteration), config.rollouts_per_prompt, iteration, finished
+        )
     with clock("reward"):
         scored = enough_valid(scoring.results(), config.max_invalid_fraction)
     return Samples(scored, clock.seconds["rollout"])

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rewards.voting import majority, vote
-from rl.config import Accept, Synthesis
+from rl.config import Accept, SynthesisOptions
 from rl.stop import Stop
 from rl.types import Prompt, Rollout, Scored
 from rollout.chat import Chat
-from rollout.pacore import showing
+from rollout.pacore.prompt import showing
 
 NAMED = re.compile(
     r"\b(?:answers?|attempts?|messages?|references?|responses?|solutions?)\W{0,3}(\d+(?:\s*(?:,|and|&)\s*\d+)*)", re.I
@@ -37,14 +37,14 @@ class Pacore:
         attempts: with `pool: online`, who makes new messages: the policy as it is, and the rewards.
     """
 
-    options: Synthesis
+    options: SynthesisOptions
     accept: Accept
     seed: int
     chat: Chat
     longest: int  # tokens of prompt and response together, at most
     attempts: Attempts
 
-    def episodes(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
+    def prompts_for_iteration(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
         """Each with messages drawn for this iteration; without those whose fresh messages are too few or outside the
         bounds. Raises Stop if none is left."""
         if self.options.pool == "cached":
@@ -99,7 +99,7 @@ class Pacore:
         return {}
 
 
-def within(options: Synthesis, accuracy: float | None) -> bool:
+def within(options: SynthesisOptions, accuracy: float | None) -> bool:
     """Whether a pool's accuracy is within the recipe's bounds; where there are any, an unknown one is not."""
     if options.accuracy_over is None and options.accuracy_under is None:
         return True

@@ -11,17 +11,16 @@ import torch
 from transformers import PretrainedConfig
 
 from rewards.endpoint import EndpointSpec
-from rewards.runner import RewardRunner
-from rl.config import Config, Endpoint, Reward, Source, Synthesis
-from rl.disk import readable
-from rl.model import checkpoint
+from rewards.running.runner import RewardRunner
+from rl.config import Config, EndpointOptions, RewardSpec, Source, SynthesisOptions
+from rl.model import hf_folder
 from rl.model.config import positions, trained_positions
-from rl.tracking import check_trackers
+from rl.record.disk import readable
+from rl.record.tracking import check_trackers
 from rl.types import Prompt
 from rollout.chat import Chat
-from rollout.pacore import Synthesis as Wording
-from rollout.pacore import wording
-from rollout.rows import BadRow, MixedOrder, Order, PromptOrder, RowError, Rows, listed, read
+from rollout.data.rows import BadRow, MixedOrder, Order, PromptOrder, RowError, Rows, listed, read
+from rollout.pacore.prompt import SynthesisPrompt, synthesis_template
 from stages.pacore import longest_with_messages, within
 from stages.rlhf import row_problem
 
@@ -132,7 +131,7 @@ def saves(config: Config, iteration: int) -> bool:
 
 
 def make_plan(
-    config: Config, also: Mapping[str, Sequence[Reward]] = MappingProxyType({}), *, begun: bool = False
+    config: Config, also: Mapping[str, Sequence[RewardSpec]] = MappingProxyType({}), *, begun: bool = False
 ) -> Plan:
     """Check model, data, rewards and trackers.
 
@@ -145,15 +144,17 @@ def make_plan(
     rewards = reward_runner(config, also)
     check_judges(config, rewards)
     if loss := config.ppo.policy_loss:
-        from rl import verl_bridge
+        from rl.algorithm import verl_bridge
 
         verl_bridge.policy_loss(loss.verl, loss.params)
-    folder = checkpoint.local_folder(config.model.path)
-    model = checkpoint.check(folder, yarn=config.model.yarn)
+    folder = hf_folder.local_folder(config.model.path)
+    model = hf_folder.check(folder, yarn=config.model.yarn)
     _check_positions(config, model)
     if config.model.critic is not None and not begun:
-        checkpoint.check_critic(config.model.critic, model)
-    chat = Chat(folder, config.model.chat_template, Wording(wording(folder, config.synthesis.template)))
+        hf_folder.check_critic(config.model.critic, model)
+    chat = Chat(
+        folder, config.model.chat_template, SynthesisPrompt(synthesis_template(folder, config.synthesis.template))
+    )
     check_accept(config)
     train, outside = _inside(config, _rows(config, config.data.train, chat, rewards, pools=True))
     held_out = _rows(config, config.data.eval, chat, rewards, pools=False)
@@ -172,7 +173,7 @@ def make_plan(
     )
 
 
-def reward_runner(config: Config, also: Mapping[str, Sequence[Reward]] = MappingProxyType({})) -> RewardRunner:
+def reward_runner(config: Config, also: Mapping[str, Sequence[RewardSpec]] = MappingProxyType({})) -> RewardRunner:
     """The rewards of a recipe; no process of them runs yet. Raises ValueError for one that cannot be used."""
     return RewardRunner(
         {**config.rewards, **also},
@@ -214,9 +215,9 @@ def _inside(config: Config, rows: Rows) -> tuple[Rows, int]:
 
 def checkpoint_bytes(config: Config, folder: Path) -> int:
     """What a checkpoint of this model takes: both models' weights, and two float32 moments for each trained one."""
-    model = checkpoint.build(checkpoint.read_config(folder))
+    model = hf_folder.build(hf_folder.read_config(folder))
     frozen = tuple(prefix for name in config.model.freeze for prefix in model.frozen_prefixes[name])
-    sizes = {name: tensor.numel() for name, tensor in checkpoint.state(model).items()}
+    sizes = {name: tensor.numel() for name, tensor in hf_folder.state(model).items()}
     trained = sum(size for name, size in sizes.items() if not name.startswith(frozen))
     trunk = sum(tensor.numel() for tensor in model.model.parameters())
     itemsize = getattr(torch, config.model.dtype).itemsize
@@ -224,7 +225,7 @@ def checkpoint_bytes(config: Config, folder: Path) -> int:
     return sum(sizes.values()) * itemsize + trained * kept + trunk * 3 * FLOAT32
 
 
-def served_here(config: Config, rewards: RewardRunner) -> dict[str, Endpoint]:
+def served_here(config: Config, rewards: RewardRunner) -> dict[str, EndpointOptions]:
     """The judges that this run has to serve itself: those without a URL that a reward asks."""
     return {name: one for name, one in config.endpoints.items() if one.url is None and name in rewards.asks()}
 
@@ -236,12 +237,12 @@ def check_judges(config: Config, rewards: RewardRunner) -> None:
             raise ValueError(f"endpoints.{name}.model: there is no folder {judge.model}; name one, a hub id, or a url")
 
 
-def judge_gpus(judge: Endpoint) -> int:
+def judge_gpus(judge: EndpointOptions) -> int:
     """GPUs that serving it takes."""
     return int(judge.serve.get("tensor-parallel-size", 1)) * int(judge.serve.get("pipeline-parallel-size", 1))
 
 
-def endpoint_spec(name: str, given: Endpoint) -> EndpointSpec:
+def endpoint_spec(name: str, given: EndpointOptions) -> EndpointSpec:
     """What rewards are told of an endpoint; its url is empty while the run has not started the server."""
     return EndpointSpec(name=name, url=given.url or "", **given.model_dump(exclude={"url", "serve"}))
 
@@ -286,7 +287,7 @@ def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: Reward
     return rows
 
 
-def _short_pool(prompt: Prompt, options: Synthesis) -> str | None:
+def _short_pool(prompt: Prompt, options: SynthesisOptions) -> str | None:
     if len(prompt.messages_pool) >= options.least_messages:
         return None
     return (

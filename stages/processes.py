@@ -6,11 +6,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rl.actors import Team, Worker, alone, gather, gpus, place, place_team
-from rl.critic import Critic
-from rl.learner import Policy
+from rl.learner.critic import Critic
+from rl.learner.policy import Policy
 from rl.stop import GO_ON, Stop, WorkerDied
-from rollout.engine import Engine
-from rollout.server import Server
+from rollout.vllm.engine import Engine
+from rollout.vllm.server import Server
 from stages.plan import Plan, device, judge_gpus, served_here
 
 JUDGE_PATIENCE_S = 60.0

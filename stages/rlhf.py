@@ -28,7 +28,7 @@ class Rlhf:
 
     penalties: frozenset[str]
 
-    def episodes(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
+    def prompts_for_iteration(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
         return list(prompts)
 
     def held_out(self, prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -8,7 +8,7 @@ from rl.types import Prompt, Scored
 class Rlvr:
     """A stages.loop.Stage."""
 
-    def episodes(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
+    def prompts_for_iteration(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
         return list(prompts)
 
     def held_out(self, prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -10,20 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rewards.runner import Outage
-from rl import checkpoint
+from rewards.running.runner import Outage
 from rl.actors import Worker, as_they_come, cluster, gather
-from rl.checkpoint import Checkpoints
-from rl.display import Display
-from rl.features import FeatureStore
 from rl.interrupt import Interrupted, Interrupts
-from rl.run_folder import RunFolder
+from rl.learner.features import FeatureStore
+from rl.record import checkpoints
+from rl.record.checkpoints import Checkpoints
+from rl.record.display import Display
+from rl.record.run_folder import RunFolder
+from rl.record.timeline import Timeline
+from rl.record.tracking import Trackers
 from rl.stop import Stop, WorkerDied
-from rl.timeline import Timeline
-from rl.tracking import Trackers
 from rl.types import Prompt, Scored
 from rollout.partial import PartialRollouts
-from rollout.pool import Pool
+from rollout.pool import EnginePool
 from stages.loop import Clock, Diverged, Parts, Stage, catch_up, enough_valid, evaluate, ppo_iteration, sync
 from stages.pacore import Pacore
 from stages.plan import Plan, device, evaluates, saves, skipped_lines
@@ -96,14 +96,14 @@ class _Run:
             expected=plan.checkpoint_bytes,
         )
         self.start = self.checkpoints.newest(display.message)
-        self.begins = checkpoint.counters(self.start)["iteration"] if self.start else -1  # after it; -1: anew
+        self.begins = checkpoints.counters(self.start)["iteration"] if self.start else -1  # after it; -1: anew
         folder.truncate_after(self.begins)
         self.trackers = Trackers(self.config.log.trackers, folder.path, recipe=recipe, first_step=self.begins + 1)
         self.done: int | None = None  # iterations whose effects are in the learner, once it is ready
         self.saved: int | None = None  # the newest of them that a checkpoint holds
         self._processes: Processes | None = None  # once they are placed
         self._parts: Parts | None = None  # likewise
-        self._pool: Pool | None = None
+        self._pool: EnginePool | None = None
         self._given_up = False
         self.partial: PartialRollouts | None = None  # if the recipe asks for it
         self.timeline: Timeline | None = None  # likewise
@@ -123,7 +123,7 @@ class _Run:
         processes.ready()
         if self.start:
             self._restore(self.start)
-        self._pool = Pool(
+        self._pool = EnginePool(
             processes.engines,
             as_they_come,
             self.plan.chat,
@@ -168,7 +168,7 @@ class _Run:
         model = self.config.model.model_copy(update={"critic": None})
         return replace(self.plan, config=self.config.model_copy(update={"model": model}))
 
-    def _stage(self, pool: Pool) -> Stage:
+    def _stage(self, pool: EnginePool) -> Stage:
         config, plan = self.config, self.plan
 
         def attempts(prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
@@ -254,7 +254,7 @@ class _Run:
         )
 
     def _restore(self, start: Path) -> None:
-        counters = checkpoint.counters(start)
+        counters = checkpoints.counters(start)
         gather(
             [
                 team.start("restore", start / name, start / "state" / name, counters[f"{name}_steps"])
@@ -372,8 +372,8 @@ class _Run:
     def _finish(self) -> None:
         self.display.phase("checkpoint")
         self.checkpoints.settle()
-        newest = checkpoint.finished(self.folder.checkpoints)[-1]
-        checkpoint.publish(newest / "policy", self.folder.policy)
+        newest = checkpoints.finished(self.folder.checkpoints)[-1]
+        checkpoints.publish(newest / "policy", self.folder.policy)
         evaluations = [m for m in self.folder.read_metrics() if any(k.startswith("eval/") for k in m)]
         if evaluations:
             self.display.summary(evaluations[0], evaluations[-1])

@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import load_file
 
-from tests.command import ROOT, Command, metrics, named, run, samples, without_times
+from tests.support.command import ROOT, Command, metrics, named, run, samples, without_times
 
 ITERATIONS, PROMPTS, ROLLOUTS = 12, 8, 4
 KINDS = ("driver", "group", "Policy", "Critic", "Engine", "hang")

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from rewards.runner import RewardRunner
-from tests import tiny
-from tests.engine_process import EngineProcess, RemoteEngine
-from tests.judge_server import hurry
-from tests.reward_plugins import PLUGINS, TASKS
+from rewards.running.runner import RewardRunner
+from tests.support import tiny
+from tests.support.engine_process import EngineProcess, RemoteEngine
+from tests.support.judge_server import hurry
+from tests.support.reward_plugins import PLUGINS, TASKS
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runner(plugins: Path) -> Iterator[RewardRunner]:
-    """Scores the tasks of tests/reward_plugins.py."""
+    """Scores the tasks of tests/support/reward_plugins.py."""
     with RewardRunner(TASKS, plugins, workers=2) as made:
         yield made
 

@@ -29,7 +29,7 @@ from recipes.scale import practice, tokenizer, warm_start, world
 from recipes.scale.practice import Lesson, Prompter
 from recipes.scale.world import COLORS, PLACES, SHAPES, Problem, Scene
 from rewards.genrm import BEST, SHOWN, Comparison, GenRM
-from rl.model import attention, checkpoint
+from rl.model import attention, hf_folder
 from rl.model.config import register
 from rl.model.step_vl import StepVL
 from rl.types import Prompt
@@ -212,7 +212,7 @@ def vocabulary() -> list[str]:
 
 def grown(start: Path, words: Any) -> StepVL:
     """The model in `start` with the tokenizer `words`: tokens that it knows keep their vectors, new ones are random."""
-    old: Any = checkpoint.load(start)
+    old: Any = hf_folder.load(start)
     theirs: Any = AutoTokenizer.from_pretrained(start)
     before = theirs.get_vocab()
     torch.manual_seed(0)

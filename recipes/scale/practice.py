@@ -23,12 +23,12 @@ from rl.model.attention import Layout, Span
 from rl.model.packed import embed
 from rl.model.pictures import MEAN, STD
 from rl.model.step_vl import StepVL
-from rl.types import Messages, Prompt
-from rollout.pacore import Synthesis
+from rl.types import PooledAnswers, Prompt
+from rollout.pacore.prompt import SynthesisPrompt
 
 LONGEST = 176  # tokens of a response, more than any writer or judge uses
 TEMPLATE = Path(__file__).parent / "pacore.jinja"
-SYNTHESIS = Synthesis(TEMPLATE)
+SYNTHESIS = SynthesisPrompt(TEMPLATE)
 MESSAGES = (4, 24)  # how many answers of others a synthesis problem shows
 COPIES = 0.5  # share of the syntheses that only repeat a message
 
@@ -50,7 +50,7 @@ class Prompter:
 
     def _prompt(self, question: str, pictured: bool, shown: tuple[str, ...]) -> list[int]:
         plain = (world.asked(question, "picture" if pictured else None),)
-        messages = SYNTHESIS.turns(Prompt("", "", plain, shown=Messages(shown)))
+        messages = SYNTHESIS.turns(Prompt("", "", plain, shown=PooledAnswers(shown)))
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return [slot for token in ids for slot in (self.slots if token == self.image_id else [token])]

@@ -35,7 +35,7 @@ from recipes.scale import practice, tokenizer, world
 from recipes.scale.practice import Prompter
 from recipes.scale.world import Problem
 from recipes.scale.writers import ROUGH, rough_share
-from rl.model import attention, checkpoint
+from rl.model import attention, hf_folder
 from rl.model.config import StepVLConfig, register
 from rl.model.step_vl import StepVL
 from rl.types import SYNTHESIS_TEMPLATE, Prompt, Rollout
@@ -233,7 +233,7 @@ class School:
 
 def save(model: StepVL, folder: Path, templates: Mapping[str, str] = MappingProxyType({})) -> None:
     """Writes what vLLM needs beside the tokenizer that is in `folder` already; `templates` by file name."""
-    checkpoint.save(model, folder, templates=templates)
+    hf_folder.save(model, folder, templates=templates)
     text = model.config.text_config
     generation = {key: getattr(text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (folder / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True}, indent=2) + "\n")

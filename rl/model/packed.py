@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from rl.learner.packing import Pack
 from rl.model.logprobs import token_logprobs
-from rl.packing import Pack
 
 
 def embed(words: nn.Embedding, token_ids: Tensor, image_slots: Tensor, features: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,279 @@
+"""The one door to verl 0.9.1: its policy losses and its rollout corrections, in our types. verl is imported inside
+the functions, because that takes ten seconds and most runs never need it.
+
+Where verl computes something else than gae.py and losses.py (test_verl_bridge.py shows each):
+- Its "vanilla" policy loss clips twice when the advantage is negative (dual clip, c = 3). Here c is out of reach
+  unless a recipe sets `clip_ratio_c`; then it equals losses.clipped_policy_loss.
+- Its GAE always whitens the advantages, with the sample variance, and its advantages of masked tokens are not 0. Its
+  returns, and ours after the same whitening, agree.
+- Its value loss clips the change of the value. With the clip range out of reach it equals losses.value_loss.
+"""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rl.algorithm.losses import MAX_LOG_RATIO, MinibatchSize, Sums, kl_sum
+
+Parameters = Mapping[str, float | str]
+
+_OUT_OF_REACH = 1e9  # verl bounds log-ratios by 20 and e^20 is 4.9e8, so no ratio gets here
+_CLIP = ("clip_ratio", "clip_ratio_low", "clip_ratio_high")
+_SUM = ("loss_agg_mode", "loss_scale_factor")
+_AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+
+# What each of verl's losses reads. A loss that somebody else registered may be given any of these.
+_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "vanilla": (*_CLIP, "clip_ratio_c", *_SUM),
+    "dppo_tv": (*_CLIP, "clip_ratio_c", *_SUM),
+    "dppo_kl": (*_CLIP, "clip_ratio_c", *_SUM),
+    "gspo": (*_CLIP, *_SUM),
+    "sapo": ("tau_pos", "tau_neg"),
+    "gpg": _SUM,
+    "geo_mean": _CLIP,
+    "dro": ("dro_beta", *_SUM),
+    "cispo": (*_CLIP, *_SUM),
+}
+_DEFAULTS: dict[str, Parameters] = {
+    "vanilla": {"clip_ratio_c": _OUT_OF_REACH},
+    "dppo_tv": {"clip_ratio_c": 20.0},  # what verl's comments and arXiv:2602.04879 use; its config would say 3
+    "dppo_kl": {"clip_ratio_c": 20.0},
+}
+_REFUSED = {
+    "clip_cov": "its gradient depends on how a minibatch is split: it drops tokens, drawn at random, by their "
+    "covariance within the part it is given",
+    "kl_cov": "its gradient depends on how a minibatch is split: it penalises the tokens of largest covariance "
+    "within the part it is given",
+    "bypass_mode": "it takes the engine's logprobs for the old policy's and makes weights of its own; "
+    "ppo.ratio, ppo.tis_cap and ppo.rollout_correction say the same plainly",
+}
+
+
+def policy_loss_names() -> list[str]:
+    """All that verl has registered, but the refused ones."""
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    return [name for name in POLICY_LOSS_REGISTRY if name not in _REFUSED]
+
+
+def policy_loss(name: str, parameters: Parameters | None = None) -> "VerlPolicyLoss":
+    """One of verl's registered policy losses as a rl.algorithm.losses.PolicyLoss.
+
+    Args:
+        name: as in verl's registry.
+        parameters: verl's own names and meanings (clip_ratio, clip_ratio_low, tau_pos, dro_beta, ...). What is not
+            given has verl's default, except `clip_ratio_c`: out of reach for vanilla, and 20 for dppo_*, where it
+            caps the weight. clip_ratio sets both sides.
+    Raises:
+        ValueError: verl has no such loss; the loss does not read such a parameter, or needs one; or it is refused.
+            So is every loss whose gradient depends on how a minibatch is split: that is tried out on a small
+            example here, and thus holds for losses that others registered too.
+    """
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    choose = f"choose one of {', '.join(policy_loss_names())}"
+    if name not in POLICY_LOSS_REGISTRY:
+        raise ValueError(f"verl has no policy loss {name!r}; {choose}")
+    if name in _REFUSED:
+        raise ValueError(f"verl's policy loss {name} is refused ({_REFUSED[name]}); {choose}")
+    given = dict(parameters or {})
+    _check_parameters(name, given)
+    compute = POLICY_LOSS_REGISTRY[name]
+    loss = VerlPolicyLoss(name, compute, _actor_config(name, given, compute))
+    if _depends_on_split(loss):
+        raise ValueError(
+            f"verl's policy loss {name} with {given} is refused: on an example its gradient depends on how the "
+            "minibatch is split; write it as a sum over tokens or responses (verl's agg_loss does that)"
+        )
+    return loss
+
+
+@dataclasses.dataclass(frozen=True)
+class VerlPolicyLoss:
+    """A losses.PolicyLoss that verl computes. Rows are whole responses: a minibatch may be split between them,
+    not within them, because some of verl's losses look at a response as a whole."""
+
+    name: str
+    compute: Callable[..., tuple[Tensor, dict[str, Any]]]  # as verl registered it
+    config: Any  # verl's ActorConfig
+
+    def __call__(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        *,
+        size: MinibatchSize,
+        weights: Tensor | None = None,
+    ) -> tuple[Tensor, Sums]:
+        """The loss (scalar) and the sums approx_kl and clip_fraction, as in rl.algorithm.losses; all tensors [n, R]."""
+        logprobs, old_logprobs, advantages = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, advantages))
+        if self.name == "geo_mean":  # the only one whose ratio could overflow
+            now = logprobs.detach()
+            old_logprobs = now - (now - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        loss, metrics = self.compute(
+            old_logprobs,
+            logprobs,
+            advantages,
+            mask.to(logprobs.dtype),
+            self.config.loss_agg_mode,
+            dataclasses.replace(self.config, global_batch_info=self._global_batch_info(size)),
+            None if weights is None else torch.where(mask, weights, 0.0),
+        )
+        if self.name == "geo_mean":  # a mean over the rows of this call, whatever verl is told
+            loss = loss * (len(mask) / size.responses)
+        clipped = metrics.get("actor/pg_clipfrac", 0.0) * mask.sum()
+        return loss, {"approx_kl": kl_sum(logprobs, old_logprobs, mask), "clip_fraction": clipped.to(loss.dtype)}
+
+    def _global_batch_info(self, size: MinibatchSize) -> dict[str, Any]:
+        return {
+            "dp_size": 1,  # ranks' gradients are added by the learner, as for our own losses
+            "batch_num_tokens": size.tokens,
+            "global_batch_size": size.responses,
+            "loss_scale_factor": self.config.loss_scale_factor,
+        }
+
+
+def _check_parameters(name: str, given: Parameters) -> None:
+    known = _PARAMETERS.get(name) or tuple(dict.fromkeys(key for keys in _PARAMETERS.values() for key in keys))
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+            raise ValueError(f"verl's policy loss {name} has no parameter {key}; {hint}")
+        if key == "loss_agg_mode" and value not in _AGGREGATIONS:
+            raise ValueError(f"loss_agg_mode is {value!r}; choose one of {', '.join(_AGGREGATIONS)}")
+        if key != "loss_agg_mode" and not isinstance(value, int | float):
+            raise ValueError(f"{key} of verl's policy loss {name} is {value!r}; give a number")
+    if given.get("loss_agg_mode") == "seq-mean-token-sum-norm" and "loss_scale_factor" not in given:
+        raise ValueError("loss_agg_mode seq-mean-token-sum-norm needs loss_scale_factor, the tokens to divide by")
+
+
+def _actor_config(name: str, given: Parameters, compute: Callable[..., Any]) -> Any:
+    """verl's ActorConfig with the given parameters where verl's losses look for them."""
+    from verl.workers.config import ActorConfig, PolicyLossConfig
+
+    values = {"loss_agg_mode": _default_aggregation(compute), **_DEFAULTS.get(name, {}), **given}
+    if "clip_ratio" in values:  # verl reads the two sides, and this one only where they are None
+        values = {"clip_ratio_low": values["clip_ratio"], "clip_ratio_high": values["clip_ratio"], **values}
+    loss = PolicyLossConfig(loss_mode=name, **_fields_of(PolicyLossConfig, values))
+    return ActorConfig(
+        strategy="none", rollout_n=1, use_dynamic_bsz=True, policy_loss=loss, **_fields_of(ActorConfig, values)
+    )
+
+
+def _default_aggregation(compute: Callable[..., Any]) -> str:
+    """The way to add up tokens that the loss's own signature names: over tokens, or (GSPO) over responses."""
+    parameter = inspect.signature(compute).parameters.get("loss_agg_mode")
+    return parameter.default if parameter and isinstance(parameter.default, str) else "token-mean"
+
+
+def _fields_of(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(config)}
+    return {key: value for key, value in values.items() if key in names}
+
+
+def _depends_on_split(loss: VerlPolicyLoss) -> bool:
+    """Whether the gradient on six made-up responses changes when they come as two parts."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 5, 2, 12, 9, 7])
+    mask = torch.arange(12) < lengths[:, None]
+    logprobs, noise, advantages = torch.randn(3, 6, 12, generator=generator, dtype=torch.float64).unbind()
+    logprobs = (-logprobs.abs()).requires_grad_()
+    old = (logprobs - 0.3 * noise).detach()
+    size = MinibatchSize(tokens=int(lengths.sum()), responses=6)
+
+    def gradient(*parts: slice) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for part in parts:
+            width = slice(0, int(lengths[part].max()))
+            piece = (x[part, width] for x in (logprobs, old, 3 * advantages, mask))
+            total = total + loss(*piece, size=size)[0]
+        return torch.autograd.grad(total, logprobs)[0]
+
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        whole, split = gradient(slice(0, 6)), gradient(slice(0, 3), slice(3, 6))
+    return not torch.allclose(whole, split, rtol=1e-5, atol=1e-9)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutCorrection:
+    """What verl makes of the gap between the engine that sampled and the policy that learns."""
+
+    weights: Tensor | None  # [N, R] for a PolicyLoss, 0 where the given mask is False; None without rollout_is
+    mask: Tensor  # [N, R] bool, the given one without the rejected tokens: the mask of the policy loss
+    sums: Sums  # tis_mean and tis_capped_fraction over `mask`, as losses.tis_weights has them
+    metrics: dict[str, float]  # verl's own, named rollout_corr/...
+
+
+@torch.no_grad()
+def rollout_correction(
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    rollout_is: Literal["token", "sequence"] | None = None,
+    rollout_is_threshold: float | str = 2.0,
+    rollout_is_batch_normalize: bool = False,
+    rollout_rs: str | None = None,
+    rollout_rs_threshold: float | str | None = None,
+) -> RolloutCorrection:
+    """verl's importance weights pi_old / pi_rollout and rejection masks.
+
+    Call it once per minibatch, on all of it, before it is split; with torch.distributed running, on every rank.
+    `rollout_is_batch_normalize` divides by a mean over everything in the call (and over all ranks); every other
+    weight and mask depends on its own token or response alone. The metrics are means over the call.
+
+    Args:
+        old_logprobs: [N, R] of the learner before the update, nats.
+        rollout_logprobs: [N, R] that the engine sampled with.
+        mask: [N, R] bool; rows are whole responses.
+        rollout_is: a weight per token, or one per response (the product over its tokens).
+        rollout_is_threshold: a number caps the weights there (truncated importance sampling); "low_high" makes
+            weights outside of the two 0 (IcePop). Read only with rollout_is.
+        rollout_is_batch_normalize: divide the weights by their mean.
+        rollout_rs: comma-separated reasons to leave out tokens (token_k1, ...) or responses (seq_mean_k1, ...).
+        rollout_rs_threshold: one for all reasons or one for each, comma-separated; "low_high" ratios for k1.
+    Raises:
+        ValueError: no token is chosen; nothing is asked for; rollout_rs without its threshold or the reverse; or
+            verl knows no such kind or threshold.
+    Source: verl.trainer.ppo.rollout_corr_helper, whose text explains every kind.
+    """
+    _check_correction(rollout_is, rollout_is_batch_normalize, rollout_rs, rollout_rs_threshold)
+    if not mask.any():
+        raise ValueError("no token to correct: mask is False everywhere; leave such a minibatch out")
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
+
+    proto, kept, metrics = compute_rollout_correction_and_rejection_mask(
+        old_log_prob=torch.where(mask, old_logprobs, 0.0),
+        rollout_log_prob=torch.where(mask, rollout_logprobs, 0.0),
+        response_mask=mask.to(old_logprobs.dtype),
+        rollout_is=rollout_is,
+        rollout_is_threshold=rollout_is_threshold,
+        rollout_is_batch_normalize=rollout_is_batch_normalize,
+        rollout_rs=rollout_rs,
+        rollout_rs_threshold=rollout_rs_threshold,
+    )
+    kept = kept.bool()
+    weights: Any = None if proto is None else proto.batch["rollout_is_weights"]
+    high = metrics.get("rollout_corr/rollout_is_ratio_fraction_high", 0.0)
+    sums = {
+        "tis_mean": kept.sum() * 1.0 if weights is None else torch.where(kept, weights, 0.0).sum(),
+        "tis_capped_fraction": kept.sum() * high,
+    }
+    return RolloutCorrection(weights, kept, sums, metrics)
+
+
+def _check_correction(kind: str | None, normalize: bool, reject: str | None, limit: float | str | None) -> None:
+    if kind is None and reject is None:
+        raise ValueError("rollout_correction asks for nothing; set rollout_is (token or sequence), rollout_rs or both")
+    if (reject is None) != (limit is None):
+        raise ValueError(f"rollout_rs is {reject} and rollout_rs_threshold {limit}; set both or neither")
+    if normalize and kind is None:
+        raise ValueError("rollout_is_batch_normalize has no weights to normalise; set rollout_is")

@@ -1,0 +1,68 @@
+"""How every command ends: its exit code, and the one message that the user reads.
+
+Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 130 interrupted after saving.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rl.interrupt import Interrupted
+from rl.stop import Stop, WorkerDied
+
+if TYPE_CHECKING:
+    from rl.config import Config
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+NO_GPU = (
+    "{recipe} is the full-size run: it needs a GPU for each vLLM engine, for the policy and for the critic, and this "
+    "machine has none.\nTo run it here with the small model that ships: add --profile cpu. To use your own small model "
+    "on the CPU: add learner.device=cpu."
+)
+
+
+class InputError(ValueError):
+    """The user asked for something that cannot be done. The message is all that the user needs to see."""
+
+
+def run_command(
+    work: Callable[[], int],
+    *,
+    input_errors: tuple[type[Exception], ...] = (InputError,),
+    failures: tuple[type[Exception], ...] = (Stop, WorkerDied),
+    resume: str = "",
+    interrupted: str = "interrupted",
+) -> int:
+    """Runs a command and returns its exit code. An error of a type that is not named here keeps its traceback.
+
+    Args:
+        work: the command; returns its exit code.
+        input_errors: exceptions that mean exit code 2.
+        failures: exceptions that mean exit code 1. `input_errors` has precedence.
+        resume: how to continue; printed after a failure and after an interruption.
+        interrupted: message after Ctrl-C.
+    """
+    try:
+        return work()
+    except input_errors as error:
+        code, message = WRONG_INPUT, f"error: {error}"
+    except failures as error:
+        code, message = FAILED, "\n".join(filter(None, [f"error: {error}", resume]))
+    except (Interrupted, KeyboardInterrupt):
+        code, message = INTERRUPTED, "\n".join(filter(None, [interrupted, resume]))
+    print(message, file=sys.stderr)
+    return code
+
+
+def has_gpus() -> bool:
+    """Whether this machine has GPUs, or a Ray cluster is named that may have some."""
+    import torch
+
+    return torch.cuda.is_available() or "RAY_ADDRESS" in os.environ
+
+
+def check_hardware(config: "Config", *, dry_run: bool) -> None:
+    """Raises InputError for a recipe that needs GPUs on a machine without any. A dry run needs none."""
+    if config.learner.device != "cpu" and not dry_run and not has_gpus():
+        raise InputError(NO_GPU.format(recipe="This recipe"))

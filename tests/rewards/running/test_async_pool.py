@@ -1,0 +1,97 @@
+"""Rewards that wait run side by side; an endpoint that stays away holds its samples and nothing else."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from rewards.endpoint import EndpointSpec
+from rewards.running import async_pool
+from rewards.running.runner import RewardRunner
+from tests.support.judge_server import Reply, judge_server
+from tests.support.reward_plugins import rollout, spec
+
+# Rewards that wait
+
+
+def test_async_rewards_wait_side_by_side_in_one_process(runner: RewardRunner) -> None:
+    start = time.monotonic()
+    scored = runner.score([rollout("sleep 0.5", task="waits", truth=str(i)) for i in range(40)])
+    assert {one.reward for one in scored} == {0.25} and len({one.details["pid"] for one in scored}) == 1
+    assert time.monotonic() - start < 5.0  # one after the other they would take 20 s
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("hang", "took longer than 1 s"),
+        ("raise", "KeyError: 'nothing' (plugins.py:"),
+        ("tire", "TimeoutError: its own patience is over (plugins.py:"),
+        ("die", "its process was killed by SIGKILL"),
+        ("eat", "its process ended with exit code 3"),
+        ("block", "it blocked the event loop for "),
+    ],
+)
+def test_an_async_reward_that_fails_costs_only_its_own_sample(runner: RewardRunner, text: str, why: str) -> None:
+    others = [rollout("sleep 0.2", task="waits", truth=f"{text}{i}") for i in range(6)]
+    scored = runner.score([*others[:3], rollout(text, task="waits"), *others[3:]])
+    assert scored[3].invalid and why in scored[3].invalid
+    assert [(one.reward, one.invalid) for one in scored if one is not scored[3]] == [(0.25, None)] * 6
+
+
+def test_the_same_question_about_the_same_response_is_asked_once(runner: RewardRunner) -> None:
+    start = time.monotonic()
+    for _ in range(2):
+        scored = runner.score([rollout("sleep 0.8", task="waits", prompt=str(i)) for i in range(3)])
+        assert [one.rollout.prompt.id for one in scored] == ["0", "1", "2"]
+    assert time.monotonic() - start < 1.6
+
+
+# Endpoints that stay away
+
+
+def asking(url: str, max_wait_s: float) -> RewardRunner:
+    """A runner whose task `t` asks a judge that is tried once and then counts as away."""
+    judge = EndpointSpec("judge", url, "m", retries=0, max_wait=max_wait_s)
+    specs = {"t": [spec("verifier", {"endpoint": "judge"}, timeout_s=None)]}
+    return RewardRunner(specs, endpoints={"judge": judge})
+
+
+def test_samples_wait_for_a_judge_that_is_away_and_the_outage_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_pool, "PROBE_S", (0.2, 0.5))
+    told: list[async_pool.Outage] = []
+    right = {"reasoning": "equal", "verdict": "correct"}
+    away = [Reply("busy", status=503)] * 6
+    with judge_server([*away, right]) as server, asking(server.url, max_wait_s=60) as asks:
+        asks.on_outage = told.append
+        scored = asks.score([rollout(str(i), task="t", truth=str(i)) for i in range(4)])
+    assert [(one.reward, one.invalid) for one in scored] == [(1.0, None)] * 4
+    assert [outage.why is None for outage in told] == [False, True]
+    assert "HTTP 503: busy" in str(told[0].why) and told[1].seconds > 0.2
+
+
+def test_waiting_for_a_judge_ends_after_its_max_wait_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_pool, "PROBE_S", (0.2, 0.5))
+    with (
+        judge_server([Reply("busy", status=503)]) as server,
+        asking(server.url, max_wait_s=1) as asks,
+        pytest.raises(async_pool.EndpointAway, match=r"endpoint 'judge' has not answered for \d+ s.*HTTP 503"),
+    ):
+        asks.score([rollout(str(i), task="t", truth=str(i)) for i in range(4)])
+
+
+def test_a_probe_that_dies_does_not_strand_what_waits_for_the_endpoint(
+    plugins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_pool, "PROBE_S", (0.2, 0.5))
+    away = EndpointSpec("judge", "http://127.0.0.1:9/v1", "m", max_wait=30)
+    answers = [f"{kind} {tmp_path / kind}" for kind in ("fragile", "patient")]
+    with RewardRunner({"t": [spec("plugins.py:waits")]}, plugins, endpoints={"judge": away}) as waiting:
+        fragile, patient = waiting.score([rollout(answer, task="t") for answer in answers])
+    assert fragile.invalid == "reward waits: its process was killed by SIGKILL"
+    assert (patient.reward, patient.invalid) == (0.25, None)
+
+
+def test_an_endpoint_the_recipe_does_not_have_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ValueError, match=r"asks the endpoint 'jugde', .* add it under"):
+        RewardRunner({"t": [spec("verifier", {"endpoint": "jugde"})]})

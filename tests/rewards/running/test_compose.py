@@ -1,0 +1,66 @@
+"""Several rewards and penalties of one task make one score; a batch is scored while it is sampled."""
+
+from pathlib import Path
+
+import pytest
+
+from rewards.running.runner import RewardRunner
+from rl.config import RewardSpec
+from tests.support.reward_plugins import penalty_spec, rollout, spec
+
+# Several rewards and penalties
+
+
+def test_a_task_may_sum_weighted_rewards_and_its_penalties_take_from_the_reward_they_stand_under(
+    runner: RewardRunner,
+) -> None:
+    calm, rude = [rollout("5", task="sum"), rollout("5!", task="sum")]
+    first, second = runner.score([calm, rude])
+    # 0.8 * 0.5 + 0.2 * 1 - 0.1 * 0 (shortest); then "5!" is half an offence, of which half counts: 0.8 * 0.5 * 0.75,
+    # is not exactly 5, and second in length
+    assert first.reward == pytest.approx(0.6)
+    assert first.parts == {"obey": 0.5, "rude": 0.0, "exact": 1.0, "rank": 0.0}
+    assert second.reward == pytest.approx(0.3 - 0.1)
+    assert second.parts == {"obey": 0.5, "rude": 0.5, "exact": 0.0, "rank": 1.0}
+    assert set(first.details) == {"obey", "exact"} and first.details["exact"] == {"answer": "5"}
+
+
+def test_the_bounds_of_a_sum_are_those_of_its_parts_with_their_weights(runner: RewardRunner) -> None:
+    assert (runner.lowest("sum"), runner.highest("sum")) == pytest.approx((-0.1, 1.0))
+
+
+def test_a_full_offence_takes_a_reward_to_its_lowest_value_even_below_zero(runner: RewardRunner) -> None:
+    scored = runner.score([rollout(text, task="signed") for text in ("", "!", "!!")])
+    assert [one.reward for one in scored] == [1.0, 0.0, -1.0]
+
+
+def test_a_sample_is_invalid_if_any_of_its_parts_is(runner: RewardRunner) -> None:
+    dead, offended = runner.score([rollout("die", task="sum", prompt="a"), rollout("!!!", task="sum", prompt="b")])
+    assert dead.invalid == "reward obey: its process was killed by SIGKILL"
+    assert offended.invalid == "penalty rude: returned 1.5; a penalty is between 0 (no offence) and 1"
+
+
+@pytest.mark.parametrize("given", [spec("plugins.py:rude"), spec("exact", penalties=(penalty_spec("exact"),))])
+def test_a_penalty_is_no_reward_and_a_reward_no_penalty(plugins: Path, given: RewardSpec) -> None:
+    with pytest.raises(ValueError, match=r"is a (penalty|reward) and belongs under (penalties|rewards)"):
+        RewardRunner({"t": [given]}, plugins)
+
+
+# A batch that is scored while it is sampled
+
+
+def test_rollouts_may_come_in_any_order_and_groups_wait_for_their_last(runner: RewardRunner) -> None:
+    rollouts = [rollout("x" * n, task="rank", prompt="a") for n in (3, 1)] + [rollout("fine"), rollout("print")]
+    scoring = runner.begin(per_prompt=2)
+    for place in (3, 1, 2, 0):
+        scoring.add(place, rollouts[place])
+    scored = scoring.results()
+    assert [one.rollout for one in scored] == rollouts
+    assert [one.reward for one in scored] == [0.1, 0.0, 0.25, 0.25]
+
+
+def test_a_group_that_never_became_complete_is_told(runner: RewardRunner) -> None:
+    scoring = runner.begin(per_prompt=2)
+    scoring.add(0, rollout("x", task="rank"))
+    with pytest.raises(ValueError, match="1 prompts have not all of their 2 rollouts yet"):
+        scoring.results()

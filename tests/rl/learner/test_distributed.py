@@ -1,0 +1,224 @@
+"""Learner and critic split over processes (FSDP2 on gloo): the same numbers as in one, whatever each of them gets."""
+
+import json
+import socket
+import time
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rl.config import Config
+from rl.learner.critic import Critic
+from rl.learner.distributed import Ranks
+from rl.learner.packing import Batch, Group, balanced, collate, rows_of_rank
+from rl.learner.policy import Policy
+from rl.learner.targets import make_targets
+from rl.model import hf_folder
+from rl.types import Prompt, Rollout, Scored
+from tests.rl.learner.test_packing import group
+from tests.rl.learner.test_policy import PICTURES, config
+from tests.support.models import IMAGE_TOKEN, step_vl, text_model
+
+ITERATIONS = 2
+
+
+def batch(prompts: int, *, pictures: bool) -> Batch:
+    """Every third prompt shows pictures; groups of one to three responses of uneven lengths."""
+    scored = []
+    generator = torch.Generator().manual_seed(3)
+    for number in range(prompts):
+        images = PICTURES[: 1 + number % 2] if pictures and number % 3 == 0 else []
+        prompt_ids = (IMAGE_TOKEN,) * 4 * len(images) + tuple(range(10, 14 + number % 2))
+        for index in range(1 + number % 3):
+            length = 1 + (5 * number + 3 * index) % 11
+            response = tuple(torch.randint(10, 60, (length,), generator=generator).tolist())
+            rollout = Rollout(
+                Prompt(str(number), "t", (), tuple(images)), "", "stop", prompt_ids, response, (-4.0,) * length
+            )
+            scored.append(Scored(rollout, float(torch.rand((), generator=generator))))
+    return collate(scored)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "pictures and text": {"prompts": 7, "pictures": True},
+    # one group for two ranks, whose prompt has no picture: the second rank only keeps step
+    "fewer groups than ranks": {"prompts": 2, "pictures": False, "ppo": {"minibatches": 1, "critic_minibatches": 1}},
+    "clip, entropy, recomputation": {
+        "prompts": 5,
+        "pictures": True,
+        "ppo": {"ratio": "clip", "entropy": 0.01},
+        "learner": {"activation_checkpointing": True, "token_budget": 64},
+    },
+    "tied embeddings": {"prompts": 4, "pictures": False, "tied": True},
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Policy and critic of one case, and the data that every iteration trains on."""
+
+    policy: Policy
+    critic: Critic
+    data: Batch
+    features: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, ranks: Ranks, case: dict[str, Any], folder: str) -> "Pair":
+        made = config(folder, policy_lr=1e-3, critic_lr=1e-3, **case.get("ppo", {}))
+        learner = made.learner.model_copy(update=case.get("learner", {}))
+        cfg: Config = made.model_copy(update={"learner": learner})
+        policy, critic = Policy(folder, cfg, ranks), Critic(folder, cfg, ranks)
+        features = {p.digest: policy.encode(p) for p in PICTURES} if case["pictures"] else {}
+        return cls(policy, critic, batch(case["prompts"], pictures=case["pictures"]), features)
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        values, final = self.critic.values(self.data, self.features)
+        targets = make_targets(self.data, values, final, self.policy.config.ppo)
+        given = self.data, targets, self.features, iteration
+        return self.critic.update(*given) | self.policy.update(*given)
+
+    def keep(self, file: Path) -> None:
+        """What it says of the data, and the policy's weights."""
+        values = self.critic.values(self.data, self.features)[0]
+        tensors = {"logprobs": self.policy.logprobs(self.data, self.features), "values": values}
+        weights = self.policy.weights()
+        assert bool(weights) == self.policy.ranks.first
+        if self.policy.ranks.first:
+            tensors |= {name: torch.as_tensor(weight).clone() for name, weight in weights.items()}
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+
+    def save(self, folder: Path) -> None:
+        models = {"policy": self.policy, "critic": self.critic}
+        steps = {name: model.save(folder / name, folder / "state" / name) for name, model in models.items()}
+        while not all([model.written() for model in models.values()]):
+            time.sleep(0.02)
+        (folder / "steps.json").write_text(json.dumps(steps))
+
+    def restore(self, folder: Path) -> None:
+        steps = json.loads((folder / "steps.json").read_text())
+        self.policy.restore(folder / "policy", folder / "state/policy", steps["policy"])
+        self.critic.restore(folder / "critic", folder / "state/critic", steps["critic"])
+
+
+def trained(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> None:
+    """Two iterations of critic and policy, a checkpoint, and one more; saves what came out."""
+    pair = Pair.of(ranks, case, str(folder / "model"))
+    numbers: dict[str, float] = {}
+    for iteration in range(1, ITERATIONS + 1):
+        numbers |= {f"{name} {iteration}": value for name, value in pair.iterate(iteration).items()}
+    pair.keep(results / "tensors")
+    pair.save(results)
+    if ranks.first:
+        (results / "numbers.json").write_text(json.dumps(numbers))
+    pair.iterate(ITERATIONS + 1)
+    pair.keep(results / "one iteration later")
+
+
+def continued(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> None:
+    """One iteration after the checkpoint in `results`, with another number of ranks than it was made with."""
+    pair = Pair.of(ranks, case, str(folder / "model"))
+    pair.restore(results)
+    pair.iterate(ITERATIONS + 1)
+    pair.keep(results / "continued")
+
+
+def one_of_two(rank: int, address: str, folder: Path) -> None:
+    """What each of two processes does, for every case after the other."""
+    ranks = Ranks("cpu", rank, 2, address, threads=1)
+    for name, case in CASES.items():
+        trained(ranks, case, folder / name, folder / name / "2")
+        continued(ranks, case, folder / name, folder / name / "1")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """Folder with <case>/<number of ranks>, from one process and from two that were started once."""
+    folder = tmp_path_factory.mktemp("ranks")
+    alone = Ranks("cpu", threads=1)
+    for name, case in CASES.items():
+        hf_folder.save(text_model(tied=True) if case.get("tied") else step_vl(), folder / name / "model")
+        for count in "12":
+            (folder / name / count).mkdir()
+        trained(alone, case, folder / name, folder / name / "1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    context = get_context("spawn")
+    started = [context.Process(target=one_of_two, args=(rank, address, folder)) for rank in range(2)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(timeout=300)
+        assert process.exitcode == 0
+    for name, case in CASES.items():
+        continued(alone, case, folder / name, folder / name / "2")
+    return folder
+
+
+def assert_close(one: Path, two: Path) -> None:
+    ours, theirs = load_file(one), load_file(two)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        torch.testing.assert_close(theirs[key], tensor, atol=1e-5, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_give_the_numbers_of_one(name, results):
+    one, two = (json.loads((results / name / count / "numbers.json").read_text()) for count in "12")
+    assert one.keys() == two.keys()
+    for key, number in one.items():
+        assert two[key] == pytest.approx(number, rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("file", ["tensors", "policy/model.safetensors", "critic/model.safetensors"])
+def test_two_ranks_save_and_hand_on_the_tensors_of_one(name, file, results):
+    assert_close(results / name / "1" / file, results / name / "2" / file)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("saved_by", ["1", "2"])
+def test_a_checkpoint_continues_with_another_number_of_ranks_as_with_its_own(name, saved_by, results):
+    found = results / name / saved_by
+    assert_close(found / "one iteration later", found / "continued")
+
+
+def test_every_rank_writes_its_own_share_of_the_training_state(results):
+    for name in ("policy", "critic"):
+        files = sorted((results / "pictures and text/2/state" / name).iterdir())
+        assert len(files) == 2 and all(file.suffix == ".safetensors" for file in files)
+
+
+def test_every_rank_has_as_many_rows_and_every_response_counts_once():
+    groups = [group(5, *[4] * 7, first_row=0), group(3, 2, 9, first_row=7), group(1, 1, first_row=9)]
+    ranks = [rows_of_rank(groups, 20, None, rank=r, ranks=3, pairs_per_token=10.0) for r in range(3)]
+    assert len({len(rows) for rows in ranks}) == 1
+    counted = [i for rows in ranks for row in rows if row.counts for i in row.pack.rows.tolist()]
+    assert sorted(counted) == list(range(10))
+
+
+def test_a_rank_without_work_keeps_step_with_the_smallest_row():
+    rows = rows_of_rank([group(5, 4)], 20, None, rank=0, ranks=2, pairs_per_token=10.0)
+    other = rows_of_rank([group(5, 4)], 20, None, rank=1, ranks=2, pairs_per_token=10.0)
+    assert sorted([rows[0].counts, other[0].counts]) == [False, True]
+
+
+def test_work_is_shared_evenly():
+    # differences 8 - 7 = 1 and 6 - 5 = 1, then 4 - 1 = 3, then 3 - 1 = 2: sums of 14 and 16
+    assert balanced([8, 7, 6, 5, 4], 2) == [[0, 2], [1, 3, 4]]
+    assert balanced([], 2) == [[], []]
+    work = torch.empty(200).log_normal_(0, 1, generator=torch.Generator().manual_seed(0)).tolist()
+    sums = [sum(work[i] for i in share) for share in balanced(work, 8)]
+    assert sorted(i for share in balanced(work, 8) for i in share) == list(range(200))
+    assert max(sums) - min(sums) < 0.01 * max(sums)
+
+
+def test_pairs_count_what_attention_compares():
+    made: Group = group(3, 2, 1)
+    assert made.pairs == (1 + 2 + 3) + (4 + 5) + 4

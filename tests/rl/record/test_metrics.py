@@ -1,0 +1,101 @@
+"""Metrics: each has a sentence, and an iteration's samples add up to the right numbers."""
+
+import math
+
+import pytest
+
+from rl.record.metrics import METRICS, check, describe, rollout_metrics
+from rl.types import Finish, Prompt, Rollout, Scored
+
+
+def sample(
+    task: str,
+    reward: float,
+    tokens: int = 1,
+    finish: Finish = "stop",
+    invalid: str | None = None,
+    **parts: float,
+) -> Scored:
+    rollout = Rollout(Prompt("p", task, ()), "text", finish, response_ids=(0,) * tokens)
+    return Scored(rollout, reward, invalid, parts)
+
+
+def test_every_metric_says_how_to_read_it_and_which_way_is_good() -> None:
+    names = [metric.name for metric in METRICS]
+    assert len(names) == len(set(names))
+    for metric in METRICS:
+        assert metric.meaning.endswith(".") and metric.better in ("higher", "lower", "neither")
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("reward/mean", "reward/mean"),
+        ("reward/counting", "reward/<task>"),
+        ("reward/counting/exact", "reward/<task>/<part>"),
+        ("eval/counting", "eval/<task>"),
+        ("response/tokens_mean", "response/tokens_mean"),
+        ("response/tokens_mean/counting", "response/tokens_mean/<task>"),
+        ("time/total", "time/total"),
+    ],
+)
+def test_a_name_finds_its_sentence(name: str, entry: str) -> None:
+    assert describe(name).name == entry
+
+
+@pytest.mark.parametrize("name", ["policy/los", "eval", "eval/", "eval/a/b", "reward/a/b/c", "response/x/y", ""])
+def test_a_name_without_a_sentence_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="has no sentence"):
+        describe(name)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="the nearest is policy/loss"):
+        check({"iteration": 1, "policy/los": 0.5})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "0.5", True])
+def test_a_value_that_is_no_finite_number_is_refused_with_its_iteration(value: object) -> None:
+    with pytest.raises(ValueError, match=f"policy/loss of iteration 3 is {value!r}"):
+        check({"iteration": 3, "stage": "rlvr", "policy/loss": value})
+
+
+def test_rewards_are_averaged_over_all_samples_tasks_and_parts() -> None:
+    scored = [sample("b", 1.0, format=1.0), sample("b", 0.0, format=1.0), sample("a", 0.5), sample("a", 0.5)]
+    metrics = rollout_metrics(scored, rollouts_per_prompt=2)
+    assert metrics["reward/mean"] == 0.5
+    assert metrics["reward/std"] == pytest.approx(math.sqrt(0.125))  # (0.25 + 0.25 + 0 + 0) / 4
+    assert (metrics["reward/a"], metrics["reward/b"], metrics["reward/b/format"]) == (0.5, 0.5, 1.0)
+    assert metrics["reward/flat_group_fraction"] == 0.5  # b differs, a is flat
+    check(metrics)
+
+
+def test_invalid_samples_count_as_invalid_and_nowhere_else_in_rewards() -> None:
+    scored = [sample("a", 1.0), sample("a", math.nan, invalid="endpoint down")]
+    metrics = rollout_metrics(scored, rollouts_per_prompt=2)
+    assert (metrics["reward/mean"], metrics["reward/invalid_fraction"]) == (1.0, 0.5)
+    assert metrics["reward/flat_group_fraction"] == 1.0  # the one valid reward equals itself
+
+
+def test_a_mean_over_nothing_is_left_out() -> None:
+    metrics = rollout_metrics([sample("a", math.nan, invalid="x")] * 2, rollouts_per_prompt=2)
+    assert metrics["reward/invalid_fraction"] == 1.0
+    assert not {"reward/mean", "reward/a", "reward/flat_group_fraction"} & metrics.keys()
+
+
+def test_lengths_and_truncation_are_over_all_samples() -> None:
+    scored = [
+        sample("a", 0, 10),
+        sample("a", 0, 20),
+        sample("b", 0, 60, "length"),
+        sample("b", 0, 30, invalid="x"),
+    ]
+    metrics = rollout_metrics(scored, rollouts_per_prompt=1)
+    assert metrics["response/tokens_mean"] == 30
+    assert (metrics["response/tokens_mean/a"], metrics["response/tokens_mean/b"]) == (15, 45)
+    assert metrics["response/truncated_fraction"] == 0.25
+
+
+def test_samples_that_are_no_whole_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 samples do not split into groups of 2"):
+        rollout_metrics([sample("a", 0)] * 3, rollouts_per_prompt=2)

@@ -1,0 +1,54 @@
+"""timeline.json: complete after every write, and nobody waits for a busy process to tell."""
+
+import json
+from typing import Any
+
+from rl.record.timeline import Span, Timeline
+
+
+class Remembering:
+    """A worker with spans to tell; counts who waited for them."""
+
+    def __init__(self, *spans: Span) -> None:
+        self.told, self.waited = list(spans), 0
+
+    def spans(self) -> Any:
+        return self
+
+    def result(self) -> list[Span]:
+        self.waited += 1
+        told, self.told = self.told, []
+        return told
+
+
+def test_spans_of_all_processes_are_in_one_file_in_microseconds(tmp_path):
+    timeline = Timeline(tmp_path / "t.json", {"engine 0": Remembering(("stream", 10.5, 12.0))})
+    timeline.add("loop", "rollout", 10.0, 12.5)
+    timeline.write()
+    timeline.add("loop", "sync", 13.0, 13.25)
+    timeline.write()
+    events = json.loads((tmp_path / "t.json").read_text())
+    names = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert [(names[e["pid"]], e["name"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"] == [
+        ("loop", "rollout", 10_000_000, 2_500_000),
+        ("engine 0", "stream", 10_500_000, 1_500_000),
+        ("loop", "sync", 13_000_000, 250_000),
+    ]
+
+
+def test_a_busy_process_is_asked_now_and_heard_later(tmp_path):
+    busy = Remembering(("stream", 1.0, 2.0))
+    timeline = Timeline(tmp_path / "t.json", {"engine 0": busy})
+    timeline.write(busy=["engine 0"])
+    assert busy.waited == 0 and not (tmp_path / "t.json").exists()
+    timeline.write()
+    assert busy.waited == 1 and "stream" in (tmp_path / "t.json").read_text()
+
+
+def test_a_resumed_run_continues_the_file_in_the_same_lanes(tmp_path):
+    for moment in (1.0, 5.0):
+        timeline = Timeline(tmp_path / "t.json", {})
+        timeline.add("loop", "rollout", moment, moment + 1)
+        timeline.write()
+    events = json.loads((tmp_path / "t.json").read_text())
+    assert len(events) == 4 and len({event["pid"] for event in events}) == 1

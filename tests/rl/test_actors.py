@@ -1,0 +1,58 @@
+"""Processes of a run that hang: noticed after the patience that they were given, and ended."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rl.actors import cluster, place, place_team
+from rl.stop import WorkerDied
+from tests.support.command import wait_until
+
+
+class Sleeper:
+    """Says where it is, then takes its time."""
+
+    def __init__(self, folder: str, seconds: float = 0, rank: int = 0, count: int = 1, address: str = "") -> None:
+        Path(folder, str(rank)).write_text(str(os.getpid()))
+        time.sleep(seconds)
+
+    @classmethod
+    def of_rank(cls, folder: str, rank: int, count: int, address: str) -> "Sleeper":
+        return cls(folder, 0, rank, count, address)
+
+    def nap(self) -> str:
+        return "slept"
+
+    def sleep(self) -> None:
+        signal.pause()
+
+
+@pytest.fixture(scope="module")
+def joined() -> Iterator[None]:
+    with cluster():
+        yield
+
+
+def ended(process: Path) -> Callable[[], bool]:
+    return lambda: not Path("/proc", process.read_text()).exists()
+
+
+def test_one_that_hangs_while_it_starts_is_noticed(joined: None, tmp_path: Path) -> None:
+    worker = place(Sleeper, str(tmp_path), 1000)
+    with pytest.raises(WorkerDied, match=r"no sign of life for 1 s"):
+        worker.ready(1)
+    worker.end()
+
+
+def test_a_team_that_hangs_is_ended(joined: None, tmp_path: Path) -> None:
+    team = place_team(Sleeper.of_rank, str(tmp_path), count=2, patience=5)
+    team.ready(60)
+    assert team.call("nap") == "slept"
+    with pytest.raises(WorkerDied, match=r"no sign of life for 5 s"):
+        team.call("sleep")
+    for rank in "01":
+        wait_until(ended(tmp_path / rank))

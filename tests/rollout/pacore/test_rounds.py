@@ -1,0 +1,210 @@
+"""SeRe and PaCoRe at inference, with a scripted model: rounds, compaction, seeds, order of work, room, tokens."""
+
+import asyncio
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from rl.types import Prompt
+from rollout.generate import Settings, generate
+from rollout.pacore.client import Slots
+from rollout.pacore.prompt import SynthesisPrompt
+from rollout.pacore.rounds import PacoreResult, Reply, TooLong, Turns, plan_of, think
+
+PROBLEM: Turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
+
+
+def reply(text: str, tokens: int = 5, finish: Any = "stop") -> Reply:
+    return Reply(text, finish, tokens, 10)
+
+
+class Model:
+    """Answers by the script: (text of the last turn, seed) -> reply; remembers what it was asked."""
+
+    def __init__(self, script: Callable[[str, int], Reply]) -> None:
+        self.script = script
+        self.asked: list[tuple[str, int, int]] = []
+
+    async def __call__(self, turns: Turns, seed: int, urgency: int, count: int = 1) -> list[Reply]:
+        """As vLLM, which gives each of several replies to one request the next seed."""
+        text = str(turns[-1]["content"])
+        self.asked += [(text, seed + n, urgency) for n in range(count)]
+        await asyncio.sleep(0)
+        return [self.script(text, seed + n) for n in range(count)]
+
+
+def thought(model: Model, plan: Sequence[int], **options: Any) -> PacoreResult:
+    return asyncio.run(think(PROBLEM, plan, model, SynthesisPrompt(), "0/a", **options))
+
+
+def test_sere_is_one_chain_on_the_plain_problem() -> None:
+    model = Model(lambda text, seed: reply("<think>hm</think>4"))
+    found = thought(model, ())
+    assert [text for text, _, _ in model.asked] == ["What is 2 + 2?"]
+    assert (found.reply.message, found.tokens, len(found.rounds)) == ("4", 5, 1)
+
+
+def test_pacore_shows_final_answers_only_and_counts_all_tokens() -> None:
+    model = Model(lambda text, seed: reply("<think>secret</think>four" if "Answer 1" not in text else "4"))
+    found = thought(model, (16,))
+    *trajectories, (shown, _, _) = model.asked
+    assert len(trajectories) == 16 and {text for text, _, _ in trajectories} == {"What is 2 + 2?"}
+    assert shown.count("four") == 16 and "secret" not in shown and "What is 2 + 2?" in shown
+    assert (found.reply.message, found.tokens) == ("4", 17 * 5)
+
+
+def test_every_trajectory_has_a_seed_of_its_own_that_repeats() -> None:
+    models = [Model(lambda text, seed: reply(f"{seed}")) for _ in range(2)]
+    first, second = (thought(model, (4, 2)) for model in models)
+    assert first == second
+    assert len({seed for _, seed, _ in models[0].asked}) == 4 + 2 + 1
+
+
+def test_a_plan_with_two_rounds_hands_the_first_ones_answers_to_the_second() -> None:
+    def script(text: str, seed: int) -> Reply:
+        return reply("uno" if "Answer 1" not in text else "dos" if "uno" in text else "tres")
+
+    model = Model(script)
+    found = thought(model, (32, 4))
+    assert [len(one.replies) for one in found.rounds] == [32, 4, 1]
+    assert [one.shown for one in found.rounds] == [0, 32, 4]
+    assert found.reply.text == "tres"
+    assert [urgency for _, _, urgency in model.asked] == [0] * 32 + [1] * 4 + [2]
+
+
+def test_each_trajectory_of_a_later_round_sees_the_messages_in_another_order() -> None:
+    model = Model(lambda text, seed: reply(f"message {seed}" if "Answer" not in text else "x"))
+    thought(model, (8, 4))
+    later = [text for text, _, urgency in model.asked if urgency == 1]
+    assert len(set(later)) == 4
+    assert len({"".join(sorted(text)) for text in later}) == 1  # the same messages
+
+
+def test_what_never_came_to_an_answer_is_no_message() -> None:
+    def script(text: str, seed: int) -> Reply:
+        if "Answer" in text:
+            return reply("done")
+        return [reply("<think>still", finish="length"), reply("cut", finish="length"), reply("<think>a</think>b")][
+            seed % 3
+        ]
+
+    model = Model(script)
+    found = thought(model, (30,))
+    assert set(found.rounds[0].messages) == {"b"}
+    assert found.rounds[1].shown == len(found.rounds[0].messages) < 30
+
+
+def test_without_any_message_the_last_round_gets_the_plain_problem() -> None:
+    model = Model(lambda text, seed: reply("<think>no end", finish="length"))
+    found = thought(model, (3,))
+    assert {text for text, _, _ in model.asked} == {"What is 2 + 2?"}
+    assert found.rounds[-1].shown == 0 and found.reply.message == ""
+
+
+def test_messages_that_have_no_room_are_left_out_and_counted() -> None:
+    def script(text: str, seed: int) -> Reply:
+        if text.count("Answer ") > 10:
+            raise TooLong("too long")
+        return reply("m" if "Answer" not in text else "4")
+
+    found = thought(Model(script), (16,))
+    assert (found.rounds[-1].shown, found.rounds[-1].left_out) == (10, 6)
+
+
+def test_a_problem_that_has_no_room_itself_is_refused() -> None:
+    def script(text: str, seed: int) -> Reply:
+        raise TooLong("too long")
+
+    with pytest.raises(TooLong):
+        thought(Model(script), (4,))
+
+
+def test_trajectories_without_messages_are_asked_for_by_one_request() -> None:
+    requests: list[tuple[int, int]] = []
+
+    class Counting(Model):
+        async def __call__(self, turns: Turns, seed: int, urgency: int, count: int = 1) -> list[Reply]:
+            requests.append((urgency, count))
+            return await super().__call__(turns, seed, urgency, count)
+
+    thought(Counting(lambda text, seed: reply(f"{seed}")), (16, 2))
+    assert requests == [(0, 16), (1, 1), (1, 1), (2, 1)]
+
+
+def test_given_rounds_are_not_asked_again() -> None:
+    first = thought(Model(lambda text, seed: reply("m")), (4,), answers=0)
+    model = Model(lambda text, seed: reply("4"))
+    found = thought(model, (), given=first.rounds, answers=3)
+    assert len(model.asked) == 3 and [len(one.replies) for one in found.rounds] == [4, 3]
+
+
+@pytest.mark.parametrize(("text", "plan"), [("16", (16,)), ("32,4", (32, 4)), (" 8, 2", (8, 2))])
+def test_a_plan_is_written_as_trajectories_of_each_round(text: str, plan: tuple[int, ...]) -> None:
+    assert plan_of(text) == plan
+
+
+@pytest.mark.parametrize("text", ["", "0", "16;4", "-1", "many", "100000"])
+def test_another_plan_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no plan of trajectories; write how many each round has, as in 16 or 32,4"):
+        plan_of(text)
+
+
+def test_a_problems_synthesis_does_not_wait_for_the_trajectories_of_others() -> None:
+    problems = [Prompt(f"{n}", "t", ({"role": "user", "content": f"problem {n}"},)) for n in range(8)]
+    slots, order = Slots(8), list[str]()  # the trajectories of two problems
+
+    async def ask(turns: Turns, seed: int, urgency: int, count: int = 1) -> list[Reply]:
+        async with slots.take(urgency, count):
+            await asyncio.sleep(0.001)
+            (which,) = re.findall(r"problem \d", str(turns[-1]["content"]))
+            order.append(f"synthesis {which}" if urgency else which)
+            return [reply("m")] * count
+
+    done: list[str] = []
+    settings = Settings("m", (4,))
+    asyncio.run(generate(problems, settings, ask, SynthesisPrompt(), lambda problem, found: done.append(problem.id)))
+    assert sorted(done) == [problem.id for problem in problems]
+    assert order.index("synthesis problem 0") < order.index("problem 4")
+    assert max(place for place, one in enumerate(order) if one.startswith("problem")) > order.index(
+        "synthesis problem 5"
+    )
+
+
+def test_slots_go_to_the_most_urgent_and_survive_being_cancelled() -> None:
+    async def scenario() -> list[str]:
+        slots, order = Slots(1), list[str]()
+
+        async def use(name: str, urgency: int) -> None:
+            async with slots.take(urgency):
+                order.append(name)
+                await asyncio.sleep(0.001)
+
+        tasks = [asyncio.create_task(use(*one)) for one in (("a", 0), ("b", 0), ("c", 2), ("d", 1))]
+        gone = asyncio.create_task(use("gone", 3))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(*tasks)
+        async with asyncio.timeout(1), slots.take(0):  # nothing was lost
+            order.append("last")
+        return order
+
+    assert asyncio.run(scenario()) == ["a", "c", "d", "b", "last"]
+
+
+def test_a_request_for_several_replies_takes_as_many_slots_and_all_of_them_at_most() -> None:
+    async def scenario() -> list[str]:
+        slots, events = Slots(4), list[str]()
+
+        async def use(name: str, count: int) -> None:
+            async with slots.take(0, count):
+                events.append(f"+{name}")
+                await asyncio.sleep(0.001)
+                events.append(f"-{name}")
+
+        await asyncio.gather(use("a", 3), use("b", 2), use("c", 1), use("d", 100))
+        return events
+
+    # b does not fit beside a; c would, but does not overtake it; d takes all there are
+    assert asyncio.run(scenario()) == ["+a", "-a", "+b", "+c", "-b", "-c", "+d", "-d"]

@@ -1,0 +1,87 @@
+"""Messages to token ids and back, through the model folder's own tokenizer and template."""
+
+from pathlib import Path
+
+import pytest
+
+from recipes.scale import tokenizer
+from rl.model.config import StepVLConfig
+from rl.types import Picture, Prompt
+from rollout.chat import Chat
+from tests.support.tiny import picture
+
+PICTURE = picture((60, 60))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The scale model's tokenizer beside a config with 16 image tokens for a picture without crops."""
+    made = tokenizer.save(tmp_path)
+    config = StepVLConfig(
+        vision_config={"image_size": 224, "width": 16, "layers": 1, "heads": 2},
+        text_config={"vocab_size": made.get_vocab_size(), "hidden_size": 16},
+        image_token_id=made.token_to_id("<im_patch>"),
+        image_token_len=16,
+        patch_token_len=9,
+    )
+    config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def asking(text: str, *images: Picture) -> Prompt:
+    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+    return Prompt("row-7", "t", ({"role": "user", "content": parts},), images)
+
+
+def test_a_prompt_has_one_image_token_per_picture_and_ends_where_the_response_begins(folder: Path) -> None:
+    chat = Chat(folder)
+    ids = chat.prompt_ids(asking("Point at the red circle.", PICTURE, PICTURE))
+    assert ids.count(chat.config.image_token_id) == 2
+    assert chat.tokenizer.decode(ids).endswith("<|im_start|>assistant\n")
+
+
+def test_the_length_counts_every_picture_in_full(folder: Path) -> None:
+    chat = Chat(folder)
+    alone = chat.length(asking("Hello"))
+    assert chat.length(asking("Hello", PICTURE)) == alone + 16 + 2  # with its start and end
+
+
+def test_text_keeps_the_think_tags_and_drops_control_tokens(folder: Path) -> None:
+    chat = Chat(folder)
+    ids = chat.tokenizer("<think>maybe</think>[0.25, 0.50]<|im_end|>", add_special_tokens=False).input_ids
+    assert chat.text((), ids) == "<think>maybe</think>[0.25, 0.50]"
+
+
+def test_a_template_that_opens_the_thinking_itself_is_seen_in_the_text(folder: Path) -> None:
+    template = folder / "thinking.jinja"
+    template.write_text("{{ messages[0].content }}{% if add_generation_prompt %}<think>\n{% endif %}")
+    chat = Chat(folder, template)
+    prompt = chat.prompt_ids(asking("Hello"))
+    cut_short = chat.tokenizer("maybe", add_special_tokens=False).input_ids
+    assert chat.text(prompt, cut_short) == "<think>maybe"
+
+
+def test_a_folder_without_a_template_says_where_to_name_one(folder: Path) -> None:
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        file = folder / name
+        if file.exists():
+            file.write_text("{}" if name.endswith("json") else "")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"has no chat template; name a Jinja file in model.chat_template"):
+        Chat(folder)
+
+
+def test_a_template_that_loses_a_picture_is_found_out(folder: Path) -> None:
+    template = folder / "blind.jinja"
+    template.write_text("{{ messages[0].role }}")
+    with pytest.raises(ValueError, match="row row-7 has 1 pictures, but its prompt has 0 image tokens"):
+        Chat(folder, template).prompt_ids(asking("Hello", PICTURE))
+
+
+def test_a_tokenizer_without_the_image_token_does_not_fit_the_model(folder: Path) -> None:
+    config = StepVLConfig.from_pretrained(folder)
+    config.image_token_id = 3
+    config.save_pretrained(folder)
+    with pytest.raises(ValueError, match="does not give <im_patch> the config's image_token_id 3"):
+        Chat(folder)

@@ -1,0 +1,142 @@
+"""Partial rollouts: who is finished in which iteration, and that nothing sampled is lost, doubled or mislabelled."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from rl.config import Config
+from rl.here import Done
+from rl.types import Completion, Prompt, Request, Rollout
+from rollout.partial import PartialRollouts
+from rollout.pool import EnginePool
+from tests.rl.learner.test_policy import config
+from tests.rollout.test_pool import PROMPTS, Letters, in_turns
+
+
+class Counting:
+    """An engine whose answer to row i is 1, 2, 3, ... up to a length of its own; the logprob is minus the weights'
+    step. Other samples of the row are one token longer each."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths, self.step = lengths, 0
+        self.asked: list[Request] = []
+
+    def start(self, method: str, *args: Any) -> Done:
+        return Done(None)
+
+    def stream(self, method: str, *args: Any) -> list[list[tuple[int, Completion]]]:
+        self.asked += args[0]
+        return [[(i, self._answer(request))] for i, request in enumerate(args[0])][::-1]
+
+    def _answer(self, request: Request) -> Completion:
+        row, *done = request.prompt_ids
+        left = self.lengths[row] - len(done)
+        ids = tuple(range(len(done) + 1, len(done) + 1 + min(left, request.max_tokens)))
+        finish = "stop" if left <= request.max_tokens else "length"
+        return Completion(request.prompt_ids, ids, (-float(self.step),) * len(ids), finish)
+
+
+def partial(lengths: Sequence[int], *, wanted: int, chunk: int, room: int = 50) -> tuple[PartialRollouts, Counting]:
+    engine, chat = Counting(lengths), Letters()
+    made: Any = chat
+    pool = EnginePool([engine], in_turns, made, max_sequence_length=1 + room, temperature=1.0, seed=0)
+    return PartialRollouts(pool, wanted=wanted, chunk=chunk), engine
+
+
+def learned(sampler: PartialRollouts, engine: Counting) -> None:
+    """The weights after one more iteration."""
+    engine.step += 1
+    sampler.load("weights", engine.step)
+
+
+def rows(rollouts: Sequence[Rollout]) -> list[int]:
+    return [int(rollout.prompt.id) for rollout in rollouts]
+
+
+def test_an_iteration_ends_when_enough_groups_are_whole_and_the_rest_goes_on_in_the_next() -> None:
+    sampler, engine = partial([3, 9, 4, 2, 30], wanted=2, chunk=4)
+    assert rows(sampler.sample(PROMPTS[:3], 1, 1)) == [0, 2]
+    learned(sampler, engine)
+    assert rows(sampler.sample(PROMPTS[3:], 1, 2)) == [3, 1]
+
+
+def test_every_token_keeps_the_logprob_and_the_step_of_the_weights_that_sampled_it() -> None:
+    sampler, engine = partial([3, 9, 4, 2, 30], wanted=2, chunk=4)
+    sampler.sample(PROMPTS[:3], 1, 1)
+    learned(sampler, engine)
+    _, long = sampler.sample(PROMPTS[3:], 1, 2)
+    assert long.response_ids == tuple(range(1, 10))
+    assert long.rollout_logprobs == (0.0,) * 4 + (-1.0,) * 5
+    assert (long.policy_step, long.pieces, long.prompt_ids, long.finish) == (0, ((0, 4), (1, 5)), (1,), "stop")
+
+
+def test_a_group_counts_when_all_its_responses_are_there_and_what_is_there_is_not_sampled_again() -> None:
+    sampler, engine = partial([4, 40, 40], wanted=1, chunk=8)
+    told: list[int] = []
+    assert len(sampler.sample(PROMPTS[:3], 2, 1, lambda place, rollout: told.append(place))) == 2
+    assert told == [0, 1]
+    assert [request.max_tokens for request in engine.asked] == [8] * 6
+    engine.asked.clear()
+    sampler.sample([], 2, 2)
+    assert {request.prompt_ids[0] for request in engine.asked} == {1, 2}
+    assert [len(request.prompt_ids) for request in engine.asked[:4]] == [9, 9, 9, 9]
+
+
+def test_a_response_ends_at_the_sequence_length_however_it_is_cut() -> None:
+    sampler, engine = partial([100, 100], wanted=2, chunk=8, room=20)
+    found = sampler.sample(PROMPTS[:2], 1, 1)
+    assert [(len(rollout.response_ids), rollout.finish) for rollout in found] == [(20, "length")] * 2
+    assert [request.max_tokens for request in engine.asked[::2]] == [8, 8, 4]
+
+
+def test_each_piece_has_a_seed_of_its_own_and_the_first_that_of_a_response_sampled_at_once() -> None:
+    sampler, engine = partial([20, 20], wanted=2, chunk=8)
+    sampler.sample(PROMPTS[:2], 1, 1)
+    assert len({request.seed for request in engine.asked}) == 6
+    first = [request.seed for request in engine.asked[:2]]
+    engine.asked.clear()
+    sampler.pool.sample(PROMPTS[:2], 1, 1)
+    assert [request.seed for request in engine.asked] == first
+
+
+def test_what_was_begun_goes_through_a_checkpoint_and_goes_on_as_if_nothing_had_happened() -> None:
+    found = []
+    for broken_off in (False, True):
+        sampler, engine = partial([3, 9, 4, 2, 30], wanted=2, chunk=4)
+        sampler.sample(PROMPTS[:3], 1, 1)
+        if broken_off:
+            left = json.loads(json.dumps(sampler.left(1)))
+            sampler, engine = partial([3, 9, 4, 2, 30], wanted=2, chunk=4)
+            sampler.resume(1, left, PROMPTS)
+        learned(sampler, engine)
+        found.append((sampler.sample(PROMPTS[3:], 1, 2), sampler.left(2)))
+    assert found[0] == found[1]
+
+
+def test_a_checkpoint_holds_its_own_iteration_even_when_the_next_is_already_sampled() -> None:
+    sampler, _ = partial([3, 9, 4, 2, 30], wanted=2, chunk=4)
+    sampler.sample(PROMPTS[:3], 1, 1)
+    left = sampler.left(1)
+    sampler.sample(PROMPTS[3:], 1, 2)
+    assert [record["id"] for record in left] == ["1"]
+    assert sampler.left(1) == left
+
+
+def test_a_row_that_is_gone_is_named() -> None:
+    sampler, _ = partial([3, 9, 4], wanted=2, chunk=4)
+    sampler.sample(PROMPTS[:3], 1, 1)
+    with pytest.raises(ValueError, match=r"responses to row '1' were begun, but data\.train does not have it"):
+        sampler.resume(1, sampler.left(1), [Prompt("7", "t", ())])
+
+
+@pytest.mark.parametrize("share, expected", [
+    (None, [range(4), range(4, 8), range(8, 12)]),
+    (0.3, [range(6), range(6, 10), range(10, 14)]),
+])  # fmt: skip
+def test_the_first_iteration_begins_the_extra_prompts_and_none_is_ever_skipped(share, expected) -> None:
+    made = config("x").model_dump()
+    made["rollout"]["partial"] = None if share is None else {"extra_prompts": share}
+    asked = Config.model_validate(made)
+    assert [asked.prompt_range(i) for i in (1, 2, 3)] == expected

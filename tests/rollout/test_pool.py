@@ -1,0 +1,202 @@
+"""Prompts to rollouts: who gets which request, with which seed, and in what order answers come back."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from rl.here import Done
+from rl.stop import SourceDied, WorkerDied
+from rl.types import Completion, Prompt, Request, Rollout
+from rollout.pool import EnginePool, seed_of
+
+
+class Echo:
+    """An engine that answers with the first prompt token and the request's seed."""
+
+    def __init__(self) -> None:
+        self.asked: list[Request] = []
+        self.loaded: list[tuple[Any, int]] = []
+
+    def start(self, method: str, *args: Any) -> Done:
+        return Done(getattr(self, method)(*args))
+
+    def stream(self, method: str, *args: Any) -> list[list[tuple[int, Completion]]]:
+        """The last first, two at a time."""
+        assert method == "stream"
+        requests: Sequence[Request] = args[0]
+        self.asked += requests
+        made = [Completion(r.prompt_ids, (r.prompt_ids[0], r.seed), (-0.5, -0.5), "stop") for r in requests]
+        pairs = list(enumerate(made))[::-1]
+        return [pairs[i : i + 2] for i in range(0, len(pairs), 2)]
+
+    def load(self, weights: Any, step: int) -> None:
+        self.loaded.append((weights, step))
+
+
+class Letters:
+    """A chat whose prompt is one token, the row's number."""
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        return (int(prompt.id),)
+
+    def length(self, prompt: Prompt) -> int:
+        return 1
+
+    def text(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+        return f"answer to {response_ids[0]}"
+
+
+def in_turns(streams: Sequence[list], patience: float = 0) -> Iterator[tuple[int, Any]]:
+    """A step of each stream after the other, while there are any."""
+    for step in range(max(map(len, streams))):
+        yield from ((number, stream[step]) for number, stream in enumerate(streams) if step < len(stream))
+
+
+def pool(workers: int, length: int = 10) -> tuple[EnginePool, list[Echo]]:
+    engines = [Echo() for _ in range(workers)]
+    chat: Any = Letters()
+    return EnginePool(engines, in_turns, chat, max_sequence_length=length, temperature=0.7, seed=3), engines
+
+
+PROMPTS = [Prompt(str(i), "t", ()) for i in range(5)]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_rollouts_come_back_in_order_with_a_prompts_own_as_neighbours(workers: int) -> None:
+    made, _ = pool(workers)
+    rollouts = made.sample(PROMPTS, 2, iteration=1)
+    assert [r.text for r in rollouts] == [f"answer to {i}" for i in range(5) for _ in range(2)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_rollout_is_told_with_its_place_as_soon_as_it_is_there(workers: int) -> None:
+    told: dict[int, Rollout] = {}
+    rollouts = pool(workers)[0].sample(PROMPTS, 2, iteration=1, finished=told.__setitem__)
+    assert [told[place] for place in range(10)] == rollouts
+    assert next(iter(told)) != 0  # the engines answer their last request first
+
+
+def test_every_sample_has_a_seed_of_its_own_that_does_not_depend_on_the_number_of_workers() -> None:
+    seeds = [[r.response_ids[1] for r in pool(n)[0].sample(PROMPTS, 3, iteration=2)] for n in (1, 2)]
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds[0])) == 15
+    assert seeds[0] != [r.response_ids[1] for r in pool(1)[0].sample(PROMPTS, 3, iteration=3)]
+
+
+def test_work_is_dealt_by_a_fixed_rule() -> None:
+    made, engines = pool(2)
+    made.sample(PROMPTS, 1, iteration=1)
+    assert [[r.prompt_ids[0] for r in e.asked] for e in engines] == [[0, 2, 4], [1, 3]]
+
+
+def test_the_prompt_and_its_response_share_the_sequence_length() -> None:
+    made, engines = pool(1, length=10)
+    made.sample(PROMPTS[:1], 1, iteration=1)
+    assert engines[0].asked[0].max_tokens == 9
+
+
+def test_a_check_asks_for_one_short_response_of_each_prompt_with_a_seed_of_its_own() -> None:
+    made, engines = pool(1, length=100)
+    made.check_tokens = 7
+    assert len(made.check(PROMPTS, 3)) == 5
+    assert {request.max_tokens for request in engines[0].asked} == {7}
+    checked = {request.seed for request in engines[0].asked}
+    made.sample(PROMPTS, 1, 3)
+    assert not checked & {request.seed for request in engines[0].asked[5:]}
+
+
+def test_greedy_asks_once_at_temperature_zero() -> None:
+    made, engines = pool(1)
+    assert len(made.greedy(PROMPTS)) == 5
+    assert {r.temperature for r in engines[0].asked} == {0.0}
+
+
+def test_loaded_weights_reach_every_engine_and_mark_the_rollouts() -> None:
+    made, engines = pool(2)
+    made.load("weights", 7)
+    assert [e.loaded for e in engines] == [[("weights", 7)]] * 2
+    assert made.sample(PROMPTS[:1], 1, iteration=8)[0].policy_step == 7
+
+
+def test_a_prompt_that_fills_the_sequence_is_refused_by_name() -> None:
+    made, _ = pool(1, length=1)
+    with pytest.raises(ValueError, match=r"row 0 has 1 tokens .* no room for a response in a sequence of 1"):
+        made.sample(PROMPTS[:1], 1, iteration=1)
+
+
+class Mortal(Echo):
+    """Dies after so many of its answers, two at a time; at once if there are none."""
+
+    def __init__(self, answers: int | None = None) -> None:
+        super().__init__()
+        self.answers = answers
+
+    def start(self, method: str, *args: Any) -> Done:
+        return Dead(WorkerDied("gone")) if self.answers == 0 else super().start(method, *args)
+
+    def stream(self, method: str, *args: Any) -> list:
+        steps = super().stream(method, *args)
+        return steps if self.answers is None else [*steps[: self.answers // 2], WorkerDied("gone")]
+
+
+class Dead(Done):
+    """An answer that never comes, and why."""
+
+    def result(self, patience: float | None = None) -> Any:
+        raise self.value
+
+
+def mortal_pool(*answers: int | None) -> tuple[EnginePool, list[Mortal], list[int]]:
+    """A pool, the engines that it has had, and which were replaced."""
+    engines = [Mortal(one) for one in answers]
+    replaced: list[int] = []
+    chat: Any = Letters()
+
+    def another(number: int, died: WorkerDied) -> Mortal:
+        replaced.append(number)
+        engines.append(Mortal())
+        return engines[-1]
+
+    made = EnginePool(engines[:], in_turns, chat, max_sequence_length=10, temperature=0.7, seed=3, replacement=another)
+    return made, engines, replaced
+
+
+def test_what_a_dead_engine_had_not_answered_is_asked_of_another_with_the_same_weights_and_seeds() -> None:
+    expected = pool(2)[0].sample(PROMPTS, 2, iteration=1)
+    made, engines, replaced = mortal_pool(None, 2)
+    made.load("weights", 4)
+    told: list[int] = []
+    found = made.sample(PROMPTS, 2, iteration=1, finished=lambda place, rollout: told.append(place))
+    assert [rollout.response_ids for rollout in found] == [rollout.response_ids for rollout in expected]
+    assert sorted(told) == list(range(10))  # each once
+    assert (replaced, made.replaced) == ([1], 1)
+    assert engines[2].loaded == [("weights", 4)]
+    assert len(engines[2].asked) == 2  # of four, two were answered
+
+
+def test_an_engine_that_dies_while_it_takes_weights_is_replaced() -> None:
+    made, engines, replaced = mortal_pool(None, 0)
+    made.load("weights", 4)
+    assert (replaced, engines[2].loaded) == ([1], [("weights", 4)])
+    assert made.sample(PROMPTS, 1, iteration=1)[0].policy_step == 4
+
+
+def test_an_engine_is_not_blamed_when_the_policy_dies_whose_weights_it_waits_for() -> None:
+    made, engines, replaced = mortal_pool(None)
+    engines[0].start = lambda method, *args: Dead(SourceDied("the policy is gone"))
+    with pytest.raises(SourceDied, match="the policy is gone"):
+        made.load("weights", 4)
+    assert replaced == []
+
+
+def test_without_a_replacement_a_dead_engine_ends_the_run() -> None:
+    made, *_ = mortal_pool(2)
+    made.replacement = None
+    with pytest.raises(WorkerDied, match="gone"):
+        made.sample(PROMPTS, 2, iteration=1)
+
+
+def test_seeds_are_the_same_on_every_machine() -> None:
+    assert seed_of(0, 1, 2, 3) == seed_of(0, 1, 2, 3) < 2**31
+    assert seed_of(0, 1, 23) != seed_of(0, 12, 3)

@@ -1,0 +1,328 @@
+"""The OpenAI-compatible front: modes by the model's name, streams, usage, errors; in front of a scripted endpoint."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from openai import AsyncOpenAI, BadRequestError, InternalServerError, NotFoundError, OpenAI
+
+from rollout.pacore import client as client_module
+from rollout.pacore.client import EndpointClient
+from rollout.pacore.prompt import SynthesisPrompt
+from rollout.serve import Front
+from tests.support.command import Command, wait_for
+from tests.support.judge_server import judge_server
+
+ASK: list[Any] = [{"role": "user", "content": "What is 2 + 2?"}]
+LONG = "This model's maximum context length is 10 tokens. However, you requested more"
+
+
+class Behind:
+    """A scripted vLLM endpoint."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.fail: Callable[[dict[str, Any]], web.Response | None] = lambda body: None
+        self.under_way = 0
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        if (failed := self.fail(body)) is not None:
+            return failed
+        if body.get("n", 1) > 1 and body.get("temperature", 1) == 0:
+            return web.json_response({"error": {"message": "n must be 1 when using greedy sampling"}}, status=400)
+        text = "4" if "Answer 1" in text_of(body) else "<think>a</think>four"
+        if not body.get("stream"):
+            self.under_way += 1
+            try:
+                await asyncio.sleep(body.get("wait", 0))
+            finally:
+                self.under_way -= 1
+            message = {"role": "assistant", "content": text}
+            count = body.get("n", 1)
+            ids = {"token_ids": [7, 7, 7]} if body.get("return_token_ids") else {}
+            choices = [{"index": n, "message": message, "finish_reason": "stop", **ids} for n in range(count)]
+            usage = {**USAGE, "completion_tokens": 3 * count, "total_tokens": 10 + 3 * count}
+            return web.json_response(envelope("chat.completion", *choices, usage=usage))
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for piece in ("", *text):
+            choice = {"index": 0, "delta": {"content": piece}, "finish_reason": None}
+            await response.write(event(envelope("chat.completion.chunk", choice)))
+        if (body.get("stream_options") or {}).get("include_usage"):
+            await response.write(event({**envelope("chat.completion.chunk"), "choices": [], "usage": USAGE}))
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+USAGE = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
+
+
+def envelope(kind: str, *choices: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"id": "x", "object": kind, "created": 0, "model": "behind", "choices": list(choices), **more}
+
+
+def event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+def text_of(body: dict[str, Any]) -> str:
+    content = body["messages"][-1]["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+@asynccontextmanager
+async def site(app: web.Application) -> AsyncIterator[str]:
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def served(behind: Behind, plan: tuple[int, ...] = (4,), retries: int = 0) -> AsyncIterator[AsyncOpenAI]:
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", behind.answer)
+    async with (
+        site(app) as url,
+        EndpointClient(url, "behind", retries=retries) as asks,
+        site(Front(asks, "step", plan, "pacore", SynthesisPrompt()).app()) as front,
+        AsyncOpenAI(base_url=front, api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+def run(scenario: Callable[[AsyncOpenAI, Behind], Awaitable[Any]], plan: tuple[int, ...] = (4,)) -> Any:
+    async def whole() -> Any:
+        behind = Behind()
+        async with served(behind, plan) as client:
+            return await scenario(client, behind)
+
+    return asyncio.run(whole())
+
+
+def test_the_mode_pacore_answers_from_many_trajectories() -> None:
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        found = await client.chat.completions.create(model="step:pacore", messages=ASK, seed=1)
+        assert (found.choices[0].message.content, found.model) == ("4", "step:pacore")
+        assert found.usage is not None and found.usage.completion_tokens == 5 * 3
+        assert found.usage.total_tokens == 5 * 13
+        trajectories, last = behind.bodies
+        assert (text_of(trajectories), trajectories["n"]) == ("What is 2 + 2?", 4)
+        assert text_of(last).count("four") == 4 and "<think>" not in text_of(last)
+        assert {body["model"] for body in behind.bodies} == {"behind"}
+
+    run(scenario)
+
+
+def test_the_mode_sere_hands_the_request_on_as_it_is() -> None:
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        found = await client.chat.completions.create(model="step:sere", messages=ASK, temperature=0.3)
+        assert found.choices[0].message.content == "<think>a</think>four"
+        (body,) = behind.bodies
+        assert body == {"model": "behind", "messages": ASK, "temperature": 0.3}
+
+    run(scenario)
+
+
+def test_greedy_trajectories_which_vllm_does_not_give_together_are_asked_one_by_one() -> None:
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        found = await client.chat.completions.create(model="step", messages=ASK, temperature=0)
+        assert found.choices[0].message.content == "4" and len(behind.bodies) == 5
+
+    run(scenario)
+
+
+def test_a_number_of_answers_that_is_none_is_the_endpoints_to_refuse() -> None:
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        for n in (-1000, "x", [2]):
+            behind.fail = lambda body: web.json_response({"error": {"message": "n is no number"}}, status=400)
+            with pytest.raises(BadRequestError, match="n is no number"):
+                await client.chat.completions.create(model="step:sere", messages=ASK, extra_body={"n": n})
+
+    run(scenario)
+
+
+def test_fields_of_the_request_go_to_all_trajectories() -> None:
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        await client.chat.completions.create(model="step", messages=ASK, temperature=0.6, max_tokens=77)
+        assert [(body["temperature"], body["max_tokens"]) for body in behind.bodies] == [(0.6, 77)] * 2
+
+    run(scenario)
+
+
+def test_pictures_stay_with_the_problem() -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    messages: list[Any] = [{"role": "user", "content": [picture, {"type": "text", "text": "What?"}]}]
+
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        await client.chat.completions.create(model="step", messages=messages)
+        assert all(picture in body["messages"][-1]["content"] for body in behind.bodies)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "tokens"), [("step:pacore", "4", 15), ("step:sere", "<think>a</think>four", 3)]
+)
+def test_streams_have_the_final_answer_piece_by_piece(model: str, text: str, tokens: int) -> None:
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        stream = await client.chat.completions.create(
+            model=model, messages=ASK, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+        pieces = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
+        assert "".join(pieces) == text and len(pieces) == len(text) + 1
+        assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == tokens
+
+    run(scenario)
+
+
+def test_a_client_that_waits_for_a_stream_hears_that_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout.serve.SIGN_OF_LIFE_S", 0.02)
+
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        body = {"model": "step", "messages": ASK, "stream": True, "wait": 0.2}
+        url = f"{client.base_url}chat/completions"
+        async with aiohttp.ClientSession() as session, session.post(url, json=body) as answer:
+            lines = [line async for line in answer.content]
+        assert lines[0] == b": thinking\n" and lines[-2] == b"data: [DONE]\n"
+
+    run(scenario)
+
+
+def test_a_client_that_goes_ends_its_trajectories() -> None:
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        asked = asyncio.create_task(client.chat.completions.create(model="step", messages=ASK, extra_body={"wait": 30}))
+        async with asyncio.timeout(10):
+            while not behind.under_way:
+                await asyncio.sleep(0.01)
+            asked.cancel()
+            while behind.under_way:
+                await asyncio.sleep(0.01)
+
+    run(scenario)
+
+
+def test_messages_that_have_no_room_are_left_out() -> None:
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        behind.fail = lambda body: (
+            web.json_response({"error": {"message": LONG}}, status=400) if text_of(body).count("Answer ") > 2 else None
+        )
+        found = await client.chat.completions.create(model="step", messages=ASK)
+        assert found.model_extra is not None and found.model_extra["pacore"]["messages_shown"] == 2
+
+    run(scenario)
+
+
+def test_a_cap_on_tokens_does_not_cost_messages() -> None:
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        behind.fail = lambda body: (
+            web.json_response({"error": {"message": LONG}}, status=400) if body.get("max_tokens", 0) > 50 else None
+        )
+        found = await client.chat.completions.create(model="step", messages=ASK, max_tokens=60)
+        assert found.model_extra is not None and found.model_extra["pacore"]["messages_shown"] == 4
+
+    run(scenario)
+
+
+def test_a_stream_is_retried_until_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "RETRY_S", (0.01, 0.02))
+
+    async def scenario() -> None:
+        behind, failures = Behind(), iter(range(100))
+        behind.fail = lambda body: web.Response(status=503) if body.get("stream") and next(failures) < 2 else None
+        async with served(behind, retries=2) as client:
+            stream = await client.chat.completions.create(model="step", messages=ASK, stream=True)
+            pieces = [choice.delta.content or "" async for chunk in stream for choice in chunk.choices]
+        assert "".join(pieces) == "4" and len([b for b in behind.bodies if not b.get("stream")]) == 1
+
+    asyncio.run(scenario())
+
+
+def test_models_are_listed_with_their_modes() -> None:
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        assert [model.id async for model in client.models.list()] == ["step", "step:sere", "step:pacore"]
+        with pytest.raises(NotFoundError, match="there is no model 'other'; there are step, step:sere, step:pacore"):
+            await client.chat.completions.create(model="other", messages=ASK)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"n": 2}, "PaCoRe gives one answer; set n to 1"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "use the mode sere"),
+        ({"messages": [*ASK, {"role": "assistant", "content": "4"}]}, "the last turn must be the user's"),
+        ({"messages": [{"role": "user", "content": 4}]}, "content must be a text, or a list of parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content must be a text, or a list of parts"),
+        ({"messages": []}, "messages must be a list of turns that is not empty"),
+    ],
+)
+def test_a_request_that_a_synthesis_cannot_answer_is_refused(change: dict[str, Any], why: str) -> None:
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        asked: Any = {"model": "step", "messages": ASK, **change}
+        with pytest.raises(BadRequestError, match=why):
+            await client.chat.completions.create(**asked)
+
+    run(scenario)
+
+
+def test_an_error_of_the_endpoint_behind_comes_through_in_its_words() -> None:
+    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+        behind.fail = lambda body: web.json_response({"error": {"message": "temperature is odd"}}, status=400)
+        with pytest.raises(BadRequestError, match="temperature is odd"):
+            await client.chat.completions.create(model="step", messages=ASK)
+
+    run(scenario)
+
+
+def test_an_endpoint_that_stays_away_is_told_as_that_and_a_hiccup_is_ridden_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_module, "RETRY_S", (0.01, 0.02))
+
+    async def scenario() -> None:
+        behind, failures = Behind(), iter(range(100))
+        async with served(behind, retries=2) as client:
+            behind.fail = lambda body: web.Response(status=503) if next(failures) < 2 else None
+            found = await client.chat.completions.create(model="step", messages=ASK)
+            assert found.choices[0].message.content == "4"
+            behind.fail = lambda body: web.Response(status=503)
+            with pytest.raises(InternalServerError, match="does not answer after 3 tries"):
+                await client.chat.completions.create(model="step", messages=ASK)
+
+    asyncio.run(scenario())
+
+
+def test_the_command_serves_until_it_is_told_to_end() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with judge_server(["<think>a</think>four"]) as behind:
+        command = Command("rollout.serve", "--url", behind.url, "--model", "m", "--name", "step", "--port", port)
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=60)
+        wait_for(lambda: _listens(port), command)
+        found = client.chat.completions.create(model="step:sere", messages=ASK)
+        assert found.choices[0].message.content == "<think>a</think>four"
+        os.killpg(command.process.pid, signal.SIGTERM)
+        code, out, err = command.finish(30)
+    assert (code, err) == (0, "") and f"http://127.0.0.1:{port}/v1 serves step, step:sere and step:pacore" in out
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

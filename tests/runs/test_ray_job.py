@@ -1,0 +1,81 @@
+"""The same command as a job of a Ray cluster that somebody else started: it joins, and leaves the cluster running."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.command import PATIENCE, ROOT, Command, metrics
+from tests.runs.test_run import SMALL
+
+# whether this machine has a token of its own decides otherwise if the cluster asks for one
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+PLUGIN = "rewards.arithmetic={use: 'examples/brief_rewards/brief_rewards/__init__.py:right_and_brief'}"
+
+
+@pytest.fixture
+def cluster() -> Iterator[tuple[str, Command]]:
+    """A cluster started with `ray start --head`: its job server's address, and its process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ("--head", "--block", "--port=0", f"--dashboard-port={port}", "--disable-usage-stats")
+    # `python` in a job is the one of the node's environment
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    head = Command("ray.scripts.scripts", "start", *options, environment={"PATH": path, **TOKEN})
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(f"{address}/api/version", head)
+        yield address, head
+    finally:
+        head.process.send_signal(signal.SIGTERM)
+        head.finish()
+        assert head.left_behind() == []
+
+
+def _wait_for(url: str, head: Command) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except urllib.error.HTTPError:
+            return  # it answers, if only to ask who we are
+        except OSError:
+            assert head.process.poll() is None, head.finish()
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+
+
+def test_a_submitted_job_joins_the_cluster_trains_and_writes_where_it_was_told(
+    cluster: tuple[str, Command], tmp_path: Path
+) -> None:
+    dashboard, head = cluster
+    recipe = ["python", "-m", "rl.run", "recipes/rlvr.yaml", *map(str, SMALL[2:]), "iterations=1", PLUGIN]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", dashboard),
+            *("--working-dir", ".", "--", *recipe, "--output", str(tmp_path / "run")),
+        ],
+        cwd=ROOT,
+        env=os.environ | TOKEN,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert [m["iteration"] for m in metrics(tmp_path / "run")] == [0, 1]
+    assert "reward/arithmetic/right_and_brief" in metrics(tmp_path / "run")[1]  # its file came with the job
+    assert (tmp_path / "run/policy/config.json").is_file()
+    assert head.process.poll() is None  # the job left the cluster running

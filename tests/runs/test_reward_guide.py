@@ -1,0 +1,236 @@
+"""docs/writing_rewards.md as its reader follows it: the guide's own files, commands and shown output, in order."""
+
+import gzip
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.command import NOTHING, ROOT, metrics, run
+from tests.support.judge_server import judge_server, text_of
+
+GUIDE = ROOT / "docs/writing_rewards.md"
+EXAMPLE = ROOT / "examples/brief_rewards"
+TRAINING, PACKAGE, JUDGE = "Train with it", "A package of rewards", "Asking a judge"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of the guide: its language, the section it is in, and the line before it."""
+
+    language: str
+    section: str
+    before: str
+    text: str
+
+    @property
+    def file(self) -> str | None:
+        """The file that it is, where the line before is its name."""
+        named = re.fullmatch(r"`([\w./]+)`:", self.before)
+        return named[1] if named else None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and lines that the guide shows of its output."""
+
+    section: str
+    command: str
+    shown: Sequence[str] = ()
+
+
+def blocks() -> list[Block]:
+    found, section, before, lines = [], "", "", iter(GUIDE.read_text().splitlines())
+    for line in lines:
+        if line.startswith("```"):
+            inside = "".join(f"{one}\n" for one in iter(lambda: next(lines), "```"))
+            found.append(Block(line.removeprefix("```"), section, before, inside))
+            before = line
+        elif line.strip():
+            section = line.removeprefix("## ") if line.startswith("## ") else section
+            before = line
+    return found
+
+
+def steps(*sections: str) -> list[Step]:
+    """The commands of these sections, or of all others than those with a test of their own."""
+    found: list[Step] = []
+    for block in blocks():
+        if block.language == "sh":
+            lines = block.text.replace("\\\n", " ").splitlines()
+            found += [Step(block.section, line) for line in lines]
+        elif block.language == "text" and block.before == "```sh":
+            found[-1] = Step(block.section, found[-1].command, block.text.splitlines())
+    if sections:
+        return [one for one in found if one.section in sections]
+    return [one for one in found if one.section not in (TRAINING, PACKAGE, JUDGE)]
+
+
+def follow(step: Step, folder: Path, *more: object, environment: Mapping[str, str] = NOTHING) -> str:
+    """Runs a command of the guide in `folder`, checks what the guide shows of its output, and returns that."""
+    words = shlex.split(step.command)
+    if words[:2] == ["python", "-m"]:
+        code, out, err = run(*words[2:], *more, folder=folder, environment=environment)
+    else:
+        done = subprocess.run(step.command, shell=True, cwd=folder, capture_output=True, text=True, timeout=60)
+        code, out, err = done.returncode, done.stdout, done.stderr
+    assert code == 0, f"{step.command}\n{out[-2000:]}\n{err[-2000:]}"
+    printed = [plain(line) for line in out.splitlines()]
+    for line in step.shown:
+        pattern = ".*".join(re.escape(part) for part in plain(line).split("..."))
+        assert any(re.fullmatch(pattern, one) for one in printed), f"{step.command} does not print {line!r}:\n{out}"
+    return out
+
+
+def plain(line: str) -> str:
+    """Without what differs from run to run (seconds) and widths of columns."""
+    line = re.sub(r'"seconds": [^,}]+|\b\d+\.\d{3}(?=  )', "seconds", line)
+    return " ".join(line.split())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty folder with the guide's files."""
+    for block in blocks():
+        if block.file:
+            (tmp_path / block.file).write_text(block.text)
+    return tmp_path
+
+
+def scores(target: str, *arguments: object, folder: Path, environment: Mapping[str, str] = NOTHING) -> list[float]:
+    code, out, err = run("rewards", "try", target, *arguments, "--json", folder=folder, environment=environment)
+    assert code == 0, err
+    return [round(json.loads(line)["score"], 4) for line in out.splitlines()]
+
+
+# The guide
+
+
+def test_a_reward_in_a_file_is_tried_and_named_by_a_recipe_as_the_guide_says(folder: Path) -> None:
+    assert len(steps()) == 4
+    for step in steps():
+        follow(step, folder)
+
+
+def test_a_run_trains_with_the_guides_reward_and_its_rollouts_can_be_scored_again(folder: Path) -> None:
+    train, look, again, by_recipe = steps(TRAINING)
+    follow(train, folder)
+    lines = metrics(folder / "runs/first")
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
+    assert all(line["reward/invalid_fraction"] == 0 for line in lines[1:])
+    for step in (look, again):
+        follow(step, folder)
+    tried = [json.loads(line)["score"] for line in follow(by_recipe, folder).splitlines()]
+    with gzip.open(folder / "runs/first/rollouts/000001.jsonl.gz", "rt") as file:
+        stored = [json.loads(line) for line in file]
+    assert tried and tried == [sample["reward"] for sample in stored if sample["task"] == "arithmetic"]
+
+
+def test_a_judge_is_asked_as_the_guide_says(folder: Path) -> None:
+    dry_run, trial = steps(JUDGE)
+    assert "genrm" in (folder / "judged.yaml").read_text()
+    follow(dry_run, folder)
+
+    def verdict(request: dict) -> dict[str, object]:
+        if "understand this answer" in text_of(request):
+            return {"reasoning": "plain", "clear": True}
+        return {"reasoning": "equal", "verdict": "incorrect" if "Answer: 12" in text_of(request) else "correct"}
+
+    with judge_server(verdict) as server:
+        recipe = folder / "judged.yaml"
+        recipe.write_text(recipe.read_text().replace("http://127.0.0.1:8000/v1", server.url))
+        _, *lines, last = follow(trial, folder).splitlines()
+    found = dict(re.findall(r"^(.+?)  +([\d.]+) ", "\n".join(lines), re.MULTILINE))
+    assert found == {"short": "1.0000", "long": "1.0000", "wrong": "0.3000", "no end": "0.0000"}
+    assert last == "4 samples, mean 0.5750, 0 invalid"
+
+
+def test_code_that_the_guide_quotes_is_the_examples(folder: Path) -> None:
+    sources = {
+        "python": (EXAMPLE / "brief_rewards/__init__.py").read_text(),
+        "yaml": (EXAMPLE / "my_recipe.yaml").read_text(),
+        "toml": (EXAMPLE / "pyproject.toml").read_text(),
+    }
+    quoted = [block for block in blocks() if block.language in sources and not block.file]
+    assert len(quoted) == 6
+    for block in quoted:
+        assert block.text in sources[block.language], block.text
+
+
+def test_the_guides_tables_name_every_reward_that_ships() -> None:
+    code, out, err = run("rewards", "list")
+    assert code == 0, err
+    listed = {line.split(":")[0].removesuffix(" (sees the group)") for line in out.splitlines() if line[0] != " "}
+    rewards, penalties = GUIDE.read_text().partition("| reward | what it gives |")[2].split("| penalty |")
+    tables = {*re.findall(r"^\| `(\w+)`", rewards, re.M)}
+    tables |= {f"{name} (penalty)" for name in re.findall(r"^\| `(\w+)`", penalties, re.M)}
+    examples = {"no_filler", "repeated_lines (penalty)", "right_and_brief", "shortest_right"}
+    assert tables == listed - examples
+
+
+# The example package
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A copy of the example's folder, and the environment in which the guide's command installed it."""
+    copy, target = tmp_path_factory.mktemp("theirs") / "copy", tmp_path_factory.mktemp("installed")
+    built = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
+    shutil.copytree(EXAMPLE, copy, ignore=built)
+    install, *_ = steps(PACKAGE)
+    assert "pip install" in install.command
+    follow(install, copy, "--no-deps", "--no-index", "--target", target)
+    return copy, {"PYTHONPATH": os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+
+
+def test_an_installed_package_is_listed_tried_and_planned_with_as_the_guide_says(
+    installed: tuple[Path, dict[str, str]],
+) -> None:
+    copy, environment = installed
+    for step in steps(PACKAGE)[1:]:
+        follow(step, copy, environment=environment)
+
+
+def test_entry_points_are_found_from_any_folder(installed: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    shutil.copy(EXAMPLE / "samples.jsonl", tmp_path)
+    shorter = scores(
+        "right_and_brief", "samples.jsonl", "--param", "limit=31", folder=tmp_path, environment=installed[1]
+    )
+    # 62, 116 and 58 characters are right, the others wrong, truncated or within the limit
+    assert shorter == [1.0, 0.5, round(31 / 116, 4), 0.0, 1.0, round(31 / 58, 4), 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("right_and_brief", [1, 1, 1, 0, 1, 1, 0, 0]),
+        # 7 of 23 words are filler, and 4 of 11: more than a fifth
+        ("no_filler", [1, 1, 0, 1, 1, 0, 1, 0]),
+        # three right ones, then two
+        ("shortest_right", [1, 0.75, 0.5, 0, 1, 0.5, 0, 0]),
+        # what is left of 1: two of the third one's five lines are repeated
+        ("repeated_lines", [1, 1, 0.6, 1, 1, 1, 1, 0]),
+        # the second: 0.8 * 60/62 + 0.1 * 0.75 + 0.1; the third: 0.8 * 60/116 * (1 - 0.5 * 0.4) + 0.1 * 0.5 +
+        # 0.1 * (1 - 7/23 / 0.5); the sixth: 0.8 + 0.1 * 0.5 + 0.1 * (1 - 4/11 / 0.5)
+        ("my_recipe.yaml:arithmetic", [1, 0.9492, 0.4202, 0.1, 1, 0.8773, 0.1, 0]),
+    ],
+)
+def test_the_examples_rewards_score_its_samples(
+    installed: tuple[Path, dict[str, str]], target: str, expected: list[float]
+) -> None:
+    assert scores(target, "samples.jsonl", folder=installed[0], environment=installed[1]) == expected
+
+
+def test_the_examples_recipe_uses_every_name_of_its_package() -> None:
+    recipe = yaml.safe_load((EXAMPLE / "my_recipe.yaml").read_text())
+    parts = [part for one in recipe["rewards"]["arithmetic"] for part in (one, *one.get("penalties", []))]
+    named = re.findall(r"^(\w+) = \"brief_rewards:", (EXAMPLE / "pyproject.toml").read_text(), re.M)
+    assert sorted(part["use"] for part in parts) == sorted(named)

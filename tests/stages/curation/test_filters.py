@@ -1,0 +1,570 @@
+"""Curation with scripted judges and a scripted policy: what stays, to the row, and what a kill costs (nothing)."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rl.config import Accept, Checkability, Difficulty, Relevance, Source, SynthesisFilterOptions, SynthesisOptions
+from rl.types import Completion, Picture, PooledAnswers, Prompt, Request, Rollout, Scored
+from rollout.data.decontamination import Benchmarks
+from rollout.data.rows import read
+from rollout.pacore.prompt import SynthesisPrompt, showing
+from rollout.pool import seed_of
+from stages.curate import through, work
+from stages.curation.answers import Answers
+from stages.curation.filters import Checked, Fate, Filter, Policy, Rated, Row, Synthesised, Tried, decontamination
+from stages.curation.folder import Out
+from stages.curation.report import gather
+from tests.rollout.data.test_rows import png
+from tests.support.command import wait_until
+
+RIGHT, WRONG = "<think>hm</think>It is right, {}", "<think>hm</think>It is wrong, {}"
+ROLLOUTS = 24
+
+
+class Killed(BaseException):
+    """What kill -9 is to a test in one process."""
+
+
+class Chat:
+    """One token per prompt, whose number the engines know the row by."""
+
+    reserved = ("<im_patch>",)
+
+    def __init__(self) -> None:
+        self.shown: dict[str, Prompt] = {}  # by row, as it was asked last
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        self.shown[prompt.id] = prompt
+        return (1,)
+
+    def length(self, prompt: Prompt) -> int:
+        return sum(len(str(message["content"])) for message in SynthesisPrompt().turns(prompt))
+
+    def text(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+        return bytes(response_ids).decode()
+
+
+class Engines:
+    """Answers by the script: (filter, row id, number) -> text."""
+
+    def __init__(self, script: Callable[[str, str, int], str], rows: Sequence[str]) -> None:
+        self.script, self.asked = script, Counter[tuple[str, str, int]]()
+        self.calls = 0
+        self.dies_after: int | None = None
+        self._known = {
+            seed_of(0, name, row, n): (name, row, n)
+            for name in ("difficulty", "synthesis")
+            for row in rows
+            for n in range(ROLLOUTS)
+        }
+
+    def consume(self, requests: Sequence[Sequence[Request]], finished: Callable[[int, Completion], None]) -> None:
+        self.calls += 1
+        for place, request in enumerate(one for group in requests for one in group):
+            if self.dies_after == sum(self.asked.values()):
+                raise Killed
+            key = self._known[request.seed]
+            self.asked[key] += 1
+            text = tuple(self.script(*key).encode())
+            finished(place, Completion((1,), text, (0.0,) * len(text), "stop"))
+
+
+class Scorer:
+    """1.0 for what says that it is right; judges as scripted: (pass, row id) -> number, or why there is none."""
+
+    def __init__(self, judge: Callable[[str, str], float | str] = lambda name, row: 1.0, group: bool = False) -> None:
+        self.judge, self.group, self.asked = judge, group, Counter[tuple[str, str]]()
+        self.dies_after: int | None = None
+
+    def is_group(self, task: str) -> bool:
+        return self.group
+
+    def submit(self, rollout: Rollout) -> Future[Scored]:
+        return self.submit_group([rollout])[0]
+
+    def submit_group(self, rollouts: Sequence[Rollout]) -> list[Future[Scored]]:
+        futures = []
+        for rollout in rollouts:
+            name, row = rollout.prompt.task, rollout.prompt.id
+            if name.startswith("curate/"):
+                if self.dies_after == sum(self.asked.values()):
+                    raise Killed
+                self.asked[name, row] += 1
+                said = self.judge(name, row)
+            else:
+                said = float("right" in rollout.answer)
+            scored = Scored(rollout, 0.0, said) if isinstance(said, str) else Scored(rollout, said)
+            future: Future[Scored] = Future()
+            future.set_result(scored)
+            futures.append(future)
+        return futures
+
+    def results(self, futures: Sequence[Future[Scored]]) -> list[Scored]:
+        return [future.result() for future in futures]
+
+
+def row(identity: str, **changes: Any) -> Row:
+    messages = ({"role": "user", "content": f"What is {identity}?"},)
+    return Row(Prompt(identity, "sums", messages, ground_truth="2", **changes), 0)
+
+
+def answers(folder: Path) -> Answers:
+    return Answers(folder / "answers.jsonl")
+
+
+def policy(script: Callable[[str, str, int], str], rows: Sequence[Row], scorer: Scorer | None = None) -> Policy:
+    engines: Any = Engines(script, [one.prompt.id for one in rows])
+    chat: Any = Chat()
+    return Policy(engines, chat, scorer or Scorer(), 1.0, 0, 0.1)
+
+
+def right_times(counts: Mapping[str, int]) -> Callable[[str, str, int], str]:
+    """A policy that is right on a row's first so many responses."""
+    return lambda name, identity, n: (RIGHT if n < counts[identity] else WRONG).format(n)
+
+
+def dropped(fates: Sequence[Fate]) -> dict[str, str | None]:
+    return {fate.row.prompt.id: fate.dropped for fate in fates}
+
+
+COUNTS = {"never": 0, "once": 1, "mostly": 23, "always": 24}
+
+
+def test_difficulty_keeps_what_is_accepted_once_or_all_but_once(tmp_path: Path) -> None:
+    rows = [row(name) for name in COUNTS]
+    with answers(tmp_path) as known:
+        fates = Tried(Difficulty(), Accept(), policy(right_times(COUNTS), rows), 1000)(rows, known)
+    assert dropped(fates) == {
+        "never": "never accepted",
+        "once": None,
+        "mostly": None,
+        "always": "always accepted",
+    }
+    assert [fate.row.notes["difficulty"]["accepted"] for fate in fates] == [0, 1, 23, 24]
+
+
+def test_the_final_messages_become_the_pool_with_their_accuracy(tmp_path: Path) -> None:
+    rows = [row("once")]
+    with answers(tmp_path) as known:
+        (fate,) = Tried(Difficulty(), Accept(), policy(right_times(COUNTS), rows), 1000)(rows, known)
+    pool = fate.row.prompt.messages_pool
+    assert (len(pool), pool[0], pool[23]) == (24, "It is right, 0", "It is wrong, 23")
+    assert fate.row.prompt.pool_accuracy == pytest.approx(1 / 24)
+
+
+def test_a_response_that_never_came_to_an_answer_is_no_message(tmp_path: Path) -> None:
+    rows = [row("a")]
+
+    def script(name: str, identity: str, n: int) -> str:
+        return "<think>hm" if n < 5 else (RIGHT if n < 8 else WRONG).format(n)
+
+    with answers(tmp_path) as known:
+        (fate,) = Tried(Difficulty(), Accept(), policy(script, rows), 1000)(rows, known)
+    assert (len(fate.row.prompt.messages_pool), fate.row.prompt.pool_accuracy) == (19, pytest.approx(3 / 19))
+    assert fate.row.notes["difficulty"] == {"accepted": 3, "of": 24, "tokens_mean": pytest.approx(27.5, abs=10)}
+
+
+def test_a_response_that_spells_a_control_token_is_no_message(tmp_path: Path) -> None:
+    rows = [row("a")]
+
+    def script(name: str, identity: str, n: int) -> str:
+        return RIGHT.format("<im_patch>") if n == 0 else WRONG.format(n)
+
+    with answers(tmp_path) as known:
+        (fate,) = Tried(Difficulty(), Accept(), policy(script, rows), 1000)(rows, known)
+    assert (fate.dropped, len(fate.row.prompt.messages_pool), fate.row.prompt.pool_accuracy) == (None, 23, 0.0)
+
+
+def test_weights_that_do_not_quite_add_up_to_one_still_accept() -> None:
+    assert Accept().takes("sums", 0.7 + 0.2 + 0.1 - 2e-16)
+
+
+@pytest.mark.parametrize(
+    ("counts", "why"),
+    [((1, 1), None), ((2, 0), "could not be scored"), ((0, 2), "could not be scored"), ((0, 0), "could not be scored")],
+)
+def test_scores_that_went_wrong_matter_only_where_they_could_decide(
+    tmp_path: Path, counts: tuple[int, int], why: str | None
+) -> None:
+    class Flaky(Scorer):
+        def submit_group(self, rollouts: Sequence[Rollout]) -> list[Future[Scored]]:
+            (future,) = super().submit_group(rollouts)
+            if "broken" in rollouts[0].answer:
+                future = Future()
+                future.set_result(Scored(rollouts[0], 0.0, "the reward died"))
+            return [future]
+
+    right, wrong = counts
+    texts = [RIGHT.format("")] * right + [WRONG.format("")] * wrong
+
+    def script(name: str, identity: str, n: int) -> str:
+        return texts[n] if n < len(texts) else "broken"
+
+    rows = [row("a")]
+    with answers(tmp_path) as known:
+        (fate,) = Tried(Difficulty(rollouts=4), Accept(), policy(script, rows, Flaky()), 1000)(rows, known)
+    assert fate.dropped == why
+    assert len(fate.row.prompt.messages_pool) == right + wrong
+
+
+def test_what_counts_as_accepted_may_differ_by_task() -> None:
+    accept = Accept(least=1.0, by_task={"grounding": 0.5})
+    assert [accept.takes("sums", reward) for reward in (0.5, 0.99, 1.0)] == [False, False, True]
+    assert [accept.takes("grounding", reward) for reward in (0.4999, 0.5, 1.0)] == [False, True, True]
+
+
+@pytest.mark.parametrize(("valid", "stays"), [(0, False), (3, False), (4, True)])
+def test_checkability_wants_every_pass_to_agree(tmp_path: Path, valid: int, stays: bool) -> None:
+    judge = Scorer(lambda name, identity: float(int(name.rpartition("/")[2]) < valid))
+    with answers(tmp_path) as known:
+        (fate,) = Checked(Checkability(), judge, 0.1)([row("a")], known)
+    assert (fate.dropped is None) == stays
+    assert fate.row.notes["checkability"] == {"valid": valid, "of": 4}
+    assert len(judge.asked) == 4
+
+
+def test_a_row_that_the_judge_fails_on_is_neither_valid_nor_invalid(tmp_path: Path) -> None:
+    judge = Scorer(lambda name, identity: "no verdict" if name.endswith("/3") else 1.0)
+    with answers(tmp_path) as known:
+        (fate,) = Checked(Checkability(), judge, 0.1)([row("a")], known)
+    assert (fate.dropped, fate.detail) == ("could not be scored", "no verdict")
+
+
+def test_relevance_asks_about_rows_with_pictures_only(tmp_path: Path) -> None:
+    picture = (Picture.of(png()),)
+    grades = {"least": 0.5, "less": 0.49}
+    judge = Scorer(lambda name, identity: grades[identity])
+    rows = [row("none"), row("least", images=picture), row("less", images=picture)]
+    with answers(tmp_path) as known:
+        fates = Rated(Relevance(), judge, 0.1)(rows, known)
+    assert dropped(fates) == {
+        "none": None,
+        "least": None,
+        "less": "picture and question do not need each other",
+    }
+    assert set(judge.asked) == {("curate/relevance/0", "least"), ("curate/relevance/0", "less")}
+
+
+# SynthesisOptions
+
+
+def pooled(identity: str, size: int = 24, share: float = 0.5) -> Row:
+    return row(identity, messages_pool=tuple(f"message {n}" for n in range(size)), pool_accuracy=share)
+
+
+def synthesised(
+    script: Callable[[str, str, int], str], rows: Sequence[Row], longest: int = 65_536, **bounds: Any
+) -> Synthesised:
+    options = SynthesisFilterOptions(max_sequence_length=longest)
+    return Synthesised(options, SynthesisOptions(**bounds), Accept(), policy(script, rows))
+
+
+def test_synthesis_keeps_what_is_still_sometimes_accepted(tmp_path: Path) -> None:
+    rows = [pooled(name) for name in COUNTS]
+    with answers(tmp_path) as known:
+        fates = synthesised(right_times(COUNTS), rows)(rows, known)
+    assert dropped(fates) == {"never": "never accepted", "once": None, "mostly": None, "always": "always accepted"}
+
+
+def test_the_policy_sees_problem_and_messages_and_rewards_see_the_problem(tmp_path: Path) -> None:
+    rows = [pooled("once")]
+    filter = synthesised(right_times(COUNTS), rows)
+    with answers(tmp_path) as known:
+        (fate,) = filter(rows, known)
+    chat: Any = filter.policy.chat
+    said = SynthesisPrompt().turns(chat.shown["once"])[-1]["content"]
+    assert "What is once?" in said and 16 <= said.count("Answer ") <= 24
+    assert fate.row.prompt == rows[0].prompt
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "bounds", "why"),
+    [
+        (15, 0.5, {}, "too few messages"),
+        (16, 0.5, {}, None),
+        (24, 0.0, {"accuracy_over": 0.0}, "messages too often wrong"),
+        (24, 1 / 24, {"accuracy_over": 0.0}, None),
+        (24, 8 / 24, {"accuracy_under": 9 / 24}, None),
+        (24, 9 / 24, {"accuracy_under": 9 / 24}, "messages too often right"),
+        (24, 0.5, {"longest": 100}, "too long with its messages"),
+    ],
+)
+def test_pools_that_cannot_be_drawn_from_or_do_not_fit_are_dropped(
+    tmp_path: Path, size: int, share: float, bounds: dict[str, Any], why: str | None
+) -> None:
+    rows = [pooled("once", size, share)]
+    with answers(tmp_path) as known:
+        (fate,) = synthesised(right_times(COUNTS), rows, **bounds)(rows, known)
+    assert fate.dropped == why
+
+
+def test_draws_reach_both_ends_without_replacement_and_repeat() -> None:
+    pool = [f"m{n}" for n in range(24)]
+    accepted = tuple(n % 2 == 0 for n in range(24))
+
+    def drawn(size: int, seed: str) -> PooledAnswers:
+        prompt = replace(row("a").prompt, messages_pool=tuple(pool[:size]), pool_accepted=accepted[:size])
+        shown = showing(prompt, 16, 24, seed).shown
+        assert shown is not None and shown.accepted == tuple(accepted[pool.index(text)] for text in shown.texts)
+        return shown
+
+    draws = [drawn(24, f"seed {n}").texts for n in range(200)]
+    assert {len(draw) for draw in draws} == set(range(16, 25))
+    assert all(len(set(draw)) == len(draw) for draw in draws)
+    assert any(list(draw) != sorted(draw, key=pool.index) for draw in draws)
+    assert drawn(24, "seed 3").texts == draws[3]
+    assert {len(drawn(16, f"{n}").texts) for n in range(20)} == {16}
+    with pytest.raises(ValueError, match="row a: a pool of 15 messages has not the 16"):
+        drawn(15, "")
+
+
+def test_without_messages_the_prompt_is_the_plain_problem() -> None:
+    prompt = row("a").prompt
+    assert SynthesisPrompt().turns(prompt) is prompt.messages
+    assert SynthesisPrompt().turns(replace(prompt, shown=PooledAnswers(()))) is prompt.messages
+
+
+def test_pictures_stay_where_they_are_in_the_problem(tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ problem }}|{% for m in messages %}{{ m }}|{% endfor %}")
+    content = ({"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": "!"})
+    prompt = Prompt("a", "t", ({"role": "user", "content": content},), images=(Picture.of(png()),))
+    prompt = replace(prompt, shown=PooledAnswers(("x\ue000", "y")))
+    assert SynthesisPrompt(template).turns(prompt)[0]["content"] == [
+        {"type": "text", "text": "See "},
+        {"type": "image"},
+        {"type": "text", "text": "!|x|y|"},
+    ]
+
+
+@pytest.mark.parametrize("text", ["{{ problem }}", "{{ problem }}{{ messages }}{{ title }}", "{{ problem"])
+def test_a_template_that_cannot_work_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.jinja").write_text(text)
+    with pytest.raises(ValueError, match=r"t\.jinja"):
+        SynthesisPrompt(tmp_path / "t.jinja")
+
+
+# Decontamination
+
+
+def asked(text: str, identity: str = "a", images: tuple[Picture, ...] = ()) -> Prompt:
+    return Prompt(identity, "t", ({"role": "user", "content": text},), images=images)
+
+
+@pytest.mark.parametrize(
+    ("text", "shared"),
+    [
+        ("What is 12 + 5?", "the question of b"),
+        ("what  is 12 + 5?", "the question of b"),
+        ("What is 12 - 5?", None),
+        ("so 1 2 3 4 then", "4 words in a row with c"),
+        ("so 1 2 3 then", None),
+    ],
+)
+def test_a_benchmark_is_recognised_by_its_question_or_by_a_long_passage(text: str, shared: str | None) -> None:
+    benchmarks = Benchmarks([asked("What is 12 + 5?", "b"), asked("one 1 2 3 4", "c")], length=4)
+    if shared is None:
+        assert benchmarks.shared(asked(text)) in (None, "4 words in a row with b")  # the common beginning
+    else:
+        assert benchmarks.shared(asked(text)) == shared
+
+
+def test_the_same_words_under_another_picture_are_another_question(tmp_path: Path) -> None:
+    one, other = (Picture.of(png(color=color)) for color in ("red", "blue"))
+    benchmarks = Benchmarks([asked("How many?", "b", (one,))], length=64)
+    assert benchmarks.shared(asked("How many?", images=(one,))) == "the question of b"
+    assert benchmarks.shared(asked("How many?", images=(other,))) is None
+
+
+# All of it
+
+
+def everything(rows: Sequence[Row], script: Callable[[str, str, int], str], judge: Scorer) -> dict[str, Filter]:
+    who = policy(script, rows, judge)
+    return {
+        "decontamination": decontamination(Benchmarks([asked("What is leaked?", "b")], 64)),
+        "checkability": Checked(Checkability(), judge, 0.1),
+        "difficulty": Tried(Difficulty(), Accept(), who, 1000),
+        "synthesis": Synthesised(SynthesisFilterOptions(max_sequence_length=5000), SynthesisOptions(), Accept(), who),
+    }
+
+
+NAMES = ("leaked", "vague", "never", "once", "mostly", "always", "half")
+
+
+def script(name: str, identity: str, n: int) -> str:
+    counts = {**COUNTS, "half": 12} if name == "difficulty" else {"once": 24, "mostly": 3, "half": 1}
+    return (RIGHT if n < counts[identity] else WRONG).format(n)
+
+
+def judge() -> Scorer:
+    return Scorer(lambda name, identity: float(identity != "vague" or name.endswith("/0")))
+
+
+def blocks() -> list[list[Row]]:
+    rows = [row(name) for name in NAMES]
+    return [rows[:4], rows[4:]]
+
+
+def finished(folder: Path) -> dict[str, bytes]:
+    """Rows and fates."""
+    return {str(f.relative_to(folder)): f.read_bytes() for part in ("rows", "fates") for f in (folder / part).glob("*")}
+
+
+def test_rows_fates_and_report_say_what_became_of_every_row(tmp_path: Path) -> None:
+    out = Out(tmp_path)
+    work(blocks(), everything([row(n) for n in NAMES], script, judge()), out, ["s"], lambda message: None)
+    rows = read([Source(path=str(tmp_path / "rows"))])
+    assert rows.bad == () and [p.id for p in rows.prompts] == ["mostly", "half"]
+    mostly = rows.prompts[0]
+    assert len(mostly.messages_pool) == 24 and mostly.pool_accuracy == pytest.approx(23 / 24)
+    assert mostly.meta["curation"]["checkability"] == {"valid": 4, "of": 4}
+    assert [mostly.meta["curation"][name]["accepted"] for name in ("difficulty", "synthesis")] == [23, 3]
+    report = gather([out.fates(0), out.fates(1)], ["decontamination", "checkability", "difficulty", "synthesis"], ["s"])
+    assert [(one.filter, one.before, one.after) for one in report.passages] == [
+        ("decontamination", 7, 6),
+        ("checkability", 6, 5),
+        ("difficulty", 5, 3),
+        ("synthesis", 3, 2),
+    ]
+    assert {(reason.filter, reason.why): reason.count for reason in report.reasons} == {
+        ("decontamination", "the same question"): 1,
+        ("checkability", "not every pass calls it valid"): 1,
+        ("difficulty", "never accepted"): 1,
+        ("difficulty", "always accepted"): 1,
+        ("synthesis", "always accepted"): 1,
+    }
+    assert sum(count for _, count in report.histograms[0].bars) == 5
+    assert "leaked: the question of b | What is leaked?" in report.text()
+    assert "<h1>2 of 7 rows stay</h1>" in report.html()
+
+
+def test_a_report_shows_every_source_by_itself(tmp_path: Path) -> None:
+    out = Out(tmp_path)
+    rows = [Row(row("leaked").prompt, 0), Row(row("fine").prompt, 1)]
+    filters = {"decontamination": decontamination(Benchmarks([asked("What is leaked?", "b")], 64))}
+    work([rows], filters, out, ["one.jsonl", "two.jsonl"], lambda message: None)
+    report = gather([out.fates(0)], ["decontamination"], ["one.jsonl", "two.jsonl"])
+    assert [(one.source, one.before, one.after) for one in report.passages] == [
+        ("", 2, 1),
+        ("one.jsonl", 1, 0),
+        ("two.jsonl", 1, 1),
+    ]
+
+
+def test_what_models_wrote_cannot_change_the_page(tmp_path: Path) -> None:
+    out = Out(tmp_path)
+    bad = Row(asked("<script>alert(1)</script>", "x"), 0)
+    work([[bad]], {"decontamination": decontamination(Benchmarks([bad.prompt], 64))}, out, ["s"], lambda message: None)
+    page = gather([out.fates(0)], ["decontamination"], ["s"]).html()
+    assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+@dataclass
+class Attempt:
+    """A curation that is killed when so many answers are there, by whomever."""
+
+    folder: Path
+    engines: list[Engines] = field(default_factory=list)
+    judges: list[Scorer] = field(default_factory=list)
+
+    def run(self, engine_answers: int | None = None, judge_answers: int | None = None) -> None:
+        scorer = judge()
+        scorer.dies_after = judge_answers
+        filters = everything([row(n) for n in NAMES], script, scorer)
+        tried: Any = filters["difficulty"]
+        tried.policy.engines.dies_after = engine_answers
+        self.engines.append(tried.policy.engines)
+        self.judges.append(scorer)
+        work(blocks(), filters, Out(self.folder), ["s"], lambda message: None)
+
+    @property
+    def most(self) -> int:
+        """How often the same thing was asked."""
+        asked = sum((e.asked for e in self.engines), Counter[Any]()) + sum((j.asked for j in self.judges), Counter())
+        return max(asked.values())
+
+
+def test_a_kill_at_any_answer_loses_and_doubles_nothing_and_asks_nothing_twice(tmp_path: Path) -> None:
+    whole = Attempt(tmp_path / "whole")
+    whole.run()
+    engine_answers, judge_answers = sum(whole.engines[0].asked.values()), sum(whole.judges[0].asked.values())
+    kills = [{"engine_answers": n} for n in range(0, engine_answers, 17)]
+    kills += [{"judge_answers": n} for n in range(0, judge_answers, 3)]
+    for number, kill in enumerate(kills):
+        broken = Attempt(tmp_path / str(number))
+        with pytest.raises(Killed):
+            broken.run(**kill)
+        broken.run()
+        assert finished(broken.folder) == finished(whole.folder)
+        assert broken.most == 1
+
+
+@pytest.mark.parametrize("lost", ["rows/00001.jsonl", "rows/00000.jsonl"])
+def test_a_kill_before_a_block_is_written_asks_nothing_again(tmp_path: Path, lost: str) -> None:
+    attempt = Attempt(tmp_path)
+    attempt.run()
+    before = finished(tmp_path)
+    (tmp_path / lost).unlink()
+    attempt.run(engine_answers=0, judge_answers=0)
+    assert finished(tmp_path) == before
+
+
+def test_an_answer_that_was_cut_by_a_crash_is_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with Answers(path) as known:
+        known.put("k", "a", 0, {"x": 1})
+        known.put("k", "a", 1, {"x": 2})
+    path.write_bytes(path.read_bytes()[:-5])
+    with Answers(path) as known:
+        assert known.get("k", "a", 0) == {"x": 1} and known.get("k", "a", 1) is None
+        known.put("k", "a", 1, {"x": 3})
+    assert [json.loads(line)["x"] for line in path.read_text().splitlines()] == [1, 3]
+
+
+def test_judges_look_at_the_next_block_while_the_policy_tries_this_one(tmp_path: Path) -> None:
+    filters = everything([row(n) for n in NAMES], script, scorer := judge())
+    tried: Any = filters["difficulty"]
+
+    def patient(rows: Sequence[Row], answers: Answers) -> list[Fate]:
+        wait_until(lambda: any(identity == "always" for _, identity in scorer.asked))  # a row of the second block
+        return tried(rows, answers)
+
+    work(blocks(), {**filters, "difficulty": patient}, Out(tmp_path), ["s"], lambda message: None)
+    assert len(finished(tmp_path)) == 4
+
+
+def test_scores_that_went_wrong_are_asked_again(tmp_path: Path) -> None:
+    said: list[float | str] = ["the server is down", 1.0]
+    for stays in (False, True):
+        with answers(tmp_path) as known:
+            scorer = Scorer(lambda name, identity, now=said[stays]: now)
+            (fate,) = Checked(Checkability(passes=1), scorer, 0.1)([row("a")], known)
+        assert (fate.dropped is None) == stays
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_rewards_that_want_all_responses_of_a_row_get_them_together(tmp_path: Path, group: bool) -> None:
+    rows = [row("once"), row("never")]
+    with answers(tmp_path) as known:
+        fates = Tried(Difficulty(), Accept(), policy(right_times(COUNTS), rows, Scorer(group=group)), 1000)(rows, known)
+    assert dropped(fates) == {"once": None, "never": "never accepted"}
+
+
+def test_all_prompts_go_to_the_engines_in_one_call(tmp_path: Path) -> None:
+    rows = [row(f"r{n}") for n in range(50)]
+    who = policy(lambda name, identity, n: RIGHT.format(n), rows)
+    with answers(tmp_path) as known:
+        fates = [("", Fate(one)) for one in rows]
+        through(
+            fates, {"difficulty": Tried(Difficulty(), Accept(), who, 1000)}, lambda name: known, lambda message: None
+        )
+    engines: Any = who.engines
+    assert (engines.calls, sum(engines.asked.values())) == (1, 50 * 24)

@@ -1,0 +1,116 @@
+"""Samples of the next iteration are made beside this one's training: what may overlap, and what is left in order."""
+
+import threading
+
+import pytest
+
+from rl.config import Config
+from rl.stop import Stop
+from rl.types import Rollout, Scored
+from stages.ahead import Abandoned, Ahead
+from stages.loop import Clock, Parts, ppo_iteration
+from tests.stages.test_loop import PROMPTS, Scores, Scripted, inside, parts, right
+
+__all__ = ["parts"]  # the fixture
+
+
+def test_what_was_started_is_taken_and_the_waiting_thread_is_told_meanwhile() -> None:
+    ahead: Ahead[str] = Ahead()
+    go, told = threading.Event(), []
+
+    def meanwhile() -> None:
+        told.append(threading.current_thread())
+        go.set()
+
+    ahead.start(2, lambda: str(go.wait()))
+    assert ahead.has(2) and not ahead.has(1)
+    assert ahead.take(2, meanwhile) == "True"
+    assert set(told) == {threading.main_thread()} and not ahead.has(2)
+
+
+def test_what_went_wrong_beside_is_raised_when_the_samples_are_taken() -> None:
+    ahead: Ahead[str] = Ahead()
+
+    def fail() -> str:
+        raise Stop("endpoint judge stays away", saves=True)
+
+    ahead.start(1, fail)
+    ahead.settle()
+    with pytest.raises(Stop, match="judge stays away"):
+        ahead.take(1, lambda: None)
+
+
+def test_samples_that_nobody_wants_any_more_are_not_made_to_the_end() -> None:
+    ahead: Ahead[str] = Ahead()
+    started, ended = threading.Event(), []
+
+    def make() -> str:
+        started.set()
+        try:
+            while True:
+                ahead.check()
+        except Abandoned:
+            ended.append(True)
+            raise
+
+    ahead.start(1, make)
+    started.wait()
+    ahead.abandon()
+    assert ended == [True]
+
+
+def test_only_one_iteration_is_sampled_ahead() -> None:
+    ahead: Ahead[str] = Ahead()
+    ahead.start(1, str)
+    with pytest.raises(RuntimeError, match="what was made for 1 has not been taken yet"):
+        ahead.start(2, str)
+
+
+def staleness(config: Config, value: int) -> Config:
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_staleness": value})})
+
+
+class Noting(Scripted):
+    """Also notes which iteration was sampled by the weights from after which."""
+
+    def __init__(self, policy) -> None:
+        super().__init__(policy)
+        self.sampled: list[tuple[int, int]] = []
+
+    def sample(self, prompts, per_prompt, iteration, finished=lambda place, rollout: None) -> list[Rollout]:
+        if iteration > 0:  # others are checks after a weight sync
+            self.sampled.append((iteration, self.policy_step))
+        return super().sample(prompts, per_prompt, iteration, finished)
+
+
+@pytest.mark.parametrize("value, expected, lags", [
+    (0, [(1, 0), (2, 1), (3, 2)], [0, 0, 0]),
+    (1, [(1, 0), (2, 0), (3, 1)], [0, 1, 1]),
+])  # fmt: skip
+def test_staleness_is_how_many_updates_the_sampling_weights_are_behind(parts: Parts, value, expected, lags) -> None:
+    parts.config = staleness(parts.config, value)
+    parts.sampler = sampler = Noting(inside(parts.policy))
+    found = []
+    for iteration in range(1, 4):
+        following = PROMPTS if iteration < 3 else []
+        metrics, scored = ppo_iteration(iteration, PROMPTS, following, parts, Clock(parts.phase))
+        found.append(metrics["rollout/staleness"])
+        assert len(scored) == 12
+        parts.ahead.settle()
+    assert sampler.sampled == expected
+    assert found == lags
+
+
+def test_too_many_invalid_samples_of_the_next_iteration_do_not_touch_this_one(parts: Parts) -> None:
+    parts.config = staleness(parts.config, 1)
+    taken = []
+
+    def only_the_first_iteration(rollout: Rollout) -> Scored:
+        taken.append(rollout)
+        return right(rollout) if len(taken) <= 12 else Scored(rollout, 0.0, "judge away")
+
+    parts.scorer = Scores(only_the_first_iteration)
+    metrics, _ = ppo_iteration(1, PROMPTS, PROMPTS, parts, Clock(parts.phase))
+    assert metrics["reward/mean"] == pytest.approx(1 / 3)
+    with pytest.raises(Stop, match="12 of 12 samples are invalid"):
+        ppo_iteration(2, PROMPTS, [], parts, Clock(parts.phase))

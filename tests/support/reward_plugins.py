@@ -1,0 +1,147 @@
+"""Rewards for tests that do what the answer says, as buggy plugins might, and the tasks that use them."""
+
+from typing import Any
+
+from rl.config import PenaltySpec, RewardSpec
+from rl.types import Finish, Prompt, Rollout
+
+PLUGINS = '''
+import asyncio, os, signal, subprocess, sys, time
+from rewards import Invalid, Score, penalty, reward
+from rewards.endpoint import Unreachable
+
+
+@reward("obey")
+def obey(rollout, gift: float = 1.0):
+    """Does what the answer says, as a buggy reward might."""
+    match rollout.answer.split():
+        case ["hang"]:
+            time.sleep(600)
+        case ["spin"]:
+            9 ** 9 ** 9 ** 9
+        case ["die"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case ["exit"]:
+            sys.exit("enough")
+        case ["eat"]:
+            return float(len([bytearray(1 << 24) for _ in range(1 << 20)]))
+        case ["raise"]:
+            return {}["nothing"]
+        case ["refuse"]:
+            raise Invalid("the judge is away")
+        case ["return", what]:
+            return eval(what)
+        case ["child"]:
+            return Score(0.5, {"pid": subprocess.Popen(["sleep", "600"]).pid})
+        case ["print"]:
+            print("to stdout, which must not disturb anything")
+    return Score(gift, {"pid": os.getpid(), "hash": hash("x")})
+
+
+@reward("obey_lowest", lowest=-1.0, on_timeout="lowest")
+def obey_lowest(rollout):
+    return obey(rollout)
+
+
+@reward("die_once", on_timeout="lowest")
+def die_once(rollout):
+    if not os.path.exists(rollout.answer):
+        open(rollout.answer, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1.0
+
+
+@reward("rank", group=True)
+def rank(rollouts, unit: float = 0.1):
+    if any(r.answer == "hang" for r in rollouts):
+        time.sleep(600)
+    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].text))
+    return [unit * order.index(i) for i in range(len(rollouts) - ("short" in rollouts[0].answer))]
+
+
+@reward("slow_to_set_up")
+class SlowToSetUp:
+    def setup(self):
+        time.sleep(1.5)
+
+    async def __call__(self, rollout):
+        await asyncio.sleep(0.01)
+        return 0.75
+
+
+@reward("waits")
+async def waits(rollout):
+    """Does what the answer says, while others wait beside it."""
+    match rollout.answer.split():
+        case ["sleep", seconds]:
+            await asyncio.sleep(float(seconds))
+        case ["hang"]:
+            await asyncio.sleep(600)
+        case ["block"]:
+            time.sleep(600)
+        case ["die"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case ["eat"]:
+            return float(len([bytearray(1 << 24) for _ in range(1 << 20)]))
+        case ["raise"]:
+            return {}["nothing"]
+        case ["tire"]:
+            raise TimeoutError("its own patience is over")
+        case ["patient" | "fragile" as kind, seen]:  # `seen` is a file that says how often it was asked
+            with open(seen, "a") as file:
+                file.write("x")
+            if os.path.getsize(seen) == 1:
+                raise Unreachable("judge", "not there yet")
+            if kind == "fragile":
+                os.kill(os.getpid(), signal.SIGKILL)
+    return Score(0.25, {"pid": os.getpid()})
+
+
+@penalty("rude")
+def rude(rollout):
+    return rollout.answer.count("!") / 2
+
+
+@reward("signed", lowest=-1.0)
+def signed(rollout):
+    return 1.0
+
+
+@reward("never_set_up")
+class NeverSetUp:
+    def setup(self):
+        raise OSError("no model there")
+
+    def __call__(self, rollout):
+        return 1.0
+'''
+
+
+def spec(use: str, params: dict[str, Any] | None = None, **more: Any) -> RewardSpec:
+    return RewardSpec.model_validate({"use": use, "params": params or {}, "timeout_s": 1.0, "memory_mb": 256, **more})
+
+
+def penalty_spec(use: str, magnitude: float = 1.0) -> PenaltySpec:
+    return PenaltySpec(use=use, magnitude=magnitude, timeout_s=1.0, memory_mb=256)
+
+
+def rollout(text: str, task: str = "obey", prompt: str = "p", finish: Finish = "stop", truth: Any = "5") -> Rollout:
+    return Rollout(Prompt(prompt, task, (), ground_truth=truth), text, finish)
+
+
+TASKS = {
+    "obey": [spec("plugins.py:obey", {"gift": 0.25})],
+    "obey_lowest": [spec("plugins.py:obey_lowest")],
+    "die_once": [spec("plugins.py:die_once")],
+    "rank": [spec("plugins.py:rank")],
+    "slow": [spec("plugins.py:slow_to_set_up")],
+    "waits": [spec("plugins.py:waits")],
+    "math": [spec("math_verify", timeout_s=2.0)],
+    "exact": [spec("exact")],
+    "sum": [
+        spec("plugins.py:obey", {"gift": 0.5}, weight=0.8, penalties=(penalty_spec("plugins.py:rude", 0.5),)),
+        spec("exact", weight=0.2),
+        spec("plugins.py:rank", {"unit": 1.0}, weight=-0.1),
+    ],
+    "signed": [spec("plugins.py:signed", penalties=(penalty_spec("plugins.py:rude"),))],
+}
