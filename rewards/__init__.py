@@ -5,7 +5,7 @@ as `file.py:Name` (relative to the recipe) or through an entry point of group `r
 runs it in worker processes that can be killed.
 """
 
-from rewards.registry import BoundReward, Invalid, Score, get, names, penalty, reward
-from rl.types import Rollout
+from rewards.registry import BoundReward, Invalid, Score, get, names, penalty, reward, row_judge
+from rl.types import Prompt, Rollout
 
-__all__ = ["BoundReward", "Invalid", "Rollout", "Score", "get", "names", "penalty", "reward"]
+__all__ = ["BoundReward", "Invalid", "Prompt", "Rollout", "Score", "get", "names", "penalty", "reward", "row_judge"]

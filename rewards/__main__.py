@@ -25,7 +25,7 @@ from rewards import registry
 from rewards.endpoint import EndpointSpec, is_endpoint_name
 from rewards.registry import all_rewards, get
 from rewards.running.runner import Outage, RewardRunner
-from rl.config import PenaltySpec, RewardSpec
+from rl.config import PenaltySpec, RewardSpec, ScorerSpec
 from rl.exits import DONE, WRONG_INPUT, run_command
 from rl.types import Prompt, Rollout, Scored
 
@@ -36,11 +36,12 @@ MOST_WAIT_S = 60.0  # for an endpoint that does not answer: somebody sits and wa
 
 @dataclass(frozen=True)
 class Target:
-    """What scores the samples: the rewards of one task."""
+    """What scores the samples: the rewards of one task, or a judge of their rows."""
 
     specs: Sequence[RewardSpec]
     endpoints: Mapping[str, EndpointSpec]
     task: str | None = None  # in a recipe
+    row_judge: ScorerSpec | None = None
 
     @property
     def verifiable(self) -> dict[str, RewardSpec]:
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _list() -> int:
     for found in all_rewards():
-        kind = " (penalty)" if found.kind == "penalty" else " (sees the group)" if found.group else ""
+        kind = " (sees the group)" if found.group else "" if found.kind == "reward" else f" ({found.kind})"
         print(f"{found.name}{kind}: {_first_line(found)}")
         for parameter in found.parameters.values():
             print(f"    {_parameter(parameter, found.annotation(parameter))}")
@@ -128,7 +129,7 @@ def _try(args: argparse.Namespace) -> int:
     # One task for all: whatever the samples' own task was called, this is the reward they get now.
     asked = [replace(one, prompt=replace(one.prompt, task=TRIED)) for one in samples]
     with _runner(target, args.workers) as runner:
-        scored = runner.score(asked)
+        scored = _rows_scored(runner, asked) if target.row_judge else runner.score(asked)
         for sample in _as_lines(samples, scored) if args.json else _as_table(samples, scored):
             print(sample)
         return _check_truths(runner, target, [one.prompt for one in samples])
@@ -141,7 +142,10 @@ def _target(target: str, params: Sequence[str], samples: str) -> Target:
             raise ValueError(f"{target} has its parameters in the recipe; leave out --param")
         return _of_recipe(file, task, samples)
     given = dict(_assignment(text) for text in params)
-    if get(target, given).reward.kind == "penalty":  # shown by what it leaves of a reward of 1
+    kind = get(target, given).reward.kind
+    if kind == "row judge":
+        return Target((), {}, row_judge=ScorerSpec(use=target, params=given))
+    if kind == "penalty":  # shown by what it leaves of a reward of 1
         return Target([RewardSpec(use="constant", penalties=(PenaltySpec(use=target, params=given),))], {})
     return Target([RewardSpec(use=target, params=given)], {})
 
@@ -155,12 +159,17 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 def _of_recipe(file: str, task: str, samples: str) -> Target:
     from rl.recipe.resolve import load
+    from stages.curation.filters import row_judges
     from stages.plan import endpoint_spec
 
     config = load(Path(file), overrides=[f"data.train={json.dumps(os.path.abspath(samples))}"]).config
-    if task not in config.rewards:
-        raise ValueError(f"{file} has no rewards.{task}; its tasks are {', '.join(config.rewards)}")
     endpoints = {name: endpoint_spec(name, one) for name, one in config.endpoints.items()}
+    judges = row_judges(config)
+    if task in judges:
+        return Target((), endpoints, row_judge=judges[task])
+    if task not in config.rewards:
+        known = f"its tasks are {', '.join(config.rewards)}; its row judges are {', '.join(judges) or 'none'}"
+        raise ValueError(f"{file} has no rewards.{task}; {known}")
     return Target(config.rewards[task], endpoints, task)
 
 
@@ -176,14 +185,23 @@ def _runner(target: Target, workers: int) -> RewardRunner:
     """Knows the target's rewards as one task, and each that compares with ground truths as a task of its own."""
     alone = {name: [one.model_copy(update={"penalties": (), "weight": 1.0})] for name, one in target.verifiable.items()}
     tasks: dict[str, Sequence[RewardSpec]] = {TRIED: target.specs, **alone}
+    judges = {TRIED: target.row_judge} if target.row_judge else {}
     endpoints = {name: replace(one, max_wait=MOST_WAIT_S) for name, one in target.endpoints.items()}
-    runner = RewardRunner(tasks, workers=workers, endpoints=endpoints)
+    runner = RewardRunner(tasks, workers=workers, endpoints=endpoints, row_judges=judges)
     if unserved := [name for name in sorted(runner.asks()) if not target.endpoints[name].url]:
         raise ValueError(
             f"endpoint {unserved[0]!r} is served by a run; start it by hand and give its url to try it here"
         )
     runner.on_outage = _tell
     return runner
+
+
+def _rows_scored(runner: RewardRunner, samples: Sequence[Rollout]) -> list[Scored]:
+    scores = runner.results([runner.submit_row(one.prompt, TRIED) for one in samples])
+    return [
+        Scored(one, score.value, score.invalid, details=score.details, seconds=score.seconds)
+        for one, score in zip(samples, scores, strict=True)
+    ]
 
 
 def _tell(outage: Outage) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rewards import Rollout, Score, reward
+from rewards import Prompt, Score, row_judge
 from rewards.endpoint import EndpointName
 from rewards.judge import REASON_CHARS, Judge, MaxTokens, Verdict, question, truth
 
@@ -22,9 +22,9 @@ class Validity(Verdict):
     verdict: Literal["valid", "invalid"]
 
 
-@reward("checkable", timeout_s=600, needs="ground_truth")
+@row_judge("checkable", timeout_s=600)
 class Checkable:
-    """1.0 if the judge calls the row's problem and ground truth valid, else 0.0; the response plays no part.
+    """1.0 if the judge calls the row's problem and ground truth valid, else 0.0.
 
     For `python -m stages.curate`, which asks for several passes.
 
@@ -61,8 +61,7 @@ class Checkable:
     def setup(self) -> None:
         self.judge.setup({"question", "truth"}, {"reasons", "hidden"})
 
-    async def __call__(self, rollout: Rollout) -> Score:
-        row = rollout.prompt
+    async def __call__(self, row: Prompt) -> Score:
         hidden = bool(row.images) and not self.judge.endpoint.spec.images
         shown = {"question": question(row), "truth": truth(row), "reasons": self.reasons, "hidden": hidden}
         verdict = await self.judge.ask(row, shown, {}, self.vote)

@@ -21,7 +21,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from rewards.endpoint import is_endpoint_name
 
 OnTimeout = Literal["invalid", "lowest"]
-Kind = Literal["reward", "penalty"]
+Kind = Literal["reward", "penalty", "row judge"]
 Needed = Literal["ground_truth", "reference"]
 ENTRY_POINTS = "rl.rewards"
 Target = TypeVar("Target", bound=Callable[..., Any])
@@ -159,6 +159,14 @@ def penalty(
         lowest + (value - lowest) * product over penalties of (1 - magnitude * offence)
     """
     return _register(lambda target: Reward(name, target, group, 0.0, 1.0, on_timeout, "penalty", None, timeout_s, None))
+
+
+def row_judge(name: str, *, timeout_s: float = 10.0) -> Callable[[Target], Target]:
+    """Registers a judge of data rows, for curation: written like a reward, but it gets a Prompt instead of a Rollout
+    and returns 0 to 1. Tasks cannot use it."""
+    return _register(
+        lambda target: Reward(name, target, False, 0.0, 1.0, "invalid", "row judge", None, timeout_s, None)
+    )
 
 
 def _register(declared: Callable[[Callable[..., Any]], Reward]) -> Callable[[Target], Target]:

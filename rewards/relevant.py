@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rewards import Rollout, Score, reward
+from rewards import Prompt, Score, row_judge
 from rewards.checkable import UNLIMITED
 from rewards.endpoint import EndpointName
 from rewards.judge import REASON_CHARS, Judge, MaxTokens, Verdict, question
@@ -26,9 +26,9 @@ class Grade(Verdict):
     grade: Points
 
 
-@reward("relevant", timeout_s=600)
+@row_judge("relevant", timeout_s=600)
 class Relevant:
-    """The rater's grade, 0.0 to 1.0; the response plays no part. For `python -m stages.curate`.
+    """The rater's grade, 0.0 to 1.0. For `python -m stages.curate`.
 
     endpoint     a vision-language model (`images: true` in the recipe); it sees the question and the pictures
     reasons      have it give reasons before its grade
@@ -63,8 +63,7 @@ class Relevant:
         if not self.judge.endpoint.spec.images:
             raise ValueError(f"endpoint {self.judge.name} is shown no pictures; the rater needs `images: true`")
 
-    async def __call__(self, rollout: Rollout) -> Score:
-        row = rollout.prompt
+    async def __call__(self, row: Prompt) -> Score:
         grade = await self.judge.ask(row, {"question": question(row), "reasons": self.reasons}, {})
         said = {"reason": grade.reasoning[:REASON_CHARS]} if isinstance(grade, Grade) else {}
         return Score(grade.grade / BEST, said)

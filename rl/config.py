@@ -227,7 +227,7 @@ class Checkability(Options):
     passes: Count = 4
     """Times it is asked about each row; all have to say that the row is valid (report)."""
     params: dict[str, Any] = {}
-    """Further parameters of the reward `checkable`."""
+    """Further parameters of the row judge `checkable`."""
 
 
 class Relevance(Options):
@@ -236,7 +236,7 @@ class Relevance(Options):
     at_least: Fraction = 0.5
     """Grade, of 1, that a row with pictures needs (reconstruction: the threshold is unpublished)."""
     params: dict[str, Any] = {}
-    """Further parameters of the reward `relevant`."""
+    """Further parameters of the row judge `relevant`."""
 
 
 class Difficulty(Options):

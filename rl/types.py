@@ -152,6 +152,16 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class RowScore:
+    """A row judge's value for one data row, 0 to 1; it counts only when `invalid` is None. Fields as in Scored."""
+
+    value: float
+    invalid: str | None = None  # why there is no value
+    details: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Request:
     """What one engine is asked for: a single response to a tokenised prompt with one image token per picture."""
 

@@ -46,7 +46,7 @@ from stages.curation.filters import (
     Synthesised,
     Tried,
     decontamination,
-    judge_tasks,
+    row_judges,
 )
 from stages.curation.folder import Decision, Out
 from stages.plan import Plan, make_plan, skipped_lines
@@ -109,7 +109,7 @@ def checked(config: Config) -> Curation:
     """Raises InputError for what cannot be done."""
     try:
         _check_judges(config)
-        plan = make_plan(config, judge_tasks(config))
+        plan = make_plan(config, row_judges(config))
         _check_thresholds(plan)
         return Curation(plan, _benchmarks(config) if "decontamination" in config.curate.filters else None)
     except (ValueError, OSError) as error:

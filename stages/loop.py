@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rl.config import Config
 from rl.learner.features import FeatureStore
@@ -16,10 +16,11 @@ from rl.learner.packing import collate
 from rl.learner.targets import make_targets
 from rl.record.metrics import rollout_metrics
 from rl.stop import Stop
-from rl.types import Picture, Prompt, Rollout, Scored
+from rl.types import Picture, Prompt, Rollout, RowScore, Scored
 from stages.ahead import Ahead
 
 Finished = Callable[[int, Rollout], None]
+AnyScore = TypeVar("AnyScore", Scored, RowScore)
 
 
 class Sampler(Protocol):
@@ -252,7 +253,7 @@ def pictures(rollouts: Iterable[Rollout]) -> list[Picture]:
     return list({picture.digest: picture for r in rollouts for picture in r.prompt.images}.values())
 
 
-def enough_valid(scored: list[Scored], limit: float) -> list[Scored]:
+def enough_valid(scored: list[AnyScore], limit: float) -> list[AnyScore]:
     """`scored`, unless more than the share `limit` of it is invalid.
 
     Raises: Stop with the most frequent reasons.

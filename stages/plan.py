@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from rewards.endpoint import EndpointSpec
 from rewards.running.runner import RewardRunner
-from rl.config import Config, EndpointOptions, RewardSpec, Source, SynthesisOptions
+from rl.config import Config, EndpointOptions, ScorerSpec, Source, SynthesisOptions
 from rl.model import hf_folder
 from rl.model.config import positions, trained_positions
 from rl.record.disk import readable
@@ -131,17 +131,17 @@ def saves(config: Config, iteration: int) -> bool:
 
 
 def make_plan(
-    config: Config, also: Mapping[str, Sequence[RewardSpec]] = MappingProxyType({}), *, begun: bool = False
+    config: Config, row_judges: Mapping[str, ScorerSpec] = MappingProxyType({}), *, begun: bool = False
 ) -> Plan:
     """Check model, data, rewards and trackers.
 
     Args:
-        also: tasks that no row has, for scorers that the rewards are to run as well.
+        row_judges: name -> judge of data rows, for curation.
         begun: whether the run goes on from a checkpoint, which has a critic.
     Raises: ValueError (of several kinds) with one message that says what is wrong and where.
     """
     check_trackers(config.log.trackers)
-    rewards = reward_runner(config, also)
+    rewards = reward_runner(config, row_judges)
     check_judges(config, rewards)
     if loss := config.ppo.policy_loss:
         from rl.algorithm import verl_bridge
@@ -173,12 +173,13 @@ def make_plan(
     )
 
 
-def reward_runner(config: Config, also: Mapping[str, Sequence[RewardSpec]] = MappingProxyType({})) -> RewardRunner:
+def reward_runner(config: Config, row_judges: Mapping[str, ScorerSpec] = MappingProxyType({})) -> RewardRunner:
     """The rewards of a recipe; no process of them runs yet. Raises ValueError for one that cannot be used."""
     return RewardRunner(
-        {**config.rewards, **also},
+        config.rewards,
         workers=config.reward_workers or min(MOST_REWARD_WORKERS, os.cpu_count() or 1),
         endpoints={name: endpoint_spec(name, one) for name, one in config.endpoints.items()},
+        row_judges=row_judges,
     )
 
 

@@ -11,7 +11,7 @@ from rewards.running.runner import RewardRunner
 from tests.support import tiny
 from tests.support.engine_process import EngineProcess, RemoteEngine
 from tests.support.judge_server import hurry
-from tests.support.reward_plugins import PLUGINS, TASKS
+from tests.support.reward_plugins import PLUGINS, ROW_JUDGES, TASKS
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runner(plugins: Path) -> Iterator[RewardRunner]:
-    """Scores the tasks of tests/support/reward_plugins.py."""
-    with RewardRunner(TASKS, plugins, workers=2) as made:
+    """Scores the tasks of tests/support/reward_plugins.py, and rows with its row judges."""
+    with RewardRunner(TASKS, plugins, workers=2, row_judges=ROW_JUDGES) as made:
         yield made
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rewards.endpoint import SampleClock, Unreachable, clock
 from rewards.registry import BoundReward
 from rewards.running.worker import Worker, address_space, connected, last_line, limit_memory, outcomes_of, say
-from rl.types import Rollout
+from rl.types import Prompt, Rollout
 
 PULSE_S = 1.0  # seconds between signs of life; their absence means that a reward blocks the loop
 
@@ -19,14 +19,14 @@ PULSE_S = 1.0  # seconds between signs of life; their absence means that a rewar
 class AsyncWorker(Worker):
     """Scores many jobs at a time. All of them share the room of the unit that has most."""
 
-    async def answer(self, unit: str, rollouts: Sequence[Rollout], timeout_s: float) -> list[dict[str, Any]]:
+    async def answer(self, unit: str, rollouts: Sequence[Rollout | Prompt], timeout_s: float) -> list[dict[str, Any]]:
         """One outcome per rollout."""
         began = time.monotonic()
         found = await self._outcomes(self.loaded[unit], rollouts, timeout_s)
         return [{**outcome, "seconds": (time.monotonic() - began) / len(found)} for outcome in found]
 
     async def _outcomes(
-        self, bound: BoundReward, rollouts: Sequence[Rollout], timeout_s: float
+        self, bound: BoundReward, rollouts: Sequence[Rollout | Prompt], timeout_s: float
     ) -> list[dict[str, Any]]:
         counting = SampleClock()
         clock.set(counting)
@@ -51,7 +51,7 @@ async def serve(connection: Connection) -> None:
     closed = asyncio.Event()
     running: set[asyncio.Task[None]] = set()
 
-    async def answer(number: int, unit: str, rollouts: Sequence[Rollout], timeout_s: float) -> None:
+    async def answer(number: int, unit: str, rollouts: Sequence[Rollout | Prompt], timeout_s: float) -> None:
         say(connection, {"number": number, "outcomes": await worker.answer(unit, rollouts, timeout_s)})
 
     def read() -> None:

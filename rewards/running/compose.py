@@ -12,7 +12,13 @@ from rewards.registry import BoundReward, Kind, get
 from rewards.running.pool import Outcome
 from rewards.running.worker import Unit
 from rl import config
-from rl.types import Rollout, Scored
+from rl.types import Rollout, RowScore, Scored
+
+BELONGS: Mapping[Kind, str] = {
+    "reward": "belongs under rewards",
+    "penalty": "belongs under penalties",
+    "row judge": "scores data rows, not responses; only curation uses it",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,20 +69,22 @@ class Builder:
         taken: dict[str, int] = {}
         rewards = []
         for spec in specs:
-            made = self._part(task, spec, "reward", spec.weight, taken)
-            penalties = [self._part(task, one, "penalty", one.magnitude, taken) for one in spec.penalties]
+            made = self._part(f"rewards.{task}", spec, "reward", spec.weight, taken)
+            penalties = [self._part(f"rewards.{task}", one, "penalty", one.magnitude, taken) for one in spec.penalties]
             rewards.append(replace(made, penalties=tuple(penalties)))
         return Task(tuple(rewards))
 
-    def _part(self, task: str, spec: config.ScorerSpec, kind: Kind, factor: float, taken: dict[str, int]) -> Part:
+    def row_judge(self, name: str, spec: config.ScorerSpec) -> Part:
+        return self._part(f"row judge {name}", spec, "row judge", 1.0, {})
+
+    def _part(self, place: str, spec: config.ScorerSpec, kind: Kind, factor: float, taken: dict[str, int]) -> Part:
         try:
             bound = get(spec.use, spec.params, self.folder, self.endpoints)
         except ValueError as e:
-            raise ValueError(f"rewards.{task}: {e}") from e
+            raise ValueError(f"{place}: {e}") from e
         reward = bound.reward
         if reward.kind != kind:
-            belongs = "under penalties" if reward.kind == "penalty" else "under rewards"
-            raise ValueError(f"rewards.{task}: {reward.name!r} is a {reward.kind} and belongs {belongs}")
+            raise ValueError(f"{place}: {reward.name!r} is a {reward.kind} and {BELONGS[reward.kind]}")
         taken[reward.name] = taken.get(reward.name, 0) + 1
         name = reward.name if taken[reward.name] == 1 else f"{reward.name}_{taken[reward.name]}"
         timeout_s = reward.timeout_s if spec.timeout_s is None else spec.timeout_s
@@ -125,6 +133,13 @@ class Assembly:
     def _scored(self) -> Scored:
         outcomes = dict(zip(self.task.parts, (self._outcomes[i] for i in range(len(self._outcomes))), strict=True))
         return _sum(self.rollout, self.task, outcomes)
+
+
+def row_score(judge: Part, outcome: Outcome) -> RowScore:
+    """A row judge's outcome as its score."""
+    value, details, why = _read(judge, outcome)
+    invalid = f"row judge {judge.name}: {why}" if why else None
+    return RowScore(value, invalid, details, outcome.get("seconds", 0.0))
 
 
 def _sum(rollout: Rollout, task: Task, outcomes: Mapping[Part, Outcome]) -> Scored:

@@ -16,7 +16,7 @@ from typing import Any
 
 from rewards.running.process import Died, SetupFailed, WorkerProcess
 from rewards.running.worker import Orders
-from rl.types import Rollout
+from rl.types import Prompt, Rollout
 
 Outcome = Mapping[str, Any]
 """What became of a rollout: {"value", "details"}, {"invalid": why}, {"exhausted": what ran out} or {"away": endpoint,
@@ -30,14 +30,14 @@ MOST_RESERVES = 8
 
 @dataclass(frozen=True)
 class Job:
-    """Rollouts to be scored together by one unit (a reward with its parameters).
+    """Rollouts to be scored together by one unit (a reward with its parameters), or one row for a row judge.
 
     With `again`, a sample whose process dies is tried once more, and a second death counts as exhaustion: one
     that the text causes repeats itself, any other must not cost the sample.
     """
 
     unit: str
-    rollouts: Sequence[Rollout]
+    rollouts: Sequence[Rollout | Prompt]
     timeout_s: float
     again: bool
     outcomes: Future[list[Outcome]] = field(default_factory=Future)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.running.worker import Orders
-from rl.types import Rollout
+from rl.types import Prompt, Rollout
 
 
 class Died(Exception):
@@ -117,7 +117,7 @@ class WorkerProcess(Process):
     def score(
         self,
         unit: str,
-        rollouts: Sequence[Rollout],
+        rollouts: Sequence[Rollout | Prompt],
         setup_s: float,
         timeout_s: float,
         patience_s: float,

@@ -14,18 +14,20 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
+from typing import TypeVar
 
 from rewards.endpoint import EndpointSpec
 from rewards.running.async_pool import AsyncPool, EndpointAway, Outage
-from rewards.running.compose import Assembly, Builder, Part, Task
+from rewards.running.compose import Assembly, Builder, Part, Task, row_score
 from rewards.running.pool import Job, Outcome, WorkerPool
 from rewards.running.worker import Orders
 from rl import config
-from rl.types import Prompt, Rollout, Scored
+from rl.types import Prompt, Rollout, RowScore, Scored
 
 __all__ = ["EndpointAway", "Outage", "RewardRunner", "Scoring"]
 
+Result = TypeVar("Result")
 REMEMBERED = 100_000  # judgements kept, so that the same question about the same response is asked once
 
 
@@ -40,6 +42,7 @@ class RewardRunner:
     base_dir    the folder `file.py:Name` is relative to
     workers     processes for rewards that compute
     setup_s     seconds that importing a reward and its `setup()` may take
+    row_judges  name -> a judge of data rows (rewards.row_judge), for submit_row
 
     A task's reward is the sum of weight * value over its rewards, each value first taken towards its lowest by its
     penalties (rewards.penalty). Raises ValueError, before any process is started, for a reward, parameter or endpoint
@@ -55,6 +58,7 @@ class RewardRunner:
         workers: int = 2,
         endpoints: Mapping[str, EndpointSpec] | None = None,
         setup_s: float = 300.0,
+        row_judges: Mapping[str, config.ScorerSpec] = MappingProxyType({}),
     ):
         if workers < 1:
             raise ValueError(f"{workers} reward workers; at least 1 is needed")
@@ -63,7 +67,9 @@ class RewardRunner:
         self._endpoints = dict(endpoints or {})
         builder = Builder(folder, self._endpoints)
         self._tasks = {task: builder.task(task, specs) for task, specs in tasks.items()}
-        waits = {part.unit for task in self._tasks.values() for part in task.parts if part.bound.reward.asynchronous}
+        self._row_judges = {name: builder.row_judge(name, spec) for name, spec in row_judges.items()}
+        self._parts = [part for task in self._tasks.values() for part in task.parts] + [*self._row_judges.values()]
+        waits = {part.unit for part in self._parts if part.bound.reward.asynchronous}
         waiting = {unit: found for unit, found in builder.units.items() if unit in waits}
         computing = {unit: found for unit, found in builder.units.items() if unit not in waits}
         self._pool = WorkerPool(Orders(computing, folder, self._endpoints), workers, setup_s)
@@ -85,12 +91,11 @@ class RewardRunner:
 
     def asks(self) -> set[str]:
         """The endpoints that the rewards of this recipe ask."""
-        return {name for task in self._tasks.values() for part in task.parts for name in part.bound.endpoints}
+        return {name for part in self._parts for name in part.bound.endpoints}
 
     def penalties(self) -> frozenset[str]:
         """Names of all penalties, as in `Scored.parts`."""
-        parts = (part for task in self._tasks.values() for part in task.parts)
-        return frozenset(part.name for part in parts if part.bound.reward.kind == "penalty")
+        return frozenset(part.name for part in self._parts if part.bound.reward.kind == "penalty")
 
     def problem(self, prompt: Prompt) -> str | None:
         """Why a row does not fit its reward, if it does not: its task has none, or it lacks what that needs."""
@@ -152,6 +157,22 @@ class RewardRunner:
                     self._put(part, index, batch)
         return [one.future for one in made]
 
+    def submit_row(self, prompt: Prompt, judge: str) -> Future[RowScore]:
+        """Has one of `row_judges` score a data row as soon as a process is free."""
+        part = self._row_judges[judge]
+        score: Future[RowScore] = Future()
+
+        def settle(finished: Future[list[Outcome]]) -> None:
+            if finished.cancelled():
+                score.cancel()
+            elif error := finished.exception():
+                score.set_exception(error)
+            else:
+                score.set_result(row_score(part, finished.result()[0]))
+
+        self._outcomes(part, [prompt]).add_done_callback(settle)
+        return score
+
     def begin(self, per_prompt: int) -> "Scoring":
         """Scores a batch of `per_prompt` rollouts per prompt while it is still being sampled."""
         return Scoring(self, per_prompt)
@@ -167,7 +188,7 @@ class RewardRunner:
             futures.update(zip(members, submitted, strict=True))
         return self.results([futures[i] for i in range(len(rollouts))])
 
-    def results(self, futures: Sequence[Future[Scored]]) -> list[Scored]:
+    def results(self, futures: Sequence[Future[Result]]) -> list[Result]:
         """Waits for all; calls `on_outage` meanwhile. Raises EndpointAway."""
         waiting = set(futures)
         while waiting:
@@ -192,25 +213,26 @@ class RewardRunner:
 
     def _put(self, part: Part, index: int, batch: Sequence["Assembly"]) -> None:
         """Has `part` score a batch, and gives each of it its outcome."""
-        reward, rollouts = part.bound.reward, [one.rollout for one in batch]
-        if reward.asynchronous and not reward.group:
-            outcomes = self._judgement(part, rollouts[0])
-        else:
-            outcomes = self._start(part, rollouts)
 
         def settle(finished: Future[list[Outcome]]) -> None:
             for place, one in enumerate(batch):
                 one.take(index, finished, place)
 
-        outcomes.add_done_callback(settle)
+        self._outcomes(part, [one.rollout for one in batch]).add_done_callback(settle)
 
-    def _start(self, part: Part, rollouts: Sequence[Rollout]) -> Future[list[Outcome]]:
+    def _outcomes(self, part: Part, rollouts: Sequence[Rollout | Prompt]) -> Future[list[Outcome]]:
+        reward = part.bound.reward
+        if reward.asynchronous and not reward.group:
+            return self._judgement(part, rollouts[0])
+        return self._start(part, rollouts)
+
+    def _start(self, part: Part, rollouts: Sequence[Rollout | Prompt]) -> Future[list[Outcome]]:
         reward = part.bound.reward
         job = Job(part.unit, rollouts, part.timeout_s * len(rollouts), reward.on_timeout == "lowest")
         (self._async if reward.asynchronous else self._pool).put(job)
         return job.outcomes
 
-    def _judgement(self, part: Part, rollout: Rollout) -> Future[list[Outcome]]:
+    def _judgement(self, part: Part, rollout: Rollout | Prompt) -> Future[list[Outcome]]:
         """The outcome of an identical question asked before in this run, or under way; else a new one."""
         key = _question(part, rollout)
         with self._lock:
@@ -268,9 +290,9 @@ def _is_judgement(finished: Future[list[Outcome]]) -> bool:
     return not finished.cancelled() and not finished.exception() and "value" in finished.result()[0]
 
 
-def _question(part: Part, rollout: Rollout) -> bytes:
-    """A digest of what is asked about a rollout: the content of its row, whatever that is called, and the response."""
-    prompt = rollout.prompt
-    seen = [prompt.task, prompt.messages, prompt.ground_truth, prompt.reference, prompt.meta, rollout.text]
-    text = json.dumps([part.unit, seen, [p.digest for p in prompt.images]], sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+def _question(part: Part, rollout: Rollout | Prompt) -> bytes:
+    """A digest of what is asked about a rollout or a row: the content of the row, but not its id, and the response."""
+    prompt, text = (rollout, None) if isinstance(rollout, Prompt) else (rollout.prompt, rollout.text)
+    seen = [prompt.task, prompt.messages, prompt.ground_truth, prompt.reference, prompt.meta, text]
+    question = json.dumps([part.unit, seen, [p.digest for p in prompt.images]], sort_keys=True, default=repr)
+    return hashlib.sha256(question.encode("utf-8", "surrogatepass")).digest()

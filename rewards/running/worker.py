@@ -17,7 +17,7 @@ from typing import Any
 
 from rewards.endpoint import EndpointSpec, configure
 from rewards.registry import BoundReward, Invalid, Score, get
-from rl.types import Rollout
+from rl.types import Prompt, Rollout
 
 try:
     import resource
@@ -69,7 +69,7 @@ class Worker:
         self.baseline = address_space()
         return None
 
-    def score(self, unit: str, rollouts: Sequence[Rollout]) -> tuple[list[dict[str, Any]], bool]:
+    def score(self, unit: str, rollouts: Sequence[Rollout | Prompt]) -> tuple[list[dict[str, Any]], bool]:
         """One outcome per rollout, and whether this process should be replaced now."""
         bound, room = self.loaded[unit], self.units[unit].memory_mb << 20
         limit_memory(self.baseline + room)
@@ -105,13 +105,14 @@ def outcome(bound: BoundReward, result: Any) -> dict[str, Any]:
         return {"invalid": f"returned {score.value!r}, which is no number"}
     if not math.isfinite(value):
         return {"invalid": f"returned {value}"}
+    if bound.reward.kind != "reward" and not 0 <= value <= 1:
+        zero = "0 (no offence)" if bound.reward.kind == "penalty" else "0"
+        return {"invalid": f"returned {value}; a {bound.reward.kind} is between {zero} and 1"}
     if value < bound.reward.lowest:
         return {
             "invalid": f"returned {value}, but its lowest value, which truncated responses get, is "
             f"{bound.reward.lowest}; declare it: @reward({bound.reward.name!r}, lowest=...)"
         }
-    if bound.reward.kind == "penalty" and value > 1:
-        return {"invalid": f"returned {value}; a penalty is between 0 (no offence) and 1"}
     try:
         details = json.loads(json.dumps(dict(score.details)))
     except (TypeError, ValueError) as e:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from rl.config import (
     Accept,
@@ -17,22 +17,23 @@ from rl.config import (
     Config,
     Difficulty,
     Relevance,
-    RewardSpec,
+    ScorerSpec,
     SynthesisFilterOptions,
     SynthesisOptions,
 )
 from rl.stop import Stop
-from rl.types import Completion, Prompt, Request, Rollout, Scored
+from rl.types import Completion, Prompt, Request, Rollout, RowScore, Scored
 from rollout.chat import Chat
 from rollout.data.decontamination import Benchmarks
 from rollout.pacore.prompt import showing
 from rollout.pool import seed_of
 from stages.curation.answers import Answers
-from stages.loop import enough_valid
+from stages.loop import AnyScore, enough_valid
 from stages.pacore import accepted, pooled, within
 
 ENOUGH_TO_JUDGE = 24  # scores; of fewer a few invalid ones say nothing about the reward
 Said = Mapping[str, Any]
+Item = TypeVar("Item", Rollout, Prompt)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Scorer(Protocol):
     def is_group(self, task: str) -> bool: ...
     def submit(self, rollout: Rollout) -> Future[Scored]: ...
     def submit_group(self, rollouts: Sequence[Rollout]) -> Sequence[Future[Scored]]: ...
-    def results(self, futures: Sequence[Future[Scored]]) -> list[Scored]: ...
+    def submit_row(self, prompt: Prompt, judge: str) -> Future[RowScore]: ...
+    def results(self, futures: Sequence[Future[AnyScore]]) -> list[AnyScore]: ...
 
 
 def decontamination(benchmarks: Benchmarks) -> Filter:
@@ -87,28 +89,27 @@ def decontamination(benchmarks: Benchmarks) -> Filter:
     return lambda rows, answers: [of(row) for row in rows]
 
 
-# Judges: their questions are rewards under names of their own, one per pass, so that the runner's limits, retries,
-# outages and canaries hold for them as for any reward.
+# Judges
 
 
-def judge_tasks(config: Config) -> dict[str, tuple[RewardSpec, ...]]:
-    """Name of a pass -> the reward that asks for it, for the filters that the recipe applies."""
-    found: dict[str, tuple[RewardSpec, ...]] = {}
+def row_judges(config: Config) -> dict[str, ScorerSpec]:
+    """Name of a pass -> its row judge, for the filters that the recipe applies."""
+    found: dict[str, ScorerSpec] = {}
     if "checkability" in config.curate.filters:
         checks = config.curate.checkability
         for vote in range(checks.passes):
             params = {**checks.params, "endpoint": checks.endpoint, "vote": vote}
-            found[pass_name("checkability", vote)] = (RewardSpec(use="checkable", params=params),)
+            found[pass_name("checkability", vote)] = ScorerSpec(use="checkable", params=params)
     if "relevance" in config.curate.filters:
         rates = config.curate.relevance
         params = {**rates.params, "endpoint": rates.endpoint}
-        found[pass_name("relevance", 0)] = (RewardSpec(use="relevant", params=params),)
+        found[pass_name("relevance", 0)] = ScorerSpec(use="relevant", params=params)
     return found
 
 
 def pass_name(name: str, vote: int) -> str:
-    """How the rewards call a pass; rows cannot have such a task."""
-    return f"curate/{name}/{vote}"
+    """The name of the row judge of one pass."""
+    return f"{name}/{vote}"
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ class Checked:
         votes = _judged("checkability", self.options.passes, rows, self.scorer, answers, self.limit)
         return [self._fate(row, found) for row, found in zip(rows, votes, strict=True)]
 
-    def _fate(self, row: Row, votes: Sequence[Scored]) -> Fate:
-        valid = sum(vote.invalid is None and vote.reward == 1 for vote in votes)
+    def _fate(self, row: Row, votes: Sequence[RowScore]) -> Fate:
+        valid = sum(vote.invalid is None and vote.value == 1 for vote in votes)
         noted = row.noted("checkability", {"valid": valid, "of": len(votes)})
         if valid == len(votes):
             return Fate(noted)
@@ -132,7 +133,7 @@ class Checked:
         if len(failed) + valid == len(votes):  # nobody is against it
             return _unscored(row, failed)
         votes = [vote for vote in votes if vote.invalid is None]
-        reason = next((str(why) for vote in votes if vote.reward != 1 and (why := _reason(vote))), "")
+        reason = next((str(why) for vote in votes if vote.value != 1 and (why := _reason(vote))), "")
         return Fate(noted, "not every pass calls it valid", f"{valid} of {len(votes)}. {reason}".strip())
 
 
@@ -149,27 +150,23 @@ class Rated:
         grades = iter(_judged("relevance", 1, seeing, self.scorer, answers, self.limit))
         return [self._fate(row, next(grades)[0]) if row.prompt.images else Fate(row) for row in rows]
 
-    def _fate(self, row: Row, grade: Scored) -> Fate:
+    def _fate(self, row: Row, grade: RowScore) -> Fate:
         if grade.invalid is not None:
             return _unscored(row, [grade])
-        noted = row.noted("relevance", round(grade.reward, 4))
-        if grade.reward >= self.options.at_least:
+        noted = row.noted("relevance", round(grade.value, 4))
+        if grade.value >= self.options.at_least:
             return Fate(noted)
-        return Fate(noted, "picture and question do not need each other", f"{grade.reward:g}. {_reason(grade)}".strip())
+        return Fate(noted, "picture and question do not need each other", f"{grade.value:g}. {_reason(grade)}".strip())
 
 
 def _judged(
     name: str, passes: int, rows: Sequence[Row], scorer: Scorer, answers: Answers, limit: float
-) -> list[list[Scored]]:
+) -> list[list[RowScore]]:
     """Every pass on every row."""
-    asked = [
-        (row, vote, Rollout(replace(row.prompt, task=pass_name(name, vote)), ""))
-        for row in rows
-        for vote in range(passes)
-    ]
-    scores = Scores(scorer, answers, name)
-    for row, vote, rollout in asked:
-        scores.want(row.prompt.id, [(vote, rollout)])
+    scores = RowScores(scorer, answers, name)
+    for row in rows:
+        for vote in range(passes):
+            scores.want(row.prompt.id, [(vote, row.prompt)])
     found = scores.wait(limit)
     return [[found[row.prompt.id, vote] for vote in range(passes)] for row in rows]
 
@@ -297,7 +294,7 @@ def sampled(
     Args:
         longest: tokens of prompt and response together, at most.
     """
-    saying, scoring = f"{name} said", Scores(policy.scorer, answers, name)
+    saying, scoring = f"{name} said", RolloutScores(policy.scorer, answers, name)
     said = _Complete(prompts, count, saying, answers, scoring)
     missing = [[n for n in range(count) if answers.get(saying, p.id, n) is None] for p in prompts]
     requests = [
@@ -327,7 +324,9 @@ def sampled(
 class _Complete:
     """Has responses scored: each at once, or those of a prompt together where its reward wants that."""
 
-    def __init__(self, prompts: Sequence[Prompt], count: int, kind: str, answers: Answers, scores: "Scores") -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], count: int, kind: str, answers: Answers, scores: "RolloutScores"
+    ) -> None:
         self.prompts, self.count, self.kind, self.answers, self.scores = prompts, count, kind, answers, scores
         for prompt in prompts:
             self._score(prompt, range(count))
@@ -348,41 +347,46 @@ class _Complete:
             self.scores.want(prompt.id, there)
 
 
-class Scores:
+class Scores(Generic[Item, AnyScore]):
     """Scores that are known, or under way; each is remembered when it is there."""
 
     def __init__(self, scorer: Scorer, answers: Answers, name: str) -> None:
-        self.scorer, self.answers, self.kind = scorer, answers, f"{name} score"
-        self._found: dict[tuple[str, int], Scored] = {}
-        self._waiting: dict[tuple[str, int], Future[Scored]] = {}
+        self.scorer, self.answers, self.name, self.kind = scorer, answers, name, f"{name} score"
+        self._found: dict[tuple[str, int], AnyScore] = {}
+        self._waiting: dict[tuple[str, int], Future[AnyScore]] = {}
 
-    def want(self, identity: str, group: Sequence[tuple[int, Rollout]]) -> None:
-        """Score the rollouts of one row that belong together (numbered), unless all are known. Those that went wrong
-        are not."""
+    def submit(self, group: Sequence[tuple[int, Item]]) -> Sequence[Future[AnyScore]]:
+        raise NotImplementedError
+
+    def restore(self, item: Item, record: Said) -> AnyScore:
+        """A score as `answers` has it."""
+        raise NotImplementedError
+
+    def want(self, identity: str, group: Sequence[tuple[int, Item]]) -> None:
+        """Score what belongs together of one row (numbered), unless all scores are known. Those that went wrong are
+        not."""
         known = {n: self.answers.get(self.kind, identity, n) for n, _ in group}
         if all(record is not None and record["invalid"] is None for record in known.values()):
-            for n, rollout in group:
-                record = known[n] or {}
-                self._found[identity, n] = Scored(rollout, record["reward"], details=record["details"])
+            for n, item in group:
+                self._found[identity, n] = self.restore(item, known[n] or {})
             return
-        rollouts = [rollout for _, rollout in group]
-        futures = self.scorer.submit_group(rollouts) if len(group) > 1 else [self.scorer.submit(rollouts[0])]
-        for (n, _), future in zip(group, futures, strict=True):
+        for (n, _), future in zip(group, self.submit(group), strict=True):
             self._waiting[identity, n] = future
             future.add_done_callback(lambda done, n=n: self._done(identity, n, done))
 
-    def _done(self, identity: str, number: int, future: Future[Scored]) -> None:
+    def _done(self, identity: str, number: int, future: Future[AnyScore]) -> None:
         """In some thread, where nobody hears of an error; `wait` does all this again."""
         if not future.cancelled() and not future.exception():
             with suppress(Stop):
                 self._remember(identity, number, future.result())
 
-    def _remember(self, identity: str, number: int, score: Scored) -> None:
+    def _remember(self, identity: str, number: int, score: AnyScore) -> None:
         details = {name: _plain(value) for name, value in score.details.items()}
-        record = {"reward": score.reward, "invalid": score.invalid, "details": details}
+        value = score.value if isinstance(score, RowScore) else score.reward
+        record = {"reward": value, "invalid": score.invalid, "details": details}
         self.answers.put(self.kind, identity, number, record)
 
-    def wait(self, limit: float) -> dict[tuple[str, int], Scored]:
+    def wait(self, limit: float) -> dict[tuple[str, int], AnyScore]:
         """All of them by row and number. Raises Stop if more than the share `limit` is invalid: then the reward fails,
         and not this row or that."""
         scored = self.scorer.results(list(self._waiting.values()))
@@ -392,6 +396,27 @@ class Scores:
         if len(self._found) >= ENOUGH_TO_JUDGE:
             enough_valid(list(self._found.values()), limit)
         return self._found
+
+
+class RolloutScores(Scores[Rollout, Scored]):
+    """What the rewards give the policy's responses."""
+
+    def submit(self, group: Sequence[tuple[int, Rollout]]) -> Sequence[Future[Scored]]:
+        rollouts = [rollout for _, rollout in group]
+        return self.scorer.submit_group(rollouts) if len(rollouts) > 1 else [self.scorer.submit(rollouts[0])]
+
+    def restore(self, item: Rollout, record: Said) -> Scored:
+        return Scored(item, record["reward"], details=record["details"])
+
+
+class RowScores(Scores[Prompt, RowScore]):
+    """What a row judge gives the rows, by number of the pass."""
+
+    def submit(self, group: Sequence[tuple[int, Prompt]]) -> Sequence[Future[RowScore]]:
+        return [self.scorer.submit_row(prompt, pass_name(self.name, vote)) for vote, prompt in group]
+
+    def restore(self, item: Prompt, record: Said) -> RowScore:
+        return RowScore(record["reward"], details=record["details"])
 
 
 def asked(name: str, prompt: Prompt, numbers: Sequence[int], longest: int, policy: Policy) -> list[Request]:
@@ -420,7 +445,7 @@ def _decided(name: str, row: Row, samples: Sequence[Sample], right: Sequence[boo
     return Fate(noted, why, f"{sum(right)} of {len(right)}")
 
 
-def _unscored(row: Row, failed: Sequence[Scored]) -> Fate:
+def _unscored(row: Row, failed: Sequence[Scored | RowScore]) -> Fate:
     """A row that cannot be decided because of scores that went wrong."""
     return Fate(row, "could not be scored", str(failed[0].invalid))
 
@@ -430,7 +455,7 @@ def _note(samples: Sequence[Sample], right: Sequence[bool]) -> dict[str, Any]:
     return {"accepted": sum(right), "of": len(right), "tokens_mean": round(tokens, 2)}
 
 
-def _reason(score: Scored) -> str:
+def _reason(score: RowScore) -> str:
     return str(score.details.get("reason") or "")
 
 

@@ -169,9 +169,10 @@ def test_the_guides_tables_name_every_reward_that_ships() -> None:
     code, out, err = run("rewards", "list")
     assert code == 0, err
     listed = {line.split(":")[0].removesuffix(" (sees the group)") for line in out.splitlines() if line[0] != " "}
-    rewards, penalties = GUIDE.read_text().partition("| reward | what it gives |")[2].split("| penalty |")
+    _, rewards, penalties, judges = re.split(r"^\| (?:reward|penalty|row judge) \|", GUIDE.read_text(), flags=re.M)
     tables = {*re.findall(r"^\| `(\w+)`", rewards, re.M)}
     tables |= {f"{name} (penalty)" for name in re.findall(r"^\| `(\w+)`", penalties, re.M)}
+    tables |= {f"{name} (row judge)" for name in re.findall(r"^\| `(\w+)`", judges, re.M)}
     examples = {"no_filler", "repeated_lines (penalty)", "right_and_brief", "shortest_right"}
     assert tables == listed - examples
 
@@ -234,3 +235,29 @@ def test_the_examples_recipe_uses_every_name_of_its_package() -> None:
     parts = [part for one in recipe["rewards"]["arithmetic"] for part in (one, *one.get("penalties", []))]
     named = re.findall(r"^(\w+) = \"brief_rewards:", (EXAMPLE / "pyproject.toml").read_text(), re.M)
     assert sorted(part["use"] for part in parts) == sorted(named)
+
+
+# Row judges
+
+
+def test_row_judges_are_tried_on_the_rows_of_samples(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from rewards import Prompt, row_judge\n\n\n"
+        '@row_judge("short_truth")\n'
+        "def short_truth(row: Prompt, most: int = 1) -> float:\n"
+        "    return float(len(str(row.ground_truth)) <= most)\n"
+    )
+    samples = [{"id": str(truth), "ground_truth": truth, "response": "unread"} for truth in (5, 12)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    assert scores("mine.py:short_truth", "samples.jsonl", folder=tmp_path) == [1.0, 0.0]
+    assert scores("mine.py:short_truth", "samples.jsonl", "--param", "most=2", folder=tmp_path) == [1.0, 1.0]
+
+
+def test_the_judges_of_a_curation_recipe_are_tried_by_filter_and_pass(tmp_path: Path) -> None:
+    sample = {"id": "a", "messages": [{"role": "user", "content": "2 + 3?"}], "ground_truth": 5, "response": "unread"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    with judge_server([{"reasoning": "fine", "verdict": "valid"}]) as server:
+        endpoints = {"checker": {"url": server.url, "model": "m"}}
+        recipe = {"base": "curate", "endpoints": endpoints, "model": {"path": "none"}}
+        (tmp_path / "mine.yaml").write_text(json.dumps(recipe))
+        assert scores("mine.yaml:checkability/1", "samples.jsonl", folder=tmp_path) == [1.0]

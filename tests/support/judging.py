@@ -29,7 +29,7 @@ def judging(script: Script | list[Any], **options: Any) -> Iterator[JudgeServer]
         yield server
 
 
-def score(target: str, *rollouts: Rollout, **params: Any) -> Any:
+def score(target: str, *rollouts: Rollout | Prompt, **params: Any) -> Any:
     """The reward's Score of the rollout; a list for several, scored at the same time with one instance."""
 
     async def all_of_them() -> list[Score]:

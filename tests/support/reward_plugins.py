@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from rl.config import PenaltySpec, RewardSpec
+from rl.config import PenaltySpec, RewardSpec, ScorerSpec
 from rl.types import Finish, Prompt, Rollout
 
 PLUGINS = '''
 import asyncio, os, signal, subprocess, sys, time
-from rewards import Invalid, Score, penalty, reward
+from rewards import Invalid, Score, penalty, reward, row_judge
 from rewards.endpoint import Unreachable
 
 
@@ -102,6 +102,28 @@ def rude(rollout):
     return rollout.answer.count("!") / 2
 
 
+@row_judge("judge_row")
+def judge_row(row):
+    """Does what the ground truth says."""
+    match row.ground_truth.split():
+        case ["hang"]:
+            time.sleep(600)
+        case ["raise"]:
+            return {}["nothing"]
+        case ["return", what]:
+            return eval(what)
+    return Score(0.25, {"id": row.id, "task": row.task})
+
+
+@row_judge("wait_for_row")
+async def wait_for_row(row):
+    """Counts in the file of the ground truth how often it is asked."""
+    with open(row.ground_truth, "a") as file:
+        file.write("x")
+    await asyncio.sleep(0.2)
+    return float(os.path.getsize(row.ground_truth) == 1)
+
+
 @reward("signed", lowest=-1.0)
 def signed(rollout):
     return 1.0
@@ -144,4 +166,8 @@ TASKS = {
         spec("plugins.py:rank", {"unit": 1.0}, weight=-0.1),
     ],
     "signed": [spec("plugins.py:signed", penalties=(penalty_spec("plugins.py:rude"),))],
+}
+
+ROW_JUDGES = {
+    name: ScorerSpec(use=f"plugins.py:{name}", timeout_s=1.0, memory_mb=256) for name in ("judge_row", "wait_for_row")
 }

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from rewards.endpoint import EndpointSpec
 from rewards.running.runner import RewardRunner
 from rl.config import RewardSpec
 from tests.support.reward_plugins import penalty_spec, rollout, spec
@@ -44,6 +45,19 @@ def test_a_sample_is_invalid_if_any_of_its_parts_is(runner: RewardRunner) -> Non
 def test_a_penalty_is_no_reward_and_a_reward_no_penalty(plugins: Path, given: RewardSpec) -> None:
     with pytest.raises(ValueError, match=r"is a (penalty|reward) and belongs under (penalties|rewards)"):
         RewardRunner({"t": [given]}, plugins)
+
+
+def test_a_task_takes_no_row_judge_and_a_row_judge_is_no_reward(plugins: Path) -> None:
+    with pytest.raises(ValueError, match="'judge_row' is a row judge and scores data rows, not responses"):
+        RewardRunner({"t": [spec("plugins.py:judge_row")]}, plugins)
+    with pytest.raises(ValueError, match="row judge j: 'exact' is a reward and belongs under rewards"):
+        RewardRunner({}, row_judges={"j": spec("exact")})
+
+
+def test_endpoints_that_only_row_judges_ask_are_among_those_that_are_asked() -> None:
+    judge = spec("checkable", {"endpoint": "judge"})
+    runner = RewardRunner({}, row_judges={"j": judge}, endpoints={"judge": EndpointSpec("judge", "", "m")})
+    assert runner.asks() == {"judge"}
 
 
 # A batch that is scored while it is sampled

@@ -13,7 +13,7 @@ import pytest
 from rewards.running.runner import RewardRunner
 from rl.config import RewardSpec
 from rl.types import Prompt
-from tests.support.reward_plugins import TASKS, rollout, spec
+from tests.support.reward_plugins import ROW_JUDGES, TASKS, rollout, spec
 
 
 def workers() -> list[psutil.Process]:
@@ -235,6 +235,47 @@ def test_workers_end_with_their_parent_even_when_they_hang(plugins: Path, end: s
     parent.stdout.close()
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
+
+
+# Row judges
+
+
+def data_row(truth: str, identity: str = "row-1") -> Prompt:
+    return Prompt(identity, "sums", (), ground_truth=truth)
+
+
+def test_a_row_judge_gets_the_row_itself(runner: RewardRunner) -> None:
+    (score,) = runner.results([runner.submit_row(data_row("fine"), "judge_row")])
+    assert (score.value, score.invalid, score.details) == (0.25, None, {"id": "row-1", "task": "sums"})
+
+
+@pytest.mark.parametrize(
+    ("truth", "why"),
+    [
+        ("hang", "took longer than 1 s"),
+        ("raise", "KeyError: 'nothing' (plugins.py:"),
+        ("return 1.5", "returned 1.5; a row judge is between 0 and 1"),
+        ("return -0.5", "returned -0.5; a row judge is between 0 and 1"),
+    ],
+)
+def test_a_row_judge_that_fails_makes_its_row_invalid_and_no_other(runner: RewardRunner, truth: str, why: str) -> None:
+    rows = [data_row("fine"), data_row(truth), data_row("fine")]
+    good, bad, also_good = runner.results([runner.submit_row(row, "judge_row") for row in rows])
+    assert bad.invalid and bad.invalid.startswith(f"row judge judge_row: {why}")
+    assert (good.value, good.invalid, also_good.value, also_good.invalid) == (0.25, None, 0.25, None)
+
+
+def test_the_same_question_about_the_same_row_is_asked_once(runner: RewardRunner, tmp_path: Path) -> None:
+    asked = [data_row(str(tmp_path / "asked"), identity) for identity in ("row-1", "row-2")]
+    first, second = runner.results([runner.submit_row(row, "wait_for_row") for row in asked])
+    assert (first.value, second.value, (tmp_path / "asked").read_text()) == (1.0, 1.0, "x")
+
+
+def test_closing_cancels_rows_that_are_not_judged_yet(plugins: Path) -> None:
+    made = RewardRunner({}, plugins, workers=1, row_judges=ROW_JUDGES)
+    scores = [made.submit_row(data_row("hang"), "judge_row") for _ in range(3)]
+    made.close()
+    assert all(score.cancelled() or score.exception() for score in scores)
 
 
 # Hung samples

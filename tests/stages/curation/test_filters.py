@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rl.config import Accept, Checkability, Difficulty, Relevance, Source, SynthesisFilterOptions, SynthesisOptions
-from rl.types import Completion, Picture, PooledAnswers, Prompt, Request, Rollout, Scored
+from rl.types import Completion, Picture, PooledAnswers, Prompt, Request, Rollout, RowScore, Scored
 from rollout.data.decontamination import Benchmarks
 from rollout.data.rows import read
 from rollout.pacore.prompt import SynthesisPrompt, showing
@@ -21,6 +21,7 @@ from stages.curation.answers import Answers
 from stages.curation.filters import Checked, Fate, Filter, Policy, Rated, Row, Synthesised, Tried, decontamination
 from stages.curation.folder import Out
 from stages.curation.report import gather
+from stages.loop import AnyScore
 from tests.rollout.data.test_rows import png
 from tests.support.command import wait_until
 
@@ -92,21 +93,21 @@ class Scorer:
     def submit_group(self, rollouts: Sequence[Rollout]) -> list[Future[Scored]]:
         futures = []
         for rollout in rollouts:
-            name, row = rollout.prompt.task, rollout.prompt.id
-            if name.startswith("curate/"):
-                if self.dies_after == sum(self.asked.values()):
-                    raise Killed
-                self.asked[name, row] += 1
-                said = self.judge(name, row)
-            else:
-                said = float("right" in rollout.answer)
-            scored = Scored(rollout, 0.0, said) if isinstance(said, str) else Scored(rollout, said)
             future: Future[Scored] = Future()
-            future.set_result(scored)
+            future.set_result(Scored(rollout, float("right" in rollout.answer)))
             futures.append(future)
         return futures
 
-    def results(self, futures: Sequence[Future[Scored]]) -> list[Scored]:
+    def submit_row(self, prompt: Prompt, judge: str) -> Future[RowScore]:
+        if self.dies_after == sum(self.asked.values()):
+            raise Killed
+        self.asked[judge, prompt.id] += 1
+        value = self.judge(judge, prompt.id)
+        future: Future[RowScore] = Future()
+        future.set_result(RowScore(0.0, value) if isinstance(value, str) else RowScore(value))
+        return future
+
+    def results(self, futures: Sequence[Future[AnyScore]]) -> list[AnyScore]:
         return [future.result() for future in futures]
 
 
@@ -249,7 +250,7 @@ def test_relevance_asks_about_rows_with_pictures_only(tmp_path: Path) -> None:
         "least": None,
         "less": "picture and question do not need each other",
     }
-    assert set(judge.asked) == {("curate/relevance/0", "least"), ("curate/relevance/0", "less")}
+    assert set(judge.asked) == {("relevance/0", "least"), ("relevance/0", "less")}
 
 
 # SynthesisOptions
