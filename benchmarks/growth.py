@@ -103,6 +103,7 @@ class Bench:
         from benchmarks.learner import SIZES, model_folder
         from rl.actors import cluster, place, place_team
         from rl.learner.critic import Critic
+        from rl.learner.options import LearnerOptions
         from rl.learner.policy import Policy
         from rl.recipe.resolve import load
         from rollout.vllm.engine import Engine
@@ -115,7 +116,7 @@ class Bench:
         path = servable(Path(model_folder().name), Path(self._folder.name), SIZES["vocab_size"])
         self.engine = place(Engine, path, max_sequence_length=2048, dtype="float32", kv_cache_gib=2)
         self.policy, self.critic = (
-            place_team(made.of_rank, path, self.config, "cpu", count=1) for made in (Policy, Critic)
+            place_team(made.of_rank, path, LearnerOptions.of(self.config), "cpu", count=1) for made in (Policy, Critic)
         )
         self.chat: Any = Tokens(SIZES["vocab_size"])
         for part in (self.engine, self.policy, self.critic):

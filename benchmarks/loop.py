@@ -120,6 +120,7 @@ def one_step_off() -> Result:
     from rl.config import Config
     from rl.learner.critic import Critic
     from rl.learner.features import FeatureStore
+    from rl.learner.options import LearnerOptions
     from rl.learner.policy import Policy
     from rl.recipe.resolve import load
     from stages.loop import Clock, Parts, ppo_iteration
@@ -131,7 +132,8 @@ def one_step_off() -> Result:
         profile="cpu",
         overrides=[f"prompts_per_iteration={prompts}", f"rollouts_per_prompt={group}", "max_sequence_length=4096"],
     ).config
-    policy, critic = Policy(model_folder().name, recipe), Critic(model_folder().name, recipe)
+    options = LearnerOptions.of(recipe)
+    policy, critic = Policy(model_folder().name, options), Critic(model_folder().name, options)
     asked = [Prompt(str(i), "emulated", ()) for i in range(prompts)]
     pause = 0.0
 

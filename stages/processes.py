@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from rl.actors import Team, Worker, alone, gather, gpus, place, place_team
 from rl.learner.critic import Critic
+from rl.learner.options import LearnerOptions
 from rl.learner.policy import Policy
 from rl.stop import GO_ON, Stop, WorkerDied
 from rollout.vllm.engine import Engine
@@ -175,7 +176,7 @@ class Processes(Samplers):
         config = plan.config
         super().__init__(plan, longest=config.max_sequence_length, engines=config.rollout.workers, verbose=verbose)
         threads = {"OMP_NUM_THREADS": str(config.learner.threads)} if config.learner.threads else {}
-        given = str(plan.model), config, self._where
+        given = str(plan.model), LearnerOptions.of(config), self._where
         self.policy, self.critic = (
             place_team(
                 made.of_rank,

@@ -11,8 +11,8 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from rl.algorithm.losses import explained_variance, value_loss
-from rl.config import Config
 from rl.learner.distributed import Ranks
+from rl.learner.options import LearnerOptions
 from rl.learner.packing import Batch, Group, Pack, PackedRow, minibatches
 from rl.learner.sharded import Sharded
 from rl.learner.targets import Targets
@@ -52,19 +52,19 @@ class Critic(Sharded):
     """Values for advantages, and the value update. A plain object; Ray places it, possibly split over several ranks.
 
     Args:
-        folder: model folder whose decoder the critic starts from, unless `model.critic` names another one.
+        folder: model folder whose decoder the critic starts from, unless `options.critic` names another one.
     """
 
-    def __init__(self, folder: str, config: Config, ranks: Ranks | None = None) -> None:
-        super().__init__(folder, config, ranks)
+    def __init__(self, folder: str, options: LearnerOptions, ranks: Ranks | None = None) -> None:
+        super().__init__(folder, options, ranks)
         head = self.model.value_head
-        weight = self.ranks.own(initial_head(head.in_features, config.seed), head.weight)
+        weight = self.ranks.own(initial_head(head.in_features, options.seed), head.weight)
         self.model.load_state_dict({VALUE_HEAD: weight}, strict=False, assign=True)
         self._kept: _Kept | None = None
         trained = dict(self.model.named_parameters())
-        self.optimizer = self.adamw(trained, config.ppo.critic_lr, config.ppo.critic_warmup)
-        if config.model.critic is not None:
-            self.read_whole(config.model.critic)
+        self.optimizer = self.adamw(trained, options.ppo.critic_lr, options.ppo.critic_warmup)
+        if options.critic is not None:
+            self.read_whole(options.critic)
 
     def prepare(self, base: Any) -> None:
         """Exchange the head, which takes no memory yet, and split the parameters over the ranks."""
@@ -85,7 +85,7 @@ class Critic(Sharded):
         final = torch.zeros(len(values))
         rows, self._kept = self.rows(batch.groups), None
         for row in rows:
-            keep = row is rows[-1] and self.config.ppo.critic_minibatches == 1
+            keep = row is rows[-1] and self.options.ppo.critic_minibatches == 1
             with torch.set_grad_enabled(keep):
                 every = self._forward(row, features)
             if keep:
@@ -103,10 +103,10 @@ class Critic(Sharded):
 
         Raises: FloatingPointError if gradients were not finite too often in a row.
         """
-        seed = f"{self.config.seed}-critic-{iteration}"
+        seed = f"{self.options.seed}-critic-{iteration}"
         total, norm, trained, skipped = torch.zeros(()), 0.0, 0, 0
         device = self.ranks.device
-        for groups in minibatches(batch.groups, self.config.ppo.critic_minibatches, seed):
+        for groups in minibatches(batch.groups, self.options.ppo.critic_minibatches, seed):
             tokens = sum(len(response) for group in groups for response in group.responses)
             found = torch.zeros(())
             for row, known in self._rows_to_learn(groups, batch):

@@ -24,8 +24,9 @@ from rl.algorithm.losses import (
     policy_gradient_loss,
     tis_weights,
 )
-from rl.config import PPO, Config
+from rl.config import PPO
 from rl.learner.distributed import Ranks
+from rl.learner.options import LearnerOptions
 from rl.learner.packing import Batch, Group, PackedRow, collate, minibatches
 from rl.learner.sharded import Sharded
 from rl.learner.targets import Targets
@@ -58,19 +59,19 @@ class Policy(Sharded):
         folder: model folder to start from; later checkpoints copy its tokenizer.
     """
 
-    def __init__(self, folder: str, config: Config, ranks: Ranks | None = None) -> None:
-        super().__init__(folder, config, ranks)
-        self.optimizer = self.adamw(self.trained, config.ppo.policy_lr, config.ppo.policy_warmup)
-        self.loss = policy_loss(config.ppo)
+    def __init__(self, folder: str, options: LearnerOptions, ranks: Ranks | None = None) -> None:
+        super().__init__(folder, options, ranks)
+        self.optimizer = self.adamw(self.trained, options.ppo.policy_lr, options.ppo.policy_warmup)
+        self.loss = policy_loss(options.ppo)
         self._encoded: dict[str, int] = {}
-        named = {"chat_template.jinja": config.model.chat_template, SYNTHESIS_TEMPLATE: config.synthesis.template}
+        named = {"chat_template.jinja": options.chat_template, SYNTHESIS_TEMPLATE: options.synthesis_template}
         self.templates = {name: file.read_text(encoding="utf-8") for name, file in named.items() if file is not None}
 
     def prepare(self, base: Any) -> None:
         """Freeze what is frozen, and split the rest over the ranks."""
         self.model, self.decoder = base, PolicyModel(base.model, base.lm_head)
         self.ranks.shard(self.decoder, base.model.layers, self.dtype)
-        frozen = tuple(p for name in self.config.model.freeze for p in base.frozen_prefixes[name])
+        frozen = tuple(p for name in self.options.freeze for p in base.frozen_prefixes[name])
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(not name.startswith(frozen))
 
@@ -101,7 +102,7 @@ class Policy(Sharded):
     def _forward(self, row: PackedRow, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies, [k, longest], of the responses in a packed row."""
         with self.ranks.autocast(self.dtype):
-            found = self.decoder(row.pack, features, self.config.rollout.temperature)
+            found = self.decoder(row.pack, features, self.options.temperature)
         return row.pack.padded(found[0]), row.pack.padded(found[1])
 
     @torch.no_grad()
@@ -128,12 +129,12 @@ class Policy(Sharded):
 
         Raises: FloatingPointError if gradients were not finite too often in a row.
         """
-        old = self.logprobs(batch, features) if needs_old_logprobs(self.config.ppo) else None
+        old = self.logprobs(batch, features) if needs_old_logprobs(self.options.ppo) else None
         sums: Sums = {}
         norm = lr = 0.0
         tokens = skipped = 0
-        seed = f"{self.config.seed}-policy-{iteration}"
-        for groups in minibatches(batch.groups, self.config.ppo.minibatches, seed):
+        seed = f"{self.options.seed}-policy-{iteration}"
+        for groups in minibatches(batch.groups, self.options.ppo.minibatches, seed):
             size, found = self._accumulate(groups, batch, targets, features, old)
             if not size.tokens:
                 continue
@@ -171,14 +172,14 @@ class Policy(Sharded):
             )
             before = sampled if old is None else row.pack.part(old).to(device)
             if correction is None:
-                now = before if self.config.ppo.tis_policy == "before_update" else logprobs
-                weights, tis = tis_weights(now, sampled, mask, cap=self.config.ppo.tis_cap)
+                now = before if self.options.ppo.tis_policy == "before_update" else logprobs
+                weights, tis = tis_weights(now, sampled, mask, cap=self.options.ppo.tis_cap)
             else:
                 weights, tis = correction.weights, {}
                 weights = None if weights is None else row.pack.part(weights).to(device)
             loss, drift = self.loss(logprobs, before, advantages, mask, size=size, weights=weights)
             bonus, spread = entropy_loss(entropies, mask, tokens=size.tokens)
-            total = loss + self.config.ppo.entropy * bonus if self.config.ppo.entropy else loss
+            total = loss + self.options.ppo.entropy * bonus if self.options.ppo.entropy else loss
             # FSDP averages gradients over the ranks; the loss is a sum over all of them.
             (total * (row.counts * self.ranks.count)).backward()
             for found in (tis, drift, spread, {"loss": total.detach() * size.tokens}):
@@ -188,12 +189,12 @@ class Policy(Sharded):
 
     def _correction(self, groups: Sequence[Group], batch: Batch, old: Tensor | None) -> "RolloutCorrection | None":
         """verl's rollout correction, if the recipe asks for it: over a whole minibatch, before it is split."""
-        if self.config.ppo.rollout_correction is None or old is None:
+        if self.options.ppo.rollout_correction is None or old is None:
             return None
         from rl.algorithm.verl_bridge import rollout_correction
 
         rows = torch.tensor([index for group in groups for index in group.rows])
-        options = self.config.ppo.rollout_correction.verl.model_dump()
+        options = self.options.ppo.rollout_correction.verl.model_dump()
         if options["rollout_is"] is None:
             options["rollout_is_threshold"] = None
         found = rollout_correction(old[rows], batch.rollout_logprobs[rows], batch.response_mask[rows], **options)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, async_save, load
 
-from rl.config import Config
 from rl.learner.distributed import Ranks
 from rl.learner.optimizer import Optimizer
+from rl.learner.options import LearnerOptions
 from rl.learner.packing import Group, PackedRow, rows_of_rank
 from rl.model import hf_folder
 from rl.model.packed import pairs_per_token, recompute_layers
@@ -24,25 +24,27 @@ class Sharded:
         folder: model folder to start from.
     """
 
-    def __init__(self, folder: str, config: Config, ranks: Ranks | None = None) -> None:
-        self.source, self.config, self.ranks = Path(folder), config, ranks or Ranks()
+    def __init__(self, folder: str, options: LearnerOptions, ranks: Ranks | None = None) -> None:
+        self.source, self.options, self.ranks = Path(folder), options, ranks or Ranks()
         base = hf_folder.load(
             self.source,
             device=self.ranks.device,
             prepare=self.prepare,
             own=self.ranks.own,
-            yarn=config.model.yarn,
+            yarn=options.yarn,
         )
         self.image_token_id, self._decoder = base.image_token_id, base.model
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: list[Any] = []
-        if config.learner.activation_checkpointing:
+        if options.activation_checkpointing:
             recompute_layers(base.model)
 
     @classmethod
-    def of_rank(cls, folder: str, config: Config, device: str, rank: int, count: int, address: str | None) -> Self:
+    def of_rank(
+        cls, folder: str, options: LearnerOptions, device: str, rank: int, count: int, address: str | None
+    ) -> Self:
         """One of `count`, in the process that calls this; they meet at `address`."""
-        return cls(folder, config, Ranks(device, rank, count, address, config.learner.threads))
+        return cls(folder, options, Ranks(device, rank, count, address, options.threads))
 
     optimizer: Optimizer
 
@@ -52,7 +54,7 @@ class Sharded:
 
     def adamw(self, trained: Mapping[str, nn.Parameter], lr: float, warmup: int) -> Optimizer:
         """The recipe's optimizer of some parameters."""
-        ppo = self.config.ppo
+        ppo = self.options.ppo
         return Optimizer(
             trained,
             lr=lr,
@@ -66,7 +68,7 @@ class Sharded:
     @property
     def dtype(self) -> torch.dtype:
         """What engine and learner compute in; the learner's own weights are float32."""
-        return getattr(torch, self.config.model.dtype)
+        return getattr(torch, self.options.dtype)
 
     def whole(self) -> dict[str, Tensor]:
         """Copies of the weights that a checkpoint has, by their names on disk, on the first rank."""
@@ -127,7 +129,7 @@ class Sharded:
         """This rank's packed rows of some groups; every rank has as many."""
         return rows_of_rank(
             groups,
-            self.config.learner.token_budget,
+            self.options.token_budget,
             self.image_token_id,
             rank=self.ranks.rank,
             ranks=self.ranks.count,

@@ -11,8 +11,8 @@ from rl.here import Done
 from rl.types import Completion, Prompt, Request, Rollout
 from rollout.partial import PartialRollouts
 from rollout.pool import EnginePool
-from tests.rl.learner.test_policy import config
 from tests.rollout.test_pool import PROMPTS, Letters, in_turns
+from tests.support.learner import config
 
 
 class Counting:

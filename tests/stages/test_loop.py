@@ -11,13 +11,14 @@ from rl.config import Config
 from rl.here import Here
 from rl.learner.critic import Critic
 from rl.learner.features import FeatureStore
+from rl.learner.options import LearnerOptions
 from rl.learner.packing import collate
 from rl.learner.policy import Policy
 from rl.model import hf_folder
 from rl.types import Prompt, Rollout, Scored
 from stages.loop import Clock, Diverged, Finished, Parts, evaluate, ppo_iteration, sync
 from stages.rlvr import Rlvr
-from tests.rl.learner.test_policy import config
+from tests.support.learner import config
 from tests.support.models import text_model
 
 PROMPTS = [Prompt(str(i), "t", ()) for i in range(4)]
@@ -89,7 +90,8 @@ def right(rollout: Rollout) -> Scored:
 def parts(tmp_path) -> Parts:
     hf_folder.save(text_model(), tmp_path)
     made: Config = config(str(tmp_path), policy_lr=1e-2, critic_lr=1e-2)
-    policy, critic = Policy(str(tmp_path), made), Critic(str(tmp_path), made)
+    options = LearnerOptions.of(made)
+    policy, critic = Policy(str(tmp_path), options), Critic(str(tmp_path), options)
     return Parts(made, Scripted(policy), Scores(right), Here(policy), Here(critic), FeatureStore([], 1), Rlvr())
 
 

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rl.config import Config
 from rl.learner.critic import Critic
 from rl.learner.distributed import Ranks
 from rl.learner.packing import Batch, Group, balanced, collate, rows_of_rank
@@ -22,7 +21,7 @@ from rl.learner.targets import make_targets
 from rl.model import hf_folder
 from rl.types import Prompt, Rollout, Scored
 from tests.rl.learner.test_packing import group
-from tests.rl.learner.test_policy import PICTURES, config
+from tests.support.learner import PICTURES, options
 from tests.support.models import IMAGE_TOKEN, step_vl, text_model
 
 ITERATIONS = 2
@@ -70,16 +69,14 @@ class Pair:
 
     @classmethod
     def of(cls, ranks: Ranks, case: dict[str, Any], folder: str) -> "Pair":
-        made = config(folder, policy_lr=1e-3, critic_lr=1e-3, **case.get("ppo", {}))
-        learner = made.learner.model_copy(update=case.get("learner", {}))
-        cfg: Config = made.model_copy(update={"learner": learner})
-        policy, critic = Policy(folder, cfg, ranks), Critic(folder, cfg, ranks)
+        made = options({"policy_lr": 1e-3, "critic_lr": 1e-3, **case.get("ppo", {})}, **case.get("learner", {}))
+        policy, critic = Policy(folder, made, ranks), Critic(folder, made, ranks)
         features = {p.digest: policy.encode(p) for p in PICTURES} if case["pictures"] else {}
         return cls(policy, critic, batch(case["prompts"], pictures=case["pictures"]), features)
 
     def iterate(self, iteration: int) -> dict[str, float]:
         values, final = self.critic.values(self.data, self.features)
-        targets = make_targets(self.data, values, final, self.policy.config.ppo)
+        targets = make_targets(self.data, values, final, self.policy.options.ppo)
         given = self.data, targets, self.features, iteration
         return self.critic.update(*given) | self.policy.update(*given)
 

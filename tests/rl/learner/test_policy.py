@@ -1,12 +1,10 @@
 """The PPO update: what is trained and what is not, and what must never change its gradient."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from rl.config import Config
 from rl.here import Here
 from rl.learner.critic import Critic
 from rl.learner.features import FeatureStore
@@ -16,29 +14,8 @@ from rl.learner.targets import Targets, make_targets
 from rl.model import hf_folder
 from rl.record.metrics import check
 from rl.types import Picture, Prompt, Rollout, Scored
+from tests.support.learner import PICTURES, options
 from tests.support.models import IMAGE_TOKEN, step_vl
-from tests.support.tiny import picture
-
-PICTURES = [picture((60, 60), seed) for seed in range(2)]
-
-
-def config(model: str, **ppo: object) -> Config:
-    return Config.model_validate_json(
-        json.dumps(
-            {
-                "stage": "rlvr",
-                "iterations": 1,
-                "prompts_per_iteration": 4,
-                "rollouts_per_prompt": 3,
-                "max_sequence_length": 64,
-                "model": {"path": model, "dtype": "float32"},
-                "data": {"train": ["x.jsonl"]},
-                "rewards": {"t": {"use": "exact"}},
-                "ppo": {"minibatches": 2, "critic_minibatches": 2, "policy_warmup": 0, "critic_warmup": 0, **ppo},
-                "learner": {"device": "cpu", "token_budget": 4096},
-            }
-        )
-    )
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +48,12 @@ def features_of(policy: Policy) -> dict[str, torch.Tensor]:
 
 def targets_of(batch: Batch, policy: Policy) -> Targets:
     values = 0.1 * torch.ones(batch.response_mask.shape) * batch.response_mask
-    return make_targets(batch, values, values[:, 0], policy.config.ppo)
+    return make_targets(batch, values, values[:, 0], policy.options.ppo)
 
 
 def gradients(policy: Policy, batch: Batch, budget: int, old: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Of one minibatch that holds the whole batch, packed to `budget` tokens a row."""
-    learner = policy.config.learner.model_copy(update={"token_budget": budget})
-    policy.config = policy.config.model_copy(update={"learner": learner})
+    policy.options = replace(policy.options, token_budget=budget)
     policy._accumulate(batch.groups, batch, targets_of(batch, policy), features_of(policy), old)
     found = {name: p.grad.clone() for name, p in policy.trained.items() if p.grad is not None}
     policy.optimizer.adamw.zero_grad()
@@ -99,7 +75,7 @@ def gradients(policy: Policy, batch: Batch, budget: int, old: torch.Tensor | Non
     ],
 )
 def test_gradients_do_not_depend_on_how_a_minibatch_is_split(folder, ppo):
-    policy = Policy(folder, config(folder, **ppo))
+    policy = Policy(folder, options(ppo))
     batch = batch_of(policy)
     old = policy.logprobs(batch, features_of(policy)) if ppo else None
     whole, split = (gradients(policy, batch, budget, old) for budget in (4096, 24))
@@ -110,7 +86,7 @@ def test_gradients_do_not_depend_on_how_a_minibatch_is_split(folder, ppo):
 
 
 def test_only_the_decoder_is_trained_and_the_encoder_stays_bit_identical(folder):
-    policy = Policy(folder, config(folder, policy_lr=1e-2))
+    policy = Policy(folder, options({"policy_lr": 1e-2}))
     before = {n: t.clone() for n, t in policy.model.state_dict().items()}
     batch = batch_of(policy)
     policy.update(batch, targets_of(batch, policy), features_of(policy), 1)
@@ -126,13 +102,8 @@ def test_a_saved_policy_carries_the_templates_that_it_was_trained_with(folder, t
     chat, shown = tmp_path / "c.jinja", tmp_path / "s.jinja"
     chat.write_text("{{ messages[0].content }}")
     shown.write_text("{{ problem }}{{ messages }}")
-    plain = config(folder)
-    named = {
-        "model": plain.model.model_copy(update={"chat_template": chat}),
-        "synthesis": plain.synthesis.model_copy(update={"template": shown}),
-    }
-    for name, given in (("plain", {}), ("named", named)):
-        policy = Policy(folder, plain.model_copy(update=given))
+    for name, given in (("plain", {}), ("named", {"chat_template": chat, "synthesis_template": shown})):
+        policy = Policy(folder, options(**given))
         policy.write_whole(policy.whole(), tmp_path / name)
     assert not (tmp_path / "plain/pacore.jinja").exists()
     assert (tmp_path / "named/pacore.jinja").read_text() == shown.read_text()
@@ -140,7 +111,7 @@ def test_a_saved_policy_carries_the_templates_that_it_was_trained_with(folder, t
 
 
 def test_a_rewarded_response_becomes_more_likely_and_a_punished_one_less(folder):
-    policy = Policy(folder, config(folder, policy_lr=1e-3, minibatches=1))
+    policy = Policy(folder, options({"policy_lr": 1e-3, "minibatches": 1}))
     batch = batch_of(policy)
     features = features_of(policy)
     before = policy.logprobs(batch, features).sum(-1)
@@ -155,7 +126,7 @@ def test_the_two_readings_of_the_report_agree_while_policy_and_engine_are_the_sa
     # rho = 1 and nothing is clipped, so Eq. 2 and the plain policy gradient have one gradient
     found = []
     for ppo in ({"ratio": "none"}, {"ratio": "clip"}):
-        policy = Policy(folder, config(folder, **ppo))
+        policy = Policy(folder, options(ppo))
         batch = batch_of(policy)
         old = policy.logprobs(batch, features_of(policy))
         found.append(gradients(policy, batch, 4096, old))
@@ -164,7 +135,7 @@ def test_the_two_readings_of_the_report_agree_while_policy_and_engine_are_the_sa
 
 
 def test_each_picture_goes_through_the_tower_once(folder):
-    store = FeatureStore([Here(Policy(folder, config(folder))) for _ in range(2)], limit_mib=1)
+    store = FeatureStore([Here(Policy(folder, options())) for _ in range(2)], limit_mib=1)
     for _ in range(3):
         found = store.of([*PICTURES, PICTURES[0]])
         store.trim(found)
@@ -173,7 +144,7 @@ def test_each_picture_goes_through_the_tower_once(folder):
 
 
 def test_a_picture_that_was_forgotten_has_the_same_features_again(folder):
-    store = FeatureStore([Here(Policy(folder, config(folder)))], limit_mib=0)
+    store = FeatureStore([Here(Policy(folder, options()))], limit_mib=0)
     first = store.of(PICTURES)
     store.trim(using=[PICTURES[0].digest])
     again = store.of(PICTURES)
@@ -183,7 +154,7 @@ def test_a_picture_that_was_forgotten_has_the_same_features_again(folder):
 
 
 def test_the_gap_is_the_mean_distance_between_engine_and_learner(folder):
-    policy = Policy(folder, config(folder))
+    policy = Policy(folder, options())
     prompt = Prompt("p", "t", ())
     exact = policy.logprobs(collate([Scored(Rollout(prompt, "", "stop", (10, 11), (12, 13), (0.0, 0.0)), 0)]), {})
     off = tuple((exact[0] + torch.tensor([0.25, -0.75])).tolist())
@@ -192,34 +163,32 @@ def test_the_gap_is_the_mean_distance_between_engine_and_learner(folder):
 
 
 def test_the_critic_learns_the_returns(folder):
-    policy = Policy(folder, config(folder))
-    critic = Critic(folder, config(folder, critic_lr=3e-3))
+    policy = Policy(folder, options())
+    critic = Critic(folder, options({"critic_lr": 3e-3}))
     batch = batch_of(policy)
     features = features_of(policy)
     losses = []
     for iteration in range(15):
         values, final = critic.values(batch, features)
-        targets = make_targets(batch, values, final, critic.config.ppo)
+        targets = make_targets(batch, values, final, critic.options.ppo)
         losses.append(critic.update(batch, targets, features, iteration)["value/loss"])
     assert losses[-1] < losses[0] / 4
 
 
 def test_a_critic_goes_on_with_the_values_of_an_earlier_one(folder, tmp_path):
-    policy, earlier = Policy(folder, config(folder)), Critic(folder, config(folder, critic_lr=3e-3))
+    policy, earlier = Policy(folder, options()), Critic(folder, options({"critic_lr": 3e-3}))
     batch = batch_of(policy)
     features = features_of(policy)
     values, final = earlier.values(batch, features)
-    earlier.update(batch, make_targets(batch, values, final, earlier.config.ppo), features, 1)
+    earlier.update(batch, make_targets(batch, values, final, earlier.options.ppo), features, 1)
     earlier.write_whole(earlier.whole(), tmp_path / "critic")
-    plain = config(folder)
-    given = plain.model_copy(update={"model": plain.model.model_copy(update={"critic": tmp_path / "critic"})})
     learned = earlier.values(batch, features)[0]
-    torch.testing.assert_close(Critic(folder, given).values(batch, features)[0], learned)
+    torch.testing.assert_close(Critic(folder, options(critic=tmp_path / "critic")).values(batch, features)[0], learned)
     assert not torch.allclose(learned, values)
 
 
 def test_a_folder_that_is_no_critic_of_the_model_is_refused(folder, tmp_path):
-    policy, critic = Policy(folder, config(folder)), Critic(folder, config(folder))
+    policy, critic = Policy(folder, options()), Critic(folder, options())
     model = hf_folder.read_config(folder)
     critic.write_whole(critic.whole(), tmp_path / "critic")
     hf_folder.check_critic(tmp_path / "critic", model)
@@ -236,8 +205,7 @@ def test_a_folder_that_is_no_critic_of_the_model_is_refused(folder, tmp_path):
 def test_critic_gradients_do_not_depend_on_how_a_minibatch_is_split(folder):
     found = []
     for budget in (4096, 24):
-        cfg = config(folder, critic_minibatches=1, critic_lr=1e-3)
-        cfg = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"token_budget": budget})})
+        cfg = options({"critic_minibatches": 1, "critic_lr": 1e-3}, token_budget=budget)
         critic, policy = Critic(folder, cfg), Policy(folder, cfg)
         batch = batch_of(policy)
         features = features_of(policy)
@@ -251,8 +219,7 @@ def test_critic_gradients_do_not_depend_on_how_a_minibatch_is_split(folder):
 def test_an_update_that_starts_with_a_kept_forward_pass_learns_the_same(folder):
     weights = []
     for keeps in (True, False):
-        cfg = config(folder, critic_minibatches=1, critic_lr=1e-3)
-        cfg = cfg.model_copy(update={"learner": cfg.learner.model_copy(update={"token_budget": 24})})
+        cfg = options({"critic_minibatches": 1, "critic_lr": 1e-3}, token_budget=24)
         critic, policy = Critic(folder, cfg), Policy(folder, cfg)
         batch, features = batch_of(policy), features_of(policy)
         given = (batch, make_targets(batch, *critic.values(batch, features), cfg.ppo), features)
@@ -270,15 +237,15 @@ def test_a_cut_response_is_worth_the_critics_estimate_where_the_recipe_bootstrap
     rollouts = [Rollout(prompt, "", f, (1,), (2, 3), (0.0, 0.0)) for f in ("stop", "length")]
     batch = collate([Scored(r, reward) for r, reward in zip(rollouts, (1.0, -1.0), strict=True)])
     values, final = torch.zeros(2, 2), torch.tensor([0.7, 0.6])
-    lowest = make_targets(batch, values, final, config(folder).ppo)
+    lowest = make_targets(batch, values, final, options().ppo)
     assert lowest.returns.tolist() == [[1, 1], [-1, -1]]
-    bootstrap = make_targets(batch, values, final, config(folder, truncated="bootstrap").ppo)
+    bootstrap = make_targets(batch, values, final, options({"truncated": "bootstrap"}).ppo)
     # the finished one keeps its reward; the cut one gets V(s_T) = 0.6 in place of its own
     torch.testing.assert_close(bootstrap.returns, torch.tensor([[1, 1], [0.6, 0.6]]))
 
 
 def test_saving_and_restoring_continues_bit_for_bit(folder, tmp_path):
-    cfg = config(folder, policy_lr=1e-3, critic_lr=1e-3)
+    cfg = options({"policy_lr": 1e-3, "critic_lr": 1e-3})
     policy, critic = Policy(folder, cfg), Critic(folder, cfg)
     batch = batch_of(policy)
     features = features_of(policy)
@@ -305,8 +272,8 @@ def test_saving_and_restoring_continues_bit_for_bit(folder, tmp_path):
 
 @pytest.mark.parametrize("made", [Policy, Critic])
 def test_steps_whose_gradient_is_not_finite_are_left_out_and_counted_until_there_are_too_many(folder, made):
-    model = made(folder, config(folder, max_skipped_steps=3))  # two steps in an update
-    policy = Policy(folder, config(folder))
+    model = made(folder, options({"max_skipped_steps": 3}))  # two steps in an update
+    policy = Policy(folder, options())
     batch, features = batch_of(policy), features_of(policy)
     before = {n: p.detach().clone() for n, p in model.optimizer.parameters.items()}
     bad = Targets(*(torch.full(batch.response_mask.shape, float("nan")) for _ in range(3)))
@@ -320,7 +287,7 @@ def test_steps_whose_gradient_is_not_finite_are_left_out_and_counted_until_there
 
 
 def test_a_step_that_is_made_forgives_those_left_out_before(folder):
-    policy = Policy(folder, config(folder, max_skipped_steps=3))
+    policy = Policy(folder, options({"max_skipped_steps": 3}))
     batch, features = batch_of(policy), features_of(policy)
     bad = Targets(*(torch.full(batch.response_mask.shape, float("nan")) for _ in range(3)))
     good = Targets(*(torch.ones(batch.response_mask.shape) for _ in range(3)))
@@ -330,7 +297,7 @@ def test_a_step_that_is_made_forgives_those_left_out_before(folder):
 
 
 def test_the_learning_rate_rises_linearly_over_the_warm_up(folder):
-    policy = Policy(folder, config(folder, policy_lr=1.0, policy_warmup=4))
+    policy = Policy(folder, options({"policy_lr": 1.0, "policy_warmup": 4}))
     rates = []
     for steps in range(6):
         policy.optimizer.steps = steps
