@@ -16,7 +16,6 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -27,6 +26,7 @@ from rewards.registry import all_rewards, get
 from rewards.running.runner import Outage, RewardRunner
 from rl.config import PenaltySpec, RewardSpec, ScorerSpec
 from rl.exits import DONE, WRONG_INPUT, run_command
+from rl.recipe.layers import find_recipe, shipped_recipes
 from rl.types import Prompt, Rollout, Scored
 
 TRIED = "tried"  # the task that all samples are scored as
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="every reward and penalty with its parameters")
     trial = commands.add_parser("try", help="score samples with a reward")
-    trial.add_argument("target", help="registered name, pkg.module:Name, file.py:Name, or RECIPE.yaml:task")
+    trial.add_argument("target", help="registered name, pkg.module:Name, file.py:Name, or RECIPE:task")
     trial.add_argument("samples", help="JSONL of data rows with a `response`, such as a run's rollouts/000001.jsonl.gz")
     trial.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the reward")
     trial.add_argument("--json", action="store_true", help="one JSON object per sample")
@@ -137,7 +137,7 @@ def _try(args: argparse.Namespace) -> int:
 
 def _target(target: str, params: Sequence[str], samples: str) -> Target:
     file, _, task = target.rpartition(":")
-    if file.endswith((".yaml", ".yml")):
+    if file.endswith((".yaml", ".yml")) or file in shipped_recipes():
         if params:
             raise ValueError(f"{target} has its parameters in the recipe; leave out --param")
         return _of_recipe(file, task, samples)
@@ -162,7 +162,7 @@ def _of_recipe(file: str, task: str, samples: str) -> Target:
     from stages.curation.filters import row_judges
     from stages.plan import endpoint_spec
 
-    config = load(Path(file), overrides=[f"data.train={json.dumps(os.path.abspath(samples))}"]).config
+    config = load(find_recipe(file), overrides=[f"data.train={json.dumps(os.path.abspath(samples))}"]).config
     endpoints = {name: endpoint_spec(name, one) for name, one in config.endpoints.items()}
     judges = row_judges(config)
     if task in judges:

@@ -1,6 +1,6 @@
 """How good a policy is on held-out rows: pass@1, pass@K, majority vote and PaCoRe, with tokens and intervals.
 
-    python -m rl.evaluate --model DIR --data FILE [--recipe RECIPE.yaml] [--modes sere,majority,pacore] [--json]
+    python -m rl.evaluate --model DIR --data FILE [--recipe RECIPE] [--modes sere,majority,pacore] [--json]
 
 The recipe says how tasks are scored and what counts as right (`rewards`, `accept`). Everything the model says is kept
 in --cache, if that is given, and not asked again. Exit codes are in rl/exits.py.
@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 
 from rl.config import Config
 from rl.exits import DONE, InputError, run_command
-from rl.recipe.layers import SHIPPED
+from rl.recipe.layers import find_recipe
 from rl.recipe.resolve import load
 from rollout.pacore.target import add_target_options, target_of
 from stages.evaluation.measure import Questions, measure
@@ -30,7 +30,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="options of the recipe, e.g. accept.least=0.5")
     p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url the model's name there")
     p.add_argument("--data", help="rows with ground truth, in any form that data.eval has; default: the recipe's")
-    p.add_argument("--recipe", default="rlvr", help="for rewards and accept; a file, or a shipped one's name (rlvr)")
+    p.add_argument(
+        "--recipe",
+        default="rlvr",
+        help="for rewards and accept: shipped recipe (default: rlvr) or YAML file",
+    )
     p.add_argument("--profile", help="as for rl.run")
     p.add_argument("--modes", default=",".join(MODES), help="which of sere,majority,pacore (default: all)")
     p.add_argument("--attempts", type=int, default=16, metavar="K", help="chains of thought per row (default: 16)")
@@ -78,10 +82,9 @@ def _main(args: argparse.Namespace) -> int:
 
 def config_of(args: argparse.Namespace) -> Config:
     """The recipe, with model and rows of the command line. Raises RecipeError."""
-    recipe = Path(args.recipe) if Path(args.recipe).suffix else SHIPPED / f"{args.recipe}.yaml"
     rows = [f"data.train={args.data}", f"data.eval={args.data}"] if args.data else []
     overrides = [f"model.path={args.model}", *args.overrides, *rows]  # what a recipe may leave to the command line
-    return load(recipe, profile=args.profile, overrides=overrides).config
+    return load(find_recipe(args.recipe), profile=args.profile, overrides=overrides).config
 
 
 if __name__ == "__main__":

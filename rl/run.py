@@ -1,4 +1,4 @@
-"""The entry: `python -m rl.run RECIPE.yaml [--profile cpu] [key=value ...]`. Reads, checks, then hands over.
+"""The entry: `python -m rl.run RECIPE [--profile cpu] [key=value ...]`. Reads, checks, then hands over.
 
 A recipe is one stage's, or a chain of several (rl/recipe/chain.py).
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rl.exits import DONE, INTERRUPTED, NO_GPU, InputError, check_hardware, has_gpus, run_command
 from rl.recipe.chain import LINK, Chain, is_chain, load_chain
+from rl.recipe.layers import find_recipe
 from rl.recipe.resolve import Change, MissingOption, Resolved, describe, differences, load
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ T = TypeVar("T")
 def parser() -> argparse.ArgumentParser:
     """The command line of the contract."""
     p = argparse.ArgumentParser(prog="python -m rl.run", description="RL post-training: run a recipe, or resume a run.")
-    p.add_argument("recipe", nargs="?", help="recipe YAML, e.g. recipes/rlvr.yaml")
+    p.add_argument("recipe", nargs="?", help="a shipped recipe's name, e.g. rlvr, or a YAML file")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. ppo.policy_lr=1e-6")
     p.add_argument("--profile", help="scale to run at: a name in recipes/profiles (cpu), or a YAML file")
     p.add_argument("--output", type=Path, help="run folder to make (default: runs/<recipe>-<time>)")
@@ -51,8 +52,8 @@ def _main(args: argparse.Namespace) -> int:
             return _run_chain(_resumed_chain(args), args)
         resolved = _resumed(args)
     elif args.recipe is None or "=" in args.recipe:
-        raise InputError("name a recipe, e.g. python -m rl.run recipes/rlvr.yaml --profile cpu")
-    elif is_chain(Path(args.recipe)):
+        raise InputError("name a recipe, e.g. python -m rl.run rlvr --profile cpu")
+    elif is_chain(find_recipe(args.recipe)):
         return _run_chain(_fresh(args, _new_chain), args)
     else:
         resolved = _fresh(args, _new)
@@ -65,12 +66,12 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def _new(args: argparse.Namespace) -> Resolved:
-    return load(Path(args.recipe), profile=args.profile, overrides=args.overrides, stage=args.stage)
+    return load(find_recipe(args.recipe), profile=args.profile, overrides=args.overrides, stage=args.stage)
 
 
 def _new_chain(args: argparse.Namespace) -> Chain:
-    folder = _output(args).resolve()
-    return load_chain(Path(args.recipe), folder, profile=args.profile, overrides=args.overrides, first=args.stage)
+    recipe, folder = find_recipe(args.recipe), _output(args).resolve()
+    return load_chain(recipe, folder, profile=args.profile, overrides=args.overrides, first=args.stage)
 
 
 def _fresh(args: argparse.Namespace, read: Callable[[argparse.Namespace], T]) -> T:

@@ -1,4 +1,4 @@
-"""From anybody's problems to a stage's training set: `python -m stages.curate RECIPE.yaml --out DIR [key=value ...]`.
+"""From anybody's problems to a stage's training set: `python -m stages.curate RECIPE --out DIR [key=value ...]`.
 
     DIR/recipe.yaml            the recipe, resolved
         rows/00000.jsonl       rows that stay, as training rows: pool of messages, and in meta.curation why they stayed
@@ -27,6 +27,7 @@ from rl.actors import Worker, as_they_come, cluster
 from rl.config import ROUNDING, Config
 from rl.exits import DONE, InputError, check_hardware, run_command
 from rl.interrupt import Interrupts
+from rl.recipe.layers import find_recipe
 from rl.recipe.resolve import describe, load
 from rl.stop import WorkerDied
 from rollout.data.decontamination import Benchmarks
@@ -61,7 +62,7 @@ Say = Callable[[str], None]
 def parser() -> argparse.ArgumentParser:
     """The command line of the contract."""
     p = argparse.ArgumentParser(prog="python -m stages.curate", description="Keep the rows that are worth training on.")
-    p.add_argument("recipe", type=Path, help="recipe YAML, e.g. recipes/curate.yaml")
+    p.add_argument("recipe", help="a shipped recipe's name, e.g. curate, or a YAML file")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. curate.difficulty.rollouts=8")
     p.add_argument("--out", type=Path, required=True, help="folder to write; one that was begun is gone on with")
     p.add_argument("--profile", help="scale to run at: a name in recipes/profiles (cpu), or a YAML file")
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    resolved = load(args.recipe, profile=args.profile, overrides=args.overrides)
+    resolved = load(find_recipe(args.recipe), profile=args.profile, overrides=args.overrides)
     check_hardware(resolved.config, dry_run=args.dry_run)
     curation = checked(resolved.config)
     if args.dry_run:

@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rl.config import STAGE_DEFAULTS
-from rl.recipe.layers import Layer, Layers, read, written_layers
+from rl.recipe.layers import Layer, Layers, find_recipe, read, written_layers
 from rl.recipe.resolve import RecipeError, Resolved, resolve, stage_of, yaml_of
 
 CURATE = "curate"
@@ -145,8 +145,8 @@ def _entry(item: Any, source: Layer) -> _Entry:
     curates = isinstance(item, dict) and list(item) == [CURATE]
     file = item[CURATE] if curates else item
     if not isinstance(file, str):
-        raise RecipeError(f"{source.where}: chain holds {item}; give the path of a recipe, or curate: and one")
-    layers = tuple(read(source.folder / file))
+        raise RecipeError(f"{source.where}: chain holds {item}; give a recipe's name or path, or curate: and one")
+    layers = tuple(read(find_recipe(file, f"{source.where}: chain: ", source.folder)))
     if any(layer.chain is not None for layer in layers):
         raise RecipeError(f"{source.where}: chain holds {file}, which is a chain itself")
     stage = stage_of(Layers(layers, layers[-1].where))

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rl.config import STAGE_DEFAULTS
 from rl.recipe.errors import RecipeError, check_names
 
-SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
+SHIPPED = Path(__file__).resolve().parents[2] / "recipes"  # beside the package rl, in a clone and installed
 COMMAND_LINE = "command line"
 
 
@@ -122,7 +123,7 @@ def read(file: Path, label: str | None = None, above: tuple[Path, ...] = ()) -> 
     values = _parse(file, where)
     written = plain(values)
     base = written.get("base")
-    based = [] if base is None else read(_find_base(str(base), file), above=(*above, real))
+    based = [] if base is None else read(find_recipe(str(base), f"{where}: base: ", file.parent), above=(*above, real))
     values = OmegaConf.create({key: value for key, value in written.items() if key != "base"})
     return [*based, _layer(label or where, where, file.resolve().parent, values, file)]
 
@@ -163,11 +164,44 @@ def _parse(file: Path, where: str) -> DictConfig:
     return values
 
 
-def _find_base(base: str, file: Path) -> Path:
-    candidates = [file.parent / base, SHIPPED / f"{base}.yaml"]
-    if found := next((path for path in candidates if path.is_file()), None):
-        return found
-    raise RecipeError(f"{shown(file)}: base: {base} not found: no {' and no '.join(map(shown, candidates))}")
+def find_recipe(written: str, where: str = "", folder: Path | None = None) -> Path:
+    """Returns the file of a recipe that a command line or another recipe names. The first rule that applies decides:
+
+    1. A shipped recipe's name without folder and suffix (`rlvr`) is the shipped recipe, even beside a file `rlvr`.
+       A file of that name is meant by `./rlvr`.
+    2. Everything else is a path: if the file exists, it is the recipe.
+    3. A shipped recipe's file name (`rlvr.yaml`) is the shipped recipe; on a command line also its path in a clone
+       (`recipes/rlvr.yaml`).
+
+    Args:
+        written: a name or a path.
+        where: prefix of the error message.
+        folder: that paths are relative to, if a recipe file names the recipe; None for a command line.
+    Raises:
+        RecipeError: no such recipe. The message has the shipped ones and the nearest name.
+    """
+    shipped = shipped_recipes()
+    if written in shipped:
+        return shipped[written]
+    if (path := (folder or Path()) / written).is_file():
+        return path
+    name = written.removesuffix(".yaml")
+    if folder is None:
+        name = name.removeprefix(f"{SHIPPED.name}/")
+    if written.endswith(".yaml") and name in shipped:
+        return shipped[name]
+    beside = {file.stem: str(Path(written).parent / file.name) for file in path.parent.glob("*.yaml")}
+    known = beside | {stem: stem for stem in shipped}
+    near = get_close_matches(Path(written).stem, known, n=1)
+    advice = f"; did you mean {known[near[0]]}?" if near else ""
+    raise RecipeError(
+        f"{where}no recipe {written}: there is no such file, and the shipped ones are {', '.join(shipped)}{advice}"
+    )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of each shipped recipe."""
+    return {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
 
 
 def _find_profile(profile: str, beside: Path) -> Path:

@@ -127,11 +127,11 @@ def test_a_curation_that_makes_too_few_messages_is_refused() -> None:
     [
         ("chain: []", "chain is a list of recipes"),
         ("chain: rlvr.yaml", "chain is a list of recipes"),
-        ("chain: [3]", "chain holds 3; give the path of a recipe"),
+        ("chain: [3]", "chain holds 3; give a recipe's name or path"),
         ("chain: [rlvr.yaml, rlvr.yaml]", "chain has rlvr twice"),
         ("chain: [rlvr.yaml, {curate: curate.yaml}]", "curate belongs between two stages"),
         ("chain: [{curate: curate.yaml}, pacore.yaml]", "curate belongs between two stages"),
-        ("chain: [none.yaml]", "none.yaml: no such file"),
+        ("chain: [none.yaml]", "mine.yaml: chain: no recipe none.yaml: there is no such file"),
         ("chain: [mine.yaml]", "mine.yaml, which is a chain itself"),
     ],
 )

@@ -330,8 +330,8 @@ def test_a_recipe_runs_only_the_stage_it_names():
     ("seed: 1\nppo: [1\niterations: 2\n", "r.yaml, line 3: not valid YAML"),
     ("seed: 1\nseed: 2\n", "r.yaml, line 2: not valid YAML: found duplicate key seed"),
     ("- seed\n", "r.yaml: holds a list"),
-    ("base: nowhere.yaml\n", "r.yaml: base: nowhere.yaml not found"),
-    ("base: ???\n", "r.yaml: base: ??? not found"),
+    ("base: nowhere.yaml\n", "r.yaml: base: no recipe nowhere.yaml: there is no such file"),
+    ("base: ???\n", "r.yaml: base: no recipe ???"),
 ])  # fmt: skip
 def test_a_file_that_is_no_recipe_is_told_with_the_line(text: str, told: str):
     with pytest.raises(RecipeError) as caught:
