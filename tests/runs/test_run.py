@@ -358,5 +358,8 @@ def test_an_output_folder_that_is_not_empty_is_left_alone(tmp_path: Path, capsys
 
 
 def test_the_saved_checkpoint_is_a_whole_model_folder(finished: tuple[Path, str]) -> None:
-    model = hf_folder.load(finished[0] / "checkpoints/000002/policy")
-    assert model.image_token_id is not None
+    folder, start = finished[0] / "checkpoints/000002/policy", ROOT / "recipes/scale/model"
+    assert {path.name for path in folder.iterdir()} >= {path.name for path in start.iterdir()}
+    assert (folder / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
+    saved, before = hf_folder.load(folder).state_dict(), hf_folder.load(start).state_dict()  # checks every tensor
+    assert any(not torch.equal(saved[name], before[name]) for name in before)  # trained weights, not the first ones
