@@ -16,7 +16,7 @@ from rl.stop import Stop
 from rl.types import PooledAnswers, Prompt, Rollout, Scored
 from rollout.pacore.prompt import synthesis_template
 from stages.pacore import Pacore, longest_with_messages, pooled, referred, repeats_majority, synthesis_metrics, within
-from tests.rl.test_config import config
+from tests.support.configs import config
 from tests.support.judging import blocks, honest, judging, score
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "pacore.yaml"

@@ -17,6 +17,19 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = "STEP3_VL_RL_TEST_RUN"
 NOTHING: Mapping[str, str] = MappingProxyType({})
 PATIENCE = 240  # seconds that a small run may take on a busy machine
+SMALL_RUN = (
+    "rl.run",
+    ROOT / "recipes/rlvr.yaml",
+    "--profile",
+    "cpu",
+    "iterations=4",
+    "prompts_per_iteration=8",
+    "rollouts_per_prompt=4",
+    "data.eval_limit=4",
+    "checkpoint.every=2",
+    "eval.every=2",
+)
+"""A run of rlvr on the CPU profile: 4 iterations of 8 prompts x 4 rollouts."""
 
 
 class Command:
