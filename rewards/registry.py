@@ -224,9 +224,7 @@ def get(
 
 
 def _import_builtin() -> None:
-    import rewards  # here, because that package imports this module
-
-    for module in pkgutil.iter_modules(rewards.__path__):
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if not module.ispkg and not module.name.startswith("_"):
             importlib.import_module(f"rewards.{module.name}")
 

@@ -1,9 +1,11 @@
-"""Keeps the rooms apart: which folder may import which, and which files the heavy libraries come in by."""
+"""Checks the structure of the source tree: which folder may import which, where the heavy libraries come in, and that
+each source file has a test file."""
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,9 @@ MAY_IMPORT = {
     "benchmarks": ROOMS,
     "tools": set(),
 }
-LOOK_OUTWARD = {"rl/run.py", "rl/evaluate.py", "rewards/__main__.py"}  # entry points: they pick a stage
-ONE_DOOR = {  # the first file is the one to go through
-    "ray": ["rl/actors.py", "rl/run.py"],
+COMMANDS = {"rl/run.py", "rl/evaluate.py", "rewards/__main__.py"}  # these may import every room
+ONE_DOOR = {  # the only files that may import the library; an error message names the first one
+    "ray": ["rl/actors.py"],
     "vllm": [
         "rollout/vllm/engine.py",
         "rollout/vllm/plugin.py",
@@ -31,29 +33,43 @@ ONE_DOOR = {  # the first file is the one to go through
     ],
     "verl": ["rl/algorithm/verl_bridge.py", "benchmarks/_verl_engine.py"],  # the second is what we are compared with
 }
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for room in MAY_IMPORT
+    for path in sorted((ROOT / room).rglob("*.py"))
+}
 
 
-def imported_modules(file: str, source: str) -> Iterator[str]:
-    """Full names of all modules that `source` imports anywhere, by statement or by `import_module("...")`."""
+def imported_names(file: str, source: str) -> Iterator[tuple[str, str]]:
+    """(module, imported name) of every import in `source`, also inside functions and under TYPE_CHECKING.
+
+    The name is "" for `import module` and `import_module("module")`.
+    """
     package = file.removesuffix(".py").split("/")[:-1]
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import(names=names):
-                yield from (alias.name for alias in names)
+                yield from ((alias.name, "") for alias in names)
             case ast.ImportFrom(module=module, level=level):
                 above = package[: len(package) - level + 1] if level else []
-                yield ".".join([*above, *([module] if module else [])])
+                full_name = ".".join([*above, *([module] if module else [])])
+                yield from ((full_name, alias.name) for alias in node.names)
             case ast.Call(
                 func=ast.Name(id="import_module" | "__import__") | ast.Attribute(attr="import_module"),
                 args=[ast.Constant(value=str(module)), *_],
             ):
-                yield module
+                yield module, ""
+
+
+def imported_modules(file: str, source: str) -> list[str]:
+    """Full names of the modules that `source` imports, each once."""
+    return list(dict.fromkeys(module for module, _ in imported_names(file, source)))
 
 
 def breaches(file: str, source: str) -> list[str]:
     """One sentence per import of `file` (path from the root) that the rules above forbid."""
     room = file.partition("/")[0]
-    allowed = ROOMS if file in LOOK_OUTWARD else MAY_IMPORT[room]
+    allowed = ROOMS if file in COMMANDS else MAY_IMPORT[room]
     found = []
     for module in imported_modules(file, source):
         top = module.partition(".")[0]
@@ -65,11 +81,132 @@ def breaches(file: str, source: str) -> list[str]:
     return found
 
 
+def file_of(module: str, sources: Mapping[str, str]) -> str | None:
+    """Our file that `module` is, None for a module that is not ours."""
+    path = module.replace(".", "/")
+    return next((file for file in (f"{path}.py", f"{path}/__init__.py") if file in sources), None)
+
+
+def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """For each file, our files that it imports. `from package import module` counts for the module."""
+    return {
+        file: {
+            imported
+            for module, name in imported_names(file, source)
+            if (imported := file_of(f"{module}.{name}", sources) or file_of(module, sources))
+        }
+        for file, source in sources.items()
+    }
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[str]:
+    """One line per circle of imports, such as `a.py -> b.py -> a.py`; a depth-first search, so not all that overlap."""
+    found, done, path = [], set(), []
+
+    def visit(file: str) -> None:
+        if file in path:
+            found.append(" -> ".join([*path[path.index(file) :], file]))
+        elif file not in done:
+            path.append(file)
+            for imported in sorted(graph[file]):
+                visit(imported)
+            done.add(path.pop())
+
+    for file in graph:
+        visit(file)
+    return found
+
+
+def work_in_command(file: str, source: str) -> list[str]:
+    """One sentence per public function of a command file that is not `parser`, `main` or a function of the parsed
+    arguments. Other files may need such a function, and no file may import a command."""
+    return [
+        f"{file}: {node.name}() is work; move it to a file that others may import"
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef)
+        and not node.name.startswith("_")
+        and node.name not in ("parser", "main")
+        and [ast.unparse(a.annotation) for a in node.args.args if a.annotation] != ["argparse.Namespace"]
+    ]
+
+
+def without_test(sources: Mapping[str, str], root: Path) -> list[str]:
+    """One sentence per source file that has no test file of its name in the same tree under tests/, and whose
+    docstring does not say "Tested in tests/..."."""
+    found = []
+    for file, source in sources.items():
+        tree, path = ast.parse(source), Path(file)
+        if path.name == "__init__.py" and not any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in tree.body):
+            continue
+        test = Path("tests") / path.parent / f"test_{path.stem.strip('_')}.py"
+        _, _, named = (ast.get_docstring(tree) or "").partition("Tested in ")
+        places = re.findall(r"tests/[\w/]+\.py", named) or [test.as_posix()]
+        found += [f"{file}: no {place}" for place in places if not (root / place).exists()]
+    return found
+
+
 def test_every_import_points_inward_and_heavy_libraries_come_through_their_door() -> None:
-    files = [path for room in MAY_IMPORT for path in sorted((ROOT / room).rglob("*.py"))]
-    assert files
-    names = {path: path.relative_to(ROOT).as_posix() for path in files}
-    assert [breach for path in files for breach in breaches(names[path], path.read_text())] == []
+    assert [breach for file, source in SOURCES.items() for breach in breaches(file, source)] == []
+
+
+def test_every_exception_to_these_rules_is_needed() -> None:
+    for library, files in ONE_DOOR.items():
+        for file in files:
+            modules = imported_modules(file, SOURCES[file])
+            assert any(module.partition(".")[0] == library for module in modules), f"{file} does not import {library}"
+    for file in COMMANDS:
+        rooms = {module.partition(".")[0] for module in imported_modules(file, SOURCES[file])} & ROOMS
+        assert rooms - MAY_IMPORT[file.partition("/")[0]], f"{file} imports inward only"
+
+
+def test_imports_between_our_files_make_no_circle() -> None:
+    assert circles(import_graph(SOURCES)) == []
+
+
+def test_no_file_imports_a_command_and_commands_hold_no_work() -> None:
+    graph = import_graph(SOURCES)
+    assert [f"{file} imports {command}" for file in graph for command in sorted(graph[file] & COMMANDS)] == []
+    assert [work for file in sorted(COMMANDS) for work in work_in_command(file, SOURCES[file])] == []
+
+
+def test_every_source_file_has_a_test_file_of_its_name_or_says_where_it_is_tested() -> None:
+    missing = without_test(SOURCES, ROOT)
+    assert not missing, "\n".join(["", *missing])
+
+
+def test_a_circle_is_named_whole_wherever_its_imports_stand() -> None:
+    sources = {
+        "rl/__init__.py": "",
+        "rl/a.py": "import rl.b",
+        "rl/b.py": "if TYPE_CHECKING:\n    from rl.c import C",
+        "rl/c.py": "def f():\n    from rl import a, d",
+        "rl/d.py": "import torch",
+    }
+    assert circles(import_graph(sources)) == ["rl/a.py -> rl/b.py -> rl/c.py -> rl/a.py"]
+    assert circles(import_graph(sources | {"rl/c.py": "from rl import d"})) == []
+
+
+def test_a_command_may_have_functions_of_its_arguments_only() -> None:
+    source = (
+        "def parser(): ...\ndef main(arguments): ...\ndef _any(x): ...\ndef config_of(args: argparse.Namespace): ..."
+    )
+    assert work_in_command("rl/run.py", source) == []
+    assert work_in_command("rl/run.py", "def score(rows: list): ...") == [
+        "rl/run.py: score() is work; move it to a file that others may import"
+    ]
+
+
+def test_a_file_without_test_is_named_with_the_path_that_its_test_should_have(tmp_path: Path) -> None:
+    (tmp_path / "tests/rl").mkdir(parents=True)
+    (tmp_path / "tests/rl/test_a.py").touch()
+    sources = {
+        "rl/__init__.py": '"""Only a docstring."""',
+        "rl/a.py": "",
+        "rl/b.py": '"""B. Tested in tests/rl/test_a.py."""',
+        "rl/c.py": '"""C. Tested in tests/rl/test_a.py and tests/rl/test_none.py."""',
+        "rl/_d.py": "",
+    }
+    assert without_test(sources, tmp_path) == ["rl/c.py: no tests/rl/test_none.py", "rl/_d.py: no tests/rl/test_d.py"]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +234,8 @@ def test_every_import_points_inward_and_heavy_libraries_come_through_their_door(
             ["tools/install.py imports rl: tools/ may import nothing of ours"],
         ),
         ("rl/model/heads.py", "from ..types import Prompt\nfrom . import config", []),
-        ("rl/run.py", "import ray, stages.rlvr", []),
+        ("rl/run.py", "import stages.rlvr", []),
+        ("rl/run.py", "import ray", ["rl/run.py imports ray: go through rl/actors.py"]),
         ("rl/types.py", "import rayon, vllm_like", []),
     ],
 )

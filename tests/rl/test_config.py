@@ -1,6 +1,5 @@
 """Options are declared once, frozen, strictly typed, explained, and refuse what nothing implements."""
 
-import json
 import subprocess
 import sys
 from typing import Any
@@ -10,30 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from rl.config import STAGE_DEFAULTS, Config, Source
 from rl.recipe.errors import declared
-
-SMALL: dict[str, Any] = {
-    "stage": "rlvr",
-    "iterations": 1,
-    "prompts_per_iteration": 2,
-    "rollouts_per_prompt": 2,
-    "max_sequence_length": 64,
-    "model": {"path": "m"},
-    "data": {"train": "d"},
-    "rewards": {"math": {"use": "math_verify"}},
-    "ppo": {"minibatches": 1, "critic_minibatches": 1},
-}
-
-
-def config(**changes: Any) -> Config:
-    """SMALL with `section__option=value` changed."""
-    values = json.loads(json.dumps(SMALL))
-    for key, value in changes.items():
-        *sections, name = key.split("__")
-        place = values
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = value
-    return Config.model_validate_json(json.dumps(values))
+from tests.support.configs import config
 
 
 def test_importing_the_options_does_not_import_torch():

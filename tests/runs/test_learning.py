@@ -1,4 +1,4 @@
-"""The whole CPU profile learns, whatever the seed. Five minutes a seed, so it is not in the default run."""
+"""The whole CPU profile learns with three seeds. A seed takes five minutes, so these tests are slow ones."""
 
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +11,7 @@ from tests.support.command import ROOT, metrics, run
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_held_out_reward_rises_by_015_on_average_and_in_no_family_falls(tmp_path: Path, seed: int) -> None:
+def test_held_out_reward_rises_by_015_on_average_while_worksheets_stay_and_no_other_family_falls(tmp_path: Path, seed: int) -> None:
     folder = tmp_path / "run"
     recipe = ("rl.run", ROOT / "recipes/rlvr.yaml", "--profile", "cpu", f"seed={seed}", "--output", folder)
     code, _, err = run(*recipe, timeout=1500)
@@ -19,7 +19,9 @@ def test_held_out_reward_rises_by_015_on_average_and_in_no_family_falls(tmp_path
     lines = metrics(folder)
     before, after = ({k: v for k, v in line.items() if k.startswith("eval/")} for line in (lines[0], lines[-1]))
     assert before.keys() == after.keys() and len(before) == 5
-    alone = set(before) - {"eval/worksheet"}  # of which one answer can't get better: only many know all lines
-    assert all(after[family] >= before[family] for family in alone), (before, after)
-    assert abs(after["eval/worksheet"] - before["eval/worksheet"]) < 0.1
+    # A single response has no room for all lines of a worksheet, so training cannot improve it. The tolerance is one
+    # standard error of a share of 0.37 of 256 rows, measured twice: sqrt(2 * 0.37 * 0.63 / 256) = 0.043.
+    assert abs(after["eval/worksheet"] - before["eval/worksheet"]) < 0.043, (before, after)
+    others = set(before) - {"eval/worksheet"}
+    assert all(after[family] >= before[family] for family in others), (before, after)
     assert fmean(after.values()) - fmean(before.values()) >= 0.15

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command import PATIENCE, ROOT, Command, metrics
-from tests.runs.test_run import SMALL
+from tests.support.command import PATIENCE, ROOT, SMALL_RUN, Command, metrics
 
 # whether this machine has a token of its own decides otherwise if the cluster asks for one
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -62,7 +61,7 @@ def test_a_submitted_job_joins_the_cluster_trains_and_writes_where_it_was_told(
     cluster: tuple[str, Command], tmp_path: Path
 ) -> None:
     dashboard, head = cluster
-    recipe = ["python", "-m", "rl.run", "recipes/rlvr.yaml", *map(str, SMALL[2:]), "iterations=1", PLUGIN]
+    recipe = ["python", "-m", "rl.run", "recipes/rlvr.yaml", *map(str, SMALL_RUN[2:]), "iterations=1", PLUGIN]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", dashboard),

@@ -14,28 +14,15 @@ from safetensors.torch import load_file
 from rl.model import hf_folder
 from rl.run import main
 from tests.chaos import strike
-from tests.support.command import ROOT, Command, metrics, named, run, samples, wait_for, wait_for_iteration, without_times
+from tests.support.command import ROOT, SMALL_RUN, Command, metrics, named, run, samples, wait_for, wait_for_iteration, without_times
 from tests.support.small_disk import change, small_disk
-
-SMALL = (
-    "rl.run",
-    ROOT / "recipes/rlvr.yaml",
-    "--profile",
-    "cpu",
-    "iterations=4",
-    "prompts_per_iteration=8",
-    "rollouts_per_prompt=4",
-    "data.eval_limit=4",
-    "checkpoint.every=2",
-    "eval.every=2",
-)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run that nothing disturbed, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
-    code, out, err = run(*SMALL, "--output", folder)
+    code, out, err = run(*SMALL_RUN, "--output", folder)
     assert code == 0, err
     return folder, out
 
@@ -98,7 +85,7 @@ def test_the_screen_shows_progress_and_what_was_learned(finished: tuple[Path, st
 @pytest.mark.slow
 def test_a_run_interrupted_and_resumed_ends_like_one_that_was_not(finished: tuple[Path, str], tmp_path: Path) -> None:
     folder = tmp_path / "broken"
-    command = Command(*SMALL, "--output", folder)
+    command = Command(*SMALL_RUN, "--output", folder)
     wait_for_iteration(folder, 3, command)
     command.interrupt()
     code, out, _ = command.finish()
@@ -114,7 +101,7 @@ def test_a_run_whose_learner_and_then_itself_are_killed_ends_like_one_that_was_n
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "struck"
-    command = Command(*SMALL, "--output", folder)
+    command = Command(*SMALL_RUN, "--output", folder)
     wait_for(lambda: (folder / "checkpoints/000002/manifest.json").exists(), command)
     before = named(command, "Policy")
     assert strike(command, "Policy") == "Policy"
@@ -144,7 +131,7 @@ def ahead(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that samples ahead, with policy and critic in two processes each, and whose engine is killed once."""
     folder = tmp_path_factory.mktemp("runs") / "ahead"
     options = "iterations=3", "data.eval=[]", "learner.ranks=2", "rollout.max_staleness=1", "log.timeline=true"
-    command = Command(*SMALL, *options, "learner.threads=1", "--output", folder)
+    command = Command(*SMALL_RUN, *options, "learner.threads=1", "--output", folder)
     wait_for_iteration(folder, 1, command)
     assert strike(command, "Engine") == "Engine"
     code, out, err = command.finish()
@@ -197,7 +184,7 @@ def test_the_timeline_shows_samples_being_made_while_the_policy_learns(ahead: Pa
 @pytest.mark.slow
 def test_a_run_that_samples_ahead_loses_and_doubles_nothing_when_it_is_interrupted(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = Command(*SMALL, "iterations=8", "data.eval=[]", "rollout.max_staleness=1", "--output", folder)
+    command = Command(*SMALL_RUN, "iterations=8", "data.eval=[]", "rollout.max_staleness=1", "--output", folder)
     wait_for_iteration(folder, 2, command)
     command.interrupt()
     code, _, err = command.finish()
@@ -221,7 +208,7 @@ def test_a_run_whose_disk_fills_up_says_so_and_goes_on_when_there_is_room(
 ) -> None:
     with small_disk(tmp_path / "disk", mib=60) as disk:  # room for two checkpoints, or for one and the policy
         folder = disk / "run"
-        code, out, err = run(*SMALL, "checkpoint.every=1", "--output", folder)
+        code, out, err = run(*SMALL_RUN, "checkpoint.every=1", "--output", folder)
         assert code == 1, out
         assert f"{folder}/checkpoints has" in err and "takes about" in err and "--resume" in err
         assert len(metrics(folder)) > 1
@@ -233,7 +220,7 @@ def test_a_run_whose_disk_fills_up_says_so_and_goes_on_when_there_is_room(
 
 @pytest.mark.slow
 def test_responses_under_way_survive_an_interruption_bit_for_bit(tmp_path: Path) -> None:
-    small = (*SMALL, "iterations=5", "data.eval=[]", "rollout.partial={extra_prompts: 0.5, chunk_tokens: 8}")
+    small = (*SMALL_RUN, "iterations=5", "data.eval=[]", "rollout.partial={extra_prompts: 0.5, chunk_tokens: 8}")
     code, _, err = run(*small, "--output", tmp_path / "whole")
     assert code == 0, err
     command = Command(*small, "--output", tmp_path / "broken")
@@ -292,7 +279,7 @@ def test_resuming_refuses_changed_values_and_names_them(
 
 
 def test_a_dry_run_prints_every_value_with_its_origin_and_starts_nothing(tmp_path: Path) -> None:
-    code, out, err = run(*SMALL, "--dry-run", "--output", tmp_path / "none")
+    code, out, err = run(*SMALL_RUN, "--dry-run", "--output", tmp_path / "none")
     assert code == 0, err
     lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
     assert lines["iterations"].endswith("command line")
@@ -325,7 +312,7 @@ def test_bad_input_gets_one_clear_message_and_nothing_is_started(
 ) -> None:
     (tmp_path / "bad.jsonl").write_text(BAD_ROW + '{"id": "2", "task": "arithmetic"}\n')
     _model_with_a_hole(tmp_path / "holes")
-    asked = [*map(str, SMALL[1:]), "--output", str(tmp_path / "run"), *(a.format(tmp=tmp_path) for a in arguments)]
+    asked = [*map(str, SMALL_RUN[1:]), "--output", str(tmp_path / "run"), *(a.format(tmp=tmp_path) for a in arguments)]
     assert main(asked) == 2
     said = capsys.readouterr()
     assert message in said.err and "Traceback" not in said.err
@@ -352,11 +339,14 @@ def test_the_full_size_recipe_without_gpus_says_what_it_needs_and_names_the_cpu_
 
 def test_an_output_folder_that_is_not_empty_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.txt").write_text("precious")
-    assert main([*map(str, SMALL[1:]), "--output", str(tmp_path)]) == 2
+    assert main([*map(str, SMALL_RUN[1:]), "--output", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_the_saved_checkpoint_is_a_whole_model_folder(finished: tuple[Path, str]) -> None:
-    model = hf_folder.load(finished[0] / "checkpoints/000002/policy")
-    assert model.image_token_id is not None
+    folder, start = finished[0] / "checkpoints/000002/policy", ROOT / "recipes/scale/model"
+    assert {path.name for path in folder.iterdir()} >= {path.name for path in start.iterdir()}
+    assert (folder / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
+    saved, before = hf_folder.load(folder).state_dict(), hf_folder.load(start).state_dict()  # checks every tensor
+    assert any(not torch.equal(saved[name], before[name]) for name in before)  # trained weights, not the first ones

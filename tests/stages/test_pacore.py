@@ -16,7 +16,8 @@ from rl.stop import Stop
 from rl.types import PooledAnswers, Prompt, Rollout, Scored
 from rollout.pacore.prompt import synthesis_template
 from stages.pacore import Pacore, longest_with_messages, pooled, referred, repeats_majority, synthesis_metrics, within
-from tests.rl.test_config import config
+from tests.support.configs import config
+from tests.support.judging import blocks, honest, judging, score
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "pacore.yaml"
 ROW = Prompt("a", "sums", ({"role": "user", "content": "2 + 2?"},), ground_truth="4")
@@ -86,7 +87,12 @@ def test_what_is_known_of_a_message_goes_along_with_it() -> None:
 
 def test_rewards_still_see_the_problem_alone() -> None:
     (prompt,) = stage().prompts_for_iteration([with_pool()], 1)
-    assert prompt.messages == ROW.messages
+    assert prompt.shown is not None
+    with judging(honest) as server:
+        assert score("verifier", Rollout(prompt, "4")).value == 1.0
+    (seen,) = server.prompts
+    assert blocks(seen)["question"] == "2 + 2?"
+    assert not any(text in seen for text in prompt.shown.texts)
 
 
 def test_an_evaluation_shows_the_same_messages_every_time_and_asks_rows_without_a_pool_plainly() -> None:

@@ -1,6 +1,5 @@
 """The environment that tools/install.py made: the torchvision hook, the pinned versions, our vLLM plugin."""
 
-import importlib.metadata
 import importlib.util
 import runpy
 import shutil
@@ -118,8 +117,15 @@ def test_the_constraints_allow_what_pyproject_asks_for(installer: dict[str, Any]
 
 
 def test_vllm_finds_our_plugin() -> None:
-    plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
-    assert plugins["step3_vl_rl"].value == "rollout.vllm.plugin:register"
+    code = """
+        from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+        from vllm.model_executor.models import ModelRegistry
+        from vllm.plugins import load_general_plugins
+        load_general_plugins()
+        print(ModelRegistry.models["StepVLForConditionalGeneration"].module_name)
+        print("host" in WeightTransferEngineFactory._registry)
+    """
+    assert run_python(code).splitlines()[-2:] == ["rollout.vllm.step_vl", "True"]
 
 
 def test_make_demo_runs_the_main_job_on_the_cpu_profile() -> None:

@@ -20,7 +20,7 @@ from stages.evaluation.scores import (
     pass_at_one,
     result_rows,
 )
-from tests.rl.test_config import config
+from tests.support.configs import config
 
 CONFIG = config()
 
