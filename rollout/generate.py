@@ -22,7 +22,8 @@ from jinja2 import TemplateError
 from rl.config import Source
 from rl.exits import DONE, FAILED, run_command
 from rl.types import Prompt
-from rollout.data.rows import RowError, read
+from rollout.data.errors import RowError
+from rollout.data.rows import read
 from rollout.pacore.client import Refused
 from rollout.pacore.prompt import SynthesisPrompt
 from rollout.pacore.rounds import PacoreResult, Reply, Round, TooLong, Turns, plan_of, think

@@ -19,7 +19,9 @@ from rl.record.disk import readable
 from rl.record.tracking import check_trackers
 from rl.types import Prompt
 from rollout.chat import Chat
-from rollout.data.rows import BadRow, MixedOrder, Order, PromptOrder, RowError, Rows, listed, read
+from rollout.data.errors import BadRow, RowError, listing
+from rollout.data.order import MixedOrder, Order, PromptOrder
+from rollout.data.rows import Rows, read
 from rollout.pacore.prompt import SynthesisPrompt, synthesis_template
 from stages.pacore import longest_with_messages, within
 from stages.rlhf import row_problem
@@ -299,7 +301,7 @@ def _short_pool(prompt: Prompt, options: SynthesisOptions) -> str | None:
 
 def skipped_lines(bad: Sequence[BadRow]) -> list[str]:
     """What a person is told of rows that are left out."""
-    return [f"{len(bad)} row(s) cannot be used and are left out (data.on_bad_row: skip):", *listed(bad)]
+    return [f"{len(bad)} row(s) cannot be used and are left out (data.on_bad_row: skip):", *listing(bad)]
 
 
 def _order(config: Config, rows: Rows) -> Order:

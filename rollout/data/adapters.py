@@ -1,7 +1,7 @@
-"""Public data sets whose rows become ours: one function each, from a row as it is stored to our columns.
+"""Adapters of public data sets: each is one function from a row of the data set to our columns.
 
-Written from what the authors' cards and loaders say; what they leave open is said in each docstring. The rows' task
-comes from the recipe (`{path: ..., adapter: ..., task: math}`), their ids from their lines.
+They follow the data sets' cards and loaders. Each docstring says which points those leave open. The task of the rows
+comes from the recipe (`{path: ..., adapter: ..., task: math}`), and their ids are made of file name and line.
 """
 
 import json
@@ -12,22 +12,22 @@ from rl.types import Prompt, Rollout
 
 Row = Mapping[str, Any]
 Adapter = Callable[[Row], dict[str, Any]]
-NOBODY = Prompt("", "", ())
-THOUSAND = 1000  # Perception-R1's coordinates run from 0 to 1000 over either side of the picture
+EMPTY_PROMPT = Prompt("", "", ())
+THOUSAND = 1000  # Perception-R1's coordinates run from 0 to 1000 along each side of the picture
 
 
-def adapter(name: str) -> Adapter:
-    """Raises ValueError with the names there are."""
+def get_adapter(name: str) -> Adapter:
+    """The adapter of that name. Raises ValueError, which lists all names, if there is none."""
     if name not in ADAPTERS:
-        raise ValueError(f"there is no adapter {name!r}; there are {', '.join(ADAPTERS)}")
+        raise ValueError(f"there is no adapter {name!r}; adapters are {', '.join(ADAPTERS)}")
     return ADAPTERS[name]
 
 
 def open_reasoner_zero(row: Row) -> dict[str, Any]:
-    """Open-Reasoner-Zero's training files (orz_math_57k_collected.json and its relatives).
+    """Open-Reasoner-Zero's training files, such as orz_math_57k_collected.json.
 
-    A row is a list of two turns, which `datasets` calls "0" and "1": {from, value} and {from, ground_truth: {value,
-    pass_at_n}}; pass_at_n is not in all files.
+    A row is a list of two messages, which `datasets` calls "0" and "1": {from, value} and {from, ground_truth: {value,
+    pass_at_n}}. Some files have no pass_at_n.
     """
     question, answer = row["0"]["value"], row["1"]["ground_truth"]
     meta = {name: answer[name] for name in ("pass_at_n",) if answer.get(name) is not None}
@@ -35,8 +35,8 @@ def open_reasoner_zero(row: Row) -> dict[str, Any]:
 
 
 def perception_r1_grounding(row: Row) -> dict[str, Any]:
-    """PR1-Datasets-Grounding: `image`, `problem` (the phrase to be found), `solution` (a box as text or list, x1 y1 x2
-    y2 in thousandths). The question's wording is ours."""
+    """PR1-Datasets-Grounding: `image`, `problem` (a phrase that names the object), `solution` (its box as text or list:
+    x1, y1, x2, y2 in thousandths). The question's wording is ours."""
     question = f"Where is this in the picture: {row['problem']}? Answer with its bounding box as [x1, y1, x2, y2]"
     return {
         "messages": f"{question}, in fractions of the picture's width and height.",
@@ -46,8 +46,9 @@ def perception_r1_grounding(row: Row) -> dict[str, Any]:
 
 
 def perception_r1_counting(row: Row) -> dict[str, Any]:
-    """PR1-Datasets-Counting, made from PixMo: `image`, `problem` (what to count), `clicks` (a point on each, in
-    thousandths). As there, the points are asked for, whose number is the count. The question's wording is ours."""
+    """PR1-Datasets-Counting, made from PixMo: `image`, `problem` (the objects to count), `clicks` (a point on each
+    object, in thousandths). As in Perception-R1, the answer is the list of points, and its length is the count. The
+    question's wording is ours."""
     points = [_fractions(_numbers(point, 2)) for point in row["clicks"]]
     return {
         "messages": f"Point at each of these in the picture: {row['problem']}. Answer with one [x, y] for each, in "
@@ -61,9 +62,10 @@ def perception_r1_counting(row: Row) -> dict[str, Any]:
 def pacore_train(row: Row) -> dict[str, Any]:
     """PaCoRe-Train-8k: `conversation`, `responses` (the cached messages), `ground_truth`.
 
-    The card leaves open how turns are written (role/content and from/value are both read), whether thinking was
-    removed from responses (it is, here), and the ground truth's form (a value, or one inside {answer} or {value}). Rows
-    of code have test cases in a form that is not documented; a ground truth that is no text or number is refused.
+    The card leaves three points open. Messages may have the keys role/content or from/value: both are read. Responses
+    may contain thinking: it is removed. The ground truth may be a value or {answer: value} or {value: value}: all are
+    read. Rows of code have test cases in a form that is not documented: a ground truth that is neither text nor number
+    is refused.
     """
     truth = row["ground_truth"]
     if isinstance(truth, Mapping):
@@ -73,25 +75,26 @@ def pacore_train(row: Row) -> dict[str, Any]:
         truth = inside[0]
     if not isinstance(truth, str | int | float):
         raise ValueError(f"its ground truth is {type(truth).__name__}, whose meaning is not documented")
-    answers = [Rollout(NOBODY, response).answer for response in row["responses"]]
+    answers = [Rollout(EMPTY_PROMPT, response).answer for response in row["responses"]]
     pool = [answer for answer in answers if answer]
-    return {"messages": _turns(row["conversation"]), "ground_truth": truth, "messages_pool": pool}
+    return {"messages": _messages(row["conversation"]), "ground_truth": truth, "messages_pool": pool}
 
 
 def vision_arena_chat(row: Row) -> dict[str, Any]:
-    """VisionArena-Chat: `conversation` (each turn {role, content} in a list of its own), `images`. The prompt is the
-    first question with all pictures, because the answers that follow are those of the models that were tried."""
+    """VisionArena-Chat: `conversation` (each {role, content} in a list of its own), `images`. The prompt is the first
+    question with all pictures; later messages contain answers of the models that the arena compared."""
     return _arena(row, "conversation", ("conversation_id", "language", "categories"))
 
 
 def vision_arena_battle(row: Row) -> dict[str, Any]:
-    """VisionArena-Battle: as VisionArena-Chat, with two models' conversations, which begin alike, and `winner`."""
+    """VisionArena-Battle: as VisionArena-Chat, but with the conversations of two models, which begin with the same
+    question, and `winner`."""
     return _arena(row, "conversation_a", ("question_id", "language", "categories", "winner", "model_a", "model_b"))
 
 
 ADAPTERS: Mapping[str, Adapter] = {
-    one.__name__: one
-    for one in (
+    function.__name__: function
+    for function in (
         open_reasoner_zero,
         perception_r1_grounding,
         perception_r1_counting,
@@ -102,24 +105,24 @@ ADAPTERS: Mapping[str, Adapter] = {
 }
 
 
-def _arena(row: Row, conversation: str, kept: Sequence[str]) -> dict[str, Any]:
-    first = _turns(row[conversation])[0]
+def _arena(row: Row, conversation: str, meta: Sequence[str]) -> dict[str, Any]:
+    first = _messages(row[conversation])[0]
     if first["role"] != "user":
         raise ValueError(f"its conversation begins with {first['role']!r}")
     pictures = row["images"]
     return {
         "messages": first["content"],
         "images": pictures if isinstance(pictures, list) else [pictures],
-        "meta": {name: row[name] for name in kept if row.get(name) is not None},
+        "meta": {name: row[name] for name in meta if row.get(name) is not None},
     }
 
 
-def _turns(conversation: Any) -> list[dict[str, str]]:
-    """Turns as {role, content}, whichever of the two forms they have and however deep in lists they stand."""
+def _messages(conversation: Any) -> list[dict[str, str]]:
+    """All messages as {role, content}. They may have the keys from/value instead, and may be in nested lists."""
     if isinstance(conversation, str):
         return [{"role": "user", "content": conversation}]
     if isinstance(conversation, list):
-        return [turn for part in conversation for turn in _turns(part)]
+        return [message for part in conversation for message in _messages(part)]
     role = conversation["role"] if "role" in conversation else conversation["from"]
     names = {"human": "user", "gpt": "assistant"}
     text = conversation["content"] if "content" in conversation else conversation["value"]
@@ -129,7 +132,7 @@ def _turns(conversation: Any) -> list[dict[str, str]]:
 def _numbers(value: Any, count: int) -> list[float]:
     numbers = json.loads(value) if isinstance(value, str) else value
     if not isinstance(numbers, list) or len(numbers) != count:
-        raise ValueError(f"{value!r} are not {count} numbers")
+        raise ValueError(f"{value!r} is not a list of {count} numbers")
     return [float(number) for number in numbers]
 
 

@@ -1,4 +1,4 @@
-"""Data files to raw rows: JSONL, JSON, Parquet and Hugging Face datasets, with the file and line of each row."""
+"""Reads JSONL, JSON and Parquet files and Hugging Face datasets into raw rows, each with its file and line."""
 
 import gzip
 import json
@@ -12,25 +12,25 @@ KNOWN = "give a .jsonl, .jsonl.gz, .json or .parquet file, or a Hugging Face dat
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as found: `values` is None if `problem` says why it could not even be read."""
+    """A row as it is stored. A row that cannot be parsed has no `values`, and `problem` says why."""
 
     file: str
-    line: int  # from 1: a line of a JSONL file, a row of anything else
-    folder: Path  # what paths in the row are relative to
+    line: int  # from 1: a line of a JSONL file, a row of any other source
+    folder: Path  # paths in the row are relative to it
     values: Mapping[str, Any] | None
     problem: str = ""
 
 
 def raw_rows(source: str, *, streaming: bool = False) -> Iterator[RawRow]:
-    """The rows of one file or dataset, as stored.
+    """The rows of one file or dataset, as they are stored.
 
     Args:
-        streaming: read a dataset row by row from where it is, without a copy of it on this machine's disk.
-    Raises: ValueError if it cannot be read as a whole.
+        streaming: download the rows of a dataset as they are read, without a copy on this machine's disk.
+    Raises: ValueError if the file or dataset cannot be read at all.
     """
     path = Path(source)
     if streaming and path.is_file():
-        raise ValueError(f"{path}: streaming is for data sets; a file is never copied, leave it out")
+        raise ValueError(f"{path}: streaming is for data sets; leave it out, a file is never copied")
     if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):
         return _jsonl(path)
     if path.is_file() and path.suffix == ".json":
@@ -67,28 +67,29 @@ def _json_row(line: bytes) -> tuple[Mapping[str, Any] | None, str]:
     except (ValueError, RecursionError) as problem:
         return None, f"not JSON: {problem}"
     if not isinstance(row, dict):
-        return None, f"a row is a JSON object, this is {type(row).__name__}"
+        return None, f"a row must be a JSON object, but is {type(row).__name__}"
     return row, ""
 
 
 def _shards(path: Path) -> list[Path]:
-    """Numbered files, as `python -m stages.curate` writes them; other folders are read as data sets."""
-    found = sorted(path.glob("*.jsonl")) if path.is_dir() else []
-    return found if all(shard.stem.isdigit() for shard in found) else []
+    """The files of a folder that `python -m stages.curate` wrote: their names are numbers. Empty for other folders,
+    which are read as data sets."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else []
+    return files if all(file.stem.isdigit() for file in files) else []
 
 
 def _json(path: Path) -> Iterator[RawRow]:
-    """One array of rows; a row that is an array itself has the columns "0", "1", and so on."""
+    """The rows of one JSON array. The columns of a row that is an array are "0", "1", and so on."""
     try:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as problem:
-        raise ValueError(f"{path} is no JSON: {problem}") from problem
+        raise ValueError(f"{path} is not JSON: {problem}") from problem
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds {type(rows).__name__} instead of an array of rows")
     for number, row in enumerate(rows, start=1):
         if isinstance(row, list):
             row = {str(place): value for place, value in enumerate(row)}
-        problem = "" if isinstance(row, dict) else f"a row is a JSON object, this is {type(row).__name__}"
+        problem = "" if isinstance(row, dict) else f"a row must be a JSON object, but is {type(row).__name__}"
         yield RawRow(str(path), number, path.parent, None if problem else row, problem)
 
 
@@ -104,11 +105,11 @@ def _parquet(path: Path) -> Iterator[RawRow]:
                     number += 1
                     yield RawRow(str(path), number, path.parent, values)
     except pyarrow.ArrowException as problem:
-        raise ValueError(f"{path} is no readable Parquet file: {problem}") from problem
+        raise ValueError(f"{path} is not a readable Parquet file: {problem}") from problem
 
 
 def _dataset(source: str, streaming: bool) -> Iterator[RawRow]:
-    """Rows of a dataset as they are stored: encoded pictures, no decoding."""
+    """The rows of a Hugging Face dataset. Pictures stay encoded."""
     name, _, split = source.partition(":")
     dataset = _load_dataset(name, split or "train", streaming)
     folder = Path(name) if Path(name).is_dir() else Path()
@@ -126,7 +127,7 @@ def _load_dataset(name: str, split: str, streaming: bool) -> Any:
     try:
         if any((Path(name) / kind).exists() for kind in ("dataset_dict.json", "state.json")):
             if streaming:
-                raise ValueError("it was written by save_to_disk and is read from where it is anyway; no streaming")
+                raise ValueError("it was written by save_to_disk and is never copied; leave out streaming")
             saved = datasets.load_from_disk(name)
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(name, split=split, streaming=streaming)

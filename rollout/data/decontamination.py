@@ -1,20 +1,20 @@
-"""Which training rows a benchmark gives away: the same question, or a long run of the same words."""
+"""Finds training rows that overlap a benchmark: the same question, or a long run of the same words."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from rl.types import Prompt
 
-_WORD = re.compile(r"\w+|[^\w\s]")  # signs count: 12 + 5 is not 12 - 5
+_WORD = re.compile(r"\w+|[^\w\s]")  # signs are words too: 12 + 5 differs from 12 - 5
 
 
 class Benchmarks:
-    """What must not be trained on.
+    """The questions of the benchmarks and all their runs of `length` words.
 
     Args:
-        rows: of the benchmarks.
-        length: words in a row that no training row may share with them. Texts that are shorter are compared as a
-            whole. The report says 64-grams; that they are of words and signs, in lower case, is a reconstruction.
+        rows: the rows of the benchmarks.
+        length: a training row overlaps a benchmark if they share this many consecutive words. Shorter texts are
+            compared as a whole. The report says 64-grams; words and signs in lower case are a reconstruction.
     """
 
     def __init__(self, rows: Iterable[Prompt], length: int) -> None:
@@ -29,9 +29,9 @@ class Benchmarks:
                 self._runs.setdefault(run, row.id)
 
     def shared(self, row: Prompt) -> str | None:
-        """What a row shares with which benchmark row, if anything.
+        """The text that a row shares with a benchmark row, in words; None if they share none.
 
-        The same words are the same question only with the same pictures: "How many are there?" may stand below any.
+        The same words with other pictures are another question: "How many are there?" fits many pictures.
         """
         words = words_of(row)
         for pictures, identity in self._questions.get(words, ()):
@@ -45,11 +45,11 @@ class Benchmarks:
 
 def words_of(row: Prompt) -> tuple[str, ...]:
     """All words and signs of a row's messages, in lower case."""
-    said = []
+    texts = []
     for message in row.messages:
         content = message["content"]
-        said += [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
-    return tuple(_WORD.findall(" ".join(said).lower()))
+        texts += [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]
+    return tuple(_WORD.findall(" ".join(texts).lower()))
 
 
 def _pictures(row: Prompt) -> frozenset[str]:

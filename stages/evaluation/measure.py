@@ -18,7 +18,8 @@ from rl.config import Config
 from rl.exits import InputError
 from rl.stop import Stop
 from rl.types import PooledAnswers, Prompt, Rollout, Scored
-from rollout.data.rows import RowError, read
+from rollout.data.errors import RowError
+from rollout.data.rows import read
 from rollout.generate import Answered, Settings, digest_of, lines_of, run, seed_name, settings_of, thought_of
 from rollout.pacore.prompt import SynthesisPrompt
 from rollout.pacore.rounds import PacoreResult, Round, order

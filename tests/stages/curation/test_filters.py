@@ -22,8 +22,8 @@ from stages.curation.filters import Checked, Fate, Filter, Policy, Rated, Row, S
 from stages.curation.folder import Out
 from stages.curation.report import gather
 from stages.loop import AnyScore
-from tests.rollout.data.test_rows import png
 from tests.support.command import wait_until
+from tests.support.data_rows import png
 
 RIGHT, WRONG = "<think>hm</think>It is right, {}", "<think>hm</think>It is wrong, {}"
 ROLLOUTS = 24
@@ -352,36 +352,8 @@ def test_a_template_that_cannot_work_is_refused(tmp_path: Path, text: str) -> No
         SynthesisPrompt(tmp_path / "t.jinja")
 
 
-# Decontamination
-
-
 def asked(text: str, identity: str = "a", images: tuple[Picture, ...] = ()) -> Prompt:
     return Prompt(identity, "t", ({"role": "user", "content": text},), images=images)
-
-
-@pytest.mark.parametrize(
-    ("text", "shared"),
-    [
-        ("What is 12 + 5?", "the question of b"),
-        ("what  is 12 + 5?", "the question of b"),
-        ("What is 12 - 5?", None),
-        ("so 1 2 3 4 then", "4 words in a row with c"),
-        ("so 1 2 3 then", None),
-    ],
-)
-def test_a_benchmark_is_recognised_by_its_question_or_by_a_long_passage(text: str, shared: str | None) -> None:
-    benchmarks = Benchmarks([asked("What is 12 + 5?", "b"), asked("one 1 2 3 4", "c")], length=4)
-    if shared is None:
-        assert benchmarks.shared(asked(text)) in (None, "4 words in a row with b")  # the common beginning
-    else:
-        assert benchmarks.shared(asked(text)) == shared
-
-
-def test_the_same_words_under_another_picture_are_another_question(tmp_path: Path) -> None:
-    one, other = (Picture.of(png(color=color)) for color in ("red", "blue"))
-    benchmarks = Benchmarks([asked("How many?", "b", (one,))], length=64)
-    assert benchmarks.shared(asked("How many?", images=(one,))) == "the question of b"
-    assert benchmarks.shared(asked("How many?", images=(other,))) is None
 
 
 # All of it

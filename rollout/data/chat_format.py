@@ -1,0 +1,162 @@
+"""The messages and pictures of a data row: checks them and brings their several notations into one form.
+
+A picture is opened only as far as its header. Its pixels are decoded where they are needed.
+"""
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from rl.types import Picture
+from rollout.data.errors import InvalidRow, describe, shorten
+
+MARK = "<image>"
+ROLES = ("system", "user", "assistant", "tool")
+BASE64_PICTURE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in base64
+SHORTEST_PICTURE = 64  # characters of base64; a shorter text that begins in the same way is a path
+
+Message = dict[str, Any]  # {role, content}; content is a str, or a list of text parts and bare {"type": "image"}
+Part = dict[str, Any]  # of a message's content
+
+
+def parse_chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[Message], list[Any]]:
+    """The messages of a row with bare image placeholders, and the source of each placeholder's picture, in order.
+
+    Args:
+        reserved: texts that the messages must not contain.
+    Raises: InvalidRow.
+    """
+    column = row.get("images", [])
+    if isinstance(column, (str, bytes, dict)):
+        column = [column]
+    if not isinstance(column, list):
+        raise InvalidRow(f"images must be a list, but is {describe(column)}")
+    messages = row.get("messages")
+    if isinstance(messages, str) and messages.strip():  # a plain question; without marks, its pictures come first
+        marks = MARK * len(column) if MARK not in messages else ""
+        messages = [{"role": "user", "content": marks + messages}]
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRow(f"messages must be a question or a list of {{role, content}}, but is {describe(messages)}")
+    contents = [_content_parts(number, message) for number, message in enumerate(messages)]
+    parts = [part for content in contents for part in content]
+    sources = _picture_sources(parts, column)
+    for text in (part["text"] for part in parts if part["type"] == "text"):
+        if found := [word for word in reserved if word in text]:
+            raise InvalidRow(f"the text contains {found[0]!r}, a control token of the model; write it differently")
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise InvalidRow(f"the last message is from {messages[-1]['role']!r}; it must be from user or tool")
+    return [_message(m["role"], content) for m, content in zip(messages, contents, strict=True)], sources
+
+
+def open_picture(source: Any, folder: Path, known: dict[Path, Picture]) -> Picture:
+    """The picture of a source, after a check of its header.
+
+    Args:
+        source: a path, encoded bytes, their base64 (alone or in a data: URL), the {bytes, path} of a Hugging Face
+            Image column, or the {digest} of a sample whose picture is not stored.
+        folder: the folder that paths are relative to.
+        known: pictures that were opened before, by path; the new one is added.
+    Raises: InvalidRow.
+    """
+    if isinstance(source, dict) and (digest := source.get("digest")):
+        return Picture(b"", digest)
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, bytes):
+        return _check_header(Picture.of(source), "the picture's bytes")
+    if not isinstance(source, str) or not source:
+        raise InvalidRow(f"a picture must be a path or bytes, but is {describe(source)}")
+    if source.startswith("data:") or (source.startswith(BASE64_PICTURE) and len(source) >= SHORTEST_PICTURE):
+        return _check_header(Picture.of(_decode_base64(source)), "the picture in base64")
+    if "://" in source:
+        raise InvalidRow(f"picture {source[:80]!r} is a URL; save it and give its path")
+    path = (folder / source).resolve()
+    if path not in known:
+        if not path.is_file():
+            raise InvalidRow(f"picture {path} does not exist (paths are relative to the data file)")
+        known[path] = _check_header(Picture.of(path), str(path))
+    return known[path]
+
+
+def _message(role: str, parts: list[Part]) -> Message:
+    if all(part["type"] == "text" for part in parts):
+        return {"role": role, "content": "".join(part["text"] for part in parts)}
+    return {"role": role, "content": [{"type": "image"} if p["type"] == "image" else p for p in parts]}
+
+
+def _picture_sources(parts: list[Part], column: list[Any]) -> list[Any]:
+    """The source of each placeholder's picture: its own `image`, or the next entry of the column `images`."""
+    places = [part for part in parts if part["type"] == "image"]
+    own = [part["image"] for part in places if "image" in part]
+    if own and column:
+        raise InvalidRow("pictures are both in messages and in the column images; use one of the two")
+    open_places = len(places) - len(own)
+    if open_places != len(column):
+        raise InvalidRow(f"{open_places} {MARK} mark(s) in messages for {len(column)} picture(s) in images")
+    return own or list(column)
+
+
+def _content_parts(number: int, message: Any) -> list[Part]:
+    """The content of message `number` as text and image parts; each mark in a text becomes an image part."""
+    if not isinstance(message, dict):
+        raise InvalidRow(f"message {number} must be {{role, content}}, but is {describe(message)}")
+    extra = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
+    if extra:
+        raise InvalidRow(f"message {number} has the key {extra[0]!r}; only role and content are supported")
+    if message.get("role") not in ROLES:
+        raise InvalidRow(f"message {number} has the role {message.get('role')!r}; roles are {', '.join(ROLES)}")
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise InvalidRow(f"message {number}: content must be a text or a list of parts, but is {describe(content)}")
+    parts = [parsed for part in content for parsed in _parse_part(number, part)]
+    if not any(part["type"] == "image" or part["text"].strip() for part in parts):
+        raise InvalidRow(f"message {number} is empty")
+    return parts
+
+
+def _parse_part(number: int, part: Any) -> list[Part]:
+    if not isinstance(part, dict):
+        raise InvalidRow(f"message {number}: a part must be an object with a type, but is {describe(part)}")
+    keys = {key: value for key, value in part.items() if value is not None}
+    match keys:
+        case {"type": "image", **rest} if rest.keys() <= {"image"}:
+            return [keys]
+        case {"type": "image", "digest": str(digest), **rest} if not rest:  # a sample's picture that came as bytes
+            return [{"type": "image", "image": {"digest": digest}}]
+        case {"type": "text", "text": str(text), **rest} if not rest:
+            return _split_at_marks(text)
+    raise InvalidRow(f"message {number}: {shorten(keys)} is neither {{type: text, text}} nor {{type: image, image}}")
+
+
+def _split_at_marks(text: str) -> list[Part]:
+    first, *others = text.split(MARK)
+    parts: list[Part] = [{"type": "text", "text": first}]
+    for other in others:
+        parts += [{"type": "image"}, {"type": "text", "text": other}]
+    return [part for part in parts if part.get("text") != ""]
+
+
+def _decode_base64(source: str) -> bytes:
+    head, comma, data = source.partition(",")
+    if comma and not head.endswith(";base64"):
+        raise InvalidRow(f"picture {source[:40]!r} is a data URL without base64")
+    try:
+        return base64.b64decode(data if comma else source, validate=True)
+    except (binascii.Error, ValueError) as problem:
+        raise InvalidRow(f"picture {source[:40]!r} is not base64: {problem}") from problem
+
+
+def _check_header(picture: Picture, name: str) -> Picture:
+    try:
+        width, height = picture.size
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
+        raise InvalidRow(f"{name} does not open as a picture: {problem}") from problem
+    if width < 1 or height < 1:
+        raise InvalidRow(f"{name} is {width} x {height} pixels")
+    return picture

@@ -1,0 +1,67 @@
+"""Files and data sets: which are read, and what is said of the others."""
+
+from pathlib import Path
+
+import pytest
+
+from rl.config import Source
+from rollout.data.rows import read, read_rows
+from tests.support.data_rows import jsonl, parquet, png, reasons, row
+
+
+def test_a_hugging_face_folder_gives_the_same_prompts_as_its_rows(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [row(id=str(n), messages=[{"role": "user", "content": "<image>?"}], images=[png()]) for n in range(3)]
+    saved = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+    datasets.DatasetDict({"held_out": saved}).save_to_disk(tmp_path / "set")
+    assert read_rows(f"{tmp_path}/set:held_out") == read_rows(parquet(tmp_path, *rows))
+    with pytest.raises(ValueError, match="no split 'train'"):
+        read_rows(tmp_path / "set")
+
+
+def test_text_that_is_not_utf_8_is_a_bad_row_and_not_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"id": "\xff"}\n')
+    assert reasons(path) == ["not UTF-8: invalid start byte at byte 8"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.jsonl", None, "does not exist"),
+        ("no_folder", None, "does not exist"),
+        ("rows.csv", b"a,b", "of an unknown kind; give a .jsonl"),
+        ("rows.jsonl", b"\n", "has no rows"),
+        ("rows.parquet", b"PAR?", "not a readable Parquet file"),
+        ("rows.jsonl.gz", b"\x1f\x8b\x08", "damaged gzip file"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_rows(path)
+    assert str(path) in str(caught.value)
+
+
+def test_streaming_is_refused_for_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="streaming is for data sets"):
+        read([Source(path=str(jsonl(tmp_path, row())), streaming=True)])
+
+
+def test_a_data_set_that_is_streamed_gives_the_same_rows_pictures_included(tmp_path: Path) -> None:
+    pictures = [{"bytes": png(color=color), "path": None} for color in ("red", "blue")]
+    (tmp_path / "set").mkdir()
+    parquet(tmp_path / "set", *(row(id=f"r{n}", messages="?", images=[one]) for n, one in enumerate(pictures)))
+    whole, streamed = (
+        read([Source(path=str(tmp_path / "set"), streaming=streaming)]).prompts for streaming in (False, True)
+    )
+    assert streamed == whole and len(whole) == 2
+
+
+def test_a_file_that_is_no_array_of_rows_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"rows.json holds dict instead of an array"):
+        read_rows(tmp_path / "rows.json")
