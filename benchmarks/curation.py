@@ -18,12 +18,13 @@ def curation() -> Result:
     is not in it. max_abs_diff is that of the responses' lengths: 0 where both sides sampled the same, which the last
     digits of a probability can change.
     """
-    from rl.actors import as_they_come, cluster, place
+    from rl.actors import cluster, merge_streams, place
     from rl.recipe.resolve import load
-    from rollout.pool import EnginePool
+    from rollout.pool import EnginePool, in_order
+    from rollout.vllm.client import EngineClient
     from rollout.vllm.engine import Engine
-    from stages.curate import blocks_of
-    from stages.curation.filters import Policy, asked
+    from stages.curation.run import blocks_of
+    from stages.curation.sampling import PolicySampler
     from stages.plan import make_plan
 
     filters = "curate.filters=[difficulty]"
@@ -40,16 +41,16 @@ def curation() -> Result:
         )
         engine.ready()
         limits: dict[str, Any] = {"max_sequence_length": config.max_sequence_length, "temperature": 1.0, "seed": 0}
-        pool = EnginePool([engine], as_they_come, plan.chat, **limits)
-        policy = Policy(pool, plan.chat, plan.rewards, 1.0, 0, 0.1)
+        pool = EnginePool([EngineClient(engine)], merge_streams, plan.chat, **limits)
+        policy = PolicySampler(pool, plan.chat, plan.rewards, 1.0, 0, 0.1)
         numbers, longest = range(config.curate.difficulty.rollouts), config.max_sequence_length
-        requests = [asked("difficulty", row.prompt, numbers, longest, policy) for row in rows]
+        requests = [policy.requests("difficulty", row.prompt, numbers, longest) for row in rows]
         lengths: dict[str, list[float]] = {}
 
         def side(name: str) -> float:
             start = time.perf_counter()
             calls = [requests] if name == "ours" else [[group] for group in requests]
-            answers = [answer for groups in calls for answer in pool.complete(groups)]
+            answers = [answer for groups in calls for answer in in_order(pool.complete(groups))]
             lengths[name] = [float(len(answer.response_ids)) for answer in answers]
             return time.perf_counter() - start
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.harness import Result, benchmark
 from rl.types import Prompt
@@ -115,9 +115,9 @@ class Bench:
         ).config
         path = servable(Path(model_folder().name), Path(self._folder.name), SIZES["vocab_size"])
         self.engine = place(Engine, path, max_sequence_length=2048, dtype="float32", kv_cache_gib=2)
-        self.policy, self.critic = (
-            place_team(made.of_rank, path, LearnerOptions.of(self.config), "cpu", count=1) for made in (Policy, Critic)
-        )
+        options = LearnerOptions.of(self.config)
+        self.policy = place_team(Policy.of_rank, path, options, "cpu", count=1)
+        self.critic = place_team(Critic.of_rank, path, options, "cpu", count=1)
         self.chat: Any = Tokens(SIZES["vocab_size"])
         for part in (self.engine, self.policy, self.critic):
             part.ready()
@@ -131,20 +131,25 @@ class Bench:
     def iteration(self, size: Size) -> dict[str, float]:
         """Seconds of one: total, and by phase."""
         from benchmarks.loop import Rewards
-        from rl.actors import as_they_come
+        from rl.actors import merge_streams
+        from rl.learner.clients import CriticClient, PolicyClient
         from rl.learner.features import FeatureStore
         from rollout.pool import EnginePool
-        from stages.loop import Clock, Parts, ppo_iteration
-        from stages.rlvr import Rlvr
+        from rollout.vllm.client import EngineClient
+        from stages import STAGES
+        from stages.loop import Clock, LoopState, Services, ppo_iteration
 
         longest = size.prompt + size.response
-        pool = EnginePool([self.engine], as_they_come, self.chat, max_sequence_length=longest, temperature=1.0, seed=0)
+        limits: dict[str, Any] = {"max_sequence_length": longest, "temperature": 1.0, "seed": 0}
+        pool = EnginePool([EngineClient(self.engine)], merge_streams, self.chat, **limits)
         numbers = {"prompts_per_iteration": size.prompts, "rollouts_per_prompt": size.rollouts}
         config = self.config.model_copy(update=numbers)
-        parts = Parts(config, pool, Rewards(), self.policy, self.critic, FeatureStore([], 1), Rlvr())
+        clients = PolicyClient(self.policy), CriticClient(self.critic)
+        stage = STAGES["rlvr"](cast(Any, None))  # RLVR uses no tools
+        services = Services(config, pool, Rewards(), *clients, FeatureStore([], 1), stage)
         self.number += 1
         asked = [Prompt(f"{self.number} {i}", "t", (), meta={"tokens": size.prompt}) for i in range(size.prompts)]
-        found, _ = ppo_iteration(self.number, asked, [], parts, clock := Clock(parts.phase))
+        found, _ = ppo_iteration(self.number, asked, [], services, LoopState(), clock := Clock())
         took = {name.removeprefix("time/"): value for name, value in (found | clock.metrics()).items()}
         learner = took["critic"] + took["policy"]
         return {"rollout": took["rollout"], "learner": learner, "sync": took["sync"], "total": took["total"]}

@@ -5,13 +5,12 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 from benchmarks.harness import Result, benchmark, interleaved
-from rl.here import Here
 from rl.types import Prompt, Rollout, Scored
 
 ITERATIONS, WARM_UP = 8, 2
@@ -51,13 +50,7 @@ class Emulated:
         self.seconds, self.policy_step = seconds, 0
         self.prompt, self.response, self.vocabulary = prompt, response, vocabulary
 
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        per_prompt: int,
-        iteration: int,
-        finished: Callable[[int, Rollout], None] = lambda place, rollout: None,
-    ) -> list[Rollout]:
+    def sample(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> Iterator[tuple[int, Rollout]]:
         rng = random.Random(iteration)
         made = []
         for prompt in prompts:
@@ -68,14 +61,12 @@ class Emulated:
                 logprobs = (-math.log(self.vocabulary),) * self.response
                 made.append(Rollout(prompt, "", "stop", ids, response, logprobs, self.policy_step))
         time.sleep(self.seconds())
-        for place, rollout in enumerate(made):
-            finished(place, rollout)
-        return made
+        yield from enumerate(made)
 
     def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]:
         return []
 
-    def greedy(self, prompts: Sequence[Prompt], finished: Any = None) -> list[Rollout]:
+    def greedy(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Rollout]]:
         raise NotImplementedError("this benchmark does not evaluate")
 
     def load(self, weights: Any, policy_step: int) -> None:
@@ -101,13 +92,6 @@ class Rewards:
         return [self.found[place] for place in sorted(self.found)]
 
 
-class Unchecked(Here):
-    """Policy or critic in this process; there are no engines whose logprobs could be compared."""
-
-    def call(self, method: str, *args: Any) -> Any:
-        return 0.0 if method == "logprob_gap" else super().call(method, *args)
-
-
 @benchmark("async/one_step_off")
 def one_step_off() -> Result:
     """Emulated: iterations whose generation, a pause, is 80% of the time; samples made ahead against taking turns.
@@ -117,14 +101,15 @@ def one_step_off() -> Result:
     least 1.2 is the goal.
     """
     from benchmarks.learner import SIZES, model_folder
-    from rl.config import Config
     from rl.learner.critic import Critic
     from rl.learner.features import FeatureStore
     from rl.learner.options import LearnerOptions
     from rl.learner.policy import Policy
     from rl.recipe.resolve import load
-    from stages.loop import Clock, Parts, ppo_iteration
-    from stages.rlvr import Rlvr
+    from stages import STAGES
+    from stages.loop import Clock, LoopState, Services, ppo_iteration
+    from rl.learner.clients import CriticClient, PolicyClient
+    from rl.remote import Local
 
     count, prompts, group = 4, 2, 8
     recipe = load(
@@ -137,20 +122,26 @@ def one_step_off() -> Result:
     asked = [Prompt(str(i), "emulated", ()) for i in range(prompts)]
     pause = 0.0
 
-    def parts(config: Config) -> Parts:
-        sampler = Emulated(lambda: pause, prompt=150, response=60, vocabulary=SIZES["vocab_size"])
-        return Parts(config, sampler, Rewards(), Unchecked(policy), Unchecked(critic), FeatureStore([], 1), Rlvr())
+    class UncheckedPolicy(PolicyClient):
+        """There are no engines whose logprobs could be compared."""
+
+        def logprob_gap(self, rollouts: Any, features: Any) -> float:
+            return 0.0
+
+    clients = UncheckedPolicy(Local(policy)), CriticClient(Local(critic))
 
     def per_iteration(staleness: int) -> float:
-        made = parts(
-            recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"max_staleness": staleness})})
-        )
-        start = 0.0
+        options = recipe.rollout.model_copy(update={"max_staleness": staleness})
+        config = recipe.model_copy(update={"rollout": options})
+        sampler = Emulated(lambda: pause, prompt=150, response=60, vocabulary=SIZES["vocab_size"])
+        stage = STAGES["rlvr"](cast(Any, None))  # RLVR uses no tools
+        services = Services(config, sampler, Rewards(), *clients, FeatureStore([], 1), stage)
+        state, start = LoopState(), 0.0
         for iteration in range(count + 1):
-            ppo_iteration(iteration + 1, asked, asked, made, Clock(made.phase))
-            start = start or time.perf_counter()  # nothing has been made ahead for the first
+            ppo_iteration(iteration + 1, asked, asked, services, state, Clock())
+            start = start or time.perf_counter()  # no samples are made ahead for the first iteration
         took = time.perf_counter() - start
-        made.ahead.settle()
+        state.ahead.settle()
         return took / count
 
     per_iteration(0)  # warm up

@@ -1,7 +1,6 @@
-"""Ray's one door: plain objects, each in a process of its own with its share of CPUs and GPUs.
+"""The only file that imports Ray. Places plain objects in processes of their own, with their share of CPUs and GPUs.
 
-An object does not know that it is remote, and the loop does not care: `place` gives a Worker whose `call` answers
-like the object itself, and whose `start` answers later.
+The objects know nothing of Ray. `place` returns a RemoteObject and `place_team` a Team; both are a rl.remote.Remote.
 """
 
 import os
@@ -11,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import ray
 from ray.exceptions import RayError
@@ -19,12 +18,15 @@ from ray.exceptions import RayError
 from rl.stop import SourceDied, WorkerDied
 
 ROOT = Path(__file__).parent.parent
-_SILENT = "a worker process of the run gave no sign of life for {:g} s"
-MOST_SPANS = 10_000  # that a process remembers while nobody asks
+SILENT = "a worker process of the run gave no sign of life for {:g} s"
+MOST_SPANS = 10_000  # spans that a process keeps until they are fetched
+T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
 
 
 class _Holder:
-    """What runs in the actor's process: makes the object there and hands calls to it."""
+    """Runs in the actor's process: creates the object there and calls its methods."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         os.environ.update(environment)
@@ -32,10 +34,10 @@ class _Holder:
         self._spans: deque[tuple[str, float, float]] = deque(maxlen=MOST_SPANS)
 
     def spans(self) -> list[tuple[str, float, float]]:
-        """(method, first and last moment) of what was done since the last time this was asked."""
-        told = list(self._spans)
+        """(method, start, end) of each call since the last time this was called."""
+        spans = list(self._spans)
         self._spans.clear()
-        return told
+        return spans
 
     @contextmanager
     def _span(self, method: str) -> Iterator[None]:
@@ -44,61 +46,65 @@ class _Holder:
         self._spans.append((method, start, time.time()))
 
     def free_address(self) -> str:
-        """host:port on this node at which other processes can meet."""
+        """Returns host:port with a free port of this node, for a process group."""
         host = node_address()
-        with socket.socket() as found:
-            found.bind((host, 0))
-            return f"{host}:{found.getsockname()[1]}"
+        with socket.socket() as listener:
+            listener.bind((host, 0))
+            return f"{host}:{listener.getsockname()[1]}"
 
     def make(self, factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.target = factory(*args, **kwargs)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        there = [_Fetched(a) if isinstance(a, dict) else a for a in args]
+        fetched = [_Fetched(a) if isinstance(a, dict) else a for a in args]
         with self._span(method):
-            return getattr(self.target, method)(*there, **kwargs)
+            return getattr(self.target, method)(*fetched, **kwargs)
 
     def stream(self, method: str, *args: Any) -> Iterator[Any]:
         with self._span(method):
             yield from getattr(self.target, method)(*args)
 
 
-class Later:
-    """An answer that may not be there yet. Given as an argument to another `start`, by itself or as a value of a
-    mapping, it travels without passing through this process."""
+class RemoteFuture(Generic[R]):
+    """The result of a remote call. As an argument of another `start`, by itself or as a value of a mapping, it goes to
+    that process directly and does not pass through this one."""
 
     def __init__(self, reference: Any) -> None:
         self.reference = reference
 
-    def result(self, patience: float | None = None) -> Any:
-        """Waits; raises what the method raised, or WorkerDied if its process died, or did not answer for `patience`
-        seconds."""
+    def result(self, patience: float | None = None) -> R:
+        """Waits for the result.
+
+        Raises: what the method raised; WorkerDied if the process died or did not answer for `patience` seconds.
+        """
         return _get(self.reference, patience)
 
 
 class _Fetched(Mapping[str, Any]):
-    """A mapping whose values may be answers of other processes: each is fetched when it is first looked at."""
+    """A mapping whose values may be futures. A future is fetched when its key is first read."""
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        self._given, self._found = given, dict[str, Any]()
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values, self._fetched = values, dict[str, Any]()
 
     def __getitem__(self, key: str) -> Any:
-        if key not in self._found:
-            value = self._given[key]
-            self._found[key] = value.result() if isinstance(value, Later) else value
-        return self._found[key]
+        if key not in self._fetched:
+            value = self._values[key]
+            self._fetched[key] = value.result() if isinstance(value, RemoteFuture) else value
+        return self._fetched[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._given)
+        return iter(self._values)
 
     def __len__(self) -> int:
-        return len(self._given)
+        return len(self._values)
 
 
 @contextmanager
 def signals_as_raised() -> Iterator[None]:
-    """What a signal's handler raises while Ray waits, as it was raised: if the wait ends at that moment, Ray returns
-    with the exception pending, and Python makes a SystemError of it."""
+    """Raises the exception of a signal handler that ran while Ray waited.
+
+    If the wait ends at the same moment, Ray returns with the exception pending, and Python raises SystemError instead.
+    """
     try:
         yield
     except SystemError as error:
@@ -116,60 +122,66 @@ def _get(reference: Any, patience: float | None = None) -> Any:
             raise SourceDied(f"a worker process of the run died, and others waited for it: {error.cause}") from error
         raise error.as_instanceof_cause() from None
     except ray.exceptions.GetTimeoutError:
-        raise WorkerDied(_SILENT.format(patience)) from None
+        raise WorkerDied(SILENT.format(patience)) from None
     except RayError as error:
         raise WorkerDied(f"a worker process of the run died: {error}") from error
 
 
-class Worker:
-    """An object in an actor."""
+class RemoteObject(Generic[T]):
+    """An object in a Ray actor.
 
-    def __init__(self, actor: Any, made: Later) -> None:
-        self._actor, self.made = actor, made
+    Args:
+        created: the result of creating the object.
+    """
+
+    def __init__(self, actor: Any, created: RemoteFuture[None]) -> None:
+        self._actor, self.created = actor, created
+
+    @property
+    def ranks(self) -> "list[RemoteObject[T]]":
+        """This object: it has one process."""
+        return [self]
 
     def ready(self, patience: float | None = None) -> None:
-        """Waits until the object exists; raises what its constructor raised, or WorkerDied after `patience` seconds."""
-        self.made.result(patience)
+        """Waits until the object exists. Raises what its constructor raised, or WorkerDied after `patience` seconds."""
+        self.created.result(patience)
 
-    def spans(self) -> Later:
-        """What it has done since this was asked last: (method, first and last moment in seconds since 1970)."""
-        return Later(self._actor.spans.remote())
+    def spans(self) -> RemoteFuture[list[tuple[str, float, float]]]:
+        """(method, start, end) of each call since the last time this was called, in seconds since 1970."""
+        return RemoteFuture(self._actor.spans.remote())
 
     def end(self) -> None:
-        """Stop its process at once."""
+        """Kills the process."""
         ray.kill(self._actor)
 
-    def start(self, method: str, *args: Any, **kwargs: Any) -> Later:
-        """Begin `object.method(...)`; calls to one worker run in order."""
-        plain = [a.reference if isinstance(a, Later) else a for a in args]
-        return Later(self._actor.call.remote(method, *plain, **kwargs))
+    def start(self, method: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs) -> RemoteFuture[R]:
+        """Begins `method(object, *args)` and returns at once. Calls to one object run in their order."""
+        references = [a.reference if isinstance(a, RemoteFuture) else a for a in args]
+        return RemoteFuture(self._actor.call.remote(method.__name__, *references, **kwargs))
 
-    def stream(self, method: str, *args: Any) -> Any:
-        """Begin the generator `object.method(...)`; `as_they_come` has what it yields."""
-        return self._actor.stream.options(num_returns="streaming").remote(method, *args)
-
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """`object.method(...)`, waited for."""
-        return self.start(method, *args, **kwargs).result()
+    def stream(self, method: Callable[Concatenate[T, P], Iterator[Any]], *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Begins the generator `method(object, *args)`; `merge_streams` reads it."""
+        streaming = self._actor.stream.options(num_returns="streaming")
+        return streaming.remote(method.__name__, *args, **kwargs)
 
 
-class Together(Later):
-    """The answer of several workers to one call, which is the first one's."""
+class TeamFuture(RemoteFuture[R]):
+    """The result of a call to all ranks: waits for all of them and returns the value of rank 0."""
 
-    def __init__(self, team: "Team", pending: Sequence[Later]) -> None:
+    def __init__(self, team: "Team[Any]", pending: Sequence[RemoteFuture[R]]) -> None:
         super().__init__(pending[0].reference)
         self._team, self._pending = team, list(pending)
 
-    def result(self, patience: float | None = None) -> Any:
-        """Waits for all; if one fails, the others, which may wait for it for ever, are ended."""
-        waiting = {later.reference: later for later in self._pending}
+    def result(self, patience: float | None = None) -> R:
+        """Waits for all ranks. If one fails, all processes are killed, because the others may wait for it for ever."""
+        waiting = {future.reference: future for future in self._pending}
         patience = patience or self._team.patience
         try:
             while waiting:
                 with signals_as_raised():
                     ready = ray.wait(list(waiting), num_returns=1, timeout=patience)[0]
                 if not ready:
-                    raise WorkerDied(_SILENT.format(patience))
+                    raise WorkerDied(SILENT.format(patience))
                 for reference in ready:
                     waiting.pop(reference).result()
         except Exception:  # whatever it was, it is raised again
@@ -179,86 +191,80 @@ class Together(Later):
         return super().result()
 
 
-class Team:
-    """Workers that hold one model together: they get every call, in the same order, and answer as one.
+class Team(Generic[T]):
+    """One object that is split over several processes, its ranks. Every rank gets every call, in the same order.
 
     Args:
-        patience: seconds without the next of their answers after which they count as hung; None waits for ever.
+        patience: seconds to wait for the next answer of a rank before it counts as hung; None waits for ever.
     """
 
-    def __init__(self, workers: Sequence[Worker], patience: float | None = None) -> None:
-        self.workers, self.patience = list(workers), patience
+    def __init__(self, ranks: Sequence[RemoteObject[T]], patience: float | None = None) -> None:
+        self.ranks, self.patience = list(ranks), patience
 
     def ready(self, patience: float | None = None) -> None:
-        """Waits until all objects exist; raises what a constructor raised, or WorkerDied after `patience` seconds."""
-        Together(self, [worker.made for worker in self.workers]).result(patience)
+        """Waits until all ranks exist. Raises what a constructor raised, or WorkerDied after `patience` seconds."""
+        TeamFuture(self, [rank.created for rank in self.ranks]).result(patience)
 
-    def start(self, method: str, *args: Any) -> Together:
-        """Begin `object.method(...)` on all."""
-        if len(self.workers) > 1:  # store what they all need once
-            args = tuple(a if isinstance(a, Later | dict) else Later(ray.put(a)) for a in args)
-        return Together(self, [worker.start(method, *args) for worker in self.workers])
-
-    def call(self, method: str, *args: Any) -> Any:
-        """`object.method(...)`, waited for."""
-        return self.start(method, *args).result()
+    def start(self, method: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs) -> TeamFuture[R]:
+        """Begins `method(object, *args)` on all ranks."""
+        shared: Any = args
+        if len(self.ranks) > 1:  # store once what all ranks need
+            shared = [a if isinstance(a, RemoteFuture | dict) else RemoteFuture(ray.put(a)) for a in args]
+        return TeamFuture(self, [rank.start(method, *shared, **kwargs) for rank in self.ranks])
 
     def end(self) -> None:
-        """Stop all processes at once."""
-        for worker in self.workers:
-            worker.end()
+        """Kills all processes."""
+        for rank in self.ranks:
+            rank.end()
 
 
 def _actor(factory: Any, cpus: float, gpus: float, environment: Mapping[str, str] | None) -> Any:
-    """A process that waits to be told what to make. `ps` and Ray's dashboard call it by the class that it is for."""
+    """Starts a process without an object. `ps` and Ray's dashboard show it by the name of the object's class."""
     name = getattr(factory, "__self__", factory).__name__  # of_rank is a method of the class
     remote: Any = ray.remote(type(name, (_Holder,), {}))
     return remote.options(num_cpus=cpus, num_gpus=gpus).remote(dict(environment or {}))
 
 
 def place_team(
-    make: Callable[..., Any],
+    make: Callable[..., T],
     *args: Any,
     count: int,
     cpus: float = 0,
     gpus: float = 0,
     environment: dict[str, str] | None = None,
     patience: float | None = None,
-) -> Team:
-    """Make `make(*args, rank, count, address)` in `count` actors that can meet at `address`. Returns at once if one
-    is enough, else when the first actor's process runs."""
+) -> Team[T]:
+    """Creates `make(*args, rank, count, address)` in `count` actors, which form a process group at `address`.
+
+    Returns at once if `count` is 1, otherwise when the process of the first actor runs.
+    """
     actors = [_actor(make, cpus, gpus, environment) for _ in range(count)]
     address = _get(actors[0].free_address.remote()) if count > 1 else None
-    made = [Later(a.make.remote(make, (*args, rank, count, address), {})) for rank, a in enumerate(actors)]
-    return Team([Worker(actor, one) for actor, one in zip(actors, made, strict=True)], patience)
+    created = [RemoteFuture(a.make.remote(make, (*args, rank, count, address), {})) for rank, a in enumerate(actors)]
+    return Team([RemoteObject(*pair) for pair in zip(actors, created, strict=True)], patience)
 
 
 def place(
-    factory: Callable[..., Any],
+    factory: Callable[..., T],
     *args: Any,
     cpus: float = 0,
     gpus: float = 0,
     environment: dict[str, str] | None = None,
     **kwargs: Any,
-) -> Worker:
-    """Make `factory(*args, **kwargs)` in an actor. Returns at once, so that several start side by side.
+) -> RemoteObject[T]:
+    """Creates `factory(*args, **kwargs)` in an actor. Returns at once, so that several can start at the same time.
 
     Args:
-        environment: variables set in its process before anything heavy is imported.
+        environment: variables that are set in its process before it imports anything heavy.
     """
     actor = _actor(factory, cpus, gpus, environment)
-    return Worker(actor, Later(actor.make.remote(factory, args, kwargs)))
+    return RemoteObject(actor, RemoteFuture(actor.make.remote(factory, args, kwargs)))
 
 
-def gather(pending: Sequence[Later]) -> list[Any]:
-    """All answers, in order; the first failure is raised."""
-    return [later.result() for later in pending]
+def merge_streams(streams: Sequence[Any], patience: float) -> Iterator[tuple[int, Any]]:
+    """Yields (index of the stream, value) for several streams of RemoteObject.stream, in the order of arrival.
 
-
-def as_they_come(streams: Sequence[Any], patience: float) -> Iterator[tuple[int, Any]]:
-    """What several generators (of Worker.stream) yield, in the order of its arrival, with each one's index.
-
-    One whose process died, or that yielded nothing for `patience` seconds, ends with a WorkerDied in place of a value.
+    If a process dies, or yields nothing for `patience` seconds, the last value of its stream is a WorkerDied.
     """
     running: dict[Any, int] = {stream: index for index, stream in enumerate(streams)}
     heard = dict.fromkeys(running, time.monotonic())
@@ -279,14 +285,14 @@ def as_they_come(streams: Sequence[Any], patience: float) -> Iterator[tuple[int,
             if isinstance(value, WorkerDied):
                 del running[stream]
         for stream in [stream for stream in running if time.monotonic() - heard[stream] > patience]:
-            yield running.pop(stream), WorkerDied(_SILENT.format(patience))
+            yield running.pop(stream), WorkerDied(SILENT.format(patience))
 
 
 @contextmanager
 def cluster(*, verbose: bool = False) -> Iterator[None]:
-    """Join the Ray cluster that RAY_ADDRESS names (a submitted job has it set), or start one on this machine.
+    """Joins the Ray cluster that RAY_ADDRESS names (Ray sets it in a submitted job), or starts one on this machine.
 
-    A cluster that was started here ends with the block; one that was joined keeps running without our actors.
+    When the block ends, a cluster that was started here stops; one that was joined continues without our actors.
     """
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -299,8 +305,8 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
     if address:
         ray.init(address=address, **options)
     else:
-        # Else Ray leaves a token in the home folder, and any cluster started later asks for it. Ours is reached
-        # from this machine only.
+        # Without this Ray writes a token to the home folder, and every cluster that is started later asks for it. Our
+        # cluster listens on this machine only.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)
     try:
@@ -310,15 +316,15 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
 
 
 def node_address() -> str:
-    """Address at which other nodes of the cluster reach this one."""
+    """The address of this node for other nodes of the cluster."""
     return ray.util.get_node_ip_address()
 
 
 def alone() -> bool:
-    """Whether the cluster is one that `cluster` started, on this machine only."""
+    """True if `cluster` started the cluster, on this machine only."""
     return not os.environ.get("RAY_ADDRESS")
 
 
 def gpus() -> int:
-    """GPUs of the cluster that has been joined or started."""
+    """The number of GPUs in the cluster."""
     return int(ray.cluster_resources().get("GPU", 0))

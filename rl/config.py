@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WrapSerializer, model_validator
 
-Stage = Literal["rlvr", "rlhf", "pacore"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -46,32 +45,6 @@ def _alone_again(rewards: Any, dump: Callable[[Any], list[Any]]) -> Any:
 
 Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(_one_or_several)]
 Frozen = Annotated[tuple[Literal["encoder", "projector"], ...], AfterValidator(lambda names: tuple(sorted(set(names))))]
-
-# PAPER: the report's table of stages. critic_minibatches is a reconstruction: the report says that each
-# iteration's samples are split into this many, and names no other number for the critic.
-STAGE_DEFAULTS: Mapping[Stage, Mapping[str, Any]] = {
-    "rlvr": {
-        "iterations": 600,
-        "prompts_per_iteration": 512,
-        "rollouts_per_prompt": 16,
-        "max_sequence_length": 24_576,
-        "ppo": {"minibatches": 4, "critic_minibatches": 4},
-    },
-    "rlhf": {
-        "iterations": 300,
-        "prompts_per_iteration": 512,
-        "rollouts_per_prompt": 8,
-        "max_sequence_length": 32_768,
-        "ppo": {"minibatches": 4, "critic_minibatches": 4},
-    },
-    "pacore": {
-        "iterations": 500,
-        "prompts_per_iteration": 64,
-        "rollouts_per_prompt": 16,
-        "max_sequence_length": 65_536,
-        "ppo": {"minibatches": 1, "critic_minibatches": 1},
-    },
-}
 
 # Declared, but so far working with these values only. Any other is refused, never accepted and then ignored.
 ONLY_BUILT: Mapping[str, tuple[Any, ...]] = {
@@ -498,9 +471,9 @@ class Log(Options):
 
 
 class Config(Options):
-    """A whole run. The four sizes have no default here: they are the stage's (STAGE_DEFAULTS)."""
+    """A whole run. The four sizes have no default here: each stage has its own (stages/)."""
 
-    stage: Stage
+    stage: str
     """Kind of RL: rlvr (verifiable answers), rlhf (preferences) or pacore (synthesis of answers)."""
     iterations: Count
     """Times to sample, score and update."""
@@ -591,12 +564,8 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
     weights = [source.weight for source in config.data.train]
     if None in weights and any(weights):
         yield OptionError("data.train", "gives some of its sources a weight; give all of them one, or none")
-    yield from _off_policy(config)
-    if named := config.preference.verifiable_tasks:
-        if config.stage != "rlhf":
-            yield OptionError("preference.verifiable_tasks", f"is for the stage rlhf, but this one is {config.stage}")
-        if unknown := [task for task in named if task not in config.rewards]:
-            yield OptionError("preference.verifiable_tasks", f"has {unknown[0]!r}, for which there is no reward")
+    if unknown := [task for task in config.preference.verifiable_tasks if task not in config.rewards]:
+        yield OptionError("preference.verifiable_tasks", f"has {unknown[0]!r}, for which there is no reward")
     curation, needed = config.curate, config.synthesis.least_messages
     if {"difficulty", "synthesis"} <= set(curation.filters) and curation.difficulty.rollouts < needed:
         problem = (
@@ -617,19 +586,6 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
         yield OptionError("ppo.policy_loss", problem)
     if config.ppo.policy_loss and config.ppo.clip != PPO.model_fields["clip"].default:
         yield OptionError("ppo.clip", "is not read by verl's losses; set clip_ratio in ppo.policy_loss.params")
-
-
-def _off_policy(config: Config) -> Iterator[OptionError]:
-    """PaCoRe is strictly on-policy (report): one step of the policy on samples of the very weights that it changes."""
-    if config.stage != "pacore":
-        return
-    why = "makes samples that other weights than the current ones drew; the stage pacore is strictly on-policy"
-    if config.ppo.minibatches != 1:
-        yield OptionError("ppo.minibatches", f"= {config.ppo.minibatches} {why}, set 1")
-    if config.rollout.max_staleness:
-        yield OptionError("rollout.max_staleness", f"= {config.rollout.max_staleness} {why}, set 0")
-    if config.rollout.partial:
-        yield OptionError("rollout.partial", f"{why}, leave it out")
 
 
 def _stored_secrets(config: Config) -> Iterator[OptionError]:

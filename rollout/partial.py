@@ -1,162 +1,146 @@
-"""Partial rollouts: an iteration ends when enough of its groups are whole, and what is cut goes on in the next one.
+"""Partial rollouts: an iteration ends when enough groups are complete; unfinished responses continue in the next one.
 
-More prompts are under way than an iteration needs. All their responses grow by the same number of tokens at a time;
-once enough groups are whole, those are the iteration's samples, and the others wait, begun. The longest responses then
-hold up nobody, and their tokens keep the logprobs of whichever weights sampled them. Counting tokens instead of seconds
-makes the same recipe and seed choose the same groups again.
+More prompts are in progress than an iteration needs. All their responses grow by the same number of tokens at a time.
+When enough groups are complete, these are the iteration's samples, and the other groups are kept as they are. The
+longest responses then delay no iteration, and their tokens keep the logprobs of the weights that sampled them. The
+same recipe and seed select the same groups again, because tokens are counted, not seconds.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from rl.types import Completion, Finish, Prompt, Request, Rollout
-from rollout.pool import EnginePool, Finished
+from rollout.pool import EnginePool, in_order
 
 
 @dataclass(frozen=True)
 class Draft:
-    """All that has been sampled of one response."""
+    """One response as far as it is sampled."""
 
     response_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     pieces: tuple[tuple[int, int], ...] = ()  # (policy_step, tokens) of each part, in order
     prompt_ids: tuple[int, ...] = ()  # image slots expanded; known from the first part on
-    finish: Finish | None = None  # None: it goes on
+    finish: Finish | None = None  # None: unfinished
 
-    def grown(self, more: Completion, policy_step: int, room: int) -> Self:
-        """With what has been sampled on top, of at most `room` tokens in all."""
-        ids = self.response_ids + more.response_ids
-        ended = more.finish == "stop" or len(ids) >= room
+    def extended(self, completion: Completion, policy_step: int, room: int) -> Self:
+        """The draft with more tokens. `room` is the most tokens that the whole response may have."""
+        ids = self.response_ids + completion.response_ids
+        ended = completion.finish == "stop" or len(ids) >= room
         return replace(
             self,
             response_ids=ids,
-            logprobs=self.logprobs + more.logprobs,
-            pieces=_merged(self.pieces, (policy_step, len(more.response_ids))),
-            prompt_ids=self.prompt_ids or more.prompt_ids,
-            finish=more.finish if ended else None,
+            logprobs=self.logprobs + completion.logprobs,
+            pieces=_with_piece(self.pieces, (policy_step, len(completion.response_ids))),
+            prompt_ids=self.prompt_ids or completion.prompt_ids,
+            finish=completion.finish if ended else None,
         )
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A prompt and its responses, of which some may be under way."""
+class DraftGroup:
+    """A prompt and its responses, some of which may be unfinished."""
 
     prompt: Prompt
-    name: tuple[int, int]  # iteration and place that it was begun at; its seeds come from it
+    name: tuple[int, int]  # iteration and place where it began; its seeds come from it
     drafts: tuple[Draft, ...]
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
+        """True if all responses are finished."""
         return all(draft.finish for draft in self.drafts)
 
     def record(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The group as JSON values."""
         return {"id": self.prompt.id, "name": self.name, "drafts": [asdict(draft) for draft in self.drafts]}
 
     @classmethod
-    def of(cls, record: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> Self:
-        """What `record` gave, with the row that has its id. Raises ValueError if there is none any more."""
+    def from_record(cls, record: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> Self:
+        """The group that `record` returned. Raises ValueError if no row has its id any more.
+
+        Args:
+            prompts: row id -> row.
+        """
         if record["id"] not in prompts:
             raise ValueError(
-                f"responses to row {record['id']!r} were begun, but data.train does not have it any more; the run can "
-                "only go on with the rows that it was started with"
+                f"responses to row {record['id']!r} are unfinished, but data.train does not have this row any more; "
+                "the run can only continue with the rows that it was started with"
             )
         iteration, place = record["name"]
         return cls(prompts[record["id"]], (iteration, place), tuple(_draft(one) for one in record["drafts"]))
 
 
 class PartialRollouts:
-    """A pool whose iterations end with `wanted` whole groups, and which knows what each iteration has left begun.
+    """A sampler whose iterations end with `wanted` complete groups. It keeps what each iteration left unfinished.
 
     Args:
-        chunk: tokens by which responses grow at a time.
+        chunk: tokens by which all responses grow at a time.
     """
 
     def __init__(self, pool: EnginePool, *, wanted: int, chunk: int) -> None:
         self.pool, self.wanted, self.chunk = pool, wanted, chunk
-        self._left: dict[int, list[Begun]] = {}  # by iteration, of the newest two
+        self.check, self.greedy, self.load, self.encodings = pool.check, pool.greedy, pool.load, pool.encodings
+        self._unfinished: dict[int, list[DraftGroup]] = {}  # iteration -> groups; the newest two iterations
 
     @property
     def policy_step(self) -> int:
-        """As rollout.pool.EnginePool's."""
+        """The updates that the engines' weights have seen."""
         return self.pool.policy_step
 
-    def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]:
-        """As rollout.pool.EnginePool's."""
-        return self.pool.check(prompts, iteration)
+    def unfinished(self, iteration: int) -> list[dict[str, Any]]:
+        """The groups that an iteration left unfinished, as JSON values."""
+        return [group.record() for group in self._unfinished.get(iteration, ())]
 
-    def greedy(self, prompts: Sequence[Prompt], finished: Finished = lambda place, rollout: None) -> list[Rollout]:
-        """As rollout.pool.EnginePool's."""
-        return self.pool.greedy(prompts, finished)
-
-    def load(self, weights: Any, policy_step: int) -> None:
-        """As rollout.pool.EnginePool's."""
-        self.pool.load(weights, policy_step)
-
-    def encodings(self) -> int:
-        """As rollout.pool.EnginePool's."""
-        return self.pool.encodings()
-
-    def left(self, iteration: int) -> list[dict[str, Any]]:
-        """What an iteration has left begun, as JSON can hold it."""
-        return [group.record() for group in self._left.get(iteration, ())]
-
-    def resume(self, iteration: int, left: Iterable[Mapping[str, Any]], prompts: Sequence[Prompt]) -> None:
-        """Go on after `iteration`, which left what `left` gave then."""
+    def resume(self, iteration: int, unfinished: Iterable[Mapping[str, Any]], prompts: Sequence[Prompt]) -> None:
+        """Continues after `iteration` with the groups that `unfinished` returned then."""
         by_id = {prompt.id: prompt for prompt in prompts}
-        self._left = {iteration: [Begun.of(record, by_id) for record in left]}
+        self._unfinished = {iteration: [DraftGroup.from_record(record, by_id) for record in unfinished]}
 
-    def sample(
-        self,
-        prompts: Sequence[Prompt],
-        per_prompt: int,
-        iteration: int,
-        finished: Finished = lambda place, rollout: None,
-    ) -> list[Rollout]:
-        """Begin `prompts`, and go on with what the iteration before has left, until `wanted` groups are whole.
+    def sample(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> Iterator[tuple[int, Rollout]]:
+        """Begins `prompts` and continues the groups of the iteration before, until `wanted` groups are complete.
 
-        Of groups that become whole at the same moment, those that were begun first are taken.
+        Yields (index, rollout) when a group is complete. Of groups that become complete at the same time, those that
+        began first are taken.
         """
-        begun = list(self._left.get(iteration - 1, ()))
-        begun += [Begun(prompt, (iteration, place), (Draft(),) * per_prompt) for place, prompt in enumerate(prompts)]
-        if len(begun) < self.wanted:
-            raise ValueError(f"{len(begun)} groups are under way, fewer than the {self.wanted} that are wanted")
-        rollouts: list[Rollout] = []
+        groups = list(self._unfinished.get(iteration - 1, ()))
+        groups += [DraftGroup(prompt, (iteration, n), (Draft(),) * per_prompt) for n, prompt in enumerate(prompts)]
+        if len(groups) < self.wanted:
+            raise ValueError(f"{len(groups)} groups are in progress, fewer than the {self.wanted} that are wanted")
+        count = 0
         while True:
-            whole = [group for group in begun if group.whole][: self.wanted - len(rollouts) // per_prompt]
-            for rollout in (_rollout(group.prompt, draft, self.pool) for group in whole for draft in group.drafts):
-                finished(len(rollouts), rollout)
-                rollouts.append(rollout)
-            taken = {group.name for group in whole}
-            begun = [group for group in begun if group.name not in taken]
-            if len(rollouts) == self.wanted * per_prompt:
+            taken = [group for group in groups if group.complete][: self.wanted - count // per_prompt]
+            for rollout in (_rollout(group.prompt, draft, self.pool) for group in taken for draft in group.drafts):
+                yield count, rollout
+                count += 1
+            names = {group.name for group in taken}
+            groups = [group for group in groups if group.name not in names]
+            if count == self.wanted * per_prompt:
                 break
-            begun = self._grown(begun)
-        self._left = {iteration - 1: self._left.get(iteration - 1, []), iteration: begun}
-        return rollouts
+            groups = self._extended(groups)
+        self._unfinished = {iteration - 1: self._unfinished.get(iteration - 1, []), iteration: groups}
 
-    def _grown(self, groups: Sequence[Begun]) -> list[Begun]:
-        """All responses that are under way, by one chunk."""
-        ways = [[index for index, draft in enumerate(group.drafts) if not draft.finish] for group in groups]
-        asked = [
-            [self._request(group, index) for index in indices] for group, indices in zip(groups, ways, strict=True)
-        ]
-        answers = iter(self.pool.complete(asked))
-        grown = []
-        for group, indices in zip(groups, ways, strict=True):
-            drafts = list(group.drafts)
-            room = self.pool.room(group.prompt)
+    def _extended(self, groups: Sequence[DraftGroup]) -> list[DraftGroup]:
+        """The groups with every unfinished response longer by one chunk."""
+        unfinished = [[n for n, draft in enumerate(group.drafts) if not draft.finish] for group in groups]
+        requests = [self._requests(group, indices) for group, indices in zip(groups, unfinished, strict=True)]
+        completions = iter(in_order(self.pool.complete(requests)))
+        extended = []
+        for group, indices in zip(groups, unfinished, strict=True):
+            drafts, room = list(group.drafts), self.pool.room(group.prompt)
             for index in indices:
-                drafts[index] = drafts[index].grown(next(answers), self.policy_step, room)
-            grown.append(replace(group, drafts=tuple(drafts)))
-        return grown
+                drafts[index] = drafts[index].extended(next(completions), self.policy_step, room)
+            extended.append(replace(group, drafts=tuple(drafts)))
+        return extended
 
-    def _request(self, group: Begun, index: int) -> Request:
-        done = group.drafts[index].response_ids
-        request = self.pool.request(group.prompt, (*group.name, index, *([len(done)] if done else [])))
-        most = min(self.chunk, request.max_tokens - len(done))
-        return replace(request, prompt_ids=request.prompt_ids + done, max_tokens=most)
+    def _requests(self, group: DraftGroup, indices: Sequence[int]) -> list[Request]:
+        """The requests that continue the drafts with these indices."""
+        sampled = [group.drafts[index].response_ids for index in indices]
+        names = [(*group.name, n, *([len(ids)] if ids else [])) for n, ids in zip(indices, sampled, strict=True)]
+        return [
+            replace(r, prompt_ids=r.prompt_ids + ids, max_tokens=min(self.chunk, r.max_tokens - len(ids)))
+            for r, ids in zip(self.pool.requests(group.prompt, names), sampled, strict=True)
+        ]
 
 
 def _rollout(prompt: Prompt, draft: Draft, pool: EnginePool) -> Rollout:
@@ -165,8 +149,8 @@ def _rollout(prompt: Prompt, draft: Draft, pool: EnginePool) -> Rollout:
     return replace(pool.rollout(prompt, completion), policy_step=draft.pieces[0][0], pieces=draft.pieces)
 
 
-def _merged(pieces: tuple[tuple[int, int], ...], new: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """With one more piece, which joins the last if the same weights made both."""
+def _with_piece(pieces: tuple[tuple[int, int], ...], new: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """The pieces with one more, which is added to the last one if the same weights sampled both."""
     if pieces and pieces[-1][0] == new[0]:
         return (*pieces[:-1], (new[0], pieces[-1][1] + new[1]))
     return (*pieces, new)

@@ -1,57 +1,56 @@
-"""Prompts to rollouts over any number of engines; hides how many there are.
+"""All vLLM engines as one sampler: prompts in, rollouts out.
 
-Work is dealt by a fixed rule (prompt i to engine i mod n) and every request carries its own seed, so that the same
-recipe gives the same samples again.
+The work is distributed by a fixed rule (prompt i goes to engine i mod n) and every request has its own seed. The same
+recipe therefore gives the same samples again.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from rl.remote import Future, Stream
 from rl.stop import SourceDied, WorkerDied
 from rl.types import Completion, Prompt, Request, Rollout
 from rollout.chat import Chat
 
-
-class Pending(Protocol):
-    def result(self, patience: float | None = None) -> Any: ...
+Result = TypeVar("Result")
 
 
-class Worker(Protocol):
-    """A rollout.vllm.engine.Engine somewhere."""
+class EngineHandle(Protocol):
+    """One engine in its process (rollout.vllm.client.EngineClient)."""
 
-    def start(self, method: str, *args: Any) -> Pending: ...
-    def stream(self, method: str, *args: Any) -> Any: ...
-
-
-Finished = Callable[[int, Rollout], None]
-"""Told of each rollout, and its place in the result, when it is there."""
+    def stream(self, requests: Sequence[Request]) -> Stream: ...
+    def load(self, weights: Any, step: int) -> Future[None]: ...
+    def encodings(self) -> Future[int]: ...
 
 
 def seed_of(*parts: object) -> int:
-    """A sampling seed, 0 <= seed < 2^31, from what identifies a sample; the same on every machine."""
+    """A sampling seed, 0 <= seed < 2^31, made from what identifies a sample. It is the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
 class EnginePool:
-    """All rollout workers behind `sample`, `greedy` and `load`.
+    """All engines behind `sample`, `greedy`, `check` and `load`.
+
+    A method that samples yields (index, rollout) pairs when the responses arrive; the index counts the responses in
+    the order of the prompts. The caller has to read the pairs to the end.
 
     Args:
-        workers: engines, each anywhere.
-        as_they_come: what several of their streams yield, in order of arrival, with each stream's index; a WorkerDied
-            for one that died, or was silent for as many seconds as its second argument says.
-        max_sequence_length: tokens of prompt and response together.
+        engines: in any processes.
+        merge_streams: called with the streams of several engines and `patience`; yields (index of the stream, value)
+            in the order of arrival, and a WorkerDied as the last value of an engine that died or hung.
+        max_sequence_length: tokens of prompt and response together, at most.
         temperature: of `sample`.
-        check_tokens: the most that a response of `check` has.
-        patience: seconds without a sign of life after which a worker counts as dead.
-        replacement: told of a worker's number and what happened to it, gives another; raises if there is none.
+        check_tokens: tokens of a response of `check`, at most.
+        patience: seconds without a sign of life after which an engine counts as dead.
+        replacement: called with the number of a dead engine and the error; returns a new engine, or raises.
     """
 
     def __init__(
         self,
-        workers: Sequence[Worker],
-        as_they_come: Callable[[Sequence[Any], float], Iterable[tuple[int, Any]]],
+        engines: Sequence[EngineHandle],
+        merge_streams: Callable[[Sequence[Any], float], Iterable[tuple[int, Any]]],
         chat: Chat,
         *,
         max_sequence_length: int,
@@ -59,15 +58,15 @@ class EnginePool:
         seed: int,
         check_tokens: int = 64,
         patience: float = 600.0,
-        replacement: Callable[[int, WorkerDied], Worker] | None = None,
+        replacement: Callable[[int, WorkerDied], EngineHandle] | None = None,
     ) -> None:
-        self.workers, self.as_they_come, self.chat = list(workers), as_they_come, chat
+        self.engines, self.merge_streams, self.chat = list(engines), merge_streams, chat
         self.max_sequence_length, self.temperature, self.seed = max_sequence_length, temperature, seed
         self.check_tokens, self.patience, self.replacement = check_tokens, patience, replacement
         self.policy_step = 0
-        self.replaced = 0  # workers so far
-        self._weights: Any = None  # those that all engines have, for one that takes another's place
-        self._encoded: dict[int, int] = {}  # by worker, when it was asked last
+        self.replaced = 0  # engines so far
+        self._weights: Any = None  # what all engines have loaded; a replacement loads it too
+        self._encoded: dict[int, int] = {}  # engine -> pictures encoded, when it was asked last
         self._encoded_by_dead = 0
 
     def sample(
@@ -75,52 +74,48 @@ class EnginePool:
         prompts: Sequence[Prompt],
         per_prompt: int,
         iteration: int,
-        finished: Finished = lambda place, rollout: None,
         *,
         purpose: str = "",
         longest: int | None = None,
-    ) -> list[Rollout]:
-        """`per_prompt` rollouts of each prompt, neighbours in the result.
+    ) -> Iterator[tuple[int, Rollout]]:
+        """Samples `per_prompt` responses to each prompt; those of one prompt have consecutive indices.
 
         Args:
-            purpose: a name for samples that are not the iteration's own, which keeps their seeds apart.
-            longest: tokens of prompt and response together, if they may be fewer than usual.
+            purpose: keeps the seeds of samples that are not the iteration's own apart.
+            longest: tokens of prompt and response together, if they have to be fewer than usual.
         """
         named = (purpose,) if purpose else ()
-        return self._rollouts(
-            [
-                [self.request(prompt, (*named, iteration, place, index), longest) for index in range(per_prompt)]
-                for place, prompt in enumerate(prompts)
-            ],
-            prompts,
-            finished,
-        )
+        requests = [
+            self.requests(prompt, [(*named, iteration, place, index) for index in range(per_prompt)], longest)
+            for place, prompt in enumerate(prompts)
+        ]
+        return self._rollouts(requests, prompts)
 
     def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]:
-        """One short rollout of each prompt, to compare the logprobs after a weight sync."""
-        requests = [self.request(prompt, (-iteration - 1, place, 0)) for place, prompt in enumerate(prompts)]
-        short = [[replace(r, max_tokens=min(r.max_tokens, self.check_tokens))] for r in requests]
-        return self._rollouts(short, prompts, lambda place, rollout: None)
+        """Samples one short response to each prompt, to compare the logprobs after a weight sync."""
+        requests = [self.requests(prompt, [(-iteration - 1, place, 0)]) for place, prompt in enumerate(prompts)]
+        short = [[replace(r, max_tokens=min(r.max_tokens, self.check_tokens)) for r in group] for group in requests]
+        return in_order(self._rollouts(short, prompts))
 
-    def greedy(self, prompts: Sequence[Prompt], finished: Finished = lambda place, rollout: None) -> list[Rollout]:
-        """The single most likely response of each prompt."""
-        requests = [[replace(self.request(prompt, ()), seed=0, temperature=0.0)] for prompt in prompts]
-        return self._rollouts(requests, prompts, finished)
+    def greedy(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Rollout]]:
+        """Decodes one greedy response to each prompt."""
+        requests = [self.requests(prompt, [()]) for prompt in prompts]
+        return self._rollouts([[replace(r, seed=0, temperature=0.0) for r in g] for g in requests], prompts)
 
     def load(self, weights: Any, policy_step: int) -> None:
-        """Give all engines new weights, a mapping from tensor names on disk or a pending one."""
+        """Loads new weights into all engines: a mapping from tensor names on disk, or the Future of one."""
         self._weights, self.policy_step = weights, policy_step
-        for number, pending in enumerate([worker.start("load", weights, policy_step) for worker in self.workers]):
+        for number, pending in enumerate([engine.load(weights, policy_step) for engine in self.engines]):
             try:
                 pending.result(self.patience)
-            except SourceDied:  # no engine is to blame, and no other could do it
+            except SourceDied:  # the policy died, not the engine; a new engine could not load the weights either
                 raise
             except WorkerDied as died:
                 self._replace(number, died)
 
     def encodings(self) -> int:
-        """Pictures that the engines' vision towers have encoded so far, as far as they lived to tell."""
-        for number, pending in enumerate([worker.start("encodings") for worker in self.workers]):
+        """The number of pictures that the engines have encoded so far. What a dead engine did not report is missing."""
+        for number, pending in enumerate([engine.encodings() for engine in self.engines]):
             try:
                 self._encoded[number] = pending.result(self.patience)
             except WorkerDied as died:
@@ -128,87 +123,62 @@ class EnginePool:
         return sum(self._encoded.values()) + self._encoded_by_dead
 
     def _replace(self, number: int, died: WorkerDied) -> None:
-        """Another worker with the same weights in its place."""
+        """Puts a new engine with the current weights in the place of a dead one."""
         if self.replacement is None:
             raise died
-        self.workers[number] = worker = self.replacement(number, died)
+        self.engines[number] = engine = self.replacement(number, died)
         self._encoded_by_dead += self._encoded.pop(number, 0)
         if self._weights is not None:
-            worker.start("load", self._weights, self.policy_step).result(self.patience)
+            engine.load(self._weights, self.policy_step).result(self.patience)
         self.replaced += 1
 
     def room(self, prompt: Prompt, longest: int | None = None) -> int:
-        """Tokens that a response may have. Raises ValueError if there is no room for any."""
-        longest = longest or self.max_sequence_length
-        room = longest - self.chat.length(prompt)
-        if room < 1:
+        """The number of tokens that a response may have. Raises ValueError if it is 0."""
+        longest, length = longest or self.max_sequence_length, self.chat.length(prompt)
+        if length >= longest:
             raise ValueError(
-                f"row {prompt.id} has {self.chat.length(prompt)} tokens with its pictures and messages, which leaves "
+                f"row {prompt.id} has {length} tokens with its pictures and messages, which leaves "
                 f"no room for a response in a sequence of {longest}"
             )
-        return room
+        return longest - length
 
-    def request(self, prompt: Prompt, name: Sequence[int | str], longest: int | None = None) -> Request:
-        """For a sample whose seed comes from `name`, what identifies it in the run."""
-        seed = seed_of(self.seed, *name)
-        return Request(self.chat.prompt_ids(prompt), prompt.images, self.room(prompt, longest), seed, self.temperature)
+    def requests(
+        self, prompt: Prompt, names: Sequence[Sequence[int | str]], longest: int | None = None
+    ) -> list[Request]:
+        """One request for each name. The name identifies the sample in the run, and the seed comes from it."""
+        ids, room = self.chat.prompt_ids(prompt), self.room(prompt, longest)
+        return [Request(ids, prompt.images, room, seed_of(self.seed, *name), self.temperature) for name in names]
 
-    def complete(
-        self,
-        requests: Sequence[Sequence[Request]],
-        finished: Callable[[int, Completion], None] = lambda place, completion: None,
-    ) -> list[Completion]:
-        """Answers to all requests, in order; see `consume`."""
-        found: dict[int, Completion] = {}
+    def complete(self, requests: Sequence[Sequence[Request]]) -> Iterator[tuple[int, Completion]]:
+        """Yields (index of the request, completion) in the order of arrival.
 
-        def here(place: int, completion: Completion) -> None:
-            found[place] = completion
-            finished(place, completion)
-
-        self.consume(requests, here)
-        return [found[place] for place in sorted(found)]
-
-    def consume(self, requests: Sequence[Sequence[Request]], finished: Callable[[int, Completion], None]) -> None:
-        """Have all requests answered; those of one inner list go to the same engine, which shares their prompt.
-
-        Args:
-            finished: told of each answer, and its place among the requests, when it is there; nothing is kept. What a
-                worker had not answered when it died is asked of its replacement.
+        The requests of one inner list go to the same engine, which computes their prompt once. Requests that an engine
+        had not answered when it died go to its replacement.
         """
         owners = [row for row, group in enumerate(requests) for _ in group]
         flat = [request for group in requests for request in group]
-        found: set[int] = set()
-
-        def here(place: int, completion: Completion) -> None:
-            found.add(place)
-            finished(place, completion)
-
-        while left := [place for place in range(len(flat)) if place not in found]:
-            shares: list[list[int]] = [[] for _ in self.workers]  # of places in the result
-            for place in left:
-                shares[owners[place] % len(self.workers)].append(place)
-            if not self._ask(flat, shares, here) and len(found) < len(flat):
-                raise RuntimeError(f"the engines returned {len(found)} of {len(flat)} responses")
-
-    def _ask(
-        self, requests: Sequence[Request], shares: Sequence[Sequence[int]], here: Callable[[int, Completion], None]
-    ) -> bool:
-        """Let every worker answer its share. Returns whether one had to be replaced."""
-        busy = [(number, share) for number, share in enumerate(shares) if share]
-        streams = [self.workers[n].stream("stream", [requests[place] for place in share]) for n, share in busy]
-        replaced = False
-        for which, answers in self.as_they_come(streams, self.patience):
-            number, share = busy[which]
-            if isinstance(answers, WorkerDied):
-                self._replace(number, answers)
-                replaced = True
-                continue
-            for index, completion in answers:
-                here(share[index], completion)
-        return replaced
+        missing = set(range(len(flat)))
+        while missing:
+            shares: list[list[int]] = [[] for _ in self.engines]  # indices of requests
+            for index in sorted(missing):
+                shares[owners[index] % len(self.engines)].append(index)
+            busy = [(number, share) for number, share in enumerate(shares) if share]
+            streams = [self.engines[number].stream([flat[index] for index in share]) for number, share in busy]
+            replaced = False
+            for which, completions in self.merge_streams(streams, self.patience):
+                number, share = busy[which]
+                if isinstance(completions, WorkerDied):
+                    self._replace(number, completions)
+                    replaced = True
+                    continue
+                for position, completion in completions:
+                    missing.discard(share[position])
+                    yield share[position], completion
+            if missing and not replaced:
+                raise RuntimeError(f"the engines returned {len(flat) - len(missing)} of {len(flat)} responses")
 
     def rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
-        """A response by the present weights."""
+        """A completion by the current weights as a rollout."""
         return Rollout(
             prompt=prompt,
             text=self.chat.text(completion.prompt_ids, completion.response_ids),
@@ -220,19 +190,14 @@ class EnginePool:
         )
 
     def _rollouts(
-        self, requests: Sequence[Sequence[Request]], prompts: Sequence[Prompt], finished: Finished
-    ) -> list[Rollout]:
-        asked = [prompt for prompt, group in zip(prompts, requests, strict=True) for _ in group]
-        found: dict[int, Rollout] = {}
-
-        def here(place: int, completion: Completion) -> None:
-            found[place] = self.rollout(asked[place], completion)
-            finished(place, found[place])
-
-        self.complete(requests, here)
-        return [found[place] for place in range(len(asked))]
+        self, requests: Sequence[Sequence[Request]], prompts: Sequence[Prompt]
+    ) -> Iterator[tuple[int, Rollout]]:
+        owners = [prompt for prompt, group in zip(prompts, requests, strict=True) for _ in group]
+        for index, completion in self.complete(requests):
+            yield index, self.rollout(owners[index], completion)
 
 
-def lengths(chat: Chat, prompts: Sequence[Prompt]) -> Mapping[str, int]:
-    """Row id -> tokens of its prompt with its pictures."""
-    return {p.id: chat.length(p) for p in prompts}
+def in_order(pairs: Iterable[tuple[int, Result]]) -> list[Result]:
+    """The values of (index, value) pairs, sorted by index."""
+    found = dict(pairs)
+    return [found[index] for index in sorted(found)]

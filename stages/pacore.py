@@ -1,92 +1,153 @@
-"""The stage PaCoRe: every prompt shows messages of its pool, and metrics tell whether synthesis is more than copying.
+"""The stage PaCoRe: every prompt shows pooled answers, and metrics tell whether synthesis is more than copying.
 
-Messages are the final answers of earlier attempts at the problem (PaCoRe, arXiv 2601.05593; STEP3-VL-10B's report,
-3.2.4). They come with the rows, or with `synthesis.pool: online` from the policy as it is.
+Pooled answers are the final answers of earlier attempts at the problem (PaCoRe, arXiv 2601.05593; STEP3-VL-10B report,
+3.2.4). They come with the rows, or, with `synthesis.pool: online`, from the current policy.
 """
 
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rewards.voting import majority, vote
-from rl.config import Accept, SynthesisOptions
+from rl.config import Accept, Config, CurationOptions, OptionError, SynthesisOptions
 from rl.stop import Stop
 from rl.types import Prompt, Rollout, Scored
-from rollout.chat import Chat
 from rollout.pacore.prompt import showing
+from stages.base import Stage, StageTools, room_problem
 
-NAMED = re.compile(
+if TYPE_CHECKING:
+    from rollout.chat import Chat
+
+REFERENCE = re.compile(
     r"\b(?:answers?|attempts?|messages?|references?|responses?|solutions?)\W{0,3}(\d+(?:\s*(?:,|and|&)\s*\d+)*)", re.I
 )
-SHORTEST_QUOTE = 3  # characters of an answer: a digit stands in many a text without being quoted
+SHORTEST_QUOTE = 3  # characters of an answer; a single digit occurs in many texts without being a quote
 
 
-class Attempts(Protocol):
-    """Sampling and scoring, as the loop does it."""
+class Pacore(Stage):
+    """See stages.base.Stage. The defaults are the report's table; critic_minibatches is a reconstruction."""
 
-    def __call__(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]: ...
+    name = "pacore"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "iterations": 500,
+        "prompts_per_iteration": 64,
+        "rollouts_per_prompt": 16,
+        "max_sequence_length": 65_536,
+        "ppo": {"minibatches": 1, "critic_minibatches": 1},
+    }
+    selection = "has a pool_accuracy within synthesis.accuracy_over and synthesis.accuracy_under"
+    comparable_evaluation = False  # it asks for a synthesis of pooled answers
 
+    @classmethod
+    def option_problems(cls, config: Config) -> Iterable[OptionError]:
+        """PaCoRe is strictly on-policy (report): each iteration is one optimizer step of the policy, on samples of the
+        same weights."""
+        why = "makes samples that other weights than the current ones drew; the stage pacore is strictly on-policy"
+        if config.ppo.minibatches != 1:
+            yield OptionError("ppo.minibatches", f"= {config.ppo.minibatches} {why}, set 1")
+        if config.rollout.max_staleness:
+            yield OptionError("rollout.max_staleness", f"= {config.rollout.max_staleness} {why}, set 0")
+        if config.rollout.partial:
+            yield OptionError("rollout.partial", f"{why}, leave it out")
 
-@dataclass(frozen=True)
-class Pacore:
-    """A stages.loop.Stage.
+    @classmethod
+    def curation_problem(cls, config: Config, curation: CurationOptions) -> str | None:
+        least = config.synthesis.least_messages
+        if not _cached(config) or ("difficulty" in curation.filters and curation.difficulty.rollouts >= least):
+            return None
+        return (
+            f"the stage pacore needs {least} messages in each row, which the filter difficulty makes: name it in "
+            "curate.filters, with as many curate.difficulty.rollouts"
+        )
 
-    Args:
-        attempts: with `pool: online`, who makes new messages: the policy as it is, and the rewards.
-    """
+    @classmethod
+    def before_curation(cls, config: Config) -> Config:
+        """With `pool: online`, because the rows have no pools yet."""
+        return config.model_copy(update={"synthesis": config.synthesis.model_copy(update={"pool": "online"})})
 
-    options: SynthesisOptions
-    accept: Accept
-    seed: int
-    chat: Chat
-    longest: int  # tokens of prompt and response together, at most
-    attempts: Attempts
+    @classmethod
+    def row_problem(cls, prompt: Prompt, config: Config, chat: "Chat", *, trains: bool) -> str | None:
+        options = config.synthesis
+        if trains and _cached(config) and len(prompt.messages_pool) < options.least_messages:
+            return (
+                f"its messages_pool has {len(prompt.messages_pool)} messages, synthesis.least_messages is "
+                f"{options.least_messages}; python -m stages.curate makes pools, and synthesis.pool: online needs none"
+            )
+        if _cached(config) and prompt.messages_pool:
+            tokens = longest_with_messages(prompt, chat, options.most_messages)
+            return room_problem(tokens, f"pictures and {options.most_messages} messages", config)
+        if not _cached(config) and options.online_length and (own := chat.length(prompt)) >= options.online_length:
+            return f"its {own} tokens leave no room for an attempt in synthesis.online_length {options.online_length}"
+        return super().row_problem(prompt, config, chat, trains=trains)
+
+    @classmethod
+    def selects(cls, prompt: Prompt, config: Config) -> bool:
+        return not _cached(config) or within_bounds(config.synthesis, prompt.pool_accuracy)
+
+    @classmethod
+    def plan_lines(cls, config: Config, left_out: int = 0) -> list[str]:
+        options, outside = config.synthesis, f"; {left_out} rows are outside the bounds" if left_out else ""
+        source = "the rows' pools" if _cached(config) else f"{options.online_rollouts} new attempts at each prompt"
+        return [f"messages   {options.least_messages} to {options.most_messages} of {source}{outside}"]
+
+    def __init__(self, tools: StageTools) -> None:
+        super().__init__(tools)
+        self.options, self.accept, self.seed = tools.config.synthesis, tools.config.accept, tools.config.seed
 
     def prompts_for_iteration(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
-        """Each with messages drawn for this iteration; without those whose fresh messages are too few or outside the
-        bounds. Raises Stop if none is left."""
-        if self.options.pool == "cached":
+        """Each prompt with pooled answers that are drawn for this iteration. With an online pool, prompts are left out
+        whose new answers are too few or outside the bounds. Raises Stop if no prompt is left."""
+        if _cached(self.tools.config):
             return [self._showing(p, f"{iteration}/{place}") for place, p in enumerate(prompts)]
-        pooled = self.fresh(prompts, iteration)
         least = self.options.least_messages
-        inside = [p for p in pooled if len(p.messages_pool) >= least and within(self.options, p.pool_accuracy)]
-        if not inside:
+        usable = [
+            p
+            for p in self.with_new_pools(prompts, iteration)
+            if len(p.messages_pool) >= least and within_bounds(self.options, p.pool_accuracy)
+        ]
+        if not usable:
             raise Stop(
                 f"iteration {iteration}: no prompt has {least} fresh messages whose accuracy is within "
                 f"synthesis.accuracy_over = {self.options.accuracy_over} and synthesis.accuracy_under = "
-                f"{self.options.accuracy_under}: the policy does not come to answers, or the rows are too easy or too "
-                "hard for it by now. Loosen the bounds, give more room, or take other rows",
+                f"{self.options.accuracy_under}. The policy gives too few final answers, or the rows are too easy or "
+                "too hard for it now. Loosen the bounds, allow longer responses, or use other rows",
                 saves=True,
             )
-        return [self._fitting(self._showing(p, f"{iteration}/{place}")) for place, p in enumerate(inside)]
+        return [self._fitting(self._showing(p, f"{iteration}/{place}")) for place, p in enumerate(usable)]
 
     def held_out(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Each with messages, with cached pools always the same ones; a row without a pool is asked plainly."""
-        pooled = prompts if self.options.pool == "cached" else self.fresh(prompts, 0)
+        """Each prompt with pooled answers, with a cached pool always the same ones. A row without a pool is asked as it
+        is."""
+        pooled = prompts if _cached(self.tools.config) else self.with_new_pools(prompts, 0)
         return [self._fitting(self._showing(p, "held out")) for p in pooled]
 
-    def fresh(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
-        """The prompts with pools of new messages by the policy as it is."""
+    def with_new_pools(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
+        """The prompts with pools of new answers by the current policy."""
         count = self.options.online_rollouts
-        scored = self.attempts(prompts, count, iteration)
+        scored = self.tools.sample_and_score(prompts, count, iteration)
         groups = [scored[start : start + count] for start in range(0, len(scored), count)]
         return [
-            pooled(p, [s for s in group if s.invalid is None], self.accept, self.chat.reserved)
+            with_pool(p, [s for s in group if s.invalid is None], self.accept, self.tools.chat.reserved)
             for p, group in zip(prompts, groups, strict=True)
         ]
 
-    def _showing(self, prompt: Prompt, name: str) -> Prompt:
-        """With as many messages as there may be; a pool that is too small shows all it has."""
+    def _showing(self, prompt: Prompt, draw: str) -> Prompt:
+        """The prompt with as many pooled answers as allowed. A pool that is too small shows all of its answers.
+
+        Args:
+            draw: names the draw; the seed comes from it.
+        """
         if not prompt.messages_pool:
             return prompt
         least = min(self.options.least_messages, len(prompt.messages_pool))
-        return showing(prompt, least, self.options.most_messages, f"{self.seed}/pacore/{name}/{prompt.id}")
+        return showing(prompt, least, self.options.most_messages, f"{self.seed}/pacore/{draw}/{prompt.id}")
 
     def _fitting(self, prompt: Prompt) -> Prompt:
-        """Without the last of its messages, if they leave no room for a response."""
-        while prompt.shown and prompt.shown.texts and self.chat.length(prompt) >= self.longest:
+        """The prompt without the last of its pooled answers, as many as it takes to leave room for a response."""
+        longest = self.tools.config.max_sequence_length
+        while prompt.shown and prompt.shown.texts and self.tools.chat.length(prompt) >= longest:
             accepted = prompt.shown.accepted
             shown = replace(prompt.shown, texts=prompt.shown.texts[:-1], accepted=accepted and accepted[:-1])
             prompt = replace(prompt, shown=shown)
@@ -95,12 +156,14 @@ class Pacore:
     def metrics(self, scored: Sequence[Scored]) -> Mapping[str, float]:
         return synthesis_metrics(scored, self.accept)
 
-    def evaluation(self, scored: Sequence[Scored]) -> Mapping[str, float]:
-        return {}
+
+def _cached(config: Config) -> bool:
+    """True if the pools come with the rows, False if the policy makes them."""
+    return config.synthesis.pool == "cached"
 
 
-def within(options: SynthesisOptions, accuracy: float | None) -> bool:
-    """Whether a pool's accuracy is within the recipe's bounds; where there are any, an unknown one is not."""
+def within_bounds(options: SynthesisOptions, accuracy: float | None) -> bool:
+    """True if a pool's accuracy is within the recipe's bounds. If there are bounds, an unknown accuracy is not."""
     if options.accuracy_over is None and options.accuracy_under is None:
         return True
     over = -1.0 if options.accuracy_over is None else options.accuracy_over
@@ -108,32 +171,32 @@ def within(options: SynthesisOptions, accuracy: float | None) -> bool:
     return accuracy is not None and over < accuracy < under
 
 
-def pooled(prompt: Prompt, scored: Sequence[Scored], accept: Accept, reserved: Sequence[str]) -> Prompt:
-    """The prompt with the final answers of its attempts as pool.
+def with_pool(prompt: Prompt, scored: Sequence[Scored], accept: Accept, reserved: Sequence[str]) -> Prompt:
+    """The prompt with the final answers of its attempts as its pool.
 
-    A response that was cut while thinking has none, and one that spells a control token of the model (`reserved`) would
-    be read as such: neither becomes a message.
+    A response that was cut while thinking has no final answer. A response that contains a control token of the model
+    (`reserved`) would be read as one. Neither becomes a message.
     """
-    usable = [s for s in scored if s.rollout.answer and not any(word in s.rollout.answer for word in reserved)]
-    right = tuple(accepted(s, accept) for s in usable)
+    usable = [s for s in scored if s.rollout.answer and not any(token in s.rollout.answer for token in reserved)]
+    correct = tuple(is_accepted(s, accept) for s in usable)
     return replace(
         prompt,
         messages_pool=tuple(s.rollout.answer for s in usable),
-        pool_accepted=right,
-        pool_accuracy=sum(right) / len(right) if right else None,
+        pool_accepted=correct,
+        pool_accuracy=sum(correct) / len(correct) if correct else None,
     )
 
 
-def accepted(scored: Scored, accept: Accept) -> bool:
-    """Whether a response counts as right."""
+def is_accepted(scored: Scored, accept: Accept) -> bool:
+    """True if a response counts as correct."""
     return accept.takes(scored.rollout.prompt.task, scored.reward)
 
 
-def longest_with_messages(prompt: Prompt, chat: Chat, most: int) -> int:
+def longest_with_messages(prompt: Prompt, chat: "Chat", most: int) -> int:
     """Tokens of the prompt with the `most` longest messages of its pool."""
-    by_length = sorted(prompt.messages_pool, key=lambda one: len(chat.tokenizer(one).input_ids), reverse=True)
-    every = replace(prompt, messages_pool=tuple(by_length[:most]), pool_accepted=())
-    return chat.length(showing(every, len(every.messages_pool), most, "all of them"))
+    by_length = sorted(prompt.messages_pool, key=lambda text: len(chat.tokenizer(text).input_ids), reverse=True)
+    longest = replace(prompt, messages_pool=tuple(by_length[:most]), pool_accepted=())
+    return chat.length(showing(longest, len(longest.messages_pool), most, "all of them"))
 
 
 # Metrics
@@ -146,43 +209,43 @@ SHARES: Mapping[str, Callable[[float], bool]] = {
 
 
 def synthesis_metrics(scored: Sequence[Scored], accept: Accept) -> dict[str, float]:
-    """The `pacore/*` metrics of responses to prompts that show messages; those about nothing are left out."""
+    """The `pacore/*` metrics of responses to prompts with pooled answers. A metric without samples is left out."""
     seen = [s for s in scored if s.invalid is None and s.rollout.prompt.shown and s.rollout.prompt.shown.texts]
     if not seen:
         return {}
     found = {
         "prompts": [float(len({s.rollout.prompt.id for s in seen}))],
         "messages_mean": [float(len(_texts(s.rollout))) for s in seen],
-        "accuracy": [float(accepted(s, accept)) for s in seen],
+        "accuracy": [float(is_accepted(s, accept)) for s in seen],
         "repeats_majority": [float(repeats_majority(s.rollout)) for s in seen],
-        "referred_fraction": [referred(s.rollout) for s in seen],
+        "referred_fraction": [referred_fraction(s.rollout) for s in seen],
     }
     known = [(s, share) for s in seen if (share := message_accuracy(s.rollout.prompt)) is not None]
     found["message_accuracy"] = [share for _, share in known]
     for name, fits in SHARES.items():
-        found[f"accuracy/{name}"] = [float(accepted(s, accept)) for s, share in known if fits(share)]
+        found[f"accuracy/{name}"] = [float(is_accepted(s, accept)) for s, share in known if fits(share)]
     return {f"pacore/{name}": statistics.fmean(values) for name, values in found.items() if values}
 
 
 def message_accuracy(prompt: Prompt) -> float | None:
-    """Share of the shown messages that are right, if that is known."""
+    """Share of the shown messages that are correct, or None if it is unknown."""
     if prompt.shown is None or not prompt.shown.accepted:
         return None
     return statistics.fmean(prompt.shown.accepted)
 
 
 def repeats_majority(rollout: Rollout) -> bool:
-    """Whether the final answer is what most of the shown messages say."""
+    """True if the final answer is the majority vote of the shown messages."""
     return vote(rollout.answer) == majority([vote(text) for text in _texts(rollout)])
 
 
-def referred(rollout: Rollout) -> float:
-    """Share of the shown messages that a response refers to: by number ("Answer 3", "references 2 and 5"), or by
-    quoting in its thinking what they vote for."""
-    numbers = {int(n) for found in NAMED.findall(rollout.text) for n in re.findall(r"\d+", found)}
+def referred_fraction(rollout: Rollout) -> float:
+    """Share of the shown messages that a response refers to: by number ("Answer 3", "references 2 and 5"), or by a
+    quote of their answer in its reasoning."""
+    numbers = {int(n) for found in REFERENCE.findall(rollout.text) for n in re.findall(r"\d+", found)}
     thinking = " ".join(rollout.reasoning.lower().split())
     votes = [vote(text) for text in _texts(rollout)]
-    quoted = [len(one) >= SHORTEST_QUOTE and one in thinking for one in votes]
+    quoted = [len(text) >= SHORTEST_QUOTE and text in thinking for text in votes]
     return statistics.fmean(n in numbers or quote for n, quote in enumerate(quoted, start=1))
 
 

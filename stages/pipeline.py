@@ -1,13 +1,13 @@
-"""Several stages as one run: each in a folder of its own, one after the other, and at the end one table.
+"""Runs a chain: several stages one after the other, each in a folder of its own, and a table of results at the end.
 
-    RUN_DIR/recipe.yaml, recipes/    the chain's recipe, and each step's, resolved
-            rlvr/, rlhf/, pacore/    a run's folder for each stage
-            curate/                  the rows that were curated in between
-            metrics.jsonl            the lines of all stages, in their order
+    RUN_DIR/recipe.yaml, recipes/    the recipe of the chain, and the resolved recipe of each step
+            rlvr/, rlhf/, pacore/    the run folder of each stage
+            curate/                  the rows that were curated between two stages
+            metrics.jsonl            the metrics of all stages, in their order
             policy/                  the last policy
-            final/                   what it answered to held-out rows, and the table (table.json)
+            final/                   its answers to held-out rows, and the table (table.json)
 
-A step that is done is not done again, one that was begun goes on: a chain resumes wherever it was broken off.
+A chain can be resumed after an interruption at any point: finished steps are skipped, the unfinished one continues.
 """
 
 import hashlib
@@ -34,22 +34,23 @@ from rl.record.display import Display, families
 from rl.record.run_folder import RunFolder, make_new
 from rl.stop import GO_ON, Stop, WorkerDied
 from rollout.pacore.target import ModelTarget
-from stages import curate
-from stages.evaluation.measure import Questions, Report, measure
+from stages import STAGES
+from stages.curation.run import checked as checked_curation
+from stages.evaluation.measure import EvaluationReport, Questions, measure
 from stages.evaluation.scores import ALL, ResultRow, result_rows
 from stages.plan import Plan, device, make_plan
 from stages.train import train
 
 MODES = ("sere", "majority", "pacore")
 ATTEMPTS = 16
-COMPARED = 4  # answers to a row that a judge compares with the teacher's
-ONE_CHAIN = "SeRe pass@1"  # the column of single answers
+COMPARED = 4  # answers to each row that a judge compares with the teacher's
+SINGLE_ANSWER = "SeRe pass@1"  # the column of single answers
 FINAL = "final"
-WIDTH = 160  # columns of the table where there is no terminal
+WIDTH = 160  # columns of the table if the output is not a terminal
 
 
 class StageFolder(RunFolder):
-    """A stage's folder, whose metrics appear in the chain's as well."""
+    """The folder of a stage. Its metrics are also written to the metrics.jsonl of the chain."""
 
     chain: Chain
 
@@ -63,12 +64,12 @@ class StageFolder(RunFolder):
 
 
 def stage_metrics(chain: Chain) -> dict[str, list[dict[str, Any]]]:
-    """The lines of each stage so far."""
+    """The metrics of each stage so far, by the stage's name."""
     return {step.name: RunFolder(chain.of(step)).read_metrics() for step in chain.trained()}
 
 
 def gather_metrics(chain: Chain) -> None:
-    """Writes the chain's metrics.jsonl anew, from those of its stages."""
+    """Rewrites the metrics.jsonl of the chain from those of its stages."""
     target = chain.folder / "metrics.jsonl"
     with writing(target), replacing(target) as file:
         for lines in stage_metrics(chain).values():
@@ -76,52 +77,61 @@ def gather_metrics(chain: Chain) -> None:
 
 
 def check(chain: Chain) -> list[str]:
-    """Everything that can be checked before the first step; what each will do, for --dry-run.
+    """Checks everything that can be checked before the first step. Returns the plans of all steps, for --dry-run.
 
-    Later steps are checked with the model that the first one starts from, and PaCoRe with rows that have no pools yet.
+    A later step is checked with the model that the first one starts from, because its own model does not exist yet.
     Raises: ValueError of several kinds.
     """
-    told = []
+    lines = []
     for step in chain.steps:
         config = _checkable(step, chain)
-        lines = curate.checked(config).lines() if step.curates else make_plan(config).lines()
-        told += [f"--- {step.name}", *(_linked(line, step, chain) for line in lines)]
-    return told
+        plan = checked_curation(config).lines() if step.curates else make_plan(config).lines()
+        replaced = _stage_lines(step, config) if _follows_curation(step, chain) else {}
+        lines += [f"--- {step.name}", *(_linked(replaced.get(line, line), step, chain) for line in plan)]
+    return lines
+
+
+def _follows_curation(step: Step, chain: Chain) -> bool:
+    return any(before.curates for before in chain.before(step)[-1:])
+
+
+def _stage_lines(step: Step, checked: Config) -> dict[str, str]:
+    """Lines of the checked plan that the stage writes -> the same lines for the rows that will be curated."""
+    stage = STAGES[checked.stage]
+    return dict(zip(stage.plan_lines(checked), stage.plan_lines(step.resolved.config), strict=True))
 
 
 def _linked(line: str, step: Step, chain: Chain) -> str:
-    """A line of a step's plan, with what earlier steps will leave in the place of its stand-in."""
+    """A line of a step's plan that names the results of earlier steps, not what stood for them in the check."""
     if step is chain.steps[0]:
         return line
     config, first = step.resolved.config, chain.steps[0].resolved.config
     if line.startswith("model "):
         return f"model      {config.model.path}, critic {config.model.critic or 'new'}"
-    if chain.before(step)[-1].curates and line.startswith("train "):
-        return f"train      what curation leaves: {config.data.train[0].path}"
-    if chain.before(step)[-1].curates and line.startswith("messages "):
-        return f"messages   {config.synthesis.least_messages} to {config.synthesis.most_messages} of the rows' pools"
+    if _follows_curation(step, chain) and line.startswith("train "):
+        return f"train      the curated rows: {config.data.train[0].path}"
     return line.replace(first.model.path, config.model.path)
 
 
 def _checkable(step: Step, chain: Chain) -> Config:
-    """The step's config with stand-ins for what earlier steps will leave."""
+    """The config of a step in which existing files stand for the results of earlier steps."""
     config, first = step.resolved.config, chain.steps[0].resolved.config
     if step is chain.steps[0]:
         return config
     linked = step.resolved.provenance["model.critic"] == LINK
     critic = None if linked else config.model.critic
     model = config.model.model_copy(update={"path": first.model.path, "critic": critic})
-    changes: dict[str, Any] = {"model": model}
-    before = chain.before(step)[-1]
-    if before.curates:
-        data = config.data.model_copy(update={"train": before.resolved.config.data.train})
-        changes |= {"data": data, "synthesis": config.synthesis.model_copy(update={"pool": "online"})}
-    return config.model_copy(update=changes)
+    config = config.model_copy(update={"model": model})
+    if not _follows_curation(step, chain):
+        return config
+    rows = chain.before(step)[-1].resolved.config.data.train
+    data = config.data.model_copy(update={"train": rows})
+    return STAGES[config.stage].before_curation(config.model_copy(update={"data": data}))
 
 
 @contextmanager
-def _held(chain: Chain, *, new: bool) -> Iterator[None]:
-    """The chain's folder with its recipes, for this process alone. Raises InputError if that cannot be."""
+def _locked(chain: Chain, *, new: bool) -> Iterator[None]:
+    """Locks the folder of the chain for this process and writes its recipes. Raises InputError if it cannot."""
     try:
         if new:
             make_new(chain.folder)
@@ -142,27 +152,27 @@ def _held(chain: Chain, *, new: bool) -> Iterator[None]:
 
 
 def run(chain: Chain, *, new: bool, verbose: bool = False) -> bool:
-    """Every step that is not done yet, then the table.
+    """Runs every step that is not finished yet, then makes the table.
 
-    Returns: False if the run was interrupted; it has saved and can be resumed.
-    Raises: InputError for what does not fit after all; Stop.
+    Returns: False if the run was interrupted. It has saved and can be resumed.
+    Raises: InputError if the results of a step do not fit the next one; Stop.
     """
-    with _held(chain, new=new):
+    with _locked(chain, new=new):
         try:
             with Interrupts().installed() as interrupts, interrupts.waiting():
                 gather_metrics(chain)
-                return all(_done(chain, step, verbose=verbose) for step in chain.steps) and _finish(chain)
+                return all(_run_step(chain, step, verbose=verbose) for step in chain.steps) and _finish(chain)
         except Interrupted:
             return False
 
 
-def _done(chain: Chain, step: Step, *, verbose: bool) -> bool:
-    """A step to its end, if it is not there yet. Returns False if it was interrupted."""
+def _run_step(chain: Chain, step: Step, *, verbose: bool) -> bool:
+    """Runs a step to its end, unless it is finished already. Returns False if it was interrupted."""
     print(f"step {chain.steps.index(step) + 1} of {len(chain.steps)}: {step.name}", flush=True)
     if not step.curates:
         return _train(chain, step, verbose=verbose)
     try:
-        curate.checked(step.resolved.config).into(chain.of(step), step.resolved.yaml(), verbose=verbose)
+        checked_curation(step.resolved.config).run(chain.of(step), step.resolved.yaml(), verbose=verbose)
     except WorkerDied as died:
         raise Stop(f"{died}; {GO_ON}", saves=False) from died
     return True
@@ -182,7 +192,7 @@ def _train(chain: Chain, step: Step, *, verbose: bool) -> bool:
         raise InputError(str(error)) from error
     folder.chain, folder.resumable = chain, chain.folder
     folder.write_recipe(resolved.yaml())
-    shutil.rmtree(path / "policy", ignore_errors=True)  # of a shorter run: while it is there, the stage counts as done
+    shutil.rmtree(path / "policy", ignore_errors=True)  # of a shorter run; a stage with a policy counts as finished
     try:
         with Display(resolved.config) as display:
             finished = train(plan, folder, display, recipe=resolved.plain(), verbose=verbose, interrupts=interrupts)
@@ -192,7 +202,7 @@ def _train(chain: Chain, step: Step, *, verbose: bool) -> bool:
 
 
 def _finish(chain: Chain) -> bool:
-    """The last policy, and how good it has become."""
+    """Publishes the last policy and shows the table of results."""
     publish(chain.of(chain.trained()[-1]) / "policy", chain.folder / "policy")
     print(f"policy: {chain.folder / 'policy'}", flush=True)
     try:
@@ -208,20 +218,20 @@ def _finish(chain: Chain) -> bool:
 
 @dataclass(frozen=True)
 class FinalTable:
-    """Held-out rewards before and after each stage, greedy, and how well the last policy thinks in parallel."""
+    """Greedy held-out rewards before and after each stage, and the accuracy of the last policy by SeRe and PaCoRe."""
 
     stages: Mapping[str, Mapping[str, float]]  # "start" and each stage -> family -> held-out reward
     sampled: tuple[ResultRow, ...]  # of the last policy, at the training temperature
-    win_rates: Mapping[str, float]  # before and after a stage that compares with a teacher
+    win_rates: Mapping[str, float]  # "start" and each stage -> win rate against the teacher, where it was measured
     sampled_win_rate: float | None = None  # of the last policy
 
     @property
     def families(self) -> list[str]:
-        """Verifiable or not, as the stages met them."""
+        """All families, in the order of the stages that evaluated them."""
         return list(dict.fromkeys(name for found in self.stages.values() for name in found))
 
     def plain(self) -> dict[str, Any]:
-        """JSON-able."""
+        """The table as JSON values."""
         sampled = [
             {"task": s.task, "mode": s.name, "accuracy": vars(s.accuracy), "tokens": s.tokens} for s in self.sampled
         ]
@@ -229,8 +239,8 @@ class FinalTable:
         return {"held_out": self.stages, **wins, "sampled": sampled}
 
     def show(self, console: Console) -> None:
-        """A line for each family; accuracies with their 95% intervals are in table.json."""
-        first = [ONE_CHAIN] if self.sampled_win_rate is not None else []
+        """Prints one row for each family. table.json has the accuracies with their 95% intervals."""
+        first = [SINGLE_ANSWER] if self.sampled_win_rate is not None else []
         sampled = (line.name for line in self.sampled if line.name != f"SeRe pass@{ATTEMPTS}")
         modes = list(dict.fromkeys([*first, *sampled]))
         table = Table(title="held-out reward (greedy) before and after each stage; the last policy's accuracy, sampled")
@@ -244,24 +254,30 @@ class FinalTable:
             table.add_section()
             rates = [f"{self.win_rates[name]:.3f}" if name in self.win_rates else "" for name in self.stages]
             last = "" if self.sampled_win_rate is None else f"{self.sampled_win_rate:.3f}"
-            table.add_row("wins against the teacher", *rates, *(last if mode == ONE_CHAIN else "" for mode in modes))
+            table.add_row(
+                "wins against the teacher", *rates, *(last if mode == SINGLE_ANSWER else "" for mode in modes)
+            )
         console.print(table)
 
 
 def before_and_after(
     stages: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Held-out rewards of each family and win rates, at the start and after each stage, from the stages' metrics.
+    """Held-out rewards of each family, and win rates, at the start and after each stage.
 
-    What a stage evaluates before it trains tells how the stage before has left the families that only this one has;
-    but for PaCoRe, which evaluates answers to messages.
+    The evaluation before a stage's training measures the stage before it, on families that only the later stage has.
+    This does not hold for a stage whose evaluation is not comparable (Stage.comparable_evaluation).
+
+    Args:
+        stages: name of a stage -> its metrics.
     """
     held_out: dict[str, dict[str, float]] = {}
     wins: dict[str, float] = {}
     before = "start"
     for name, lines in stages.items():
         evaluated = [line for line in lines if families(line)]
-        first = [line for line in evaluated[:1] if line["iteration"] == 0 and (name != "pacore" or not held_out)]
+        comparable = STAGES[name].comparable_evaluation or not held_out
+        first = [line for line in evaluated[:1] if line["iteration"] == 0 and comparable]
         for when, line in [*((before, line) for line in first), *((name, line) for line in evaluated[-1:])]:
             held_out[when] = families(line) | held_out.get(when, {})
             if "eval/win_rate" in line:
@@ -271,29 +287,27 @@ def before_and_after(
 
 
 def final_table(chain: Chain) -> FinalTable:
-    """What the stages' metrics say, and a last evaluation of the policy, which keeps what it asked."""
+    """The results of all stages, and a last evaluation of the policy, whose answers are cached."""
     (chain.folder / FINAL).mkdir(exist_ok=True)
     evaluated = [config for step in chain.trained() if (config := step.resolved.config).data.eval]
-    checked = [config for config in evaluated if config.stage != "rlhf"]
-    compared = [config for config in evaluated if config.stage == "rlhf"]
-    held_out, won = before_and_after(stage_metrics(chain))
+    last = {STAGES[config.stage].final_measure: config for config in evaluated}  # the last stage of each measure
+    held_out, win_rates = before_and_after(stage_metrics(chain))
     sampled: list[ResultRow] = []
-    if checked:
-        sampled = result_rows(_answers(chain, checked[-1], Questions(MODES, ATTEMPTS)).rows, checked[-1], MODES)
-    wins = None
-    if compared and won:
-        unchecked = compared[-1].rewards.keys() - set(compared[-1].preference.verifiable_tasks)
-        asked = Questions(("sere",), COMPARED, tasks=unchecked)
-        wins = _answers(chain, compared[-1], asked).preference().get("genrm/win_rate")
-    return FinalTable(held_out, tuple(sampled), won, wins)
+    if config := last.get("accuracy"):
+        sampled = result_rows(_measure(chain, config, Questions(MODES, ATTEMPTS)).rows, config, MODES)
+    win_rate = None
+    if win_rates and (config := last.get("win_rate")):
+        win_rate = _measure(chain, config, Questions(("sere",), COMPARED)).preference().get("genrm/win_rate")
+    return FinalTable(held_out, tuple(sampled), win_rates, win_rate)
 
 
-def _answers(chain: Chain, config: Config, asked: Questions) -> Report:
-    """Those of the last policy to held-out rows of a stage."""
-    who = ModelTarget(
+def _measure(chain: Chain, config: Config, questions: Questions) -> EvaluationReport:
+    """Evaluates the last policy on held-out rows of a stage."""
+    target = ModelTarget(
         str(chain.of(chain.trained()[-1]) / "policy"), device=device(config), max_length=config.max_sequence_length
     )
-    # Another policy, or another place, is asked anew.
-    asked_of = hashlib.sha256(f"{who.model} {who.weights()}".encode()).hexdigest()[:12]
-    cache = chain.folder / FINAL / f"{config.stage}-{asked_of}.jsonl"
-    return measure(config, who, replace(asked, limit=config.eval.sampled_rows, seed=config.seed, cache=cache))
+    # The name of the cache changes with the policy and its place.
+    digest = hashlib.sha256(f"{target.model} {target.weights()}".encode()).hexdigest()[:12]
+    cache = chain.folder / FINAL / f"{config.stage}-{digest}.jsonl"
+    options = {"limit": config.eval.sampled_rows, "seed": config.seed, "cache": cache}
+    return measure(config, target, replace(questions, tasks=STAGES[config.stage].final_tasks(config), **options))

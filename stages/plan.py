@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from rewards.endpoint import EndpointSpec
 from rewards.running.runner import RewardRunner
-from rl.config import Config, EndpointOptions, ScorerSpec, Source, SynthesisOptions
+from rl.config import Config, EndpointOptions, ScorerSpec, Source
 from rl.model import hf_folder
 from rl.model.config import positions, trained_positions
 from rl.record.disk import readable
@@ -23,8 +23,8 @@ from rollout.data.errors import BadRow, RowError, listing
 from rollout.data.order import MixedOrder, Order, PromptOrder
 from rollout.data.rows import Rows, read
 from rollout.pacore.prompt import SynthesisPrompt, synthesis_template
-from stages.pacore import longest_with_messages, within
-from stages.rlhf import row_problem
+from stages import STAGES
+from stages.base import Stage
 
 FLOAT32 = 4  # bytes
 BYTES_PER_TOKEN = 1.5  # of compressed text in rollouts/, an estimate: four characters, a third of them left
@@ -45,7 +45,12 @@ class Plan:
     skipped: Sequence[BadRow]  # rows that are left out, because the recipe allows it
     rewards: RewardRunner  # no process of it runs yet
     checkpoint_bytes: int
-    outside: int = 0  # rows that are left out because of what bounds their messages' accuracy
+    left_out: int = 0  # training rows that the stage does not select
+
+    @property
+    def stage(self) -> type[Stage]:
+        """The stage that the config names."""
+        return STAGES[self.config.stage]
 
     @property
     def most_images(self) -> int:
@@ -65,7 +70,7 @@ class Plan:
             f"train      {len(self.train)} rows, {pictures} with pictures; tasks {', '.join(tasks(self.train))}",
             *self._mix(),
             *(["skipped    " + line.strip() for line in skipped_lines(self.skipped)] if self.skipped else []),
-            *self._messages(),
+            *self.stage.plan_lines(c, self.left_out),
             f"held out   {len(self.held_out)} rows, evaluated {evals} times",
             f"rewards    {'; '.join(self._reward(task) for task in tasks((*self.train, *self.held_out)))}",
             *(f"judge      {self._judge(name)}" for name in sorted(self.rewards.asks())),
@@ -80,14 +85,6 @@ class Plan:
         sources = self.config.data.train
         total = sum(source.weight or 0 for source in sources)
         return [f"           {100 * (s.weight or 0) / total:.3g}% from {s.path}" for s in sources] if total else []
-
-    def _messages(self) -> list[str]:
-        """Where a PaCoRe stage's messages come from."""
-        if self.config.stage != "pacore":
-            return []
-        p, outside = self.config.synthesis, f"; {self.outside} rows are outside the bounds" if self.outside else ""
-        made = "the rows' pools" if p.pool == "cached" else f"{p.online_rollouts} new attempts at each prompt"
-        return [f"messages   {p.least_messages} to {p.most_messages} of {made}{outside}"]
 
     def _disk(self) -> str:
         """What the run folder will take, the largest it can be."""
@@ -158,8 +155,8 @@ def make_plan(
         folder, config.model.chat_template, SynthesisPrompt(synthesis_template(folder, config.synthesis.template))
     )
     check_accept(config)
-    train, outside = _inside(config, _rows(config, config.data.train, chat, rewards, pools=True))
-    held_out = _rows(config, config.data.eval, chat, rewards, pools=False)
+    train, left_out = _selected(config, _rows(config, config.data.train, chat, rewards, trains=True))
+    held_out = _rows(config, config.data.eval, chat, rewards, trains=False)
     return Plan(
         config,
         folder,
@@ -171,7 +168,7 @@ def make_plan(
         (*train.bad, *held_out.bad),
         rewards,
         checkpoint_bytes(config, folder),
-        outside,
+        left_out,
     )
 
 
@@ -202,18 +199,16 @@ def check_accept(config: Config) -> None:
         raise ValueError(f"accept.by_task: {unknown[0]!r} is no task; there are {known}")
 
 
-def _inside(config: Config, rows: Rows) -> tuple[Rows, int]:
-    """The rows whose pools are within the recipe's bounds on their accuracy, and how many are not."""
-    if config.stage != "pacore" or config.synthesis.pool == "online":
-        return rows, 0
-    left = [n for n, prompt in enumerate(rows.prompts) if within(config.synthesis, prompt.pool_accuracy)]
-    if rows.prompts and not left:
-        raise ValueError(
-            f"none of the {len(rows.prompts)} rows has a pool_accuracy within synthesis.accuracy_over and "
-            "synthesis.accuracy_under"
-        )
-    kept = replace(rows, prompts=tuple(rows.prompts[n] for n in left), sources=tuple(rows.sources[n] for n in left))
-    return kept, len(rows.prompts) - len(left)
+def _selected(config: Config, rows: Rows) -> tuple[Rows, int]:
+    """The rows that the stage selects, and the number of the others. Raises ValueError if it selects none."""
+    stage = STAGES[config.stage]
+    indices = [n for n, prompt in enumerate(rows.prompts) if stage.selects(prompt, config)]
+    if rows.prompts and not indices:
+        raise ValueError(f"none of the {len(rows.prompts)} rows {stage.selection}")
+    selected = replace(
+        rows, prompts=tuple(rows.prompts[n] for n in indices), sources=tuple(rows.sources[n] for n in indices)
+    )
+    return selected, len(rows.prompts) - len(indices)
 
 
 def checkpoint_bytes(config: Config, folder: Path) -> int:
@@ -229,19 +224,19 @@ def checkpoint_bytes(config: Config, folder: Path) -> int:
 
 
 def served_here(config: Config, rewards: RewardRunner) -> dict[str, EndpointOptions]:
-    """The judges that this run has to serve itself: those without a URL that a reward asks."""
+    """The judges that the run has to serve, by name."""
     return {name: one for name, one in config.endpoints.items() if one.url is None and name in rewards.asks()}
 
 
 def check_judges(config: Config, rewards: RewardRunner) -> None:
-    """Raises ValueError for one without a url whose model's folder is not there."""
+    """Raises ValueError if the model folder of a judge that the run has to serve does not exist."""
     for name, judge in served_here(config, rewards).items():
         if Path(judge.model).is_absolute() and not Path(judge.model).is_dir():
             raise ValueError(f"endpoints.{name}.model: there is no folder {judge.model}; name one, a hub id, or a url")
 
 
 def judge_gpus(judge: EndpointOptions) -> int:
-    """GPUs that serving it takes."""
+    """The number of GPUs that a judge's server takes."""
     return int(judge.serve.get("tensor-parallel-size", 1)) * int(judge.serve.get("pipeline-parallel-size", 1))
 
 
@@ -250,53 +245,26 @@ def endpoint_spec(name: str, given: EndpointOptions) -> EndpointSpec:
     return EndpointSpec(name=name, url=given.url or "", **given.model_dump(exclude={"url", "serve"}))
 
 
-def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: RewardRunner, *, pools: bool) -> Rows:
-    """Raises RowError for rows that cannot be used, if the recipe does not skip them or if no other is left.
+def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: RewardRunner, *, trains: bool) -> Rows:
+    """Reads and checks rows. Raises RowError for rows that cannot be used, unless the recipe skips them and others are
+    left.
 
     Args:
-        pools: whether the stage's rows need a pool of messages.
+        trains: True for training rows, False for held-out ones.
     """
-    cached = config.stage == "pacore" and config.synthesis.pool == "cached"
-    most = config.synthesis.most_messages
-    online = config.stage == "pacore" and config.synthesis.pool == "online"
-    fresh = config.synthesis.online_length if online else None
+    stage, data = STAGES[config.stage], config.data
 
     def problem(prompt: Prompt) -> str | None:
-        if config.stage == "rlhf" and (other := row_problem(prompt, config.preference)):
-            return other
-        if pools and cached and (short := _short_pool(prompt, config.synthesis)):
-            return short
-        shows = cached and bool(prompt.messages_pool)
         try:
-            tokens = (
-                longest_with_messages(prompt, chat, config.synthesis.most_messages) if shows else chat.length(prompt)
-            )
+            why = stage.row_problem(prompt, config, chat, trains=trains)
         except ValueError as error:
             return str(error)
-        if fresh and (own := chat.length(prompt)) >= fresh:
-            return f"its {own} tokens leave no room for an attempt in synthesis.online_length {fresh}"
-        if tokens >= config.max_sequence_length:
-            seen = f"pictures and {most} messages" if shows else "pictures"
-            return (
-                f"its {tokens} tokens, {seen} included, leave no room for a response in max_sequence_length "
-                f"{config.max_sequence_length}"
-            )
-        return rewards.problem(prompt)
+        return why or rewards.problem(prompt)
 
-    data = config.data
     rows = read(sources, columns=data.columns, reserved=chat.reserved, tasks=config.rewards.keys(), problem=problem)
     if rows.bad and (data.on_bad_row == "stop" or not rows.prompts):
         raise RowError(rows.bad)
     return rows
-
-
-def _short_pool(prompt: Prompt, options: SynthesisOptions) -> str | None:
-    if len(prompt.messages_pool) >= options.least_messages:
-        return None
-    return (
-        f"its messages_pool has {len(prompt.messages_pool)} messages, synthesis.least_messages is "
-        f"{options.least_messages}; python -m stages.curate makes pools, and synthesis.pool: online needs none"
-    )
 
 
 def skipped_lines(bad: Sequence[BadRow]) -> list[str]:

@@ -1,54 +1,64 @@
-"""The stage RLHF: open-ended rows that a teacher has answered, scored by a judge who compares answer and reference.
+"""The stage RLHF: open-ended rows with a teacher's response, scored by a judge that compares answer and reference.
 
-Its metrics tell whether that reward can be trusted: who wins, whether the two orders of a comparison agree, how scores
-are spread, how much they go with length, how often each penalty strikes (STEP3-VL-10B's report, 3.2.2).
+Its metrics show whether that reward can be trusted: the win rate, whether the two orders of a comparison agree, the
+distribution of the scores, their correlation with length, and how often each penalty applies (STEP3-VL-10B report,
+3.2.2).
 """
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from scipy.stats import spearmanr
-
-from rl.config import Preference
+from rl.config import Config, Preference
 from rl.types import Prompt, Scored
+from stages.base import Stage
 
-TENTHS = (10, 50, 90)
+if TYPE_CHECKING:
+    from rollout.chat import Chat
+
+PERCENTILES = (10, 50, 90)
 
 
-@dataclass(frozen=True)
-class Rlhf:
-    """A stages.loop.Stage.
+class Rlhf(Stage):
+    """See stages.base.Stage. The defaults are the report's table; critic_minibatches is a reconstruction."""
 
-    Args:
-        penalties: names of the recipe's penalties, as in `Scored.parts`.
-    """
+    name = "rlhf"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "iterations": 300,
+        "prompts_per_iteration": 512,
+        "rollouts_per_prompt": 8,
+        "max_sequence_length": 32_768,
+        "ppo": {"minibatches": 4, "critic_minibatches": 4},
+    }
+    own_options = ("preference.verifiable_tasks",)
+    final_measure = "win_rate"
 
-    penalties: frozenset[str]
+    @classmethod
+    def row_problem(cls, prompt: Prompt, config: Config, chat: "Chat", *, trains: bool) -> str | None:
+        return reference_problem(prompt, config.preference) or super().row_problem(prompt, config, chat, trains=trains)
 
-    def prompts_for_iteration(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
-        return list(prompts)
-
-    def held_out(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        return list(prompts)
+    @classmethod
+    def final_tasks(cls, config: Config) -> Collection[str]:
+        """The tasks that are compared with a teacher."""
+        return config.rewards.keys() - set(config.preference.verifiable_tasks)
 
     def metrics(self, scored: Sequence[Scored]) -> Mapping[str, float]:
-        return preference_metrics(scored) | penalty_metrics(scored, self.penalties)
+        return preference_metrics(scored) | penalty_metrics(scored, self.tools.penalties)
 
     def evaluation(self, scored: Sequence[Scored]) -> Mapping[str, float]:
-        return {f"eval/{name}": value for name, value in _shares(scored).items()}
+        return {f"eval/{name}": value for name, value in _rates(scored).items()}
 
 
-def row_problem(prompt: Prompt, preference: Preference) -> str | None:
-    """Why a row is none of this stage's, if it is not."""
+def reference_problem(prompt: Prompt, preference: Preference) -> str | None:
+    """Why a row does not belong to this stage, or None."""
     if prompt.task in preference.verifiable_tasks:
         return None
     if prompt.ground_truth is not None:
         return (
-            f"row {prompt.id!r} has a ground_truth: RLHF is for what cannot be checked; keep it for RLVR, or mix its "
-            f"task in with preference.verifiable_tasks: [{prompt.task}]"
+            f"row {prompt.id!r} has a ground_truth, but RLHF is for rows that cannot be verified; keep it for RLVR, or "
+            f"mix its task in with preference.verifiable_tasks: [{prompt.task}]"
         )
     if prompt.reference is None:
         return f"row {prompt.id!r} has no reference, the teacher's response that answers are compared with"
@@ -57,21 +67,21 @@ def row_problem(prompt: Prompt, preference: Preference) -> str | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a judge found about one response."""
+    """The judge's comparison of one response with the reference."""
 
     sample: Scored
     score: float  # of the reward, before penalties
-    lead: float  # grades by which the answer is ahead of the reference
+    lead: float  # grade of the answer minus grade of the reference
     orders_agree: bool
 
 
 def comparisons(scored: Iterable[Scored]) -> list[Comparison]:
-    """Of the samples that were compared with a reference (reward genrm); those that earn nothing without being
-    compared, such as empty answers, are not among them."""
+    """The comparisons in samples of the reward genrm. A sample that was not compared, such as an empty answer, has
+    none."""
     found = []
     for sample in scored:
         if sample.invalid is None:
-            found += [Comparison(sample, *one) for one in _compared(sample)]
+            found += [Comparison(sample, *values) for values in _compared(sample)]
     return found
 
 
@@ -79,9 +89,9 @@ def _compared(sample: Scored) -> Iterable[tuple[float, float, bool]]:
     by_part: Mapping[str, Any] = (
         sample.details if len(sample.parts) > 1 else dict.fromkeys(sample.parts, sample.details)
     )
-    for part, said in by_part.items():
-        if isinstance(said, Mapping) and "orders_agree" in said:
-            yield sample.parts[part], said["answer"] - said["reference"], said["orders_agree"]
+    for part, details in by_part.items():
+        if isinstance(details, Mapping) and "orders_agree" in details:
+            yield sample.parts[part], details["answer"] - details["reference"], details["orders_agree"]
 
 
 def preference_metrics(scored: Sequence[Scored]) -> dict[str, float]:
@@ -89,44 +99,47 @@ def preference_metrics(scored: Sequence[Scored]) -> dict[str, float]:
     found = comparisons(scored)
     if not found:
         return {}
-    scores = [one.score for one in found]
-    metrics = _shares(scored) | {f"score_p{tenth}": percentile(scores, tenth) for tenth in TENTHS}
-    lengths = [len(one.sample.rollout.response_ids or one.sample.rollout.text) for one in found]
-    if (with_length := rank_correlation(lengths, scores)) is not None:
-        metrics["length_correlation"] = with_length
+    scores = [comparison.score for comparison in found]
+    metrics = _rates(scored) | {f"score_p{percent}": percentile(scores, percent) for percent in PERCENTILES}
+    rollouts = [comparison.sample.rollout for comparison in found]
+    lengths = [len(rollout.response_ids or rollout.text) for rollout in rollouts]
+    if (correlation := rank_correlation(lengths, scores)) is not None:
+        metrics["length_correlation"] = correlation
     return {f"genrm/{name}": value for name, value in metrics.items()}
 
 
-def _shares(scored: Sequence[Scored]) -> dict[str, float]:
-    """Who wins; what was not compared (empty, cut off) in a task whose answers are has lost."""
+def _rates(scored: Sequence[Scored]) -> dict[str, float]:
+    """Win rate and order agreement. In a task with comparisons, a sample that was not compared counts as lost."""
     found = comparisons(scored)
     if not found:
         return {}
-    wins = [0.5 if one.lead == 0 else float(one.lead > 0) for one in found]
-    compared = {one.sample.rollout.prompt.task for one in found}
-    entered = [sample for sample in scored if sample.invalid is None and sample.rollout.prompt.task in compared]
+    wins = [0.5 if comparison.lead == 0 else float(comparison.lead > 0) for comparison in found]
+    tasks = {comparison.sample.rollout.prompt.task for comparison in found}
+    samples = [sample for sample in scored if sample.invalid is None and sample.rollout.prompt.task in tasks]
     return {
-        "win_rate": sum(wins) / max(len(entered), len(wins)),
-        "order_agreement": statistics.fmean(one.orders_agree for one in found),
+        "win_rate": sum(wins) / max(len(samples), len(wins)),
+        "order_agreement": statistics.fmean(comparison.orders_agree for comparison in found),
     }
 
 
 def penalty_metrics(scored: Sequence[Scored], penalties: Iterable[str]) -> dict[str, float]:
-    """`penalty/<part>`: how much of an offence the responses that it judges are on average; 0 and 1 make it a rate."""
-    found: dict[str, float] = {}
+    """`penalty/<part>`: the mean value of each penalty. If its values are 0 and 1, this is a rate."""
+    metrics: dict[str, float] = {}
     for name in sorted(penalties):
         if values := [sample.parts[name] for sample in scored if name in sample.parts]:
-            found[f"penalty/{name}"] = statistics.fmean(values)
-    return found
+            metrics[f"penalty/{name}"] = statistics.fmean(values)
+    return metrics
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that at least so many percent do not exceed."""
+    """The smallest value such that at least `percent` percent of the values are not larger."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's rho; None where one of them is constant."""
+    """Spearman's rho. None if one of the sequences is constant."""
+    from scipy.stats import spearmanr  # here, because scipy.stats takes a second to import
+
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None
     return float(spearmanr(first, second).statistic)

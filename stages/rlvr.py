@@ -1,21 +1,19 @@
-"""The stage RLVR: rows as they are, and no numbers of its own."""
+"""The stage RLVR: verifiable rewards on the rows as they are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from rl.types import Prompt, Scored
+from stages.base import Stage
 
 
-class Rlvr:
-    """A stages.loop.Stage."""
+class Rlvr(Stage):
+    """See stages.base.Stage. The defaults are the report's table; critic_minibatches is a reconstruction."""
 
-    def prompts_for_iteration(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
-        return list(prompts)
-
-    def held_out(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        return list(prompts)
-
-    def metrics(self, scored: Sequence[Scored]) -> Mapping[str, float]:
-        return {}
-
-    def evaluation(self, scored: Sequence[Scored]) -> Mapping[str, float]:
-        return {}
+    name = "rlvr"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "iterations": 600,
+        "prompts_per_iteration": 512,
+        "rollouts_per_prompt": 16,
+        "max_sequence_length": 24_576,
+        "ppo": {"minibatches": 4, "critic_minibatches": 4},
+    }

@@ -1,4 +1,4 @@
-"""A run from start to end: places the parts, repeats the iteration, writes its traces, survives interruption."""
+"""A training run from start to end: starts the processes, repeats the iteration, writes results, and can be resumed."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.running.runner import Outage
-from rl.actors import Worker, as_they_come, cluster, gather
+from rl.actors import cluster, merge_streams
 from rl.interrupt import Interrupted, Interrupts
 from rl.learner.features import FeatureStore
 from rl.record import checkpoints
@@ -24,15 +24,14 @@ from rl.stop import Stop, WorkerDied
 from rl.types import Prompt, Scored
 from rollout.partial import PartialRollouts
 from rollout.pool import EnginePool
-from stages.loop import Clock, Diverged, Parts, Stage, catch_up, enough_valid, evaluate, ppo_iteration, sync
-from stages.pacore import Pacore
+from rollout.vllm.client import EngineClient
+from stages.base import Stage, StageTools
+from stages.loop import Clock, Diverged, LoopState, Services, catch_up, evaluate, ppo_iteration, require_valid, sync
 from stages.plan import Plan, device, evaluates, saves, skipped_lines
 from stages.processes import Processes, Restarts
-from stages.rlhf import Rlhf
-from stages.rlvr import Rlvr
 
-POLL_S = 0.2  # between questions whether a checkpoint is written
-BEGUN = "begun.json"  # in a checkpoint's state: responses under way, where the recipe has partial rollouts
+POLL_S = 0.2  # between two checks whether a checkpoint is written
+UNFINISHED = "begun.json"  # in a checkpoint's state: unfinished responses, if the recipe has partial rollouts
 
 
 def train(
@@ -44,11 +43,14 @@ def train(
     verbose: bool = False,
     interrupts: Interrupts | None = None,
 ) -> bool:
-    """Run the plan to its end, continuing from the newest whole checkpoint in `folder` if there is one.
+    """Runs the plan to its end. Continues from the newest intact checkpoint in `folder` if there is one.
 
-    When policy or critic die, all is started again from there, up to `max_restarts` times. Whoever passes `interrupts`
-    learns whether the run was asked to stop when it was all but done.
-    Returns: False if the run was interrupted; it has saved and can be resumed.
+    If policy or critic die, all processes are started again from that checkpoint, at most `max_restarts` times.
+
+    Args:
+        recipe: all values of the recipe, for trackers.
+        interrupts: give them to find out whether the run was asked to stop just before its end.
+    Returns: False if the run was interrupted. It has saved a checkpoint and can be resumed.
     """
     interrupts, restarts = interrupts or Interrupts(), Restarts(plan.config.max_restarts, display.message)
     if plan.skipped:
@@ -57,7 +59,7 @@ def train(
         while True:
             run = _Run(plan, folder, display, interrupts, restarts, recipe, verbose=verbose)
             try:
-                run.whole()
+                run.run()
                 return True
             except Interrupted:
                 run.stop_early("interrupted")
@@ -67,14 +69,14 @@ def train(
                     run.stop_early("stopped")
                 raise
             except WorkerDied as died:
-                run.give_up()
-                restarts.count(f"{died}. Starting again from what is saved")
+                run.abandon()
+                restarts.count(f"{died}. Starting again from the newest checkpoint")
             finally:
                 run.close()
 
 
 class _Run:
-    """The parts of a run and where it stands."""
+    """One attempt at a run: its processes, and how far it is."""
 
     def __init__(
         self,
@@ -96,36 +98,38 @@ class _Run:
             expected=plan.checkpoint_bytes,
         )
         self.start = self.checkpoints.newest(display.message)
-        self.begins = checkpoints.counters(self.start)["iteration"] if self.start else -1  # after it; -1: anew
-        folder.truncate_after(self.begins)
-        self.trackers = Trackers(self.config.log.trackers, folder.path, recipe=recipe, first_step=self.begins + 1)
-        self.done: int | None = None  # iterations whose effects are in the learner, once it is ready
-        self.saved: int | None = None  # the newest of them that a checkpoint holds
-        self._processes: Processes | None = None  # once they are placed
-        self._parts: Parts | None = None  # likewise
+        self.resumed_after = checkpoints.counters(self.start)["iteration"] if self.start else -1  # -1: a new run
+        folder.truncate_after(self.resumed_after)
+        first_step = self.resumed_after + 1
+        self.trackers = Trackers(self.config.log.trackers, folder.path, recipe=recipe, first_step=first_step)
+        self.done: int | None = None  # iterations that the learner has seen; None until it is ready
+        self.saved: int | None = None  # the newest of them that has a checkpoint
+        self.state = LoopState()
+        self._processes: Processes | None = None  # None until they are started
+        self._services: Services | None = None  # None until all processes are ready
         self._pool: EnginePool | None = None
-        self._given_up = False
-        self.partial: PartialRollouts | None = None  # if the recipe asks for it
-        self.timeline: Timeline | None = None  # likewise
+        self._abandoned = False
+        self.partial: PartialRollouts | None = None  # if the recipe asks for partial rollouts
+        self.timeline: Timeline | None = None  # if the recipe asks for it
         self.outages: queue.SimpleQueue[Outage] = queue.SimpleQueue()
-        plan.rewards.on_outage = self._hear
+        plan.rewards.on_outage = self._on_outage
 
-    def whole(self) -> None:
-        """Everything, to the end."""
+    def run(self) -> None:
+        """Runs everything to the end."""
         with self.interrupts.waiting():
             self.begin()
-        self.loop(max(self.begins, 0))
+        self.loop(max(self.resumed_after, 0))
 
     def begin(self) -> None:
-        """Place engines, policy and critic side by side, and bring them to where the run stands."""
-        config, cores, done = self.config, os.cpu_count() or 1, max(self.begins, 0)
-        self._processes = processes = Processes(self._placed(), verbose=self.verbose)
+        """Starts all processes in parallel and restores the newest checkpoint."""
+        config, cores, done = self.config, os.cpu_count() or 1, max(self.resumed_after, 0)
+        self._processes = processes = Processes(self._plan_to_start(), verbose=self.verbose)
         processes.ready()
         if self.start:
             self._restore(self.start)
         self._pool = EnginePool(
             processes.engines,
-            as_they_come,
+            merge_streams,
             self.plan.chat,
             max_sequence_length=config.max_sequence_length,
             temperature=config.rollout.temperature,
@@ -137,113 +141,111 @@ class _Run:
         if partial := config.rollout.partial:
             self.partial = PartialRollouts(self._pool, wanted=config.prompts_per_iteration, chunk=partial.chunk_tokens)
             if self.start:
-                self.partial.resume(done, json.loads((self.start / "state" / BEGUN).read_text()), self.plan.train)
+                unfinished = json.loads((self.start / "state" / UNFINISHED).read_text())
+                self.partial.resume(done, unfinished, self.plan.train)
         if config.log.timeline:
             self.timeline = Timeline(self.folder.timeline, processes.named())
-        self._parts = Parts(
+        self._services = Services(
             config,
             self.partial or self._pool,
             self.plan.rewards,
             processes.policy,
             processes.critic,
-            FeatureStore(processes.policy.workers, config.learner.features_mib),
+            FeatureStore(processes.policy.encoders, config.learner.features_mib),
             self._stage(self._pool),
-            phase=self.display.phase,
-            interruptible=self.interrupts.waiting,
-            meanwhile=self._ride_out,
-            side_by_side=device(config) == "cuda"
+            updates_in_parallel=device(config) == "cuda"
             or 2 * config.learner.ranks * (config.learner.threads or cores) <= cores,
+            interruptible=self.interrupts.waiting,
+            while_waiting=self._handle_outages,
         )
-        sync(done, self._prompts(done + 1), self.parts)
-        # The engines' own start-up is not counted. What the check has shown the learner are the coming pictures.
-        self.parts.told = replace(self.parts.encodings, learner=0)
+        sync(done, self._prompts(done + 1), self.services, self.state)
+        # The engines encode pictures at their own start, which is not reported. The learner encoded the pictures of
+        # the check, which belong to the first iteration.
+        self.state.reported = replace(self.state.encodings, learner=0)
         self.done = self.saved = done if self.start else None
         resuming = f", resuming after iteration {done}" if self.start else ""
         self.display.message(f"ready: {self.folder.path}{resuming}")
 
-    def _placed(self) -> Plan:
-        """The plan; a run that goes on has its critic in the checkpoint, and the one that it began with may be gone."""
+    def _plan_to_start(self) -> Plan:
+        """The plan. In a resumed run without `model.critic`: the critic comes from the checkpoint, and the folder that
+        it began with may not exist any more."""
         if self.start is None or self.config.model.critic is None:
             return self.plan
         model = self.config.model.model_copy(update={"critic": None})
         return replace(self.plan, config=self.config.model_copy(update={"model": model}))
 
     def _stage(self, pool: EnginePool) -> Stage:
-        config, plan = self.config, self.plan
+        config, rewards = self.config, self.plan.rewards
 
-        def attempts(prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
-            scoring, longest = plan.rewards.begin(per_prompt), config.synthesis.online_length
-            pool.sample(prompts, per_prompt, iteration, scoring.add, purpose="messages", longest=longest)
-            return enough_valid(scoring.results(), config.max_invalid_fraction)
+        def sample_and_score(prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
+            scoring, longest = rewards.begin(per_prompt), config.synthesis.online_length
+            for index, rollout in pool.sample(prompts, per_prompt, iteration, purpose="messages", longest=longest):
+                scoring.add(index, rollout)
+            return require_valid(scoring.results(), config.max_invalid_fraction)
 
-        if config.stage == "pacore":
-            return Pacore(config.synthesis, config.accept, config.seed, plan.chat, config.max_sequence_length, attempts)
-        if config.stage == "rlhf":
-            return Rlhf(plan.rewards.penalties())
-        return Rlvr()
+        return self.plan.stage(StageTools(config, self.plan.chat, rewards.penalties(), sample_and_score))
 
-    def _replace_engine(self, number: int, died: WorkerDied) -> Worker:
-        """Another engine in the place of one that died or hung, unless all are about to end."""
-        if self._given_up:
+    def _replace_engine(self, number: int, died: WorkerDied) -> EngineClient:
+        """Starts another engine in the place of one that died or hung. Raises `died` if the run is abandoned."""
+        if self._abandoned:
             raise died
         self.restarts.count(f"engine {number} is replaced: {died}")
-        worker = self.processes.replace_engine(number)
+        engine = self.processes.replace_engine(number)
         if self.timeline:
-            self.timeline.replaced(f"engine {number}", worker)
-        return worker
+            name = f"engine {number}"
+            self.timeline.replaced(name, self.processes.named_engines()[name])
+        return engine
 
     @property
     def processes(self) -> Processes:
         if self._processes is None:
-            raise RuntimeError("the processes of the run are not placed yet")
+            raise RuntimeError("the processes of the run are not started yet")
         return self._processes
 
     @property
-    def parts(self) -> Parts:
-        if self._parts is None:
-            raise RuntimeError("the parts of the run are not placed yet")
-        return self._parts
+    def services(self) -> Services:
+        if self._services is None:
+            raise RuntimeError("the processes of the run are not ready yet")
+        return self._services
 
-    def give_up(self) -> None:
-        """Leave everything as it is saved: a process that others need has died."""
-        self._given_up = True
+    def abandon(self) -> None:
+        """Kills all processes, because one that the others need has died. Everything stays as it is saved."""
+        self._abandoned = True
         self.checkpoints.abandon()
-        if self._parts is not None:
-            self._parts.ahead.abandon()
+        self.state.ahead.abandon()
         if self._processes is not None:
             self._processes.end()
 
     def close(self) -> None:
-        """End what runs beside the main thread, the judges in good order, and the trackers."""
-        if self._parts is not None:
-            self._parts.ahead.abandon()
+        """Ends the sampling thread, the judges and the trackers."""
+        self.state.ahead.abandon()
         try:
             if self._processes is not None:
-                self._processes.close()
+                self._processes.judges.close()
         except RuntimeError as error:  # must not hide why the run ends
-            self.display.message(f"a judge's server did not end in good order: {error}")
+            self.display.message(f"a judge's server did not shut down correctly: {error}")
         self.trackers.close()
 
-    def _hear(self, outage: Outage) -> None:
-        """Told in whatever thread waits for rewards; only the main one knows when it may save."""
+    def _on_outage(self, outage: Outage) -> None:
+        """Called in any thread that waits for rewards. Only the main thread knows when it may save."""
         self.outages.put(outage)
         if threading.current_thread() is threading.main_thread():
-            self._ride_out()
+            self._handle_outages()
 
-    def _ride_out(self) -> None:
-        """An endpoint stays away, or is back: what has been learned is saved, and the run waits."""
+    def _handle_outages(self) -> None:
+        """If an endpoint does not answer, saves and reports it. Its samples are waited for."""
         while not self.outages.empty():
-            self._tell_of(self.outages.get())
+            self._handle_outage(self.outages.get())
 
-    def _tell_of(self, outage: Outage) -> None:
+    def _handle_outage(self, outage: Outage) -> None:
         if outage.why is None:
             self.display.message(f"endpoint {outage.endpoint} is back after {outage.seconds:.0f} s")
             return
         if not outage.again:
-            self._wait_for(outage)
-        self.processes.revive_judge(outage.endpoint, self.restarts)
+            self._save_and_report(outage)
+        self.processes.judges.revive(outage.endpoint, self.restarts.count)
 
-    def _wait_for(self, outage: Outage) -> None:
+    def _save_and_report(self, outage: Outage) -> None:
         if self.done is not None and self.saved != self.done:
             self._save()
         self.checkpoints.settle()
@@ -255,19 +257,19 @@ class _Run:
 
     def _restore(self, start: Path) -> None:
         counters = checkpoints.counters(start)
-        gather(
-            [
-                team.start("restore", start / name, start / "state" / name, counters[f"{name}_steps"])
-                for name, team in self.processes.teams.items()
-            ]
-        )
+        for pending in [
+            learner.restore(start / name, start / "state" / name, counters[f"{name}_steps"])
+            for name, learner in self.processes.learners.items()
+        ]:
+            pending.result()
 
-    def _prompts(self, iteration: int) -> list:
-        asked = self.config.prompt_range(iteration)
-        return self.plan.order.prompts_at(asked.start, len(asked))
+    def _prompts(self, iteration: int) -> list[Prompt]:
+        """The rows that an iteration begins."""
+        places = self.config.prompt_range(iteration)
+        return self.plan.order.prompts_at(places.start, len(places))
 
     def loop(self, done: int) -> None:
-        """All iterations that are left, then the final policy and the table of what was learned."""
+        """Runs the iterations after `done`, then publishes the final policy and shows the table of results."""
         if self.done is None:
             self._record({"iteration": 0, "stage": self.config.stage, **self._evaluation()})
             self.done = 0
@@ -283,7 +285,7 @@ class _Run:
         prompts = self._prompts(iteration)
         following = self._prompts(iteration + 1) if iteration < self.config.iterations else []
         try:
-            metrics, scored = ppo_iteration(iteration, prompts, following, self.parts, clock)
+            metrics, scored = ppo_iteration(iteration, prompts, following, self.services, self.state, clock)
         except Diverged as diverged:
             self.folder.write_rollouts(iteration, diverged.scored)
             raise Stop(
@@ -293,15 +295,16 @@ class _Run:
             ) from diverged
         if evaluates(self.config, iteration) and self.plan.held_out:
             with clock("sync"):
-                metrics |= catch_up(iteration, prompts, self.parts)
+                metrics |= catch_up(iteration, prompts, self.services, self.state)
             metrics |= self._evaluation()
-        metrics |= self.parts.new_encodings()
+        metrics |= self.state.new_encodings()
         metrics |= self._checkpoint_metrics() | self._replaced_engines()
         self.folder.write_rollouts(iteration, scored, self.config.rollout.save)
         self._record({"iteration": iteration, "stage": self.config.stage, **metrics, **clock.metrics()})
         self.done = iteration
         if self.timeline:
-            self.timeline.write(busy=self.processes.named_engines() if self.parts.ahead.has(iteration + 1) else ())
+            sampling = self.state.ahead.has(iteration + 1)
+            self.timeline.write(busy=self.processes.named_engines() if sampling else ())
 
     def _replaced_engines(self) -> dict[str, float]:
         assert self._pool is not None
@@ -312,7 +315,7 @@ class _Run:
         if not self.plan.held_out:
             return {}
         self.display.phase("evaluation")
-        return evaluate(self.plan.held_out, self.parts)
+        return evaluate(self.plan.held_out, self.services)
 
     def _record(self, metrics: dict[str, Any]) -> None:
         self.folder.write_metrics(metrics)
@@ -328,25 +331,25 @@ class _Run:
         self.saved = self.done
 
     def _begin_save(self, target: Path) -> tuple[Mapping[str, Any], Callable[[], None]]:
-        """The learners copy what they have, and write it while the run goes on."""
-        pending = {
-            name: team.start("save", target / name, target / "state" / name)
-            for name, team in self.processes.teams.items()
-        }
+        """Starts a checkpoint: policy and critic copy their state now and write it while the run continues.
+
+        Returns: the counters of the checkpoint, and a function that waits until everything is written.
+        """
+        learners = self.processes.learners
+        pending = {name: one.save(target / name, target / "state" / name) for name, one in learners.items()}
         steps = {f"{name}_steps": one.result() for name, one in pending.items()}
         if self.partial:
             (target / "state").mkdir(exist_ok=True)
-            (target / "state" / BEGUN).write_text(json.dumps(self.partial.left(self.done or 0)))
-        workers = [worker for team in self.processes.teams.values() for worker in team.workers]
+            (target / "state" / UNFINISHED).write_text(json.dumps(self.partial.unfinished(self.done or 0)))
 
         def finish() -> None:
-            while not all(gather([worker.start("written") for worker in workers])):
+            while not all([learner.written() for learner in learners.values()]):
                 time.sleep(POLL_S)
 
         return {"seed": self.config.seed, **steps}, finish
 
     def _checkpoint_metrics(self) -> dict[str, float]:
-        """Of the one that was finished in this iteration, if one was."""
+        """checkpoint/* metrics of the checkpoint that was finished in this iteration, if one was."""
         self.checkpoints.check()
         metrics: dict[str, float] = {}
         for written in self.checkpoints.told():
@@ -358,7 +361,7 @@ class _Run:
         return metrics
 
     def stop_early(self, how: str) -> None:
-        """Keep what has been learned."""
+        """Saves what has been learned and says how to continue."""
         if self.done is None:
             self.display.message(f"{how} before the first iteration; nothing to save")
             return

@@ -3,15 +3,10 @@ read them."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from rl.learner.clients import EncoderClient
 from rl.types import Picture
-
-
-class Encoder(Protocol):
-    """A learner process (rl.learner.policy.Policy) somewhere."""
-
-    def start(self, method: str, *args: Any) -> Any: ...
 
 
 class FeatureStore:
@@ -25,7 +20,7 @@ class FeatureStore:
         limit_mib: of features, in memory and on disk; those of the last request always stay.
     """
 
-    def __init__(self, encoders: Sequence[Encoder], limit_mib: int) -> None:
+    def __init__(self, encoders: Sequence[EncoderClient], limit_mib: int) -> None:
         self._encoders, self._limit = list(encoders), limit_mib << 20
         self._kept: OrderedDict[str, Any] = OrderedDict()  # digest -> pending features, the last used at the end
         self._bytes: dict[str, int] = {}
@@ -40,14 +35,14 @@ class FeatureStore:
             if pending is None:
                 # One by one: a picture's features must not depend, in their last bits, on what was asked with it or
                 # was still kept, or a resumed run would differ from one never interrupted.
-                pending = self._encoders[self._asked % len(self._encoders)].start("encode", picture)
+                pending = self._encoders[self._asked % len(self._encoders)].encode(picture)
                 self._asked += 1
             self._kept[picture.digest] = result[picture.digest] = pending
         return result
 
     def trim(self, using: Iterable[str] = ()) -> None:
         """Forget the least recently used beyond the limit, but none of the digests in `using`."""
-        for sizes in [encoder.start("encoded") for encoder in self._encoders]:
+        for sizes in [encoder.encoded() for encoder in self._encoders]:
             found = sizes.result()
             self.forwards += len(found)
             self._bytes |= dict(found)

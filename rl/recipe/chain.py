@@ -19,9 +19,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rl.config import STAGE_DEFAULTS
 from rl.recipe.layers import Layer, Layers, find_recipe, read, written_layers
 from rl.recipe.resolve import RecipeError, Resolved, resolve, stage_of, yaml_of
+from rl.recipe.stages import registered
 
 CURATE = "curate"
 LINK = "chain"
@@ -104,7 +104,7 @@ def load_chain(
             following = _resolved(entries[1], written, rows, folder, profile)
             links = {"model": {"path": following.config.model.path}}
         steps.append(Step(entry.name, _resolved(entry, written, links, folder, profile)))
-    _check_pools(steps)
+    _check_curated_rows(steps)
     return Chain(folder, tuple(steps))
 
 
@@ -164,7 +164,7 @@ def _check_sections(written: Layers, entries: Sequence[_Entry]) -> None:
 
 def _from(entries: Sequence[_Entry], first: str, where: str) -> list[_Entry]:
     names = [entry.name for entry in entries]
-    stages = [name for name in names if name in STAGE_DEFAULTS]
+    stages = [name for name in names if name in registered()]
     if first not in stages:
         raise RecipeError(f"{where}: the chain has no stage {first} to begin with; it has {', '.join(stages)}")
     start = names.index(first)
@@ -226,14 +226,10 @@ def _resolved(entry: _Entry, written: Layers, links: dict[str, Any], folder: Pat
     return resolve(layers, entry.stage, profile)
 
 
-def _check_pools(steps: Sequence[Step]) -> None:
-    """Raises RecipeError where a stage needs pools of messages and the curation before it makes none."""
+def _check_curated_rows(steps: Sequence[Step]) -> None:
+    """Raises RecipeError if a stage cannot train on the rows that the curation before it makes."""
     for curation, step in pairwise(steps):
-        config, made = step.resolved.config, curation.resolved.config.curate
-        if not curation.curates or config.stage != "pacore" or config.synthesis.pool != "cached":
-            continue
-        if "difficulty" not in made.filters or made.difficulty.rollouts < config.synthesis.least_messages:
-            raise RecipeError(
-                f"the stage pacore needs {config.synthesis.least_messages} messages in each row, which the filter "
-                "difficulty makes: name it in curate.filters, with as many curate.difficulty.rollouts"
-            )
+        if curation.curates:
+            config = step.resolved.config
+            if problem := registered()[config.stage].curation_problem(config, curation.resolved.config.curate):
+                raise RecipeError(problem)

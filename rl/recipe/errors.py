@@ -138,9 +138,18 @@ def explain(details: Sequence[ErrorDetails], values: dict[str, Any], where: Call
     lines = []
     for key, (text, *others) in problems.items():  # others: further forms that its type would have allowed
         choices = " or ".join([text, *(other.split(" should be ", 1)[-1] for other in others)])
-        meaning = names[key].meaning.rstrip(".") if key in names else ""
-        lines.append(f"{where(key)}: {choices}{f' ({meaning})' if meaning else ''}")
+        lines.append(_line(key, choices, names, where))
     return "\n".join(lines)
+
+
+def explain_option(problem: OptionError, values: dict[str, Any], where: Callable[[str], str]) -> str:
+    """The line of `explain` for a value that a stage refuses."""
+    return _line(problem.key, str(problem), declared(values), where)
+
+
+def _line(key: str, text: str, names: Mapping[str, Declared], where: Callable[[str], str]) -> str:
+    meaning = names[key].meaning.rstrip(".") if key in names else ""
+    return f"{where(key)}: {text}{f' ({meaning})' if meaning else ''}"
 
 
 def _problem(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, str]:

@@ -16,8 +16,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rl.config import STAGE_DEFAULTS
 from rl.recipe.errors import RecipeError, check_names
+from rl.recipe.stages import registered
 
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"  # beside the package rl, in a clone and installed
 COMMAND_LINE = "command line"
@@ -129,7 +129,7 @@ def read(file: Path, label: str | None = None, above: tuple[Path, ...] = ()) -> 
 
 
 def _layer(label: str, where: str, folder: Path, values: DictConfig, file: Path | None = None) -> Layer:
-    stages = {name: _section(values, name, where) for name in STAGE_DEFAULTS if name in values}
+    stages = {name: _section(values, name, where) for name in registered() if name in values}
     said = plain(values)
     chain = said.pop("chain", None)
     general = OmegaConf.create({key: value for key, value in said.items() if key not in stages})

@@ -17,9 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from rl.config import STAGE_DEFAULTS, Config
-from rl.recipe.errors import MissingOption, RecipeError, comment_beside, explain
+from rl.config import Config
+from rl.recipe.errors import MissingOption, RecipeError, comment_beside, explain, explain_option
 from rl.recipe.layers import SHIPPED, Layer, Layers, first_line, flatten, plain, read, written_layers
+from rl.recipe.stages import option_problems, registered
 
 __all__ = ["Change", "MissingOption", "RecipeError", "Resolved", "describe", "differences", "load"]
 
@@ -128,10 +129,10 @@ def stage_of(layers: Layers, asked: str | None = None) -> str:
     """The stage that the layers name."""
     naming = [layer for layer in layers.ordered if "stage" in layer.values]
     stage = str(naming[-1].values.stage) if naming else asked
-    stages = ", ".join(STAGE_DEFAULTS)
+    stages = ", ".join(registered())
     if stage is None:
         raise MissingOption(f"{layers.main}: stage is missing; it is one of {stages}")
-    if stage not in STAGE_DEFAULTS:
+    if stage not in registered():
         where = naming[-1].where if naming else "--stage"
         raise RecipeError(f"{where}: no stage {stage}; there are {stages}")
     if asked and stage != asked:
@@ -141,7 +142,7 @@ def stage_of(layers: Layers, asked: str | None = None) -> str:
 
 def _stage_layer(stage: str) -> Layer:
     label = f"default of stage {stage}"
-    values = next({"stage": name, **sizes} for name, sizes in STAGE_DEFAULTS.items() if name == stage)
+    values = {"stage": stage, **registered()[stage].defaults}
     return Layer(label, label, Path.cwd(), OmegaConf.create(values))
 
 
@@ -245,11 +246,14 @@ def _validated(values: dict[str, Any], layers: Layers) -> Config:
     """As JSON, whose strict reading takes lists for tuples and texts for paths but no text for a number."""
     sections = {"model": {}, "data": {}}  # so that a message names what is missing inside them
     try:
-        return Config.model_validate_json(json.dumps(sections | values, default=str))
+        config = Config.model_validate_json(json.dumps(sections | values, default=str))
     except ValidationError as error:
         details = error.errors(include_url=False)
         kind = MissingOption if all(detail["type"] == "missing" for detail in details) else RecipeError
         raise kind(explain(details, values, layers.where)) from None
+    for problem in option_problems(config):
+        raise RecipeError(explain_option(problem, values, layers.where))
+    return config
 
 
 def _escaped(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What has been asked and answered so far, on disk as it comes, so that a killed run asks nothing twice."""
+"""Answers of models, stored on disk when they arrive, so that a curation that was killed asks nothing twice."""
 
 import json
 import threading
@@ -13,7 +13,7 @@ Key = tuple[str, str, int]  # kind of answer, row id, number
 
 
 class Answers:
-    """One file of JSON lines {kind, id, n, ...}, to which any thread may add. A last line cut by a crash is dropped."""
+    """One file of JSON lines {kind, id, n, ...}. Any thread may add lines. A last line that a crash cut is dropped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,17 +39,17 @@ class Answers:
             self._file.close()
             to_disk(self.path)
 
-    def get(self, kind: str, identity: str, number: int) -> Mapping[str, Any] | None:
-        """An answer, if there is one."""
-        return self.known.get((kind, identity, number))
+    def get(self, kind: str, row_id: str, number: int) -> Mapping[str, Any] | None:
+        """The stored answer, or None."""
+        return self.known.get((kind, row_id, number))
 
-    def put(self, kind: str, identity: str, number: int, record: Mapping[str, Any]) -> None:
-        """Remember an answer. Raises Stop if it cannot be written."""
-        line = json.dumps({"kind": kind, "id": identity, "n": number, **record}).encode() + b"\n"
+    def put(self, kind: str, row_id: str, number: int, record: Mapping[str, Any]) -> None:
+        """Stores an answer. Raises Stop if it cannot be written."""
+        line = json.dumps({"kind": kind, "id": row_id, "n": number, **record}).encode() + b"\n"
         with self._lock:
-            if self._file.closed or self.known.get((kind, identity, number)) == record:
-                return  # nobody waits for it any more, or it is known
+            if self._file.closed or self.known.get((kind, row_id, number)) == record:
+                return  # the filter has ended, or the answer is stored already
             with writing(self.path):
                 self._file.write(line)
                 self._file.flush()
-            self.known[kind, identity, number] = record
+            self.known[kind, row_id, number] = record

@@ -1,15 +1,12 @@
-"""The report's filters, one function or class each: which rows stay, and why the others do not.
+"""The filters of the report: which rows are kept, and why others are dropped.
 
-A filter gets the rows that are left of a block and says what becomes of each. What it asks of models goes through an
-`Answers`, which knows what has been answered before.
+A filter gets the remaining rows of a block and returns a decision for each. Answers of models are stored in an
+`Answers`, so that nothing is asked twice.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 from rl.config import (
     Accept,
@@ -21,447 +18,233 @@ from rl.config import (
     SynthesisFilterOptions,
     SynthesisOptions,
 )
-from rl.stop import Stop
-from rl.types import Completion, Prompt, Request, Rollout, RowScore, Scored
-from rollout.chat import Chat
+from rl.types import Prompt, RowScore, Scored
 from rollout.data.decontamination import Benchmarks
 from rollout.pacore.prompt import showing
-from rollout.pool import seed_of
 from stages.curation.answers import Answers
-from stages.loop import AnyScore, enough_valid
-from stages.pacore import accepted, pooled, within
-
-ENOUGH_TO_JUDGE = 24  # scores; of fewer a few invalid ones say nothing about the reward
-Said = Mapping[str, Any]
-Item = TypeVar("Item", Rollout, Prompt)
+from stages.curation.sampling import PolicySampler, RowScores, Sample, Scorer, pass_name
+from stages.pacore import is_accepted, with_pool, within_bounds
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row on its way: what it is, where it came from, and what filters have found out."""
+class CandidateRow:
+    """A row that passes through the filters."""
 
     prompt: Prompt
-    source: int  # number in data.train
-    notes: Mapping[str, Any] = field(default_factory=dict)  # by filter; ends in meta.curation
+    source: int  # index in data.train
+    notes: Mapping[str, Any] = field(default_factory=dict)  # results by filter; written to meta.curation
 
-    def noted(self, name: str, note: Any) -> "Row":
-        return replace(self, notes={**self.notes, name: note})
+    def with_note(self, filter_name: str, note: Any) -> "CandidateRow":
+        """The row with one more result."""
+        return replace(self, notes={**self.notes, filter_name: note})
 
 
 @dataclass(frozen=True)
-class Fate:
-    """What a filter did with a row. `dropped` is None, or why: a few words that many rows share."""
+class Decision:
+    """What a filter decided about a row."""
 
-    row: Row
-    dropped: str | None = None
-    detail: str = ""  # what is special about this row
+    row: CandidateRow
+    dropped: str | None = None  # None: kept; otherwise the reason, in words that many rows share
+    detail: str = ""  # what is particular to this row
+    filter: str = ""  # the filter that dropped the row
 
 
 class Filter(Protocol):
-    def __call__(self, rows: Sequence[Row], answers: Answers) -> list[Fate]: ...
+    def __call__(self, rows: Sequence[CandidateRow], answers: Answers) -> list[Decision]: ...
 
 
-class Engines(Protocol):
-    """rollout.pool.EnginePool, or scripted ones."""
+@dataclass(frozen=True)
+class DecontaminationFilter:
+    """Drops rows that overlap a benchmark. It calls no model."""
 
-    def consume(self, requests: Sequence[Sequence[Request]], finished: Callable[[int, Completion], None]) -> None: ...
+    benchmarks: Benchmarks
 
+    def __call__(self, rows: Sequence[CandidateRow], answers: Answers) -> list[Decision]:
+        return [self._decide(row) for row in rows]
 
-class Scorer(Protocol):
-    """rewards.running.runner.RewardRunner, or a scripted one."""
-
-    def is_group(self, task: str) -> bool: ...
-    def submit(self, rollout: Rollout) -> Future[Scored]: ...
-    def submit_group(self, rollouts: Sequence[Rollout]) -> Sequence[Future[Scored]]: ...
-    def submit_row(self, prompt: Prompt, judge: str) -> Future[RowScore]: ...
-    def results(self, futures: Sequence[Future[AnyScore]]) -> list[AnyScore]: ...
-
-
-def decontamination(benchmarks: Benchmarks) -> Filter:
-    """Rows that benchmarks give away are dropped; nobody is asked."""
-
-    def of(row: Row) -> Fate:
-        shared = benchmarks.shared(row.prompt)
+    def _decide(self, row: CandidateRow) -> Decision:
+        shared = self.benchmarks.shared(row.prompt)
         if shared is None:
-            return Fate(row)
-        return Fate(row, "the same question" if shared.startswith("the question") else "a long passage", shared)
-
-    return lambda rows, answers: [of(row) for row in rows]
+            return Decision(row)
+        return Decision(row, "the same question" if shared.startswith("the question") else "a long passage", shared)
 
 
 # Judges
 
 
 def row_judges(config: Config) -> dict[str, ScorerSpec]:
-    """Name of a pass -> its row judge, for the filters that the recipe applies."""
-    found: dict[str, ScorerSpec] = {}
+    """Name of a pass -> its row judge, for the filters of the recipe."""
+    judges: dict[str, ScorerSpec] = {}
     if "checkability" in config.curate.filters:
-        checks = config.curate.checkability
-        for vote in range(checks.passes):
-            params = {**checks.params, "endpoint": checks.endpoint, "vote": vote}
-            found[pass_name("checkability", vote)] = ScorerSpec(use="checkable", params=params)
+        options = config.curate.checkability
+        for number in range(options.passes):
+            params = {**options.params, "endpoint": options.endpoint, "vote": number}
+            judges[pass_name("checkability", number)] = ScorerSpec(use="checkable", params=params)
     if "relevance" in config.curate.filters:
-        rates = config.curate.relevance
-        params = {**rates.params, "endpoint": rates.endpoint}
-        found[pass_name("relevance", 0)] = ScorerSpec(use="relevant", params=params)
-    return found
-
-
-def pass_name(name: str, vote: int) -> str:
-    """The name of the row judge of one pass."""
-    return f"{name}/{vote}"
+        options = config.curate.relevance
+        params = {**options.params, "endpoint": options.endpoint}
+        judges[pass_name("relevance", 0)] = ScorerSpec(use="relevant", params=params)
+    return judges
 
 
 @dataclass(frozen=True)
-class Checked:
-    """Keeps rows that every pass of the judge calls valid."""
+class CheckabilityFilter:
+    """Keeps rows that the judge calls valid in every pass."""
 
     options: Checkability
     scorer: Scorer
-    limit: float  # share of invalid judgements that may be
+    limit: float  # the largest share of invalid judgements that is allowed
 
-    def __call__(self, rows: Sequence[Row], answers: Answers) -> list[Fate]:
-        votes = _judged("checkability", self.options.passes, rows, self.scorer, answers, self.limit)
-        return [self._fate(row, found) for row, found in zip(rows, votes, strict=True)]
+    def __call__(self, rows: Sequence[CandidateRow], answers: Answers) -> list[Decision]:
+        votes = _judge("checkability", self.options.passes, rows, self.scorer, answers, self.limit)
+        return [self._decide(row, row_votes) for row, row_votes in zip(rows, votes, strict=True)]
 
-    def _fate(self, row: Row, votes: Sequence[RowScore]) -> Fate:
-        valid = sum(vote.invalid is None and vote.value == 1 for vote in votes)
-        noted = row.noted("checkability", {"valid": valid, "of": len(votes)})
-        if valid == len(votes):
-            return Fate(noted)
+    def _decide(self, row: CandidateRow, votes: Sequence[RowScore]) -> Decision:
+        positive = sum(vote.invalid is None and vote.value == 1 for vote in votes)
+        noted = row.with_note("checkability", {"valid": positive, "of": len(votes)})
+        if positive == len(votes):
+            return Decision(noted)
         failed = [vote for vote in votes if vote.invalid is not None]
-        if len(failed) + valid == len(votes):  # nobody is against it
-            return _unscored(row, failed)
-        votes = [vote for vote in votes if vote.invalid is None]
-        reason = next((str(why) for vote in votes if vote.value != 1 and (why := _reason(vote))), "")
-        return Fate(noted, "not every pass calls it valid", f"{valid} of {len(votes)}. {reason}".strip())
+        if len(failed) + positive == len(votes):  # no pass calls the row invalid
+            return _not_scored(row, failed)
+        negative = (vote for vote in votes if vote.invalid is None and vote.value != 1)
+        reason = next((text for vote in negative if (text := _reason(vote))), "")
+        return Decision(noted, "not every pass calls it valid", f"{positive} of {len(votes)}. {reason}".strip())
 
 
 @dataclass(frozen=True)
-class Rated:
-    """Keeps rows without pictures, and those whose pictures matter to their question."""
+class RelevanceFilter:
+    """Keeps rows without pictures, and rows whose pictures the judge finds relevant to the question."""
 
     options: Relevance
     scorer: Scorer
-    limit: float
+    limit: float  # the largest share of invalid judgements that is allowed
 
-    def __call__(self, rows: Sequence[Row], answers: Answers) -> list[Fate]:
-        seeing = [row for row in rows if row.prompt.images]
-        grades = iter(_judged("relevance", 1, seeing, self.scorer, answers, self.limit))
-        return [self._fate(row, next(grades)[0]) if row.prompt.images else Fate(row) for row in rows]
+    def __call__(self, rows: Sequence[CandidateRow], answers: Answers) -> list[Decision]:
+        with_pictures = [row for row in rows if row.prompt.images]
+        grades = iter(_judge("relevance", 1, with_pictures, self.scorer, answers, self.limit))
+        return [self._decide(row, next(grades)[0]) if row.prompt.images else Decision(row) for row in rows]
 
-    def _fate(self, row: Row, grade: RowScore) -> Fate:
+    def _decide(self, row: CandidateRow, grade: RowScore) -> Decision:
         if grade.invalid is not None:
-            return _unscored(row, [grade])
-        noted = row.noted("relevance", round(grade.value, 4))
+            return _not_scored(row, [grade])
+        noted = row.with_note("relevance", round(grade.value, 4))
         if grade.value >= self.options.at_least:
-            return Fate(noted)
-        return Fate(noted, "picture and question do not need each other", f"{grade.value:g}. {_reason(grade)}".strip())
+            return Decision(noted)
+        detail = f"{grade.value:g}. {_reason(grade)}".strip()
+        return Decision(noted, "picture and question do not need each other", detail)
 
 
-def _judged(
-    name: str, passes: int, rows: Sequence[Row], scorer: Scorer, answers: Answers, limit: float
+def _judge(
+    filter_name: str, passes: int, rows: Sequence[CandidateRow], scorer: Scorer, answers: Answers, limit: float
 ) -> list[list[RowScore]]:
-    """Every pass on every row."""
-    scores = RowScores(scorer, answers, name)
+    """The score of every pass for every row."""
+    scores = RowScores(scorer, answers, filter_name)
     for row in rows:
-        for vote in range(passes):
-            scores.want(row.prompt.id, [(vote, row.prompt)])
+        for number in range(passes):
+            scores.request(row.prompt.id, [(number, row.prompt)])
     found = scores.wait(limit)
-    return [[found[row.prompt.id, vote] for vote in range(passes)] for row in rows]
+    return [[found[row.prompt.id, number] for number in range(passes)] for row in rows]
 
 
 # The policy
 
 
 @dataclass(frozen=True)
-class Policy:
-    """Whom the policy's filters ask."""
-
-    engines: Engines
-    chat: Chat
-    scorer: Scorer
-    temperature: float
-    seed: int
-    limit: float  # share of invalid samples that may be
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A response of the policy to a row, and its score."""
-
-    rollout: Rollout
-    score: Scored
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Tried:
-    """Keeps rows that the policy solves sometimes, but not always; what it answered is their pool from then on."""
+class DifficultyFilter:
+    """Keeps rows that the policy solves sometimes but not always. Its answers become the pool of the row."""
 
     options: Difficulty
     accept: Accept
-    policy: Policy
-    longest: int
+    policy: PolicySampler
+    longest: int  # tokens of prompt and response together, at most
 
-    def __call__(self, rows: Sequence[Row], answers: Answers) -> list[Fate]:
+    def __call__(self, rows: Sequence[CandidateRow], answers: Answers) -> list[Decision]:
         prompts = [row.prompt for row in rows]
-        samples = sampled("difficulty", prompts, self.options.rollouts, self.longest, self.policy, answers)
-        return [self._fate(row, found) for row, found in zip(rows, samples, strict=True)]
+        samples = self.policy.samples("difficulty", prompts, self.options.rollouts, self.longest, answers)
+        return [self._decide(row, row_samples) for row, row_samples in zip(rows, samples, strict=True)]
 
-    def _fate(self, row: Row, samples: Sequence[Sample]) -> Fate:
-        samples, failed = _valid(samples)
-        right = [accepted(sample.score, self.accept) for sample in samples]
-        scored = [sample.score for sample in samples]
-        prompt = pooled(row.prompt, scored, self.accept, self.policy.chat.reserved)
-        return _decided("difficulty", replace(row, prompt=prompt), samples, right, failed)
+    def _decide(self, row: CandidateRow, samples: Sequence[Sample]) -> Decision:
+        valid = [sample.score for sample in samples if sample.score.invalid is None]
+        prompt = with_pool(row.prompt, valid, self.accept, self.policy.chat.reserved)
+        return _decide_by_accuracy("difficulty", replace(row, prompt=prompt), samples, self.accept)
 
 
 @dataclass(frozen=True)
-class Synthesised:
-    """Keeps rows that the policy, shown messages of their pool, solves sometimes, but not always."""
+class SynthesisFilter:
+    """Keeps rows that the policy solves sometimes but not always when it sees pooled answers."""
 
     options: SynthesisFilterOptions
     messages: SynthesisOptions
     accept: Accept
-    policy: Policy
+    policy: PolicySampler
 
-    def __call__(self, rows: Sequence[Row], answers: Answers) -> list[Fate]:
-        fates = [self._before(row) for row in rows]
-        shown: dict[int, Prompt] = {}
-        for number, fate in enumerate(fates):
-            if fate.dropped is not None:
+    def __call__(self, rows: Sequence[CandidateRow], answers: Answers) -> list[Decision]:
+        decisions = [self._check_pool(row) for row in rows]
+        prompts: dict[int, Prompt] = {}
+        for index, decision in enumerate(decisions):
+            if decision.dropped is not None:
                 continue
             try:
-                shown[number] = self.shown(fate.row.prompt)
-                tokens = self.policy.chat.length(shown[number])
-            except ValueError as error:  # what a message does to template or chat
-                fates[number] = Fate(fate.row, "cannot be shown with its messages", str(error))
+                prompt = self.with_messages(decision.row.prompt)
+                tokens = self.policy.chat.length(prompt)
+            except ValueError as error:  # the template or the chat refuses a message
+                decisions[index] = Decision(decision.row, "cannot be shown with its messages", str(error))
                 continue
-            if tokens >= self.options.max_sequence_length:
-                fates[number] = Fate(fate.row, "too long with its messages", f"{tokens} tokens")
-        left = [number for number in shown if fates[number].dropped is None]
-        samples = sampled(
-            "synthesis",
-            [shown[number] for number in left],
-            self.options.rollouts,
-            self.options.max_sequence_length,
-            self.policy,
-            answers,
+            if tokens < self.options.max_sequence_length:
+                prompts[index] = prompt
+            else:
+                decisions[index] = Decision(decision.row, "too long with its messages", f"{tokens} tokens")
+        samples = self.policy.samples(
+            "synthesis", list(prompts.values()), self.options.rollouts, self.options.max_sequence_length, answers
         )
-        for number, found in zip(left, samples, strict=True):
-            fates[number] = self._after(fates[number].row, found)
-        return fates
+        for index, row_samples in zip(prompts, samples, strict=True):
+            decisions[index] = _decide_by_accuracy("synthesis", decisions[index].row, row_samples, self.accept)
+        return decisions
 
-    def shown(self, prompt: Prompt) -> Prompt:
-        """The row's problem with messages of its pool: the same ones whenever it is asked."""
+    def with_messages(self, prompt: Prompt) -> Prompt:
+        """The prompt with pooled answers. The draw is always the same for a row."""
         seed = f"{self.policy.seed}/synthesis/{prompt.id}"
         return showing(prompt, self.messages.least_messages, self.messages.most_messages, seed)
 
-    def _before(self, row: Row) -> Fate:
-        options, pool, share = self.messages, row.prompt.messages_pool, row.prompt.pool_accuracy
+    def _check_pool(self, row: CandidateRow) -> Decision:
+        options, pool, accuracy = self.messages, row.prompt.messages_pool, row.prompt.pool_accuracy
         if len(pool) < options.least_messages:
-            return Fate(row, "too few messages", f"{len(pool)} of the {options.least_messages} needed")
-        if within(options, share):
-            return Fate(row)
-        wrong = options.accuracy_over is not None and (share is None or share <= options.accuracy_over)
-        return Fate(row, f"messages too often {'wrong' if wrong else 'right'}", f"accuracy {share}")
-
-    def _after(self, row: Row, samples: Sequence[Sample]) -> Fate:
-        samples, failed = _valid(samples)
-        right = [accepted(sample.score, self.accept) for sample in samples]
-        return _decided("synthesis", row, samples, right, failed)
+            return Decision(row, "too few messages", f"{len(pool)} of the {options.least_messages} needed")
+        if within_bounds(options, accuracy):
+            return Decision(row)
+        wrong = options.accuracy_over is not None and (accuracy is None or accuracy <= options.accuracy_over)
+        return Decision(row, f"messages too often {'wrong' if wrong else 'right'}", f"accuracy {accuracy}")
 
 
-def some_accept(right: Sequence[bool]) -> str | None:
-    """Why a row is dropped: all or none of its responses are accepted. None if it stays (report, 3.2.3)."""
-    if not any(right):
+def drop_reason(accepted: Sequence[bool]) -> str | None:
+    """Why a row is dropped, or None. Some of its responses must be accepted, but not all of them (report, 3.2.3)."""
+    if not any(accepted):
         return "never accepted"
-    return "always accepted" if all(right) else None
+    return "always accepted" if all(accepted) else None
 
 
-def sampled(
-    name: str,
-    prompts: Sequence[Prompt],
-    count: int,
-    longest: int,
-    policy: Policy,
-    answers: Answers,
-) -> list[list[Sample]]:
-    """`count` scored responses to each prompt. All that are missing go to the engines at once; each is remembered when
-    it is there, and scored while others are generated.
-
-    Args:
-        longest: tokens of prompt and response together, at most.
-    """
-    saying, scoring = f"{name} said", RolloutScores(policy.scorer, answers, name)
-    said = _Complete(prompts, count, saying, answers, scoring)
-    missing = [[n for n in range(count) if answers.get(saying, p.id, n) is None] for p in prompts]
-    requests = [
-        asked(name, prompt, numbers, longest, policy) if numbers else []
-        for prompt, numbers in zip(prompts, missing, strict=True)
-    ]
-    places = [(row, n) for row, numbers in enumerate(missing) for n in numbers]
-
-    def finished(place: int, completion: Completion) -> None:
-        row, n = places[place]
-        text = policy.chat.text(completion.prompt_ids, completion.response_ids)
-        said.put(row, n, {"text": text, "finish": completion.finish, "tokens": len(completion.response_ids)})
-
-    if places:
-        policy.engines.consume(requests, finished)
-    found = scoring.wait(policy.limit)
-    return [
-        [
-            Sample(_rollout(p, record), found[p.id, n], record["tokens"])
-            for n in range(count)
-            if (record := answers.get(saying, p.id, n)) is not None
-        ]
-        for p in prompts
-    ]
+def _decide_by_accuracy(filter_name: str, row: CandidateRow, samples: Sequence[Sample], accept: Accept) -> Decision:
+    """Decides by `drop_reason`, unless invalid scores could change the result."""
+    valid = [sample for sample in samples if sample.score.invalid is None]
+    failed = [sample.score for sample in samples if sample.score.invalid is not None]
+    accepted = [is_accepted(sample.score, accept) for sample in valid]
+    noted = row.with_note(filter_name, _note(valid, accepted)) if valid else row
+    reason = drop_reason(accepted)
+    if reason is not None and failed:
+        return _not_scored(noted, failed)
+    return Decision(noted, reason, f"{sum(accepted)} of {len(accepted)}")
 
 
-class _Complete:
-    """Has responses scored: each at once, or those of a prompt together where its reward wants that."""
-
-    def __init__(
-        self, prompts: Sequence[Prompt], count: int, kind: str, answers: Answers, scores: "RolloutScores"
-    ) -> None:
-        self.prompts, self.count, self.kind, self.answers, self.scores = prompts, count, kind, answers, scores
-        for prompt in prompts:
-            self._score(prompt, range(count))
-
-    def put(self, row: int, n: int, record: Said) -> None:
-        self.answers.put(self.kind, self.prompts[row].id, n, record)
-        self._score(self.prompts[row], [n])
-
-    def _score(self, prompt: Prompt, new: Sequence[int]) -> None:
-        """Those of `new` that are there, or the whole group once it is."""
-        group = self.scores.scorer.is_group(prompt.task)
-        said = [(n, self.answers.get(self.kind, prompt.id, n)) for n in (range(self.count) if group else new)]
-        there = [(n, _rollout(prompt, record)) for n, record in said if record is not None]
-        if not group:
-            for one in there:
-                self.scores.want(prompt.id, [one])
-        elif len(there) == self.count:
-            self.scores.want(prompt.id, there)
+def _not_scored(row: CandidateRow, failed: Sequence[Scored | RowScore]) -> Decision:
+    """Drops a row that cannot be decided, because some of its scores are invalid."""
+    return Decision(row, "could not be scored", str(failed[0].invalid))
 
 
-class Scores(Generic[Item, AnyScore]):
-    """Scores that are known, or under way; each is remembered when it is there."""
-
-    def __init__(self, scorer: Scorer, answers: Answers, name: str) -> None:
-        self.scorer, self.answers, self.name, self.kind = scorer, answers, name, f"{name} score"
-        self._found: dict[tuple[str, int], AnyScore] = {}
-        self._waiting: dict[tuple[str, int], Future[AnyScore]] = {}
-
-    def submit(self, group: Sequence[tuple[int, Item]]) -> Sequence[Future[AnyScore]]:
-        raise NotImplementedError
-
-    def restore(self, item: Item, record: Said) -> AnyScore:
-        """A score as `answers` has it."""
-        raise NotImplementedError
-
-    def want(self, identity: str, group: Sequence[tuple[int, Item]]) -> None:
-        """Score what belongs together of one row (numbered), unless all scores are known. Those that went wrong are
-        not."""
-        known = {n: self.answers.get(self.kind, identity, n) for n, _ in group}
-        if all(record is not None and record["invalid"] is None for record in known.values()):
-            for n, item in group:
-                self._found[identity, n] = self.restore(item, known[n] or {})
-            return
-        for (n, _), future in zip(group, self.submit(group), strict=True):
-            self._waiting[identity, n] = future
-            future.add_done_callback(lambda done, n=n: self._done(identity, n, done))
-
-    def _done(self, identity: str, number: int, future: Future[AnyScore]) -> None:
-        """In some thread, where nobody hears of an error; `wait` does all this again."""
-        if not future.cancelled() and not future.exception():
-            with suppress(Stop):
-                self._remember(identity, number, future.result())
-
-    def _remember(self, identity: str, number: int, score: AnyScore) -> None:
-        details = {name: _plain(value) for name, value in score.details.items()}
-        value = score.value if isinstance(score, RowScore) else score.reward
-        record = {"reward": value, "invalid": score.invalid, "details": details}
-        self.answers.put(self.kind, identity, number, record)
-
-    def wait(self, limit: float) -> dict[tuple[str, int], AnyScore]:
-        """All of them by row and number. Raises Stop if more than the share `limit` is invalid: then the reward fails,
-        and not this row or that."""
-        scored = self.scorer.results(list(self._waiting.values()))
-        for (identity, number), score in zip(self._waiting, scored, strict=True):
-            self._remember(identity, number, score)  # the callback may not have run yet
-            self._found[identity, number] = score
-        if len(self._found) >= ENOUGH_TO_JUDGE:
-            enough_valid(list(self._found.values()), limit)
-        return self._found
-
-
-class RolloutScores(Scores[Rollout, Scored]):
-    """What the rewards give the policy's responses."""
-
-    def submit(self, group: Sequence[tuple[int, Rollout]]) -> Sequence[Future[Scored]]:
-        rollouts = [rollout for _, rollout in group]
-        return self.scorer.submit_group(rollouts) if len(rollouts) > 1 else [self.scorer.submit(rollouts[0])]
-
-    def restore(self, item: Rollout, record: Said) -> Scored:
-        return Scored(item, record["reward"], details=record["details"])
-
-
-class RowScores(Scores[Prompt, RowScore]):
-    """What a row judge gives the rows, by number of the pass."""
-
-    def submit(self, group: Sequence[tuple[int, Prompt]]) -> Sequence[Future[RowScore]]:
-        return [self.scorer.submit_row(prompt, pass_name(self.name, vote)) for vote, prompt in group]
-
-    def restore(self, item: Prompt, record: Said) -> RowScore:
-        return RowScore(record["reward"], details=record["details"])
-
-
-def asked(name: str, prompt: Prompt, numbers: Sequence[int], longest: int, policy: Policy) -> list[Request]:
-    """One prompt's requests. Seeds come from the row, so that neither blocks nor a restart change what is sampled."""
-    ids, room = policy.chat.prompt_ids(prompt), longest - policy.chat.length(prompt)
-    seeds = [seed_of(policy.seed, name, prompt.id, n) for n in numbers]
-    return [Request(ids, prompt.images, room, seed, policy.temperature) for seed in seeds]
-
-
-def _rollout(prompt: Prompt, record: Said) -> Rollout:
-    return Rollout(prompt, record["text"], record["finish"])
-
-
-def _valid(samples: Sequence[Sample]) -> tuple[list[Sample], list[Scored]]:
-    """Those that have a score, and what became of the others."""
-    scores = [sample.score for sample in samples]
-    return [s for s in samples if s.score.invalid is None], [s for s in scores if s.invalid is not None]
-
-
-def _decided(name: str, row: Row, samples: Sequence[Sample], right: Sequence[bool], failed: Sequence[Scored]) -> Fate:
-    """Some-accept, unless scores are missing that could change it."""
-    noted = row.noted(name, _note(samples, right)) if samples else row
-    why = some_accept(right)
-    if why is not None and failed:
-        return _unscored(noted, failed)
-    return Fate(noted, why, f"{sum(right)} of {len(right)}")
-
-
-def _unscored(row: Row, failed: Sequence[Scored | RowScore]) -> Fate:
-    """A row that cannot be decided because of scores that went wrong."""
-    return Fate(row, "could not be scored", str(failed[0].invalid))
-
-
-def _note(samples: Sequence[Sample], right: Sequence[bool]) -> dict[str, Any]:
+def _note(samples: Sequence[Sample], accepted: Sequence[bool]) -> dict[str, Any]:
     tokens = sum(sample.tokens for sample in samples) / len(samples)
-    return {"accepted": sum(right), "of": len(right), "tokens_mean": round(tokens, 2)}
+    return {"accepted": sum(accepted), "of": len(accepted), "tokens_mean": round(tokens, 2)}
 
 
 def _reason(score: RowScore) -> str:
     return str(score.details.get("reason") or "")
-
-
-def _plain(value: Any) -> Any:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return str(value)
-    return value

@@ -1,6 +1,6 @@
-"""The folder that a curation writes: what it was begun with, and every block's rows and fates.
+"""The folder that a curation writes: its recipe, and the rows and decisions of every block.
 
-What is there is whole: files appear with all of their content, and a block's rows last of all.
+Files appear with all of their content or not at all. The rows of a block are written last.
 """
 
 import json
@@ -17,10 +17,10 @@ from rl.recipe.resolve import differences, load
 from rl.record.disk import hold, replacing, writing
 from rl.record.run_folder import by_name, messages_of
 from rl.types import Picture, Prompt
-from stages.curation.filters import Fate, Row
+from stages.curation.filters import CandidateRow, Decision
 
 RECIPE, STATE = "recipe.yaml", "state.json"
-MATTER = (
+RELEVANT = (
     "model",
     "data",
     "rewards",
@@ -31,26 +31,27 @@ MATTER = (
     "max_sequence_length",
     "rollout.temperature",
 )
-Decision = tuple[str, Fate]  # with the filter that dropped the row, or ""
 
 
 @dataclass(frozen=True)
-class Out:
-    """The folder that is written."""
+class CurationFolder:
+    """The output folder of a curation."""
 
     path: Path
 
     @contextmanager
-    def begun(self, config: Config, recipe: str, digest: str) -> Iterator[None]:
-        """Keep the folder for this process, new or with the same work begun in it.
+    def locked(self, config: Config, recipe: str, digest: str) -> Iterator[None]:
+        """Locks the folder for this process. It is new, or holds the same curation, unfinished.
 
-        Raises: InputError if it holds something else, or if somebody else is writing there.
+        Args:
+            digest: of the rows and all other files that the filters use.
+        Raises: InputError if it holds something else, or if another process writes there.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; give a folder as --out")
         names = {entry.name.removesuffix(".partial") for entry in self.path.iterdir()} if self.path.exists() else set()
         if names and RECIPE not in names:
-            raise InputError(f"{self.path} is not empty and no curation; give another --out")
+            raise InputError(f"{self.path} is not empty and holds no curation; give another --out")
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -69,7 +70,7 @@ class Out:
     def _check_same(self, config: Config, digest: str) -> None:
         saved, state = self.path / RECIPE, self.path / STATE
         if not saved.is_file() or not state.is_file():
-            return  # nothing was asked yet
+            return  # the curation ended before it called a model
         if changed := [c for c in differences(load(saved).config, config) if _changes_answers(c.key)]:
             listed = "".join(f"\n  {change}" for change in changed)
             raise InputError(f"{self.path} was begun with another recipe:{listed}\nGive another --out for this one")
@@ -80,62 +81,75 @@ class Out:
             )
 
     def write(self, path: Path, content: bytes) -> None:
-        """The whole file, or nothing of it. Raises Stop if it cannot be written."""
+        """Writes a file completely or not at all. Raises Stop if it cannot be written."""
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 file.write(content)
 
     def rows(self, block: int) -> Path:
+        """The file of a block's rows."""
         return self.path / "rows" / f"{block:05d}.jsonl"
 
-    def fates(self, block: int) -> Path:
+    def decisions(self, block: int) -> Path:
+        """The file of a block's decisions."""
         return self.path / "fates" / f"{block:05d}.jsonl"
 
-    def left(self, blocks: int) -> list[int]:
-        """Those of so many blocks that are not done."""
+    def unfinished(self, blocks: int) -> list[int]:
+        """The numbers of the blocks, of `blocks` in all, that are not finished."""
         return [block for block in range(blocks) if not self.rows(block).is_file()]
 
-    def answers(self, block: int, name: str) -> Path:
-        return self.path / "answers" / f"{block:05d}-{name}.jsonl"
+    def answers(self, block: int, filter_name: str) -> Path:
+        """The file of the answers that a filter got for a block."""
+        return self.path / "answers" / f"{block:05d}-{filter_name}.jsonl"
 
-    def finish(self, block: int, fates: Sequence[Decision], sources: Sequence[str]) -> None:
-        """A block's fates and, last of all, its rows."""
-        pictures = Pictures(self)
-        kept = [record(fate.row, pictures.part) for _, fate in fates if fate.dropped is None]
-        told = [
+    def finish(self, block: int, decisions: Sequence[Decision], sources: Sequence[str]) -> None:
+        """Writes a block's decisions and then its rows.
+
+        Args:
+            sources: paths of data.train, in order.
+        """
+        pictures = PictureFiles(self)
+        rows = [row_record(one.row, pictures.part) for one in decisions if one.dropped is None]
+        records = [
             {
-                "id": fate.row.prompt.id,
-                "source": sources[fate.row.source],
-                "filter": name,
-                "dropped": fate.dropped,
-                "detail": fate.detail,
-                "question": shortened(fate.row.prompt),
-                "curation": dict(fate.row.notes),
+                "id": one.row.prompt.id,
+                "source": sources[one.row.source],
+                "filter": one.filter,
+                "dropped": one.dropped,
+                "detail": one.detail,
+                "question": shortened(one.row.prompt),
+                "curation": dict(one.row.notes),
             }
-            for name, fate in fates
+            for one in decisions
         ]
-        self.write(self.fates(block), _lines(told))
-        self.write(self.rows(block), _lines(kept))
+        self.write(self.decisions(block), _lines(records))
+        self.write(self.rows(block), _lines(rows))
 
 
-class Pictures:
-    """How rows name theirs: by a path from their file, and those that came as bytes get a file."""
+class PictureFiles:
+    """Names the pictures of rows by paths that are relative to the rows' file. Pictures that came as bytes are written
+    to files."""
 
-    def __init__(self, out: Out) -> None:
-        self._out = out
+    def __init__(self, folder: CurationFolder) -> None:
+        self._folder = folder
 
     def part(self, picture: Picture) -> dict[str, Any]:
+        """The part of a message that shows a picture."""
         if not isinstance(picture.source, bytes):
-            return {"type": "image", "image": os.path.relpath(picture.source, (self._out.path / "rows").resolve())}
-        path = self._out.path / "pictures" / picture.digest
+            return {"type": "image", "image": os.path.relpath(picture.source, (self._folder.path / "rows").resolve())}
+        path = self._folder.path / "pictures" / picture.digest
         if not path.is_file():
-            self._out.write(path, picture.source)
+            self._folder.write(path, picture.source)
         return {"type": "image", "image": f"../pictures/{picture.digest}"}
 
 
-def record(row: Row, part_of: Callable[[Picture], dict[str, Any]] = by_name) -> dict[str, Any]:
-    """A row as a training row."""
+def row_record(row: CandidateRow, part_of: Callable[[Picture], dict[str, Any]] = by_name) -> dict[str, Any]:
+    """A row as JSON values, in the format of training rows.
+
+    Args:
+        part_of: makes the part of a message that shows a picture.
+    """
     prompt = row.prompt
     optional = {
         "ground_truth": prompt.ground_truth,
@@ -154,7 +168,7 @@ def record(row: Row, part_of: Callable[[Picture], dict[str, Any]] = by_name) -> 
 
 
 def shortened(prompt: Prompt, most: int = 200) -> str:
-    """The last turn's text, for a report."""
+    """The text of the last turn, for the report, at most `most` characters."""
     content = prompt.messages[-1]["content"]
     parts = [content] if isinstance(content, str) else [p.get("text", "(picture) ") for p in content]
     text = "".join(parts)
@@ -162,8 +176,8 @@ def shortened(prompt: Prompt, most: int = 200) -> str:
 
 
 def _changes_answers(key: str) -> bool:
-    """Whether an option has a part in what is asked or kept; an endpoint's name and server may change."""
-    return key.startswith(MATTER) or (key.startswith("endpoints.") and key.endswith(".model"))
+    """True if an option can change answers or decisions. The name and the server of an endpoint may change."""
+    return key.startswith(RELEVANT) or (key.startswith("endpoints.") and key.endswith(".model"))
 
 
 def _lines(records: Sequence[Mapping[str, Any]]) -> bytes:

@@ -1,4 +1,4 @@
-"""What a curation did, in numbers and examples: rows in and out by filter and source, accuracy, why rows went."""
+"""The report of a curation: rows before and after each filter, accuracies, and why rows were dropped."""
 
 import json
 from collections import Counter
@@ -15,18 +15,18 @@ WIDTH = 40  # characters of its longest bar
 
 
 @dataclass(frozen=True)
-class Passage:
-    """Rows that came to a filter, and those that stayed."""
+class FilterCount:
+    """The number of rows before and after a filter."""
 
     filter: str
-    source: str  # "" for all together
+    source: str  # "" for all sources together
     before: int
     after: int
 
 
 @dataclass(frozen=True)
-class Reason:
-    """Why a filter dropped rows."""
+class DropReason:
+    """A reason for which a filter dropped rows."""
 
     filter: str
     why: str
@@ -36,72 +36,75 @@ class Reason:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Rows by the share of their responses that was accepted: none, all, and equal parts of what lies between."""
+    """The number of rows by the share of accepted responses: none, all, and equal intervals between them."""
 
     filter: str
     bars: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
-class Report:
+class CurationReport:
+    """The numbers and examples of a report."""
+
     rows: int
     kept: int
-    passages: tuple[Passage, ...]
+    counts: tuple[FilterCount, ...]
     histograms: tuple[Histogram, ...]
-    reasons: tuple[Reason, ...]
+    reasons: tuple[DropReason, ...]
 
     def text(self) -> str:
-        """For a terminal."""
-        said = [f"{self.kept} of {self.rows} rows stay"]
-        for one in self.passages:
-            said.append(f"  {one.filter:<16}{one.before:>8} -> {one.after:<8}{one.source}")
+        """The report for a terminal."""
+        lines = [f"{self.kept} of {self.rows} rows stay"]
+        for one in self.counts:
+            lines.append(f"  {one.filter:<16}{one.before:>8} -> {one.after:<8}{one.source}")
         for histogram in self.histograms:
-            said += ["", f"accepted responses per row ({histogram.filter})"]
+            lines += ["", f"accepted responses per row ({histogram.filter})"]
             most = max((count for _, count in histogram.bars), default=0) or 1
-            said += [f"  {name:>10} {count:>7} {'#' * round(WIDTH * count / most)}" for name, count in histogram.bars]
+            lines += [f"  {name:>10} {count:>7} {'#' * round(WIDTH * count / most)}" for name, count in histogram.bars]
         for reason in self.reasons:
-            said += ["", f"{reason.filter}: {reason.why} ({reason.count})"]
-            said += [f"  {row}: {' | '.join(filter(None, (detail, shown)))}" for row, detail, shown in reason.examples]
-        return "\n".join(said)
+            lines += ["", f"{reason.filter}: {reason.why} ({reason.count})"]
+            lines += [f"  {row}: {' | '.join(filter(None, (detail, shown)))}" for row, detail, shown in reason.examples]
+        return "\n".join(lines)
 
     def html(self) -> str:
-        """One file that needs nothing else."""
+        """The report as one HTML file without references to others."""
         return _PAGE.render(report=self, widest=lambda histogram: max((n for _, n in histogram.bars), default=0) or 1)
 
 
-def gather(fates: Sequence[Path], filters: Sequence[str], sources: Sequence[str]) -> Report:
-    """From the files of all blocks.
+def make_report(decisions: Sequence[Path], filters: Sequence[str], sources: Sequence[str]) -> CurationReport:
+    """Makes the report of all blocks.
 
     Args:
-        filters: those that were applied, in order.
-        sources: in the order of the recipe.
+        decisions: the files of the blocks' decisions.
+        filters: the names of the applied filters, in order.
+        sources: the paths of data.train, in order.
     """
-    rows = [json.loads(line) for path in fates for line in path.read_bytes().split(b"\n") if line]
-    passages = []
+    rows = [json.loads(line) for path in decisions for line in path.read_bytes().split(b"\n") if line]
+    counts = []
     for place, name in enumerate(filters):
         before = [row for row in rows if row["dropped"] is None or row["filter"] in filters[place:]]
         after = [row for row in before if row["filter"] != name]
-        passages.append(Passage(name, "", len(before), len(after)))
+        counts.append(FilterCount(name, "", len(before), len(after)))
         if len(sources) > 1:
-            counts = [Counter(row["source"] for row in some) for some in (before, after)]
-            passages += [Passage(name, source, counts[0][source], counts[1][source]) for source in sources]
-    return Report(
+            by_source = [Counter(row["source"] for row in some) for some in (before, after)]
+            counts += [FilterCount(name, source, by_source[0][source], by_source[1][source]) for source in sources]
+    return CurationReport(
         rows=len(rows),
         kept=sum(row["dropped"] is None for row in rows),
-        passages=tuple(passages),
+        counts=tuple(counts),
         histograms=tuple(_histogram(name, rows) for name in filters if name in ("difficulty", "synthesis")),
         reasons=tuple(_reasons(rows, filters)),
     )
 
 
-def _reasons(rows: Sequence[dict[str, Any]], filters: Sequence[str]) -> list[Reason]:
+def _reasons(rows: Sequence[dict[str, Any]], filters: Sequence[str]) -> list[DropReason]:
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if row["dropped"] is not None:
             found.setdefault((row["filter"], row["dropped"]), []).append(row)
     ordered = sorted(found.items(), key=lambda item: (filters.index(item[0][0]), -len(item[1])))
     return [
-        Reason(name, why, len(some), tuple((r["id"], r["detail"], r["question"]) for r in some[:EXAMPLES]))
+        DropReason(name, why, len(some), tuple((r["id"], r["detail"], r["question"]) for r in some[:EXAMPLES]))
         for (name, why), some in ordered
     ]
 
@@ -135,7 +138,7 @@ code { color: #555; }
 <h1>{{ report.kept }} of {{ report.rows }} rows stay</h1>
 <table>
 <tr><th>filter</th><th>source</th><th class="number">in</th><th class="number">out</th></tr>
-{% for one in report.passages %}
+{% for one in report.counts %}
 <tr{% if not one.source %} class="all"{% endif %}><td>{{ one.filter if not one.source }}</td>\
 <td>{{ one.source or "all" }}</td>\
 <td class="number">{{ one.before }}</td><td class="number">{{ one.after }}</td></tr>
@@ -151,7 +154,7 @@ code { color: #555; }
 </table>
 {% endfor %}
 {% if report.reasons %}
-<h2>Why rows went</h2>
+<h2>Why rows were dropped</h2>
 {% for reason in report.reasons %}
 <h3>{{ reason.filter }}: {{ reason.why }} ({{ reason.count }})</h3>
 <table>

@@ -25,70 +25,76 @@ from rollout.pacore.prompt import SynthesisPrompt
 from rollout.pacore.rounds import PacoreResult, Round, order
 from rollout.pacore.target import ModelTarget
 from rollout.vllm.server import Server
-from stages.evaluation.scores import Judged, result_rows
-from stages.loop import enough_valid
-from stages.pacore import accepted, synthesis_metrics
+from stages.evaluation.scores import EvaluatedRow, result_rows
+from stages.loop import require_valid
+from stages.pacore import is_accepted, synthesis_metrics
 from stages.plan import check_accept, check_judges, limited, reward_runner, served_here
 from stages.rlhf import penalty_metrics, preference_metrics
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What an evaluation asks."""
+    """What an evaluation asks the policy."""
 
     modes: Sequence[str]
-    attempts: int = 16  # chains of thought per row
-    syntheses: int = 1  # times that PaCoRe answers from them
-    limit: int | None = None  # rows of each task; None: as many as data.eval_limit says
+    attempts: int = 16  # trajectories per row
+    syntheses: int = 1  # PaCoRe answers per row, each from all trajectories
+    limit: int | None = None  # rows of each task; None: data.eval_limit
     seed: int = 0
-    cache: Path | None = None  # keeps what the model says, for the same questions asked again
-    trajectories: Path | None = None  # whose first rounds are used
-    blind: bool = False  # whether the policy sees pictures of other rows
-    tasks: Collection[str] | None = None  # whose rows; None: all
+    cache: Path | None = None  # file that stores the answers, for the same questions asked again
+    trajectories: Path | None = None  # file of an earlier evaluation, whose first rounds are used
+    blind: bool = False  # the policy sees the pictures of other rows
+    tasks: Collection[str] | None = None  # the tasks to measure; None: all
 
 
-def measure(config: Config, who: ModelTarget, asked: Questions) -> "Report":
-    """How good a policy is on the recipe's held-out rows. Raises ValueError (of several kinds) for what does not fit,
-    and what serving and scoring raise."""
+def measure(config: Config, target: ModelTarget, questions: Questions) -> "EvaluationReport":
+    """Measures a policy on the recipe's held-out rows.
+
+    Args:
+        target: serves the policy.
+    Raises: ValueError of several kinds for wrong input, and what serving and scoring raise.
+    """
     check_accept(config)
-    prompts = [p for p in _rows(config, asked.limit) if asked.tasks is None or p.task in asked.tasks]
-    tasks = {prompt.task for prompt in prompts}  # the others' judges need not be there
+    prompts = [p for p in _rows(config, questions.limit) if questions.tasks is None or p.task in questions.tasks]
+    tasks = {prompt.task for prompt in prompts}  # judges of other tasks are not needed
     rewards = reward_runner(config.model_copy(update={"rewards": {task: config.rewards[task] for task in tasks}}))
     check_judges(config, rewards)
     posed = prompts
-    if asked.blind:
+    if questions.blind:
         prompts = [prompt for prompt in prompts if prompt.images]
         posed = blinded(prompts)
-    given = _given(asked.trajectories, posed) if asked.trajectories else {}
-    who = replace(who, options=_options(config) | dict(who.options or {}))
-    template = who.template(config.synthesis.template)
+    given = _first_rounds(questions.trajectories, posed) if questions.trajectories else {}
+    target = replace(target, options=_options(config) | dict(target.options or {}))
+    template = target.template(config.synthesis.template)
     settings = settings_of(
-        who,
+        target,
         template,
-        trajectories=() if given else (asked.attempts,),
+        trajectories=() if given else (questions.attempts,),
         temperature=config.rollout.temperature,
-        seed=asked.seed,
-        answers=asked.syntheses if "pacore" in asked.modes else 0,
-        given=str(asked.trajectories) if asked.trajectories else None,
+        seed=questions.seed,
+        answers=questions.syntheses if "pacore" in questions.modes else 0,
+        given=str(questions.trajectories) if questions.trajectories else None,
     )
     with ExitStack() as stack:
-        cache = asked.cache or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "cache.jsonl"
+        cache = questions.cache or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "cache.jsonl"
         answered = Answered(cache, settings)
         stack.callback(answered.close)
         if settings.answers or not given:
-            run(posed, settings, who, SynthesisPrompt(template), answered, given=given)
+            run(posed, settings, target, SynthesisPrompt(template), answered, given=given)
             failed = answered.left(posed)
-            thoughts = {p.id: thought_of(answered.records[p.id]) for p in posed if p not in failed}
+            results = {p.id: thought_of(answered.records[p.id]) for p in posed if p not in failed}
         else:
-            thoughts = {p.id: PacoreResult(given[p.id]) for p in prompts}
-    with _judges(config, rewards, who.device):
-        rows = judged(config, rewards, [p for p in prompts if p.id in thoughts], thoughts, settings)
-    return Report(config, asked.modes, rows, len(prompts) - len(rows), rewards.penalties(), asked.blind)
+            results = {p.id: PacoreResult(given[p.id]) for p in prompts}
+    with _judges(config, rewards, target.device):
+        rows = score_results(config, rewards, [p for p in prompts if p.id in results], results, settings)
+    return EvaluationReport(
+        config, questions.modes, rows, len(prompts) - len(rows), rewards.penalties(), questions.blind
+    )
 
 
 @contextmanager
 def _judges(config: Config, rewards: RewardRunner, device: str) -> Iterator[None]:
-    """Serves the judges without a url here, once the policy is served no more. Raises RuntimeError if one cannot be."""
+    """Serves the judges that have no url on this machine. Raises RuntimeError if one cannot be served."""
     with ExitStack() as stack:
         servers = {}
         for name, judge in served_here(config, rewards).items():
@@ -101,13 +107,13 @@ def _judges(config: Config, rewards: RewardRunner, device: str) -> Iterator[None
             )
             stack.callback(servers[name].close)
 
-        def heard(outage: Outage) -> None:
+        def on_outage(outage: Outage) -> None:
             if outage.endpoint in servers and not servers[outage.endpoint].runs():
                 raise RuntimeError(f"judge {outage.endpoint}, which was served here, has died: {outage.why}")
             if not outage.again:
                 print(f"endpoint {outage.endpoint}: {outage.why or 'is back'}", file=sys.stderr)
 
-        rewards.on_outage = heard
+        rewards.on_outage = on_outage
         rewards.served({name: server.url() for name, server in servers.items()})
         yield
 
@@ -124,9 +130,11 @@ def _rows(config: Config, limit: int | None) -> list[Prompt]:
 
 
 def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Every row with the pictures of another: the next one of its task that shows as many, and not the same.
+    """Gives every row the pictures of another: of the next row of its task that has as many, but other, pictures.
 
-    Raises: InputError if there is none, or no row at all; rows without pictures are not to be given.
+    Args:
+        prompts: rows with pictures.
+    Raises: InputError if there are no rows, or if a row finds no other.
     """
     if not prompts:
         raise InputError("--blind: no row has a picture")
@@ -150,13 +158,13 @@ def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _options(config: Config) -> dict[str, str | bool]:
-    """How a recipe's policy computes, as arguments of vLLM's server."""
+    """The recipe's options of the policy as arguments of vLLM's server."""
     template = config.model.chat_template
     return {"dtype": config.model.dtype, **({"chat-template": str(template)} if template else {})}
 
 
-def _given(path: Path, prompts: Sequence[Prompt]) -> dict[str, tuple[Round, ...]]:
-    """The first rounds that a file holds. Raises ValueError if it lacks one of the rows, or is about other problems."""
+def _first_rounds(path: Path, prompts: Sequence[Prompt]) -> dict[str, tuple[Round, ...]]:
+    """Row id -> the first round that a file holds. Raises InputError if a row is missing or was another problem."""
     rounds: dict[str, tuple[Round, ...]] = {}
     problems = {prompt.id: digest_of(prompt) for prompt in prompts}
     data = path.read_bytes()
@@ -171,75 +179,80 @@ def _given(path: Path, prompts: Sequence[Prompt]) -> dict[str, tuple[Round, ...]
     return rounds
 
 
-def judged(
+def score_results(
     config: Config,
     rewards: RewardRunner,
     prompts: Sequence[Prompt],
-    thoughts: Mapping[str, PacoreResult],
+    results: Mapping[str, PacoreResult],
     settings: Settings,
-) -> list[Judged]:
-    """Every reply scored; without rows that are left with no valid score. Raises Stop if rewards fail too often."""
+) -> list[EvaluatedRow]:
+    """Scores every reply. Rows without a valid score are left out. Raises Stop if too many scores are invalid.
+
+    Args:
+        results: row id -> the model's answers.
+    """
     with rewards:
-        first = _scored(config, rewards, prompts, thoughts, 0)
-        last = _scored(config, rewards, prompts, thoughts, -1) if settings.answers else {}
-    found = []
+        first = _score_round(config, rewards, prompts, results, 0)
+        last = _score_round(config, rewards, prompts, results, -1) if settings.answers else {}
+    rows = []
     for prompt in prompts:
-        thought, attempts = thoughts[prompt.id], first[prompt.id]
-        answers = _with_shown(prompt, thought, attempts, last[prompt.id], config, settings) if last else []
-        valid = [[s for s in some if s.invalid is None] for some in (attempts, answers)]
+        result, attempts = results[prompt.id], first[prompt.id]
+        syntheses = _with_shown(prompt, result, attempts, last[prompt.id], config, settings) if last else []
+        valid = [[s for s in scored if s.invalid is None] for scored in (attempts, syntheses)]
         if valid[0] and (valid[1] or not last):
-            found.append(Judged(prompt, thought, *valid))
-    if not found:
-        raise Stop("not one row was answered and scored, so there is nothing to report", saves=False)
-    return found
+            rows.append(EvaluatedRow(prompt, result, *valid))
+    if not rows:
+        raise Stop("no row has both an answer and a valid score, so there is nothing to report", saves=False)
+    return rows
 
 
-def _scored(
-    config: Config, rewards: RewardRunner, prompts: Sequence[Prompt], thoughts: Mapping[str, PacoreResult], which: int
+def _score_round(
+    config: Config, rewards: RewardRunner, prompts: Sequence[Prompt], results: Mapping[str, PacoreResult], which: int
 ) -> dict[str, list[Scored]]:
-    """The replies of every row's round number `which`. Apart from other rounds: rewards may see a row's as a group."""
-    asked = [
+    """Row id -> the scored replies of its round number `which`. A group reward gets all replies of a row together, so
+    each round is scored in a call of its own."""
+    rollouts = [
         Rollout(prompt, reply.text, reply.finish)
         for prompt in prompts
-        for reply in thoughts[prompt.id].rounds[which].replies
+        for reply in results[prompt.id].rounds[which].replies
     ]
-    scored = iter(enough_valid(rewards.score(asked), config.max_invalid_fraction))
-    return {p.id: [next(scored) for _ in thoughts[p.id].rounds[which].replies] for p in prompts}
+    scored = iter(require_valid(rewards.score(rollouts), config.max_invalid_fraction))
+    return {p.id: [next(scored) for _ in results[p.id].rounds[which].replies] for p in prompts}
 
 
 def _with_shown(
     prompt: Prompt,
-    thought: PacoreResult,
+    result: PacoreResult,
     attempts: Sequence[Scored],
-    answers: Sequence[Scored],
+    syntheses: Sequence[Scored],
     config: Config,
     settings: Settings,
 ) -> list[Scored]:
-    """The scored syntheses, whose prompts say which messages they saw."""
-    before, last = thought.rounds
-    right = [accepted(s, config.accept) for s, r in zip(attempts, before.replies, strict=True) if r.message]
+    """The scored syntheses with the pooled answers that each of them saw, in its prompt."""
+    before, last = result.rounds
+    correct = [is_accepted(s, config.accept) for s, r in zip(attempts, before.replies, strict=True) if r.message]
     found = []
-    for number, scored in enumerate(answers):
+    for number, scored in enumerate(syntheses):
         places = order(len(before.messages), last.shown, f"{seed_name(settings, prompt)}/1/{number}")
-        shown = PooledAnswers(tuple(before.messages[n] for n in places), tuple(right[n] for n in places))
+        shown = PooledAnswers(tuple(before.messages[n] for n in places), tuple(correct[n] for n in places))
         found.append(replace(scored, rollout=replace(scored.rollout, prompt=replace(prompt, shown=shown))))
     return found
 
 
 @dataclass(frozen=True)
-class Report:
-    """What an evaluation tells."""
+class EvaluationReport:
+    """The results of an evaluation."""
 
     config: Config
     modes: Sequence[str]
-    rows: Sequence[Judged]
+    rows: Sequence[EvaluatedRow]
     left_out: int = 0  # rows without an answer or a valid score
-    penalties: Collection[str] = ()  # names of the recipe's, as in `Scored.parts`
-    blind: bool = False  # whether the policy saw other rows' pictures
+    penalties: Collection[str] = ()  # names of the recipe's penalties, as in `Scored.parts`
+    blind: bool = False  # the policy saw the pictures of other rows
 
     def synthesis(self) -> dict[str, float]:
         """pacore/* metrics (rl/record/metrics.py) of the syntheses."""
-        return synthesis_metrics([s for row in self.rows for s in row.answers], self.config.accept)
+        return synthesis_metrics([s for row in self.rows for s in row.syntheses], self.config.accept)
 
     def preference(self) -> dict[str, float]:
         """genrm/* and penalty/* metrics of the attempts, for tasks whose judge compares with a teacher."""
@@ -247,33 +260,34 @@ class Report:
         return preference_metrics(attempts) | penalty_metrics(attempts, self.penalties)
 
     def json(self) -> dict[str, Any]:
+        """The report as JSON values."""
         return {
             "rows": len(self.rows),
             "left_out": self.left_out,
             "blind": self.blind,
             "results": [
                 {
-                    "task": line.task,
-                    "mode": line.name,
-                    "accuracy": vars(line.accuracy),
-                    "reward": line.reward and vars(line.reward),
-                    "tokens": line.tokens,
+                    "task": row.task,
+                    "mode": row.name,
+                    "accuracy": vars(row.accuracy),
+                    "reward": row.reward and vars(row.reward),
+                    "tokens": row.tokens,
                 }
-                for line in result_rows(self.rows, self.config, self.modes)
+                for row in result_rows(self.rows, self.config, self.modes)
             ],
             "synthesis": self.synthesis(),
             "preference": self.preference(),
         }
 
     def show(self) -> None:
-        """A table, and how syntheses relate to what they saw."""
+        """Prints the table of results, then pacore/*, genrm/* and penalty/* metrics."""
         whose = ", with pictures of other rows" if self.blind else ""
         table = Table(title=f"{len(self.rows)} rows{whose}; 95% confidence intervals over rows")
         for name in ("task", "mode", "accuracy", "mean reward", "tokens per row"):
             table.add_column(name, justify="left" if name in ("task", "mode") else "right")
-        for line in result_rows(self.rows, self.config, self.modes):
-            reward = str(line.reward) if line.reward else ""
-            table.add_row(line.task, line.name, str(line.accuracy), reward, f"{line.tokens:,.0f}")
+        for row in result_rows(self.rows, self.config, self.modes):
+            reward = str(row.reward) if row.reward else ""
+            table.add_row(row.task, row.name, str(row.accuracy), reward, f"{row.tokens:,.0f}")
         console = Console(width=None if sys.stdout.isatty() else 120)
         console.print(table)
         if self.left_out:

@@ -10,20 +10,20 @@ from rewards.voting import majority, vote
 from rl.config import Config
 from rl.types import Prompt, Scored
 from rollout.pacore.rounds import PacoreResult
-from stages.pacore import accepted
+from stages.pacore import is_accepted
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
-ALL = "all"  # the row over all tasks
+ALL = "all"  # the name of the rows over all tasks
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One row: what the model said about it, scored."""
+class EvaluatedRow:
+    """A data row, the model's answers to it, and their scores."""
 
     prompt: Prompt
-    thought: PacoreResult
-    attempts: Sequence[Scored]  # the first round
-    answers: Sequence[Scored]  # the synthesis, once or several times; none where it was not asked for
+    result: PacoreResult
+    attempts: Sequence[Scored]  # of the first round
+    syntheses: Sequence[Scored]  # of the last round; none if PaCoRe is not measured
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Figure:
 
 
 def figure(values: Sequence[float], seed: int = 0) -> Figure:
-    """The mean and its 95% interval, by drawing rows anew (percentile bootstrap, Efron 1979)."""
+    """The mean and its 95% interval by resampling the rows (percentile bootstrap, Efron 1979)."""
     array = np.asarray(values, dtype=float)
     draws = np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))
     tail = 50 * (1 - CONFIDENCE)
@@ -47,75 +47,73 @@ def figure(values: Sequence[float], seed: int = 0) -> Figure:
     return Figure(float(array.mean()), float(low), float(high))
 
 
-def pass_at_one(row: Judged, config: Config) -> float:
-    """Share of a row's attempts that are right."""
-    return fmean(accepted(one, config.accept) for one in row.attempts)
+def pass_at_one(row: EvaluatedRow, config: Config) -> float:
+    """The share of a row's attempts that are correct."""
+    return fmean(is_accepted(scored, config.accept) for scored in row.attempts)
 
 
-def pass_at_k(row: Judged, config: Config) -> float:
-    """Whether one of them is."""
-    return float(any(accepted(one, config.accept) for one in row.attempts))
+def pass_at_k(row: EvaluatedRow, config: Config) -> float:
+    """1 if any attempt is correct, else 0."""
+    return float(any(is_accepted(scored, config.accept) for scored in row.attempts))
 
 
-def majority_at_k(row: Judged, config: Config) -> float:
-    """Whether the first attempt that says what most of them say is right; nobody's vote is wrong."""
-    votes = [vote(one.rollout.answer) for one in row.attempts]
+def majority_at_k(row: EvaluatedRow, config: Config) -> float:
+    """1 if the first attempt with the majority's answer is correct, else 0. Without a majority it is 0."""
+    votes = [vote(scored.rollout.answer) for scored in row.attempts]
     winner = majority(votes)
-    return float(winner is not None and accepted(row.attempts[votes.index(winner)], config.accept))
+    return float(winner is not None and is_accepted(row.attempts[votes.index(winner)], config.accept))
 
 
-def pacore_at_k(row: Judged, config: Config) -> float:
-    """Share of a row's syntheses that are right."""
-    return fmean(accepted(one, config.accept) for one in row.answers)
+def pacore_at_k(row: EvaluatedRow, config: Config) -> float:
+    """The share of a row's syntheses that are correct."""
+    return fmean(is_accepted(scored, config.accept) for scored in row.syntheses)
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A way to answer, on one task or all of them."""
+    """The figures of one mode (for example "majority@16") on one task, or on all of them."""
 
     task: str
     name: str
     accuracy: Figure
-    reward: Figure | None  # of what has a reward of its own
-    tokens: float  # per row, of everything it takes
+    reward: Figure | None  # None for a mode whose answers have no reward of their own
+    tokens: float  # sampled per data row
 
 
-def result_rows(rows: Sequence[Judged], config: Config, modes: Sequence[str]) -> list[ResultRow]:
-    """The table, task by task and then over all rows."""
+def result_rows(rows: Sequence[EvaluatedRow], config: Config, modes: Sequence[str]) -> list[ResultRow]:
+    """The table of results: task by task, then over all rows."""
     tasks = sorted({row.prompt.task for row in rows})
-    found = []
+    table = []
     for task in (*tasks, *([ALL] if len(tasks) > 1 else [])):
-        found += _task_rows(task, [row for row in rows if task in (row.prompt.task, ALL)], config, modes)
-    return found
+        table += _task_rows(task, [row for row in rows if task in (row.prompt.task, ALL)], config, modes)
+    return table
 
 
-def _task_rows(task: str, rows: Sequence[Judged], config: Config, modes: Sequence[str]) -> list[ResultRow]:
+def _task_rows(task: str, rows: Sequence[EvaluatedRow], config: Config, modes: Sequence[str]) -> list[ResultRow]:
     count = len(rows[0].attempts)
-    one = fmean(fmean(r.tokens for r in row.thought.rounds[0].replies) for row in rows)
-    every = fmean(sum(r.tokens for r in row.thought.rounds[0].replies) for row in rows)
-    found = []
+    one = fmean(fmean(r.tokens for r in row.result.rounds[0].replies) for row in rows)
+    every = fmean(sum(r.tokens for r in row.result.rounds[0].replies) for row in rows)
+    table = []
     if "sere" in modes:
         rewards = figure([fmean(s.reward for s in row.attempts) for row in rows])
-        found.append(ResultRow(task, "SeRe pass@1", figure([pass_at_one(row, config) for row in rows]), rewards, one))
-    if "sere" in modes and count > 1:  # of a single attempt both would be the same
+        accuracy = figure([pass_at_one(row, config) for row in rows])
+        table.append(ResultRow(task, "SeRe pass@1", accuracy, rewards, one))
+    if "sere" in modes and count > 1:  # with one attempt pass@K is pass@1
         best = figure([max(s.reward for s in row.attempts) for row in rows])
-        found.append(
-            ResultRow(task, f"SeRe pass@{count}", figure([pass_at_k(row, config) for row in rows]), best, every)
-        )
+        accuracy = figure([pass_at_k(row, config) for row in rows])
+        table.append(ResultRow(task, f"SeRe pass@{count}", accuracy, best, every))
     if "majority" in modes:
-        found.append(
-            ResultRow(task, f"majority@{count}", figure([majority_at_k(row, config) for row in rows]), None, every)
-        )
+        accuracy = figure([majority_at_k(row, config) for row in rows])
+        table.append(ResultRow(task, f"majority@{count}", accuracy, None, every))
     if "pacore" in modes:
-        rewards = figure([fmean(s.reward for s in row.answers) for row in rows])
-        tokens = fmean(_tokens(row.thought) for row in rows)
-        found.append(
-            ResultRow(task, f"PaCoRe@{count}", figure([pacore_at_k(row, config) for row in rows]), rewards, tokens)
-        )
-    return found
+        rewards = figure([fmean(s.reward for s in row.syntheses) for row in rows])
+        accuracy = figure([pacore_at_k(row, config) for row in rows])
+        tokens = fmean(_tokens(row.result) for row in rows)
+        table.append(ResultRow(task, f"PaCoRe@{count}", accuracy, rewards, tokens))
+    return table
 
 
-def _tokens(thought: PacoreResult) -> float:
-    """Of one answer: all rounds, and one of the replies of the last."""
-    *before, last = thought.rounds
+def _tokens(result: PacoreResult) -> float:
+    """Tokens of one answer: all replies of the rounds before the last, and the mean of the last round's replies."""
+    *before, last = result.rounds
     return sum(r.tokens for one in before for r in one.replies) + fmean(r.tokens for r in last.replies)

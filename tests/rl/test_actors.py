@@ -51,8 +51,8 @@ def test_one_that_hangs_while_it_starts_is_noticed(joined: None, tmp_path: Path)
 def test_a_team_that_hangs_is_ended(joined: None, tmp_path: Path) -> None:
     team = place_team(Sleeper.of_rank, str(tmp_path), count=2, patience=5)
     team.ready(60)
-    assert team.call("nap") == "slept"
+    assert team.start(Sleeper.nap).result() == "slept"
     with pytest.raises(WorkerDied, match=r"no sign of life for 5 s"):
-        team.call("sleep")
+        team.start(Sleeper.sleep).result()
     for rank in "01":
         wait_until(ended(tmp_path / rank))

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from rl.config import Config
-from rl.here import Done
+from rl.remote import Ready
 from rl.types import Completion, Prompt, Request, Rollout
 from rollout.partial import PartialRollouts
-from rollout.pool import EnginePool
+from rollout.pool import EnginePool, in_order
 from tests.rollout.test_pool import PROMPTS, Letters, in_turns
 from tests.support.learner import config
 
@@ -23,12 +23,15 @@ class Counting:
         self.lengths, self.step = lengths, 0
         self.asked: list[Request] = []
 
-    def start(self, method: str, *args: Any) -> Done:
-        return Done(None)
+    def load(self, weights: Any, step: int) -> Ready[None]:
+        return Ready(None)
 
-    def stream(self, method: str, *args: Any) -> list[list[tuple[int, Completion]]]:
-        self.asked += args[0]
-        return [[(i, self._answer(request))] for i, request in enumerate(args[0])][::-1]
+    def encodings(self) -> Ready[int]:
+        return Ready(0)
+
+    def stream(self, requests: Sequence[Request]) -> list[list[tuple[int, Completion]]]:
+        self.asked += requests
+        return [[(i, self._answer(request))] for i, request in enumerate(requests)][::-1]
 
     def _answer(self, request: Request) -> Completion:
         row, *done = request.prompt_ids
@@ -57,16 +60,16 @@ def rows(rollouts: Sequence[Rollout]) -> list[int]:
 
 def test_an_iteration_ends_when_enough_groups_are_whole_and_the_rest_goes_on_in_the_next() -> None:
     sampler, engine = partial([3, 9, 4, 2, 30], wanted=2, chunk=4)
-    assert rows(sampler.sample(PROMPTS[:3], 1, 1)) == [0, 2]
+    assert rows(in_order(sampler.sample(PROMPTS[:3], 1, 1))) == [0, 2]
     learned(sampler, engine)
-    assert rows(sampler.sample(PROMPTS[3:], 1, 2)) == [3, 1]
+    assert rows(in_order(sampler.sample(PROMPTS[3:], 1, 2))) == [3, 1]
 
 
 def test_every_token_keeps_the_logprob_and_the_step_of_the_weights_that_sampled_it() -> None:
     sampler, engine = partial([3, 9, 4, 2, 30], wanted=2, chunk=4)
-    sampler.sample(PROMPTS[:3], 1, 1)
+    in_order(sampler.sample(PROMPTS[:3], 1, 1))
     learned(sampler, engine)
-    _, long = sampler.sample(PROMPTS[3:], 1, 2)
+    _, long = in_order(sampler.sample(PROMPTS[3:], 1, 2))
     assert long.response_ids == tuple(range(1, 10))
     assert long.rollout_logprobs == (0.0,) * 4 + (-1.0,) * 5
     assert (long.policy_step, long.pieces, long.prompt_ids, long.finish) == (0, ((0, 4), (1, 5)), (1,), "stop")
@@ -74,30 +77,28 @@ def test_every_token_keeps_the_logprob_and_the_step_of_the_weights_that_sampled_
 
 def test_a_group_counts_when_all_its_responses_are_there_and_what_is_there_is_not_sampled_again() -> None:
     sampler, engine = partial([4, 40, 40], wanted=1, chunk=8)
-    told: list[int] = []
-    assert len(sampler.sample(PROMPTS[:3], 2, 1, lambda place, rollout: told.append(place))) == 2
-    assert told == [0, 1]
+    assert [index for index, _ in sampler.sample(PROMPTS[:3], 2, 1)] == [0, 1]
     assert [request.max_tokens for request in engine.asked] == [8] * 6
     engine.asked.clear()
-    sampler.sample([], 2, 2)
+    in_order(sampler.sample([], 2, 2))
     assert {request.prompt_ids[0] for request in engine.asked} == {1, 2}
     assert [len(request.prompt_ids) for request in engine.asked[:4]] == [9, 9, 9, 9]
 
 
 def test_a_response_ends_at_the_sequence_length_however_it_is_cut() -> None:
     sampler, engine = partial([100, 100], wanted=2, chunk=8, room=20)
-    found = sampler.sample(PROMPTS[:2], 1, 1)
+    found = in_order(sampler.sample(PROMPTS[:2], 1, 1))
     assert [(len(rollout.response_ids), rollout.finish) for rollout in found] == [(20, "length")] * 2
     assert [request.max_tokens for request in engine.asked[::2]] == [8, 8, 4]
 
 
 def test_each_piece_has_a_seed_of_its_own_and_the_first_that_of_a_response_sampled_at_once() -> None:
     sampler, engine = partial([20, 20], wanted=2, chunk=8)
-    sampler.sample(PROMPTS[:2], 1, 1)
+    in_order(sampler.sample(PROMPTS[:2], 1, 1))
     assert len({request.seed for request in engine.asked}) == 6
     first = [request.seed for request in engine.asked[:2]]
     engine.asked.clear()
-    sampler.pool.sample(PROMPTS[:2], 1, 1)
+    in_order(sampler.pool.sample(PROMPTS[:2], 1, 1))
     assert [request.seed for request in engine.asked] == first
 
 
@@ -105,30 +106,32 @@ def test_what_was_begun_goes_through_a_checkpoint_and_goes_on_as_if_nothing_had_
     found = []
     for broken_off in (False, True):
         sampler, engine = partial([3, 9, 4, 2, 30], wanted=2, chunk=4)
-        sampler.sample(PROMPTS[:3], 1, 1)
+        in_order(sampler.sample(PROMPTS[:3], 1, 1))
         if broken_off:
-            left = json.loads(json.dumps(sampler.left(1)))
+            left = json.loads(json.dumps(sampler.unfinished(1)))
             sampler, engine = partial([3, 9, 4, 2, 30], wanted=2, chunk=4)
             sampler.resume(1, left, PROMPTS)
         learned(sampler, engine)
-        found.append((sampler.sample(PROMPTS[3:], 1, 2), sampler.left(2)))
+        found.append((in_order(sampler.sample(PROMPTS[3:], 1, 2)), sampler.unfinished(2)))
     assert found[0] == found[1]
 
 
 def test_a_checkpoint_holds_its_own_iteration_even_when_the_next_is_already_sampled() -> None:
     sampler, _ = partial([3, 9, 4, 2, 30], wanted=2, chunk=4)
-    sampler.sample(PROMPTS[:3], 1, 1)
-    left = sampler.left(1)
-    sampler.sample(PROMPTS[3:], 1, 2)
+    in_order(sampler.sample(PROMPTS[:3], 1, 1))
+    left = sampler.unfinished(1)
+    in_order(sampler.sample(PROMPTS[3:], 1, 2))
     assert [record["id"] for record in left] == ["1"]
-    assert sampler.left(1) == left
+    assert sampler.unfinished(1) == left
 
 
 def test_a_row_that_is_gone_is_named() -> None:
     sampler, _ = partial([3, 9, 4], wanted=2, chunk=4)
-    sampler.sample(PROMPTS[:3], 1, 1)
-    with pytest.raises(ValueError, match=r"responses to row '1' were begun, but data\.train does not have it"):
-        sampler.resume(1, sampler.left(1), [Prompt("7", "t", ())])
+    in_order(sampler.sample(PROMPTS[:3], 1, 1))
+    with pytest.raises(ValueError, match=r"responses to row '1' are unfinished, but data\.train does not have"):
+        ValueError, match=r"responses to row '1' are unfinished, but data\.train does not have this row"
+    ):
+        sampler.resume(1, sampler.unfinished(1), [Prompt("7", "t", ())])
 
 
 @pytest.mark.parametrize("share, expected", [

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from rl.here import Done
+from rl.remote import Ready
 from rl.stop import SourceDied, WorkerDied
-from rl.types import Completion, Prompt, Request, Rollout
-from rollout.pool import EnginePool, seed_of
+from rl.types import Completion, Prompt, Request
+from rollout.pool import EnginePool, in_order, seed_of
 
 
 class Echo:
@@ -18,20 +18,18 @@ class Echo:
         self.asked: list[Request] = []
         self.loaded: list[tuple[Any, int]] = []
 
-    def start(self, method: str, *args: Any) -> Done:
-        return Done(getattr(self, method)(*args))
-
-    def stream(self, method: str, *args: Any) -> list[list[tuple[int, Completion]]]:
+    def stream(self, requests: Sequence[Request]) -> list[list[tuple[int, Completion]]]:
         """The last first, two at a time."""
-        assert method == "stream"
-        requests: Sequence[Request] = args[0]
         self.asked += requests
         made = [Completion(r.prompt_ids, (r.prompt_ids[0], r.seed), (-0.5, -0.5), "stop") for r in requests]
         pairs = list(enumerate(made))[::-1]
         return [pairs[i : i + 2] for i in range(0, len(pairs), 2)]
 
-    def load(self, weights: Any, step: int) -> None:
-        self.loaded.append((weights, step))
+    def load(self, weights: Any, step: int) -> Ready[None]:
+        return Ready(self.loaded.append((weights, step)))
+
+    def encodings(self) -> Ready[int]:
+        return Ready(0)
 
 
 class Letters:
@@ -65,34 +63,34 @@ PROMPTS = [Prompt(str(i), "t", ()) for i in range(5)]
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_rollouts_come_back_in_order_with_a_prompts_own_as_neighbours(workers: int) -> None:
     made, _ = pool(workers)
-    rollouts = made.sample(PROMPTS, 2, iteration=1)
+    rollouts = in_order(made.sample(PROMPTS, 2, iteration=1))
     assert [r.text for r in rollouts] == [f"answer to {i}" for i in range(5) for _ in range(2)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_each_rollout_is_told_with_its_place_as_soon_as_it_is_there(workers: int) -> None:
-    told: dict[int, Rollout] = {}
-    rollouts = pool(workers)[0].sample(PROMPTS, 2, iteration=1, finished=told.__setitem__)
-    assert [told[place] for place in range(10)] == rollouts
-    assert next(iter(told)) != 0  # the engines answer their last request first
+def test_each_rollout_is_yielded_with_its_index_as_soon_as_it_arrives(workers: int) -> None:
+    pairs = list(pool(workers)[0].sample(PROMPTS, 2, iteration=1))
+    assert sorted(index for index, _ in pairs) == list(range(10))
+    assert {index: rollout.prompt.id for index, rollout in pairs} == {index: str(index // 2) for index in range(10)}
+    assert pairs[0][0] != 0  # the engines answer their last request first
 
 
 def test_every_sample_has_a_seed_of_its_own_that_does_not_depend_on_the_number_of_workers() -> None:
-    seeds = [[r.response_ids[1] for r in pool(n)[0].sample(PROMPTS, 3, iteration=2)] for n in (1, 2)]
+    seeds = [[r.response_ids[1] for r in in_order(pool(n)[0].sample(PROMPTS, 3, iteration=2))] for n in (1, 2)]
     assert seeds[0] == seeds[1]
     assert len(set(seeds[0])) == 15
-    assert seeds[0] != [r.response_ids[1] for r in pool(1)[0].sample(PROMPTS, 3, iteration=3)]
+    assert seeds[0] != [r.response_ids[1] for r in in_order(pool(1)[0].sample(PROMPTS, 3, iteration=3))]
 
 
 def test_work_is_dealt_by_a_fixed_rule() -> None:
     made, engines = pool(2)
-    made.sample(PROMPTS, 1, iteration=1)
+    in_order(made.sample(PROMPTS, 1, iteration=1))
     assert [[r.prompt_ids[0] for r in e.asked] for e in engines] == [[0, 2, 4], [1, 3]]
 
 
 def test_the_prompt_and_its_response_share_the_sequence_length() -> None:
     made, engines = pool(1, length=10)
-    made.sample(PROMPTS[:1], 1, iteration=1)
+    in_order(made.sample(PROMPTS[:1], 1, iteration=1))
     assert engines[0].asked[0].max_tokens == 9
 
 
@@ -102,13 +100,13 @@ def test_a_check_asks_for_one_short_response_of_each_prompt_with_a_seed_of_its_o
     assert len(made.check(PROMPTS, 3)) == 5
     assert {request.max_tokens for request in engines[0].asked} == {7}
     checked = {request.seed for request in engines[0].asked}
-    made.sample(PROMPTS, 1, 3)
+    in_order(made.sample(PROMPTS, 1, 3))
     assert not checked & {request.seed for request in engines[0].asked[5:]}
 
 
 def test_greedy_asks_once_at_temperature_zero() -> None:
     made, engines = pool(1)
-    assert len(made.greedy(PROMPTS)) == 5
+    assert len(in_order(made.greedy(PROMPTS))) == 5
     assert {r.temperature for r in engines[0].asked} == {0.0}
 
 
@@ -116,7 +114,7 @@ def test_loaded_weights_reach_every_engine_and_mark_the_rollouts() -> None:
     made, engines = pool(2)
     made.load("weights", 7)
     assert [e.loaded for e in engines] == [[("weights", 7)]] * 2
-    assert made.sample(PROMPTS[:1], 1, iteration=8)[0].policy_step == 7
+    assert in_order(made.sample(PROMPTS[:1], 1, iteration=8))[0].policy_step == 7
 
 
 def test_a_prompt_that_fills_the_sequence_is_refused_by_name() -> None:
@@ -132,15 +130,15 @@ class Mortal(Echo):
         super().__init__()
         self.answers = answers
 
-    def start(self, method: str, *args: Any) -> Done:
-        return Dead(WorkerDied("gone")) if self.answers == 0 else super().start(method, *args)
+    def load(self, weights: Any, step: int) -> Ready[None]:
+        return Dead(WorkerDied("gone")) if self.answers == 0 else super().load(weights, step)
 
-    def stream(self, method: str, *args: Any) -> list:
-        steps = super().stream(method, *args)
+    def stream(self, requests: Sequence[Request]) -> list:
+        steps = super().stream(requests)
         return steps if self.answers is None else [*steps[: self.answers // 2], WorkerDied("gone")]
 
 
-class Dead(Done):
+class Dead(Ready):
     """An answer that never comes, and why."""
 
     def result(self, patience: float | None = None) -> Any:
@@ -163,13 +161,12 @@ def mortal_pool(*answers: int | None) -> tuple[EnginePool, list[Mortal], list[in
 
 
 def test_what_a_dead_engine_had_not_answered_is_asked_of_another_with_the_same_weights_and_seeds() -> None:
-    expected = pool(2)[0].sample(PROMPTS, 2, iteration=1)
+    expected = in_order(pool(2)[0].sample(PROMPTS, 2, iteration=1))
     made, engines, replaced = mortal_pool(None, 2)
     made.load("weights", 4)
-    told: list[int] = []
-    found = made.sample(PROMPTS, 2, iteration=1, finished=lambda place, rollout: told.append(place))
-    assert [rollout.response_ids for rollout in found] == [rollout.response_ids for rollout in expected]
-    assert sorted(told) == list(range(10))  # each once
+    pairs = list(made.sample(PROMPTS, 2, iteration=1))
+    assert [rollout.response_ids for rollout in in_order(pairs)] == [rollout.response_ids for rollout in expected]
+    assert sorted(index for index, _ in pairs) == list(range(10))  # each once
     assert (replaced, made.replaced) == ([1], 1)
     assert engines[2].loaded == [("weights", 4)]
     assert len(engines[2].asked) == 2  # of four, two were answered
@@ -179,12 +176,12 @@ def test_an_engine_that_dies_while_it_takes_weights_is_replaced() -> None:
     made, engines, replaced = mortal_pool(None, 0)
     made.load("weights", 4)
     assert (replaced, engines[2].loaded) == ([1], [("weights", 4)])
-    assert made.sample(PROMPTS, 1, iteration=1)[0].policy_step == 4
+    assert in_order(made.sample(PROMPTS, 1, iteration=1))[0].policy_step == 4
 
 
 def test_an_engine_is_not_blamed_when_the_policy_dies_whose_weights_it_waits_for() -> None:
     made, engines, replaced = mortal_pool(None)
-    engines[0].start = lambda method, *args: Dead(SourceDied("the policy is gone"))
+    engines[0].load = lambda weights, step: Dead(SourceDied("the policy is gone"))
     with pytest.raises(SourceDied, match="the policy is gone"):
         made.load("weights", 4)
     assert replaced == []
@@ -194,7 +191,7 @@ def test_without_a_replacement_a_dead_engine_ends_the_run() -> None:
     made, *_ = mortal_pool(2)
     made.replacement = None
     with pytest.raises(WorkerDied, match="gone"):
-        made.sample(PROMPTS, 2, iteration=1)
+        in_order(made.sample(PROMPTS, 2, iteration=1))
 
 
 def test_seeds_are_the_same_on_every_machine() -> None:

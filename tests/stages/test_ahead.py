@@ -1,17 +1,16 @@
 """Samples of the next iteration are made beside this one's training: what may overlap, and what is left in order."""
 
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from rl.config import Config
 from rl.stop import Stop
 from rl.types import Rollout, Scored
 from stages.ahead import Abandoned, Ahead
-from stages.loop import Clock, Parts, ppo_iteration
-from tests.stages.test_loop import PROMPTS, Scores, Scripted, inside, parts, right
-
-__all__ = ["parts"]  # the fixture
+from stages.loop import Clock, LoopState, Services, ppo_iteration
+from tests.support.loop import PROMPTS, Scores, Scripted, policy_of, right, scripted_services
 
 
 def test_what_was_started_is_taken_and_the_waiting_thread_is_told_meanwhile() -> None:
@@ -66,8 +65,14 @@ def test_only_one_iteration_is_sampled_ahead() -> None:
         ahead.start(2, str)
 
 
-def staleness(config: Config, value: int) -> Config:
-    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_staleness": value})})
+@pytest.fixture
+def services(tmp_path: Path) -> Services:
+    return scripted_services(tmp_path)
+
+
+def with_staleness(services: Services, value: int) -> Services:
+    rollout = services.config.rollout.model_copy(update={"max_staleness": value})
+    return replace(services, config=services.config.model_copy(update={"rollout": rollout}))
 
 
 class Noting(Scripted):
@@ -77,40 +82,38 @@ class Noting(Scripted):
         super().__init__(policy)
         self.sampled: list[tuple[int, int]] = []
 
-    def sample(self, prompts, per_prompt, iteration, finished=lambda place, rollout: None) -> list[Rollout]:
-        if iteration > 0:  # others are checks after a weight sync
-            self.sampled.append((iteration, self.policy_step))
-        return super().sample(prompts, per_prompt, iteration, finished)
+    def sample(self, prompts, per_prompt, iteration):
+        self.sampled.append((iteration, self.policy_step))
+        return super().sample(prompts, per_prompt, iteration)
 
 
 @pytest.mark.parametrize("value, expected, lags", [
     (0, [(1, 0), (2, 1), (3, 2)], [0, 0, 0]),
     (1, [(1, 0), (2, 0), (3, 1)], [0, 1, 1]),
 ])  # fmt: skip
-def test_staleness_is_how_many_updates_the_sampling_weights_are_behind(parts: Parts, value, expected, lags) -> None:
-    parts.config = staleness(parts.config, value)
-    parts.sampler = sampler = Noting(inside(parts.policy))
+def test_staleness_is_how_many_updates_the_sampling_weights_are_behind(services, value, expected, lags) -> None:
+    sampler, state = Noting(policy_of(services)), LoopState()
+    services = replace(with_staleness(services, value), sampler=sampler)
     found = []
     for iteration in range(1, 4):
         following = PROMPTS if iteration < 3 else []
-        metrics, scored = ppo_iteration(iteration, PROMPTS, following, parts, Clock(parts.phase))
+        metrics, scored = ppo_iteration(iteration, PROMPTS, following, services, state, Clock())
         found.append(metrics["rollout/staleness"])
         assert len(scored) == 12
-        parts.ahead.settle()
+        state.ahead.settle()
     assert sampler.sampled == expected
     assert found == lags
 
 
-def test_too_many_invalid_samples_of_the_next_iteration_do_not_touch_this_one(parts: Parts) -> None:
-    parts.config = staleness(parts.config, 1)
-    taken = []
+def test_too_many_invalid_samples_of_the_next_iteration_do_not_touch_this_one(services: Services) -> None:
+    taken, state = [], LoopState()
 
     def only_the_first_iteration(rollout: Rollout) -> Scored:
         taken.append(rollout)
         return right(rollout) if len(taken) <= 12 else Scored(rollout, 0.0, "judge away")
 
-    parts.scorer = Scores(only_the_first_iteration)
-    metrics, _ = ppo_iteration(1, PROMPTS, PROMPTS, parts, Clock(parts.phase))
+    services = replace(with_staleness(services, 1), scorer=Scores(only_the_first_iteration))
+    metrics, _ = ppo_iteration(1, PROMPTS, PROMPTS, services, state, Clock())
     assert metrics["reward/mean"] == pytest.approx(1 / 3)
     with pytest.raises(Stop, match="12 of 12 samples are invalid"):
-        ppo_iteration(2, PROMPTS, [], parts, Clock(parts.phase))
+        ppo_iteration(2, PROMPTS, [], services, state, Clock())

@@ -11,11 +11,21 @@ from pydantic import ValidationError
 from rewards.voting import majority, vote
 from rl.config import Accept, SynthesisOptions
 from rl.recipe.resolve import load
+from rl.recipe.stages import option_problems
 from rl.record.metrics import describe
 from rl.stop import Stop
 from rl.types import PooledAnswers, Prompt, Rollout, Scored
 from rollout.pacore.prompt import synthesis_template
-from stages.pacore import Pacore, longest_with_messages, pooled, referred, repeats_majority, synthesis_metrics, within
+from stages.base import StageTools
+from stages.pacore import (
+    Pacore,
+    longest_with_messages,
+    referred_fraction,
+    repeats_majority,
+    synthesis_metrics,
+    with_pool,
+    within_bounds,
+)
 from tests.support.configs import config
 from tests.support.judging import blocks, honest, judging, score
 
@@ -36,7 +46,7 @@ class Chat:
             self.input_ids = text
 
 
-def with_pool(size: int = 24, right: int = 12, **more: Any) -> Prompt:
+def row_with_pool(size: int = 24, right: int = 12, **more: Any) -> Prompt:
     return replace(
         ROW,
         messages_pool=tuple(f"message {n}" for n in range(size)),
@@ -52,7 +62,8 @@ def nobody(prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[S
 
 def stage(attempts: Any = nobody, longest: int = 10_000, **options: Any) -> Pacore:
     chat: Any = Chat()
-    return Pacore(SynthesisOptions(**options), Accept(), 0, chat, longest, attempts)
+    made = config().model_copy(update={"max_sequence_length": longest, "synthesis": SynthesisOptions(**options)})
+    return Pacore(StageTools(made, chat, frozenset(), attempts))
 
 
 # Cached pools
@@ -61,7 +72,7 @@ def stage(attempts: Any = nobody, longest: int = 10_000, **options: Any) -> Paco
 def test_every_episode_shows_16_to_24_messages_of_the_pool_without_repeats() -> None:
     counts = set()
     for iteration in range(1, 60):
-        for prompt in stage().prompts_for_iteration([with_pool(), with_pool(id="b")], iteration):
+        for prompt in stage().prompts_for_iteration([row_with_pool(), row_with_pool(id="b")], iteration):
             assert prompt.shown is not None
             counts.add(len(prompt.shown.texts))
             assert len(set(prompt.shown.texts)) == len(prompt.shown.texts)
@@ -70,7 +81,7 @@ def test_every_episode_shows_16_to_24_messages_of_the_pool_without_repeats() -> 
 
 
 def test_the_same_iteration_shows_the_same_messages_again_and_the_next_one_others() -> None:
-    prompts = [with_pool()]
+    prompts = [row_with_pool()]
     assert (
         stage().prompts_for_iteration(prompts, 3)
         == stage().prompts_for_iteration(prompts, 3)
@@ -79,14 +90,14 @@ def test_the_same_iteration_shows_the_same_messages_again_and_the_next_one_other
 
 
 def test_what_is_known_of_a_message_goes_along_with_it() -> None:
-    (prompt,) = stage().prompts_for_iteration([with_pool(right=5)], 1)
+    (prompt,) = stage().prompts_for_iteration([row_with_pool(right=5)], 1)
     assert prompt.shown is not None and prompt.shown.accepted is not None
     for text, right in zip(prompt.shown.texts, prompt.shown.accepted, strict=True):
         assert right == (int(text.split()[1]) < 5)
 
 
 def test_rewards_still_see_the_problem_alone() -> None:
-    (prompt,) = stage().prompts_for_iteration([with_pool()], 1)
+    (prompt,) = stage().prompts_for_iteration([row_with_pool()], 1)
     assert prompt.shown is not None
     with judging(honest) as server:
         assert score("verifier", Rollout(prompt, "4")).value == 1.0
@@ -96,7 +107,7 @@ def test_rewards_still_see_the_problem_alone() -> None:
 
 
 def test_an_evaluation_shows_the_same_messages_every_time_and_asks_rows_without_a_pool_plainly() -> None:
-    rows = [with_pool(), ROW, with_pool(size=3)]
+    rows = [row_with_pool(), ROW, row_with_pool(size=3)]
     first, plain, small = stage().held_out(rows)
     assert [first, plain, small] == stage().held_out(rows)
     assert first.shown is not None and plain.shown is None
@@ -118,7 +129,7 @@ def test_an_evaluation_shows_the_same_messages_every_time_and_asks_rows_without_
 def test_the_papers_bounds_on_message_accuracy_are_strict(
     accuracy: float | None, bounds: dict[str, Any], inside: bool
 ) -> None:
-    assert within(SynthesisOptions(**bounds), accuracy) == inside
+    assert within_bounds(SynthesisOptions(**bounds), accuracy) == inside
 
 
 def test_the_longest_prompt_that_can_be_drawn_is_known_before() -> None:
@@ -174,7 +185,7 @@ def test_an_iteration_without_any_prompt_stops_the_run_with_advice() -> None:
 
 
 def test_fresh_messages_that_leave_no_room_are_not_shown() -> None:
-    (prompt,) = replace(online(*["x" * 30] * 8, most_messages=8), longest=100).prompts_for_iteration([ROW], 1)
+    (prompt,) = online(*["x" * 30] * 8, longest=100, most_messages=8).prompts_for_iteration([ROW], 1)
     assert prompt.shown is not None and 10 + 30 * len(prompt.shown.texts) < 100
     assert len(prompt.shown.texts) > 0
 
@@ -189,7 +200,7 @@ def test_prompts_with_too_few_fresh_messages_are_left_out_and_evaluated_plainly(
 
 
 def test_a_message_that_spells_a_control_token_is_none() -> None:
-    found = pooled(
+    found = with_pool(
         ROW, [Scored(Rollout(ROW, "<im_patch> 4"), 1.0), Scored(Rollout(ROW, "4"), 1.0)], Accept(), ("<im_patch>",)
     )
     assert found.messages_pool == ("4",)
@@ -258,7 +269,7 @@ def test_a_response_repeats_the_majority_by_what_it_votes_for() -> None:
 )
 def test_messages_are_referred_to_by_number_or_by_quoting_their_answer(text: str, share: float) -> None:
     messages = ("7", False), (r"\boxed{1200}", False), ("8", False), ("9", True)
-    assert referred(shown(text, 0.0, *messages).rollout) == pytest.approx(share)
+    assert referred_fraction(shown(text, 0.0, *messages).rollout) == pytest.approx(share)
 
 
 # The recipe
@@ -281,8 +292,9 @@ def test_the_recipe_has_the_reports_numbers() -> None:
     [("ppo__minibatches", 2), ("rollout__max_staleness", 1), ("rollout__partial", {})],
 )
 def test_what_makes_the_stage_off_policy_is_refused(key: str, value: Any) -> None:
-    with pytest.raises(ValidationError, match=f"{key.replace('__', '.')} .*the stage pacore is strictly on-policy"):
-        config(stage="pacore", **{"ppo__minibatches": 1, key: value})
+    made = config(stage="pacore", **{"ppo__minibatches": 1, key: value})
+    (problem,) = option_problems(made)
+    assert problem.key == key.replace("__", ".") and "the stage pacore is strictly on-policy" in str(problem)
 
 
 def test_fewer_attempts_than_messages_are_refused() -> None:

@@ -8,9 +8,16 @@ import pytest
 from rl.config import Preference
 from rl.record.metrics import check
 from rl.types import Prompt, Rollout, Scored
-from stages.rlhf import Rlhf, percentile, preference_metrics, rank_correlation, row_problem
+from stages.base import StageTools
+from stages.rlhf import Rlhf, percentile, preference_metrics, rank_correlation, reference_problem
+from tests.support.configs import config
 
 ROW = Prompt("a", "chat", ({"role": "user", "content": "Hello?"},), reference="Hello!")
+
+
+def rlhf(*penalties: str) -> Rlhf:
+    unused: Any = None
+    return Rlhf(StageTools(config(), unused, frozenset(penalties), unused))
 
 
 def sample(answer: float, reference: float, *, agree: bool = True, tokens: int = 5, **penalties: float) -> Scored:
@@ -25,16 +32,16 @@ def sample(answer: float, reference: float, *, agree: bool = True, tokens: int =
 
 def test_rows_need_a_reference_and_may_not_have_a_ground_truth() -> None:
     plain = Preference()
-    assert row_problem(ROW, plain) is None
-    assert "no reference" in str(row_problem(replace(ROW, reference=None), plain))
+    assert reference_problem(ROW, plain) is None
+    assert "no reference" in str(reference_problem(replace(ROW, reference=None), plain))
     both = replace(ROW, ground_truth="4")
-    assert "preference.verifiable_tasks: [chat]" in str(row_problem(both, plain))
+    assert "preference.verifiable_tasks: [chat]" in str(reference_problem(both, plain))
 
 
 def test_verifiable_rows_are_mixed_in_where_the_recipe_names_their_task() -> None:
     row = replace(ROW, task="sums", reference=None, ground_truth="4")
-    assert row_problem(row, Preference(verifiable_tasks=("sums",))) is None
-    assert row_problem(row, Preference(verifiable_tasks=("chat",))) is not None
+    assert reference_problem(row, Preference(verifiable_tasks=("sums",))) is None
+    assert reference_problem(row, Preference(verifiable_tasks=("chat",))) is not None
 
 
 def test_wins_count_one_and_ties_half() -> None:
@@ -46,7 +53,7 @@ def test_wins_count_one_and_ties_half() -> None:
 
 
 def test_comparisons_are_found_beside_penalties_and_penalties_have_rates() -> None:
-    stage = Rlhf(frozenset({"citation"}))
+    stage = rlhf("citation")
     metrics = stage.metrics([sample(8, 6, citation=1.0), sample(4, 6, citation=0.0)])
     check(metrics)
     assert metrics["genrm/win_rate"] == 0.5 and metrics["penalty/citation"] == 0.5
@@ -58,7 +65,7 @@ def test_what_could_not_be_compared_has_lost_and_nothing_is_made_up_without_comp
     cut = Scored(Rollout(ROW, "So long", "length"), 0.0, details={"truncated": True})
     invalid = replace(sample(9, 1), invalid="its judge failed")
     assert preference_metrics([empty, invalid]) == {}
-    assert Rlhf(frozenset()).evaluation([empty, cut]) == {}
+    assert rlhf().evaluation([empty, cut]) == {}
     assert preference_metrics([sample(8, 6), empty, cut, invalid])["genrm/win_rate"] == pytest.approx(1 / 3)
     sums = replace(cut, rollout=replace(cut.rollout, prompt=replace(ROW, task="sums")))
     assert preference_metrics([sample(8, 6), sums])["genrm/win_rate"] == 1  # of a task that is not compared

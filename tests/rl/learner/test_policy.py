@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rl.here import Here
+from rl.learner.clients import EncoderClient
 from rl.learner.critic import Critic
 from rl.learner.features import FeatureStore
 from rl.learner.packing import Batch, collate
@@ -13,6 +13,7 @@ from rl.learner.policy import Policy
 from rl.learner.targets import Targets, make_targets
 from rl.model import hf_folder
 from rl.record.metrics import check
+from rl.remote import Local
 from rl.types import Picture, Prompt, Rollout, Scored
 from tests.support.learner import PICTURES, options
 from tests.support.models import IMAGE_TOKEN, step_vl
@@ -135,7 +136,7 @@ def test_the_two_readings_of_the_report_agree_while_policy_and_engine_are_the_sa
 
 
 def test_each_picture_goes_through_the_tower_once(folder):
-    store = FeatureStore([Here(Policy(folder, options())) for _ in range(2)], limit_mib=1)
+    store = FeatureStore([EncoderClient(Local(Policy(folder, options()))) for _ in range(2)], limit_mib=1)
     for _ in range(3):
         found = store.of([*PICTURES, PICTURES[0]])
         store.trim(found)
@@ -144,7 +145,7 @@ def test_each_picture_goes_through_the_tower_once(folder):
 
 
 def test_a_picture_that_was_forgotten_has_the_same_features_again(folder):
-    store = FeatureStore([Here(Policy(folder, options()))], limit_mib=0)
+    store = FeatureStore([EncoderClient(Local(Policy(folder, options())))], limit_mib=0)
     first = store.of(PICTURES)
     store.trim(using=[PICTURES[0].digest])
     again = store.of(PICTURES)

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +16,21 @@ from rollout.data.decontamination import Benchmarks
 from rollout.data.rows import read
 from rollout.pacore.prompt import SynthesisPrompt, showing
 from rollout.pool import seed_of
-from stages.curate import through, work
 from stages.curation.answers import Answers
-from stages.curation.filters import Checked, Fate, Filter, Policy, Rated, Row, Synthesised, Tried, decontamination
-from stages.curation.folder import Out
-from stages.curation.report import gather
+from stages.curation.filters import (
+    CandidateRow,
+    CheckabilityFilter,
+    Decision,
+    DecontaminationFilter,
+    DifficultyFilter,
+    Filter,
+    RelevanceFilter,
+    SynthesisFilter,
+)
+from stages.curation.folder import CurationFolder
+from stages.curation.report import make_report
+from stages.curation.run import apply_filters, run_blocks
+from stages.curation.sampling import PolicySampler
 from stages.loop import AnyScore
 from tests.support.command import wait_until
 from tests.support.data_rows import png
@@ -66,7 +76,7 @@ class Engines:
             for n in range(ROLLOUTS)
         }
 
-    def consume(self, requests: Sequence[Sequence[Request]], finished: Callable[[int, Completion], None]) -> None:
+    def complete(self, requests: Sequence[Sequence[Request]]) -> Iterator[tuple[int, Completion]]:
         self.calls += 1
         for place, request in enumerate(one for group in requests for one in group):
             if self.dies_after == sum(self.asked.values()):
@@ -74,7 +84,7 @@ class Engines:
             key = self._known[request.seed]
             self.asked[key] += 1
             text = tuple(self.script(*key).encode())
-            finished(place, Completion((1,), text, (0.0,) * len(text), "stop"))
+            yield place, Completion((1,), text, (0.0,) * len(text), "stop")
 
 
 class Scorer:
@@ -111,19 +121,21 @@ class Scorer:
         return [future.result() for future in futures]
 
 
-def row(identity: str, **changes: Any) -> Row:
+def row(identity: str, **changes: Any) -> CandidateRow:
     messages = ({"role": "user", "content": f"What is {identity}?"},)
-    return Row(Prompt(identity, "sums", messages, ground_truth="2", **changes), 0)
+    return CandidateRow(Prompt(identity, "sums", messages, ground_truth="2", **changes), 0)
 
 
 def answers(folder: Path) -> Answers:
     return Answers(folder / "answers.jsonl")
 
 
-def policy(script: Callable[[str, str, int], str], rows: Sequence[Row], scorer: Scorer | None = None) -> Policy:
+def policy(
+    script: Callable[[str, str, int], str], rows: Sequence[CandidateRow], scorer: Scorer | None = None
+) -> PolicySampler:
     engines: Any = Engines(script, [one.prompt.id for one in rows])
     chat: Any = Chat()
-    return Policy(engines, chat, scorer or Scorer(), 1.0, 0, 0.1)
+    return PolicySampler(engines, chat, scorer or Scorer(), 1.0, 0, 0.1)
 
 
 def right_times(counts: Mapping[str, int]) -> Callable[[str, str, int], str]:
@@ -131,8 +143,8 @@ def right_times(counts: Mapping[str, int]) -> Callable[[str, str, int], str]:
     return lambda name, identity, n: (RIGHT if n < counts[identity] else WRONG).format(n)
 
 
-def dropped(fates: Sequence[Fate]) -> dict[str, str | None]:
-    return {fate.row.prompt.id: fate.dropped for fate in fates}
+def dropped(decisions: Sequence[Decision]) -> dict[str, str | None]:
+    return {fate.row.prompt.id: fate.dropped for fate in decisions}
 
 
 COUNTS = {"never": 0, "once": 1, "mostly": 23, "always": 24}
@@ -141,20 +153,20 @@ COUNTS = {"never": 0, "once": 1, "mostly": 23, "always": 24}
 def test_difficulty_keeps_what_is_accepted_once_or_all_but_once(tmp_path: Path) -> None:
     rows = [row(name) for name in COUNTS]
     with answers(tmp_path) as known:
-        fates = Tried(Difficulty(), Accept(), policy(right_times(COUNTS), rows), 1000)(rows, known)
-    assert dropped(fates) == {
+        decisions = DifficultyFilter(Difficulty(), Accept(), policy(right_times(COUNTS), rows), 1000)(rows, known)
+    assert dropped(decisions) == {
         "never": "never accepted",
         "once": None,
         "mostly": None,
         "always": "always accepted",
     }
-    assert [fate.row.notes["difficulty"]["accepted"] for fate in fates] == [0, 1, 23, 24]
+    assert [fate.row.notes["difficulty"]["accepted"] for fate in decisions] == [0, 1, 23, 24]
 
 
 def test_the_final_messages_become_the_pool_with_their_accuracy(tmp_path: Path) -> None:
     rows = [row("once")]
     with answers(tmp_path) as known:
-        (fate,) = Tried(Difficulty(), Accept(), policy(right_times(COUNTS), rows), 1000)(rows, known)
+        (fate,) = DifficultyFilter(Difficulty(), Accept(), policy(right_times(COUNTS), rows), 1000)(rows, known)
     pool = fate.row.prompt.messages_pool
     assert (len(pool), pool[0], pool[23]) == (24, "It is right, 0", "It is wrong, 23")
     assert fate.row.prompt.pool_accuracy == pytest.approx(1 / 24)
@@ -167,7 +179,7 @@ def test_a_response_that_never_came_to_an_answer_is_no_message(tmp_path: Path) -
         return "<think>hm" if n < 5 else (RIGHT if n < 8 else WRONG).format(n)
 
     with answers(tmp_path) as known:
-        (fate,) = Tried(Difficulty(), Accept(), policy(script, rows), 1000)(rows, known)
+        (fate,) = DifficultyFilter(Difficulty(), Accept(), policy(script, rows), 1000)(rows, known)
     assert (len(fate.row.prompt.messages_pool), fate.row.prompt.pool_accuracy) == (19, pytest.approx(3 / 19))
     assert fate.row.notes["difficulty"] == {"accepted": 3, "of": 24, "tokens_mean": pytest.approx(27.5, abs=10)}
 
@@ -179,7 +191,7 @@ def test_a_response_that_spells_a_control_token_is_no_message(tmp_path: Path) ->
         return RIGHT.format("<im_patch>") if n == 0 else WRONG.format(n)
 
     with answers(tmp_path) as known:
-        (fate,) = Tried(Difficulty(), Accept(), policy(script, rows), 1000)(rows, known)
+        (fate,) = DifficultyFilter(Difficulty(), Accept(), policy(script, rows), 1000)(rows, known)
     assert (fate.dropped, len(fate.row.prompt.messages_pool), fate.row.prompt.pool_accuracy) == (None, 23, 0.0)
 
 
@@ -210,7 +222,7 @@ def test_scores_that_went_wrong_matter_only_where_they_could_decide(
 
     rows = [row("a")]
     with answers(tmp_path) as known:
-        (fate,) = Tried(Difficulty(rollouts=4), Accept(), policy(script, rows, Flaky()), 1000)(rows, known)
+        (fate,) = DifficultyFilter(Difficulty(rollouts=4), Accept(), policy(script, rows, Flaky()), 1000)(rows, known)
     assert fate.dropped == why
     assert len(fate.row.prompt.messages_pool) == right + wrong
 
@@ -225,7 +237,7 @@ def test_what_counts_as_accepted_may_differ_by_task() -> None:
 def test_checkability_wants_every_pass_to_agree(tmp_path: Path, valid: int, stays: bool) -> None:
     judge = Scorer(lambda name, identity: float(int(name.rpartition("/")[2]) < valid))
     with answers(tmp_path) as known:
-        (fate,) = Checked(Checkability(), judge, 0.1)([row("a")], known)
+        (fate,) = CheckabilityFilter(Checkability(), judge, 0.1)([row("a")], known)
     assert (fate.dropped is None) == stays
     assert fate.row.notes["checkability"] == {"valid": valid, "of": 4}
     assert len(judge.asked) == 4
@@ -234,7 +246,7 @@ def test_checkability_wants_every_pass_to_agree(tmp_path: Path, valid: int, stay
 def test_a_row_that_the_judge_fails_on_is_neither_valid_nor_invalid(tmp_path: Path) -> None:
     judge = Scorer(lambda name, identity: "no verdict" if name.endswith("/3") else 1.0)
     with answers(tmp_path) as known:
-        (fate,) = Checked(Checkability(), judge, 0.1)([row("a")], known)
+        (fate,) = CheckabilityFilter(Checkability(), judge, 0.1)([row("a")], known)
     assert (fate.dropped, fate.detail) == ("could not be scored", "no verdict")
 
 
@@ -244,8 +256,8 @@ def test_relevance_asks_about_rows_with_pictures_only(tmp_path: Path) -> None:
     judge = Scorer(lambda name, identity: grades[identity])
     rows = [row("none"), row("least", images=picture), row("less", images=picture)]
     with answers(tmp_path) as known:
-        fates = Rated(Relevance(), judge, 0.1)(rows, known)
-    assert dropped(fates) == {
+        decisions = RelevanceFilter(Relevance(), judge, 0.1)(rows, known)
+    assert dropped(decisions) == {
         "none": None,
         "least": None,
         "less": "picture and question do not need each other",
@@ -256,22 +268,22 @@ def test_relevance_asks_about_rows_with_pictures_only(tmp_path: Path) -> None:
 # SynthesisOptions
 
 
-def pooled(identity: str, size: int = 24, share: float = 0.5) -> Row:
+def pooled(identity: str, size: int = 24, share: float = 0.5) -> CandidateRow:
     return row(identity, messages_pool=tuple(f"message {n}" for n in range(size)), pool_accuracy=share)
 
 
 def synthesised(
-    script: Callable[[str, str, int], str], rows: Sequence[Row], longest: int = 65_536, **bounds: Any
-) -> Synthesised:
+    script: Callable[[str, str, int], str], rows: Sequence[CandidateRow], longest: int = 65_536, **bounds: Any
+) -> SynthesisFilter:
     options = SynthesisFilterOptions(max_sequence_length=longest)
-    return Synthesised(options, SynthesisOptions(**bounds), Accept(), policy(script, rows))
+    return SynthesisFilter(options, SynthesisOptions(**bounds), Accept(), policy(script, rows))
 
 
 def test_synthesis_keeps_what_is_still_sometimes_accepted(tmp_path: Path) -> None:
     rows = [pooled(name) for name in COUNTS]
     with answers(tmp_path) as known:
-        fates = synthesised(right_times(COUNTS), rows)(rows, known)
-    assert dropped(fates) == {"never": "never accepted", "once": None, "mostly": None, "always": "always accepted"}
+        decisions = synthesised(right_times(COUNTS), rows)(rows, known)
+    assert dropped(decisions) == {"never": "never accepted", "once": None, "mostly": None, "always": "always accepted"}
 
 
 def test_the_policy_sees_problem_and_messages_and_rewards_see_the_problem(tmp_path: Path) -> None:
@@ -359,13 +371,17 @@ def asked(text: str, identity: str = "a", images: tuple[Picture, ...] = ()) -> P
 # All of it
 
 
-def everything(rows: Sequence[Row], script: Callable[[str, str, int], str], judge: Scorer) -> dict[str, Filter]:
+def everything(
+    rows: Sequence[CandidateRow], script: Callable[[str, str, int], str], judge: Scorer
+) -> dict[str, Filter]:
     who = policy(script, rows, judge)
     return {
-        "decontamination": decontamination(Benchmarks([asked("What is leaked?", "b")], 64)),
-        "checkability": Checked(Checkability(), judge, 0.1),
-        "difficulty": Tried(Difficulty(), Accept(), who, 1000),
-        "synthesis": Synthesised(SynthesisFilterOptions(max_sequence_length=5000), SynthesisOptions(), Accept(), who),
+        "decontamination": DecontaminationFilter(Benchmarks([asked("What is leaked?", "b")], 64)),
+        "checkability": CheckabilityFilter(Checkability(), judge, 0.1),
+        "difficulty": DifficultyFilter(Difficulty(), Accept(), who, 1000),
+        "synthesis": SynthesisFilter(
+            SynthesisFilterOptions(max_sequence_length=5000), SynthesisOptions(), Accept(), who
+        ),
     }
 
 
@@ -381,27 +397,28 @@ def judge() -> Scorer:
     return Scorer(lambda name, identity: float(identity != "vague" or name.endswith("/0")))
 
 
-def blocks() -> list[list[Row]]:
+def blocks() -> list[list[CandidateRow]]:
     rows = [row(name) for name in NAMES]
     return [rows[:4], rows[4:]]
 
 
 def finished(folder: Path) -> dict[str, bytes]:
-    """Rows and fates."""
+    """Rows and decisions."""
     return {str(f.relative_to(folder)): f.read_bytes() for part in ("rows", "fates") for f in (folder / part).glob("*")}
 
 
-def test_rows_fates_and_report_say_what_became_of_every_row(tmp_path: Path) -> None:
-    out = Out(tmp_path)
-    work(blocks(), everything([row(n) for n in NAMES], script, judge()), out, ["s"], lambda message: None)
+def test_rows_decisions_and_report_say_what_became_of_every_row(tmp_path: Path) -> None:
+    out = CurationFolder(tmp_path)
+    run_blocks(blocks(), everything([row(n) for n in NAMES], script, judge()), out, ["s"], lambda message: None)
     rows = read([Source(path=str(tmp_path / "rows"))])
     assert rows.bad == () and [p.id for p in rows.prompts] == ["mostly", "half"]
     mostly = rows.prompts[0]
     assert len(mostly.messages_pool) == 24 and mostly.pool_accuracy == pytest.approx(23 / 24)
     assert mostly.meta["curation"]["checkability"] == {"valid": 4, "of": 4}
     assert [mostly.meta["curation"][name]["accepted"] for name in ("difficulty", "synthesis")] == [23, 3]
-    report = gather([out.fates(0), out.fates(1)], ["decontamination", "checkability", "difficulty", "synthesis"], ["s"])
-    assert [(one.filter, one.before, one.after) for one in report.passages] == [
+    names = ["decontamination", "checkability", "difficulty", "synthesis"]
+    report = make_report([out.decisions(0), out.decisions(1)], names, ["s"])
+    assert [(one.filter, one.before, one.after) for one in report.counts] == [
         ("decontamination", 7, 6),
         ("checkability", 6, 5),
         ("difficulty", 5, 3),
@@ -420,12 +437,12 @@ def test_rows_fates_and_report_say_what_became_of_every_row(tmp_path: Path) -> N
 
 
 def test_a_report_shows_every_source_by_itself(tmp_path: Path) -> None:
-    out = Out(tmp_path)
-    rows = [Row(row("leaked").prompt, 0), Row(row("fine").prompt, 1)]
-    filters = {"decontamination": decontamination(Benchmarks([asked("What is leaked?", "b")], 64))}
-    work([rows], filters, out, ["one.jsonl", "two.jsonl"], lambda message: None)
-    report = gather([out.fates(0)], ["decontamination"], ["one.jsonl", "two.jsonl"])
-    assert [(one.source, one.before, one.after) for one in report.passages] == [
+    out = CurationFolder(tmp_path)
+    rows = [CandidateRow(row("leaked").prompt, 0), CandidateRow(row("fine").prompt, 1)]
+    filters = {"decontamination": DecontaminationFilter(Benchmarks([asked("What is leaked?", "b")], 64))}
+    run_blocks([rows], filters, out, ["one.jsonl", "two.jsonl"], lambda message: None)
+    report = make_report([out.decisions(0)], ["decontamination"], ["one.jsonl", "two.jsonl"])
+    assert [(one.source, one.before, one.after) for one in report.counts] == [
         ("", 2, 1),
         ("one.jsonl", 1, 0),
         ("two.jsonl", 1, 1),
@@ -433,10 +450,11 @@ def test_a_report_shows_every_source_by_itself(tmp_path: Path) -> None:
 
 
 def test_what_models_wrote_cannot_change_the_page(tmp_path: Path) -> None:
-    out = Out(tmp_path)
-    bad = Row(asked("<script>alert(1)</script>", "x"), 0)
-    work([[bad]], {"decontamination": decontamination(Benchmarks([bad.prompt], 64))}, out, ["s"], lambda message: None)
-    page = gather([out.fates(0)], ["decontamination"], ["s"]).html()
+    out = CurationFolder(tmp_path)
+    bad = CandidateRow(asked("<script>alert(1)</script>", "x"), 0)
+    filters = {"decontamination": DecontaminationFilter(Benchmarks([bad.prompt], 64))}
+    run_blocks([[bad]], filters, out, ["s"], lambda message: None)
+    page = make_report([out.decisions(0)], ["decontamination"], ["s"]).html()
     assert "<script>" not in page and "&lt;script&gt;" in page
 
 
@@ -456,7 +474,7 @@ class Attempt:
         tried.policy.engines.dies_after = engine_answers
         self.engines.append(tried.policy.engines)
         self.judges.append(scorer)
-        work(blocks(), filters, Out(self.folder), ["s"], lambda message: None)
+        run_blocks(blocks(), filters, CurationFolder(self.folder), ["s"], lambda message: None)
 
     @property
     def most(self) -> int:
@@ -506,11 +524,11 @@ def test_judges_look_at_the_next_block_while_the_policy_tries_this_one(tmp_path:
     filters = everything([row(n) for n in NAMES], script, scorer := judge())
     tried: Any = filters["difficulty"]
 
-    def patient(rows: Sequence[Row], answers: Answers) -> list[Fate]:
+    def patient(rows: Sequence[CandidateRow], answers: Answers) -> list[Decision]:
         wait_until(lambda: any(identity == "always" for _, identity in scorer.asked))  # a row of the second block
         return tried(rows, answers)
 
-    work(blocks(), {**filters, "difficulty": patient}, Out(tmp_path), ["s"], lambda message: None)
+    run_blocks(blocks(), {**filters, "difficulty": patient}, CurationFolder(tmp_path), ["s"], lambda message: None)
     assert len(finished(tmp_path)) == 4
 
 
@@ -519,7 +537,7 @@ def test_scores_that_went_wrong_are_asked_again(tmp_path: Path) -> None:
     for stays in (False, True):
         with answers(tmp_path) as known:
             scorer = Scorer(lambda name, identity, now=said[stays]: now)
-            (fate,) = Checked(Checkability(passes=1), scorer, 0.1)([row("a")], known)
+            (fate,) = CheckabilityFilter(Checkability(passes=1), scorer, 0.1)([row("a")], known)
         assert (fate.dropped is None) == stays
 
 
@@ -527,17 +545,17 @@ def test_scores_that_went_wrong_are_asked_again(tmp_path: Path) -> None:
 def test_rewards_that_want_all_responses_of_a_row_get_them_together(tmp_path: Path, group: bool) -> None:
     rows = [row("once"), row("never")]
     with answers(tmp_path) as known:
-        fates = Tried(Difficulty(), Accept(), policy(right_times(COUNTS), rows, Scorer(group=group)), 1000)(rows, known)
-    assert dropped(fates) == {"once": None, "never": "never accepted"}
+        who = policy(right_times(COUNTS), rows, Scorer(group=group))
+        decisions = DifficultyFilter(Difficulty(), Accept(), who, 1000)(rows, known)
+    assert dropped(decisions) == {"once": None, "never": "never accepted"}
 
 
 def test_all_prompts_go_to_the_engines_in_one_call(tmp_path: Path) -> None:
     rows = [row(f"r{n}") for n in range(50)]
     who = policy(lambda name, identity, n: RIGHT.format(n), rows)
     with answers(tmp_path) as known:
-        fates = [("", Fate(one)) for one in rows]
-        through(
-            fates, {"difficulty": Tried(Difficulty(), Accept(), who, 1000)}, lambda name: known, lambda message: None
-        )
+        decisions = [Decision(one) for one in rows]
+        filters = {"difficulty": DifficultyFilter(Difficulty(), Accept(), who, 1000)}
+        apply_filters(decisions, filters, lambda name: known, lambda message: None)
     engines: Any = who.engines
     assert (engines.calls, sum(engines.asked.values())) == (1, 50 * 24)

@@ -10,9 +10,9 @@ from rl.evaluate import config_of, parser
 from rl.exits import InputError
 from rl.types import Picture, Prompt, Rollout, Scored
 from rollout.pacore.rounds import PacoreResult, Reply, Round
-from stages.evaluation.measure import Report, blinded
+from stages.evaluation.measure import EvaluationReport, blinded
 from stages.evaluation.scores import (
-    Judged,
+    EvaluatedRow,
     figure,
     majority_at_k,
     pacore_at_k,
@@ -25,14 +25,16 @@ from tests.support.configs import config
 CONFIG = config()
 
 
-def judged(task: str, attempts: list[tuple[str, float]], answers: list[tuple[str, float]], tokens: int = 10) -> Judged:
+def judged(
+    task: str, attempts: list[tuple[str, float]], answers: list[tuple[str, float]], tokens: int = 10
+) -> EvaluatedRow:
     prompt = Prompt("a", task, ())
 
     def scored(said: list[tuple[str, float]]) -> list[Scored]:
         return [Scored(Rollout(prompt, text), reward) for text, reward in said]
 
     rounds = [Round(tuple(Reply(text, "stop", tokens, 5) for text, _ in said)) for said in (attempts, answers) if said]
-    return Judged(prompt, PacoreResult(tuple(rounds)), scored(attempts), scored(answers))
+    return EvaluatedRow(prompt, PacoreResult(tuple(rounds)), scored(attempts), scored(answers))
 
 
 def boxed(value: int) -> str:
@@ -91,7 +93,7 @@ def test_a_recipe_that_asks_for_model_and_rows_is_given_those_of_the_command() -
 
 
 def test_a_report_is_json(capsys: pytest.CaptureFixture) -> None:
-    report = Report(CONFIG, ("sere",), [judged("sums", SPLIT, [])])
+    report = EvaluationReport(CONFIG, ("sere",), [judged("sums", SPLIT, [])])
     told: Any = report.json()
     assert (
         not told["blind"]
@@ -129,7 +131,9 @@ def test_where_a_judge_compares_with_a_teacher_the_report_tells_who_wins_and_wha
 
     row = judged("chat", [("a", 0.9), ("bbb", 0.5), ("cc", 0.1)], [])
     found = [compared("a", 9.0), compared("bbb", 5.0), compared("cc", 1.0)]
-    told: Any = Report(CONFIG, ("sere",), [replace(row, attempts=found)], penalties=["tone"]).json()["preference"]
+    told: Any = EvaluationReport(CONFIG, ("sere",), [replace(row, attempts=found)], penalties=["tone"]).json()[
+        "preference"
+    ]
     assert told["genrm/win_rate"] == 0.5 and told["genrm/order_agreement"] == pytest.approx(2 / 3)
     assert told["genrm/length_correlation"] == pytest.approx(-0.5)  # lengths 1, 3, 2 against 0.9, 0.5, 0.1
     assert told["genrm/score_p50"] == 0.5 and told["penalty/tone"] == 0.5

@@ -1,0 +1,44 @@
+"""The stages as recipes see them: names, default values and rules.
+
+The stages themselves are in stages/, which rl may not import. Installed packages register theirs in the entry point
+group `rl.stages`: each entry point names a mapping from stage names to classes like stages.base.Stage.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import entry_points
+from operator import attrgetter
+from typing import Any, Protocol
+
+from rl.config import Config, CurationOptions, OptionError
+
+GROUP = "rl.stages"
+
+
+class StageRules(Protocol):
+    """The part of stages.base.Stage that recipes need."""
+
+    name: str
+    defaults: Mapping[str, Any]
+    own_options: tuple[str, ...]
+
+    def option_problems(self, config: Config) -> Iterable[OptionError]: ...
+    def curation_problem(self, config: Config, curation: CurationOptions) -> str | None: ...
+
+
+def registered() -> dict[str, StageRules]:
+    """All stages by name. Raises RuntimeError if no installed package registers any."""
+    points = entry_points(group=GROUP)
+    if not points:
+        raise RuntimeError(f"no entry point of the group {GROUP!r} is installed: run make env, or pip install .")
+    return {name: rules for point in points for name, rules in point.load().items()}
+
+
+def option_problems(config: Config) -> Iterator[OptionError]:
+    """Options whose values do not fit the config's stage."""
+    stages = registered()
+    own = stages[config.stage]
+    for name, rules in stages.items():
+        for key in rules.own_options:
+            if attrgetter(key)(config) and key not in own.own_options:
+                yield OptionError(key, f"is for the stage {name}, but this one is {config.stage}")
+    yield from own.option_problems(config)

@@ -1,0 +1,323 @@
+"""Checks and runs a curation. Rows pass through the recipe's filters (`curate.filters`) in blocks.
+
+A block is finished when its file in rows/ exists. A curation that was interrupted continues in the same folder.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rewards.running.async_pool import Outage
+from rl.actors import cluster, merge_streams
+from rl.config import ROUNDING, Config
+from rl.exits import InputError
+from rl.interrupt import Interrupts
+from rl.stop import WorkerDied
+from rollout.data.decontamination import Benchmarks
+from rollout.data.rows import read
+from rollout.pacore.prompt import synthesis_template
+from rollout.pool import EnginePool
+from rollout.vllm.client import EngineClient
+from stages.ahead import Ahead
+from stages.curation.answers import Answers
+from stages.curation.filters import (
+    CandidateRow,
+    CheckabilityFilter,
+    Decision,
+    DecontaminationFilter,
+    DifficultyFilter,
+    Filter,
+    RelevanceFilter,
+    SynthesisFilter,
+    row_judges,
+)
+from stages.curation.folder import CurationFolder
+from stages.curation.report import make_report
+from stages.curation.sampling import PolicySampler
+from stages.plan import Plan, make_plan, skipped_lines
+from stages.processes import Restarts, Samplers
+
+ORDER = ("decontamination", "checkability", "relevance", "difficulty", "synthesis")  # the report's
+POLICY_FILTERS = {"difficulty", "synthesis"}  # they sample the policy
+SECTIONS = {"seed", "model", "data", "rewards", "endpoints", "rollout", "accept", "synthesis", "curate"}
+"""The sections of a recipe that a curation uses."""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Curation:
+    """A recipe whose rows, filters and judges fit together."""
+
+    plan: Plan
+    benchmarks: Benchmarks | None  # None if the recipe does not decontaminate
+
+    def lines(self) -> list[str]:
+        """The plan of the curation, for --dry-run."""
+        return lines(self.plan, self.benchmarks)
+
+    def run(self, path: Path, recipe: str, *, verbose: bool = False) -> None:
+        """Does everything that is not finished yet in the folder `path`. Raises InputError if it holds something else.
+
+        Args:
+            recipe: the text of the resolved recipe.
+        """
+        folder = CurationFolder(path)
+        with folder.locked(self.plan.config, recipe, _digest(self.plan)):
+            curate(self.plan, folder, self.benchmarks, verbose=verbose)
+
+
+def checked(config: Config) -> Curation:
+    """Checks a recipe. Raises InputError if it cannot be run."""
+    try:
+        _check_judges(config)
+        plan = make_plan(config, row_judges(config))
+        _check_thresholds(plan)
+        return Curation(plan, _benchmarks(config) if "decontamination" in config.curate.filters else None)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+
+
+def _check_judges(config: Config) -> None:
+    c = config.curate
+    if "vote" in c.checkability.params:
+        raise InputError("curate.checkability.params: vote is the number of the pass; leave it out")
+    for name, options in (("checkability", c.checkability), ("relevance", c.relevance)):
+        if name in c.filters and options.endpoint not in config.endpoints:
+            known = ", ".join(config.endpoints) or "none"
+            raise InputError(f"curate.{name}.endpoint: there is no endpoint {options.endpoint!r} (there are: {known})")
+    if "relevance" in c.filters and not config.endpoints[c.relevance.endpoint].images:
+        raise InputError(f"endpoints.{c.relevance.endpoint} is shown no pictures; the rater needs `images: true`")
+
+
+def _check_thresholds(plan: Plan) -> None:
+    """Raises InputError if a task's rewards are always, or never, high enough to be accepted."""
+    tasks = sorted({prompt.task for prompt in plan.train})
+    for task in tasks if POLICY_FILTERS & set(plan.config.curate.filters) else ():
+        least, lowest, highest = plan.config.accept.of(task), plan.rewards.lowest(task), plan.rewards.highest(task)
+        if not lowest < least <= highest + ROUNDING:
+            raise InputError(
+                f"accept: task {task} is accepted from a reward of {least:g}, but its rewards are between {lowest:g} "
+                f"and {highest:g}; set accept.least, or accept.by_task"
+            )
+
+
+def lines(plan: Plan, benchmarks: Benchmarks | None) -> list[str]:
+    """The plan of a curation, for --dry-run."""
+    c = plan.config.curate
+    texts = {
+        "decontamination": f"against {benchmarks.rows if benchmarks else 0} benchmark rows, exactly and by "
+        f"{c.decontamination.ngram} words and signs",
+        "checkability": f"{c.checkability.passes} pass(es) of {c.checkability.endpoint}, all have to agree",
+        "relevance": f"{c.relevance.endpoint} grades at least {c.relevance.at_least:g}",
+        "difficulty": f"{c.difficulty.rollouts} responses of {plan.model}, some accepted and not all",
+        "synthesis": f"{c.synthesis.rollouts} responses with {plan.config.synthesis.least_messages} to "
+        f"{plan.config.synthesis.most_messages} messages, some accepted and not all",
+    }
+    return [
+        f"rows       {sum(map(len, blocks_of(plan)))} of {len(plan.train)}, in blocks of {c.block}",
+        *(["skipped    " + line.strip() for line in skipped_lines(plan.skipped)] if plan.skipped else []),
+        *(f"filter     {name}: {texts[name]}" for name in _filter_names(plan.config)),
+    ]
+
+
+def _filter_names(config: Config) -> list[str]:
+    """The recipe's filters in the report's order."""
+    return [name for name in ORDER if name in config.curate.filters]
+
+
+def _benchmarks(config: Config) -> Benchmarks:
+    """Reads the benchmarks. Their rows need no task."""
+    sources = config.curate.decontamination.against or config.data.eval
+    if not sources:
+        raise InputError("curate.decontamination.against names no benchmark, and data.eval has none either")
+    with_task = [source.model_copy(update={"task": source.task or "benchmark"}) for source in sources]
+    rows = read(with_task, columns=config.data.columns, unique=False)
+    if rows.bad:
+        raise InputError("\n".join(["benchmarks:", *map(str, rows.bad[:20])]))
+    return Benchmarks(rows.prompts, config.curate.decontamination.ngram)
+
+
+def curate(plan: Plan, folder: CurationFolder, benchmarks: Benchmarks | None, *, verbose: bool = False) -> None:
+    """Runs every block that is not finished yet, then writes the report."""
+    blocks = blocks_of(plan)
+    for line in skipped_lines(plan.skipped) if plan.skipped else ():
+        _say(line)
+    sources = [source.path for source in plan.config.data.train]
+    if unfinished := folder.unfinished(len(blocks)):
+        _say(f"{len(blocks) - len(unfinished)} of {len(blocks)} blocks are done already")
+        with (
+            plan.rewards,
+            Interrupts().installed() as interrupts,
+            interrupts.waiting(),
+            _filters(plan, benchmarks, verbose) as filters,
+        ):
+            run_blocks(blocks, filters, folder, sources, _say)
+    decisions = [folder.decisions(number) for number in range(len(blocks))]
+    report = make_report(decisions, _filter_names(plan.config), sources)
+    folder.write(folder.path / "report.txt", report.text().encode("utf-8", "backslashreplace"))
+    folder.write(folder.path / "report.html", report.html().encode("utf-8", "backslashreplace"))
+    _say(report.text())
+    _say(f"rows: {folder.path / 'rows'}, report: {folder.path / 'report.html'}")
+
+
+def blocks_of(plan: Plan) -> list[list[CandidateRow]]:
+    """The rows in their order, or `curate.rows` of them at equal distances, in blocks."""
+    options = plan.config.curate
+    rows = [CandidateRow(prompt, source) for prompt, source in zip(plan.train, plan.sources, strict=True)]
+    if options.rows is not None and options.rows < len(rows):
+        rows = [rows[place * len(rows) // options.rows] for place in range(options.rows)]
+    return [rows[start : start + options.block] for start in range(0, len(rows), options.block)]
+
+
+def run_blocks(
+    blocks: Sequence[Sequence[CandidateRow]],
+    filters: Mapping[str, Filter],
+    folder: CurationFolder,
+    sources: Sequence[str],
+    say: Say,
+) -> None:
+    """Runs the unfinished blocks one after the other. Judges work on the next block while the policy works on this."""
+    judge_filters = {name: run for name, run in filters.items() if name not in POLICY_FILTERS}
+    policy_filters = {name: run for name, run in filters.items() if name in POLICY_FILTERS}
+    ahead: Ahead[list[Decision]] = Ahead()
+
+    def apply(number: int, decisions: Sequence[Decision], which: Mapping[str, Filter]) -> list[Decision]:
+        def say_for_block(message: str) -> None:
+            ahead.check()
+            say(f"block {number + 1}: {message}")
+
+        return apply_filters(decisions, which, lambda name: Answers(folder.answers(number, name)), say_for_block)
+
+    def judge(number: int) -> list[Decision]:
+        return apply(number, [Decision(row) for row in blocks[number]], judge_filters)
+
+    unfinished = folder.unfinished(len(blocks))
+    try:
+        for number, following in zip(unfinished, [*unfinished[1:], None], strict=True):
+            decisions = ahead.take(number, lambda: None) if ahead.has(number) else judge(number)
+            if judge_filters and policy_filters and following is not None:
+                ahead.start(following, lambda n=following: judge(n))
+            decisions = apply(number, decisions, policy_filters)
+            folder.finish(number, decisions, sources)
+            kept = sum(decision.dropped is None for decision in decisions)
+            say(f"block {number + 1} of {len(blocks)} is done: {kept} of {len(decisions)} rows stay")
+    finally:
+        ahead.abandon()
+
+
+def _say(message: str) -> None:
+    print(message, flush=True)
+
+
+def apply_filters(
+    decisions: Sequence[Decision], filters: Mapping[str, Filter], answers: Callable[[str], Answers], say: Say
+) -> list[Decision]:
+    """Applies more filters to the rows that are not dropped yet, in order.
+
+    Args:
+        answers: opens the stored answers of a filter, by its name.
+    """
+    result = list(decisions)
+    for name, run in filters.items():
+        kept = [index for index, decision in enumerate(result) if decision.dropped is None]
+        start = time.monotonic()
+        with answers(name) as stored:
+            before = len(stored.known)
+            decided = run([result[index].row for index in kept], stored)
+        for index, decision in zip(kept, decided, strict=True):
+            result[index] = replace(decision, filter="" if decision.dropped is None else name)
+        stay = sum(decision.dropped is None for decision in decided)
+        seconds = time.monotonic() - start
+        say(f"{name}: {stay} of {len(kept)} rows stay ({seconds:.0f} s, {before} answers were known)")
+    return result
+
+
+@contextmanager
+def _filters(plan: Plan, benchmarks: Benchmarks | None, verbose: bool) -> Iterator[Mapping[str, Filter]]:
+    """The recipe's filters in the report's order, with the processes that they need."""
+    config, c = plan.config, plan.config.curate
+    limit = config.max_invalid_fraction
+    filters: dict[str, Filter] = {}
+    if benchmarks:
+        filters["decontamination"] = DecontaminationFilter(benchmarks)
+    filters["checkability"] = CheckabilityFilter(c.checkability, plan.rewards, limit)
+    filters["relevance"] = RelevanceFilter(c.relevance, plan.rewards, limit)
+    with cluster(verbose=verbose), _engines(plan, verbose) as pool:
+        if pool is not None:
+            policy = PolicySampler(pool, plan.chat, plan.rewards, config.rollout.temperature, config.seed, limit)
+            filters["difficulty"] = DifficultyFilter(c.difficulty, config.accept, policy, config.max_sequence_length)
+            filters["synthesis"] = SynthesisFilter(c.synthesis, config.synthesis, config.accept, policy)
+        yield {name: filters[name] for name in _filter_names(config)}
+
+
+@contextmanager
+def _engines(plan: Plan, verbose: bool) -> Iterator[EnginePool | None]:
+    """Starts the judges that the recipe serves, and the engines. None if no filter samples the policy."""
+    config = plan.config
+    policy_filters = POLICY_FILTERS & set(config.curate.filters)
+    longest = config.max_sequence_length
+    if "synthesis" in policy_filters:
+        longest = max(longest, config.curate.synthesis.max_sequence_length)
+    engines = config.rollout.workers if policy_filters else 0
+    samplers = Samplers(plan, longest=longest, engines=engines, verbose=verbose)
+    restarts = Restarts(config.max_restarts, _say)
+
+    def replace_engine(number: int, died: WorkerDied) -> EngineClient:
+        restarts.count(f"engine {number} is replaced: {died}")
+        return samplers.replace_engine(number)
+
+    def on_outage(outage: Outage) -> None:
+        if not outage.again:
+            _say(_outage_message(outage))
+        if outage.why is not None:
+            samplers.judges.revive(outage.endpoint, restarts.count)
+
+    plan.rewards.on_outage = on_outage
+    try:
+        samplers.ready()
+        pool = EnginePool(
+            samplers.engines,
+            merge_streams,
+            plan.chat,
+            max_sequence_length=longest,
+            temperature=config.rollout.temperature,
+            seed=config.seed,
+            patience=config.rollout.patience_s,
+            replacement=replace_engine,
+        )
+        yield pool if policy_filters else None
+    finally:
+        try:
+            samplers.judges.close()
+        except RuntimeError as error:  # must not hide why the work ends
+            _say(f"a judge's server did not shut down correctly: {error}")
+
+
+def _outage_message(outage: Outage) -> str:
+    if outage.why is None:
+        return f"endpoint {outage.endpoint} is back after {outage.seconds:.0f} s"
+    return f"endpoint {outage.endpoint} does not answer ({outage.why}); waiting"
+
+
+def _digest(plan: Plan) -> str:
+    """A digest of the rows and of all files that the filters use."""
+    digest = hashlib.sha256()
+    for prompt, source in zip(plan.train, plan.sources, strict=True):
+        content = [
+            prompt.id, prompt.task, prompt.messages, prompt.ground_truth, prompt.reference, prompt.meta,
+            prompt.messages_pool, prompt.pool_accuracy, prompt.pool_accepted, source,
+            [picture.digest for picture in prompt.images],
+        ]  # fmt: skip
+        digest.update(json.dumps(content, sort_keys=True).encode())
+    c = plan.config.curate
+    against = c.decontamination.against or plan.config.data.eval
+    files = [Path(source.path) for source in against] if "decontamination" in c.filters else []
+    template = synthesis_template(plan.model, plan.config.synthesis.template)
+    files += [template] if "synthesis" in c.filters and template else []
+    for file in files:
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()
