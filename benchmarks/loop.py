@@ -101,15 +101,15 @@ def one_step_off() -> Result:
     least 1.2 is the goal.
     """
     from benchmarks.learner import SIZES, model_folder
+    from rl.learner.clients import CriticClient, PolicyClient
     from rl.learner.critic import Critic
     from rl.learner.features import FeatureStore
     from rl.learner.options import LearnerOptions
     from rl.learner.policy import Policy
     from rl.recipe.resolve import load
+    from rl.remote import Local
     from stages import STAGES
     from stages.loop import Clock, LoopState, Services, ppo_iteration
-    from rl.learner.clients import CriticClient, PolicyClient
-    from rl.remote import Local
 
     count, prompts, group = 4, 2, 8
     recipe = load(

@@ -34,7 +34,7 @@ from rl.record.display import Display, families
 from rl.record.run_folder import RunFolder, make_new
 from rl.stop import GO_ON, Stop, WorkerDied
 from rollout.pacore.target import ModelTarget
-from stages import STAGES
+from stages import stage_class
 from stages.curation.run import checked as checked_curation
 from stages.evaluation.measure import EvaluationReport, Questions, measure
 from stages.evaluation.scores import ALL, ResultRow, result_rows
@@ -97,7 +97,7 @@ def _follows_curation(step: Step, chain: Chain) -> bool:
 
 def _stage_lines(step: Step, checked: Config) -> dict[str, str]:
     """Lines of the checked plan that the stage writes -> the same lines for the rows that will be curated."""
-    stage = STAGES[checked.stage]
+    stage = stage_class(checked.stage)
     return dict(zip(stage.plan_lines(checked), stage.plan_lines(step.resolved.config), strict=True))
 
 
@@ -126,7 +126,7 @@ def _checkable(step: Step, chain: Chain) -> Config:
         return config
     rows = chain.before(step)[-1].resolved.config.data.train
     data = config.data.model_copy(update={"train": rows})
-    return STAGES[config.stage].before_curation(config.model_copy(update={"data": data}))
+    return stage_class(config.stage).before_curation(config.model_copy(update={"data": data}))
 
 
 @contextmanager
@@ -276,7 +276,7 @@ def before_and_after(
     before = "start"
     for name, lines in stages.items():
         evaluated = [line for line in lines if families(line)]
-        comparable = STAGES[name].comparable_evaluation or not held_out
+        comparable = stage_class(name).comparable_evaluation or not held_out
         first = [line for line in evaluated[:1] if line["iteration"] == 0 and comparable]
         for when, line in [*((before, line) for line in first), *((name, line) for line in evaluated[-1:])]:
             held_out[when] = families(line) | held_out.get(when, {})
@@ -290,7 +290,7 @@ def final_table(chain: Chain) -> FinalTable:
     """The results of all stages, and a last evaluation of the policy, whose answers are cached."""
     (chain.folder / FINAL).mkdir(exist_ok=True)
     evaluated = [config for step in chain.trained() if (config := step.resolved.config).data.eval]
-    last = {STAGES[config.stage].final_measure: config for config in evaluated}  # the last stage of each measure
+    last = {stage_class(config.stage).final_measure: config for config in evaluated}  # the last stage of each measure
     held_out, win_rates = before_and_after(stage_metrics(chain))
     sampled: list[ResultRow] = []
     if config := last.get("accuracy"):
@@ -310,4 +310,4 @@ def _measure(chain: Chain, config: Config, questions: Questions) -> EvaluationRe
     digest = hashlib.sha256(f"{target.model} {target.weights()}".encode()).hexdigest()[:12]
     cache = chain.folder / FINAL / f"{config.stage}-{digest}.jsonl"
     options = {"limit": config.eval.sampled_rows, "seed": config.seed, "cache": cache}
-    return measure(config, target, replace(questions, tasks=STAGES[config.stage].final_tasks(config), **options))
+    return measure(config, target, replace(questions, tasks=stage_class(config.stage).final_tasks(config), **options))

@@ -23,7 +23,7 @@ from rollout.data.errors import BadRow, RowError, listing
 from rollout.data.order import MixedOrder, Order, PromptOrder
 from rollout.data.rows import Rows, read
 from rollout.pacore.prompt import SynthesisPrompt, synthesis_template
-from stages import STAGES
+from stages import stage_class
 from stages.base import Stage
 
 FLOAT32 = 4  # bytes
@@ -50,7 +50,7 @@ class Plan:
     @property
     def stage(self) -> type[Stage]:
         """The stage that the config names."""
-        return STAGES[self.config.stage]
+        return stage_class(self.config.stage)
 
     @property
     def most_images(self) -> int:
@@ -201,7 +201,7 @@ def check_accept(config: Config) -> None:
 
 def _selected(config: Config, rows: Rows) -> tuple[Rows, int]:
     """The rows that the stage selects, and the number of the others. Raises ValueError if it selects none."""
-    stage = STAGES[config.stage]
+    stage = stage_class(config.stage)
     indices = [n for n, prompt in enumerate(rows.prompts) if stage.selects(prompt, config)]
     if rows.prompts and not indices:
         raise ValueError(f"none of the {len(rows.prompts)} rows {stage.selection}")
@@ -252,7 +252,7 @@ def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: Reward
     Args:
         trains: True for training rows, False for held-out ones.
     """
-    stage, data = STAGES[config.stage], config.data
+    stage, data = stage_class(config.stage), config.data
 
     def problem(prompt: Prompt) -> str | None:
         try:

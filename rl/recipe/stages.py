@@ -5,6 +5,7 @@ group `rl.stages`: each entry point names a mapping from stage names to classes 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from importlib.metadata import entry_points
 from operator import attrgetter
 from typing import Any, Protocol
@@ -27,10 +28,15 @@ class StageRules(Protocol):
 
 def registered() -> dict[str, StageRules]:
     """All stages by name. Raises RuntimeError if no installed package registers any."""
+    return {name: rules for registry in _registries() for name, rules in registry.items()}
+
+
+@cache
+def _registries() -> tuple[Mapping[str, StageRules], ...]:
     points = entry_points(group=GROUP)
     if not points:
         raise RuntimeError(f"no entry point of the group {GROUP!r} is installed: run make env, or pip install .")
-    return {name: rules for point in points for name, rules in point.load().items()}
+    return tuple(point.load() for point in points)
 
 
 def option_problems(config: Config) -> Iterator[OptionError]:

@@ -128,9 +128,7 @@ def test_a_checkpoint_holds_its_own_iteration_even_when_the_next_is_already_samp
 def test_a_row_that_is_gone_is_named() -> None:
     sampler, _ = partial([3, 9, 4], wanted=2, chunk=4)
     in_order(sampler.sample(PROMPTS[:3], 1, 1))
-    with pytest.raises(ValueError, match=r"responses to row '1' are unfinished, but data\.train does not have"):
-        ValueError, match=r"responses to row '1' are unfinished, but data\.train does not have this row"
-    ):
+    with pytest.raises(ValueError, match=r"responses to row '1' are unfinished, but data\.train does not have this"):
         sampler.resume(1, sampler.unfinished(1), [Prompt("7", "t", ())])
 
 
