@@ -1,21 +1,21 @@
-# The two commands to know: `make demo` and `make test`. `make help` lists the rest.
+# The two main commands are `make demo` and `make test`. `make help` lists all.
 PYTHON ?= python3
 RUN = .venv/bin/python
 RUFF = $(RUN) -m ruff
-# Everything that has Python files, and is there yet.
+# All folders that have Python files.
 FOLDERS = $(wildcard rl rewards rollout stages recipes benchmarks examples tools tests)
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test test-slow lint format lock
 
 help:
-	@echo "make demo       train the scale model on this machine's CPU: recipes/rlvr.yaml --profile cpu"
-	@echo "make test       lint, type check, and all tests that are not slow"
+	@echo "make demo       train the scale model on the CPU of this machine: recipes/rlvr.yaml --profile cpu"
+	@echo "make test       ruff, the type checker, and all tests that are not slow"
 	@echo "make test-slow  the slow tests: complete training runs"
 	@echo "make lint       ruff and the type checker only"
-	@echo "make format     let ruff mend what it can"
-	@echo "make env        create or finish the environment .venv (GPU=1: CUDA builds)"
-	@echo "make lock       resolve tools/constraints-*.txt anew from pyproject.toml (needs uv)"
+	@echo "make format     ruff corrects what it can"
+	@echo "make env        create or complete the environment .venv (GPU=1: CUDA builds)"
+	@echo "make lock       write tools/constraints-*.txt again from pyproject.toml (needs uv)"
 
 env:
 	@$(PYTHON) tools/install.py $(if $(GPU),--gpu)

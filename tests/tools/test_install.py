@@ -100,6 +100,45 @@ def test_a_half_unpacked_package_is_forgotten_and_a_whole_one_kept(installer: di
     assert [path.name for path in tmp_path.iterdir()] == ["whole-1.0.dist-info"]
 
 
+SYSTEMS = [  # platform.system(), platform.machine(), what it says
+    ("Darwin", "arm64", "vLLM, which generates all responses, has no package for macOS"),
+    ("Darwin", "x86_64", "vLLM, which generates all responses, has no package for macOS"),
+    ("Windows", "AMD64", "vLLM has no package for Windows"),
+    ("Linux", "ppc64le", "vLLM, which generates all responses, has no package for this system"),
+]
+
+
+@pytest.mark.parametrize(("system", "machine", "reason"), SYSTEMS)
+def test_a_system_without_vllm_is_told_so_before_anything_is_created(
+    system: str, machine: str, reason: str, tmp_path: Path
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    shutil.copy(ROOT / "tools/install.py", tools)
+    code = f"""
+        import platform, runpy, sys
+        platform.system, platform.machine = (lambda: {system!r}), (lambda: {machine!r})
+        sys.modules["fcntl"] = None  # as on Windows
+        sys.argv = ["install.py"]
+        runpy.run_path({str(tools / "install.py")!r}, run_name="__main__")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"environment: {system} on {machine} is not supported; nothing was installed.\n")
+    assert reason in done.stderr and "Linux on x86-64 is supported" in done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["tools", "install.py"]
+
+
+def test_linux_on_arm_is_tried_with_a_warning(installer: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+    installer["check_system"]("Linux", "aarch64")
+    assert "nothing has been run on it" in capsys.readouterr().out
+
+
+def test_linux_on_x86_is_supported(installer: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+    installer["check_system"]("Linux", "x86_64")
+    assert capsys.readouterr().out == ""
+
+
 def pinned_versions(constraints: Path) -> dict[str, str]:
     """Package -> version, of the lines that hold on this machine."""
     lines = [line for line in constraints.read_text().splitlines() if not line.startswith("#")]
