@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rl.config import Config
+from rl.learner.batch import collate
 from rl.learner.features import FeatureStore
-from rl.learner.packing import collate
 from rl.learner.targets import make_targets
 from rl.record.metrics import rollout_metrics
 from rl.stop import Stop

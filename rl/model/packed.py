@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from rl.learner.packing import Pack
+from rl.learner.packing import PackedRow
 from rl.model.logprobs import token_logprobs
 
 
@@ -30,18 +30,18 @@ def embed(words: nn.Embedding, token_ids: Tensor, image_slots: Tensor, features:
     return embedded.masked_scatter(image_slots[:, None], torch.cat(list(features)).to(embedded.dtype))
 
 
-def hidden_states(trunk: Any, pack: Pack, features: Mapping[str, Tensor]) -> Tensor:
+def hidden_states(trunk: Any, row: PackedRow, features: Mapping[str, Tensor]) -> Tensor:
     """Run the decoder trunk over one packed row: [T, hidden]."""
     words = trunk.get_input_embeddings()
     device = words.weight.device
     inputs = embed(
         words,
-        pack.token_ids.to(device),
-        pack.image_slots.to(device),
-        [features[digest].to(device) for digest in pack.images],
+        row.token_ids.to(device),
+        row.image_slots.to(device),
+        [features[digest].to(device) for digest in row.images],
     )
-    positions = pack.position_ids.to(device)[None]
-    out = trunk(inputs_embeds=inputs[None], position_ids=positions, use_cache=False, layout=pack.layout)
+    positions = row.position_ids.to(device)[None]
+    out = trunk(inputs_embeds=inputs[None], position_ids=positions, use_cache=False, layout=row.layout)
     return out.last_hidden_state[0]
 
 
@@ -68,7 +68,7 @@ class PolicyModel(nn.Module):
         self.model = trunk
         self.lm_head = head
 
-    def forward(self, row: Pack, features: Mapping[str, Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(self, row: PackedRow, features: Mapping[str, Tensor], temperature: float) -> tuple[Tensor, Tensor]:
         """Logprobs and entropies of a packed row's response tokens, [n] each, float32 nats."""
         hidden = hidden_states(self.model, row, features)
         return token_logprobs(hidden[row.before.to(hidden.device)], self.lm_head.weight, row.targets, temperature)

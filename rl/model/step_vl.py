@@ -5,7 +5,7 @@ report (arXiv 2601.09668) section 2; details that only the published serving cod
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import Qwen3Model
 
+from rl.model.architecture import Architecture, ImageToken
 from rl.model.config import StepVLConfig, StepVLVisionConfig
+from rl.model.layout import Size, picture_tokens
 from rl.model.pictures import Views, views
 
 ROPE_THETA = 1e4
@@ -148,8 +150,8 @@ class PerceptionEncoder(nn.Module):
         return self.vit_downsampler2(self.vit_downsampler1(x)).flatten(2).transpose(1, 2)
 
 
-class StepVL(nn.Module):
-    """The whole model. Its parts keep their names on disk; see rl/model/__init__.py for the protocol it fills."""
+class StepVL(Architecture):
+    """The whole model. Its parts keep their names on disk."""
 
     frozen_prefixes: ClassVar[dict[str, tuple[str, ...]]] = {
         "encoder": ("vision_model.",),
@@ -157,8 +159,7 @@ class StepVL(nn.Module):
     }
 
     def __init__(self, config: StepVLConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         text, width = config.text_config, config.vision_config.width
         self.vision_model = PerceptionEncoder(config.vision_config)
         self.vit_large_projector = nn.Linear(4 * width, text.hidden_size, bias=config.projector_bias)
@@ -167,26 +168,27 @@ class StepVL(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    @property
-    def image_token_id(self) -> int:
-        return self.config.image_token_id
+    @classmethod
+    def image_token(cls, config: Any) -> ImageToken:
+        def expansion(size: Size) -> int:
+            sizes = config.global_size, config.crop_size, config.image_token_len, config.patch_token_len
+            return picture_tokens(size, *sizes)
+
+        return ImageToken("<im_patch>", config.image_token_id, expansion)
 
     def views(self, picture: Image.Image) -> Views:
-        """The crops and the global view that the tower sees of a picture."""
+        """Returns the global view and the crops of a picture."""
         return views(picture, self.config.global_size, self.config.crop_size)
 
     def features(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
-        """The decoder's view of each picture: crops first, the global view last.
-
-        Returns: one [image tokens, hidden] tensor per picture.
-        """
-        seen = [self.views(p) for p in pictures]
-        whole = self._encode([v.whole for v in seen])
-        crops = self._encode([crop for v in seen for crop in v.crops])
+        """Returns the features of each picture, [image tokens, hidden]: its crops first, its global view last."""
+        all_views = [self.views(p) for p in pictures]
+        global_views = self._encode([v.global_view for v in all_views])
+        crops = self._encode([crop for v in all_views for crop in v.crops])
         result = []
-        for v, last in zip(seen, whole, strict=True):
-            own, crops = crops[: len(v.crops)], crops[len(v.crops) :]
-            result.append(torch.cat([*own, last]))
+        for v, global_view in zip(all_views, global_views, strict=True):
+            own_crops, crops = crops[: len(v.crops)], crops[len(v.crops) :]
+            result.append(torch.cat([*own_crops, global_view]))
         return result
 
     def _encode(self, pixels: Sequence[Tensor]) -> list[Tensor]:

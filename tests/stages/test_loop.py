@@ -9,10 +9,10 @@ import torch
 
 from rl.config import Config
 from rl.here import Here
+from rl.learner.batch import collate
 from rl.learner.critic import Critic
 from rl.learner.features import FeatureStore
 from rl.learner.options import LearnerOptions
-from rl.learner.packing import collate
 from rl.learner.policy import Policy
 from rl.model import hf_folder
 from rl.types import Prompt, Rollout, Scored

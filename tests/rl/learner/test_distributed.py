@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rl.learner.batch import Batch, Group, collate
 from rl.learner.critic import Critic
 from rl.learner.distributed import Ranks
-from rl.learner.packing import Batch, Group, balanced, collate, rows_of_rank
+from rl.learner.packing import balanced, rows_of_rank
 from rl.learner.policy import Policy
 from rl.learner.targets import make_targets
 from rl.model import hf_folder
@@ -85,8 +86,8 @@ class Pair:
         values = self.critic.values(self.data, self.features)[0]
         tensors = {"logprobs": self.policy.logprobs(self.data, self.features), "values": values}
         weights = self.policy.weights()
-        assert bool(weights) == self.policy.ranks.first
-        if self.policy.ranks.first:
+        assert bool(weights) == self.policy.ranks.is_first
+        if self.policy.ranks.is_first:
             tensors |= {name: torch.as_tensor(weight).clone() for name, weight in weights.items()}
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
@@ -111,7 +112,7 @@ def trained(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> 
         numbers |= {f"{name} {iteration}": value for name, value in pair.iterate(iteration).items()}
     pair.keep(results / "tensors")
     pair.save(results)
-    if ranks.first:
+    if ranks.is_first:
         (results / "numbers.json").write_text(json.dumps(numbers))
     pair.iterate(ITERATIONS + 1)
     pair.keep(results / "one iteration later")
@@ -196,7 +197,7 @@ def test_every_rank_has_as_many_rows_and_every_response_counts_once():
     groups = [group(5, *[4] * 7, first_row=0), group(3, 2, 9, first_row=7), group(1, 1, first_row=9)]
     ranks = [rows_of_rank(groups, 20, None, rank=r, ranks=3, pairs_per_token=10.0) for r in range(3)]
     assert len({len(rows) for rows in ranks}) == 1
-    counted = [i for rows in ranks for row in rows if row.counts for i in row.pack.rows.tolist()]
+    counted = [i for rows in ranks for row in rows if row.counts for i in row.batch_rows.tolist()]
     assert sorted(counted) == list(range(10))
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rl.learner.packing import Batch, Group, collate, minibatches, pack
+from rl.learner.batch import Batch, Group, collate, minibatches
+from rl.learner.packing import pack
 from rl.model.packed import PolicyModel
 from rl.types import Prompt, Rollout, Scored
 from tests.support.models import IMAGE_TOKEN, step_vl
@@ -34,7 +35,7 @@ def test_rows_stay_within_the_budget_and_hold_every_response_once():
     groups = [group(5, *[4] * 7, first_row=0), group(3, 2, 9, first_row=7), group(1, 1, first_row=9)]
     rows = pack(groups, 20, None)
     assert all(len(row.token_ids) <= 20 for row in rows)
-    assert sorted(index for row in rows for index in row.rows.tolist()) == list(range(10))
+    assert sorted(index for row in rows for index in row.batch_rows.tolist()) == list(range(10))
 
 
 def test_a_sequence_over_the_budget_is_refused_with_its_sizes():
@@ -66,8 +67,8 @@ def logprobs(model, rows, features) -> dict[int, torch.Tensor]:
     out = {}
     for row in rows:
         values, _ = PolicyModel(model.model, model.lm_head)(row, features, 1.0)
-        for local, index in enumerate(row.rows.tolist()):
-            out[index] = values[row.row == local].detach()
+        for local, index in enumerate(row.batch_rows.tolist()):
+            out[index] = values[row.response == local].detach()
     return out
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rl.here import Here
+from rl.learner.batch import Batch, collate
 from rl.learner.critic import Critic
 from rl.learner.features import FeatureStore
-from rl.learner.packing import Batch, collate
 from rl.learner.policy import Policy
 from rl.learner.targets import Targets, make_targets
 from rl.model import hf_folder
@@ -104,7 +104,7 @@ def test_a_saved_policy_carries_the_templates_that_it_was_trained_with(folder, t
     shown.write_text("{{ problem }}{{ messages }}")
     for name, given in (("plain", {}), ("named", {"chat_template": chat, "synthesis_template": shown})):
         policy = Policy(folder, options(**given))
-        policy.write_whole(policy.whole(), tmp_path / name)
+        policy.write_model(policy.full_state(), tmp_path / name)
     assert not (tmp_path / "plain/pacore.jinja").exists()
     assert (tmp_path / "named/pacore.jinja").read_text() == shown.read_text()
     assert (tmp_path / "named/chat_template.jinja").read_text() == chat.read_text()
@@ -181,7 +181,7 @@ def test_a_critic_goes_on_with_the_values_of_an_earlier_one(folder, tmp_path):
     features = features_of(policy)
     values, final = earlier.values(batch, features)
     earlier.update(batch, make_targets(batch, values, final, earlier.options.ppo), features, 1)
-    earlier.write_whole(earlier.whole(), tmp_path / "critic")
+    earlier.write_model(earlier.full_state(), tmp_path / "critic")
     learned = earlier.values(batch, features)[0]
     torch.testing.assert_close(Critic(folder, options(critic=tmp_path / "critic")).values(batch, features)[0], learned)
     assert not torch.allclose(learned, values)
@@ -190,12 +190,12 @@ def test_a_critic_goes_on_with_the_values_of_an_earlier_one(folder, tmp_path):
 def test_a_folder_that_is_no_critic_of_the_model_is_refused(folder, tmp_path):
     policy, critic = Policy(folder, options()), Critic(folder, options())
     model = hf_folder.read_config(folder)
-    critic.write_whole(critic.whole(), tmp_path / "critic")
+    critic.write_model(critic.full_state(), tmp_path / "critic")
     hf_folder.check_critic(tmp_path / "critic", model)
-    critic.write_whole({**critic.whole(), "value_head.weight": torch.zeros(1, 3)}, tmp_path / "other")
+    critic.write_model({**critic.full_state(), "value_head.weight": torch.zeros(1, 3)}, tmp_path / "other")
     with pytest.raises(hf_folder.CheckpointError, match=r"value_head.weight is \(1, 3\), the config asks for"):
         hf_folder.check_critic(tmp_path / "other", model)
-    policy.write_whole(policy.whole(), tmp_path / "policy")
+    policy.write_model(policy.full_state(), tmp_path / "policy")
     with pytest.raises(
         hf_folder.CheckpointError, match=r"is no critic of this model: 1 missing tensors: value_head.weight"
     ):

@@ -97,7 +97,7 @@ def test_features_put_crops_before_the_global_view():
     wide = Image.effect_noise((224, 112), 80).convert("RGB")  # two crops of one token, one view of four
     (features,) = model.features([wide])
     assert features.shape == (sum(model_tokens(model, wide.size)), 32)
-    (alone,) = model._encode([model.views(wide).whole])
+    (alone,) = model._encode([model.views(wide).global_view])
     torch.testing.assert_close(features[-4:], alone)
 
 
@@ -131,7 +131,8 @@ def test_transformers_own_folders_load_with_the_same_logits(tmp_path):
         theirs = randomized(cls(config(**sizes, **heads, tie_word_embeddings=False)), 1)
         theirs.save_pretrained(tmp_path / config.model_type)
         ours = hf_folder.load(tmp_path / config.model_type)
-        from rl.learner.packing import Group, pack
+        from rl.learner.batch import Group
+        from rl.learner.packing import pack
         from rl.model.packed import hidden_states
 
         (row,) = pack([Group(tuple(ids.tolist()), (), ((1,),), (0,))], 50, None)
