@@ -1,7 +1,7 @@
 """STEP3-VL in plain torch: Perception Encoder, two stride-2 convolutions, linear projector, Qwen3 decoder.
 
-Module names are the names on disk, so a checkpoint loads without any mapping. Architecture: STEP3-VL-10B
-report (arXiv 2601.09668) section 2; details that only the published serving code shows are marked there.
+Modules are named as on disk, so a checkpoint loads without a mapping of names. Source: STEP3-VL-10B report
+(arXiv 2601.09668), section 2, and the published serving code.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ ROPE_THETA = 1e4
 
 
 def rope_2d(head_dim: int, grid: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the tower's 2-D rotary positions.
+    """Returns cosines and sines of the tower's 2-D rotary positions.
 
-    The first half of a head turns with the column, the second half with the row; neighbouring pairs of
-    channels share a frequency. `grid` bounds `rows` and `columns`.
+    The first half of a head's channels rotates with the column, the second half with the row; the two channels of a
+    pair share a frequency. `grid` is the largest number of rows and columns.
 
     Returns: cos, sin, each [rows * columns, head_dim] float32.
     """
@@ -41,7 +41,7 @@ def rope_2d(head_dim: int, grid: int, rows: int, columns: int) -> tuple[Tensor, 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs: (a, b) -> (a cos - b sin, b cos + a sin). x is [..., T, head_dim]."""
+    """Rotates pairs of neighbouring channels: (a, b) -> (a cos - b sin, b cos + a sin). x is [..., T, head_dim]."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack((-b, a), dim=-1).flatten(-2) * sin
 
@@ -78,7 +78,7 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel on a residual branch."""
+    """A learned factor for each channel of a residual branch."""
 
     def __init__(self, width: int, value: float) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The tower's layers, under the name they have on disk."""
+    """The tower's layers, named as on disk."""
 
     def __init__(self, config: StepVLVisionConfig) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Transformer(nn.Module):
 
 
 class PerceptionEncoder(nn.Module):
-    """Square pixels to tokens: patches, absolute and rotary positions, layers, two stride-2 convolutions."""
+    """From square views to tokens: patches, absolute and rotary positions, layers, two stride-2 convolutions."""
 
     def __init__(self, config: StepVLVisionConfig) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class PerceptionEncoder(nn.Module):
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(self.grid**2, width))
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Absolute positions [rows * columns, width]; views smaller than the grid get them bilinearly resized."""
+        """Returns absolute positions [rows * columns, width], resized bilinearly for views smaller than the grid."""
         if (rows, columns) == (self.grid, self.grid):
             return self.positional_embedding
         table = self.positional_embedding.unflatten(0, (self.grid, self.grid)).permute(2, 0, 1)[None]
@@ -151,7 +151,7 @@ class PerceptionEncoder(nn.Module):
 
 
 class StepVL(Architecture):
-    """The whole model. Its parts keep their names on disk."""
+    """STEP3-VL: vision tower, projector, decoder and head, named as on disk."""
 
     frozen_prefixes: ClassVar[dict[str, tuple[str, ...]]] = {
         "encoder": ("vision_model.",),
