@@ -20,7 +20,8 @@ from transformers import PretrainedConfig, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
 from rl.algorithm.losses import MinibatchSize, policy_gradient_loss
-from rl.learner.packing import Group, Pack, pack
+from rl.learner.batch import Group
+from rl.learner.packing import PackedRow, pack
 from rl.model import hf_folder
 from rl.model.attention import Layout, Span
 from rl.model.logprobs import token_logprobs
@@ -147,27 +148,27 @@ def backward(made: Work, logprobs: Sequence[Tensor], rows: Sequence[int]) -> Non
     policy_gradient_loss(flat, flat.detach(), gains, everything, size=made.size)[0].backward()
 
 
-def packed(made: Work, rows: Sequence[Pack]) -> Side:
+def packed(made: Work, rows: Sequence[PackedRow]) -> Side:
     """Our learner's pass over packed rows."""
 
     def step() -> list[Tensor]:
         found: dict[int, Tensor] = {}
         for row in rows:
             logprobs, _ = made.model(row, {}, 1.0)
-            parts = logprobs.split([int((row.row == i).sum()) for i in range(len(row.rows))])
-            backward(made, parts, row.rows.tolist())
-            found |= zip(row.rows.tolist(), (part.detach() for part in parts), strict=True)
+            parts = logprobs.split([int((row.response == i).sum()) for i in range(len(row.batch_rows))])
+            backward(made, parts, row.batch_rows.tolist())
+            found |= zip(row.batch_rows.tolist(), (part.detach() for part in parts), strict=True)
         return [found[row] for row in sorted(found)]
 
     return side(made, step)
 
 
-def shared(made: Work) -> list[Pack]:
+def shared(made: Work) -> list[PackedRow]:
     """Rows as the learner packs them: prompts once."""
     return pack(made.groups, BUDGET, None)
 
 
-def unshared(made: Work) -> list[Pack]:
+def unshared(made: Work) -> list[PackedRow]:
     """Each rollout with its own prompt, one causal sequence, still packed without padding."""
     singles = [
         replace(group, responses=(response,), rows=(row,))

@@ -7,13 +7,10 @@ from typing import Any, cast
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from rl.model.config import StepVLConfig
 from rl.model.hf_folder import read_config
-from rl.model.layout import picture_tokens
+from rl.model.registry import family
 from rl.types import THINK_CLOSE, THINK_OPEN, Prompt
 from rollout.pacore.prompt import SynthesisPrompt
-
-IMAGE_TOKEN = "<im_patch>"
 
 
 class Chat:
@@ -36,11 +33,10 @@ class Chat:
             self.tokenizer.chat_template = template.read_text()
         if not self.tokenizer.chat_template:
             raise ValueError(f"{folder} has no chat template; name a Jinja file in model.chat_template of the recipe")
-        self.sees = isinstance(self.config, StepVLConfig)
-        if self.sees and self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != self.config.image_token_id:
+        self.image = family(self.config).image_token(self.config)
+        if self.image and self.tokenizer.convert_tokens_to_ids(self.image.text) != self.image.id:
             raise ValueError(
-                f"{folder}: the tokenizer does not give {IMAGE_TOKEN} the config's image_token_id "
-                f"{self.config.image_token_id}"
+                f"{folder}: the tokenizer does not give {self.image.text} the config's image_token_id {self.image.id}"
             )
 
         self._control = frozenset(self.tokenizer.all_special_ids)
@@ -57,18 +53,18 @@ class Chat:
 
         Raises: ValueError naming the row if the model cannot see pictures or the template loses one.
         """
-        if prompt.images and not self.sees:
+        if prompt.images and not self.image:
             raise ValueError(f"row {prompt.id} shows pictures, but {self.config.model_type} is a text model")
         try:
             ids = self.tokenizer.apply_chat_template(
-                [_plain(m) for m in self.synthesis.turns(prompt)],
+                [self._plain(m) for m in self.synthesis.turns(prompt)],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
             )
         except TemplateError as error:
             raise ValueError(f"row {prompt.id}: the chat template refuses its messages: {error}") from error
-        shown = ids.count(self.config.image_token_id) if self.sees else 0
+        shown = ids.count(self.image.id) if self.image else 0
         if shown != len(prompt.images):
             raise ValueError(
                 f"row {prompt.id} has {len(prompt.images)} pictures, but its prompt has {shown} image tokens; "
@@ -82,8 +78,7 @@ class Chat:
 
     def picture_tokens(self, size: tuple[int, int]) -> int:
         """Prompt tokens that a picture of `size` (width, height) takes."""
-        c = self.config
-        return picture_tokens(size, c.global_size, c.crop_size, c.image_token_len, c.patch_token_len)
+        return self.image.expansion(size) if self.image else 0
 
     def text(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
         """Sampled ids as text: control tokens removed, think tags kept.
@@ -95,10 +90,10 @@ class Chat:
         opened = self.tokenizer.decode(prompt_ids[-4:]).rstrip().endswith(THINK_OPEN)
         return (THINK_OPEN if opened else "") + self.tokenizer.decode(visible)
 
-
-def _plain(message: Any) -> dict[str, Any]:
-    """Image parts become the image token, so that every chat template understands them."""
-    content = message["content"]
-    if not isinstance(content, str):
-        content = "".join(IMAGE_TOKEN if p["type"] == "image" else p["text"] for p in content)
-    return {**message, "content": content}
+    def _plain(self, message: Any) -> dict[str, Any]:
+        """Image parts become the image token, so that every chat template understands them."""
+        content = message["content"]
+        if not isinstance(content, str):
+            image = self.image.text if self.image else ""
+            content = "".join(image if p["type"] == "image" else p["text"] for p in content)
+        return {**message, "content": content}

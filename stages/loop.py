@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from rl.config import Config
+from rl.learner.batch import collate
 from rl.learner.clients import CriticClient, PolicyClient
 from rl.learner.features import FeatureStore
-from rl.learner.packing import collate
 from rl.learner.targets import make_targets
 from rl.record.metrics import rollout_metrics
 from rl.stop import Stop

@@ -195,7 +195,7 @@ def embedded(model: StepVL, ids: Tensor, problems: Sequence[Problem], seen: dict
     """ids: [B, T]. Returns decoder inputs [B, T, hidden]."""
     words = model.model.embed_tokens(ids)
     shown = [seen[id(p.scene)] for p in problems if p.scene is not None]
-    return words.masked_scatter((ids == model.image_token_id)[..., None], torch.cat(shown)) if shown else words
+    return words.masked_scatter((ids == model.config.image_token_id)[..., None], torch.cat(shown)) if shown else words
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def loss(model: StepVL, prompter: Prompter, batch: Lesson) -> Tensor:
     row = pack(prompter, batch)
     with torch.no_grad():  # the eyes have learned before
         seen = features(model, row.scenes)
-    slots = row.token_ids == model.image_token_id
+    slots = row.token_ids == model.config.image_token_id
     inputs = embed(model.model.embed_tokens, row.token_ids, slots, [seen[id(scene)] for scene in row.scenes])
     hidden = model.model(
         inputs_embeds=inputs[None], position_ids=row.position_ids[None], use_cache=False, layout=row.layout

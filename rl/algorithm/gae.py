@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_TASK = 1 << 20  # elements a thread takes at a time: milliseconds of work, and enough tasks to share evenly
+_TASK = 1 << 20  # elements per task of a thread: milliseconds of work, and enough tasks to balance the threads
 
 
 def gae(
@@ -32,7 +32,7 @@ def gae(
     Args:
         rewards: [N, R] float, paid on emitting token t.
         values: [N, R] float, the critic's estimate before token t is emitted.
-        mask: [N, R] bool. What the other tensors hold where it is False is never looked at.
+        mask: [N, R] bool. The other tensors are not read where it is False.
         gamma, lam: discount per token and GAE's lambda, both in [0, 1].
         bootstrap: [N] float, value of the state after the last token, for responses cut off before they
             ended; 0 for those that did end. None: 0 for all.
@@ -48,8 +48,8 @@ def gae(
     dtype = torch.promote_types(values.dtype, torch.float32)
     ending = torch.zeros(count) if bootstrap is None else bootstrap
     inputs = _array(rewards, dtype), _array(values, dtype), _array(mask, torch.bool), _array(ending, torch.float64)
-    # From numpy, which asks for huge pages: page faults of a large tensor of torch cost as much as the arithmetic.
-    # New pages hold zeros already, so nothing is written where the mask is False.
+    # Allocated by numpy, which uses huge pages: page faults of a large torch tensor cost as much as the arithmetic.
+    # New pages contain zeros, so nothing is written where the mask is False.
     advantages, returns = np.zeros((count, width), inputs[1].dtype), np.zeros((count, width), inputs[1].dtype)
 
     kernel = _compiled()
@@ -59,7 +59,7 @@ def gae(
         kernel(start, min(start + rows, count), *inputs, float(gamma), float(gamma * lam), advantages, returns)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(work, range(0, count, rows)))  # the list raises what a thread raised
+        list(pool.map(work, range(0, count, rows)))  # list() raises the exception of a thread
     return torch.from_numpy(advantages).to(values.device), torch.from_numpy(returns).to(values.device)
 
 
@@ -88,12 +88,12 @@ def _gae_rows(
     advantages: np.ndarray,
     returns: np.ndarray,
 ) -> None:
-    """Fills in rows `start` to `stop` of the last two arrays, which hold 0; a_next and v_next are float64."""
+    """Computes rows `start` to `stop` of `advantages` and `returns`, which must be 0; a_next and v_next are float64."""
     width = values.shape[1]
     for i in range(start, stop):
         a_next, v_next = 0.0, bootstrap[i]
         for back in range(width):
-            t = np.uint64(width - 1 - back)  # a signed index would be tested for < 0 each time, a third slower
+            t = np.uint64(width - 1 - back)  # a signed index is tested for < 0 each time, which takes a third longer
             if mask[i, t]:
                 a_next = rewards[i, t] + gamma * v_next - values[i, t] + decay * a_next
                 v_next = values[i, t]
@@ -103,10 +103,10 @@ def _gae_rows(
 
 @cache
 def _compiled() -> Callable[..., None]:
-    """_gae_rows as machine code that runs without the interpreter's lock.
+    """Returns _gae_rows as machine code that runs without the interpreter's lock.
 
-    numba is imported here because processes that only want this file's other functions need not pay for it. The
-    code is not kept on disk: that would save a run a third of a second, and needs a folder to write to.
+    numba is imported here, so that processes that use only the other functions of this file do not load it. The code
+    is not cached on disk: that would save a third of a second per run, and needs a writable folder.
     """
     from numba import njit
 
@@ -114,15 +114,15 @@ def _compiled() -> Callable[..., None]:
 
 
 def _array(x: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """On the CPU and contiguous; the tensor's own memory if it is so already."""
+    """Returns a contiguous array on the CPU; it shares the tensor's memory if that is contiguous and on the CPU."""
     return x.detach().to("cpu", dtype).contiguous().numpy()
 
 
 def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
-    """(A - mean) / max(std, 1e-8) over all chosen tokens of the batch; 0 where mask is False.
+    """Returns (A - mean) / max(std, 1e-8) over all chosen tokens of the batch; 0 where mask is False.
 
-    The standard deviation is the population's. Means are taken in float64: in float32 the rounding of the mean
-    of equal advantages, divided by 1e-8, would come out as advantages of order 1.
+    The standard deviation is the population's. Means are computed in float64: in float32 the rounding error of the
+    mean of equal advantages, divided by 1e-8, would give advantages of order 1.
 
     Raises:
         ValueError: no token is chosen.
@@ -138,7 +138,7 @@ def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def terminal_rewards(scores: Tensor, mask: Tensor) -> Tensor:
-    """Rewards [N, R] that pay a response's whole score [N] on its last chosen token.
+    """Returns rewards [N, R] that pay a response's whole score [N] on its last chosen token.
 
     Raises:
         ValueError: a response without any chosen token has a score other than 0.

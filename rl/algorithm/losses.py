@@ -1,9 +1,9 @@
-"""Policy, value and entropy losses: pure functions on [N, R] tensors, each a sum over tokens divided by the whole
-minibatch's token count, so that splitting a minibatch into parts and adding the parts' gradients changes nothing.
+"""Policy, value and entropy losses: pure functions on [N, R] tensors. Each is a sum over tokens divided by the whole
+minibatch's token count, so that a minibatch may be split into parts whose gradients are added.
 
-`mask` (bool) is True where the policy chose the token; what other tensors hold elsewhere is never looked at.
-Besides its loss, a function may return `Sums`: statistics summed over tokens, to be added over parts
-(`add_sums`) and divided once at the end (`finish_sums`).
+`mask` (bool) is True where the policy chose the token; the other tensors are not used where it is False. Besides its
+loss, a function may return `Sums`: statistics summed over tokens, to be added over parts (`add_sums`) and divided once
+at the end (`finish_sums`).
 """
 
 import math
@@ -16,19 +16,19 @@ from torch import Tensor
 
 Sums = dict[str, Tensor]
 
-MAX_LOG_RATIO = 20.0  # a log-ratio beyond this is treated as this: e^20 is 5e8, far from overflow in float32
+MAX_LOG_RATIO = 20.0  # log-ratios are clamped to -20 and 20: e^20 is 5e8, far from overflow in float32
 
 
 @dataclass(frozen=True)
 class MinibatchSize:
-    """How much one optimizer step holds in all, whatever part of it a call sees."""
+    """The size of the whole minibatch of an optimizer step, of which a call may get only a part."""
 
     tokens: int  # chosen tokens
     responses: int  # responses with at least one chosen token
 
 
 class PolicyLoss(Protocol):
-    """What every policy loss looks like to the learner, ours and verl's (rl.algorithm.verl_bridge)."""
+    """The signature of every policy loss, ours and verl's (rl.algorithm.verl_bridge)."""
 
     def __call__(
         self,
@@ -58,8 +58,8 @@ def policy_gradient_loss(
 
     Args:
         logprobs: [N, R] of the policy now, nats; the only argument that gets a gradient.
-        old_logprobs: [N, R] that `approx_kl` is measured from: the policy's before the update, or
-            rollout_logprobs where nobody computed those. The loss itself does not depend on them.
+        old_logprobs: [N, R], the reference of `approx_kl`: those of the policy before the update or, if they were not
+            computed, rollout_logprobs. The loss itself does not depend on them.
         advantages: [N, R].
         mask: [N, R] bool.
         size: of the whole minibatch.
@@ -72,7 +72,7 @@ def policy_gradient_loss(
     """
     gain = _weighted(advantages, mask, weights)
     chosen = torch.where(mask, logprobs, 0.0)
-    # Minus itself: worth 0, but its gradient is that of log pi. Adding 1 makes the ratio, without an exp.
+    # The difference is 0, but has the gradient of log pi. Adding 1 gives the ratio without an exp.
     ratio = chosen - chosen.detach() + 1.0
     loss = -(gain * ratio).sum() / size.tokens
     return loss, {"approx_kl": kl_sum(logprobs, old_logprobs, mask), "clip_fraction": torch.zeros_like(loss.detach())}
@@ -96,7 +96,7 @@ def clipped_policy_loss(
     Args:
         old_logprobs: [N, R] of the policy before this iteration's first optimizer step.
         clip: epsilon, at least 0. The report does not state one; 0.2 is Open-Reasoner-Zero's.
-        The others: as for policy_gradient_loss.
+        The other arguments are those of policy_gradient_loss.
     Returns:
         The loss and the sums approx_kl and clip_fraction (tokens whose gradient the clip removes).
     Source: Eq. 2 of the STEP3-VL-10B report; Schulman et al. 2017, arXiv:1707.06347. verl's "vanilla" adds a
@@ -106,12 +106,12 @@ def clipped_policy_loss(
         raise ValueError(f"clip is {clip}; choose a number of at least 0, such as 0.2")
     advantages = torch.where(mask, advantages, 0.0)
     ratio = _log_ratio(logprobs, old_logprobs, mask).exp()
-    free = ratio * advantages
-    held = ratio.clamp(1 - clip, 1 + clip) * advantages
-    gain = _weighted(torch.minimum(free, held), mask, weights)
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
+    gain = _weighted(torch.minimum(unclipped, clipped), mask, weights)
     sums = {
         "approx_kl": kl_sum(logprobs, old_logprobs, mask),
-        "clip_fraction": (held < free).sum().to(free.dtype),
+        "clip_fraction": (clipped < unclipped).sum().to(unclipped.dtype),
     }
     return -gain.sum() / size.tokens, sums
 
@@ -119,9 +119,9 @@ def clipped_policy_loss(
 def tis_weights(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, cap: float | None) -> tuple[Tensor, Sums]:
     """Truncated importance sampling weights min(pi / pi_rollout, cap), without gradient; 0 where mask is False.
 
-    They correct for the engine that sampled the tokens not being quite the policy that learns from them. With
-    the logprobs of the policy now (`tis_policy: current`) they also absorb its drift over the minibatches of an
-    iteration; with those from before the update (`before_update`) they do not. The report does not say which.
+    They correct the difference between the engine that sampled the tokens and the policy that learns from them. With
+    the current logprobs of the policy (`tis_policy: current`) they also correct its change over the minibatches of an
+    iteration; with those from before the update (`before_update`) they do not. The report does not say which is meant.
 
     Args:
         logprobs: [N, R] of the learner, now or before the update.
@@ -173,27 +173,27 @@ def entropy_loss(entropies: Tensor, mask: Tensor, *, tokens: int) -> tuple[Tenso
 
 
 def kl_sum(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Sum over tokens of rho - 1 - log rho, an estimate of KL(old || now) that is never negative (John Schulman's
-    k3). No gradient."""
+    """Returns the sum over tokens of rho - 1 - log rho, an estimate of KL(old || now) that is never negative (John
+    Schulman's k3), without gradient."""
     log_ratio = _log_ratio(logprobs.detach(), old_logprobs, mask)
     # expm1 keeps the digits that exp(x) - 1 loses for the small ratios of a healthy run
     return (log_ratio.expm1() - log_ratio).sum()
 
 
 def add_sums(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Sums:
-    """Statistics of two parts together."""
+    """Returns the sums of two parts together."""
     return {**one, **{name: one[name] + total if name in one else total for name, total in other.items()}}
 
 
 def finish_sums(sums: Mapping[str, Tensor], tokens: int) -> dict[str, float]:
-    """Metrics `policy/<name>`: each sum divided by the tokens it was taken over."""
+    """Returns the metrics `policy/<name>`: each sum divided by its number of tokens."""
     return {f"policy/{name}": float(total) / tokens for name, total in sums.items()}
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(G - V) / Var(G) over chosen tokens: 1 is a perfect critic, 0 one no better than a constant.
+    """Returns 1 - Var(G - V) / Var(G) over chosen tokens: 1 for a perfect critic, 0 for one no better than a constant.
 
-    NaN when the returns do not vary (or no token is chosen): there is nothing to explain.
+    NaN if the returns do not vary or no token is chosen.
     """
     target, error = returns[mask].double(), (returns - values)[mask].double()
     if target.numel() == 0 or not (spread := target.var(correction=0)) > 0:
@@ -202,7 +202,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 
 def _log_ratio(logprobs: Tensor, base: Tensor, mask: Tensor) -> Tensor:
-    """log(pi / pi_base), 0 where mask is False, bounded so that no exp of it overflows."""
+    """Returns log(pi / pi_base), 0 where mask is False, clamped so that its exp does not overflow."""
     return torch.where(mask, logprobs - base, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 

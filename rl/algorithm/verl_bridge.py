@@ -1,12 +1,13 @@
-"""The one door to verl 0.9.1: its policy losses and its rollout corrections, in our types. verl is imported inside
-the functions, because that takes ten seconds and most runs never need it.
+"""The only file that uses verl 0.9.1: its policy losses and its rollout corrections, with our types. verl is imported
+inside the functions, because its import takes ten seconds and most runs do not use it.
 
-Where verl computes something else than gae.py and losses.py (test_verl_bridge.py shows each):
-- Its "vanilla" policy loss clips twice when the advantage is negative (dual clip, c = 3). Here c is out of reach
-  unless a recipe sets `clip_ratio_c`; then it equals losses.clipped_policy_loss.
+Differences between verl and our gae.py and losses.py (test_verl_bridge.py shows each):
+- Its "vanilla" policy loss clips twice if the advantage is negative (dual clip, c = 3). Here c is so large that it has
+  no effect, unless a recipe sets `clip_ratio_c`; without effect, the loss equals losses.clipped_policy_loss.
 - Its GAE always whitens the advantages, with the sample variance, and its advantages of masked tokens are not 0. Its
-  returns, and ours after the same whitening, agree.
-- Its value loss clips the change of the value. With the clip range out of reach it equals losses.value_loss.
+  returns equal ours, and so do its advantages if ours are whitened in the same way.
+- Its value loss clips the change of the value. With a clip range so large that it has no effect, it equals
+  losses.value_loss.
 """
 
 import dataclasses
@@ -22,12 +23,12 @@ from rl.algorithm.losses import MAX_LOG_RATIO, MinibatchSize, Sums, kl_sum
 
 Parameters = Mapping[str, float | str]
 
-_OUT_OF_REACH = 1e9  # verl bounds log-ratios by 20 and e^20 is 4.9e8, so no ratio gets here
+_OUT_OF_REACH = 1e9  # a clip without effect: verl clamps log-ratios to 20, and e^20 is 4.9e8
 _CLIP = ("clip_ratio", "clip_ratio_low", "clip_ratio_high")
 _SUM = ("loss_agg_mode", "loss_scale_factor")
 _AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
-# What each of verl's losses reads. A loss that somebody else registered may be given any of these.
+# The parameters that each of verl's losses reads. A loss registered by a user may be given any of them.
 _PARAMETERS: dict[str, tuple[str, ...]] = {
     "vanilla": (*_CLIP, "clip_ratio_c", *_SUM),
     "dppo_tv": (*_CLIP, "clip_ratio_c", *_SUM),
@@ -41,7 +42,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
 }
 _DEFAULTS: dict[str, Parameters] = {
     "vanilla": {"clip_ratio_c": _OUT_OF_REACH},
-    "dppo_tv": {"clip_ratio_c": 20.0},  # what verl's comments and arXiv:2602.04879 use; its config would say 3
+    "dppo_tv": {"clip_ratio_c": 20.0},  # as in verl's comments and arXiv:2602.04879; the default of its config is 3
     "dppo_kl": {"clip_ratio_c": 20.0},
 }
 _REFUSED = {
@@ -50,29 +51,29 @@ _REFUSED = {
     "kl_cov": "its gradient depends on how a minibatch is split: it penalises the tokens of largest covariance "
     "within the part it is given",
     "bypass_mode": "it takes the engine's logprobs for the old policy's and makes weights of its own; "
-    "ppo.ratio, ppo.tis_cap and ppo.rollout_correction say the same plainly",
+    "set ppo.ratio, ppo.tis_cap and ppo.rollout_correction instead",
 }
 
 
 def policy_loss_names() -> list[str]:
-    """All that verl has registered, but the refused ones."""
+    """Returns the names of all policy losses that verl has registered, except the refused ones."""
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
     return [name for name in POLICY_LOSS_REGISTRY if name not in _REFUSED]
 
 
 def policy_loss(name: str, parameters: Parameters | None = None) -> "VerlPolicyLoss":
-    """One of verl's registered policy losses as a rl.algorithm.losses.PolicyLoss.
+    """Returns one of verl's registered policy losses as a rl.algorithm.losses.PolicyLoss.
 
     Args:
         name: as in verl's registry.
-        parameters: verl's own names and meanings (clip_ratio, clip_ratio_low, tau_pos, dro_beta, ...). What is not
-            given has verl's default, except `clip_ratio_c`: out of reach for vanilla, and 20 for dppo_*, where it
-            caps the weight. clip_ratio sets both sides.
+        parameters: verl's own names and meanings (clip_ratio, clip_ratio_low, tau_pos, dro_beta, ...). Parameters that
+            are not given have verl's defaults, except `clip_ratio_c`: without effect for vanilla, and 20 for dppo_*,
+            where it caps the weight. clip_ratio sets both sides.
     Raises:
-        ValueError: verl has no such loss; the loss does not read such a parameter, or needs one; or it is refused.
-            So is every loss whose gradient depends on how a minibatch is split: that is tried out on a small
-            example here, and thus holds for losses that others registered too.
+        ValueError: verl has no such loss; the loss does not read a given parameter, or lacks one; or it is refused.
+            A loss is also refused if its gradient depends on how a minibatch is split. A small example checks that
+            here, also for losses that users have registered.
     """
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
@@ -95,8 +96,8 @@ def policy_loss(name: str, parameters: Parameters | None = None) -> "VerlPolicyL
 
 @dataclasses.dataclass(frozen=True)
 class VerlPolicyLoss:
-    """A losses.PolicyLoss that verl computes. Rows are whole responses: a minibatch may be split between them,
-    not within them, because some of verl's losses look at a response as a whole."""
+    """A losses.PolicyLoss that verl computes. Some of verl's losses use all tokens of a response together, so every row
+    must be a whole response; a minibatch may be split between responses only."""
 
     name: str
     compute: Callable[..., tuple[Tensor, dict[str, Any]]]  # as verl registered it
@@ -114,7 +115,7 @@ class VerlPolicyLoss:
     ) -> tuple[Tensor, Sums]:
         """The loss (scalar) and the sums approx_kl and clip_fraction, as in rl.algorithm.losses; all tensors [n, R]."""
         logprobs, old_logprobs, advantages = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, advantages))
-        if self.name == "geo_mean":  # the only one whose ratio could overflow
+        if self.name == "geo_mean":  # the only loss whose ratio could overflow
             now = logprobs.detach()
             old_logprobs = now - (now - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         loss, metrics = self.compute(
@@ -126,14 +127,14 @@ class VerlPolicyLoss:
             dataclasses.replace(self.config, global_batch_info=self._global_batch_info(size)),
             None if weights is None else torch.where(mask, weights, 0.0),
         )
-        if self.name == "geo_mean":  # a mean over the rows of this call, whatever verl is told
+        if self.name == "geo_mean":  # verl takes the mean over the rows of this call, whatever global_batch_info says
             loss = loss * (len(mask) / size.responses)
         clipped = metrics.get("actor/pg_clipfrac", 0.0) * mask.sum()
         return loss, {"approx_kl": kl_sum(logprobs, old_logprobs, mask), "clip_fraction": clipped.to(loss.dtype)}
 
     def _global_batch_info(self, size: MinibatchSize) -> dict[str, Any]:
         return {
-            "dp_size": 1,  # ranks' gradients are added by the learner, as for our own losses
+            "dp_size": 1,  # the learner adds the gradients of the ranks, as for our own losses
             "batch_num_tokens": size.tokens,
             "global_batch_size": size.responses,
             "loss_scale_factor": self.config.loss_scale_factor,
@@ -156,11 +157,11 @@ def _check_parameters(name: str, given: Parameters) -> None:
 
 
 def _actor_config(name: str, given: Parameters, compute: Callable[..., Any]) -> Any:
-    """verl's ActorConfig with the given parameters where verl's losses look for them."""
+    """Returns verl's ActorConfig with the given parameters in the fields that verl's losses read."""
     from verl.workers.config import ActorConfig, PolicyLossConfig
 
     values = {"loss_agg_mode": _default_aggregation(compute), **_DEFAULTS.get(name, {}), **given}
-    if "clip_ratio" in values:  # verl reads the two sides, and this one only where they are None
+    if "clip_ratio" in values:  # verl reads clip_ratio only if the two sides are None
         values = {"clip_ratio_low": values["clip_ratio"], "clip_ratio_high": values["clip_ratio"], **values}
     loss = PolicyLossConfig(loss_mode=name, **_fields_of(PolicyLossConfig, values))
     return ActorConfig(
@@ -169,7 +170,7 @@ def _actor_config(name: str, given: Parameters, compute: Callable[..., Any]) -> 
 
 
 def _default_aggregation(compute: Callable[..., Any]) -> str:
-    """The way to add up tokens that the loss's own signature names: over tokens, or (GSPO) over responses."""
+    """Returns the loss_agg_mode that the loss's signature has as default: over tokens, or (GSPO) over responses."""
     parameter = inspect.signature(compute).parameters.get("loss_agg_mode")
     return parameter.default if parameter and isinstance(parameter.default, str) else "token-mean"
 
@@ -180,7 +181,7 @@ def _fields_of(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _depends_on_split(loss: VerlPolicyLoss) -> bool:
-    """Whether the gradient on six made-up responses changes when they come as two parts."""
+    """True if the gradient on six example responses changes when they are split into two parts."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([3, 5, 2, 12, 9, 7])
     mask = torch.arange(12) < lengths[:, None]
@@ -204,7 +205,7 @@ def _depends_on_split(loss: VerlPolicyLoss) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutCorrection:
-    """What verl makes of the gap between the engine that sampled and the policy that learns."""
+    """verl's correction of the difference between the engine that sampled and the policy that learns."""
 
     weights: Tensor | None  # [N, R] for a PolicyLoss, 0 where the given mask is False; None without rollout_is
     mask: Tensor  # [N, R] bool, the given one without the rejected tokens: the mask of the policy loss
@@ -226,24 +227,24 @@ def rollout_correction(
 ) -> RolloutCorrection:
     """verl's importance weights pi_old / pi_rollout and rejection masks.
 
-    Call it once per minibatch, on all of it, before it is split; with torch.distributed running, on every rank.
-    `rollout_is_batch_normalize` divides by a mean over everything in the call (and over all ranks); every other
-    weight and mask depends on its own token or response alone. The metrics are means over the call.
+    Call it once per minibatch, with the whole minibatch. Collective: call on every rank if torch.distributed is used.
+    `rollout_is_batch_normalize` divides by the mean over all tokens of the call and of all ranks; other than that,
+    weights and masks depend only on their own token or response. The metrics are means over the call.
 
     Args:
         old_logprobs: [N, R] of the learner before the update, nats.
         rollout_logprobs: [N, R] that the engine sampled with.
         mask: [N, R] bool; rows are whole responses.
         rollout_is: a weight per token, or one per response (the product over its tokens).
-        rollout_is_threshold: a number caps the weights there (truncated importance sampling); "low_high" makes
-            weights outside of the two 0 (IcePop). Read only with rollout_is.
+        rollout_is_threshold: a number caps the weights (truncated importance sampling); "low_high" sets weights
+            outside of that range to 0 (IcePop). Read only with rollout_is.
         rollout_is_batch_normalize: divide the weights by their mean.
-        rollout_rs: comma-separated reasons to leave out tokens (token_k1, ...) or responses (seq_mean_k1, ...).
-        rollout_rs_threshold: one for all reasons or one for each, comma-separated; "low_high" ratios for k1.
+        rollout_rs: comma-separated criteria to reject tokens (token_k1, ...) or responses (seq_mean_k1, ...).
+        rollout_rs_threshold: one for all criteria or one for each, comma-separated; "low_high" ratios for k1.
     Raises:
-        ValueError: no token is chosen; nothing is asked for; rollout_rs without its threshold or the reverse; or
-            verl knows no such kind or threshold.
-    Source: verl.trainer.ppo.rollout_corr_helper, whose text explains every kind.
+        ValueError: no token is chosen; neither rollout_is nor rollout_rs is set; only one of rollout_rs and its
+            threshold is set; or verl does not know a criterion or a threshold.
+    Source: verl.trainer.ppo.rollout_corr_helper, whose docstrings explain every criterion.
     """
     _check_correction(rollout_is, rollout_is_batch_normalize, rollout_rs, rollout_rs_threshold)
     if not mask.any():

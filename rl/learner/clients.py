@@ -6,8 +6,8 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
+from rl.learner.batch import Batch
 from rl.learner.critic import Critic
-from rl.learner.packing import Batch
 from rl.learner.policy import Policy
 from rl.learner.sharded import Sharded
 from rl.learner.targets import Targets

@@ -1,5 +1,5 @@
-"""Features of the frozen encoder: computed once per distinct picture, and kept where the learner's processes can
-read them."""
+"""Cache of the frozen encoder's features: each distinct picture is encoded once, and policy and critic read the
+result."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -10,46 +10,46 @@ from rl.types import Picture
 
 
 class FeatureStore:
-    """Knows which pictures have been encoded; policy and critic read the features in every pass of every iteration.
+    """The pictures that have been encoded, and their features, which every pass of policy and critic reads.
 
-    The features are in Ray's object store, which moves what does not fit into memory to disk. Past the limit the
-    least recently used are forgotten, and computed again if they are asked for.
+    The features are in Ray's object store, which moves to disk what does not fit into memory. Beyond the limit the
+    least recently used features are dropped; they are computed again when they are needed.
 
     Args:
-        encoders: take pictures in turn.
-        limit_mib: of features, in memory and on disk; those of the last request always stay.
+        encoders: processes that encode the pictures in turn.
+        limit_mib: the most MiB of features that are kept, in memory and on disk.
     """
 
     def __init__(self, encoders: Sequence[EncoderClient], limit_mib: int) -> None:
         self._encoders, self._limit = list(encoders), limit_mib << 20
-        self._kept: OrderedDict[str, Any] = OrderedDict()  # digest -> pending features, the last used at the end
+        self._features: OrderedDict[str, Any] = OrderedDict()  # digest -> pending features, the last used at the end
         self._bytes: dict[str, int] = {}
-        self._asked = 0
-        self.forwards = 0  # pictures that went through the tower, as far as `trim` has heard
+        self._requests = 0
+        self.forwards = 0  # pictures that have been encoded, counted by `trim`
 
     def of(self, pictures: Iterable[Picture]) -> dict[str, Any]:
-        """Digest -> features [image tokens, hidden], each possibly still being computed."""
+        """Returns digest -> future of the features [image tokens, hidden]."""
         result = {}
         for picture in pictures:
-            pending = self._kept.pop(picture.digest, None)
+            pending = self._features.pop(picture.digest, None)
             if pending is None:
-                # One by one: a picture's features must not depend, in their last bits, on what was asked with it or
-                # was still kept, or a resumed run would differ from one never interrupted.
-                pending = self._encoders[self._asked % len(self._encoders)].encode(picture)
-                self._asked += 1
-            self._kept[picture.digest] = result[picture.digest] = pending
+                # One picture per call: the last bits of its features must not depend on the other pictures of a call,
+                # or a resumed run, whose cache is empty, would differ from one that was never interrupted.
+                pending = self._encoders[self._requests % len(self._encoders)].encode(picture)
+                self._requests += 1
+            self._features[picture.digest] = result[picture.digest] = pending
         return result
 
     def trim(self, using: Iterable[str] = ()) -> None:
-        """Forget the least recently used beyond the limit, but none of the digests in `using`."""
+        """Drops the least recently used features beyond the limit, but not those of the digests in `using`."""
         for sizes in [encoder.encoded() for encoder in self._encoders]:
-            found = sizes.result()
-            self.forwards += len(found)
-            self._bytes |= dict(found)
-        held = sum(self._bytes[digest] for digest in self._kept)
-        stay = set(using)
-        for digest in [d for d in self._kept if d not in stay]:
-            if held <= self._limit:
+            encoded = sizes.result()
+            self.forwards += len(encoded)
+            self._bytes |= dict(encoded)
+        total = sum(self._bytes[digest] for digest in self._features)
+        in_use = set(using)
+        for digest in [d for d in self._features if d not in in_use]:
+            if total <= self._limit:
                 return
-            del self._kept[digest]
-            held -= self._bytes.pop(digest)
+            del self._features[digest]
+            total -= self._bytes.pop(digest)

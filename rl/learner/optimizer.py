@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and gradient clipping, whose whole state is named tensors and one integer."""
+"""AdamW with linear warm-up and gradient clipping. Its whole state is named tensors and the number of steps."""
 
 import math
 from collections.abc import Mapping
@@ -11,13 +11,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
-    """Steps the trained parameters of one model.
+    """Updates the trained parameters of one model.
 
     Args:
         parameters: name -> parameter.
-        lr: learning rate after the warm-up; constant from then on.
-        warmup: steps over which the rate rises linearly from 0.
-        max_skipped: steps in a row that may be left out because a gradient is not finite.
+        lr: learning rate after the warm-up, constant.
+        warmup: the number of steps over which the rate rises linearly from 0.
+        max_skipped: the number of skipped steps in a row at which `step` raises; a step is skipped if its gradient is
+            not finite.
     """
 
     def __init__(
@@ -33,21 +34,21 @@ class Optimizer:
     ) -> None:
         self.parameters = dict(parameters)
         self.lr, self.warmup, self.max_grad_norm, self.max_skipped = lr, warmup, max_grad_norm, max_skipped
-        self.steps, self.skipped = 0, 0  # made; left out since the last one that was made
+        self.steps, self.skipped = 0, 0  # steps made; steps skipped since the last one made
         self.adamw = torch.optim.AdamW(
             self.parameters.values(), lr=lr, betas=betas, weight_decay=weight_decay, eps=1e-8, fused=True
         )
 
     @property
     def next_lr(self) -> float:
-        """Rate of the coming step."""
+        """The learning rate of the next step."""
         return self.lr * min(1.0, (self.steps + 1) / self.warmup) if self.warmup else self.lr
 
     def step(self) -> float | None:
-        """Apply the accumulated gradients and clear them.
+        """Applies the accumulated gradients and clears them.
 
-        Returns: their norm before clipping; None if it is not finite, so that nothing was changed by this step.
-        Raises: FloatingPointError if that has happened `max_skipped` times in a row.
+        Returns: the norm of the gradients before clipping; None if it is not finite and the step was skipped.
+        Raises: FloatingPointError if `max_skipped` steps in a row were skipped.
         """
         total = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
@@ -69,7 +70,7 @@ class Optimizer:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """`<parameter>.exp_avg` and `<parameter>.exp_avg_sq`; empty before the first step."""
+        """Returns `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` of every parameter; {} before the first step."""
         return {
             f"{name}.{moment}": self.adamw.state[parameter][moment]
             for name, parameter in self.parameters.items()
@@ -78,7 +79,7 @@ class Optimizer:
         }
 
     def continue_after(self, steps: int) -> None:
-        """Stand where `steps` steps have been made; the moments that `state` gives then are to be filled in."""
+        """Sets the number of steps made; the caller then fills in the moments that `state` returns."""
         self.steps = steps
         if not steps:
             return

@@ -1,7 +1,7 @@
 """The policy in plain torch: a batch and its targets in, optimizer steps out. Knows nothing of Ray.
 
-Only the decoder is trained. The vision encoder and the projector hold no gradient and no optimizer state; their
-features come from a cache and enter as constants.
+Only the decoder is trained. The vision encoder and the projector have no gradients and no optimizer state: their
+features are computed once per picture, cached, and used as constants.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,9 +25,10 @@ from rl.algorithm.losses import (
     tis_weights,
 )
 from rl.config import PPO
+from rl.learner.batch import Batch, Group, collate, minibatches
 from rl.learner.distributed import Ranks
 from rl.learner.options import LearnerOptions
-from rl.learner.packing import Batch, Group, PackedRow, collate, minibatches
+from rl.learner.packing import PackedRow
 from rl.learner.sharded import Sharded
 from rl.learner.targets import Targets
 from rl.model import hf_folder
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def policy_loss(ppo: PPO) -> PolicyLoss:
-    """The loss a recipe names: ours in either reading of the report, or one of verl's."""
+    """Returns the loss that the recipe names: ours in one of two readings of the report, or one of verl's."""
     if ppo.policy_loss is not None:
         from rl.algorithm import verl_bridge
 
@@ -48,27 +49,27 @@ def policy_loss(ppo: PPO) -> PolicyLoss:
 
 
 def needs_old_logprobs(ppo: PPO) -> bool:
-    """Whether an update compares with the policy from before it, which costs a forward pass over the batch."""
+    """True if an update needs the logprobs of the policy before it, which cost a forward pass over the batch."""
     return ppo.ratio == "clip" or ppo.tis_policy == "before_update" or ppo.rollout_correction is not None
 
 
 class Policy(Sharded):
-    """Logprobs and the PPO update of the decoder. A plain object; Ray places it, possibly split over several ranks.
+    """Logprobs and the PPO update of the decoder. A plain object; Ray places it, split over ranks if asked.
 
     Args:
-        folder: model folder to start from; later checkpoints copy its tokenizer.
+        folder: model folder to start from; checkpoints copy its tokenizer.
     """
 
     def __init__(self, folder: str, options: LearnerOptions, ranks: Ranks | None = None) -> None:
         super().__init__(folder, options, ranks)
         self.optimizer = self.adamw(self.trained, options.ppo.policy_lr, options.ppo.policy_warmup)
         self.loss = policy_loss(options.ppo)
-        self._encoded: dict[str, int] = {}
-        named = {"chat_template.jinja": options.chat_template, SYNTHESIS_TEMPLATE: options.synthesis_template}
-        self.templates = {name: file.read_text(encoding="utf-8") for name, file in named.items() if file is not None}
+        self._encoded_bytes: dict[str, int] = {}
+        files = {"chat_template.jinja": options.chat_template, SYNTHESIS_TEMPLATE: options.synthesis_template}
+        self.templates = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file is not None}
 
     def prepare(self, base: Any) -> None:
-        """Freeze what is frozen, and split the rest over the ranks."""
+        """Splits the decoder over the ranks, and freezes the parts that `options.freeze` names."""
         self.model, self.decoder = base, PolicyModel(base.model, base.lm_head)
         self.ranks.shard(self.decoder, base.model.layers, self.dtype)
         frozen = tuple(p for name in self.options.freeze for p in base.frozen_prefixes[name])
@@ -77,46 +78,48 @@ class Policy(Sharded):
 
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
-        """By name on disk."""
+        """The parameters that are trained, by their names on disk."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def encode(self, picture: Picture) -> Tensor:
-        """The frozen encoder's features, [image tokens, hidden], on the CPU."""
+        """Returns the frozen encoder's features of a picture, [image tokens, hidden], on the CPU."""
         features = self.model.features([picture.load()])[0].cpu()
-        self._encoded[picture.digest] = features.nbytes
+        self._encoded_bytes[picture.digest] = features.nbytes
         return features
 
     def encoded(self) -> dict[str, int]:
-        """Digest -> bytes of the features that this process has computed since it was asked last."""
-        told, self._encoded = self._encoded, {}
-        return told
+        """Returns digest -> bytes of the features that this process has computed since the last call."""
+        sizes, self._encoded_bytes = self._encoded_bytes, {}
+        return sizes
 
     def weights(self) -> dict[str, Any]:
-        """The trained tensors by their names on disk, in the type the engines compute in; on the first rank."""
-        tensors = self.ranks.gathered(self.trained, self.dtype)
+        """Returns the trained tensors by their names on disk, in the type that the engines compute in, on rank 0.
+        Collective: call on every rank."""
+        tensors = self.ranks.gather(self.trained, self.dtype)
         if tensors and getattr(self.model.config, "tie_word_embeddings", False):
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         return {n: t.numpy() if t.dtype == torch.float32 else t for n, t in tensors.items()}
 
     def _forward(self, row: PackedRow, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logprobs and entropies, [k, longest], of the responses in a packed row."""
+        """Returns logprobs and entropies of the responses in a packed row, [k, longest] each."""
         with self.ranks.autocast(self.dtype):
-            found = self.decoder(row.pack, features, self.options.temperature)
-        return row.pack.padded(found[0]), row.pack.padded(found[1])
+            logprobs, entropies = self.decoder(row, features, self.options.temperature)
+        return row.padded(logprobs), row.padded(entropies)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, features: Mapping[str, Tensor]) -> Tensor:
-        """Of every response token under the present weights: [N, R] nats, 0 outside the mask."""
+        """Returns the logprob of every response token under the current weights: [N, R] nats, 0 outside the mask."""
         result = torch.zeros(batch.response_mask.shape)
         for row in self.rows(batch.groups):
             values = self._forward(row, features)[0].cpu()
             if row.counts:
-                row.pack.put(result, values)
+                row.write_to(result, values)
         return self.ranks.sum(result)
 
     def logprob_gap(self, rollouts: Sequence[Rollout], features: Mapping[str, Tensor]) -> float:
-        """Mean |engine - learner| over the response tokens, in nats; the engine had the present weights."""
+        """Returns the mean |engine - learner| logprob over the response tokens, in nats. The engine must have sampled
+        with the current weights."""
         batch = collate([Scored(r, 0.0) for r in rollouts])
         ours = self.logprobs(batch, features)
         gap = (ours - batch.rollout_logprobs).abs()
@@ -125,9 +128,10 @@ class Policy(Sharded):
     def update(
         self, batch: Batch, targets: Targets, features: Mapping[str, Tensor], iteration: int
     ) -> dict[str, float]:
-        """One pass over the batch in `ppo.minibatches` optimizer steps. Returns policy/* metrics.
+        """Makes one pass over the batch in `ppo.minibatches` optimizer steps.
 
-        Raises: FloatingPointError if gradients were not finite too often in a row.
+        Returns: the metrics policy/*.
+        Raises: FloatingPointError if the gradient was not finite in too many steps in a row.
         """
         old = self.logprobs(batch, features) if needs_old_logprobs(self.options.ppo) else None
         sums: Sums = {}
@@ -135,14 +139,15 @@ class Policy(Sharded):
         tokens = skipped = 0
         seed = f"{self.options.seed}-policy-{iteration}"
         for groups in minibatches(batch.groups, self.options.ppo.minibatches, seed):
-            size, found = self._accumulate(groups, batch, targets, features, old)
+            size, minibatch_sums = self._accumulate(groups, batch, targets, features, old)
             if not size.tokens:
                 continue
             lr = self.optimizer.next_lr
-            if (step := self.optimizer.step()) is None:
+            if (step_norm := self.optimizer.step()) is None:
                 skipped += 1
                 continue
-            norm, tokens, sums = max(norm, step), tokens + size.tokens, add_sums(sums, found)
+            norm, tokens = max(norm, step_norm), tokens + size.tokens
+            sums = add_sums(sums, minibatch_sums)
         numbers = {"policy/grad_norm": norm, "policy/lr": lr, "policy/skipped_steps": float(skipped)}
         return finish_sums(sums, max(1, tokens)) | numbers
 
@@ -154,41 +159,41 @@ class Policy(Sharded):
         features: Mapping[str, Tensor],
         old: Tensor | None,
     ) -> tuple[MinibatchSize, Sums]:
-        """Add one minibatch's gradients, packed row by packed row.
+        """Adds up the gradients of one minibatch, packed row by packed row.
 
-        Returns: how much of it counts (verl's correction may reject tokens, even all of them), and its statistics,
-        summed over those tokens.
+        Returns: the number of tokens and responses that count (verl's correction may reject some or all of them), and
+        the minibatch's statistics, summed over those tokens.
         """
         correction = self._correction(groups, batch, old)
         chosen = batch.response_mask if correction is None else correction.mask
-        mine = chosen[[index for group in groups for index in group.rows]]
-        size = MinibatchSize(int(mine.sum()), int(mine.any(-1).sum()))
+        in_minibatch = chosen[[index for group in groups for index in group.rows]]
+        size = MinibatchSize(int(in_minibatch.sum()), int(in_minibatch.any(-1).sum()))
         sums: Sums = {}
         device = self.ranks.device
         for row in self.rows(groups) if size.tokens else ():
             logprobs, entropies = self._forward(row, features)
             mask, sampled, advantages = (
-                row.pack.part(full).to(device) for full in (chosen, batch.rollout_logprobs, targets.advantages)
+                row.read_from(full).to(device) for full in (chosen, batch.rollout_logprobs, targets.advantages)
             )
-            before = sampled if old is None else row.pack.part(old).to(device)
+            before = sampled if old is None else row.read_from(old).to(device)
             if correction is None:
                 now = before if self.options.ppo.tis_policy == "before_update" else logprobs
                 weights, tis = tis_weights(now, sampled, mask, cap=self.options.ppo.tis_cap)
             else:
                 weights, tis = correction.weights, {}
-                weights = None if weights is None else row.pack.part(weights).to(device)
-            loss, drift = self.loss(logprobs, before, advantages, mask, size=size, weights=weights)
-            bonus, spread = entropy_loss(entropies, mask, tokens=size.tokens)
+                weights = None if weights is None else row.read_from(weights).to(device)
+            loss, loss_sums = self.loss(logprobs, before, advantages, mask, size=size, weights=weights)
+            bonus, entropy = entropy_loss(entropies, mask, tokens=size.tokens)
             total = loss + self.options.ppo.entropy * bonus if self.options.ppo.entropy else loss
-            # FSDP averages gradients over the ranks; the loss is a sum over all of them.
+            # FSDP averages gradients over the ranks, but the loss is a sum over them.
             (total * (row.counts * self.ranks.count)).backward()
-            for found in (tis, drift, spread, {"loss": total.detach() * size.tokens}):
-                sums = add_sums(sums, {name: value * row.counts for name, value in found.items()})
-        sums = self.ranks.totals(sums)
+            for row_sums in (tis, loss_sums, entropy, {"loss": total.detach() * size.tokens}):
+                sums = add_sums(sums, {name: value * row.counts for name, value in row_sums.items()})
+        sums = self.ranks.sum_named(sums)
         return size, sums if correction is None else add_sums(sums, correction.sums)
 
     def _correction(self, groups: Sequence[Group], batch: Batch, old: Tensor | None) -> "RolloutCorrection | None":
-        """verl's rollout correction, if the recipe asks for it: over a whole minibatch, before it is split."""
+        """Returns verl's rollout correction of a whole minibatch as [N, R] tensors; None if the recipe has none."""
         if self.options.ppo.rollout_correction is None or old is None:
             return None
         from rl.algorithm.verl_bridge import rollout_correction
@@ -197,24 +202,24 @@ class Policy(Sharded):
         options = self.options.ppo.rollout_correction.verl.model_dump()
         if options["rollout_is"] is None:
             options["rollout_is_threshold"] = None
-        found = rollout_correction(old[rows], batch.rollout_logprobs[rows], batch.response_mask[rows], **options)
-        whole = torch.zeros_like(batch.response_mask).index_put((rows,), found.mask)
-        weights = None if found.weights is None else torch.zeros_like(old).index_put((rows,), found.weights)
-        return replace(found, mask=whole, weights=weights)
+        corrected = rollout_correction(old[rows], batch.rollout_logprobs[rows], batch.response_mask[rows], **options)
+        mask = torch.zeros_like(batch.response_mask).index_put((rows,), corrected.mask)
+        weights = None if corrected.weights is None else torch.zeros_like(old).index_put((rows,), corrected.weights)
+        return replace(corrected, mask=mask, weights=weights)
 
-    def whole(self) -> dict[str, Tensor]:
-        """The model in the type the engines compute in."""
-        return self.ranks.gathered(hf_folder.state(self.model), self.dtype, copy=True)
+    def full_state(self) -> dict[str, Tensor]:
+        """Returns the model in the type that the engines compute in, on rank 0. Collective: call on every rank."""
+        return self.ranks.gather(hf_folder.state(self.model), self.dtype, copy=True)
 
-    def write_whole(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
-        """A folder that loads in vLLM."""
+    def write_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Writes a folder that vLLM can load."""
         hf_folder.save(self.model, folder, source=self.source, templates=self.templates, tensors=tensors)
 
-    def read_whole(self, folder: Path) -> None:
-        """The float32 weights, unless a smaller type made `shards` keep them."""
+    def read_model(self, folder: Path) -> None:
+        """Loads the float32 weights, unless the training state has them because the folder is in a smaller type."""
         if self.dtype == torch.float32:
-            super().read_whole(folder)
+            super().read_model(folder)
 
-    def shards(self) -> dict[str, Tensor]:
-        """Moments, and the float32 weights if the model folder has them in a smaller type."""
-        return super().shards() | (self.trained if self.dtype != torch.float32 else {})
+    def training_state(self) -> dict[str, Tensor]:
+        """Returns AdamW's moments, and the float32 weights if the model folder has them in a smaller type."""
+        return super().training_state() | (self.trained if self.dtype != torch.float32 else {})

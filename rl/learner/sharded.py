@@ -1,4 +1,4 @@
-"""What policy and critic have in common: a decoder that several processes may hold together."""
+"""What policy and critic have in common: a decoder that several ranks may hold together, and its checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, async_save, load
 
+from rl.learner.batch import Group
 from rl.learner.distributed import Ranks
 from rl.learner.optimizer import Optimizer
 from rl.learner.options import LearnerOptions
-from rl.learner.packing import Group, PackedRow, rows_of_rank
+from rl.learner.packing import PackedRow, rows_of_rank
 from rl.model import hf_folder
 from rl.model.packed import pairs_per_token, recompute_layers
 
 
 class Sharded:
-    """Every rank gets the same calls with the same arguments, works on its share, and has the whole answer.
+    """Base of policy and critic. All ranks get the same calls with the same arguments; each computes its share and
+    returns the whole result.
 
     Args:
         folder: model folder to start from.
@@ -30,7 +32,7 @@ class Sharded:
             self.source,
             device=self.ranks.device,
             prepare=self.prepare,
-            own=self.ranks.own,
+            local_shard=self.ranks.local_shard,
             yarn=options.yarn,
         )
         self.image_token_id, self._decoder = base.image_token_id, base.model
@@ -43,17 +45,17 @@ class Sharded:
     def of_rank(
         cls, folder: str, options: LearnerOptions, device: str, rank: int, count: int, address: str | None
     ) -> Self:
-        """One of `count`, in the process that calls this; they meet at `address`."""
+        """Returns the model of one of `count` ranks, in the process that calls this; the ranks meet at `address`."""
         return cls(folder, options, Ranks(device, rank, count, address, options.threads))
 
     optimizer: Optimizer
 
     def prepare(self, base: Any) -> None:
-        """Told of the model before its weights take memory: to choose what is kept, and split it over the ranks."""
+        """Takes the parts to train from `base`, whose weights take no memory yet, and splits them over the ranks."""
         raise NotImplementedError
 
     def adamw(self, trained: Mapping[str, nn.Parameter], lr: float, warmup: int) -> Optimizer:
-        """The recipe's optimizer of some parameters."""
+        """Returns the recipe's optimizer for the given parameters."""
         ppo = self.options.ppo
         return Optimizer(
             trained,
@@ -67,66 +69,67 @@ class Sharded:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What engine and learner compute in; the learner's own weights are float32."""
+        """The type that engine and learner compute in; the learner keeps its weights in float32."""
         return getattr(torch, self.options.dtype)
 
-    def whole(self) -> dict[str, Tensor]:
-        """Copies of the weights that a checkpoint has, by their names on disk, on the first rank."""
+    def full_state(self) -> dict[str, Tensor]:
+        """Returns copies of the weights for a checkpoint, by their names on disk, on rank 0. Collective: call on every
+        rank."""
         raise NotImplementedError
 
-    def write_whole(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
-        """Write what `whole` gave, in Hugging Face layout."""
+    def write_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Writes the result of `full_state` as a Hugging Face folder."""
         raise NotImplementedError
 
-    def read_whole(self, folder: Path) -> None:
-        """Take over what `write_whole` wrote. Raises CheckpointError naming what is missing."""
+    def read_model(self, folder: Path) -> None:
+        """Loads the weights that `write_model` wrote. Raises CheckpointError with the names of missing tensors."""
         missing = dict(self.optimizer.parameters)
         with torch.no_grad():
-            for name, tensor in hf_folder.tensors(folder):
+            for name, tensor in hf_folder.read_tensors(folder):
                 if (parameter := missing.pop(name, None)) is not None:
-                    parameter.copy_(self.ranks.own(tensor, parameter))
+                    parameter.copy_(self.ranks.local_shard(tensor, parameter))
         if missing:
             raise hf_folder.CheckpointError(f"{folder} lacks {', '.join(sorted(missing)[:8])}")
 
-    def shards(self) -> dict[str, Tensor]:
-        """The training state that is kept beside them: tensors, or this rank's parts of them."""
+    def training_state(self) -> dict[str, Tensor]:
+        """Returns the tensors, or this rank's shards of them, that a checkpoint stores besides the model folder."""
         return self.optimizer.state()
 
     def save(self, model: Path, state: Path) -> int:
-        """Copy weights and training state now, and write them in the background; `written` tells when it is done.
+        """Copies weights and training state, and writes them in the background; `written` is True when that is done.
 
         Args:
-            model: folder for the weights, written by the first rank.
-            state: folder for the training state, of which every rank writes its part.
-        Returns: optimizer steps, which `restore` has to be told.
+            model: folder for the weights, written by rank 0.
+            state: folder for the training state; every rank writes its shards.
+        Returns: the number of optimizer steps made, which `restore` needs.
         """
-        tensors = self.whole()
-        if self.ranks.first:
-            self._writing.append(self._writer.submit(self.write_whole, tensors, model))
-        if shards := self.shards():
+        tensors = self.full_state()
+        if self.ranks.is_first:
+            self._writing.append(self._writer.submit(self.write_model, tensors, model))
+        if shards := self.training_state():
             writer = HuggingFaceStorageWriter(str(state), save_distributed=True)
-            saved: Any = async_save(shards, storage_writer=writer, process_group=self.ranks.files)
-            self._writing.append(saved)
+            saving: Any = async_save(shards, storage_writer=writer, process_group=self.ranks.checkpoint_group)
+            self._writing.append(saving)
         return self.optimizer.steps
 
     def written(self) -> bool:
-        """Whether all that was saved is on disk. Raises what went wrong in writing it."""
-        if not all(one.done() for one in self._writing):
+        """True if everything that `save` started is on disk. Raises the exception of a write that failed."""
+        if not all(write.done() for write in self._writing):
             return False
         writing, self._writing = self._writing, []
-        for one in writing:
-            one.result()
+        for write in writing:
+            write.result()
         return True
 
     def restore(self, model: Path, state: Path, steps: int) -> None:
-        """Continue after `steps` optimizer steps from what `save` wrote, with any number of ranks."""
-        self.read_whole(model)
+        """Continues after `steps` optimizer steps from what `save` wrote, whatever the number of ranks then and now."""
+        self.read_model(model)
         self.optimizer.continue_after(steps)
-        if shards := self.shards():
+        if shards := self.training_state():
             load(shards, storage_reader=HuggingFaceStorageReader(str(state)))
 
     def rows(self, groups: Sequence[Group]) -> list[PackedRow]:
-        """This rank's packed rows of some groups; every rank has as many."""
+        """Returns this rank's packed rows of the groups; all ranks have the same number of rows."""
         return rows_of_rank(
             groups,
             self.options.token_budget,

@@ -1,35 +1,38 @@
-"""From rewards and values to what both updates aim at: advantages and returns."""
+"""The targets of both updates: a batch and the critic's values in, advantages and returns out."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from rl.algorithm.gae import gae, normalize
+from rl.algorithm.advantages import gae_advantages
 from rl.config import PPO
-from rl.learner.packing import Batch
+from rl.learner.batch import Batch
 
 
 @dataclass(frozen=True)
 class Targets:
     """Every tensor is [N, R] float32, 0 outside the response mask."""
 
-    advantages: Tensor  # as the policy loss uses them: normalised if the recipe says so
+    advantages: Tensor  # for the policy loss: normalised if `ppo.normalize_advantages`
     returns: Tensor  # what the critic regresses to: GAE advantages (not normalised) + values
     values: Tensor  # the critic's estimates before its update
 
 
 def make_targets(batch: Batch, values: Tensor, final: Tensor, ppo: PPO) -> Targets:
-    """GAE over the batch (report, Eq. 1; V_target of Eq. 3).
+    """Returns the targets of a batch.
 
     Args:
         values: [N, R], the critic's values before each response token.
-        final: [N], its values after the last one; used for cut responses when `ppo.truncated` is bootstrap.
+        final: [N], its values after the last response token.
     """
-    bootstrap, rewards = None, batch.rewards
-    if ppo.truncated == "bootstrap":  # R = V(s_T), as in Step 3.5 Flash: no reward of its own
-        bootstrap = final * batch.truncated
-        rewards = rewards.masked_fill(batch.truncated[:, None], 0.0)
-    advantages, returns = gae(rewards, values, batch.response_mask, gamma=ppo.gamma, lam=ppo.lam, bootstrap=bootstrap)
-    if ppo.normalize_advantages:
-        advantages = normalize(advantages, batch.response_mask)
+    advantages, returns = gae_advantages(
+        batch.rewards,
+        values,
+        batch.response_mask,
+        gamma=ppo.gamma,
+        lam=ppo.lam,
+        final_values=final,
+        bootstrapped=batch.truncated if ppo.truncated == "bootstrap" else None,
+        normalized=ppo.normalize_advantages,
+    )
     return Targets(advantages, returns, values)

@@ -1,9 +1,8 @@
 """Attention over packed groups: each response sees its prompt and itself, and nothing else.
 
-Registered with transformers as `packed_groups`, so that every decoder it ships runs on packed rows unchanged.
-A prompt's keys and values stand in the row once, however many responses look at them. No [T, T] matrix is made:
-on a CPU the visible pairs are a few dense or causal rectangles, merged by their log-sum-exp; on a GPU they are
-a FlexAttention block mask.
+Registered with transformers as `packed_groups`, so that its decoders run on packed rows unchanged. A prompt's keys
+and values are computed once for all its responses. No [T, T] matrix is made: on a CPU the visible pairs are a few
+dense or causal rectangles, merged by their log-sum-exp; on a GPU they are a FlexAttention block mask.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ SMALL, ALIKE = 32, 0.75  # see `batches_of`
 
 @dataclass(frozen=True)
 class Span:
-    """One group in a packed row, right after the one before it: a prompt, then its responses. In tokens."""
+    """Lengths, in tokens, of one group in a packed row: a prompt, then its responses. Groups follow without gaps."""
 
     prompt: int
     responses: tuple[int, ...]
@@ -34,30 +33,30 @@ class Span:
 
 @dataclass(frozen=True)
 class Segments:
-    """Some prompts or responses, each of which attends causally to itself: computed in one call, [n, L] tokens.
+    """Prompts or responses whose causal attention to themselves is computed in one call, [n, L] tokens.
 
-    `tokens` has their places in the row. Segments shorter than L end in repeats of their last token: causal
-    attention hides what comes later from what comes earlier, so it is enough to drop the repeats' results, and to
-    give them no gradient on the way back.
+    `tokens` has their indices in the row. Segments shorter than L are padded with repeats of their last token. Causal
+    attention hides the repeats from the tokens before them, so it is enough to drop the repeats' results, and to set
+    their gradient to 0 in the backward pass.
     """
 
     tokens: Tensor  # [n, L] int64
     real: Tensor | None  # [n, L] bool, False for repeats; None if there are none
 
     def take(self, x: Tensor) -> Tensor:
-        """[T, ...] to [n, L, ...]. One segment alone is a view."""
+        """Returns [n, L, ...] from [T, ...]. A single segment is returned as a view."""
         if len(self.tokens) == 1:
             start = int(self.tokens[0, 0])
             return x[start : start + self.tokens.shape[1]][None]
         return x[self.tokens]
 
     def take_gradient(self, x: Tensor) -> Tensor:
-        """The same with 0 for repeats."""
+        """Returns the same as `take`, with 0 for repeats."""
         taken = self.take(x)
         return taken if self.real is None else taken.mul_(self.real[..., None, None])
 
     def put(self, x: Tensor, values: Tensor) -> None:
-        """Write [n, L, ...] to its tokens' places in [T, ...]."""
+        """Writes [n, L, ...] to the indices of its tokens in [T, ...]."""
         if len(self.tokens) == 1:
             start = int(self.tokens[0, 0])
             x[start : start + self.tokens.shape[1]] = values[0]
@@ -69,7 +68,7 @@ class Segments:
 
 @dataclass(frozen=True)
 class Layout:
-    """Who sees whom in a packed row; made once per row and used by every layer."""
+    """Which tokens of a packed row see which others; made once per row and used by every layer."""
 
     spans: tuple[Span, ...]
 
@@ -78,7 +77,7 @@ class Layout:
         return sum(span.length for span in self.spans)
 
     def segments(self) -> Iterator[tuple[int, int]]:
-        """(first token, length) of every prompt and every response, in order."""
+        """Yields (first token, length) of every prompt and every response, in order."""
         start = 0
         for span in self.spans:
             for length in (span.prompt, *span.responses):
@@ -88,12 +87,12 @@ class Layout:
 
     @cached_property
     def causal(self) -> tuple[Segments, ...]:
-        """Every segment, in batches of similar lengths."""
+        """All segments, in batches of similar lengths."""
         return tuple(_segments(batch) for batch in batches_of(tuple(self.segments())))
 
     @cached_property
     def shared(self) -> tuple[tuple[slice, slice], ...]:
-        """(responses, prompt) of every group: all of the first see all of the second."""
+        """(responses, prompt) of every group: each token of the responses sees each token of the prompt."""
         found = []
         start = 0
         for span in self.spans:
@@ -105,7 +104,7 @@ class Layout:
 
     @cached_property
     def owners(self) -> tuple[Tensor, Tensor]:
-        """Of every token [T] int64: its group, and its response, numbered from 1 in the row; 0 in prompts."""
+        """Two [T] int64 tensors: each token's group; its response, numbered from 1 in the row, or 0 in prompts."""
         groups: list[int] = []
         owners: list[int] = []
         response = 0
@@ -119,21 +118,22 @@ class Layout:
 
     @cached_property
     def block_masks(self) -> dict[torch.device, BlockMask]:
-        """FlexAttention's form of it, by device; each made when first used."""
+        """FlexAttention's block masks by device, each made at its first use."""
         return {}
 
 
 def sees(group: Tensor, owner: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Whether token `row` sees token `column`, given `Layout.owners`: what every way to compute it must agree with."""
+    """True where token `row` sees token `column`, from the two tensors of `Layout.owners`. This is the definition that
+    all implementations must agree with."""
     shared = (owner[column] == 0) | (owner[row] == owner[column])
     return (column <= row) & (group[row] == group[column]) & shared
 
 
 def batches_of(segments: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Segments (first token, length) in batches that are worth one call each, the longest first.
+    """Returns segments (first token, length) in batches, one call each, the longest first.
 
-    A call has a price, and so has padding to the longest of a batch: segments of up to SMALL tokens go together,
-    longer ones only if the shortest has at least ALIKE times the tokens of the longest.
+    A call has a cost, and so has padding to the longest segment of a batch. Segments of up to SMALL tokens share a
+    batch; longer ones only if the shortest has at least ALIKE times the tokens of the longest.
     """
     batches: list[list[tuple[int, int]]] = []
     for segment in sorted(segments, key=lambda s: (-s[1], s[0])):
@@ -176,9 +176,9 @@ def packed_groups(
 
 
 class _GroupsOnCPU(torch.autograd.Function):
-    """[T, heads, D] in and out. torch's flash kernel for CPU, once per batch of segments and once per group for
-    its responses before their prompt. The backward kernel works from the log-sum-exp over all that a token sees,
-    so it may be called part by part, and the parts' gradients add up."""
+    """[T, heads, D] in and out. Calls torch's flash kernel for CPU once per batch of segments, and once per group for
+    the attention of its responses to their prompt. The backward kernel takes the log-sum-exp over all tokens that a
+    token sees, so it may be called for one part after the other, and their gradients are added."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
@@ -219,10 +219,11 @@ class _GroupsOnCPU(torch.autograd.Function):
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """[n, L, heads, D] each (k and v may have fewer heads). Returns the outputs alike and log-sum-exp [n, L, heads].
+    """q, k and v are [n, L, heads, D]; k and v may have fewer heads. Returns the outputs [n, L, heads, D] and their
+    log-sum-exp [n, L, heads].
 
-    The operator beneath scaled_dot_product_attention: no public function for CPUs gives the log-sum-exp, without
-    which parts cannot be merged.
+    Calls the operator below scaled_dot_product_attention, because no public function for CPUs returns the log-sum-exp,
+    which is needed to merge the parts.
     """
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
@@ -231,15 +232,15 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tu
 
 
 def _flash_backward(*given: Tensor, causal: bool, scale: float) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v from the gradient of the outputs, q, k, v, the outputs and their log-sum-exp, each of
-    them over all that a token sees."""
+    """Returns the gradients of q, k and v. `given` is the gradient of the outputs, q, k, v, the outputs and their
+    log-sum-exp; the last two are those over all tokens that a token sees."""
     heads_first = (x.transpose(1, 2) for x in given)
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads_first, 0.0, causal, scale=scale)
     return tuple(x.transpose(1, 2) for x in found)
 
 
 def flex_groups(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-    """The same by FlexAttention, which is compiled to one kernel on a GPU. [1, heads, T, D] in and out."""
+    """Attention over packed groups by FlexAttention, compiled to one kernel on a GPU. [1, heads, T, D] in and out."""
     device = query.device
     if (mask := layout.block_masks.get(device)) is None:
         group, owner = (x.to(device) for x in layout.owners)

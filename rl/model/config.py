@@ -1,7 +1,8 @@
-"""The STEP3-VL configuration, `model_type: step_robotics`, known to transformers without `trust_remote_code`.
+"""The STEP3-VL configuration (`model_type: step_robotics`), which transformers then loads without
+`trust_remote_code`, and the extension of a decoder's positions by YaRN.
 
-Defaults are those of the published 10B (config.json of the checkpoint). Holds no tensors, so vLLM's plug-in and
-the recipe checks read a config cheaply.
+Defaults are those of the published 10B model (its config.json). No model is built here, so vLLM's plug-in and
+recipe checks can read a config quickly. YaRN is tested in tests/rollout/vllm/test_yarn.py.
 """
 
 import math
@@ -147,21 +148,22 @@ _TEXT_10B: dict[str, Any] = {
 
 
 def _as_qwen3(text_config: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint's text_config without keys that choose a class rather than a size."""
+    """Returns the checkpoint's text_config without the keys that name a class."""
     return {k: v for k, v in text_config.items() if k not in {"model_type", "architectures", "auto_map"}}
 
 
 def register() -> None:
-    """Make `AutoConfig` know `step_robotics`. Safe to call again."""
+    """Registers `step_robotics` with `AutoConfig`. May be called more than once."""
     AutoConfig.register(StepVLConfig.model_type, StepVLConfig, exist_ok=True)
 
 
 def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfig:
-    """The config with the decoder's positions extended `factor` times by YaRN (arXiv 2309.00071).
+    """Returns the config with the decoder's positions extended `factor` times by YaRN (arXiv 2309.00071).
 
-    The temperature of attention stays as it was trained, as in PaCoRe's evaluation (arXiv 2601.05593: scale 2.0). A
-    config that has been extended before is extended anew from its trained positions, not once more. None changes
-    nothing.
+    The temperature of attention is not changed, as in PaCoRe's evaluation (arXiv 2601.05593: scale 2.0). The factor
+    applies to the trained positions, also if the config was extended before. With None the config is not changed.
+
+    Raises: ValueError if the config extends its positions by another method.
     """
     if factor is None:
         return config
@@ -175,7 +177,7 @@ def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfi
         "rope_type": "yarn",
         "factor": float(factor),
         "original_max_position_embeddings": trained,
-        # One for transformers, the others for vLLM: each ignores what it does not know.
+        # The first is for transformers, the others are for vLLM; each ignores keys that it does not know.
         "attention_factor": 1.0,
         "attn_factor": 1.0,
         "apply_yarn_scaling": False,
@@ -185,18 +187,18 @@ def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfi
 
 
 def trained_positions(config: PretrainedConfig) -> int:
-    """Those before any extension by YaRN."""
+    """Returns the number of positions that the model was trained with, before any extension by YaRN."""
     text = getattr(config, "text_config", config)
     return (text.rope_parameters or {}).get("original_max_position_embeddings") or text.max_position_embeddings
 
 
 def positions(config: PretrainedConfig) -> int:
-    """Tokens that a sequence may have."""
+    """Returns the number of tokens that a sequence may have."""
     return getattr(config, "text_config", config).max_position_embeddings
 
 
 def overrides(config: PretrainedConfig) -> dict[str, Any]:
-    """The positions of a config as vLLM's --hf-overrides."""
+    """Returns the positions of a config in the form of vLLM's --hf-overrides."""
     text = getattr(config, "text_config", None)
     names = ("rope_parameters", "max_position_embeddings")
     values = {name: getattr(text or config, name) for name in names}

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: config.json and safetensors, tensor names exactly those on disk."""
+"""Reads and writes Hugging Face model folders: config.json and safetensors. Models name their tensors as on disk."""
 
 import json
 import shutil
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from rl.model import attention
-from rl.model.config import StepVLConfig, register, with_yarn
-from rl.model.step_vl import StepVL
-from rl.model.text import TextModel, packable
+from rl.model.architecture import Architecture
+from rl.model.config import register, with_yarn
+from rl.model.registry import family
+from rl.model.text import check_packable
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -28,19 +29,22 @@ class CheckpointError(ValueError):
 
 
 def local_folder(path: str | Path) -> Path:
-    """`path` itself if it is a folder, else the local copy of that hub id (downloaded if need be)."""
+    """Returns `path` if it is a folder, else the local copy of that hub id, which is downloaded if necessary."""
     if Path(path).is_dir():
         return Path(path)
     if Path(path).is_absolute() or str(path).count("/") != 1:
         raise CheckpointError(f"model.path {path} is neither a folder nor a hub id like owner/name")
     try:
         return Path(snapshot_download(str(path)))
-    except Exception as error:  # the hub client raises many kinds; all mean the same to the reader
+    except Exception as error:  # the hub client raises many types; for the user all mean the same
         raise CheckpointError(f"model.path {path}: no such folder, and the hub did not give it ({error})") from error
 
 
 def read_config(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
-    """The folder's config.json, its positions extended by YaRN if asked. Raises CheckpointError naming the folder."""
+    """Returns the folder's config, with its positions extended `yarn` times by YaRN if that is given.
+
+    Raises: CheckpointError with the folder's name if there is no config.json or it cannot be used.
+    """
     register()
     if not (Path(folder) / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not a Hugging Face model folder")
@@ -50,17 +54,18 @@ def read_config(folder: str | Path, *, yarn: float | None = None) -> PretrainedC
         raise CheckpointError(f"{folder}/config.json: {error}") from error
 
 
-def build(config: PretrainedConfig, *, device: str = "meta") -> StepVL | TextModel:
-    """The architecture a config names, with packed attention: no memory on "meta", random weights elsewhere."""
-    packable(getattr(config, "text_config", config))
+def build(config: PretrainedConfig, *, device: str = "meta") -> Architecture:
+    """Returns the model of a config, with attention over packed rows. Its weights are random; on the device "meta"
+    they take no memory."""
+    check_packable(getattr(config, "text_config", config))
     with torch.device(device):
-        model = StepVL(config) if isinstance(config, StepVLConfig) else TextModel(config)
+        model = family(config)(config)
     model.model.set_attn_implementation(attention.NAME)
     return model
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it."""
+    """Returns tensor name -> the safetensors file that holds it."""
     if (index := folder / INDEX).is_file():
         names: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
         return {name: folder / file for name, file in names.items()}
@@ -71,9 +76,9 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def check(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
-    """Everything about a folder that can be known without reading its weights: cheap enough for a dry run.
+    """Checks a folder without reading its weights, cheaply enough for a dry run, and returns its config.
 
-    Raises CheckpointError naming missing or extra tensors and wrong shapes.
+    Raises: CheckpointError with the names of missing or extra tensors and wrong shapes.
     """
     folder = Path(folder)
     config = read_config(folder, yarn=yarn)
@@ -101,7 +106,7 @@ def _listed(kind: str, names: list[str]) -> str:
 
 
 def state(model: nn.Module, *, tied: bool = False) -> dict[str, Tensor]:
-    """Tensors by their names on disk. A tied head has no tensor of its own unless `tied` asks for its name."""
+    """Returns the model's tensors by their names on disk. A tied head is not stored; with `tied` it is included."""
     tensors = dict(model.state_dict())
     if getattr(model.config, "tie_word_embeddings", False) and not tied:
         tensors.pop("lm_head.weight", None)
@@ -113,38 +118,38 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    prepare: Callable[[StepVL | TextModel], None] = lambda model: None,
-    own: Callable[[Tensor, Tensor], Tensor] | None = None,
+    prepare: Callable[[Architecture], None] = lambda model: None,
+    local_shard: Callable[[Tensor, Tensor], Tensor] | None = None,
     yarn: float | None = None,
-) -> StepVL | TextModel:
-    """The model in a folder, every tensor read and checked.
+) -> Architecture:
+    """Returns the model in a folder with all its weights.
 
     Args:
-        prepare: told of the model while it takes no memory yet; may split its parameters over processes.
-        own: (tensor as read, the parameter it is for) -> what this process keeps of it; by default, all.
-        yarn: by what factor YaRN extends its positions.
-    Raises CheckpointError naming missing or extra tensors and wrong shapes.
+        prepare: called with the model before its weights take memory; may split its parameters over processes.
+        local_shard: (full tensor, the parameter that it is for) -> this process's shard of it; None: the full tensor.
+        yarn: the factor by which YaRN extends the positions.
+    Raises: CheckpointError with the names of missing or extra tensors and wrong shapes.
     """
     folder = Path(folder)
     model = build(check(folder, yarn=yarn))
     prepare(model)
-    places = dict(model.state_dict())
-    kept: dict[str, Tensor] = {}
-    for name, read in tensors(folder):
-        kept[name] = own(read.to(dtype), places[name]) if own else read.to(device, dtype)
+    empty = dict(model.state_dict())
+    loaded: dict[str, Tensor] = {}
+    for name, full in read_tensors(folder):
+        loaded[name] = local_shard(full.to(dtype), empty[name]) if local_shard else full.to(device, dtype)
     if getattr(model.config, "tie_word_embeddings", False):
-        kept["lm_head.weight"] = kept["model.embed_tokens.weight"]
-    model.load_state_dict(kept, assign=True)
+        loaded["lm_head.weight"] = loaded["model.embed_tokens.weight"]
+    model.load_state_dict(loaded, assign=True)
     if getattr(model.config, "tie_word_embeddings", False):
-        model.lm_head.weight = model.model.embed_tokens.weight  # assignment made two parameters of one
+        model.lm_head.weight = model.model.embed_tokens.weight  # assign=True made two parameters of one
     materialize(model.model, device)
     return model.eval()
 
 
 def check_critic(folder: str | Path, config: PretrainedConfig) -> None:
-    """Whether a folder holds a critic of this architecture: its decoder and a value head.
+    """Checks that a folder holds a critic for a model with this config: the decoder and a value head.
 
-    Raises CheckpointError naming missing or extra tensors and wrong shapes.
+    Raises: CheckpointError with the names of missing or extra tensors and wrong shapes.
     """
     folder, model = Path(folder), build(config)
     expected = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
@@ -153,8 +158,8 @@ def check_critic(folder: str | Path, config: PretrainedConfig) -> None:
     files = tensor_files(folder)
     missing, extra = sorted(expected.keys() - files.keys()), sorted(files.keys() - expected.keys())
     if missing or extra:
-        found = _listed("missing", missing) + _listed("unknown", extra)
-        raise CheckpointError(f"{folder} is no critic of this model: {found}")
+        differences = _listed("missing", missing) + _listed("unknown", extra)
+        raise CheckpointError(f"{folder} is no critic of this model: {differences}")
     _check_shapes(files, expected)
 
 
@@ -167,8 +172,8 @@ def _check_shapes(files: Mapping[str, Path], expected: Mapping[str, Tensor]) -> 
                     raise CheckpointError(f"{file}: {name} is {got}, the config asks for {wanted}")
 
 
-def tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """The folder's tensors by name, one after the other."""
+def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Yields the name and the tensor of each tensor in the folder."""
     for file in sorted(set(tensor_files(Path(folder)).values())):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
@@ -176,29 +181,29 @@ def tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def materialize(trunk: Any, device: str = "cpu") -> None:
-    """Rotary tables are computed, not stored: rebuild what the meta device left empty."""
+    """Computes the rotary tables, which are not stored on disk and which the meta device left empty."""
     trunk.rotary_emb = type(trunk.rotary_emb)(config=trunk.config, device=device)
 
 
 def save(
-    model: StepVL | TextModel,
+    model: Architecture,
     folder: str | Path,
     *,
     source: str | Path | None = None,
     templates: Mapping[str, str] = MappingProxyType({}),
     tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a folder that `load`, transformers' layout and vLLM understand.
+    """Writes a model folder that `load`, transformers and vLLM can read.
 
     Args:
-        source: a model folder whose tokenizer, templates and generation config go along.
-        templates: file name -> text that goes along in place of the source's.
-        tensors: what to write as the model's `state`, if not its own tensors.
+        source: a model folder whose tokenizer, templates and generation config are copied.
+        templates: file name -> text of files to write instead of those of `source`.
+        tensors: the tensors to write; None: the model's `state`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    given = state(model) if tensors is None else tensors
-    save_torch_state_dict({n: t.detach().cpu().contiguous() for n, t in given.items()}, folder, max_shard_size="4GB")
+    tensors = state(model) if tensors is None else tensors
+    save_torch_state_dict({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder, max_shard_size="4GB")
     model.config.save_pretrained(folder)
     for name, text in templates.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -207,7 +212,7 @@ def save(
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, templates and generation config; nothing that was written already, and no weights."""
+    """Copies tokenizer, templates and generation config, but no file that exists already and no weights."""
     for file in sorted(source.iterdir()):
         companion = file.suffix in {".json", ".jinja", ".txt", ".model"} and file.name != INDEX
         if companion and not (folder / file.name).exists():

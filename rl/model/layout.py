@@ -1,7 +1,7 @@
-"""Sizes only: how a picture is padded, scaled and cut into crops. Pure integers, hand-checkable.
+"""STEP3-VL's picture sizes: how a picture is padded, scaled and cut into crops. Only integers, no pixels.
 
-Rules and thresholds: published serving code for STEP3-VL (window choice, rounding at 0.2, 3,024-pixel limit).
-They are stated for 728-pixel views; other sizes scale them, which is a reconstruction.
+Rules and thresholds are those of the published serving code (window choice, rounding at 0.2, limit of 3,024 pixels).
+The code states them for 728-pixel views; here they scale with the size of the view, which is a reconstruction.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,8 @@ class CropGrid:
         return self.rows * self.columns
 
     def boxes(self) -> list[tuple[int, int, int, int]]:
-        """(left, top, right, bottom) of each window, row by row; the last of a row or column is pushed inside."""
+        """Returns (left, top, right, bottom) of each window, row by row. The last window of a row or column is moved
+        so that it ends with the picture."""
         return [
             (x, y, x + self.window, y + self.window)
             for y in self._starts(self.size[1], self.rows)
@@ -46,14 +47,14 @@ class CropGrid:
 
 
 def squared(size: Size) -> Size:
-    """Thin strips (short side under 32, ratio over 4) are padded to a square; everything else stays."""
+    """Returns the size after padding: thin strips (short side under 32, ratio over 4) become squares."""
     width, height = size
     thin = min(width, height) < 32 and max(width, height) > 4 * min(width, height)
     return (max(size), max(size)) if thin else size
 
 
 def resized(size: Size, global_size: int) -> Size:
-    """Long sides over the limit (3,024 for 728-pixel views) are scaled down to it."""
+    """Returns the size after scaling: a long side over the limit (3,024 for 728-pixel views) is reduced to it."""
     limit = round(PUBLISHED_LIMIT * global_size / PUBLISHED_GLOBAL)
     if max(size) <= limit:
         return size
@@ -62,7 +63,7 @@ def resized(size: Size, global_size: int) -> Size:
 
 
 def crop_grid(size: Size, global_size: int, crop_size: int) -> CropGrid:
-    """The crops of a picture: none for small, roughly square pictures."""
+    """Returns the crops of a picture. Small pictures that are nearly square have none."""
     long, short = max(size), min(size)
     if long < global_size:
         window = short if long / short > 1.5 else 0
@@ -74,15 +75,15 @@ def crop_grid(size: Size, global_size: int, crop_size: int) -> CropGrid:
 
 
 def _rounded(length: int, window: int) -> int:
-    """`length` as a multiple of `window`: up if more than a fifth of a window is left over, else down."""
+    """Rounds `length` to a multiple of `window`: up if the remainder is more than a fifth of a window, else down."""
     if length < window:
         return length
-    whole = length // window
-    return window * (whole + 1 if length / window - whole > 0.2 else whole)
+    windows = length // window
+    return window * (windows + 1 if length / window - windows > 0.2 else windows)
 
 
 def picture_tokens(size: Size, global_size: int, crop_size: int, global_tokens: int, crop_tokens: int) -> int:
-    """How many prompt tokens a picture takes: N crops and the global view, each with its start and end token, and
-    a newline token after each row of crops but the last."""
+    """Returns the number of prompt tokens of a picture: its crops and its global view, each with a start and an end
+    token, and a newline token after each row of crops except the last."""
     grid = crop_grid(resized(squared(size), global_size), global_size, crop_size)
     return grid.count * (crop_tokens + 2) + global_tokens + 2 + max(0, grid.rows - 1)

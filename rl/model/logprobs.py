@@ -1,18 +1,18 @@
-"""Logprobs and entropies of given tokens without ever holding a [tokens, vocabulary] matrix."""
+"""Logprobs and entropies of given tokens, computed without a [tokens, vocabulary] matrix in memory."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-LOGITS, LEAST = 1 << 22, 256  # that exist at the same time: logits (16 MiB in float32), but of no fewer tokens
+LOGITS, LEAST = 1 << 22, 256  # logits in memory at a time (16 MiB in float32), but those of at least LEAST tokens
 
 
 def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target token and entropy of its distribution, in nats.
+    """Returns the logprob of each target token and the entropy of its distribution, in nats.
 
-    Logits are made for a few tokens at a time, and made again in the backward pass; both in float32, because
-    bfloat16 would round a logprob of -12 by up to 0.03. The head's gradient is added up in one place.
+    Logits are computed for a few tokens at a time, and again in the backward pass, both in float32, because bfloat16
+    would round a logprob of -12 by up to 0.03. The head's gradient is accumulated in one tensor.
 
     Args:
         hidden: [n, hidden], the states that predict the targets.
@@ -22,7 +22,7 @@ def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: f
     Returns: logprobs [n], entropies [n]; float32.
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # which does not reach into functions of our own
+    if torch.is_autocast_enabled(device):  # autocast does not apply inside a torch.autograd.Function
         hidden, head = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, head))
     found: Any = _TokenLogprobs.apply(hidden, head, targets.to(hidden.device), temperature)
     return found

@@ -1,6 +1,6 @@
-"""Pictures to the square views the vision tower sees, and the tokens they take in a prompt.
+"""From pictures to the square views that STEP3-VL's vision tower encodes.
 
-A picture becomes one global view and, if it is large or long, a grid of crops. Thresholds are those of the
+A picture becomes one global view and, if it is large or long, a grid of crops. The thresholds are those of the
 published serving code for 728-pixel views and 504-pixel crops; for other sizes they scale with the views.
 """
 
@@ -20,14 +20,15 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 @dataclass(frozen=True)
 class Views:
-    """What the tower sees of one picture: pixels normalised, [3, side, side] float32 each."""
+    """The views of one picture, normalised: [3, side, side] float32 each."""
 
-    whole: Tensor
+    global_view: Tensor
     crops: tuple[Tensor, ...]
 
 
 def pixels(picture: Image.Image, side: int) -> Tensor:
-    """Normalise first, then resize to a square of `side` pixels (bilinear, antialiased): [3, side, side]."""
+    """Returns a picture normalised, then resized to a square of `side` pixels (bilinear, antialiased): [3, side,
+    side]."""
     data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     data = data.view(picture.height, picture.width, 3).permute(2, 0, 1).float().div(255)
     data = (data - MEAN) / STD
@@ -37,7 +38,7 @@ def pixels(picture: Image.Image, side: int) -> Tensor:
 
 
 def views(picture: Image.Image, global_size: int, crop_size: int) -> Views:
-    """The global view and the crops (row by row) of an RGB picture."""
+    """Returns the global view and the crops (row by row) of an RGB picture."""
     picture = _padded(picture)
     picture = picture.resize(resized(picture.size, global_size), Image.Resampling.BILINEAR)
     grid = crop_grid(picture.size, global_size, crop_size)

@@ -1,11 +1,11 @@
 """STEP3-VL in plain torch: Perception Encoder, two stride-2 convolutions, linear projector, Qwen3 decoder.
 
-Module names are the names on disk, so a checkpoint loads without any mapping. Architecture: STEP3-VL-10B
-report (arXiv 2601.09668) section 2; details that only the published serving code shows are marked there.
+Modules are named as on disk, so a checkpoint loads without a mapping of names. Source: STEP3-VL-10B report
+(arXiv 2601.09668), section 2, and the published serving code.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +13,19 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import Qwen3Model
 
+from rl.model.architecture import Architecture, ImageToken
 from rl.model.config import StepVLConfig, StepVLVisionConfig
+from rl.model.layout import Size, picture_tokens
 from rl.model.pictures import Views, views
 
 ROPE_THETA = 1e4
 
 
 def rope_2d(head_dim: int, grid: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the tower's 2-D rotary positions.
+    """Returns cosines and sines of the tower's 2-D rotary positions.
 
-    The first half of a head turns with the column, the second half with the row; neighbouring pairs of
-    channels share a frequency. `grid` bounds `rows` and `columns`.
+    The first half of a head's channels rotates with the column, the second half with the row; the two channels of a
+    pair share a frequency. `grid` is the largest number of rows and columns.
 
     Returns: cos, sin, each [rows * columns, head_dim] float32.
     """
@@ -39,7 +41,7 @@ def rope_2d(head_dim: int, grid: int, rows: int, columns: int) -> tuple[Tensor, 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs: (a, b) -> (a cos - b sin, b cos + a sin). x is [..., T, head_dim]."""
+    """Rotates pairs of neighbouring channels: (a, b) -> (a cos - b sin, b cos + a sin). x is [..., T, head_dim]."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack((-b, a), dim=-1).flatten(-2) * sin
 
@@ -76,7 +78,7 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel on a residual branch."""
+    """A learned factor for each channel of a residual branch."""
 
     def __init__(self, width: int, value: float) -> None:
         super().__init__()
@@ -105,7 +107,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The tower's layers, under the name they have on disk."""
+    """The tower's layers, named as on disk."""
 
     def __init__(self, config: StepVLVisionConfig) -> None:
         super().__init__()
@@ -113,7 +115,7 @@ class Transformer(nn.Module):
 
 
 class PerceptionEncoder(nn.Module):
-    """Square pixels to tokens: patches, absolute and rotary positions, layers, two stride-2 convolutions."""
+    """From square views to tokens: patches, absolute and rotary positions, layers, two stride-2 convolutions."""
 
     def __init__(self, config: StepVLVisionConfig) -> None:
         super().__init__()
@@ -129,7 +131,7 @@ class PerceptionEncoder(nn.Module):
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(self.grid**2, width))
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Absolute positions [rows * columns, width]; views smaller than the grid get them bilinearly resized."""
+        """Returns absolute positions [rows * columns, width], resized bilinearly for views smaller than the grid."""
         if (rows, columns) == (self.grid, self.grid):
             return self.positional_embedding
         table = self.positional_embedding.unflatten(0, (self.grid, self.grid)).permute(2, 0, 1)[None]
@@ -148,8 +150,8 @@ class PerceptionEncoder(nn.Module):
         return self.vit_downsampler2(self.vit_downsampler1(x)).flatten(2).transpose(1, 2)
 
 
-class StepVL(nn.Module):
-    """The whole model. Its parts keep their names on disk; see rl/model/__init__.py for the protocol it fills."""
+class StepVL(Architecture):
+    """STEP3-VL: vision tower, projector, decoder and head, named as on disk."""
 
     frozen_prefixes: ClassVar[dict[str, tuple[str, ...]]] = {
         "encoder": ("vision_model.",),
@@ -157,8 +159,7 @@ class StepVL(nn.Module):
     }
 
     def __init__(self, config: StepVLConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         text, width = config.text_config, config.vision_config.width
         self.vision_model = PerceptionEncoder(config.vision_config)
         self.vit_large_projector = nn.Linear(4 * width, text.hidden_size, bias=config.projector_bias)
@@ -167,26 +168,27 @@ class StepVL(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    @property
-    def image_token_id(self) -> int:
-        return self.config.image_token_id
+    @classmethod
+    def image_token(cls, config: Any) -> ImageToken:
+        def expansion(size: Size) -> int:
+            sizes = config.global_size, config.crop_size, config.image_token_len, config.patch_token_len
+            return picture_tokens(size, *sizes)
+
+        return ImageToken("<im_patch>", config.image_token_id, expansion)
 
     def views(self, picture: Image.Image) -> Views:
-        """The crops and the global view that the tower sees of a picture."""
+        """Returns the global view and the crops of a picture."""
         return views(picture, self.config.global_size, self.config.crop_size)
 
     def features(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
-        """The decoder's view of each picture: crops first, the global view last.
-
-        Returns: one [image tokens, hidden] tensor per picture.
-        """
-        seen = [self.views(p) for p in pictures]
-        whole = self._encode([v.whole for v in seen])
-        crops = self._encode([crop for v in seen for crop in v.crops])
+        """Returns the features of each picture, [image tokens, hidden]: its crops first, its global view last."""
+        all_views = [self.views(p) for p in pictures]
+        global_views = self._encode([v.global_view for v in all_views])
+        crops = self._encode([crop for v in all_views for crop in v.crops])
         result = []
-        for v, last in zip(seen, whole, strict=True):
-            own, crops = crops[: len(v.crops)], crops[len(v.crops) :]
-            result.append(torch.cat([*own, last]))
+        for v, global_view in zip(all_views, global_views, strict=True):
+            own_crops, crops = crops[: len(v.crops)], crops[len(v.crops) :]
+            result.append(torch.cat([*own_crops, global_view]))
         return result
 
     def _encode(self, pixels: Sequence[Tensor]) -> list[Tensor]:

@@ -1,30 +1,34 @@
-"""Text-only Hugging Face decoders behind the same protocol as StepVL: no pictures, everything is trained."""
+"""Text-only Hugging Face decoders as an Architecture: no pictures, all parameters are trained."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
+from rl.model.architecture import Architecture
+
 FAMILIES = ("qwen3", "qwen2", "llama")
 
 
-class TextModel(nn.Module):
+class TextModel(Architecture):
     """A decoder trunk and its head, with the tensor names of `AutoModelForCausalLM` on disk."""
 
     frozen_prefixes: ClassVar[dict[str, tuple[str, ...]]] = {"encoder": (), "projector": ()}
-    image_token_id = None
 
     def __init__(self, config: PretrainedConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         if config.model_type not in FAMILIES:
             raise ValueError(f"model_type {config.model_type!r} is not built; text models can be {', '.join(FAMILIES)}")
-        self.config = config
         self.model = AutoModel.from_config(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @classmethod
+    def image_token(cls, config: Any) -> None:
+        return None
 
     def features(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
         """Raises ValueError unless `pictures` is empty."""
@@ -33,8 +37,8 @@ class TextModel(nn.Module):
         return []
 
 
-def packable(config: PretrainedConfig) -> None:
-    """Raises ValueError for decoder variants whose attention the packed layout does not express."""
+def check_packable(config: PretrainedConfig) -> None:
+    """Raises ValueError for decoders with an attention that packed rows do not support."""
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layers != {"full_attention"}:
         raise ValueError(

@@ -72,7 +72,7 @@ class Engine:
         from transformers import AutoConfig
         from vllm import LLM
 
-        from rl.model.config import StepVLConfig
+        from rl.model.registry import family
         from rollout.vllm.sampler import install
 
         install()
@@ -82,7 +82,8 @@ class Engine:
         self.max_images_per_prompt = max_images_per_prompt
         self.stop_ids = stop_ids(model, config)
         self.policy_step = 0
-        self._image_token_id = config.image_token_id if isinstance(config, StepVLConfig) else None
+        image = family(config).image_token(config)
+        self._image_token_id = image.id if image else None
         self._tied = bool(config.tie_word_embeddings)
         self._broken: str | None = None  # why nothing works any more
         self._llm: LLM = LLM(

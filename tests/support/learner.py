@@ -1,12 +1,18 @@
-"""Pictures, recipes and options for tests that run policy and critic on the models of tests/support/models.py."""
+"""Pictures, options, groups and batches for tests of policy and critic with the models of tests/support/models.py."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from rl.config import Config
+from rl.learner.batch import Batch, Group, collate
 from rl.learner.options import LearnerOptions
+from rl.learner.policy import Policy
+from rl.types import Prompt, Rollout, Scored
+from tests.support.models import IMAGE_TOKEN
 from tests.support.tiny import picture
 
 PICTURES = [picture((60, 60), seed) for seed in range(2)]
@@ -35,3 +41,31 @@ def config(model: str, **ppo: object) -> Config:
 def options(ppo: Mapping[str, object] | None = None, **changed: Any) -> LearnerOptions:
     """The learner's options of that recipe, with options of PPO and of the learner replaced."""
     return replace(LearnerOptions.of(config("unused", **(ppo or {}))), **changed)
+
+
+def group(prompt: int, *responses: int, first_row: int = 0, images: tuple[str, ...] = ()) -> Group:
+    """Token ids count up from 10; `images` put one picture's 4 tokens at the start of the prompt each."""
+    ids = (IMAGE_TOKEN,) * 4 * len(images) + tuple(range(10, 10 + prompt))
+    made = tuple(tuple(range(20 + i, 20 + i + n)) for i, n in enumerate(responses))
+    return Group(ids, images, made, tuple(range(first_row, first_row + len(responses))))
+
+
+def batch_of(policy: Policy) -> Batch:
+    """Four prompts, three of them with pictures, three responses each; engine logprobs near the policy's."""
+    generator = torch.Generator().manual_seed(1)
+    scored = []
+    for number, images in enumerate([(), PICTURES[:1], PICTURES, PICTURES[1:]]):
+        prompt_ids = (IMAGE_TOKEN,) * 4 * len(images) + tuple(range(10, 13 + number))
+        prompt = Prompt(str(number), "t", (), tuple(images))
+        for index in range(3):
+            response = tuple(torch.randint(10, 60, (2 + number + index,), generator=generator).tolist())
+            rollout = Rollout(prompt, "", "stop", prompt_ids, response, (0.0,) * len(response))
+            scored.append(Scored(rollout, float(torch.rand((), generator=generator))))
+    batch = collate(scored)
+    logprobs = policy.logprobs(batch, features_of(policy))
+    noise = 0.1 * torch.randn(logprobs.shape, generator=generator)
+    return replace(batch, rollout_logprobs=(logprobs + noise) * batch.response_mask)
+
+
+def features_of(policy: Policy) -> dict[str, torch.Tensor]:
+    return {p.digest: policy.encode(p) for p in PICTURES}

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from rl.learner.batch import collate
 from rl.learner.clients import CriticClient, PolicyClient
 from rl.learner.critic import Critic
 from rl.learner.features import FeatureStore
 from rl.learner.options import LearnerOptions
-from rl.learner.packing import collate
 from rl.learner.policy import Policy
 from rl.model import hf_folder
 from rl.remote import Local

@@ -53,7 +53,7 @@ def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_many_pictures_at_once_are_what_the_model_sees_of_each(model: StepVL) -> None:
     rng = np.random.default_rng(0)
     scenes = [world.draw_scene(rng, "train"), world.draw_crowd(rng, "train")]
-    alone = torch.stack([model.views(scene.image.convert("RGB")).whole for scene in scenes])
+    alone = torch.stack([model.views(scene.image.convert("RGB")).global_view for scene in scenes])
     torch.testing.assert_close(practice.pixels(model, scenes), alone, atol=1e-5, rtol=0)
 
 
@@ -84,7 +84,7 @@ def _summed_loss(model: StepVL, prompter: Prompter, problem: Problem, response: 
     prompt, ids = prompter.prompt(problem), prompter.response(response)
     row = torch.tensor(prompt + ids)
     shown = [practice.features(model, [problem.scene])[id(problem.scene)]] if problem.scene else []
-    inputs = embed(model.model.embed_tokens, row, row == model.image_token_id, shown)
+    inputs = embed(model.model.embed_tokens, row, row == model.config.image_token_id, shown)
     model.model.set_attn_implementation("sdpa")
     hidden = model.model(inputs_embeds=inputs[None]).last_hidden_state[0]
     model.model.set_attn_implementation("packed_groups")

@@ -1,10 +1,10 @@
 """Learner and critic split over processes (FSDP2 on gloo): the same numbers as in one, whatever each of them gets."""
 
 import json
+import multiprocessing
 import socket
 import time
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rl.learner.batch import Batch, collate
 from rl.learner.critic import Critic
 from rl.learner.distributed import Ranks
-from rl.learner.packing import Batch, Group, balanced, collate, rows_of_rank
 from rl.learner.policy import Policy
 from rl.learner.targets import make_targets
 from rl.model import hf_folder
 from rl.types import Prompt, Rollout, Scored
-from tests.rl.learner.test_packing import group
 from tests.support.learner import PICTURES, options
 from tests.support.models import IMAGE_TOKEN, step_vl, text_model
+from tests.support.ranks import run_together
 
 ITERATIONS = 2
 
@@ -85,8 +85,8 @@ class Pair:
         values = self.critic.values(self.data, self.features)[0]
         tensors = {"logprobs": self.policy.logprobs(self.data, self.features), "values": values}
         weights = self.policy.weights()
-        assert bool(weights) == self.policy.ranks.first
-        if self.policy.ranks.first:
+        assert bool(weights) == self.policy.ranks.is_first
+        if self.policy.ranks.is_first:
             tensors |= {name: torch.as_tensor(weight).clone() for name, weight in weights.items()}
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
@@ -111,7 +111,7 @@ def trained(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> 
         numbers |= {f"{name} {iteration}": value for name, value in pair.iterate(iteration).items()}
     pair.keep(results / "tensors")
     pair.save(results)
-    if ranks.first:
+    if ranks.is_first:
         (results / "numbers.json").write_text(json.dumps(numbers))
     pair.iterate(ITERATIONS + 1)
     pair.keep(results / "one iteration later")
@@ -146,13 +146,7 @@ def results(tmp_path_factory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    context = get_context("spawn")
-    started = [context.Process(target=one_of_two, args=(rank, address, folder)) for rank in range(2)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(timeout=300)
-        assert process.exitcode == 0
+    run_together(one_of_two, [(rank, address, folder) for rank in range(2)], limit_s=300)
     for name, case in CASES.items():
         continued(alone, case, folder / name, folder / name / "2")
     return folder
@@ -192,30 +186,9 @@ def test_every_rank_writes_its_own_share_of_the_training_state(results):
         assert len(files) == 2 and all(file.suffix == ".safetensors" for file in files)
 
 
-def test_every_rank_has_as_many_rows_and_every_response_counts_once():
-    groups = [group(5, *[4] * 7, first_row=0), group(3, 2, 9, first_row=7), group(1, 1, first_row=9)]
-    ranks = [rows_of_rank(groups, 20, None, rank=r, ranks=3, pairs_per_token=10.0) for r in range(3)]
-    assert len({len(rows) for rows in ranks}) == 1
-    counted = [i for rows in ranks for row in rows if row.counts for i in row.pack.rows.tolist()]
-    assert sorted(counted) == list(range(10))
-
-
-def test_a_rank_without_work_keeps_step_with_the_smallest_row():
-    rows = rows_of_rank([group(5, 4)], 20, None, rank=0, ranks=2, pairs_per_token=10.0)
-    other = rows_of_rank([group(5, 4)], 20, None, rank=1, ranks=2, pairs_per_token=10.0)
-    assert sorted([rows[0].counts, other[0].counts]) == [False, True]
-
-
-def test_work_is_shared_evenly():
-    # differences 8 - 7 = 1 and 6 - 5 = 1, then 4 - 1 = 3, then 3 - 1 = 2: sums of 14 and 16
-    assert balanced([8, 7, 6, 5, 4], 2) == [[0, 2], [1, 3, 4]]
-    assert balanced([], 2) == [[], []]
-    work = torch.empty(200).log_normal_(0, 1, generator=torch.Generator().manual_seed(0)).tolist()
-    sums = [sum(work[i] for i in share) for share in balanced(work, 8)]
-    assert sorted(i for share in balanced(work, 8) for i in share) == list(range(200))
-    assert max(sums) - min(sums) < 0.01 * max(sums)
-
-
-def test_pairs_count_what_attention_compares():
-    made: Group = group(3, 2, 1)
-    assert made.pairs == (1 + 2 + 3) + (4 + 5) + 4
+def test_ranks_that_outlast_their_time_limit_are_killed_and_those_of_a_failure_too():
+    with pytest.raises(TimeoutError, match=r"has not ended after 0\.5 s"):
+        run_together(time.sleep, [(600,), (600,)], limit_s=0.5)
+    with pytest.raises(RuntimeError, match="has failed with exit code 1"):
+        run_together(time.sleep, [(-1,), (600,)], limit_s=60)
+    assert multiprocessing.active_children() == []

@@ -1,24 +1,13 @@
-"""Groups packed into rows: the prompt once, the same numbers as one rollout per row."""
+"""Packed rows: the prompt once, the same numbers as one rollout per row, and the same number of rows for each rank."""
 
 import pytest
 import torch
 
-from rl.learner.packing import Batch, Group, collate, minibatches, pack
+from rl.learner.batch import Group
+from rl.learner.packing import balanced, pack, rows_of_rank
 from rl.model.packed import PolicyModel
-from rl.types import Prompt, Rollout, Scored
+from tests.support.learner import group
 from tests.support.models import IMAGE_TOKEN, step_vl
-
-
-def group(prompt: int, *responses: int, first_row: int = 0, images: tuple[str, ...] = ()) -> Group:
-    """Token ids count up from 10; `images` put one picture's 4 tokens at the start of the prompt each."""
-    ids = (IMAGE_TOKEN,) * 4 * len(images) + tuple(range(10, 10 + prompt))
-    made = tuple(tuple(range(20 + i, 20 + i + n)) for i, n in enumerate(responses))
-    return Group(ids, images, made, tuple(range(first_row, first_row + len(responses))))
-
-
-def scored(prompt: str, response: int, reward: float = 1.0, invalid: str | None = None) -> Scored:
-    rollout = Rollout(Prompt(prompt, "t", ()), "", "stop", (1, 2), tuple(range(response)), (-0.5,) * response)
-    return Scored(rollout, reward, invalid)
 
 
 def test_a_packed_row_has_the_prompt_once_and_positions_that_continue_it():
@@ -34,7 +23,7 @@ def test_rows_stay_within_the_budget_and_hold_every_response_once():
     groups = [group(5, *[4] * 7, first_row=0), group(3, 2, 9, first_row=7), group(1, 1, first_row=9)]
     rows = pack(groups, 20, None)
     assert all(len(row.token_ids) <= 20 for row in rows)
-    assert sorted(index for row in rows for index in row.rows.tolist()) == list(range(10))
+    assert sorted(index for row in rows for index in row.batch_rows.tolist()) == list(range(10))
 
 
 def test_a_sequence_over_the_budget_is_refused_with_its_sizes():
@@ -66,8 +55,8 @@ def logprobs(model, rows, features) -> dict[int, torch.Tensor]:
     out = {}
     for row in rows:
         values, _ = PolicyModel(model.model, model.lm_head)(row, features, 1.0)
-        for local, index in enumerate(row.rows.tolist()):
-            out[index] = values[row.row == local].detach()
+        for local, index in enumerate(row.batch_rows.tolist()):
+            out[index] = values[row.response == local].detach()
     return out
 
 
@@ -77,31 +66,25 @@ def test_pictures_in_the_prompt_change_what_every_response_token_is_worth():
     assert ((seen[0] - seen[1]).abs() > 1e-2).all()
 
 
-def test_minibatches_share_the_responses_evenly_and_keep_groups_whole():
-    groups = [group(2, 1, 1, 1, 1, first_row=4 * i) for i in range(8)]
-    parts = minibatches(groups, 4, "seed")
-    assert [sum(len(g.rows) for g in part) for part in parts] == [8, 8, 8, 8]
-    assert sorted(row for part in parts for g in part for row in g.rows) == list(range(32))
-    assert parts == minibatches(groups, 4, "seed") != minibatches(groups, 4, "other")
+def test_every_rank_has_as_many_rows_and_every_response_counts_once():
+    groups = [group(5, *[4] * 7, first_row=0), group(3, 2, 9, first_row=7), group(1, 1, first_row=9)]
+    ranks = [rows_of_rank(groups, 20, None, rank=r, ranks=3, pairs_per_token=10.0) for r in range(3)]
+    assert len({len(rows) for rows in ranks}) == 1
+    counted = [i for rows in ranks for row in rows if row.counts for i in row.batch_rows.tolist()]
+    assert sorted(counted) == list(range(10))
 
 
-def test_fewer_groups_than_minibatches_are_halved_rather_than_skipping_a_step():
-    parts = minibatches([group(2, 1, 1, 1, 1)], 4, "seed")
-    assert [len(part) for part in parts] == [1, 1, 1, 1]
+def test_a_rank_without_work_keeps_step_with_the_smallest_row():
+    rows = rows_of_rank([group(5, 4)], 20, None, rank=0, ranks=2, pairs_per_token=10.0)
+    other = rows_of_rank([group(5, 4)], 20, None, rank=1, ranks=2, pairs_per_token=10.0)
+    assert sorted([rows[0].counts, other[0].counts]) == [False, True]
 
 
-def test_invalid_samples_are_left_out_and_the_reward_sits_on_the_last_token():
-    batch = collate([scored("a", 3, 0.5), scored("a", 2, 9.0, invalid="judge down"), scored("b", 1, 0.25)])
-    assert batch.response_mask.tolist() == [[True, True, True], [True, False, False]]
-    assert batch.rewards.tolist() == [[0, 0, 0.5], [0.25, 0, 0]]
-    assert [g.rows for g in batch.groups] == [(0,), (1,)]
-
-
-def test_an_iteration_without_a_valid_sample_says_so():
-    with pytest.raises(ValueError, match="no sample of this iteration is valid"):
-        collate([scored("a", 3, invalid="crashed")])
-
-
-def test_a_batch_whose_tensors_disagree_is_refused():
-    with pytest.raises(ValueError, match=r"Batch.rewards is \(1, 2\) but response_mask is \(1, 3\)"):
-        Batch((), torch.ones(1, 3).bool(), torch.zeros(1, 3), torch.zeros(1, 2), torch.zeros(1).bool())
+def test_work_is_shared_evenly():
+    # differences 8 - 7 = 1 and 6 - 5 = 1, then 4 - 1 = 3, then 3 - 1 = 2: sums of 14 and 16
+    assert balanced([8, 7, 6, 5, 4], 2) == [[0, 2], [1, 3, 4]]
+    assert balanced([], 2) == [[], []]
+    work = torch.empty(200).log_normal_(0, 1, generator=torch.Generator().manual_seed(0)).tolist()
+    sums = [sum(work[i] for i in share) for share in balanced(work, 8)]
+    assert sorted(i for share in balanced(work, 8) for i in share) == list(range(200))
+    assert max(sums) - min(sums) < 0.01 * max(sums)

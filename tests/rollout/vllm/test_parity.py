@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rl.learner.packing import Group, pack
+from rl.learner.batch import Group
+from rl.learner.packing import pack
 from rl.model.config import StepVLConfig
 from rl.model.layout import picture_tokens
 from rl.model.packed import PolicyModel
@@ -112,7 +113,7 @@ def test_both_sides_see_the_same_pixels_and_count_the_same_tokens(
     for size, (count, whole, crops) in zip(sizes, engine_process.run(_engine_views, sizes, config), strict=True):
         assert picture_tokens(size, tiny.GLOBAL_SIZE, tiny.CROP_SIZE, 36, 25) == count
         own = views(tiny.image(size), tiny.GLOBAL_SIZE, tiny.CROP_SIZE)
-        torch.testing.assert_close(own.whole, whole[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(own.global_view, whole[0], atol=1e-5, rtol=0)
         assert len(own.crops) == len(crops)
         for mine, theirs in zip(own.crops, crops, strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)

@@ -1,0 +1,41 @@
+"""Estimators: from rewards to the advantages and returns that PPO learns from. Pure functions of tensors.
+
+A second estimator, such as one without a critic, is a second function here.
+"""
+
+from torch import Tensor
+
+from rl.algorithm.gae import gae, normalize
+
+
+def gae_advantages(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    final_values: Tensor,
+    bootstrapped: Tensor | None = None,
+    normalized: bool,
+) -> tuple[Tensor, Tensor]:
+    """Advantages by GAE, and the returns for the critic (STEP3-VL-10B report, Eq. 1; V_target of Eq. 3).
+
+    Args:
+        rewards: [N, R], paid on each token.
+        values: [N, R], the critic's values before each token.
+        mask: [N, R] bool, True where the policy chose the token.
+        gamma, lam: as for `gae`.
+        final_values: [N], the critic's values after the last token.
+        bootstrapped: [N] bool. The rewards of these responses are replaced by their final values, as Step 3.5 Flash
+            does for responses that were cut. None: no response.
+        normalized: whether the advantages get mean 0 and standard deviation 1 over all chosen tokens.
+    Returns:
+        advantages [N, R]; returns [N, R], which are the advantages before normalisation plus `values`.
+    """
+    bootstrap = None
+    if bootstrapped is not None:
+        bootstrap = final_values * bootstrapped
+        rewards = rewards.masked_fill(bootstrapped[:, None], 0.0)
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
+    return normalize(advantages, mask) if normalized else advantages, returns

@@ -1,0 +1,14 @@
+"""The model folder that the tests of policy and critic start from."""
+
+import pytest
+
+from rl.model import hf_folder
+from tests.support.models import step_vl
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small STEP3-VL. Tests only read it."""
+    path = tmp_path_factory.mktemp("step_vl")
+    hf_folder.save(step_vl(), path)
+    return str(path)

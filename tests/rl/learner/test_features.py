@@ -1,0 +1,28 @@
+"""The cache of picture features: each picture is encoded once, and again with the same result if it was dropped."""
+
+import torch
+
+from rl.learner.clients import EncoderClient
+from rl.learner.features import FeatureStore
+from rl.learner.policy import Policy
+from rl.remote import Local
+from tests.support.learner import PICTURES, options
+
+
+def test_each_picture_goes_through_the_tower_once(folder):
+    store = FeatureStore([EncoderClient(Local(Policy(folder, options()))) for _ in range(2)], limit_mib=1)
+    for _ in range(3):
+        found = store.of([*PICTURES, PICTURES[0]])
+        store.trim(found)
+    assert found.keys() == {p.digest for p in PICTURES}
+    assert store.forwards == 2
+
+
+def test_a_picture_that_was_forgotten_has_the_same_features_again(folder):
+    store = FeatureStore([EncoderClient(Local(Policy(folder, options())))], limit_mib=0)
+    first = store.of(PICTURES)
+    store.trim(using=[PICTURES[0].digest])
+    again = store.of(PICTURES)
+    store.trim()
+    assert all(torch.equal(first[p.digest].result(), again[p.digest].result()) for p in PICTURES)
+    assert store.forwards == 3  # the one in use was not forgotten

@@ -1,0 +1,40 @@
+"""The learner's options are those of the recipe."""
+
+import json
+from pathlib import Path
+
+from rl.config import Config
+from rl.learner.options import LearnerOptions
+from tests.support.learner import config
+
+
+def test_every_option_comes_from_its_place_in_the_recipe():
+    changes = {
+        "seed": 5,
+        "model": {
+            "path": "m",
+            "critic": "critic",
+            "dtype": "bfloat16",
+            "chat_template": "chat.jinja",
+            "yarn": 2.0,
+        },
+        "rollout": {"temperature": 0.7},
+        "synthesis": {"template": "shown.jinja"},
+        "learner": {"token_budget": 128, "threads": 3, "activation_checkpointing": True},
+    }
+    recipe = Config.model_validate_json(json.dumps(config("m", gamma=0.5).model_dump(mode="json") | changes))
+    assert LearnerOptions.of(recipe) == LearnerOptions(
+        ppo=recipe.ppo,
+        seed=5,
+        temperature=0.7,
+        token_budget=128,
+        threads=3,
+        activation_checkpointing=True,
+        dtype="bfloat16",
+        yarn=2.0,
+        freeze=("encoder", "projector"),
+        critic=Path("critic"),
+        chat_template=Path("chat.jinja"),
+        synthesis_template=Path("shown.jinja"),
+    )
+    assert recipe.ppo.gamma == 0.5

@@ -1,0 +1,31 @@
+"""Sizes of views and crops, by hand."""
+
+import pytest
+
+from rl.model.layout import crop_grid, picture_tokens, resized, squared
+
+FULL = (728, 504, 169, 81)
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens"),
+    [
+        ((224, 224), 171),  # small and square: the global view alone, with its start and end
+        ((3024, 3024), 36 * 83 + 171 + 5),  # 6 x 6 crops, 5 newlines
+        ((728, 728), 4 * 83 + 171 + 1),  # 728 / 504 leaves 0.44 > 0.2 over, so 2 x 2
+        ((600, 300), 2 * 83 + 171),  # ratio 2: windows of the short side, one row, no newline
+    ],
+)
+def test_pictures_take_as_many_tokens_as_the_published_code_says(size, tokens):
+    assert picture_tokens(size, *FULL) == tokens
+
+
+def test_thin_strips_become_squares_and_huge_pictures_shrink():
+    assert squared((200, 20)) == (200, 200)
+    assert squared((200, 40)) == (200, 40)
+    assert resized((6048, 3024), 728) == (3024, 1512)
+
+
+def test_crops_are_cut_row_by_row():
+    grid = crop_grid((1008, 504), 728, 504)
+    assert grid.boxes() == [(0, 0, 504, 504), (504, 0, 1008, 504)]

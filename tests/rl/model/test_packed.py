@@ -1,0 +1,27 @@
+"""Inputs of the decoder and the cost of attention. tests/rl/learner/test_packing.py compares logprobs."""
+
+import pytest
+import torch
+
+from rl.model.packed import embed, pairs_per_token
+from tests.support.models import text_model
+
+
+def test_features_stand_in_the_image_slots_and_a_sampled_image_token_is_a_word():
+    words = torch.nn.Embedding(10, 2)
+    ids, slots = torch.tensor([7, 7, 3, 7]), torch.tensor([True, True, False, False])
+    features = [torch.full((1, 2), 5.0), torch.full((1, 2), 6.0)]
+    inputs = embed(words, ids, slots, features)
+    assert inputs[:2].tolist() == [[5, 5], [6, 6]]
+    assert torch.equal(inputs[2:], words(ids[2:]))
+
+
+def test_slots_and_features_that_do_not_match_are_refused_with_their_numbers():
+    with pytest.raises(ValueError, match="2 image slots but the pictures give 1 features"):
+        embed(torch.nn.Embedding(10, 2), torch.tensor([7, 7]), torch.tensor([True, True]), [torch.ones(1, 2)])
+
+
+def test_the_cost_of_attention_by_hand():
+    # heads: 4 x 8 = 32 channels, keys and values 2 x 2 x 8 = 32; 32 hidden and 48 intermediate channels
+    # weights per layer: 32 * (2 * 32 + 32) + 3 * 32 * 48 = 7,680; a pair costs as much as 2 * 32 = 64 of them
+    assert pairs_per_token(text_model().config) == 7680 / 64
