@@ -61,7 +61,7 @@ class Chat:
             raise ValueError(f"row {prompt.id} shows pictures, but {self.config.model_type} is a text model")
         try:
             ids = self.tokenizer.apply_chat_template(
-                [_plain(m) for m in self.synthesis.turns(prompt)],
+                [_plain(m) for m in self.synthesis.chat(prompt)],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,

@@ -15,7 +15,7 @@ from rl.config import Accept, SynthesisOptions
 from rl.stop import Stop
 from rl.types import Prompt, Rollout, Scored
 from rollout.chat import Chat
-from rollout.pacore.prompt import showing
+from rollout.pacore.prompt import draw_messages
 
 NAMED = re.compile(
     r"\b(?:answers?|attempts?|messages?|references?|responses?|solutions?)\W{0,3}(\d+(?:\s*(?:,|and|&)\s*\d+)*)", re.I
@@ -82,7 +82,7 @@ class Pacore:
         if not prompt.messages_pool:
             return prompt
         least = min(self.options.least_messages, len(prompt.messages_pool))
-        return showing(prompt, least, self.options.most_messages, f"{self.seed}/pacore/{name}/{prompt.id}")
+        return draw_messages(prompt, least, self.options.most_messages, f"{self.seed}/pacore/{name}/{prompt.id}")
 
     def _fitting(self, prompt: Prompt) -> Prompt:
         """Without the last of its messages, if they leave no room for a response."""
@@ -133,7 +133,7 @@ def longest_with_messages(prompt: Prompt, chat: Chat, most: int) -> int:
     """Tokens of the prompt with the `most` longest messages of its pool."""
     by_length = sorted(prompt.messages_pool, key=lambda one: len(chat.tokenizer(one).input_ids), reverse=True)
     every = replace(prompt, messages_pool=tuple(by_length[:most]), pool_accepted=())
-    return chat.length(showing(every, len(every.messages_pool), most, "all of them"))
+    return chat.length(draw_messages(every, len(every.messages_pool), most, "all of them"))
 
 
 # Metrics

@@ -294,6 +294,6 @@ def _answers(chain: Chain, config: Config, asked: Questions) -> Report:
         str(chain.of(chain.trained()[-1]) / "policy"), device=device(config), max_length=config.max_sequence_length
     )
     # Another policy, or another place, is asked anew.
-    asked_of = hashlib.sha256(f"{who.model} {who.weights()}".encode()).hexdigest()[:12]
+    asked_of = hashlib.sha256(f"{who.model} {who.weights_digest()}".encode()).hexdigest()[:12]
     cache = chain.folder / FINAL / f"{config.stage}-{asked_of}.jsonl"
     return measure(config, who, replace(asked, limit=config.eval.sampled_rows, seed=config.seed, cache=cache))

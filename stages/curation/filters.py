@@ -25,7 +25,7 @@ from rl.stop import Stop
 from rl.types import Completion, Prompt, Request, Rollout, Scored
 from rollout.chat import Chat
 from rollout.data.decontamination import Benchmarks
-from rollout.pacore.prompt import showing
+from rollout.pacore.prompt import draw_messages
 from rollout.pool import seed_of
 from stages.curation.answers import Answers
 from stages.loop import enough_valid
@@ -259,7 +259,7 @@ class Synthesised:
     def shown(self, prompt: Prompt) -> Prompt:
         """The row's problem with messages of its pool: the same ones whenever it is asked."""
         seed = f"{self.policy.seed}/synthesis/{prompt.id}"
-        return showing(prompt, self.messages.least_messages, self.messages.most_messages, seed)
+        return draw_messages(prompt, self.messages.least_messages, self.messages.most_messages, seed)
 
     def _before(self, row: Row) -> Fate:
         options, pool, share = self.messages, row.prompt.messages_pool, row.prompt.pool_accuracy

@@ -13,12 +13,12 @@ from openai import AsyncOpenAI
 from rl import evaluate
 from rl.exits import WRONG_INPUT
 from rollout import generate
-from rollout.generate import Answered, Settings
+from rollout.generate import AnswerFile, Settings
 from rollout.pacore import client as client_module
 from rollout.pacore.client import EndpointClient
 from rollout.pacore.prompt import SynthesisPrompt
-from rollout.pacore.target import ModelTarget, serve_options
-from rollout.serve import Front
+from rollout.pacore.target import ModelTarget
+from rollout.serve import PacoreProxy
 from tests.support.command import ROOT
 from tests.support.judge_server import Reply, judge_server, text_of
 
@@ -30,7 +30,7 @@ TEMPLATE = ROOT / "recipes/scale/pacore.jinja"
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The scale model, served as the commands serve it."""
-    with ModelTarget(str(MODEL), max_length=512).served() as found:
+    with ModelTarget(str(MODEL), max_length=512).serve() as found:
         yield found
 
 
@@ -183,7 +183,7 @@ def test_an_unknown_mode_is_refused(capsys: pytest.CaptureFixture) -> None:
 def test_a_client_of_openai_gets_a_stream_from_the_front_of_a_real_endpoint(url: str) -> None:
     async def scenario() -> tuple[str, int]:
         async with EndpointClient(url, str(MODEL)) as asks:
-            runner = web.AppRunner(Front(asks, "scale", (4,), "pacore", SynthesisPrompt(TEMPLATE)).app())
+            runner = web.AppRunner(PacoreProxy(asks, "scale", (4,), "pacore", SynthesisPrompt(TEMPLATE)).app())
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             address = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
@@ -267,48 +267,18 @@ def test_hiccups_are_ridden_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert code == generate.DONE and records(out)[0]["answer"] == "4"
 
 
-def test_what_a_reasoning_parser_took_apart_is_put_together() -> None:
-    message = {"content": "4", "reasoning_content": "2 + 2"}
-    answer = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"completion_tokens": 7}}
-    (reply,) = client_module.replies_of(answer)
-    assert (reply.text, reply.message, reply.tokens) == ("<think>2 + 2</think>4", "4", 7)
-    cut = {"content": None, "reasoning_content": "2 +"}
-    answer = {"choices": [{"message": cut, "finish_reason": "length"}], "usage": {}}
-    assert client_module.replies_of(answer)[0].message == ""
-
-
-def test_several_replies_have_their_own_tokens_or_the_mean_where_an_endpoint_counts_all_together() -> None:
-    def choice(index: int, **more: Any) -> dict[str, Any]:
-        return {"index": index, "message": {"content": f"{index}"}, "finish_reason": "stop", **more}
-
-    usage = {"completion_tokens": 6, "prompt_tokens": 9}
-    told = client_module.replies_of({"choices": [choice(1, token_ids=[1, 2, 3, 4, 5]), choice(0, token_ids=[1])],
-                                       "usage": usage})  # fmt: skip
-    assert [(one.text, one.tokens, one.prompt_tokens) for one in told] == [("0", 1, 9), ("1", 5, 9)]
-    counted = client_module.replies_of({"choices": [choice(0), choice(1)], "usage": usage})
-    assert [one.tokens for one in counted] == [3, 3]
-
-
 def test_a_file_of_something_else_is_not_written_to(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     path.write_text('{"text": "mine"}\n')
-    with pytest.raises(ValueError, match=r"notes.jsonl:1 is not a line of this program's; give another OUT file"):
-        Answered(path, Settings("m", ()))
+    with pytest.raises(ValueError, match=r"notes.jsonl:1 was not written by this command; give another OUT file"):
+        AnswerFile(path, Settings("m", ()))
     assert path.read_text() == '{"text": "mine"}\n'
-
-
-def test_sequences_beyond_the_trained_positions_need_yarn() -> None:
-    with pytest.raises(ValueError, match=r"--max-length 8192 is more than the 4096 positions .* as in --yarn 2"):
-        serve_options(MODEL, 8192, None, {})
-    options = serve_options(MODEL, 8192, 2.0, {"seed": "1"})
-    assert options["max-model-len"] == 8192 and options["seed"] == "1"
-    assert json.loads(str(options["hf-overrides"]))["text_config"]["rope_parameters"]["factor"] == 2.0
 
 
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        (("--mode", "pacore", "--trajectories", "x"), "'x' is no plan of trajectories"),
+        (("--mode", "pacore", "--trajectories", "x"), "'x' is not a plan of trajectories"),
         (("--yarn", "2"), "leave out --url"),
         (("--key-env", "NO_SUCH_KEY"), "the environment has no NO_SUCH_KEY"),
     ],

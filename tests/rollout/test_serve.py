@@ -17,7 +17,7 @@ from openai import AsyncOpenAI, BadRequestError, InternalServerError, NotFoundEr
 from rollout.pacore import client as client_module
 from rollout.pacore.client import EndpointClient
 from rollout.pacore.prompt import SynthesisPrompt
-from rollout.serve import Front
+from rollout.serve import PacoreProxy
 from tests.support.command import Command, wait_for
 from tests.support.judge_server import judge_server
 
@@ -98,7 +98,7 @@ async def served(behind: Behind, plan: tuple[int, ...] = (4,), retries: int = 0)
     async with (
         site(app) as url,
         EndpointClient(url, "behind", retries=retries) as asks,
-        site(Front(asks, "step", plan, "pacore", SynthesisPrompt()).app()) as front,
+        site(PacoreProxy(asks, "step", plan, "pacore", SynthesisPrompt()).app()) as front,
         AsyncOpenAI(base_url=front, api_key="none", max_retries=0) as client,
     ):
         yield client
@@ -191,7 +191,7 @@ def test_streams_have_the_final_answer_piece_by_piece(model: str, text: str, tok
 
 
 def test_a_client_that_waits_for_a_stream_hears_that_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollout.serve.SIGN_OF_LIFE_S", 0.02)
+    monkeypatch.setattr("rollout.serve.COMMENT_INTERVAL_S", 0.02)
 
     async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
         body = {"model": "step", "messages": ASK, "stream": True, "wait": 0.2}
@@ -255,7 +255,7 @@ def test_a_stream_is_retried_until_it_begins(monkeypatch: pytest.MonkeyPatch) ->
 def test_models_are_listed_with_their_modes() -> None:
     async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
         assert [model.id async for model in client.models.list()] == ["step", "step:sere", "step:pacore"]
-        with pytest.raises(NotFoundError, match="there is no model 'other'; there are step, step:sere, step:pacore"):
+        with pytest.raises(NotFoundError, match="there is no model 'other'; models are step, step:sere, step:pacore"):
             await client.chat.completions.create(model="other", messages=ASK)
 
     run(scenario)
@@ -266,10 +266,10 @@ def test_models_are_listed_with_their_modes() -> None:
     [
         ({"n": 2}, "PaCoRe gives one answer; set n to 1"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "use the mode sere"),
-        ({"messages": [*ASK, {"role": "assistant", "content": "4"}]}, "the last turn must be the user's"),
+        ({"messages": [*ASK, {"role": "assistant", "content": "4"}]}, "the last message must be from the user"),
         ({"messages": [{"role": "user", "content": 4}]}, "content must be a text, or a list of parts"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content must be a text, or a list of parts"),
-        ({"messages": []}, "messages must be a list of turns that is not empty"),
+        ({"messages": []}, "messages must be a list that is not empty"),
     ],
 )
 def test_a_request_that_a_synthesis_cannot_answer_is_refused(change: dict[str, Any], why: str) -> None:

@@ -14,7 +14,6 @@ from rl.recipe.resolve import load
 from rl.record.metrics import describe
 from rl.stop import Stop
 from rl.types import PooledAnswers, Prompt, Rollout, Scored
-from rollout.pacore.prompt import synthesis_template
 from stages.pacore import Pacore, longest_with_messages, pooled, referred, repeats_majority, synthesis_metrics, within
 from tests.rl.test_config import config
 
@@ -284,11 +283,3 @@ def test_fewer_attempts_than_messages_are_refused() -> None:
         config(synthesis__pool="online", synthesis__online_rollouts=8)
     with pytest.raises(ValidationError, match=r"synthesis.most_messages = 3 is less than least_messages, which is 4"):
         config(synthesis__least_messages=4, synthesis__most_messages=3)
-
-
-def test_a_models_own_words_for_messages_are_used_unless_others_are_named(tmp_path: Path) -> None:
-    named = tmp_path / "named.jinja"
-    assert (synthesis_template(tmp_path, None), synthesis_template(tmp_path, named)) == (None, named)
-    carried = tmp_path / "pacore.jinja"
-    carried.write_text("{{ problem }}{{ messages }}")
-    assert (synthesis_template(tmp_path, None), synthesis_template(tmp_path, named)) == (carried, named)

@@ -141,7 +141,7 @@ def test_half_a_layer_is_refused_and_the_engine_says_it_is_broken(
     assert_sampled_from(model, engine.generate(requests(1)))  # untied: usable with the folder's own weights
     with pytest.raises(RuntimeError, match=r"incomplete: model\.layers\.0\.self_attn\.qkv_proj"):
         engine.load({"model.layers.0.self_attn.q_proj.weight": torch.zeros(128, 64)}, step=1)
-    with pytest.raises(RuntimeError, match="start the engine anew"):
+    with pytest.raises(RuntimeError, match="restart the engine"):
         engine.generate(requests(1))
     assert shared_memory_segments() == before
 

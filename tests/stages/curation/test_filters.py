@@ -4,17 +4,17 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rl.config import Accept, Checkability, Difficulty, Relevance, Source, SynthesisFilterOptions, SynthesisOptions
-from rl.types import Completion, Picture, PooledAnswers, Prompt, Request, Rollout, Scored
+from rl.types import Completion, Picture, Prompt, Request, Rollout, Scored
 from rollout.data.decontamination import Benchmarks
 from rollout.data.rows import read
-from rollout.pacore.prompt import SynthesisPrompt, showing
+from rollout.pacore.prompt import SynthesisPrompt
 from rollout.pool import seed_of
 from stages.curate import through, work
 from stages.curation.answers import Answers
@@ -45,7 +45,7 @@ class Chat:
         return (1,)
 
     def length(self, prompt: Prompt) -> int:
-        return sum(len(str(message["content"])) for message in SynthesisPrompt().turns(prompt))
+        return sum(len(str(message["content"])) for message in SynthesisPrompt().chat(prompt))
 
     def text(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
         return bytes(response_ids).decode()
@@ -279,7 +279,7 @@ def test_the_policy_sees_problem_and_messages_and_rewards_see_the_problem(tmp_pa
     with answers(tmp_path) as known:
         (fate,) = filter(rows, known)
     chat: Any = filter.policy.chat
-    said = SynthesisPrompt().turns(chat.shown["once"])[-1]["content"]
+    said = SynthesisPrompt().chat(chat.shown["once"])[-1]["content"]
     assert "What is once?" in said and 16 <= said.count("Answer ") <= 24
     assert fate.row.prompt == rows[0].prompt
 
@@ -303,52 +303,6 @@ def test_pools_that_cannot_be_drawn_from_or_do_not_fit_are_dropped(
     with answers(tmp_path) as known:
         (fate,) = synthesised(right_times(COUNTS), rows, **bounds)(rows, known)
     assert fate.dropped == why
-
-
-def test_draws_reach_both_ends_without_replacement_and_repeat() -> None:
-    pool = [f"m{n}" for n in range(24)]
-    accepted = tuple(n % 2 == 0 for n in range(24))
-
-    def drawn(size: int, seed: str) -> PooledAnswers:
-        prompt = replace(row("a").prompt, messages_pool=tuple(pool[:size]), pool_accepted=accepted[:size])
-        shown = showing(prompt, 16, 24, seed).shown
-        assert shown is not None and shown.accepted == tuple(accepted[pool.index(text)] for text in shown.texts)
-        return shown
-
-    draws = [drawn(24, f"seed {n}").texts for n in range(200)]
-    assert {len(draw) for draw in draws} == set(range(16, 25))
-    assert all(len(set(draw)) == len(draw) for draw in draws)
-    assert any(list(draw) != sorted(draw, key=pool.index) for draw in draws)
-    assert drawn(24, "seed 3").texts == draws[3]
-    assert {len(drawn(16, f"{n}").texts) for n in range(20)} == {16}
-    with pytest.raises(ValueError, match="row a: a pool of 15 messages has not the 16"):
-        drawn(15, "")
-
-
-def test_without_messages_the_prompt_is_the_plain_problem() -> None:
-    prompt = row("a").prompt
-    assert SynthesisPrompt().turns(prompt) is prompt.messages
-    assert SynthesisPrompt().turns(replace(prompt, shown=PooledAnswers(()))) is prompt.messages
-
-
-def test_pictures_stay_where_they_are_in_the_problem(tmp_path: Path) -> None:
-    template = tmp_path / "t.jinja"
-    template.write_text("{{ problem }}|{% for m in messages %}{{ m }}|{% endfor %}")
-    content = ({"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": "!"})
-    prompt = Prompt("a", "t", ({"role": "user", "content": content},), images=(Picture.of(png()),))
-    prompt = replace(prompt, shown=PooledAnswers(("x\ue000", "y")))
-    assert SynthesisPrompt(template).turns(prompt)[0]["content"] == [
-        {"type": "text", "text": "See "},
-        {"type": "image"},
-        {"type": "text", "text": "!|x|y|"},
-    ]
-
-
-@pytest.mark.parametrize("text", ["{{ problem }}", "{{ problem }}{{ messages }}{{ title }}", "{{ problem"])
-def test_a_template_that_cannot_work_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "t.jinja").write_text(text)
-    with pytest.raises(ValueError, match=r"t\.jinja"):
-        SynthesisPrompt(tmp_path / "t.jinja")
 
 
 def asked(text: str, identity: str = "a", images: tuple[Picture, ...] = ()) -> Prompt:
