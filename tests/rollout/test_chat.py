@@ -1,6 +1,8 @@
 """Messages to token ids and back, through the model folder's own tokenizer and template."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,3 +87,22 @@ def test_a_tokenizer_without_the_image_token_does_not_fit_the_model(folder: Path
     config.save_pretrained(folder)
     with pytest.raises(ValueError, match="does not give <im_patch> the config's image_token_id 3"):
         Chat(folder)
+
+
+def test_a_prompt_is_rendered_once_for_all_its_responses_and_another_one_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, rendered = Chat(folder), list[str]()
+    render = chat.synthesis.chat
+
+    def counted(prompt: Prompt) -> Any:
+        rendered.append(prompt.id)
+        return render(prompt)
+
+    monkeypatch.setattr(chat.synthesis, "chat", counted)
+    one, other = asking("Hello", PICTURE), asking("Point at it.", PICTURE)
+    ids = [(chat.prompt_ids(one), chat.length(one)) for _ in range(16)]
+    assert len(set(ids)) == 1 and len(rendered) == 1
+    assert chat.prompt_ids(other) != ids[0][0] and len(rendered) == 2
+    same = replace(one)  # equal, but another object
+    assert (chat.prompt_ids(same), chat.length(same)) == ids[0] == (Chat(folder).prompt_ids(one), chat.length(one))
