@@ -43,7 +43,7 @@ def thoughts(
     answers: int = 1,
     given: dict[str, tuple[Round, ...]] | None = None,
 ) -> list[PacoreResult]:
-    """What is thought about some problems, the groups one after the other."""
+    """Answers groups of problems, one group after another."""
     found: dict[str, PacoreResult] = {}
     settings = Settings(who.model, plan, answers=answers)
 

@@ -1,4 +1,4 @@
-"""`rollout.generate` and `rl.evaluate` as commands, and the OpenAI front, on the scale model behind vLLM's server."""
+"""The commands `rollout.generate` and `rl.evaluate`, and the proxy of rollout.serve, with the scale model in vLLM."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two held-out problems of each family, beside the pictures."""
+    """A file with two held-out problems of each family, next to its pictures."""
     folder = tmp_path_factory.mktemp("problems")
     lines = ROWS.read_text().splitlines()
     folder.joinpath("rows.jsonl").write_text("\n".join(lines[i] for i in range(0, 1024, 128)) + "\n")
@@ -46,7 +46,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answered(url: str, problems: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `--mode pacore --trajectories 6` has written."""
+    """The OUT file of `--mode pacore --trajectories 6`."""
     out = tmp_path_factory.mktemp("answers") / "out.jsonl"
     assert generate.main(arguments(problems, out, url)) == generate.DONE
     return out
@@ -63,7 +63,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_problem_has_its_trajectories_its_synthesis_and_their_tokens(answered: Path) -> None:
+def test_each_line_has_trajectories_synthesis_and_tokens(answered: Path) -> None:
     found = records(answered)
     assert len(found) == 8
     for record in found:
@@ -77,7 +77,9 @@ def test_every_problem_has_its_trajectories_its_synthesis_and_their_tokens(answe
     assert any("[0." in answer for answer in places)
 
 
-def test_the_same_command_again_asks_nothing(answered: Path, problems: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_same_command_again_sends_no_requests(
+    answered: Path, problems: Path, capsys: pytest.CaptureFixture
+) -> None:
     before = answered.read_bytes()
     nobody = "http://127.0.0.1:9/v1"
     assert generate.main(arguments(problems, answered, nobody)) == generate.DONE
@@ -85,7 +87,9 @@ def test_the_same_command_again_asks_nothing(answered: Path, problems: Path, cap
     assert "8 of 8 problems are answered already" in capsys.readouterr().err
 
 
-def test_a_line_that_was_broken_off_is_asked_again(answered: Path, problems: Path, url: str, tmp_path: Path) -> None:
+def test_a_problem_with_an_incomplete_line_is_answered_again(
+    answered: Path, problems: Path, url: str, tmp_path: Path
+) -> None:
     cut = tmp_path / "out.jsonl"
     cut.write_bytes(answered.read_bytes()[:-20])
     assert generate.main(arguments(problems, cut, url)) == generate.DONE
@@ -132,13 +136,13 @@ def test_modes_without_a_synthesis_need_no_model_where_trajectories_are_given(
     assert "SeRe pass@6" in told.out and "majority@6" in told.out and "PaCoRe" not in told.out
 
 
-def test_trajectories_must_be_those_of_the_rows(answered: Path, capsys: pytest.CaptureFixture) -> None:
+def test_given_trajectories_must_cover_all_rows(answered: Path, capsys: pytest.CaptureFixture) -> None:
     asked = ["--model", "m", "--url", "http://127.0.0.1:9/v1", "--profile", "cpu"]
     assert evaluate.main([*asked, "--trajectories", str(answered), "--modes", "sere"]) == WRONG_INPUT
     assert "has no trajectories of row heldout-pointing-001 (1272 rows are missing)" in capsys.readouterr().err
 
 
-def test_a_cache_is_for_the_same_number_of_syntheses_of_the_same_trajectories(
+def test_a_cache_with_other_settings_is_refused(
     answered: Path, problems: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     cache = tmp_path / "cache.jsonl"
@@ -165,7 +169,7 @@ def test_rows_without_an_answer_are_left_out_and_counted(
     assert (report["rows"], report["left_out"]) == (6, 2)
 
 
-def test_an_evaluation_serves_its_judge_and_who_describes_another_picture_does_not_win(
+def test_an_evaluation_serves_its_judge_and_a_policy_that_sees_another_picture_does_not_win(
     url: str, capsys: pytest.CaptureFixture
 ) -> None:
     policy = ("--model", str(MODEL), "--url", url, "--modes", "sere", "--attempts", "2", "--limit", "16", "--blind")
@@ -180,7 +184,7 @@ def test_an_unknown_mode_is_refused(capsys: pytest.CaptureFixture) -> None:
     assert "--modes: 'best' is none of sere, majority, pacore" in capsys.readouterr().err
 
 
-def test_a_client_of_openai_gets_a_stream_from_the_front_of_a_real_endpoint(url: str) -> None:
+def test_openais_client_gets_a_stream_from_the_proxy_of_a_real_endpoint(url: str) -> None:
     async def scenario() -> tuple[str, int]:
         async with EndpointClient(url, str(MODEL)) as asks:
             runner = web.AppRunner(PacoreProxy(asks, "scale", (4,), "pacore", SynthesisPrompt(TEMPLATE)).app())
@@ -220,7 +224,7 @@ def scripted(tmp_path: Path, script: Any, *more: str, rows: int = 2) -> tuple[in
     return code, out
 
 
-def test_a_problem_without_room_is_told_and_the_others_are_answered(
+def test_a_problem_that_is_too_long_is_reported_and_the_others_are_answered(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     def script(request: dict[str, Any]) -> Reply:
@@ -233,12 +237,12 @@ def test_a_problem_without_room_is_told_and_the_others_are_answered(
     failed, found = sorted(records(out), key=lambda record: record["id"])
     assert "leaves no room for a response" in failed["error"] and found["answer"] == "4"
     assert "1 without an answer; the first, 0" in capsys.readouterr().err
-    code, _ = scripted(tmp_path, [Reply("5")])  # when there is room the same command asks it again, and nothing else
+    code, _ = scripted(tmp_path, [Reply("5")])  # the same command answers this problem only
     assert code == generate.DONE
     assert {r["id"]: r["answer"] for r in records(out) if "error" not in r} == {"0": "5", "1": "4"}
 
 
-def test_another_problem_under_the_same_id_is_asked_anew(tmp_path: Path) -> None:
+def test_another_problem_with_the_same_id_is_answered(tmp_path: Path) -> None:
     code, out = scripted(tmp_path, [Reply("4")], rows=1)
     assert code == generate.DONE
     data = tmp_path / "rows.jsonl"
@@ -248,7 +252,7 @@ def test_another_problem_under_the_same_id_is_asked_anew(tmp_path: Path) -> None
     assert [r["answer"] for r in records(out)] == ["4", "6"]
 
 
-def test_an_endpoint_that_refuses_the_model_ends_the_command_and_keeps_what_is_there(
+def test_an_endpoint_that_refuses_the_model_ends_the_command_and_the_answers_stay(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     def script(request: dict[str, Any]) -> Reply:
@@ -260,14 +264,14 @@ def test_an_endpoint_that_refuses_the_model_ends_the_command_and_keeps_what_is_t
     assert "answers 404" in said and "The same command continues from what is in" in said
 
 
-def test_hiccups_are_ridden_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_errors_of_the_endpoint_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "RETRY_S", (0.01, 0.02))
     replies = [Reply("busy", status=503), Reply(None, closes=True), Reply("", status=429), Reply("4")]
     code, out = scripted(tmp_path, replies, rows=1)
     assert code == generate.DONE and records(out)[0]["answer"] == "4"
 
 
-def test_a_file_of_something_else_is_not_written_to(tmp_path: Path) -> None:
+def test_a_file_of_another_program_is_not_written_to(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     path.write_text('{"text": "mine"}\n')
     with pytest.raises(ValueError, match=r"notes.jsonl:1 was not written by this command; give another OUT file"):
@@ -283,7 +287,7 @@ def test_a_file_of_something_else_is_not_written_to(tmp_path: Path) -> None:
         (("--key-env", "NO_SUCH_KEY"), "the environment has no NO_SUCH_KEY"),
     ],
 )
-def test_arguments_that_cannot_work_are_refused(
+def test_invalid_arguments_are_refused(
     tmp_path: Path, more: tuple[str, ...], why: str, capsys: pytest.CaptureFixture
 ) -> None:
     code, _ = scripted(tmp_path, [Reply("4")], *more)

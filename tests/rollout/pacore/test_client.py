@@ -1,4 +1,4 @@
-"""The client of an endpoint: order of requests, and replies parsed.
+"""The client of an endpoint: order of requests, parsing of replies.
 
 tests/rollout/test_serve.py and test_generate.py test its requests, retries and errors.
 """
@@ -9,7 +9,7 @@ from typing import Any
 from rollout.pacore.client import PrioritySemaphore, parse_replies
 
 
-def test_slots_go_to_the_most_urgent_and_survive_being_cancelled() -> None:
+def test_the_most_urgent_request_is_next_and_a_cancelled_one_loses_no_slot() -> None:
     async def scenario() -> list[str]:
         slots, order = PrioritySemaphore(1), list[str]()
 
@@ -23,14 +23,14 @@ def test_slots_go_to_the_most_urgent_and_survive_being_cancelled() -> None:
         await asyncio.sleep(0)
         gone.cancel()
         await asyncio.gather(*tasks)
-        async with asyncio.timeout(1), slots.acquire(0):  # nothing was lost
+        async with asyncio.timeout(1), slots.acquire(0):  # no slot was lost
             order.append("last")
         return order
 
     assert asyncio.run(scenario()) == ["a", "c", "d", "b", "last"]
 
 
-def test_a_request_for_several_replies_takes_as_many_slots_and_all_of_them_at_most() -> None:
+def test_a_request_for_several_replies_takes_as_many_slots_or_all() -> None:
     async def scenario() -> list[str]:
         slots, events = PrioritySemaphore(4), list[str]()
 
@@ -47,7 +47,7 @@ def test_a_request_for_several_replies_takes_as_many_slots_and_all_of_them_at_mo
     assert asyncio.run(scenario()) == ["+a", "-a", "+b", "+c", "-b", "-c", "+d", "-d"]
 
 
-def test_what_a_reasoning_parser_took_apart_is_put_together() -> None:
+def test_thinking_that_a_reasoning_parser_split_off_is_joined_again() -> None:
     message = {"content": "4", "reasoning_content": "2 + 2"}
     answer = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"completion_tokens": 7}}
     (reply,) = parse_replies(answer)
@@ -57,7 +57,7 @@ def test_what_a_reasoning_parser_took_apart_is_put_together() -> None:
     assert parse_replies(answer)[0].message == ""
 
 
-def test_several_replies_have_their_own_tokens_or_the_mean_where_an_endpoint_counts_all_together() -> None:
+def test_each_reply_has_its_own_token_count_or_the_mean_if_the_endpoint_gives_only_the_sum() -> None:
     def choice(index: int, **more: Any) -> dict[str, Any]:
         return {"index": index, "message": {"content": f"{index}"}, "finish_reason": "stop", **more}
 

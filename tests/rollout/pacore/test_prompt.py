@@ -1,4 +1,4 @@
-"""Synthesis prompts: which messages are drawn, where they stand, and whose template renders them."""
+"""Synthesis prompts: the draw of messages, the place of pictures, the template in use."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.support.data_rows import png
 PROMPT = Prompt("a", "t", ({"role": "user", "content": "What is 2 + 2?"},))
 
 
-def test_draws_reach_both_ends_without_replacement_and_repeat() -> None:
+def test_draws_have_all_sizes_no_duplicates_and_repeat_with_their_seed() -> None:
     pool = [f"m{n}" for n in range(24)]
     accepted = tuple(n % 2 == 0 for n in range(24))
 
@@ -52,13 +52,13 @@ def test_pictures_stay_where_they_are_in_the_problem(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{{ problem }}", "{{ problem }}{{ messages }}{{ title }}", "{{ problem"])
-def test_a_template_that_cannot_work_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_invalid_template_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "t.jinja").write_text(text)
     with pytest.raises(ValueError, match=r"t\.jinja"):
         SynthesisPrompt(tmp_path / "t.jinja")
 
 
-def test_a_models_own_words_for_messages_are_used_unless_others_are_named(tmp_path: Path) -> None:
+def test_the_template_of_the_models_folder_is_used_unless_another_is_named(tmp_path: Path) -> None:
     named = tmp_path / "named.jinja"
     assert (synthesis_template(tmp_path, None), synthesis_template(tmp_path, named)) == (None, named)
     carried = tmp_path / "pacore.jinja"

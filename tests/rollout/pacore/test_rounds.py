@@ -1,4 +1,4 @@
-"""SeRe and PaCoRe at inference, with a scripted model: rounds, compaction, seeds, order of work, room, tokens."""
+"""SeRe and PaCoRe with a scripted model: rounds, compaction, seeds, order of requests, long prompts, tokens."""
 
 import asyncio
 import re
@@ -21,14 +21,14 @@ def reply(text: str, tokens: int = 5, finish: Any = "stop") -> Reply:
 
 
 class Model:
-    """Answers by the script: (text of the last message, seed) -> reply; remembers what it was asked."""
+    """Replies by a script: (text of the last message, seed) -> reply. `asked` has all requests."""
 
     def __init__(self, script: Callable[[str, int], Reply]) -> None:
         self.script = script
         self.asked: list[tuple[str, int, int]] = []
 
     async def __call__(self, chat: Chat, seed: int, urgency: int, count: int = 1) -> list[Reply]:
-        """As vLLM, which gives each of several replies to one request the next seed."""
+        """Counts the seed up for each reply of a request, as vLLM does."""
         text = str(chat[-1]["content"])
         self.asked += [(text, seed + n, urgency) for n in range(count)]
         await asyncio.sleep(0)
@@ -39,7 +39,7 @@ def thought(model: Model, plan: Sequence[int], **options: Any) -> PacoreResult:
     return asyncio.run(run_rounds(PROBLEM, plan, model, SynthesisPrompt(), "0/a", **options))
 
 
-def test_sere_is_one_chain_on_the_plain_problem() -> None:
+def test_sere_is_one_trajectory_on_the_plain_problem() -> None:
     model = Model(lambda text, seed: reply("<think>hm</think>4"))
     found = thought(model, ())
     assert [text for text, _, _ in model.asked] == ["What is 2 + 2?"]
@@ -62,7 +62,7 @@ def test_every_trajectory_has_a_seed_of_its_own_that_repeats() -> None:
     assert len({seed for _, seed, _ in models[0].asked}) == 4 + 2 + 1
 
 
-def test_a_plan_with_two_rounds_hands_the_first_ones_answers_to_the_second() -> None:
+def test_the_second_round_sees_the_answers_of_the_first() -> None:
     def script(text: str, seed: int) -> Reply:
         return reply("uno" if "Answer 1" not in text else "dos" if "uno" in text else "tres")
 
@@ -82,7 +82,7 @@ def test_each_trajectory_of_a_later_round_sees_the_messages_in_another_order() -
     assert len({"".join(sorted(text)) for text in later}) == 1  # the same messages
 
 
-def test_what_never_came_to_an_answer_is_no_message() -> None:
+def test_trajectories_without_a_final_answer_give_no_message() -> None:
     def script(text: str, seed: int) -> Reply:
         if "Answer" in text:
             return reply("done")
@@ -103,7 +103,7 @@ def test_without_any_message_the_last_round_gets_the_plain_problem() -> None:
     assert found.rounds[-1].shown == 0 and found.reply.message == ""
 
 
-def test_messages_that_have_no_room_are_left_out_and_counted() -> None:
+def test_messages_for_which_there_is_no_room_are_left_out_and_counted() -> None:
     def script(text: str, seed: int) -> Reply:
         if text.count("Answer ") > 10:
             raise PromptTooLong("too long")
@@ -113,7 +113,7 @@ def test_messages_that_have_no_room_are_left_out_and_counted() -> None:
     assert (found.rounds[-1].shown, found.rounds[-1].left_out) == (10, 6)
 
 
-def test_a_problem_that_has_no_room_itself_is_refused() -> None:
+def test_a_problem_that_is_too_long_by_itself_is_refused() -> None:
     def script(text: str, seed: int) -> Reply:
         raise PromptTooLong("too long")
 
@@ -121,7 +121,7 @@ def test_a_problem_that_has_no_room_itself_is_refused() -> None:
         thought(Model(script), (4,))
 
 
-def test_trajectories_without_messages_are_asked_for_by_one_request() -> None:
+def test_trajectories_without_messages_are_sampled_by_one_request() -> None:
     requests: list[tuple[int, int]] = []
 
     class Counting(Model):
@@ -133,7 +133,7 @@ def test_trajectories_without_messages_are_asked_for_by_one_request() -> None:
     assert requests == [(0, 16), (1, 1), (1, 1), (2, 1)]
 
 
-def test_given_rounds_are_not_asked_again() -> None:
+def test_rounds_of_an_earlier_run_are_not_sampled_again() -> None:
     first = thought(Model(lambda text, seed: reply("m")), (4,), answers=0)
     model = Model(lambda text, seed: reply("4"))
     found = thought(model, (), first_rounds=first.rounds, answers=3)
@@ -141,12 +141,12 @@ def test_given_rounds_are_not_asked_again() -> None:
 
 
 @pytest.mark.parametrize(("text", "plan"), [("16", (16,)), ("32,4", (32, 4)), (" 8, 2", (8, 2))])
-def test_a_plan_is_written_as_trajectories_of_each_round(text: str, plan: tuple[int, ...]) -> None:
+def test_a_plan_has_the_number_of_trajectories_of_each_round(text: str, plan: tuple[int, ...]) -> None:
     assert parse_plan(text) == plan
 
 
 @pytest.mark.parametrize("text", ["", "0", "16;4", "-1", "many", "100000"])
-def test_another_plan_is_refused(text: str) -> None:
+def test_an_invalid_plan_is_refused(text: str) -> None:
     with pytest.raises(
         ValueError, match="not a plan of trajectories; write the number of each round, as in 16 or 32,4"
     ):

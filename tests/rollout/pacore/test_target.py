@@ -1,4 +1,4 @@
-"""Where a model is served. tests/rollout/test_generate.py starts its server."""
+"""The server of a model: its arguments. tests/rollout/test_generate.py starts one."""
 
 import json
 
