@@ -38,9 +38,9 @@ BAD_REQUEST, NOT_FOUND, BAD_GATEWAY = 400, 404, 502
 
 
 class InvalidRequest(Exception):
-    """A request that cannot be answered: the HTTP status and the reason."""
+    """A request that cannot be answered: the reason and the HTTP status."""
 
-    def __init__(self, status: int, reason: str) -> None:
+    def __init__(self, reason: str, status: int = BAD_REQUEST) -> None:
         super().__init__(reason)
         self.status = status
 
@@ -59,6 +59,7 @@ class PacoreProxy:
         self, client: EndpointClient, name: str, plan: Sequence[int], mode: str, synthesis: SynthesisPrompt
     ) -> None:
         self.client, self.name, self.plan, self.mode, self.synthesis = client, name, plan, mode, synthesis
+        self.names = [name, *(f"{name}:{mode}" for mode in MODES)]
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=2**30)  # requests contain pictures
@@ -71,8 +72,7 @@ class PacoreProxy:
         return web.Response()
 
     async def _models(self, request: web.Request) -> web.Response:
-        names = [self.name, *(f"{self.name}:{mode}" for mode in MODES)]
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "rollout.serve"} for name in names]
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "rollout.serve"} for name in self.names]
         return web.json_response({"object": "list", "data": data})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
@@ -97,13 +97,9 @@ class PacoreProxy:
     def _mode(self, body: Mapping[str, Any]) -> str:
         """Returns the mode that the model's name selects. Raises InvalidRequest for an unknown model."""
         model = str(body.get("model", self.name))
-        if model == self.name:
-            return self.mode
-        for mode in MODES:
-            if model == f"{self.name}:{mode}":
-                return mode
-        known = ", ".join([self.name, *(f"{self.name}:{mode}" for mode in MODES)])
-        raise InvalidRequest(NOT_FOUND, f"there is no model {model!r}; models are {known}")
+        if model not in self.names:
+            raise InvalidRequest(f"there is no model {model!r}; models are {', '.join(self.names)}", NOT_FOUND)
+        return self.mode if model == self.name else model.removeprefix(f"{self.name}:")
 
     async def _forward(self, request: web.Request, body: Mapping[str, Any]) -> web.StreamResponse:
         if not body.get("stream"):
@@ -209,9 +205,9 @@ async def _parse_body(request: web.Request) -> dict[str, Any]:
     try:
         body = await request.json()
     except ValueError as error:
-        raise InvalidRequest(BAD_REQUEST, f"the request is not JSON: {error}") from error
+        raise InvalidRequest(f"the request is not JSON: {error}") from error
     if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
-        raise InvalidRequest(BAD_REQUEST, "messages must be a list that is not empty")
+        raise InvalidRequest("messages must be a list that is not empty")
     return body
 
 
@@ -219,18 +215,15 @@ def _check_pacore(body: Mapping[str, Any]) -> None:
     """Raises InvalidRequest for a request that a synthesis cannot answer."""
     last = body["messages"][-1]
     if not isinstance(last, dict) or last.get("role") != "user":
-        raise InvalidRequest(
-            BAD_REQUEST,
-            "the last message must be from the user: PaCoRe adds final answers to it",
-        )
+        raise InvalidRequest("the last message must be from the user: PaCoRe adds final answers to it")
     content = last.get("content")
     parts = content if isinstance(content, list) else []
     if not isinstance(content, str) and not (parts and all(map(_is_part, parts))):
-        raise InvalidRequest(BAD_REQUEST, "the last content must be a text, or a list of parts that have a type")
+        raise InvalidRequest("the last content must be a text, or a list of parts that have a type")
     if body.get("n", 1) != 1:
-        raise InvalidRequest(BAD_REQUEST, f"n = {body['n']}: PaCoRe gives one answer; set n to 1")
+        raise InvalidRequest(f"n = {body['n']}: PaCoRe gives one answer; set n to 1")
     if used := [name for name in UNSUPPORTED_FIELDS if body.get(name)]:
-        raise InvalidRequest(BAD_REQUEST, f"PaCoRe does not support {used[0]}; use the mode sere")
+        raise InvalidRequest(f"PaCoRe does not support {used[0]}; use the mode sere")
 
 
 def _is_part(part: Any) -> bool:

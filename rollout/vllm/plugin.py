@@ -1,7 +1,7 @@
 """vLLM plugin (entry point group `vllm.general_plugins`): vLLM calls `register` in every one of its processes.
 
 It registers names only. vLLM imports rollout/vllm/step_vl.py and the weight transfer backend when it needs them.
-tests/rollout/vllm/test_engine.py tests it.
+Tested in tests/rollout/vllm/test_engine.py.
 """
 
 from rollout.weights.base import BACKEND, MODULE

@@ -1,7 +1,7 @@
 """Starts vLLM's OpenAI-compatible server in a process of its own, for a judge or for a policy at inference.
 
 A plain object; rl/actors.py creates it on the node that has its GPUs. The server ends with the process that holds the
-object. tests/rollout/test_generate.py tests it.
+object. Tested in tests/rollout/test_generate.py.
 """
 
 import os

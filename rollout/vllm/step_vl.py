@@ -2,7 +2,7 @@
 
 rollout/vllm/plugin.py registers it under the architecture's own name, and vLLM imports it when it loads such a model.
 For a config with the sizes of STEP3-VL-10B it computes exactly the same as vLLM's own class.
-tests/rollout/vllm/test_engine.py and test_parity.py test it.
+Tested in tests/rollout/vllm/test_engine.py and tests/rollout/vllm/test_parity.py.
 """
 
 from torch import Tensor

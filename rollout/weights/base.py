@@ -2,7 +2,7 @@
 
 A backend is one file of this folder with two classes. `Sender` runs in the process of rollout/vllm/engine.py.
 `Receiver` runs in each of vLLM's worker processes and is a `WeightTransferEngine` of vLLM's own API.
-Imports no backend by itself. tests/rollout/vllm/test_engine.py tests it.
+Imports no backend by itself. Tested in tests/rollout/vllm/test_engine.py.
 """
 
 from collections.abc import Callable, Mapping

@@ -5,7 +5,7 @@ copies the tensors to its device and loads them. Segments are found by name, so 
 process (as in rollout/vllm/engine.py) or in any other process of the same machine. Tensor-parallel workers read the
 whole tensors, and vLLM's loaders take their shards. Sender and workers must be on one machine.
 
-tests/rollout/vllm/test_engine.py tests it.
+Tested in tests/rollout/vllm/test_engine.py.
 """
 
 import math
