@@ -81,8 +81,8 @@ def test_the_same_command_again_sends_no_requests(
     answered: Path, problems: Path, capsys: pytest.CaptureFixture
 ) -> None:
     before = answered.read_bytes()
-    nobody = "http://127.0.0.1:9/v1"
-    assert generate.main(arguments(problems, answered, nobody)) == generate.DONE
+    nowhere = "http://127.0.0.1:9/v1"
+    assert generate.main(arguments(problems, answered, nowhere)) == generate.DONE
     assert answered.read_bytes() == before
     assert "8 of 8 problems are answered already" in capsys.readouterr().err
 
@@ -112,9 +112,9 @@ def test_an_evaluation_measures_cached_trajectories(
             *("--trajectories", str(answered), "--syntheses", "2", "--cache", str(tmp_path / "cache.jsonl"), "--json"),
         ]
     )
-    told = capsys.readouterr()
-    assert code == 0, told.err
-    report = json.loads(told.out)
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    report = json.loads(output.out)
     found = {(line["task"], line["mode"]): line for line in report["results"]}
     for task in ("arithmetic", "counting", "grounding", "pointing", "all"):
         one, every = found[task, "SeRe pass@1"], found[task, "SeRe pass@6"]
@@ -129,16 +129,16 @@ def test_an_evaluation_measures_cached_trajectories(
 def test_modes_without_a_synthesis_need_no_model_where_trajectories_are_given(
     answered: Path, problems: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    asked = ["--model", "m", "--url", "http://127.0.0.1:9/v1", "--data", str(problems), "--profile", "cpu"]
-    code = evaluate.main([*asked, "--trajectories", str(answered), "--modes", "sere,majority"])
-    told = capsys.readouterr()
-    assert code == 0, told.err
-    assert "SeRe pass@6" in told.out and "majority@6" in told.out and "PaCoRe" not in told.out
+    options = ["--model", "m", "--url", "http://127.0.0.1:9/v1", "--data", str(problems), "--profile", "cpu"]
+    code = evaluate.main([*options, "--trajectories", str(answered), "--modes", "sere,majority"])
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    assert "SeRe pass@6" in output.out and "majority@6" in output.out and "PaCoRe" not in output.out
 
 
 def test_given_trajectories_must_cover_all_rows(answered: Path, capsys: pytest.CaptureFixture) -> None:
-    asked = ["--model", "m", "--url", "http://127.0.0.1:9/v1", "--profile", "cpu"]
-    assert evaluate.main([*asked, "--trajectories", str(answered), "--modes", "sere"]) == WRONG_INPUT
+    options = ["--model", "m", "--url", "http://127.0.0.1:9/v1", "--profile", "cpu"]
+    assert evaluate.main([*options, "--trajectories", str(answered), "--modes", "sere"]) == WRONG_INPUT
     assert "has no trajectories of row heldout-pointing-001 (1272 rows are missing)" in capsys.readouterr().err
 
 
@@ -146,9 +146,9 @@ def test_a_cache_with_other_settings_is_refused(
     answered: Path, problems: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     cache = tmp_path / "cache.jsonl"
-    asked = ["--model", str(MODEL), "--url", url, "--data", str(problems), "--profile", "cpu", "--cache", str(cache)]
+    options = ["--model", str(MODEL), "--url", url, "--data", str(problems), "--profile", "cpu", "--cache", str(cache)]
     with judge_server(lambda request: Reply("[0.5, 0.5]")) as server:
-        scripted = [one if one != url else server.url for one in asked]
+        scripted = [one if one != url else server.url for one in options]
         assert evaluate.main([*scripted, "--trajectories", str(answered)]) == 0
         assert evaluate.main([*scripted, "--trajectories", str(answered), "--syntheses", "2"]) == WRONG_INPUT
         assert "was begun with answers = 1, not 2" in capsys.readouterr().err
@@ -163,8 +163,8 @@ def test_rows_without_an_answer_are_left_out_and_counted(
         return Reply("no", status=400) if "How many" in text_of(request) else Reply("[0.5, 0.5]")
 
     with judge_server(script) as server:
-        asked = ["--model", "m", "--url", server.url, "--data", str(problems), "--profile", "cpu", "--attempts", "2"]
-        assert evaluate.main([*asked, "--json"]) == 0
+        options = ["--model", "m", "--url", server.url, "--data", str(problems), "--profile", "cpu", "--attempts", "2"]
+        assert evaluate.main([*options, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["rows"], report["left_out"]) == (6, 2)
 
@@ -174,9 +174,9 @@ def test_an_evaluation_serves_its_judge_and_a_policy_that_sees_another_picture_d
 ) -> None:
     policy = ("--model", str(MODEL), "--url", url, "--modes", "sere", "--attempts", "2", "--limit", "16", "--blind")
     assert evaluate.main(["--recipe", "rlhf", "--profile", "cpu", *policy, "--json", f"data.eval={OPEN}"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["blind"] and told["rows"] == 16 and told["preference"]["genrm/win_rate"] < 0.1
-    assert told["preference"]["genrm/order_agreement"] > 0.5
+    report = json.loads(capsys.readouterr().out)
+    assert report["blind"] and report["rows"] == 16 and report["preference"]["genrm/win_rate"] < 0.1
+    assert report["preference"]["genrm/order_agreement"] > 0.5
 
 
 def test_an_unknown_mode_is_refused(capsys: pytest.CaptureFixture) -> None:
@@ -260,8 +260,8 @@ def test_an_endpoint_that_refuses_the_model_ends_the_command_and_the_answers_sta
 
     code, out = scripted(tmp_path, script)
     assert code == generate.FAILED and [r["id"] for r in records(out)] == ["0"]
-    said = capsys.readouterr().err
-    assert "answers 404" in said and "The same command continues from what is in" in said
+    stderr = capsys.readouterr().err
+    assert "answers 404" in stderr and "The same command continues from what is in" in stderr
 
 
 def test_temporary_errors_of_the_endpoint_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

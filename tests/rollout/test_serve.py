@@ -117,10 +117,10 @@ def run(scenario: Callable[[AsyncOpenAI, ScriptedEndpoint], Awaitable[Any]], pla
 
 def test_the_mode_pacore_answers_from_many_trajectories() -> None:
     async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
-        found = await client.chat.completions.create(model="step:pacore", messages=ASK, seed=1)
-        assert (found.choices[0].message.content, found.model) == ("4", "step:pacore")
-        assert found.usage is not None and found.usage.completion_tokens == 5 * 3
-        assert found.usage.total_tokens == 5 * 13
+        answer = await client.chat.completions.create(model="step:pacore", messages=ASK, seed=1)
+        assert (answer.choices[0].message.content, answer.model) == ("4", "step:pacore")
+        assert answer.usage is not None and answer.usage.completion_tokens == 5 * 3
+        assert answer.usage.total_tokens == 5 * 13
         trajectories, last = behind.bodies
         assert (text_of(trajectories), trajectories["n"]) == ("What is 2 + 2?", 4)
         assert text_of(last).count("four") == 4 and "<think>" not in text_of(last)
@@ -131,8 +131,8 @@ def test_the_mode_pacore_answers_from_many_trajectories() -> None:
 
 def test_the_mode_sere_forwards_the_request_unchanged() -> None:
     async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
-        found = await client.chat.completions.create(model="step:sere", messages=ASK, temperature=0.3)
-        assert found.choices[0].message.content == "<think>a</think>four"
+        answer = await client.chat.completions.create(model="step:sere", messages=ASK, temperature=0.3)
+        assert answer.choices[0].message.content == "<think>a</think>four"
         (body,) = behind.bodies
         assert body == {"model": "behind", "messages": ASK, "temperature": 0.3}
 
@@ -141,8 +141,8 @@ def test_the_mode_sere_forwards_the_request_unchanged() -> None:
 
 def test_greedy_trajectories_are_requested_one_by_one_because_vllm_refuses_n() -> None:
     async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
-        found = await client.chat.completions.create(model="step", messages=ASK, temperature=0)
-        assert found.choices[0].message.content == "4" and len(behind.bodies) == 5
+        answer = await client.chat.completions.create(model="step", messages=ASK, temperature=0)
+        assert answer.choices[0].message.content == "4" and len(behind.bodies) == 5
 
     run(scenario)
 
@@ -207,11 +207,13 @@ def test_a_client_that_waits_for_a_stream_gets_comments(monkeypatch: pytest.Monk
 
 def test_trajectories_end_when_the_client_disconnects() -> None:
     async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
-        asked = asyncio.create_task(client.chat.completions.create(model="step", messages=ASK, extra_body={"wait": 30}))
+        request = asyncio.create_task(
+            client.chat.completions.create(model="step", messages=ASK, extra_body={"wait": 30})
+        )
         async with asyncio.timeout(10):
             while not behind.under_way:
                 await asyncio.sleep(0.01)
-            asked.cancel()
+            request.cancel()
             while behind.under_way:
                 await asyncio.sleep(0.01)
 
@@ -223,8 +225,8 @@ def test_messages_for_which_there_is_no_room_are_left_out() -> None:
         behind.fail = lambda body: (
             web.json_response({"error": {"message": LONG}}, status=400) if text_of(body).count("Answer ") > 2 else None
         )
-        found = await client.chat.completions.create(model="step", messages=ASK)
-        assert found.model_extra is not None and found.model_extra["pacore"]["messages_shown"] == 2
+        answer = await client.chat.completions.create(model="step", messages=ASK)
+        assert answer.model_extra is not None and answer.model_extra["pacore"]["messages_shown"] == 2
 
     run(scenario)
 
@@ -234,8 +236,8 @@ def test_a_large_token_limit_leaves_no_message_out() -> None:
         behind.fail = lambda body: (
             web.json_response({"error": {"message": LONG}}, status=400) if body.get("max_tokens", 0) > 50 else None
         )
-        found = await client.chat.completions.create(model="step", messages=ASK, max_tokens=60)
-        assert found.model_extra is not None and found.model_extra["pacore"]["messages_shown"] == 4
+        answer = await client.chat.completions.create(model="step", messages=ASK, max_tokens=60)
+        assert answer.model_extra is not None and answer.model_extra["pacore"]["messages_shown"] == 4
 
     run(scenario)
 
@@ -276,9 +278,9 @@ def test_models_are_listed_with_their_modes() -> None:
 )
 def test_a_request_that_a_synthesis_cannot_answer_is_refused(change: dict[str, Any], why: str) -> None:
     async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
-        asked: Any = {"model": "step", "messages": ASK, **change}
+        request: Any = {"model": "step", "messages": ASK, **change}
         with pytest.raises(BadRequestError, match=why):
-            await client.chat.completions.create(**asked)
+            await client.chat.completions.create(**request)
 
     run(scenario)
 
@@ -301,8 +303,8 @@ def test_temporary_errors_are_retried_and_permanent_ones_reported(
         behind, failures = ScriptedEndpoint(), iter(range(100))
         async with served(behind, retries=2) as client:
             behind.fail = lambda body: web.Response(status=503) if next(failures) < 2 else None
-            found = await client.chat.completions.create(model="step", messages=ASK)
-            assert found.choices[0].message.content == "4"
+            answer = await client.chat.completions.create(model="step", messages=ASK)
+            assert answer.choices[0].message.content == "4"
             behind.fail = lambda body: web.Response(status=503)
             with pytest.raises(InternalServerError, match="does not answer after 3 tries"):
                 await client.chat.completions.create(model="step", messages=ASK)
@@ -318,8 +320,8 @@ def test_the_command_serves_until_it_gets_a_signal() -> None:
         command = Command("rollout.serve", "--url", behind.url, "--model", "m", "--name", "step", "--port", port)
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=60)
         wait_for(lambda: _listens(port), command)
-        found = client.chat.completions.create(model="step:sere", messages=ASK)
-        assert found.choices[0].message.content == "<think>a</think>four"
+        answer = client.chat.completions.create(model="step:sere", messages=ASK)
+        assert answer.choices[0].message.content == "<think>a</think>four"
         os.killpg(command.process.pid, signal.SIGTERM)
         code, out, err = command.finish(30)
     assert (code, err) == (0, "") and f"http://127.0.0.1:{port}/v1 serves step, step:sere and step:pacore" in out

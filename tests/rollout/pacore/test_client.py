@@ -62,8 +62,8 @@ def test_each_reply_has_its_own_token_count_or_the_mean_if_the_endpoint_gives_on
         return {"index": index, "message": {"content": f"{index}"}, "finish_reason": "stop", **more}
 
     usage = {"completion_tokens": 6, "prompt_tokens": 9}
-    told = parse_replies({"choices": [choice(1, token_ids=[1, 2, 3, 4, 5]), choice(0, token_ids=[1])],
+    replies = parse_replies({"choices": [choice(1, token_ids=[1, 2, 3, 4, 5]), choice(0, token_ids=[1])],
                                        "usage": usage})  # fmt: skip
-    assert [(one.text, one.tokens, one.prompt_tokens) for one in told] == [("0", 1, 9), ("1", 5, 9)]
+    assert [(one.text, one.tokens, one.prompt_tokens) for one in replies] == [("0", 1, 9), ("1", 5, 9)]
     counted = parse_replies({"choices": [choice(0), choice(1)], "usage": usage})
     assert [one.tokens for one in counted] == [3, 3]

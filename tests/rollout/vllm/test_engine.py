@@ -78,7 +78,7 @@ def test_tied_embeddings_must_be_sent_twice(tied: Served) -> None:
 def test_a_request_is_answered_with_one_uniform_number_per_token_of_its_own_generator(tied: Served) -> None:
     model = changed(tied.model, 7)
     tied.engine.load(all_weights(model), step=7)
-    for request, answer in zip(asked := requests(), tied.engine.generate(asked), strict=True):
+    for request, answer in zip(batch := requests(), tied.engine.generate(batch), strict=True):
         generator = torch.Generator().manual_seed(request.seed)
         ids = torch.tensor([answer.prompt_ids + answer.response_ids])
         with torch.no_grad():
@@ -172,7 +172,7 @@ def test_the_same_call_gives_the_same_bits_after_other_calls(step_vl: Served) ->
     assert [a.response_ids for a in first] == [a.response_ids for a in step_vl.engine.generate(ask)]
 
 
-def _reuse(key: int, asked: list[Request]) -> tuple[int, int]:
+def _reuse(key: int, batch: list[Request]) -> tuple[int, int]:
     """Prompt tokens from the prefix cache, and pictures that the vision tower encoded, in one generate()."""
     from rollout.vllm.step_vl import PatchedStepVL
     from tests.support.engine_process import _engines
@@ -191,27 +191,27 @@ def _reuse(key: int, asked: list[Request]) -> tuple[int, int]:
                 yield finished
 
         patch.setattr(engine, "_run", noting)
-        engine.generate(asked)
+        engine.generate(batch)
     return sum(n or 0 for n in cached), sum(encoded)
 
 
 def test_nothing_is_reused_from_earlier_calls(step_vl: Served, engine_process: EngineProcess) -> None:
     shown = (tiny.picture(tiny.NO_CROP),)
-    asked = [Request((tiny.IMAGE, *tiny.word_ids(300)), shown, 2, seed=0)]
+    batch = [Request((tiny.IMAGE, *tiny.word_ids(300)), shown, 2, seed=0)]
     for _ in range(2):
-        assert engine_process.run(_reuse, step_vl.engine._key, asked) == (0, 1)
+        assert engine_process.run(_reuse, step_vl.engine._key, batch) == (0, 1)
 
 
 def test_requests_of_one_call_share_their_pictures(step_vl: Served, engine_process: EngineProcess) -> None:
     shown = (tiny.picture(tiny.NO_CROP), tiny.picture(tiny.ONE_CROP))
-    asked = [Request((tiny.IMAGE, tiny.IMAGE, *tiny.word_ids(5, i)), shown, 2, seed=i) for i in range(4)]
-    assert engine_process.run(_reuse, step_vl.engine._key, asked)[1] == 2 + 1  # two views and a crop, not four times
+    batch = [Request((tiny.IMAGE, tiny.IMAGE, *tiny.word_ids(5, i)), shown, 2, seed=i) for i in range(4)]
+    assert engine_process.run(_reuse, step_vl.engine._key, batch)[1] == 2 + 1  # two views and a crop, not four times
 
 
 def test_each_request_keeps_its_own_seed(step_vl: Served) -> None:
     prompt = tiny.word_ids(10)
-    asked = [Request(prompt, (), 12, seed=seed) for seed in (1, 2, 1)]
-    one, two, again = (answer.response_ids for answer in step_vl.engine.generate(asked))
+    batch = [Request(prompt, (), 12, seed=seed) for seed in (1, 2, 1)]
+    one, two, again = (answer.response_ids for answer in step_vl.engine.generate(batch))
     assert one == again
     assert one != two  # also shows that top_k 1 of the folder's generation config is ignored
 
