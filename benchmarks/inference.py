@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
 from rl.types import Prompt
-from rollout.generate import Settings, generate, problems_of
+from rollout.generate import Settings, generate, read_problems
 from rollout.pacore.prompt import SynthesisPrompt
 from rollout.pacore.rounds import PacoreResult, Round
 from rollout.pacore.target import ModelTarget
@@ -27,7 +27,7 @@ FIELDS = {"temperature": 1.0, "max_tokens": 64}
 
 def problems() -> list[Prompt]:
     """Held-out problems of all families alike."""
-    rows = problems_of(str(SCALE / "data/heldout.jsonl"))
+    rows = read_problems(str(SCALE / "data/heldout.jsonl"))
     return rows[:: len(rows) // PROBLEMS][:PROBLEMS]
 
 
@@ -43,7 +43,7 @@ def thoughts(
     answers: int = 1,
     given: dict[str, tuple[Round, ...]] | None = None,
 ) -> list[PacoreResult]:
-    """What is thought about some problems, the groups one after the other."""
+    """Answers groups of problems, one group after another."""
     found: dict[str, PacoreResult] = {}
     settings = Settings(who.model, plan, answers=answers)
 
@@ -53,10 +53,10 @@ def thoughts(
         found[problem.id] = thought
 
     async def work() -> None:
-        async with who.upstream(url, FIELDS) as upstream:
+        async with who.client(url, FIELDS) as client:
             for group in asked:
                 synthesis = SynthesisPrompt(SCALE / "pacore.jinja")
-                await generate(group, settings, upstream, synthesis, finished, given=given or {})
+                await generate(group, settings, client, synthesis, finished, first_rounds=given or {})
 
     asyncio.run(work())
     return [found[problem.id] for group in asked for problem in group]
@@ -81,7 +81,7 @@ def parallel() -> Result:
         counted[name] = tokens(thoughts(who, url, [rows] if name == "ours" else [[row] for row in rows]))
         return time.perf_counter() - start
 
-    with who.served() as url:
+    with who.serve() as url:
         side("ours", url)  # warm up
         ours_s, other_s = interleaved(lambda: side("ours", url), lambda: side("other", url), REPEATS)
     more = {"goal": "ratio at least 3", "problems": len(rows), "tokens": sum(counted["ours"])}
@@ -109,7 +109,7 @@ def prefix_cache() -> Result:
             rates.append(hit / wanted)
         return took
 
-    with cached.served() as ours, plain.served() as other:
+    with cached.serve() as ours, plain.serve() as other:
         ours_s, other_s = interleaved(lambda: side(cached, "ours", ours), lambda: side(plain, "other", other), REPEATS)
     more = {"goal": "hit_rate near 0.94", "hit_rate": fmean(rates), "prompts": len(rows)}
     return Result(ours_s, other_s, other_s / ours_s, more=more)
@@ -152,7 +152,7 @@ def ngram() -> Result:
         counted[name] = [float(r.tokens) for one in found for r in one.rounds[-1].replies]
         return time.perf_counter() - start
 
-    with speculating.served() as ours, plain.served() as other:
+    with speculating.serve() as ours, plain.serve() as other:
         first = thoughts(plain, other, [rows], answers=0)
         given = {row.id: one.rounds for row, one in zip(rows, first, strict=True)}
         for name, who, url in (("ours", speculating, ours), ("other", plain, other)):

@@ -1,1 +1,1 @@
-"""Prompts to rollouts: data rows, vLLM engines, the pool that hides how many there are, weight transfer."""
+"""Samples rollouts: data rows, vLLM engines, the pool of engines, weight transfer, PaCoRe at inference."""

@@ -1,4 +1,4 @@
-"""A prompt's messages to token ids through the model's own chat template, and sampled ids back to text."""
+"""Converts prompts to token ids with the model's chat template, and sampled token ids to text."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +14,13 @@ from rollout.pacore.prompt import SynthesisPrompt
 
 
 class Chat:
-    """The tokenizer of a model folder.
+    """Tokenizer and chat template of a model folder.
 
     Args:
         folder: a local Hugging Face folder.
         template: Jinja file that replaces the folder's chat template.
-        synthesis: how messages are shown together with their problem; None is the default wording.
-    Raises: ValueError if there is no chat template, or no image token where the model needs one.
+        synthesis: renders the prompts that show messages; None is the default template.
+    Raises: ValueError if there is no chat template, or if a model with vision has no image token.
     """
 
     def __init__(
@@ -41,57 +41,66 @@ class Chat:
 
         self._control = frozenset(self.tokenizer.all_special_ids)
         self._think = frozenset(self.tokenizer.convert_tokens_to_ids([THINK_OPEN, THINK_CLOSE]))
+        self._last: tuple[Prompt, tuple[int, ...]] | None = None  # the prompt that was tokenized last, and its ids
 
     @property
     def reserved(self) -> tuple[str, ...]:
-        """Control tokens that must not stand in a data row's text."""
+        """The control tokens. The text of a data row must not contain them."""
         return tuple(self.tokenizer.all_special_tokens)
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids up to where the response starts, with one image token per picture, and with the messages that the
-        prompt shows.
+        """Returns the token ids up to the start of the response, with one image token per picture. The messages that
+        the prompt shows are included.
 
-        Raises: ValueError naming the row if the model cannot see pictures or the template loses one.
+        The same Prompt object again is not tokenized again: the responses of a group follow one another.
+        Raises: ValueError with the row's id if it has pictures and the model is a text model, or if the template drops
+            a picture or fails.
         """
+        last = self._last  # read once: threads may share this object
+        if last is None or last[0] is not prompt:
+            self._last = last = (prompt, self._tokenize(prompt))
+        return last[1]
+
+    def _tokenize(self, prompt: Prompt) -> tuple[int, ...]:
         if prompt.images and not self.image:
-            raise ValueError(f"row {prompt.id} shows pictures, but {self.config.model_type} is a text model")
+            raise ValueError(f"row {prompt.id} has pictures, but {self.config.model_type} is a text model")
         try:
             ids = self.tokenizer.apply_chat_template(
-                [self._plain(m) for m in self.synthesis.turns(prompt)],
+                [self._plain(m) for m in self.synthesis.chat(prompt)],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
             )
         except TemplateError as error:
             raise ValueError(f"row {prompt.id}: the chat template refuses its messages: {error}") from error
-        shown = ids.count(self.image.id) if self.image else 0
-        if shown != len(prompt.images):
+        image_tokens = ids.count(self.image.id) if self.image else 0
+        if image_tokens != len(prompt.images):
             raise ValueError(
-                f"row {prompt.id} has {len(prompt.images)} pictures, but its prompt has {shown} image tokens; "
+                f"row {prompt.id} has {len(prompt.images)} pictures, but its prompt has {image_tokens} image tokens; "
                 "check the chat template"
             )
         return tuple(ids)
 
     def length(self, prompt: Prompt) -> int:
-        """Tokens of the prompt with every picture at its full number of tokens."""
+        """Returns the number of tokens of the prompt, with all tokens of each picture."""
         return len(self.prompt_ids(prompt)) + sum(self.picture_tokens(p.size) - 1 for p in prompt.images)
 
     def picture_tokens(self, size: tuple[int, int]) -> int:
-        """Prompt tokens that a picture of `size` (width, height) takes."""
+        """Returns the number of prompt tokens of a picture of `size` (width, height)."""
         return self.image.expansion(size) if self.image else 0
 
     def text(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
-        """Sampled ids as text: control tokens removed, think tags kept.
+        """Returns the text of sampled ids, without control tokens but with think tags.
 
-        Some templates open the thinking themselves; then the text says so too, so that a response cut while
-        thinking has no answer.
+        Some chat templates end with the opening think tag. The text then begins with that tag, so that a response that
+        was cut during its thinking has no answer.
         """
         visible = [i for i in response_ids if i in self._think or i not in self._control]
         opened = self.tokenizer.decode(prompt_ids[-4:]).rstrip().endswith(THINK_OPEN)
         return (THINK_OPEN if opened else "") + self.tokenizer.decode(visible)
 
     def _plain(self, message: Any) -> dict[str, Any]:
-        """Image parts become the image token, so that every chat template understands them."""
+        """A message whose image parts are replaced by the image token: every chat template supports text."""
         content = message["content"]
         if not isinstance(content, str):
             image = self.image.text if self.image else ""

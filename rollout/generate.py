@@ -1,7 +1,7 @@
-"""Answers to a file of problems, by SeRe or PaCoRe: `python -m rollout.generate --model DIR IN.jsonl OUT.jsonl`.
+"""Answers a file of problems by SeRe or PaCoRe: `python -m rollout.generate --model DIR IN.jsonl OUT.jsonl`.
 
-Each line of OUT has all that was thought about one problem, and is written when it is done: the same command goes on
-where it was broken off, and asks nothing twice. Exit codes are those of rl.run.
+Each line of OUT has all rounds of one problem and is written as soon as the problem is answered. After an interruption
+the same command continues and answers no problem twice. Exit codes are in rl/exits.py.
 """
 
 import argparse
@@ -24,28 +24,28 @@ from rl.exits import DONE, FAILED, run_command
 from rl.types import Prompt
 from rollout.data.errors import RowError
 from rollout.data.rows import read
-from rollout.pacore.client import Refused
-from rollout.pacore.prompt import SynthesisPrompt
-from rollout.pacore.rounds import PacoreResult, Reply, Round, TooLong, Turns, plan_of, think
+from rollout.pacore.client import RequestRefused
+from rollout.pacore.prompt import Chat, SynthesisPrompt
+from rollout.pacore.rounds import PacoreResult, PromptTooLong, Reply, Round, Sampler, parse_plan, run_rounds
 from rollout.pacore.target import ModelTarget, add_target_options, target_of
 
-REPORT_S = 10.0  # between two lines on how far it is
+REPORT_S = 10.0  # between two lines of progress
 BAD_REQUEST = 400
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the answers, but for the problem and how the server computes; every line of OUT has it."""
+    """The options that the answers depend on. Every line of OUT has them, under these names."""
 
     model: str
-    trajectories: tuple[int, ...]  # of each round before the last; () is SeRe
+    trajectories: tuple[int, ...]  # in each round before the last; () is SeRe
     temperature: float = 1.0
     seed: int = 0
-    max_tokens: int | None = None  # of one reply; None: what the context has room for
+    max_tokens: int | None = None  # of one reply; None: limited by the context only
     answers: int = 1  # replies of the last round
-    given: str | None = None  # the file that the first rounds are from
-    wording: str | None = None  # digest of the template that shows messages; None: the default one
-    weights: str | None = None  # of a model folder: what tells it from another in the same place
+    given: str | None = None  # the file that has the first rounds
+    wording: str | None = None  # digest of the synthesis template; None: the default template
+    weights: str | None = None  # ModelTarget.weights_digest
     max_length: int | None = None
     yarn: float | None = None
 
@@ -54,123 +54,125 @@ class Settings:
         return {**vars(self), "trajectories": list(self.trajectories)}
 
 
-def settings_of(who: ModelTarget, template: Path | None, **others: Any) -> Settings:
-    """Those of a command. Raises OSError for a template that cannot be read."""
+def make_settings(target: ModelTarget, template: Path | None, **others: Any) -> Settings:
+    """Returns the settings for a model and a synthesis template. Raises OSError if the template cannot be read."""
     wording = hashlib.sha256(template.read_bytes()).hexdigest()[:16] if template else None
     return Settings(
-        who.model, wording=wording, weights=who.weights(), max_length=who.max_length, yarn=who.yarn, **others
+        target.model,
+        wording=wording,
+        weights=target.weights_digest(),
+        max_length=target.max_length,
+        yarn=target.yarn,
+        **others,
     )
 
 
-def digest_of(problem: Prompt) -> str:
-    """What tells a problem from another with the same id."""
+def problem_digest(problem: Prompt) -> str:
+    """Returns a digest of messages and pictures, which detects another problem with the same id."""
     content = json.dumps([problem.messages, [picture.digest for picture in problem.images]], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def turns_of(prompt: Prompt) -> Turns:
-    """A row's chat in OpenAI's form, its pictures as data: URLs."""
+def openai_chat(prompt: Prompt) -> Chat:
+    """Returns a row's chat in OpenAI's form, with its pictures as data: URLs."""
     pictures = iter(prompt.images)
 
-    def part(one: Mapping[str, Any]) -> Mapping[str, Any]:
-        if one["type"] != "image":
-            return one
+    def openai_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
+        if part["type"] != "image":
+            return part
         return {"type": "image_url", "image_url": {"url": next(pictures).data_url}}
 
     return [
-        {**turn, "content": turn["content"] if isinstance(turn["content"], str) else [*map(part, turn["content"])]}
-        for turn in prompt.messages
+        {**m, "content": m["content"] if isinstance(m["content"], str) else [*map(openai_part, m["content"])]}
+        for m in prompt.messages
     ]
 
 
 def seed_name(settings: Settings, problem: Prompt) -> str:
-    """What identifies a problem in the seeds of its trajectories."""
+    """Returns the text from which the seeds of a problem's trajectories are derived."""
     return f"{settings.seed}/{problem.id}"
 
 
 async def generate(
     problems: Sequence[Prompt],
     settings: Settings,
-    ask: Any,
+    sample: Sampler,
     synthesis: SynthesisPrompt,
-    finished: Callable[[Prompt, PacoreResult | str], None],
+    on_result: Callable[[Prompt, PacoreResult | str], None],
     *,
-    given: Mapping[str, Sequence[Round]] = MappingProxyType({}),
+    first_rounds: Mapping[str, Sequence[Round]] = MappingProxyType({}),
     under_way: int = 64,
 ) -> None:
-    """Thinks about many problems at once; `ask` has to limit its requests (rollout.pacore.client.EndpointClient does).
-
-    A problem's synthesis begins when its own trajectories are done, and comes before trajectories that wait.
+    """Answers many problems at once. A problem's synthesis starts when its own trajectories are done, before waiting
+    trajectories of other problems.
 
     Args:
-        ask: rollout.pacore.rounds.Ask.
-        finished: told of each problem when it is done: what was thought, or why there is no answer.
-        under_way: problems that are thought about at a time, whose pictures are in memory.
-        given: problem id -> rounds that are there already, in place of those of the settings.
+        sample: must limit its requests, as EndpointClient does.
+        on_result: called once per problem, with its rounds, or with the reason why it has no answer.
+        first_rounds: problem id -> rounds from an earlier run, used instead of those of the settings.
+        under_way: the most problems at a time, whose pictures are in memory.
     """
 
-    places = asyncio.Semaphore(under_way)
-
-    async def one(problem: Prompt) -> None:
-        async with places:
-            await answer(problem)
+    semaphore = asyncio.Semaphore(under_way)
 
     async def answer(problem: Prompt) -> None:
+        async with semaphore:
+            on_result(problem, await result(problem))
+
+    async def result(problem: Prompt) -> PacoreResult | str:
         try:
-            thought = await think(
-                turns_of(problem),
+            return await run_rounds(
+                openai_chat(problem),
                 settings.trajectories,
-                ask,
+                sample,
                 synthesis,
                 seed_name(settings, problem),
                 answers=settings.answers,
-                given=given.get(problem.id, ()),
+                first_rounds=first_rounds.get(problem.id, ()),
             )
-        except TooLong as error:
-            finished(problem, f"the problem leaves no room for a response: {error}")
-        except Refused as error:
+        except PromptTooLong as error:
+            return f"the problem leaves no room for a response: {error}"
+        except RequestRefused as error:
             if error.status != BAD_REQUEST:
                 raise
-            finished(problem, str(error))
-        else:
-            finished(problem, thought)
+            return str(error)
 
     try:
         async with asyncio.TaskGroup() as tasks:
             for problem in problems:
-                tasks.create_task(one(problem))
-    except BaseExceptionGroup as group:  # one of them is told, as all mean that nothing goes on
-        raise _first(group) from group
+                tasks.create_task(answer(problem))
+    except BaseExceptionGroup as group:  # one error is enough for the message
+        raise _first_error(group) from group
 
 
-def _first(error: BaseException) -> BaseException:
-    """The first of a group that is no group."""
+def _first_error(error: BaseException) -> BaseException:
+    """The first error of a group that is not itself a group."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
-def lines_of(path: Path, whole: bytes) -> Iterator[dict[str, Any]]:
-    """The records of OUT's whole lines. Raises ValueError if it is no such file."""
-    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):  # other ends of lines may be in texts
+def read_records(path: Path, data: bytes) -> Iterator[dict[str, Any]]:
+    """Parses complete lines of an OUT file. Raises ValueError if they are not of an OUT file."""
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # texts may contain other line separators
         try:
             record = json.loads(line)
             if not {"id", "problem", "settings"} <= record.keys():
                 raise ValueError("an OUT file has id, problem and settings in every line")
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path}:{number} is not a line of this program's; give another OUT file") from error
+            raise ValueError(f"{path}:{number} was not written by this command; give another OUT file") from error
         yield record
 
 
-class Answered:
-    """OUT.jsonl: what is answered, and room for more.
+class AnswerFile:
+    """An OUT file: the results that it has, and new results appended to it.
 
-    Raises: ValueError if it was written with other settings, or is no such file.
+    Raises: ValueError if it was written with other settings or by another program.
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
         self.path, self._settings = path, settings.record
-        self.records: dict[str, dict[str, Any]] = {}
+        self.records: dict[str, dict[str, Any]] = {}  # by problem id
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             self._read()
@@ -178,30 +180,31 @@ class Answered:
 
     def _read(self) -> None:
         data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]  # a line that was broken off is asked again
-        for record in lines_of(self.path, whole):
-            identity, settings = record["id"], record["settings"]
+        complete = data[: data.rfind(b"\n") + 1]  # a problem whose line is incomplete is answered again
+        for record in read_records(self.path, complete):
+            settings = record["settings"]
             if changed := [key for key, value in self._settings.items() if settings.get(key) != value]:
                 key = changed[0]
                 raise ValueError(
                     f"{self.path} was begun with {key} = {settings.get(key)!r}, not {self._settings[key]!r}; give "
-                    "another OUT file for this"
+                    "another OUT file"
                 )
-            self.records[identity] = record  # the last of a problem's lines counts
-        if len(whole) < len(data):
-            os.truncate(self.path, len(whole))
+            self.records[record["id"]] = record  # the last line of a problem counts
+        if len(complete) < len(data):
+            os.truncate(self.path, len(complete))
 
-    def left(self, problems: Sequence[Prompt]) -> list[Prompt]:
-        """Those without an answer: not asked yet, asked in vain, or not the same problem as when they were asked."""
-        return [problem for problem in problems if not self._has(problem)]
+    def unanswered(self, problems: Sequence[Prompt]) -> list[Prompt]:
+        """Returns the problems that have no record, an error, or a record of another problem with the same id."""
+        return [problem for problem in problems if not self._has_answer(problem)]
 
-    def _has(self, problem: Prompt) -> bool:
+    def _has_answer(self, problem: Prompt) -> bool:
         record = self.records.get(problem.id)
-        return record is not None and "error" not in record and record["problem"] == digest_of(problem)
+        return record is not None and "error" not in record and record["problem"] == problem_digest(problem)
 
-    def add(self, problem: Prompt, thought: PacoreResult | str) -> None:
+    def add(self, problem: Prompt, result: PacoreResult | str) -> None:
+        """Appends the result of a problem: its rounds, or the reason why it has no answer."""
         record = {
-            "id": problem.id, "problem": digest_of(problem), **_record(thought), "settings": self._settings
+            "id": problem.id, "problem": problem_digest(problem), **_record(result), "settings": self._settings
         }  # fmt: skip
         self.records[problem.id] = record
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -211,37 +214,37 @@ class Answered:
         self._file.close()
 
 
-def _record(thought: PacoreResult | str) -> dict[str, Any]:
-    if isinstance(thought, str):
-        return {"error": thought}
+def _record(result: PacoreResult | str) -> dict[str, Any]:
+    if isinstance(result, str):
+        return {"error": result}
     rounds = [
         {
-            "shown": one.shown,
-            "left_out": one.left_out,
+            "shown": one_round.shown,
+            "left_out": one_round.left_out,
             "replies": [
                 {"text": r.text, "finish": r.finish, "tokens": r.tokens, "prompt_tokens": r.prompt_tokens}
-                for r in one.replies
+                for r in one_round.replies
             ],
         }
-        for one in thought.rounds
+        for one_round in result.rounds
     ]
-    return {"answer": thought.reply.message, "tokens": thought.tokens, "rounds": rounds}
+    return {"answer": result.reply.message, "tokens": result.tokens, "rounds": rounds}
 
 
-def thought_of(record: Mapping[str, Any]) -> PacoreResult:
-    """What a line of OUT tells. Raises ValueError for a problem without an answer."""
+def parse_record(record: Mapping[str, Any]) -> PacoreResult:
+    """Returns the rounds in a record of an OUT file. Raises ValueError if the problem has no answer."""
     if "error" in record:
         raise ValueError(f"problem {record['id']} has no answer: {record['error']}")
     return PacoreResult(
         tuple(
-            Round(tuple(Reply(**reply) for reply in one["replies"]), one["shown"], one["left_out"])
-            for one in record["rounds"]
+            Round(tuple(Reply(**reply) for reply in fields["replies"]), fields["shown"], fields["left_out"])
+            for fields in record["rounds"]
         )
     )
 
 
-def problems_of(path: str, limit: int | None = None) -> list[Prompt]:
-    """The rows of IN, in any form that data.train has; they need no task. Raises RowError, ValueError."""
+def read_problems(path: str, limit: int | None = None) -> list[Prompt]:
+    """Reads the rows of IN, which may be any source of data.train, without tasks. Raises RowError, ValueError."""
     rows = read([Source(path=path, task="problem", limit=limit)])
     if rows.bad:
         raise RowError(rows.bad)
@@ -249,24 +252,21 @@ def problems_of(path: str, limit: int | None = None) -> list[Prompt]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of the contract."""
+    """The command line."""
     p = argparse.ArgumentParser(
-        prog="python -m rollout.generate", description="Answer problems by one chain of thought, or many in parallel."
+        prog="python -m rollout.generate",
+        description="Answers problems by SeRe (one trajectory) or PaCoRe (many, then a synthesis).",
     )
-    p.add_argument("problems", metavar="IN", help="problems: JSONL, Parquet or data set; rows as for training")
-    p.add_argument("out", metavar="OUT", type=Path, help="JSONL to write; one that was begun is gone on with")
+    p.add_argument("problems", metavar="IN", help="problems: JSONL, Parquet or data set, with rows as for training")
+    p.add_argument("out", metavar="OUT", type=Path, help="JSONL file to write, or to continue")
     p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url the model's name there")
-    p.add_argument("--mode", choices=("sere", "pacore"), default="sere", help="one chain, or many and a synthesis")
-    p.add_argument("--trajectories", default="16", metavar="PLAN", help="pacore: per round, as in 16 (default) or 32,4")
-    p.add_argument(
-        "--template",
-        type=Path,
-        help="Jinja file that shows messages; default: the model's, or ours",
-    )
+    p.add_argument("--mode", choices=("sere", "pacore"), default="sere", help="one trajectory, or many and a synthesis")
+    p.add_argument("--trajectories", default="16", metavar="PLAN", help="of each round, as in 16 (default) or 32,4")
+    p.add_argument("--template", type=Path, help="Jinja file of the synthesis prompt; default: the model's, or ours")
     p.add_argument("--temperature", type=float, default=1.0)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--max-tokens", type=int, help="of one reply; default: what the context has room for")
-    p.add_argument("--limit", type=int, help="only the first so many problems")
+    p.add_argument("--max-tokens", type=int, help="the most tokens of a reply; default: limited by the context only")
+    p.add_argument("--limit", type=int, help="answer only this many problems, the first ones")
     add_target_options(p)
     return p
 
@@ -283,69 +283,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    who = target_of(args)
-    template = who.template(args.template)
+    target = target_of(args)
+    template = target.synthesis_template(args.template)
     synthesis = SynthesisPrompt(template)
-    settings = settings_of(
-        who,
+    settings = make_settings(
+        target,
         template,
-        trajectories=plan_of(args.trajectories) if args.mode == "pacore" else (),
+        trajectories=parse_plan(args.trajectories) if args.mode == "pacore" else (),
         temperature=args.temperature,
         seed=args.seed,
         max_tokens=args.max_tokens,
     )
-    problems = problems_of(args.problems, args.limit)
-    answered = Answered(args.out, settings)
+    problems = read_problems(args.problems, args.limit)
+    answers = AnswerFile(args.out, settings)
     try:
-        run(problems, settings, who, synthesis, answered)
+        run(problems, settings, target, synthesis, answers)
     finally:
-        answered.close()
-    failed = answered.left(problems)
-    tokens = sum(answered.records[problem.id].get("tokens", 0) for problem in problems)
+        answers.close()
+    failed = answers.unanswered(problems)
+    tokens = sum(answers.records[problem.id].get("tokens", 0) for problem in problems)
     print(f"{args.out}: {len(problems) - len(failed)} answers, {tokens:,} tokens sampled")
     if failed:
-        why = answered.records[failed[0].id]["error"]
-        print(f"{len(failed)} without an answer; the first, {failed[0].id}: {why}", file=sys.stderr)
-        print("The same command asks them again", file=sys.stderr)
+        reason = answers.records[failed[0].id]["error"]
+        print(f"{len(failed)} without an answer; the first, {failed[0].id}: {reason}", file=sys.stderr)
+        print("The same command tries them again", file=sys.stderr)
     return FAILED if failed else DONE
 
 
 def run(
     problems: Sequence[Prompt],
     settings: Settings,
-    who: ModelTarget,
+    target: ModelTarget,
     synthesis: SynthesisPrompt,
-    answered: Answered,
+    answers: AnswerFile,
     *,
-    given: Mapping[str, Sequence[Round]] = MappingProxyType({}),
+    first_rounds: Mapping[str, Sequence[Round]] = MappingProxyType({}),
 ) -> None:
-    """Answers what is not answered yet; see `generate`."""
-    left = answered.left(problems)
+    """Answers the problems that have no answer in the file yet; see `generate`."""
+    unanswered = answers.unanswered(problems)
     trajectories = max(settings.trajectories, default=settings.answers)
-    under_way = max(2, 2 * who.concurrency // max(1, trajectories))
-    if len(left) < len(problems):
-        print(f"{len(problems) - len(left)} of {len(problems)} problems are answered already", file=sys.stderr)
-    if not left:
+    under_way = max(2, 2 * target.concurrency // max(1, trajectories))
+    if len(unanswered) < len(problems):
+        answered = len(problems) - len(unanswered)
+        print(f"{answered} of {len(problems)} problems are answered already", file=sys.stderr)
+    if not unanswered:
         return
-    started, told, done = time.monotonic(), time.monotonic(), 0
+    started, reported, done = time.monotonic(), time.monotonic(), 0
 
-    def finished(problem: Prompt, thought: PacoreResult | str) -> None:
-        nonlocal told, done
-        answered.add(problem, thought)
+    def on_result(problem: Prompt, result: PacoreResult | str) -> None:
+        nonlocal reported, done
+        answers.add(problem, result)
         done += 1
-        if time.monotonic() - told > REPORT_S or done == len(left):
-            told = time.monotonic()
-            print(f"{done} of {len(left)} problems, {told - started:.0f} s", file=sys.stderr, flush=True)
+        if time.monotonic() - reported > REPORT_S or done == len(unanswered):
+            reported = time.monotonic()
+            print(f"{done} of {len(unanswered)} problems, {reported - started:.0f} s", file=sys.stderr, flush=True)
 
     fields: dict[str, Any] = {"temperature": settings.temperature}
     if settings.max_tokens:
         fields["max_tokens"] = settings.max_tokens
 
     async def work(url: str) -> None:
-        async with who.upstream(url, fields) as upstream:
-            await generate(left, settings, upstream, synthesis, finished, given=given, under_way=under_way)
+        async with target.client(url, fields) as client:
+            await generate(
+                unanswered, settings, client, synthesis, on_result, first_rounds=first_rounds, under_way=under_way
+            )
 
-    with who.served() as url:
+    with target.serve() as url:
         asyncio.run(work(url))
 
 

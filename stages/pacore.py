@@ -14,7 +14,7 @@ from rewards.voting import majority, vote
 from rl.config import Accept, Config, CurationOptions, OptionError, SynthesisOptions
 from rl.stop import Stop
 from rl.types import Prompt, Rollout, Scored
-from rollout.pacore.prompt import showing
+from rollout.pacore.prompt import draw_messages
 from stages.base import Stage, StageTools, room_problem
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Pacore(Stage):
         if not prompt.messages_pool:
             return prompt
         least = min(self.options.least_messages, len(prompt.messages_pool))
-        return showing(prompt, least, self.options.most_messages, f"{self.seed}/pacore/{draw}/{prompt.id}")
+        return draw_messages(prompt, least, self.options.most_messages, f"{self.seed}/pacore/{draw}/{prompt.id}")
 
     def _fitting(self, prompt: Prompt) -> Prompt:
         """The prompt without the last of its pooled answers, as many as it takes to leave room for a response."""
@@ -196,7 +196,7 @@ def longest_with_messages(prompt: Prompt, chat: "Chat", most: int) -> int:
     """Tokens of the prompt with the `most` longest messages of its pool."""
     by_length = sorted(prompt.messages_pool, key=lambda text: len(chat.tokenizer(text).input_ids), reverse=True)
     longest = replace(prompt, messages_pool=tuple(by_length[:most]), pool_accepted=())
-    return chat.length(showing(longest, len(longest.messages_pool), most, "all of them"))
+    return chat.length(draw_messages(longest, len(longest.messages_pool), most, "all of them"))
 
 
 # Metrics

@@ -307,7 +307,7 @@ def _measure(chain: Chain, config: Config, questions: Questions) -> EvaluationRe
         str(chain.of(chain.trained()[-1]) / "policy"), device=device(config), max_length=config.max_sequence_length
     )
     # The name of the cache changes with the policy and its place.
-    digest = hashlib.sha256(f"{target.model} {target.weights()}".encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{target.model} {target.weights_digest()}".encode()).hexdigest()[:12]
     cache = chain.folder / FINAL / f"{config.stage}-{digest}.jsonl"
     options = {"limit": config.eval.sampled_rows, "seed": config.seed, "cache": cache}
     return measure(config, target, replace(questions, tasks=stage_class(config.stage).final_tasks(config), **options))

@@ -50,7 +50,7 @@ class Prompter:
 
     def _prompt(self, question: str, pictured: bool, shown: tuple[str, ...]) -> list[int]:
         plain = (world.asked(question, "picture" if pictured else None),)
-        messages = SYNTHESIS.turns(Prompt("", "", plain, shown=PooledAnswers(shown)))
+        messages = SYNTHESIS.chat(Prompt("", "", plain, shown=PooledAnswers(shown)))
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return [slot for token in ids for slot in (self.slots if token == self.image_id else [token])]

@@ -1,7 +1,7 @@
-"""PaCoRe's prompts: a problem together with messages, the final answers of earlier attempts at it.
+"""Prompts of PaCoRe's synthesis: a problem with messages, which are final answers of earlier attempts at the problem.
 
-The serialisation is that of the PaCoRe paper (arXiv 2601.05593): an instruction, the problem, the numbered messages, a
-closing request. The default wording is ours; what a policy was trained with goes along in its folder.
+The form is that of the PaCoRe paper (arXiv 2601.05593): an instruction, the problem, the numbered messages, a closing
+request. The default wording is ours. A policy's folder carries the template that it was trained with.
 """
 
 import random
@@ -16,20 +16,22 @@ from rl.types import SYNTHESIS_TEMPLATE, PooledAnswers, Prompt
 
 TEMPLATE = Path(__file__).with_name("pacore.jinja")
 VARIABLES = {"problem", "messages"}
-_PICTURE = "\ue000"  # stands for a picture while the template is filled; of a private area, so no text has it
+_PICTURE = "\ue000"  # stands for a picture while the template is rendered; a private-use character, removed from texts
+
+Chat = Sequence[Mapping[str, Any]]  # {role, content} of each message, as in OpenAI's API
 
 
 def synthesis_template(model: str | Path, template: Path | None) -> Path | None:
-    """The template that counts: the one that is named, else the one that the model's folder carries, if any."""
+    """Returns `template` if it is given, else the template in the model's folder, else None."""
     carried = Path(model) / SYNTHESIS_TEMPLATE
     return template or (carried if carried.is_file() else None)
 
 
 class SynthesisPrompt:
-    """Prompts that show messages.
+    """Renders prompts that show messages.
 
     Args:
-        template: Jinja file that uses `problem` and `messages`; None is the default.
+        template: Jinja file that uses the variables `problem` and `messages`; None is the default template.
     Raises: ValueError if it cannot be read or uses other variables.
     """
 
@@ -43,13 +45,12 @@ class SynthesisPrompt:
         except (OSError, TemplateError) as error:
             raise ValueError(f"the template {path} cannot be used: {error}") from error
         if used != VARIABLES:
-            raise ValueError(f"the template {path} has to use problem and messages; it uses {', '.join(sorted(used))}")
+            raise ValueError(f"the template {path} must use problem and messages; it uses {', '.join(sorted(used))}")
 
-    def turns(self, prompt: Prompt) -> tuple[Mapping[str, Any], ...]:
-        """The chat that the policy sees: that of the prompt, its last turn replaced by problem and messages if it shows
-        any.
+    def chat(self, prompt: Prompt) -> tuple[Mapping[str, Any], ...]:
+        """Returns the chat that the policy sees: the prompt's own, or `with_messages` if the prompt shows any.
 
-        Pictures stay where they were in the problem. Raises ValueError if the template fails.
+        Raises: ValueError if the template fails.
         """
         if prompt.shown is None:
             return prompt.messages
@@ -58,28 +59,30 @@ class SynthesisPrompt:
         except TemplateError as error:
             raise ValueError(f"row {prompt.id}: the template fails: {error}") from error
 
-    def with_messages(self, turns: Sequence[Mapping[str, Any]], messages: Sequence[str]) -> Sequence[Mapping[str, Any]]:
-        """A chat in OpenAI's form, its last turn replaced by problem and messages; itself if there are none.
+    def with_messages(self, chat: Chat, messages: Sequence[str]) -> Chat:
+        """Returns a chat whose last entry is replaced by the problem (its own text) and the messages. The pictures stay
+        at their places in the problem. Without messages the chat stays the same.
 
         Raises: jinja2.TemplateError if the template fails.
         """
         if not messages:
-            return turns
-        *before, last = turns
-        text, kept = _with_marks(last["content"])
-        filled = self._template.render(problem=text, messages=[one.replace(_PICTURE, "") for one in messages]).strip()
-        return (*before, {**last, "content": _without_marks(filled, kept)})
+            return chat
+        *before, last = chat
+        text, other_parts = _with_marks(last["content"])
+        messages = [message.replace(_PICTURE, "") for message in messages]
+        rendered = self._template.render(problem=text, messages=messages).strip()
+        return (*before, {**last, "content": _without_marks(rendered, other_parts)})
 
 
-def showing(prompt: Prompt, least: int, most: int, seed: str) -> Prompt:
-    """The prompt with |M| ~ U(least, most) messages of its pool, without replacement and in random order (PaCoRe paper,
-    training; the report's numbers are 16 and 24).
+def draw_messages(prompt: Prompt, least: int, most: int, seed: str) -> Prompt:
+    """Returns the prompt with |M| ~ U(least, most) messages of its pool, drawn without replacement in random order
+    (PaCoRe paper, training; the report's numbers are 16 and 24).
 
-    A pool of fewer than `most` limits the draw. Raises ValueError if it has fewer than `least`.
+    From a pool of fewer than `most` at most all are drawn. Raises ValueError if it has fewer than `least`.
     """
     pool = prompt.messages_pool
     if len(pool) < least:
-        raise ValueError(f"row {prompt.id}: a pool of {len(pool)} messages has not the {least} that are to be drawn")
+        raise ValueError(f"row {prompt.id}: its pool has {len(pool)} messages, but at least {least} are drawn")
     draw = random.Random(seed)
     chosen = draw.sample(range(len(pool)), draw.randint(least, min(most, len(pool))))
     accepted = tuple(prompt.pool_accepted[n] for n in chosen) if prompt.pool_accepted else None
@@ -87,20 +90,20 @@ def showing(prompt: Prompt, least: int, most: int, seed: str) -> Prompt:
 
 
 def _with_marks(content: str | Sequence[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
-    """The text with a mark for every part that is none, and those parts."""
+    """A message's content as one text with a mark in place of each part that is not text, and these parts."""
     if isinstance(content, str):
         return content.replace(_PICTURE, ""), []
-    kept = [part for part in content if part["type"] != "text"]
+    other_parts = [part for part in content if part["type"] != "text"]
     texts = (part["text"].replace(_PICTURE, "") if part["type"] == "text" else _PICTURE for part in content)
-    return "".join(texts), kept
+    return "".join(texts), other_parts
 
 
-def _without_marks(text: str, kept: Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
-    """The parts back where their marks are. A template that repeats the problem shows its pictures as often."""
+def _without_marks(text: str, other_parts: Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
+    """Puts the parts in place of their marks. A template that repeats the problem also repeats its pictures."""
     first, *others = text.split(_PICTURE)
     if not others:
         return text
     parts: list[Mapping[str, Any]] = [{"type": "text", "text": first}]
     for number, other in enumerate(others):
-        parts += [kept[number % len(kept)], {"type": "text", "text": other}]
+        parts += [other_parts[number % len(other_parts)], {"type": "text", "text": other}]
     return [part for part in parts if part.get("text") != ""]

@@ -1,4 +1,4 @@
-"""Who answers at inference: an endpoint, or a model that is served for as long as a command runs."""
+"""Where the model of a command is served: by an endpoint, or by a server that runs as long as the command."""
 
 import argparse
 import hashlib
@@ -19,7 +19,7 @@ from rollout.vllm.server import Server
 
 @dataclass(frozen=True)
 class ModelTarget:
-    """Who answers: an endpoint, or a model that is served for as long as it is needed."""
+    """A model at an endpoint (`url`), or a model folder or hub id for which a server is started."""
 
     model: str
     url: str | None = None
@@ -31,22 +31,22 @@ class ModelTarget:
     options: Mapping[str, str | bool] | None = None  # further arguments of vLLM's server
     concurrency: int = 256
 
-    def weights(self) -> str | None:
-        """Changes with the files of a model folder; None for a model that is somewhere else."""
+    def weights_digest(self) -> str | None:
+        """Digest of sizes and times of the weight files; None if the model is not a local folder."""
         if self.url is not None or not Path(self.model).is_dir():
             return None
         files = [(file.name, file.stat()) for file in sorted(Path(self.model).glob("*.safetensors"))]
-        seen = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+        stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+        return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
 
-    def template(self, named: Path | None) -> Path | None:
-        """What shows messages: the file that is named, else the one that the model's folder carries; what an endpoint's
-        model was trained with is not known."""
-        return named if self.url else synthesis_template(hf_folder.local_folder(self.model), named)
+    def synthesis_template(self, template: Path | None) -> Path | None:
+        """Returns `template` if it is given, else the template in the model's folder. The folder of an endpoint's model
+        is not known."""
+        return template if self.url else synthesis_template(hf_folder.local_folder(self.model), template)
 
     @contextmanager
-    def served(self) -> Iterator[str]:
-        """The URL. Raises: ValueError, RuntimeError."""
+    def serve(self) -> Iterator[str]:
+        """Context with the model's URL; starts and ends a server if necessary. Raises: ValueError, RuntimeError."""
         if self.url is not None:
             yield self.url
             return
@@ -64,58 +64,68 @@ class ModelTarget:
             server.close()
 
     @asynccontextmanager
-    async def upstream(self, url: str, fields: Mapping[str, Any]) -> AsyncIterator[EndpointClient]:
+    async def client(self, url: str, fields: Mapping[str, Any]) -> AsyncIterator[EndpointClient]:
+        """Context with a client of the model.
+
+        Args:
+            url: the URL that `serve` gives.
+            fields: fields of every request.
+        """
         name = self.name or (self.model if self.url else str(hf_folder.local_folder(self.model)))
-        async with EndpointClient(url, name, slots=self.concurrency, fields=fields, key_env=self.key_env) as upstream:
-            yield upstream
+        async with EndpointClient(
+            url, name, concurrency=self.concurrency, fields=fields, key_env=self.key_env
+        ) as client:
+            yield client
 
 
 def serve_options(
-    folder: Path, max_length: int | None, yarn: float | None, given: Mapping[str, str | bool]
+    folder: Path, max_length: int | None, yarn: float | None, more: Mapping[str, str | bool]
 ) -> dict[str, str | int | float | bool]:
-    """Arguments of vLLM's server for a model that thinks.
+    """Returns the arguments of vLLM's server for a policy at inference, `more` included.
 
-    Raises: ValueError if sequences of `max_length` have more positions than the model was trained with.
+    Raises: ValueError if `max_length` is more than the positions that the model was trained with.
     """
     config = hf_folder.read_config(folder, yarn=yarn)
-    most = positions(config)
-    if max_length is not None and max_length > most:
+    trained = positions(config)
+    if max_length is not None and max_length > trained:
         raise ValueError(
-            f"--max-length {max_length} is more than the {most} positions of {folder}; YaRN extends them, as in "
-            f"--yarn {-(-max_length * (yarn or 1) // most):g}"
+            f"--max-length {max_length} is more than the {trained} positions of {folder}; YaRN extends them, as in "
+            f"--yarn {-(-max_length * (yarn or 1) // trained):g}"
         )
-    made: dict[str, str | int | float | bool] = {"max-model-len": max_length or most, "generation-config": "vllm"}
+    options: dict[str, str | int | float | bool] = {"max-model-len": max_length or trained, "generation-config": "vllm"}
     if (dtype := getattr(getattr(config, "text_config", config), "dtype", None)) is not None:
-        made["dtype"] = str(dtype).removeprefix("torch.")  # as saved; vLLM would turn float32 into something smaller
+        options["dtype"] = str(dtype).removeprefix("torch.")  # as saved; by default vLLM does not keep float32
     if yarn:
-        made["hf-overrides"] = json.dumps(overrides(config))
-    return {**made, **given}
+        options["hf-overrides"] = json.dumps(overrides(config))
+    return {**options, **more}
 
 
 def add_target_options(p: argparse.ArgumentParser) -> None:
-    """Options on who answers."""
-    p.add_argument("--url", help="endpoint that serves the model, such as http://host:8000/v1; default: serve it here")
+    """Adds the options that say where the model is served."""
+    p.add_argument("--url", help="endpoint that serves the model, such as http://host:8000/v1; default: start a server")
     p.add_argument("--key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to serve it")
-    p.add_argument("--max-length", type=int, help="tokens of prompt and response; default: the model's positions")
-    p.add_argument("--yarn", type=float, metavar="FACTOR", help="extend the model's positions so many times by YaRN")
     p.add_argument(
-        "--serve", action="append", default=[], metavar="NAME[=VALUE]", help="further arguments of vLLM's server"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the server; auto: cuda if there is a GPU"
     )
-    p.add_argument("--concurrency", type=int, default=256, help="requests under way at a time")
+    p.add_argument("--max-length", type=int, help="tokens of prompt and response; default: the model's positions")
+    p.add_argument("--yarn", type=float, metavar="FACTOR", help="extend the model's positions by this factor with YaRN")
+    p.add_argument(
+        "--serve", action="append", default=[], metavar="NAME[=VALUE]", help="a further argument of vLLM's server"
+    )
+    p.add_argument("--concurrency", type=int, default=256, help="the most requests under way at a time (default: 256)")
 
 
 def target_of(args: argparse.Namespace) -> ModelTarget:
-    """Those options. Raises ValueError."""
-    parts = [one.partition("=") for one in args.serve]
+    """Returns the target that the options of `add_target_options` name. Raises ValueError."""
+    parts = [option.partition("=") for option in args.serve]
     options = {name: value if sign else True for name, sign, value in parts}
     if args.url and (options or args.yarn or args.max_length):
-        raise ValueError("--serve, --yarn and --max-length are for a model that is served here; leave out --url")
+        raise ValueError("--serve, --yarn and --max-length are for a server that this command starts; leave out --url")
     return ModelTarget(
         args.model,
         url=args.url,
         key_env=args.key_env,
-        device=device_of(args.device),
+        device=_resolve_device(args.device),
         max_length=args.max_length,
         yarn=args.yarn,
         options=options,
@@ -123,10 +133,10 @@ def target_of(args: argparse.Namespace) -> ModelTarget:
     )
 
 
-def device_of(asked: str) -> str:
-    """`auto` is a GPU if there is one."""
-    if asked != "auto":
-        return asked
+def _resolve_device(device: str) -> str:
+    """`auto` is cuda if there is a GPU, else cpu."""
+    if device != "auto":
+        return device
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

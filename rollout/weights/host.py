@@ -1,15 +1,16 @@
-"""Trained weights into a running vLLM through shared memory of the host.
+"""Weight transfer backend "host": moves weights into a running vLLM through the machine's shared memory.
 
-A weight-transfer engine for vLLM's public API (`WeightTransferEngineFactory`), backend "host". The sender copies
-tensors into a shared-memory segment and names it; each worker attaches, copies the tensors to its device and
-hands them to the model. Segments are named, not inherited, so this holds for a worker in the sender's process
-(as rollout/vllm/engine.py runs it) and for any other worker process on the same machine, tensor-parallel ones
-included: each reads the whole tensors, and vLLM's loaders take their own shard. It does not cross machines.
+The sender copies tensors into a shared-memory segment and passes its name on. Each worker attaches to the segment,
+copies the tensors to its device and loads them. Segments are found by name, so the worker may run in the sender's
+process (as in rollout/vllm/engine.py) or in any other process of the same machine. Tensor-parallel workers read the
+whole tensors, and vLLM's loaders take their shards. Sender and workers must be on one machine.
+
+Tested in tests/rollout/vllm/test_engine.py.
 """
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.shared_memory import SharedMemory
@@ -28,50 +29,50 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 Weight = np.ndarray | Tensor
-SEGMENT_BYTES = 256 * 2**20  # tensors are sent in batches of about this size; a larger tensor goes alone
+SEGMENT_BYTES = 256 * 2**20  # the most that a batch of tensors takes; a larger tensor is a batch of its own
 ALIGNMENT = 64
 SHARED_MEMORY_FOLDER = "/dev/shm"
 
 
 @dataclass
 class HostInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on beforehand."""
+    """Empty: workers find each segment by its name."""
 
 
 @dataclass
 class HostUpdateInfo(WeightTransferUpdateInfo):
-    """One batch of tensors in one segment.
+    """The name of a segment, and where its tensors are.
 
     `tensors` has one `{"name", "dtype", "shape", "offset"}` per tensor: name on disk, torch dtype without
-    "torch.", shape, and the tensor's first byte in the segment.
+    "torch.", shape, and the index of the tensor's first byte in the segment.
     """
 
     segment: str
     tensors: list[dict[str, Any]]
 
 
-class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
-    """The worker's end: attaches to named segments and loads what they hold, layer by layer."""
+class Receiver(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
+    """The worker's end: attaches to segments and loads their tensors, layer by layer."""
 
     init_info_cls = HostInitInfo
     update_info_cls = HostUpdateInfo
 
     def init_transfer_engine(self, init_info: HostInitInfo) -> None:
-        """Nothing to connect to."""
+        """Does nothing: there is no connection."""
 
     def start_weight_update(self) -> None:
-        """Give layers back the loaders that their repacking took away."""
+        """Restores the weight loaders of the layers, which vLLM removes when it repacks the weights."""
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
-        """Copy the segment's tensors to this worker's device and load them.
+        """Copies the segment's tensors to this worker's device and loads them.
 
         Raises FileNotFoundError if the segment is not on this machine.
         """
-        model: Any = self.model  # torch's type does not tell that vLLM's models load weights
+        model: Any = self.model  # its declared type, torch's Module, has no load_weights
         segment = SharedMemory(name=update_info.segment)
         try:
-            # Copies: vLLM keeps a tensor until its whole layer has arrived, maybe in a later segment.
+            # A copy, because vLLM keeps a tensor until its whole layer has arrived, which may take another segment.
             model.load_weights(
                 (str(tensor["name"]), _view(segment, tensor).to(self.device, copy=True))
                 for tensor in update_info.tensors
@@ -80,7 +81,7 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
             segment.close()
 
     def finish_weight_update(self) -> None:
-        """Repack the layers. Raises RuntimeError if a layer got only part of its tensors."""
+        """Repacks the layers. Raises RuntimeError if a layer received only part of its tensors."""
         partial = list(_partly_loaded(self.model))
         finalize_layerwise_reload(self.model, self.model_config)
         if partial:
@@ -90,20 +91,32 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
             )
 
     def shutdown(self) -> None:
-        """Holds nothing between updates."""
+        """Does nothing: no resources are held between updates."""
+
+
+class Sender:
+    """The sender's end; see base.Sender."""
+
+    def init_info(self) -> dict[str, Any]:
+        return {}
+
+    def send(self, weights: Mapping[str, Weight], update: Callable[[dict[str, Any]], None]) -> None:
+        for batch in batches(weights):
+            with shared(batch) as update_info:
+                update(update_info)
 
 
 def _partly_loaded(model: torch.nn.Module) -> Iterator[str]:
-    """Names of layers that vLLM would complete from uninitialised memory."""
+    """Names of layers of which some tensors are missing; vLLM would fill them from uninitialised memory."""
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
-        padded = isinstance(layer, VocabParallelEmbedding)  # vocabulary rounded up: never "complete"
+        padded = isinstance(layer, VocabParallelEmbedding)  # its rows are rounded up, so it is never complete
         if not padded and info.can_load() and 0 < info.load_numel < (info.load_numel_total or 0):
             yield name
 
 
 def batches(weights: Mapping[str, Weight]) -> Iterator[dict[str, Weight]]:
-    """`weights` in their order, in batches of up to SEGMENT_BYTES."""
+    """Splits `weights`, in their order, into batches of up to SEGMENT_BYTES."""
     batch: dict[str, Weight] = {}
     room = SEGMENT_BYTES
     for name, weight in weights.items():
@@ -118,10 +131,10 @@ def batches(weights: Mapping[str, Weight]) -> Iterator[dict[str, Weight]]:
 
 @contextmanager
 def shared(weights: Mapping[str, Weight]) -> Iterator[dict[str, Any]]:
-    """Copy weights into a new segment for the length of a `with`; yields the update_info that names them.
+    """Context with a new segment that holds a copy of the weights. Yields the fields of HostUpdateInfo.
 
-    The segment is gone afterwards whatever happened. Raises RuntimeError if the machine's shared memory is too
-    small: writing beyond it would kill the process without a message.
+    The segment is removed at the end, also after an error. Raises RuntimeError if the machine's shared memory is too
+    small: a write beyond it would kill the process without a message.
     """
     slots, size = _layout(weights)
     _require_shared_memory(size)
@@ -136,10 +149,10 @@ def shared(weights: Mapping[str, Weight]) -> Iterator[dict[str, Any]]:
 
 
 def _layout(weights: Mapping[str, Weight]) -> tuple[list[dict[str, Any]], int]:
-    """One slot per tensor, and the bytes of all."""
+    """The entries of `HostUpdateInfo.tensors`, and the bytes that they take together."""
     slots, offset = [], 0
     for name, weight in weights.items():
-        dtype = str(weight.dtype).removeprefix("torch.")  # numpy names its types alike
+        dtype = str(weight.dtype).removeprefix("torch.")  # numpy's type names are the same
         slots.append({"name": name, "dtype": dtype, "shape": list(weight.shape), "offset": offset})
         offset += _aligned(weight.nbytes)
     return slots, offset
@@ -148,12 +161,12 @@ def _layout(weights: Mapping[str, Weight]) -> tuple[list[dict[str, Any]], int]:
 def _write(segment: SharedMemory, slot: Mapping[str, Any], weight: Weight) -> None:
     if isinstance(weight, Tensor):
         _view(segment, slot).copy_(weight.detach())
-    else:  # not through torch, which warns about the read-only arrays that Ray hands out
+    else:  # by numpy: torch warns about read-only arrays, such as those from Ray
         np.copyto(np.ndarray(weight.shape, weight.dtype, segment.buf, slot["offset"]), weight)
 
 
 def _view(segment: SharedMemory, slot: Mapping[str, Any]) -> Tensor:
-    """The slot's tensor over the segment's memory; must be dropped before the segment is closed."""
+    """The slot's tensor in the segment's memory. Delete it before the segment is closed."""
     dtype, shape = getattr(torch, slot["dtype"]), slot["shape"]
     flat = torch.frombuffer(segment.buf, dtype=dtype, count=math.prod(shape), offset=slot["offset"])
     return flat.view(shape)

@@ -20,7 +20,7 @@ from rl.config import (
 )
 from rl.types import Prompt, RowScore, Scored
 from rollout.data.decontamination import Benchmarks
-from rollout.pacore.prompt import showing
+from rollout.pacore.prompt import draw_messages
 from stages.curation.answers import Answers
 from stages.curation.sampling import PolicySampler, RowScores, Sample, Scorer, pass_name
 from stages.pacore import is_accepted, with_pool, within_bounds
@@ -205,7 +205,7 @@ class SynthesisFilter:
     def with_messages(self, prompt: Prompt) -> Prompt:
         """The prompt with pooled answers. The draw is always the same for a row."""
         seed = f"{self.policy.seed}/synthesis/{prompt.id}"
-        return showing(prompt, self.messages.least_messages, self.messages.most_messages, seed)
+        return draw_messages(prompt, self.messages.least_messages, self.messages.most_messages, seed)
 
     def _check_pool(self, row: CandidateRow) -> Decision:
         options, pool, accuracy = self.messages, row.prompt.messages_pool, row.prompt.pool_accuracy

@@ -20,9 +20,18 @@ from rl.stop import Stop
 from rl.types import PooledAnswers, Prompt, Rollout, Scored
 from rollout.data.errors import RowError
 from rollout.data.rows import read
-from rollout.generate import Answered, Settings, digest_of, lines_of, run, seed_name, settings_of, thought_of
+from rollout.generate import (
+    AnswerFile,
+    Settings,
+    make_settings,
+    parse_record,
+    problem_digest,
+    read_records,
+    run,
+    seed_name,
+)
 from rollout.pacore.prompt import SynthesisPrompt
-from rollout.pacore.rounds import PacoreResult, Round, order
+from rollout.pacore.rounds import PacoreResult, Round, draw_order
 from rollout.pacore.target import ModelTarget
 from rollout.vllm.server import Server
 from stages.evaluation.scores import EvaluatedRow, result_rows
@@ -65,8 +74,8 @@ def measure(config: Config, target: ModelTarget, questions: Questions) -> "Evalu
         posed = blinded(prompts)
     given = _first_rounds(questions.trajectories, posed) if questions.trajectories else {}
     target = replace(target, options=_options(config) | dict(target.options or {}))
-    template = target.template(config.synthesis.template)
-    settings = settings_of(
+    template = target.synthesis_template(config.synthesis.template)
+    settings = make_settings(
         target,
         template,
         trajectories=() if given else (questions.attempts,),
@@ -77,12 +86,12 @@ def measure(config: Config, target: ModelTarget, questions: Questions) -> "Evalu
     )
     with ExitStack() as stack:
         cache = questions.cache or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "cache.jsonl"
-        answered = Answered(cache, settings)
+        answered = AnswerFile(cache, settings)
         stack.callback(answered.close)
         if settings.answers or not given:
             run(posed, settings, target, SynthesisPrompt(template), answered, given=given)
-            failed = answered.left(posed)
-            results = {p.id: thought_of(answered.records[p.id]) for p in posed if p not in failed}
+            failed = answered.unanswered(posed)
+            results = {p.id: parse_record(answered.records[p.id]) for p in posed if p not in failed}
         else:
             results = {p.id: PacoreResult(given[p.id]) for p in prompts}
     with _judges(config, rewards, target.device):
@@ -166,14 +175,14 @@ def _options(config: Config) -> dict[str, str | bool]:
 def _first_rounds(path: Path, prompts: Sequence[Prompt]) -> dict[str, tuple[Round, ...]]:
     """Row id -> the first round that a file holds. Raises InputError if a row is missing or was another problem."""
     rounds: dict[str, tuple[Round, ...]] = {}
-    problems = {prompt.id: digest_of(prompt) for prompt in prompts}
+    problems = {prompt.id: problem_digest(prompt) for prompt in prompts}
     data = path.read_bytes()
-    for record in lines_of(path, data[: data.rfind(b"\n") + 1]):
+    for record in read_records(path, data[: data.rfind(b"\n") + 1]):
         if "error" in record or record["id"] not in problems:
             continue
         if record["problem"] != problems[record["id"]]:
             raise InputError(f"{path}: row {record['id']} was another problem when it was asked")
-        rounds[record["id"]] = thought_of(record).rounds[:1]
+        rounds[record["id"]] = parse_record(record).rounds[:1]
     if missing := [p.id for p in prompts if p.id not in rounds]:
         raise InputError(f"{path} has no trajectories of row {missing[0]} ({len(missing)} rows are missing)")
     return rounds
@@ -233,7 +242,7 @@ def _with_shown(
     correct = [is_accepted(s, config.accept) for s, r in zip(attempts, before.replies, strict=True) if r.message]
     found = []
     for number, scored in enumerate(syntheses):
-        places = order(len(before.messages), last.shown, f"{seed_name(settings, prompt)}/1/{number}")
+        places = draw_order(len(before.messages), last.shown, f"{seed_name(settings, prompt)}/1/{number}")
         shown = PooledAnswers(tuple(before.messages[n] for n in places), tuple(correct[n] for n in places))
         found.append(replace(scored, rollout=replace(scored.rollout, prompt=replace(prompt, shown=shown))))
     return found

@@ -1,6 +1,8 @@
-"""Messages to token ids and back, through the model folder's own tokenizer and template."""
+"""Prompts to token ids and sampled ids to text, with the tokenizer and chat template of a model folder."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,7 +54,7 @@ def test_text_keeps_the_think_tags_and_drops_control_tokens(folder: Path) -> Non
     assert chat.text((), ids) == "<think>maybe</think>[0.25, 0.50]"
 
 
-def test_a_template_that_opens_the_thinking_itself_is_seen_in_the_text(folder: Path) -> None:
+def test_the_text_begins_with_the_think_tag_if_the_template_ends_with_it(folder: Path) -> None:
     template = folder / "thinking.jinja"
     template.write_text("{{ messages[0].content }}{% if add_generation_prompt %}<think>\n{% endif %}")
     chat = Chat(folder, template)
@@ -61,7 +63,7 @@ def test_a_template_that_opens_the_thinking_itself_is_seen_in_the_text(folder: P
     assert chat.text(prompt, cut_short) == "<think>maybe"
 
 
-def test_a_folder_without_a_template_says_where_to_name_one(folder: Path) -> None:
+def test_the_error_for_a_folder_without_a_template_names_the_option(folder: Path) -> None:
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         file = folder / name
         if file.exists():
@@ -72,16 +74,33 @@ def test_a_folder_without_a_template_says_where_to_name_one(folder: Path) -> Non
         Chat(folder)
 
 
-def test_a_template_that_loses_a_picture_is_found_out(folder: Path) -> None:
+def test_a_template_that_drops_a_picture_is_refused(folder: Path) -> None:
     template = folder / "blind.jinja"
     template.write_text("{{ messages[0].role }}")
     with pytest.raises(ValueError, match="row row-7 has 1 pictures, but its prompt has 0 image tokens"):
         Chat(folder, template).prompt_ids(asking("Hello", PICTURE))
 
 
-def test_a_tokenizer_without_the_image_token_does_not_fit_the_model(folder: Path) -> None:
+def test_a_tokenizer_without_the_models_image_token_is_refused(folder: Path) -> None:
     config = StepVLConfig.from_pretrained(folder)
     config.image_token_id = 3
     config.save_pretrained(folder)
     with pytest.raises(ValueError, match="does not give <im_patch> the config's image_token_id 3"):
         Chat(folder)
+
+
+def test_a_prompt_is_rendered_once_for_all_its_responses(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, rendered = Chat(folder), list[str]()
+    render = chat.synthesis.chat
+
+    def counted(prompt: Prompt) -> Any:
+        rendered.append(prompt.id)
+        return render(prompt)
+
+    monkeypatch.setattr(chat.synthesis, "chat", counted)
+    one, other = asking("Hello", PICTURE), asking("Point at it.", PICTURE)
+    ids = [(chat.prompt_ids(one), chat.length(one)) for _ in range(16)]
+    assert len(set(ids)) == 1 and len(rendered) == 1
+    assert chat.prompt_ids(other) != ids[0][0] and len(rendered) == 2
+    same = replace(one)  # equal, but another object
+    assert (chat.prompt_ids(same), chat.length(same)) == ids[0] == (Chat(folder).prompt_ids(one), chat.length(one))

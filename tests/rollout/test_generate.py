@@ -1,4 +1,4 @@
-"""`rollout.generate` and `rl.evaluate` as commands, and the OpenAI front, on the scale model behind vLLM's server."""
+"""The commands `rollout.generate` and `rl.evaluate`, and the proxy of rollout.serve, with the scale model in vLLM."""
 
 import asyncio
 import json
@@ -13,12 +13,12 @@ from openai import AsyncOpenAI
 from rl import evaluate
 from rl.exits import WRONG_INPUT
 from rollout import generate
-from rollout.generate import Answered, Settings
+from rollout.generate import AnswerFile, Settings
 from rollout.pacore import client as client_module
 from rollout.pacore.client import EndpointClient
 from rollout.pacore.prompt import SynthesisPrompt
-from rollout.pacore.target import ModelTarget, serve_options
-from rollout.serve import Front
+from rollout.pacore.target import ModelTarget
+from rollout.serve import PacoreProxy
 from tests.support.command import ROOT
 from tests.support.judge_server import Reply, judge_server, text_of
 
@@ -30,13 +30,13 @@ TEMPLATE = ROOT / "recipes/scale/pacore.jinja"
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The scale model, served as the commands serve it."""
-    with ModelTarget(str(MODEL), max_length=512).served() as found:
+    with ModelTarget(str(MODEL), max_length=512).serve() as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two held-out problems of each family, beside the pictures."""
+    """A file with two held-out problems of each family, next to its pictures."""
     folder = tmp_path_factory.mktemp("problems")
     lines = ROWS.read_text().splitlines()
     folder.joinpath("rows.jsonl").write_text("\n".join(lines[i] for i in range(0, 1024, 128)) + "\n")
@@ -46,7 +46,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answered(url: str, problems: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `--mode pacore --trajectories 6` has written."""
+    """The OUT file of `--mode pacore --trajectories 6`."""
     out = tmp_path_factory.mktemp("answers") / "out.jsonl"
     assert generate.main(arguments(problems, out, url)) == generate.DONE
     return out
@@ -63,7 +63,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_problem_has_its_trajectories_its_synthesis_and_their_tokens(answered: Path) -> None:
+def test_each_line_has_trajectories_synthesis_and_tokens(answered: Path) -> None:
     found = records(answered)
     assert len(found) == 8
     for record in found:
@@ -77,15 +77,19 @@ def test_every_problem_has_its_trajectories_its_synthesis_and_their_tokens(answe
     assert any("[0." in answer for answer in places)
 
 
-def test_the_same_command_again_asks_nothing(answered: Path, problems: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_same_command_again_sends_no_requests(
+    answered: Path, problems: Path, capsys: pytest.CaptureFixture
+) -> None:
     before = answered.read_bytes()
-    nobody = "http://127.0.0.1:9/v1"
-    assert generate.main(arguments(problems, answered, nobody)) == generate.DONE
+    nowhere = "http://127.0.0.1:9/v1"
+    assert generate.main(arguments(problems, answered, nowhere)) == generate.DONE
     assert answered.read_bytes() == before
     assert "8 of 8 problems are answered already" in capsys.readouterr().err
 
 
-def test_a_line_that_was_broken_off_is_asked_again(answered: Path, problems: Path, url: str, tmp_path: Path) -> None:
+def test_a_problem_with_an_incomplete_line_is_answered_again(
+    answered: Path, problems: Path, url: str, tmp_path: Path
+) -> None:
     cut = tmp_path / "out.jsonl"
     cut.write_bytes(answered.read_bytes()[:-20])
     assert generate.main(arguments(problems, cut, url)) == generate.DONE
@@ -108,9 +112,9 @@ def test_an_evaluation_measures_cached_trajectories(
             *("--trajectories", str(answered), "--syntheses", "2", "--cache", str(tmp_path / "cache.jsonl"), "--json"),
         ]
     )
-    told = capsys.readouterr()
-    assert code == 0, told.err
-    report = json.loads(told.out)
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    report = json.loads(output.out)
     found = {(line["task"], line["mode"]): line for line in report["results"]}
     for task in ("arithmetic", "counting", "grounding", "pointing", "all"):
         one, every = found[task, "SeRe pass@1"], found[task, "SeRe pass@6"]
@@ -125,26 +129,26 @@ def test_an_evaluation_measures_cached_trajectories(
 def test_modes_without_a_synthesis_need_no_model_where_trajectories_are_given(
     answered: Path, problems: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    asked = ["--model", "m", "--url", "http://127.0.0.1:9/v1", "--data", str(problems), "--profile", "cpu"]
-    code = evaluate.main([*asked, "--trajectories", str(answered), "--modes", "sere,majority"])
-    told = capsys.readouterr()
-    assert code == 0, told.err
-    assert "SeRe pass@6" in told.out and "majority@6" in told.out and "PaCoRe" not in told.out
+    options = ["--model", "m", "--url", "http://127.0.0.1:9/v1", "--data", str(problems), "--profile", "cpu"]
+    code = evaluate.main([*options, "--trajectories", str(answered), "--modes", "sere,majority"])
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    assert "SeRe pass@6" in output.out and "majority@6" in output.out and "PaCoRe" not in output.out
 
 
-def test_trajectories_must_be_those_of_the_rows(answered: Path, capsys: pytest.CaptureFixture) -> None:
-    asked = ["--model", "m", "--url", "http://127.0.0.1:9/v1", "--profile", "cpu"]
-    assert evaluate.main([*asked, "--trajectories", str(answered), "--modes", "sere"]) == WRONG_INPUT
+def test_given_trajectories_must_cover_all_rows(answered: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["--model", "m", "--url", "http://127.0.0.1:9/v1", "--profile", "cpu"]
+    assert evaluate.main([*options, "--trajectories", str(answered), "--modes", "sere"]) == WRONG_INPUT
     assert "has no trajectories of row heldout-pointing-001 (1272 rows are missing)" in capsys.readouterr().err
 
 
-def test_a_cache_is_for_the_same_number_of_syntheses_of_the_same_trajectories(
+def test_a_cache_with_other_settings_is_refused(
     answered: Path, problems: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     cache = tmp_path / "cache.jsonl"
-    asked = ["--model", str(MODEL), "--url", url, "--data", str(problems), "--profile", "cpu", "--cache", str(cache)]
+    options = ["--model", str(MODEL), "--url", url, "--data", str(problems), "--profile", "cpu", "--cache", str(cache)]
     with judge_server(lambda request: Reply("[0.5, 0.5]")) as server:
-        scripted = [one if one != url else server.url for one in asked]
+        scripted = [one if one != url else server.url for one in options]
         assert evaluate.main([*scripted, "--trajectories", str(answered)]) == 0
         assert evaluate.main([*scripted, "--trajectories", str(answered), "--syntheses", "2"]) == WRONG_INPUT
         assert "was begun with answers = 1, not 2" in capsys.readouterr().err
@@ -159,20 +163,20 @@ def test_rows_without_an_answer_are_left_out_and_counted(
         return Reply("no", status=400) if "How many" in text_of(request) else Reply("[0.5, 0.5]")
 
     with judge_server(script) as server:
-        asked = ["--model", "m", "--url", server.url, "--data", str(problems), "--profile", "cpu", "--attempts", "2"]
-        assert evaluate.main([*asked, "--json"]) == 0
+        options = ["--model", "m", "--url", server.url, "--data", str(problems), "--profile", "cpu", "--attempts", "2"]
+        assert evaluate.main([*options, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["rows"], report["left_out"]) == (6, 2)
 
 
-def test_an_evaluation_serves_its_judge_and_who_describes_another_picture_does_not_win(
+def test_an_evaluation_serves_its_judge_and_a_policy_that_sees_another_picture_does_not_win(
     url: str, capsys: pytest.CaptureFixture
 ) -> None:
     policy = ("--model", str(MODEL), "--url", url, "--modes", "sere", "--attempts", "2", "--limit", "16", "--blind")
     assert evaluate.main(["--recipe", "rlhf", "--profile", "cpu", *policy, "--json", f"data.eval={OPEN}"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["blind"] and told["rows"] == 16 and told["preference"]["genrm/win_rate"] < 0.1
-    assert told["preference"]["genrm/order_agreement"] > 0.5
+    report = json.loads(capsys.readouterr().out)
+    assert report["blind"] and report["rows"] == 16 and report["preference"]["genrm/win_rate"] < 0.1
+    assert report["preference"]["genrm/order_agreement"] > 0.5
 
 
 def test_an_unknown_mode_is_refused(capsys: pytest.CaptureFixture) -> None:
@@ -180,10 +184,10 @@ def test_an_unknown_mode_is_refused(capsys: pytest.CaptureFixture) -> None:
     assert "--modes: 'best' is none of sere, majority, pacore" in capsys.readouterr().err
 
 
-def test_a_client_of_openai_gets_a_stream_from_the_front_of_a_real_endpoint(url: str) -> None:
+def test_openais_client_gets_a_stream_from_the_proxy_of_a_real_endpoint(url: str) -> None:
     async def scenario() -> tuple[str, int]:
         async with EndpointClient(url, str(MODEL)) as asks:
-            runner = web.AppRunner(Front(asks, "scale", (4,), "pacore", SynthesisPrompt(TEMPLATE)).app())
+            runner = web.AppRunner(PacoreProxy(asks, "scale", (4,), "pacore", SynthesisPrompt(TEMPLATE)).app())
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             address = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
@@ -220,7 +224,7 @@ def scripted(tmp_path: Path, script: Any, *more: str, rows: int = 2) -> tuple[in
     return code, out
 
 
-def test_a_problem_without_room_is_told_and_the_others_are_answered(
+def test_a_problem_that_is_too_long_is_reported_and_the_others_are_answered(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     def script(request: dict[str, Any]) -> Reply:
@@ -233,12 +237,12 @@ def test_a_problem_without_room_is_told_and_the_others_are_answered(
     failed, found = sorted(records(out), key=lambda record: record["id"])
     assert "leaves no room for a response" in failed["error"] and found["answer"] == "4"
     assert "1 without an answer; the first, 0" in capsys.readouterr().err
-    code, _ = scripted(tmp_path, [Reply("5")])  # when there is room the same command asks it again, and nothing else
+    code, _ = scripted(tmp_path, [Reply("5")])  # the same command answers this problem only
     assert code == generate.DONE
     assert {r["id"]: r["answer"] for r in records(out) if "error" not in r} == {"0": "5", "1": "4"}
 
 
-def test_another_problem_under_the_same_id_is_asked_anew(tmp_path: Path) -> None:
+def test_another_problem_with_the_same_id_is_answered(tmp_path: Path) -> None:
     code, out = scripted(tmp_path, [Reply("4")], rows=1)
     assert code == generate.DONE
     data = tmp_path / "rows.jsonl"
@@ -248,7 +252,7 @@ def test_another_problem_under_the_same_id_is_asked_anew(tmp_path: Path) -> None
     assert [r["answer"] for r in records(out)] == ["4", "6"]
 
 
-def test_an_endpoint_that_refuses_the_model_ends_the_command_and_keeps_what_is_there(
+def test_an_endpoint_that_refuses_the_model_ends_the_command_and_the_answers_stay(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     def script(request: dict[str, Any]) -> Reply:
@@ -256,64 +260,34 @@ def test_an_endpoint_that_refuses_the_model_ends_the_command_and_keeps_what_is_t
 
     code, out = scripted(tmp_path, script)
     assert code == generate.FAILED and [r["id"] for r in records(out)] == ["0"]
-    said = capsys.readouterr().err
-    assert "answers 404" in said and "The same command continues from what is in" in said
+    stderr = capsys.readouterr().err
+    assert "answers 404" in stderr and "The same command continues from what is in" in stderr
 
 
-def test_hiccups_are_ridden_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_errors_of_the_endpoint_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "RETRY_S", (0.01, 0.02))
     replies = [Reply("busy", status=503), Reply(None, closes=True), Reply("", status=429), Reply("4")]
     code, out = scripted(tmp_path, replies, rows=1)
     assert code == generate.DONE and records(out)[0]["answer"] == "4"
 
 
-def test_what_a_reasoning_parser_took_apart_is_put_together() -> None:
-    message = {"content": "4", "reasoning_content": "2 + 2"}
-    answer = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"completion_tokens": 7}}
-    (reply,) = client_module.replies_of(answer)
-    assert (reply.text, reply.message, reply.tokens) == ("<think>2 + 2</think>4", "4", 7)
-    cut = {"content": None, "reasoning_content": "2 +"}
-    answer = {"choices": [{"message": cut, "finish_reason": "length"}], "usage": {}}
-    assert client_module.replies_of(answer)[0].message == ""
-
-
-def test_several_replies_have_their_own_tokens_or_the_mean_where_an_endpoint_counts_all_together() -> None:
-    def choice(index: int, **more: Any) -> dict[str, Any]:
-        return {"index": index, "message": {"content": f"{index}"}, "finish_reason": "stop", **more}
-
-    usage = {"completion_tokens": 6, "prompt_tokens": 9}
-    told = client_module.replies_of({"choices": [choice(1, token_ids=[1, 2, 3, 4, 5]), choice(0, token_ids=[1])],
-                                       "usage": usage})  # fmt: skip
-    assert [(one.text, one.tokens, one.prompt_tokens) for one in told] == [("0", 1, 9), ("1", 5, 9)]
-    counted = client_module.replies_of({"choices": [choice(0), choice(1)], "usage": usage})
-    assert [one.tokens for one in counted] == [3, 3]
-
-
-def test_a_file_of_something_else_is_not_written_to(tmp_path: Path) -> None:
+def test_a_file_of_another_program_is_not_written_to(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     path.write_text('{"text": "mine"}\n')
-    with pytest.raises(ValueError, match=r"notes.jsonl:1 is not a line of this program's; give another OUT file"):
-        Answered(path, Settings("m", ()))
+    with pytest.raises(ValueError, match=r"notes.jsonl:1 was not written by this command; give another OUT file"):
+        AnswerFile(path, Settings("m", ()))
     assert path.read_text() == '{"text": "mine"}\n'
-
-
-def test_sequences_beyond_the_trained_positions_need_yarn() -> None:
-    with pytest.raises(ValueError, match=r"--max-length 8192 is more than the 4096 positions .* as in --yarn 2"):
-        serve_options(MODEL, 8192, None, {})
-    options = serve_options(MODEL, 8192, 2.0, {"seed": "1"})
-    assert options["max-model-len"] == 8192 and options["seed"] == "1"
-    assert json.loads(str(options["hf-overrides"]))["text_config"]["rope_parameters"]["factor"] == 2.0
 
 
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        (("--mode", "pacore", "--trajectories", "x"), "'x' is no plan of trajectories"),
+        (("--mode", "pacore", "--trajectories", "x"), "'x' is not a plan of trajectories"),
         (("--yarn", "2"), "leave out --url"),
         (("--key-env", "NO_SUCH_KEY"), "the environment has no NO_SUCH_KEY"),
     ],
 )
-def test_arguments_that_cannot_work_are_refused(
+def test_invalid_arguments_are_refused(
     tmp_path: Path, more: tuple[str, ...], why: str, capsys: pytest.CaptureFixture
 ) -> None:
     code, _ = scripted(tmp_path, [Reply("4")], *more)

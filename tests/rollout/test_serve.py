@@ -1,4 +1,4 @@
-"""The OpenAI-compatible front: modes by the model's name, streams, usage, errors; in front of a scripted endpoint."""
+"""The OpenAI-compatible proxy with a scripted endpoint: modes by the model's name, streams, usage, errors."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ from openai import AsyncOpenAI, BadRequestError, InternalServerError, NotFoundEr
 from rollout.pacore import client as client_module
 from rollout.pacore.client import EndpointClient
 from rollout.pacore.prompt import SynthesisPrompt
-from rollout.serve import Front
+from rollout.serve import PacoreProxy
 from tests.support.command import Command, wait_for
 from tests.support.judge_server import judge_server
 
@@ -25,7 +25,7 @@ ASK: list[Any] = [{"role": "user", "content": "What is 2 + 2?"}]
 LONG = "This model's maximum context length is 10 tokens. However, you requested more"
 
 
-class Behind:
+class ScriptedEndpoint:
     """A scripted vLLM endpoint."""
 
     def __init__(self) -> None:
@@ -92,21 +92,23 @@ async def site(app: web.Application) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def served(behind: Behind, plan: tuple[int, ...] = (4,), retries: int = 0) -> AsyncIterator[AsyncOpenAI]:
+async def served(
+    behind: ScriptedEndpoint, plan: tuple[int, ...] = (4,), retries: int = 0
+) -> AsyncIterator[AsyncOpenAI]:
     app = web.Application()
     app.router.add_post("/v1/chat/completions", behind.answer)
     async with (
         site(app) as url,
         EndpointClient(url, "behind", retries=retries) as asks,
-        site(Front(asks, "step", plan, "pacore", SynthesisPrompt()).app()) as front,
+        site(PacoreProxy(asks, "step", plan, "pacore", SynthesisPrompt()).app()) as front,
         AsyncOpenAI(base_url=front, api_key="none", max_retries=0) as client,
     ):
         yield client
 
 
-def run(scenario: Callable[[AsyncOpenAI, Behind], Awaitable[Any]], plan: tuple[int, ...] = (4,)) -> Any:
+def run(scenario: Callable[[AsyncOpenAI, ScriptedEndpoint], Awaitable[Any]], plan: tuple[int, ...] = (4,)) -> Any:
     async def whole() -> Any:
-        behind = Behind()
+        behind = ScriptedEndpoint()
         async with served(behind, plan) as client:
             return await scenario(client, behind)
 
@@ -114,11 +116,11 @@ def run(scenario: Callable[[AsyncOpenAI, Behind], Awaitable[Any]], plan: tuple[i
 
 
 def test_the_mode_pacore_answers_from_many_trajectories() -> None:
-    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
-        found = await client.chat.completions.create(model="step:pacore", messages=ASK, seed=1)
-        assert (found.choices[0].message.content, found.model) == ("4", "step:pacore")
-        assert found.usage is not None and found.usage.completion_tokens == 5 * 3
-        assert found.usage.total_tokens == 5 * 13
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
+        answer = await client.chat.completions.create(model="step:pacore", messages=ASK, seed=1)
+        assert (answer.choices[0].message.content, answer.model) == ("4", "step:pacore")
+        assert answer.usage is not None and answer.usage.completion_tokens == 5 * 3
+        assert answer.usage.total_tokens == 5 * 13
         trajectories, last = behind.bodies
         assert (text_of(trajectories), trajectories["n"]) == ("What is 2 + 2?", 4)
         assert text_of(last).count("four") == 4 and "<think>" not in text_of(last)
@@ -127,26 +129,26 @@ def test_the_mode_pacore_answers_from_many_trajectories() -> None:
     run(scenario)
 
 
-def test_the_mode_sere_hands_the_request_on_as_it_is() -> None:
-    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
-        found = await client.chat.completions.create(model="step:sere", messages=ASK, temperature=0.3)
-        assert found.choices[0].message.content == "<think>a</think>four"
+def test_the_mode_sere_forwards_the_request_unchanged() -> None:
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
+        answer = await client.chat.completions.create(model="step:sere", messages=ASK, temperature=0.3)
+        assert answer.choices[0].message.content == "<think>a</think>four"
         (body,) = behind.bodies
         assert body == {"model": "behind", "messages": ASK, "temperature": 0.3}
 
     run(scenario)
 
 
-def test_greedy_trajectories_which_vllm_does_not_give_together_are_asked_one_by_one() -> None:
-    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
-        found = await client.chat.completions.create(model="step", messages=ASK, temperature=0)
-        assert found.choices[0].message.content == "4" and len(behind.bodies) == 5
+def test_greedy_trajectories_are_requested_one_by_one_because_vllm_refuses_n() -> None:
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
+        answer = await client.chat.completions.create(model="step", messages=ASK, temperature=0)
+        assert answer.choices[0].message.content == "4" and len(behind.bodies) == 5
 
     run(scenario)
 
 
-def test_a_number_of_answers_that_is_none_is_the_endpoints_to_refuse() -> None:
-    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+def test_an_invalid_n_is_left_to_the_endpoint_to_refuse() -> None:
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
         for n in (-1000, "x", [2]):
             behind.fail = lambda body: web.json_response({"error": {"message": "n is no number"}}, status=400)
             with pytest.raises(BadRequestError, match="n is no number"):
@@ -156,18 +158,18 @@ def test_a_number_of_answers_that_is_none_is_the_endpoints_to_refuse() -> None:
 
 
 def test_fields_of_the_request_go_to_all_trajectories() -> None:
-    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
         await client.chat.completions.create(model="step", messages=ASK, temperature=0.6, max_tokens=77)
         assert [(body["temperature"], body["max_tokens"]) for body in behind.bodies] == [(0.6, 77)] * 2
 
     run(scenario)
 
 
-def test_pictures_stay_with_the_problem() -> None:
+def test_the_synthesis_shows_the_pictures_of_the_problem() -> None:
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     messages: list[Any] = [{"role": "user", "content": [picture, {"type": "text", "text": "What?"}]}]
 
-    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
         await client.chat.completions.create(model="step", messages=messages)
         assert all(picture in body["messages"][-1]["content"] for body in behind.bodies)
 
@@ -177,8 +179,8 @@ def test_pictures_stay_with_the_problem() -> None:
 @pytest.mark.parametrize(
     ("model", "text", "tokens"), [("step:pacore", "4", 15), ("step:sere", "<think>a</think>four", 3)]
 )
-def test_streams_have_the_final_answer_piece_by_piece(model: str, text: str, tokens: int) -> None:
-    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+def test_the_final_answer_is_streamed_token_by_token(model: str, text: str, tokens: int) -> None:
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
         stream = await client.chat.completions.create(
             model=model, messages=ASK, stream=True, stream_options={"include_usage": True}
         )
@@ -190,10 +192,10 @@ def test_streams_have_the_final_answer_piece_by_piece(model: str, text: str, tok
     run(scenario)
 
 
-def test_a_client_that_waits_for_a_stream_hears_that_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rollout.serve.SIGN_OF_LIFE_S", 0.02)
+def test_a_client_that_waits_for_a_stream_gets_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout.serve.COMMENT_INTERVAL_S", 0.02)
 
-    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
         body = {"model": "step", "messages": ASK, "stream": True, "wait": 0.2}
         url = f"{client.base_url}chat/completions"
         async with aiohttp.ClientSession() as session, session.post(url, json=body) as answer:
@@ -203,37 +205,39 @@ def test_a_client_that_waits_for_a_stream_hears_that_there_is_work(monkeypatch: 
     run(scenario)
 
 
-def test_a_client_that_goes_ends_its_trajectories() -> None:
-    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
-        asked = asyncio.create_task(client.chat.completions.create(model="step", messages=ASK, extra_body={"wait": 30}))
+def test_trajectories_end_when_the_client_disconnects() -> None:
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
+        request = asyncio.create_task(
+            client.chat.completions.create(model="step", messages=ASK, extra_body={"wait": 30})
+        )
         async with asyncio.timeout(10):
             while not behind.under_way:
                 await asyncio.sleep(0.01)
-            asked.cancel()
+            request.cancel()
             while behind.under_way:
                 await asyncio.sleep(0.01)
 
     run(scenario)
 
 
-def test_messages_that_have_no_room_are_left_out() -> None:
-    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+def test_messages_for_which_there_is_no_room_are_left_out() -> None:
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
         behind.fail = lambda body: (
             web.json_response({"error": {"message": LONG}}, status=400) if text_of(body).count("Answer ") > 2 else None
         )
-        found = await client.chat.completions.create(model="step", messages=ASK)
-        assert found.model_extra is not None and found.model_extra["pacore"]["messages_shown"] == 2
+        answer = await client.chat.completions.create(model="step", messages=ASK)
+        assert answer.model_extra is not None and answer.model_extra["pacore"]["messages_shown"] == 2
 
     run(scenario)
 
 
-def test_a_cap_on_tokens_does_not_cost_messages() -> None:
-    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+def test_a_large_token_limit_leaves_no_message_out() -> None:
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
         behind.fail = lambda body: (
             web.json_response({"error": {"message": LONG}}, status=400) if body.get("max_tokens", 0) > 50 else None
         )
-        found = await client.chat.completions.create(model="step", messages=ASK, max_tokens=60)
-        assert found.model_extra is not None and found.model_extra["pacore"]["messages_shown"] == 4
+        answer = await client.chat.completions.create(model="step", messages=ASK, max_tokens=60)
+        assert answer.model_extra is not None and answer.model_extra["pacore"]["messages_shown"] == 4
 
     run(scenario)
 
@@ -242,7 +246,7 @@ def test_a_stream_is_retried_until_it_begins(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(client_module, "RETRY_S", (0.01, 0.02))
 
     async def scenario() -> None:
-        behind, failures = Behind(), iter(range(100))
+        behind, failures = ScriptedEndpoint(), iter(range(100))
         behind.fail = lambda body: web.Response(status=503) if body.get("stream") and next(failures) < 2 else None
         async with served(behind, retries=2) as client:
             stream = await client.chat.completions.create(model="step", messages=ASK, stream=True)
@@ -253,9 +257,9 @@ def test_a_stream_is_retried_until_it_begins(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_models_are_listed_with_their_modes() -> None:
-    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
         assert [model.id async for model in client.models.list()] == ["step", "step:sere", "step:pacore"]
-        with pytest.raises(NotFoundError, match="there is no model 'other'; there are step, step:sere, step:pacore"):
+        with pytest.raises(NotFoundError, match="there is no model 'other'; models are step, step:sere, step:pacore"):
             await client.chat.completions.create(model="other", messages=ASK)
 
     run(scenario)
@@ -266,23 +270,23 @@ def test_models_are_listed_with_their_modes() -> None:
     [
         ({"n": 2}, "PaCoRe gives one answer; set n to 1"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "use the mode sere"),
-        ({"messages": [*ASK, {"role": "assistant", "content": "4"}]}, "the last turn must be the user's"),
+        ({"messages": [*ASK, {"role": "assistant", "content": "4"}]}, "the last message must be from the user"),
         ({"messages": [{"role": "user", "content": 4}]}, "content must be a text, or a list of parts"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content must be a text, or a list of parts"),
-        ({"messages": []}, "messages must be a list of turns that is not empty"),
+        ({"messages": []}, "messages must be a list that is not empty"),
     ],
 )
 def test_a_request_that_a_synthesis_cannot_answer_is_refused(change: dict[str, Any], why: str) -> None:
-    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
-        asked: Any = {"model": "step", "messages": ASK, **change}
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
+        request: Any = {"model": "step", "messages": ASK, **change}
         with pytest.raises(BadRequestError, match=why):
-            await client.chat.completions.create(**asked)
+            await client.chat.completions.create(**request)
 
     run(scenario)
 
 
-def test_an_error_of_the_endpoint_behind_comes_through_in_its_words() -> None:
-    async def scenario(client: AsyncOpenAI, behind: Behind) -> None:
+def test_an_error_of_the_endpoint_is_forwarded_with_its_text() -> None:
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
         behind.fail = lambda body: web.json_response({"error": {"message": "temperature is odd"}}, status=400)
         with pytest.raises(BadRequestError, match="temperature is odd"):
             await client.chat.completions.create(model="step", messages=ASK)
@@ -290,17 +294,17 @@ def test_an_error_of_the_endpoint_behind_comes_through_in_its_words() -> None:
     run(scenario)
 
 
-def test_an_endpoint_that_stays_away_is_told_as_that_and_a_hiccup_is_ridden_out(
+def test_temporary_errors_are_retried_and_permanent_ones_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(client_module, "RETRY_S", (0.01, 0.02))
 
     async def scenario() -> None:
-        behind, failures = Behind(), iter(range(100))
+        behind, failures = ScriptedEndpoint(), iter(range(100))
         async with served(behind, retries=2) as client:
             behind.fail = lambda body: web.Response(status=503) if next(failures) < 2 else None
-            found = await client.chat.completions.create(model="step", messages=ASK)
-            assert found.choices[0].message.content == "4"
+            answer = await client.chat.completions.create(model="step", messages=ASK)
+            assert answer.choices[0].message.content == "4"
             behind.fail = lambda body: web.Response(status=503)
             with pytest.raises(InternalServerError, match="does not answer after 3 tries"):
                 await client.chat.completions.create(model="step", messages=ASK)
@@ -308,7 +312,7 @@ def test_an_endpoint_that_stays_away_is_told_as_that_and_a_hiccup_is_ridden_out(
     asyncio.run(scenario())
 
 
-def test_the_command_serves_until_it_is_told_to_end() -> None:
+def test_the_command_serves_until_it_gets_a_signal() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -316,8 +320,8 @@ def test_the_command_serves_until_it_is_told_to_end() -> None:
         command = Command("rollout.serve", "--url", behind.url, "--model", "m", "--name", "step", "--port", port)
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=60)
         wait_for(lambda: _listens(port), command)
-        found = client.chat.completions.create(model="step:sere", messages=ASK)
-        assert found.choices[0].message.content == "<think>a</think>four"
+        answer = client.chat.completions.create(model="step:sere", messages=ASK)
+        assert answer.choices[0].message.content == "<think>a</think>four"
         os.killpg(command.process.pid, signal.SIGTERM)
         code, out, err = command.finish(30)
     assert (code, err) == (0, "") and f"http://127.0.0.1:{port}/v1 serves step, step:sere and step:pacore" in out

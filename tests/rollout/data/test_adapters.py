@@ -69,7 +69,7 @@ def arena(**more: Any) -> dict[str, Any]:
     return {"images": pictures, "conversation": turns, "language": "English", "num_turns": 1} | more
 
 
-def test_vision_arena_chat_asks_the_first_question(tmp_path: Path) -> None:
+def test_vision_arena_chat_has_the_first_question(tmp_path: Path) -> None:
     stored = arena(conversation_id="c1", categories={"ocr": False})
     prompt = only_prompt(parquet(tmp_path, stored), adapter="vision_arena_chat", task="chat")
     assert [part["type"] for part in prompt.messages[0]["content"]] == ["image", "text"]
@@ -77,7 +77,7 @@ def test_vision_arena_chat_asks_the_first_question(tmp_path: Path) -> None:
     assert prompt.meta == {"conversation_id": "c1", "language": "English", "categories": {"ocr": False}}
 
 
-def test_vision_arena_battle_remembers_who_won(tmp_path: Path) -> None:
+def test_vision_arena_battle_keeps_the_winner(tmp_path: Path) -> None:
     turns = arena()["conversation"]
     stored = arena(conversation_a=turns, conversation_b=turns, model_a="x", model_b="y", winner="model_b")
     prompt = only_prompt(parquet(tmp_path, stored), adapter="vision_arena_battle", task="chat")
@@ -106,12 +106,12 @@ def test_a_row_in_another_form_is_a_bad_row(tmp_path: Path, adapter: str, stored
     assert why in bad.reason
 
 
-def test_an_unknown_adapter_is_told_which_there_are(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_adapter_lists_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no adapter 'orz'; adapters are open_reasoner_zero, perception_r1_grounding"):
         read([Source(path=str(jsonl(tmp_path, row())), adapter="orz")])
 
 
-def test_the_sources_shown_in_the_guide_are_valid_and_its_adapters_are_those_there_are() -> None:
+def test_the_guides_sources_are_valid_and_it_lists_all_adapters_and_options() -> None:
     guide = (ROOT / "docs/data.md").read_text()
     shown = yaml.safe_load(guide.partition("```yaml\n")[2].partition("```")[0])["data"]
     config = load(RECIPE, profile="cpu", overrides=[f"data.train={json.dumps(shown['train'])}"]).config

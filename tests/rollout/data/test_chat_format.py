@@ -1,4 +1,4 @@
-"""Messages and pictures of data rows, in all notations that are read."""
+"""The notations of messages and pictures in data rows."""
 
 import base64
 from pathlib import Path
@@ -9,7 +9,7 @@ from rollout.data.rows import read_rows
 from tests.support.data_rows import jsonl, only_prompt, parquet, png, reasons, row, text, user
 
 
-def test_content_without_a_picture_is_one_text_however_it_was_written(tmp_path: Path) -> None:
+def test_content_without_a_picture_becomes_one_text(tmp_path: Path) -> None:
     prompt = read_rows(jsonl(tmp_path, row(messages=user(text("1 + "), text("1?")))))[0]
     assert prompt.messages[0]["content"] == "1 + 1?"
 
@@ -32,7 +32,7 @@ def test_marks_in_the_text_take_the_column_images_in_order(tmp_path: Path) -> No
     assert [picture.size for picture in prompt.images] == [(3, 2), (5, 4)]
 
 
-def test_parts_without_a_picture_of_their_own_take_the_column_images(tmp_path: Path) -> None:
+def test_image_parts_without_a_picture_take_the_column_images(tmp_path: Path) -> None:
     (tmp_path / "one.png").write_bytes(png())
     chat = user({"type": "image"}, text("what?"))
     assert len(read_rows(jsonl(tmp_path, row(messages=chat, images=["one.png"])))[0].images) == 1
@@ -55,13 +55,13 @@ def test_parquet_rows_hold_pictures_as_bytes_or_paths(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["data:image/png;base64,", ""])
-def test_pictures_come_as_base64(tmp_path: Path, prefix: str) -> None:
+def test_pictures_may_be_base64(tmp_path: Path, prefix: str) -> None:
     encoded = prefix + base64.b64encode(png()).decode()
     for messages, images in ((user({"type": "image", "image": encoded}), []), ("<image>?", [encoded])):
         assert only_prompt(jsonl(tmp_path, row(messages=messages, images=images))).images[0].source == png()
 
 
-def test_pictures_given_twice_over_are_refused(tmp_path: Path) -> None:
+def test_pictures_both_in_messages_and_in_the_column_are_refused(tmp_path: Path) -> None:
     (tmp_path / "ok.png").write_bytes(png())
     chat = user({"type": "image", "image": "ok.png"}, text("?"))
     assert "both in messages and in the column" in reasons(jsonl(tmp_path, row(messages=chat, images=["ok.png"])))[0]
@@ -69,7 +69,7 @@ def test_pictures_given_twice_over_are_refused(tmp_path: Path) -> None:
 
 def test_pictures_are_not_decoded_while_reading(tmp_path: Path) -> None:
     whole = png((64, 64))
-    (tmp_path / "cut.png").write_bytes(whole[:60])  # a whole header (33 bytes) and too little of the pixels
+    (tmp_path / "cut.png").write_bytes(whole[:60])  # a complete header (33 bytes), but not all pixels
     prompt = read_rows(jsonl(tmp_path, row(messages=user({"type": "image", "image": "cut.png"}))))[0]
     assert prompt.images[0].size == (64, 64)
     with pytest.raises(OSError):

@@ -1,4 +1,4 @@
-"""Files and data sets: which are read, and what is said of the others."""
+"""Files and data sets: which are read, and the errors for the others."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def test_a_data_set_that_is_streamed_gives_the_same_rows_pictures_included(tmp_p
     assert streamed == whole and len(whole) == 2
 
 
-def test_a_file_that_is_no_array_of_rows_is_named(tmp_path: Path) -> None:
+def test_a_json_file_that_is_not_an_array_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match=r"rows.json holds dict instead of an array"):
         read_rows(tmp_path / "rows.json")

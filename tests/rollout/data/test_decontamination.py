@@ -9,7 +9,7 @@ from rollout.data.decontamination import Benchmarks
 from tests.support.data_rows import png
 
 
-def asked(text: str, identity: str = "a", images: tuple[Picture, ...] = ()) -> Prompt:
+def question(text: str, identity: str = "a", images: tuple[Picture, ...] = ()) -> Prompt:
     return Prompt(identity, "t", ({"role": "user", "content": text},), images=images)
 
 
@@ -24,15 +24,15 @@ def asked(text: str, identity: str = "a", images: tuple[Picture, ...] = ()) -> P
     ],
 )
 def test_a_benchmark_is_recognised_by_its_question_or_by_a_long_passage(text: str, shared: str | None) -> None:
-    benchmarks = Benchmarks([asked("What is 12 + 5?", "b"), asked("one 1 2 3 4", "c")], length=4)
+    benchmarks = Benchmarks([question("What is 12 + 5?", "b"), question("one 1 2 3 4", "c")], length=4)
     if shared is None:
-        assert benchmarks.shared(asked(text)) in (None, "4 words in a row with b")  # the common beginning
+        assert benchmarks.shared(question(text)) in (None, "4 words in a row with b")  # the common beginning
     else:
-        assert benchmarks.shared(asked(text)) == shared
+        assert benchmarks.shared(question(text)) == shared
 
 
-def test_the_same_words_under_another_picture_are_another_question(tmp_path: Path) -> None:
+def test_the_same_words_with_another_picture_are_another_question(tmp_path: Path) -> None:
     one, other = (Picture.of(png(color=color)) for color in ("red", "blue"))
-    benchmarks = Benchmarks([asked("How many?", "b", (one,))], length=64)
-    assert benchmarks.shared(asked("How many?", images=(one,))) == "the question of b"
-    assert benchmarks.shared(asked("How many?", images=(other,))) is None
+    benchmarks = Benchmarks([question("How many?", "b", (one,))], length=64)
+    assert benchmarks.shared(question("How many?", images=(one,))) == "the question of b"
+    assert benchmarks.shared(question("How many?", images=(other,))) is None

@@ -28,14 +28,14 @@ def test_every_bad_row_is_listed_with_file_line_and_reason(tmp_path: Path) -> No
     assert lines[1].startswith(f"  {path}:2: not JSON")
 
 
-def test_the_message_spells_out_twenty_bad_rows_and_counts_the_rest(tmp_path: Path) -> None:
+def test_the_message_lists_twenty_bad_rows_and_counts_the_rest(tmp_path: Path) -> None:
     with pytest.raises(RowError) as caught:
         read_rows(jsonl(tmp_path, *["{"] * 25))
     assert (len(caught.value.bad), len(str(caught.value).splitlines())) == (25, 1 + 20 + 1)
     assert str(caught.value).endswith("... and 5 more")
 
 
-def test_bad_rows_of_every_kind_are_listed_together_with_their_lines(tmp_path: Path) -> None:
+def test_bad_rows_of_all_kinds_are_listed_together_with_their_lines(tmp_path: Path) -> None:
     long = row(id=3, task="arithmetic", messages="1 + " * 200 + "1?")
     path = jsonl(tmp_path, row(id=1, task="chess"), row(id=2, task="arithmetic", ground_truth=None), long, "{")
     with pytest.raises(RowError) as caught:
@@ -48,7 +48,7 @@ def test_bad_rows_of_every_kind_are_listed_together_with_their_lines(tmp_path: P
         assert part in reason
 
 
-def test_bad_rows_are_left_out_and_told_of_where_the_recipe_skips_them(tmp_path: Path) -> None:
+def test_bad_rows_are_left_out_and_reported_if_the_recipe_skips_them(tmp_path: Path) -> None:
     path = jsonl(tmp_path, row(id=1, task="arithmetic", ground_truth="2"), "{")
     made = plan(f"data.train={path}", "data.on_bad_row=skip")
     assert [p.id for p in made.train] == ["1"]
@@ -57,6 +57,6 @@ def test_bad_rows_are_left_out_and_told_of_where_the_recipe_skips_them(tmp_path:
     assert any("rows.jsonl:2: not JSON" in line for line in made.lines())
 
 
-def test_a_run_that_would_skip_all_its_rows_does_not_start(tmp_path: Path) -> None:
+def test_a_run_without_any_usable_row_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(RowError):
         plan(f"data.train={jsonl(tmp_path, '{')}", "data.on_bad_row=skip")

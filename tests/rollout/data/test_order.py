@@ -21,7 +21,7 @@ def ids(drawn: list[Prompt]) -> list[str]:
     return [prompt.id for prompt in drawn]
 
 
-def test_each_row_comes_once_per_pass_also_when_batches_straddle_it() -> None:
+def test_each_row_comes_once_per_pass_also_if_batches_cross_its_end() -> None:
     order = PromptOrder(prompts(7), seed=1)
     drawn = [one for start in range(0, 21, 3) for one in ids(order.prompts_at(start, 3))]  # 7 batches of 3
     for start in (0, 7, 14):
@@ -29,7 +29,7 @@ def test_each_row_comes_once_per_pass_also_when_batches_straddle_it() -> None:
     assert drawn[:7] != drawn[7:14]
 
 
-def test_any_position_can_be_entered_afresh() -> None:
+def test_a_new_order_can_start_at_any_position() -> None:
     drawn = ids(PromptOrder(prompts(5), seed=1).prompts_at(0, 23))
     for position in range(20):
         assert ids(PromptOrder(prompts(5), seed=1).prompts_at(position, 3)) == drawn[position : position + 3]
@@ -47,7 +47,7 @@ def test_more_prompts_than_rows_come_from_several_passes() -> None:
     assert len(drawn) == 5 and sorted(drawn[1:3]) == ["0", "1"]
 
 
-def test_a_mixed_order_can_be_entered_anywhere_and_goes_through_every_source() -> None:
+def test_a_mixed_order_can_start_at_any_position_and_draws_all_rows() -> None:
     def order() -> MixedOrder:
         prompts = [[Prompt(f"{name}{n}", "t", ()) for n in range(count)] for name, count in (("a", 5), ("b", 4))]
         return MixedOrder([PromptOrder(part, seed=1) for part in prompts], [0.7, 0.3])
@@ -65,7 +65,7 @@ def plan(*overrides: str) -> Plan:
     return make_plan(load(RECIPE, profile="cpu", overrides=[*overrides, "data.eval=[]"]).config)
 
 
-def test_sources_with_weights_give_their_share_of_every_stretch(tmp_path: Path) -> None:
+def test_weighted_sources_have_their_share_of_every_stretch(tmp_path: Path) -> None:
     many, few = sums(tmp_path, "many", 30), sums(tmp_path, "few", 3)
     made = plan(f"data.train=[{{path: {many}, weight: 3}}, {{path: {few}, weight: 1}}]")
     for start in (0, 8, 40):

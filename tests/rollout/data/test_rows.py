@@ -1,4 +1,4 @@
-"""Reading data rows: columns, sources, ids, what is wrong with a row, samples."""
+"""Data rows: columns, sources, ids, the reasons why rows cannot be used, samples."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ def test_a_text_row_becomes_a_prompt_with_its_answer_and_meta(tmp_path: Path) ->
 
 def test_fields_that_arrow_fills_with_nulls_are_absent(tmp_path: Path) -> None:
     (tmp_path / "one.png").write_bytes(png())
-    chat = user(text("what is "), {"type": "image", "image": "one.png"})  # one schema: text and image in both
+    chat = user(text("what is "), {"type": "image", "image": "one.png"})  # Arrow gives all parts all keys
     path = parquet(tmp_path, row(messages=chat, ground_truth=None, reference="a dog"))
     prompt = read_rows(path)[0]
     assert prompt.messages[0]["content"] == [text("what is "), {"type": "image"}]
@@ -41,7 +41,7 @@ def test_several_sources_are_read_one_after_the_other_and_share_their_ids(tmp_pa
         read_rows([first, second])
 
 
-def test_columns_can_be_called_differently(tmp_path: Path) -> None:
+def test_columns_can_have_other_names(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"uid": 1, "task": "sums", "messages": CHAT, "solution": "2"})
     assert read_rows(path, columns={"id": "uid", "ground_truth": "solution"})[0].ground_truth == "2"
     assert "data.columns names 'nope'" in reasons(path, columns={"id": "nope"})[0]
@@ -99,7 +99,7 @@ def test_a_task_without_a_reward_is_named(tmp_path: Path) -> None:
     assert len(read_rows(path, tasks=["sums"])) == 1
 
 
-def test_foreign_columns_are_found_by_name_also_inside_others_and_need_no_id(tmp_path: Path) -> None:
+def test_columns_are_found_inside_other_columns_and_such_rows_need_no_id(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"question": "1 + 1?", "extra": {"answers": ["2", "two"]}, "source": "book"})
     columns = {"messages": "question", "ground_truth": "extra.answers.0"}
     assert only_prompt(path, columns=columns, task="sums") == Prompt(
@@ -107,7 +107,7 @@ def test_foreign_columns_are_found_by_name_also_inside_others_and_need_no_id(tmp
     )
 
 
-def test_a_source_adds_to_the_columns_of_all(tmp_path: Path) -> None:
+def test_the_columns_of_a_source_are_added_to_those_of_all_sources(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     first = jsonl(tmp_path / "a", {"id": 1, "q": "one?", "answer": "1"})
@@ -123,22 +123,22 @@ def test_a_source_adds_to_the_columns_of_all(tmp_path: Path) -> None:
     assert rows.sources == (0, 1)
 
 
-def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_column_lists_the_columns_of_the_row(tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"data.columns names 'extra.answer', but the row only has id, task"):
         read_rows(jsonl(tmp_path, row(extra={})), columns={"ground_truth": "extra.answer"})
 
 
-def test_only_the_first_rows_are_read_where_there_is_a_limit(tmp_path: Path) -> None:
+def test_a_limit_reads_the_first_rows_only(tmp_path: Path) -> None:
     path = jsonl(tmp_path, row(id=1), row(id=2), "{")
     assert [p.id for p in read([Source(path=str(path), limit=2)]).prompts] == ["1", "2"]
 
 
-def test_a_pool_of_messages_comes_with_its_row(tmp_path: Path) -> None:
+def test_a_row_may_have_a_pool_of_messages(tmp_path: Path) -> None:
     prompt = only_prompt(jsonl(tmp_path, row(messages_pool=["two", "3"], pool_accuracy=0.5)))
     assert (prompt.messages_pool, prompt.pool_accuracy) == (("two", "3"), 0.5)
 
 
-def test_a_recipe_writes_its_sources_down_as_it_read_them(tmp_path: Path) -> None:
+def test_a_saved_recipe_has_the_sources_as_they_were_written(tmp_path: Path) -> None:
     sources = [str(sums(tmp_path, "a", 1)), {"path": str(sums(tmp_path, "b", 1)), "limit": 1}]
     resolved = load(RECIPE, profile="cpu", overrides=[f"data.train={json.dumps(sources)}"])
     assert resolved.plain()["data"]["train"] == sources
@@ -155,7 +155,7 @@ def test_a_source_beside_the_recipe_is_found_from_anywhere(tmp_path: Path, monke
     assert load(recipe, overrides=["model.path=/m"]).config.data.train[0].path == str(tmp_path / "b.jsonl")
 
 
-def test_samples_are_rows_with_a_response_and_may_say_little_else(tmp_path: Path) -> None:
+def test_samples_are_rows_with_a_response_and_need_no_other_columns(tmp_path: Path) -> None:
     file = tmp_path / "samples.jsonl"
     file.write_text(
         '{"response": "5", "ground_truth": 5}\n'
@@ -166,14 +166,14 @@ def test_samples_are_rows_with_a_response_and_may_say_little_else(tmp_path: Path
     bare, whole, seen = read_samples(file)
     assert (bare.prompt.id, bare.prompt.messages, bare.prompt.ground_truth, bare.text) == ("line 1", (), 5, "5")
     assert (whole.prompt.task, whole.finish, len(whole.prompt.messages)) == ("sums", "length", 1)
-    assert [picture.digest for picture in seen.prompt.images] == ["d1"]  # known by name only: it came as bytes
+    assert [picture.digest for picture in seen.prompt.images] == ["d1"]  # of a picture that was bytes
 
 
 @pytest.mark.parametrize(
     ("line", "why"),
     [('{"id": "a"}', "response must be a text, but is missing"), ('{"response": "", "finish": "no"}', "finish must")],
 )
-def test_a_sample_without_a_proper_response_is_told_with_its_line(tmp_path: Path, line: str, why: str) -> None:
+def test_a_sample_without_a_valid_response_is_reported_with_its_line(tmp_path: Path, line: str, why: str) -> None:
     file = tmp_path / "samples.jsonl"
     file.write_text(f'{{"response": "fine"}}\n{line}\n')
     with pytest.raises(RowError, match=rf"samples.jsonl:2: {why}"):

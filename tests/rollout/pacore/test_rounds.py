@@ -1,4 +1,4 @@
-"""SeRe and PaCoRe at inference, with a scripted model: rounds, compaction, seeds, order of work, room, tokens."""
+"""SeRe and PaCoRe with a scripted model: rounds, compaction, seeds, order of requests, long prompts, tokens."""
 
 import asyncio
 import re
@@ -9,11 +9,11 @@ import pytest
 
 from rl.types import Prompt
 from rollout.generate import Settings, generate
-from rollout.pacore.client import Slots
-from rollout.pacore.prompt import SynthesisPrompt
-from rollout.pacore.rounds import PacoreResult, Reply, TooLong, Turns, plan_of, think
+from rollout.pacore.client import PrioritySemaphore
+from rollout.pacore.prompt import Chat, SynthesisPrompt
+from rollout.pacore.rounds import PacoreResult, PromptTooLong, Reply, parse_plan, run_rounds
 
-PROBLEM: Turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
+PROBLEM: Chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
 
 
 def reply(text: str, tokens: int = 5, finish: Any = "stop") -> Reply:
@@ -21,68 +21,68 @@ def reply(text: str, tokens: int = 5, finish: Any = "stop") -> Reply:
 
 
 class Model:
-    """Answers by the script: (text of the last turn, seed) -> reply; remembers what it was asked."""
+    """Replies by a script: (text of the last message, seed) -> reply. `requests` has all requests."""
 
     def __init__(self, script: Callable[[str, int], Reply]) -> None:
         self.script = script
-        self.asked: list[tuple[str, int, int]] = []
+        self.requests: list[tuple[str, int, int]] = []
 
-    async def __call__(self, turns: Turns, seed: int, urgency: int, count: int = 1) -> list[Reply]:
-        """As vLLM, which gives each of several replies to one request the next seed."""
-        text = str(turns[-1]["content"])
-        self.asked += [(text, seed + n, urgency) for n in range(count)]
+    async def __call__(self, chat: Chat, seed: int, urgency: int, count: int = 1) -> list[Reply]:
+        """Counts the seed up for each reply of a request, as vLLM does."""
+        text = str(chat[-1]["content"])
+        self.requests += [(text, seed + n, urgency) for n in range(count)]
         await asyncio.sleep(0)
         return [self.script(text, seed + n) for n in range(count)]
 
 
-def thought(model: Model, plan: Sequence[int], **options: Any) -> PacoreResult:
-    return asyncio.run(think(PROBLEM, plan, model, SynthesisPrompt(), "0/a", **options))
+def result_of(model: Model, plan: Sequence[int], **options: Any) -> PacoreResult:
+    return asyncio.run(run_rounds(PROBLEM, plan, model, SynthesisPrompt(), "0/a", **options))
 
 
-def test_sere_is_one_chain_on_the_plain_problem() -> None:
+def test_sere_is_one_trajectory_on_the_plain_problem() -> None:
     model = Model(lambda text, seed: reply("<think>hm</think>4"))
-    found = thought(model, ())
-    assert [text for text, _, _ in model.asked] == ["What is 2 + 2?"]
-    assert (found.reply.message, found.tokens, len(found.rounds)) == ("4", 5, 1)
+    result = result_of(model, ())
+    assert [text for text, _, _ in model.requests] == ["What is 2 + 2?"]
+    assert (result.reply.message, result.tokens, len(result.rounds)) == ("4", 5, 1)
 
 
 def test_pacore_shows_final_answers_only_and_counts_all_tokens() -> None:
     model = Model(lambda text, seed: reply("<think>secret</think>four" if "Answer 1" not in text else "4"))
-    found = thought(model, (16,))
-    *trajectories, (shown, _, _) = model.asked
+    result = result_of(model, (16,))
+    *trajectories, (shown, _, _) = model.requests
     assert len(trajectories) == 16 and {text for text, _, _ in trajectories} == {"What is 2 + 2?"}
     assert shown.count("four") == 16 and "secret" not in shown and "What is 2 + 2?" in shown
-    assert (found.reply.message, found.tokens) == ("4", 17 * 5)
+    assert (result.reply.message, result.tokens) == ("4", 17 * 5)
 
 
 def test_every_trajectory_has_a_seed_of_its_own_that_repeats() -> None:
     models = [Model(lambda text, seed: reply(f"{seed}")) for _ in range(2)]
-    first, second = (thought(model, (4, 2)) for model in models)
+    first, second = (result_of(model, (4, 2)) for model in models)
     assert first == second
-    assert len({seed for _, seed, _ in models[0].asked}) == 4 + 2 + 1
+    assert len({seed for _, seed, _ in models[0].requests}) == 4 + 2 + 1
 
 
-def test_a_plan_with_two_rounds_hands_the_first_ones_answers_to_the_second() -> None:
+def test_the_second_round_sees_the_answers_of_the_first() -> None:
     def script(text: str, seed: int) -> Reply:
         return reply("uno" if "Answer 1" not in text else "dos" if "uno" in text else "tres")
 
     model = Model(script)
-    found = thought(model, (32, 4))
-    assert [len(one.replies) for one in found.rounds] == [32, 4, 1]
-    assert [one.shown for one in found.rounds] == [0, 32, 4]
-    assert found.reply.text == "tres"
-    assert [urgency for _, _, urgency in model.asked] == [0] * 32 + [1] * 4 + [2]
+    result = result_of(model, (32, 4))
+    assert [len(one.replies) for one in result.rounds] == [32, 4, 1]
+    assert [one.shown for one in result.rounds] == [0, 32, 4]
+    assert result.reply.text == "tres"
+    assert [urgency for _, _, urgency in model.requests] == [0] * 32 + [1] * 4 + [2]
 
 
 def test_each_trajectory_of_a_later_round_sees_the_messages_in_another_order() -> None:
     model = Model(lambda text, seed: reply(f"message {seed}" if "Answer" not in text else "x"))
-    thought(model, (8, 4))
-    later = [text for text, _, urgency in model.asked if urgency == 1]
+    result_of(model, (8, 4))
+    later = [text for text, _, urgency in model.requests if urgency == 1]
     assert len(set(later)) == 4
     assert len({"".join(sorted(text)) for text in later}) == 1  # the same messages
 
 
-def test_what_never_came_to_an_answer_is_no_message() -> None:
+def test_trajectories_without_a_final_answer_give_no_message() -> None:
     def script(text: str, seed: int) -> Reply:
         if "Answer" in text:
             return reply("done")
@@ -91,120 +91,84 @@ def test_what_never_came_to_an_answer_is_no_message() -> None:
         ]
 
     model = Model(script)
-    found = thought(model, (30,))
-    assert set(found.rounds[0].messages) == {"b"}
-    assert found.rounds[1].shown == len(found.rounds[0].messages) < 30
+    result = result_of(model, (30,))
+    assert set(result.rounds[0].messages) == {"b"}
+    assert result.rounds[1].shown == len(result.rounds[0].messages) < 30
 
 
 def test_without_any_message_the_last_round_gets_the_plain_problem() -> None:
     model = Model(lambda text, seed: reply("<think>no end", finish="length"))
-    found = thought(model, (3,))
-    assert {text for text, _, _ in model.asked} == {"What is 2 + 2?"}
-    assert found.rounds[-1].shown == 0 and found.reply.message == ""
+    result = result_of(model, (3,))
+    assert {text for text, _, _ in model.requests} == {"What is 2 + 2?"}
+    assert result.rounds[-1].shown == 0 and result.reply.message == ""
 
 
-def test_messages_that_have_no_room_are_left_out_and_counted() -> None:
+def test_messages_for_which_there_is_no_room_are_left_out_and_counted() -> None:
     def script(text: str, seed: int) -> Reply:
         if text.count("Answer ") > 10:
-            raise TooLong("too long")
+            raise PromptTooLong("too long")
         return reply("m" if "Answer" not in text else "4")
 
-    found = thought(Model(script), (16,))
-    assert (found.rounds[-1].shown, found.rounds[-1].left_out) == (10, 6)
+    result = result_of(Model(script), (16,))
+    assert (result.rounds[-1].shown, result.rounds[-1].left_out) == (10, 6)
 
 
-def test_a_problem_that_has_no_room_itself_is_refused() -> None:
+def test_a_problem_that_is_too_long_by_itself_is_refused() -> None:
     def script(text: str, seed: int) -> Reply:
-        raise TooLong("too long")
+        raise PromptTooLong("too long")
 
-    with pytest.raises(TooLong):
-        thought(Model(script), (4,))
+    with pytest.raises(PromptTooLong):
+        result_of(Model(script), (4,))
 
 
-def test_trajectories_without_messages_are_asked_for_by_one_request() -> None:
+def test_trajectories_without_messages_are_sampled_by_one_request() -> None:
     requests: list[tuple[int, int]] = []
 
     class Counting(Model):
-        async def __call__(self, turns: Turns, seed: int, urgency: int, count: int = 1) -> list[Reply]:
+        async def __call__(self, chat: Chat, seed: int, urgency: int, count: int = 1) -> list[Reply]:
             requests.append((urgency, count))
-            return await super().__call__(turns, seed, urgency, count)
+            return await super().__call__(chat, seed, urgency, count)
 
-    thought(Counting(lambda text, seed: reply(f"{seed}")), (16, 2))
+    result_of(Counting(lambda text, seed: reply(f"{seed}")), (16, 2))
     assert requests == [(0, 16), (1, 1), (1, 1), (2, 1)]
 
 
-def test_given_rounds_are_not_asked_again() -> None:
-    first = thought(Model(lambda text, seed: reply("m")), (4,), answers=0)
+def test_rounds_of_an_earlier_run_are_not_sampled_again() -> None:
+    first = result_of(Model(lambda text, seed: reply("m")), (4,), answers=0)
     model = Model(lambda text, seed: reply("4"))
-    found = thought(model, (), given=first.rounds, answers=3)
-    assert len(model.asked) == 3 and [len(one.replies) for one in found.rounds] == [4, 3]
+    result = result_of(model, (), first_rounds=first.rounds, answers=3)
+    assert len(model.requests) == 3 and [len(one.replies) for one in result.rounds] == [4, 3]
 
 
 @pytest.mark.parametrize(("text", "plan"), [("16", (16,)), ("32,4", (32, 4)), (" 8, 2", (8, 2))])
-def test_a_plan_is_written_as_trajectories_of_each_round(text: str, plan: tuple[int, ...]) -> None:
-    assert plan_of(text) == plan
+def test_a_plan_has_the_number_of_trajectories_of_each_round(text: str, plan: tuple[int, ...]) -> None:
+    assert parse_plan(text) == plan
 
 
 @pytest.mark.parametrize("text", ["", "0", "16;4", "-1", "many", "100000"])
-def test_another_plan_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no plan of trajectories; write how many each round has, as in 16 or 32,4"):
-        plan_of(text)
+def test_an_invalid_plan_is_refused(text: str) -> None:
+    with pytest.raises(
+        ValueError, match="not a plan of trajectories; write the number of each round, as in 16 or 32,4"
+    ):
+        parse_plan(text)
 
 
 def test_a_problems_synthesis_does_not_wait_for_the_trajectories_of_others() -> None:
     problems = [Prompt(f"{n}", "t", ({"role": "user", "content": f"problem {n}"},)) for n in range(8)]
-    slots, order = Slots(8), list[str]()  # the trajectories of two problems
+    slots, order = PrioritySemaphore(8), list[str]()  # the trajectories of two problems
 
-    async def ask(turns: Turns, seed: int, urgency: int, count: int = 1) -> list[Reply]:
-        async with slots.take(urgency, count):
+    async def ask(chat: Chat, seed: int, urgency: int, count: int = 1) -> list[Reply]:
+        async with slots.acquire(urgency, count):
             await asyncio.sleep(0.001)
-            (which,) = re.findall(r"problem \d", str(turns[-1]["content"]))
+            (which,) = re.findall(r"problem \d", str(chat[-1]["content"]))
             order.append(f"synthesis {which}" if urgency else which)
             return [reply("m")] * count
 
     done: list[str] = []
     settings = Settings("m", (4,))
-    asyncio.run(generate(problems, settings, ask, SynthesisPrompt(), lambda problem, found: done.append(problem.id)))
+    asyncio.run(generate(problems, settings, ask, SynthesisPrompt(), lambda problem, result: done.append(problem.id)))
     assert sorted(done) == [problem.id for problem in problems]
     assert order.index("synthesis problem 0") < order.index("problem 4")
     assert max(place for place, one in enumerate(order) if one.startswith("problem")) > order.index(
         "synthesis problem 5"
     )
-
-
-def test_slots_go_to_the_most_urgent_and_survive_being_cancelled() -> None:
-    async def scenario() -> list[str]:
-        slots, order = Slots(1), list[str]()
-
-        async def use(name: str, urgency: int) -> None:
-            async with slots.take(urgency):
-                order.append(name)
-                await asyncio.sleep(0.001)
-
-        tasks = [asyncio.create_task(use(*one)) for one in (("a", 0), ("b", 0), ("c", 2), ("d", 1))]
-        gone = asyncio.create_task(use("gone", 3))
-        await asyncio.sleep(0)
-        gone.cancel()
-        await asyncio.gather(*tasks)
-        async with asyncio.timeout(1), slots.take(0):  # nothing was lost
-            order.append("last")
-        return order
-
-    assert asyncio.run(scenario()) == ["a", "c", "d", "b", "last"]
-
-
-def test_a_request_for_several_replies_takes_as_many_slots_and_all_of_them_at_most() -> None:
-    async def scenario() -> list[str]:
-        slots, events = Slots(4), list[str]()
-
-        async def use(name: str, count: int) -> None:
-            async with slots.take(0, count):
-                events.append(f"+{name}")
-                await asyncio.sleep(0.001)
-                events.append(f"-{name}")
-
-        await asyncio.gather(use("a", 3), use("b", 2), use("c", 1), use("d", 100))
-        return events
-
-    # b does not fit beside a; c would, but does not overtake it; d takes all there are
-    assert asyncio.run(scenario()) == ["+a", "-a", "+b", "+c", "-b", "-c", "+d", "-d"]

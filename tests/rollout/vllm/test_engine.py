@@ -1,4 +1,4 @@
-"""The vLLM engine: its traps (each test fails without the cure), its weight transfer, what it refuses."""
+"""The vLLM engine: problems of vLLM that it avoids, weight transfer (backend host), refused requests."""
 
 import copy
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def requests(count: int = 4, length: int = 20, max_tokens: int = 12, temperature
 
 
 def all_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Both of a tied pair, as `load` wants them."""
+    """All tensors, both of a tied pair included, as `load` needs them."""
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     return weights | {HEAD: weights.get(HEAD, weights[EMBEDDING])}
 
@@ -78,7 +78,7 @@ def test_tied_embeddings_must_be_sent_twice(tied: Served) -> None:
 def test_a_request_is_answered_with_one_uniform_number_per_token_of_its_own_generator(tied: Served) -> None:
     model = changed(tied.model, 7)
     tied.engine.load(all_weights(model), step=7)
-    for request, answer in zip(asked := requests(), tied.engine.generate(asked), strict=True):
+    for request, answer in zip(batch := requests(), tied.engine.generate(batch), strict=True):
         generator = torch.Generator().manual_seed(request.seed)
         ids = torch.tensor([answer.prompt_ids + answer.response_ids])
         with torch.no_grad():
@@ -87,7 +87,7 @@ def test_a_request_is_answered_with_one_uniform_number_per_token_of_its_own_gene
         assert torch.searchsorted(chances.cumsum(-1), drawn[:, None]).tolist() == [[i] for i in answer.response_ids]
 
 
-def test_prompt_seen_before_a_load_is_computed_anew_after_it(tied: Served) -> None:
+def test_a_prompt_is_computed_again_after_a_load(tied: Served) -> None:
     long = requests(1, length=300)  # longer than vLLM's cache block of 128 tokens
     for seed in (3, 4):
         model = changed(tied.model, seed)
@@ -132,7 +132,7 @@ def test_weights_larger_than_a_segment_arrive_in_pieces_and_leave_no_shared_memo
     assert shared_memory_segments() == before
 
 
-def test_half_a_layer_is_refused_and_the_engine_says_it_is_broken(
+def test_part_of_a_layer_is_refused_and_later_calls_say_that_the_engine_must_be_restarted(
     engine_process: EngineProcess, tmp_path: Path
 ) -> None:
     before = shared_memory_segments()
@@ -141,19 +141,19 @@ def test_half_a_layer_is_refused_and_the_engine_says_it_is_broken(
     assert_sampled_from(model, engine.generate(requests(1)))  # untied: usable with the folder's own weights
     with pytest.raises(RuntimeError, match=r"incomplete: model\.layers\.0\.self_attn\.qkv_proj"):
         engine.load({"model.layers.0.self_attn.q_proj.weight": torch.zeros(128, 64)}, step=1)
-    with pytest.raises(RuntimeError, match="start the engine anew"):
+    with pytest.raises(RuntimeError, match="restart the engine"):
         engine.generate(requests(1))
     assert shared_memory_segments() == before
 
 
-def test_only_the_decoder_needs_sending(step_vl: Served) -> None:
+def test_weights_of_the_decoder_alone_can_be_loaded(step_vl: Served) -> None:
     ask = [Request((tiny.IMAGE, *tiny.word_ids(9)), (tiny.picture(tiny.FOUR_CROPS),), 8, seed=1)]
     before = step_vl.engine.generate(ask)
     trained = {k: v for k, v in step_vl.model.state_dict().items() if k.startswith(("model.", "lm_head."))}
     step_vl.engine.load({name: 1.5 * tensor for name, tensor in trained.items()}, step=1)
     assert step_vl.engine.generate(ask) != before
     step_vl.engine.load(trained, step=2)
-    assert step_vl.engine.generate(ask) == before  # the tower is what it was
+    assert step_vl.engine.generate(ask) == before  # the vision tower has not changed
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -162,7 +162,7 @@ def test_logprobs_are_of_the_distribution_sampled_from(tied: Served, temperature
     assert_sampled_from(tied.model, tied.engine.generate(requests(temperature=temperature)), temperature)
 
 
-def test_same_call_gives_the_same_bits_whatever_came_between(step_vl: Served) -> None:
+def test_the_same_call_gives_the_same_bits_after_other_calls(step_vl: Served) -> None:
     shown = (tiny.picture(tiny.FOUR_CROPS, 1), tiny.picture(tiny.NO_CROP, 2))
     ask = [Request((tiny.IMAGE, tiny.IMAGE, *tiny.word_ids(150, i % 2)), shown, 8, seed=i) for i in range(4)]
     first = step_vl.engine.generate(ask)
@@ -172,8 +172,8 @@ def test_same_call_gives_the_same_bits_whatever_came_between(step_vl: Served) ->
     assert [a.response_ids for a in first] == [a.response_ids for a in step_vl.engine.generate(ask)]
 
 
-def _reuse(key: int, asked: list[Request]) -> tuple[int, int]:
-    """Prompt tokens taken from the prefix cache, and pictures that went through the tower, in one generate()."""
+def _reuse(key: int, batch: list[Request]) -> tuple[int, int]:
+    """Prompt tokens from the prefix cache, and pictures that the vision tower encoded, in one generate()."""
     from rollout.vllm.step_vl import PatchedStepVL
     from tests.support.engine_process import _engines
 
@@ -191,29 +191,29 @@ def _reuse(key: int, asked: list[Request]) -> tuple[int, int]:
                 yield finished
 
         patch.setattr(engine, "_run", noting)
-        engine.generate(asked)
+        engine.generate(batch)
     return sum(n or 0 for n in cached), sum(encoded)
 
 
 def test_nothing_is_reused_from_earlier_calls(step_vl: Served, engine_process: EngineProcess) -> None:
     shown = (tiny.picture(tiny.NO_CROP),)
-    asked = [Request((tiny.IMAGE, *tiny.word_ids(300)), shown, 2, seed=0)]
+    batch = [Request((tiny.IMAGE, *tiny.word_ids(300)), shown, 2, seed=0)]
     for _ in range(2):
-        assert engine_process.run(_reuse, step_vl.engine._key, asked) == (0, 1)
+        assert engine_process.run(_reuse, step_vl.engine._key, batch) == (0, 1)
 
 
 def test_requests_of_one_call_share_their_pictures(step_vl: Served, engine_process: EngineProcess) -> None:
     shown = (tiny.picture(tiny.NO_CROP), tiny.picture(tiny.ONE_CROP))
-    asked = [Request((tiny.IMAGE, tiny.IMAGE, *tiny.word_ids(5, i)), shown, 2, seed=i) for i in range(4)]
-    assert engine_process.run(_reuse, step_vl.engine._key, asked)[1] == 2 + 1  # two views and a crop, not four times
+    batch = [Request((tiny.IMAGE, tiny.IMAGE, *tiny.word_ids(5, i)), shown, 2, seed=i) for i in range(4)]
+    assert engine_process.run(_reuse, step_vl.engine._key, batch)[1] == 2 + 1  # two views and a crop, not four times
 
 
 def test_each_request_keeps_its_own_seed(step_vl: Served) -> None:
     prompt = tiny.word_ids(10)
-    asked = [Request(prompt, (), 12, seed=seed) for seed in (1, 2, 1)]
-    one, two, again = (answer.response_ids for answer in step_vl.engine.generate(asked))
+    batch = [Request(prompt, (), 12, seed=seed) for seed in (1, 2, 1)]
+    one, two, again = (answer.response_ids for answer in step_vl.engine.generate(batch))
     assert one == again
-    assert one != two  # also: top_k 1 of the folder's generation config is not heeded
+    assert one != two  # also shows that top_k 1 of the folder's generation config is ignored
 
 
 def test_greedy_requests_are_refused_beside_sampled_ones(step_vl: Served) -> None:
@@ -255,7 +255,7 @@ def test_max_sequence_length_ends_a_response(step_vl: Served) -> None:
     assert {len(a.response_ids) for a in answers if a.finish == "length"} == {512 - 505}
 
 
-def test_what_cannot_be_served_is_named(step_vl: Served) -> None:
+def test_the_error_for_an_invalid_request_says_what_is_wrong(step_vl: Served) -> None:
     shown = tiny.picture(tiny.NO_CROP)
 
     def refused(*prompt: int, images: int = 0, seed: int = 0, temperature: float = 1.0) -> str:
@@ -273,13 +273,15 @@ def test_what_cannot_be_served_is_named(step_vl: Served) -> None:
     assert "-5" in refused(-5)
 
 
-def test_device_that_the_installed_vllm_is_not_for_is_refused(engine_process: EngineProcess, step_vl: Served) -> None:
+def test_a_device_that_the_installed_vllm_does_not_support_is_refused(
+    engine_process: EngineProcess, step_vl: Served
+) -> None:
     with pytest.raises(ValueError, match="installed vLLM runs on 'cpu'"):
         engine_process.start(step_vl.folder, device="cuda")
 
 
 def _compare_with_vllm(sizes: list[tuple[int, int]]) -> list[str]:
-    """Where our processor with the 10B's config differs from vLLM's own."""
+    """The differences between our picture processor with the 10B model's config and vLLM's own."""
     from vllm.transformers_utils.processors.step3_vl import Step3VLImageProcessor
 
     from rollout.vllm.step_vl import ScaledImageProcessor
@@ -302,7 +304,7 @@ def test_scaled_processor_is_vllms_own_for_the_published_sizes(engine_process: E
 
 
 def test_more_seeded_prompts_than_one_step_holds_are_served_and_repeat(step_vl: Served) -> None:
-    """vLLM cannot rewind a CPU generator, which it does when a step has room for part of a prompt only."""
+    """If a step has room for part of a prompt only, vLLM rewinds the generator, which fails on CPU."""
     shown = [tiny.picture(tiny.NO_CROP, seed) for seed in range(40)]
     prompt = (*tiny.word_ids(4), tiny.IMAGE, *tiny.word_ids(6, seed=1))
     requests = [Request(prompt, (shown[i % 40],), max_tokens=2, seed=i) for i in range(300)]

@@ -1,4 +1,4 @@
-"""The learner and the engine compute the same: logprobs within 1e-4 per token in float32, pictures included."""
+"""Learner and engine compute the same logprobs: within 1e-4 nats per token in float32, with pictures."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -54,7 +54,7 @@ def test_logprobs_of_sampled_tokens_agree(step_vl: Served, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["text only", "several pictures"])
 def test_a_response_that_is_continued_has_the_logprobs_of_one_sampled_at_once(step_vl: Served, kind: str) -> None:
-    """As partial rollouts do it: what is there already is a part of the next prompt."""
+    """As partial rollouts do: the tokens sampled so far are part of the next prompt."""
     shown = [tiny.picture(size, seed) for seed, size in enumerate(SHOWN[kind])]
     request = replace(ask(shown), max_tokens=3)
     starts = step_vl.engine.generate([replace(request, seed=seed) for seed in range(8)])
@@ -80,7 +80,7 @@ def test_logprobs_of_given_tokens_agree(step_vl: Served, kind: str) -> None:
 
 @pytest.mark.parametrize("size", [tiny.NO_CROP, tiny.ONE_CROP, tiny.FOUR_CROPS])
 def test_another_picture_changes_the_logprobs(step_vl: Served, size: tuple[int, int]) -> None:
-    """Without this, agreement would prove nothing about pictures."""
+    """Else the agreement of logprobs would say nothing about pictures."""
     tokens = (tiny.IMAGE, *tiny.word_ids(20))
     one, two = (torch.tensor(step_vl.engine.score(tokens, [tiny.picture(size, seed)])[-20:]) for seed in (1, 2))
     assert (one - two).abs().max() > 1e-2
@@ -95,7 +95,7 @@ def _engine_views(sizes: list[tuple[int, int]], config: StepVLConfig) -> list[tu
     return [(n, s["pixel_values"], s["patch_pixel_values"]) for n, s in zip(tokens, seen, strict=True)]
 
 
-def test_both_sides_see_the_same_pixels_and_count_the_same_tokens(
+def test_engine_and_learner_have_the_same_pixels_and_token_counts(
     step_vl: Served, engine_process: EngineProcess
 ) -> None:
     sizes = [

@@ -1,4 +1,4 @@
-"""YaRN: positions beyond those a model was trained on, alike in engine, learner and transformers' own model."""
+"""YaRN: engine, learner and transformers' model agree at positions beyond the trained ones."""
 
 import copy
 from pathlib import Path
@@ -42,7 +42,7 @@ def logprobs(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
     return every.gather(-1, row[0, 1:, None])[:, 0]
 
 
-def test_the_engine_goes_beyond_the_trained_positions_as_the_model_does(
+def test_beyond_the_trained_positions_the_engine_equals_the_model(
     short: tuple[Path, Qwen3ForCausalLM], engine_process: EngineProcess
 ) -> None:
     folder, model = short
@@ -55,13 +55,13 @@ def test_the_engine_goes_beyond_the_trained_positions_as_the_model_does(
         engine.close()
     expected = logprobs(extended(model), ids)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    assert (expected - logprobs(extended(model, None), ids)).abs().max() > 0.01  # it is not the model without
+    assert (expected - logprobs(extended(model, None), ids)).abs().max() > 0.01  # differs from the model without YaRN
     whole = logprobs(extended(model), ids + answer.response_ids)[len(ids) - 1 :]
     torch.testing.assert_close(torch.tensor(answer.logprobs), whole, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
-def test_the_learner_computes_the_same_and_what_it_saves_keeps_the_extension(
+def test_the_learner_equals_the_model_and_saves_the_extension(
     short: tuple[Path, Qwen3ForCausalLM], tmp_path: Path
 ) -> None:
     folder, model = short
@@ -89,7 +89,7 @@ def test_a_vision_language_models_decoder_is_extended(tmp_path: Path) -> None:
     assert overrides(made)["text_config"]["max_position_embeddings"] == 4096
 
 
-def test_positions_that_are_extended_another_way_are_left_alone(tmp_path: Path) -> None:
+def test_positions_that_are_extended_in_another_way_are_refused(tmp_path: Path) -> None:
     model = tiny.make_text_model(tmp_path, tied=False)
     model.config.rope_parameters = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}
     with pytest.raises(ValueError, match="its positions are extended by llama3 already"):

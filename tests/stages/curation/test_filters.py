@@ -14,7 +14,7 @@ from rl.config import Accept, Checkability, Difficulty, Relevance, Source, Synth
 from rl.types import Completion, Picture, PooledAnswers, Prompt, Request, Rollout, RowScore, Scored
 from rollout.data.decontamination import Benchmarks
 from rollout.data.rows import read
-from rollout.pacore.prompt import SynthesisPrompt, showing
+from rollout.pacore.prompt import SynthesisPrompt, draw_messages
 from rollout.pool import seed_of
 from stages.curation.answers import Answers
 from stages.curation.filters import (
@@ -56,7 +56,7 @@ class Chat:
         return (1,)
 
     def length(self, prompt: Prompt) -> int:
-        return sum(len(str(message["content"])) for message in SynthesisPrompt().turns(prompt))
+        return sum(len(str(message["content"])) for message in SynthesisPrompt().chat(prompt))
 
     def text(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
         return bytes(response_ids).decode()
@@ -292,7 +292,7 @@ def test_the_policy_sees_problem_and_messages_and_rewards_see_the_problem(tmp_pa
     with answers(tmp_path) as known:
         (fate,) = filter(rows, known)
     chat: Any = filter.policy.chat
-    said = SynthesisPrompt().turns(chat.shown["once"])[-1]["content"]
+    said = SynthesisPrompt().chat(chat.shown["once"])[-1]["content"]
     assert "What is once?" in said and 16 <= said.count("Answer ") <= 24
     assert fate.row.prompt == rows[0].prompt
 
@@ -324,7 +324,7 @@ def test_draws_reach_both_ends_without_replacement_and_repeat() -> None:
 
     def drawn(size: int, seed: str) -> PooledAnswers:
         prompt = replace(row("a").prompt, messages_pool=tuple(pool[:size]), pool_accepted=accepted[:size])
-        shown = showing(prompt, 16, 24, seed).shown
+        shown = draw_messages(prompt, 16, 24, seed).shown
         assert shown is not None and shown.accepted == tuple(accepted[pool.index(text)] for text in shown.texts)
         return shown
 
@@ -340,8 +340,8 @@ def test_draws_reach_both_ends_without_replacement_and_repeat() -> None:
 
 def test_without_messages_the_prompt_is_the_plain_problem() -> None:
     prompt = row("a").prompt
-    assert SynthesisPrompt().turns(prompt) is prompt.messages
-    assert SynthesisPrompt().turns(replace(prompt, shown=PooledAnswers(()))) is prompt.messages
+    assert SynthesisPrompt().chat(prompt) is prompt.messages
+    assert SynthesisPrompt().chat(replace(prompt, shown=PooledAnswers(()))) is prompt.messages
 
 
 def test_pictures_stay_where_they_are_in_the_problem(tmp_path: Path) -> None:

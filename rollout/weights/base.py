@@ -1,0 +1,41 @@
+"""How trained weights get into a running vLLM: the backend in use, and what every backend has.
+
+A backend is one file of this folder with two classes. `Sender` runs in the process of rollout/vllm/engine.py.
+`Receiver` runs in each of vLLM's worker processes and is a `WeightTransferEngine` of vLLM's own API.
+Imports no backend by itself. Tested in tests/rollout/vllm/test_engine.py.
+"""
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+BACKEND = "host"
+"""The backend that engines use: the name of its file, and its name in vLLM's registry."""
+MODULE = f"rollout.weights.{BACKEND}"
+
+
+class Sender(Protocol):
+    """The sending end of a backend."""
+
+    def init_info(self) -> dict[str, Any]:
+        """Returns the fields of Receiver.init_info_cls, by which each worker connects to this sender."""
+        ...
+
+    def send(self, weights: "Mapping[str, np.ndarray | Tensor]", update: Callable[[dict[str, Any]], None]) -> None:
+        """Sends tensors in one or more batches.
+
+        Args:
+            weights: names on disk -> full tensors.
+            update: called once per batch with the fields of Receiver.update_info_cls; returns when every worker has
+                loaded the batch.
+        """
+        ...
+
+
+def make_sender() -> Sender:
+    """Returns a new Sender of the backend in use. Imports vLLM."""
+    return cast(Sender, import_module(MODULE).Sender())
