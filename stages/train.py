@@ -349,7 +349,7 @@ class _Run:
         """Of the one that was finished in this iteration, if one was."""
         self.checkpoints.check()
         metrics: dict[str, float] = {}
-        for written in self.checkpoints.told():
+        for written in self.checkpoints.take_written():
             metrics = {
                 "checkpoint/seconds": written.seconds,
                 "checkpoint/blocked_seconds": written.blocked,

@@ -15,7 +15,7 @@ from rl.config import Config
 from rl.exits import InputError
 from rl.recipe.resolve import differences, load
 from rl.record.disk import hold, replacing, writing
-from rl.record.run_folder import by_name, messages_of
+from rl.record.run_folder import image_part, messages_of
 from rl.types import Picture, Prompt
 from stages.curation.filters import Fate, Row
 
@@ -134,7 +134,7 @@ class Pictures:
         return {"type": "image", "image": f"../pictures/{picture.digest}"}
 
 
-def record(row: Row, part_of: Callable[[Picture], dict[str, Any]] = by_name) -> dict[str, Any]:
+def record(row: Row, part_of: Callable[[Picture], dict[str, Any]] = image_part) -> dict[str, Any]:
     """A row as a training row."""
     prompt = row.prompt
     optional = {
