@@ -1,4 +1,4 @@
-"""How every command ends: its exit code, and the one message that the user reads.
+"""Exit codes of all commands, and the message that a command prints when it fails or is interrupted.
 
 Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 130 interrupted after saving.
 """
@@ -23,7 +23,7 @@ NO_GPU = (
 
 
 class InputError(ValueError):
-    """The user asked for something that cannot be done. The message is all that the user needs to see."""
+    """The user's input is wrong. The command prints the message and no traceback."""
 
 
 def run_command(
@@ -34,14 +34,15 @@ def run_command(
     resume: str = "",
     interrupted: str = "interrupted",
 ) -> int:
-    """Runs a command and returns its exit code. An error of a type that is not named here keeps its traceback.
+    """Runs a command and returns its exit code. Prints the message of `input_errors` and `failures` to standard error;
+    other exceptions are not caught.
 
     Args:
         work: the command; returns its exit code.
         input_errors: exceptions that mean exit code 2.
-        failures: exceptions that mean exit code 1. `input_errors` has precedence.
+        failures: exceptions that mean exit code 1, unless they are `input_errors` too.
         resume: how to continue; printed after a failure and after an interruption.
-        interrupted: message after Ctrl-C.
+        interrupted: message after Ctrl-C or SIGTERM.
     """
     try:
         return work()
@@ -56,13 +57,13 @@ def run_command(
 
 
 def has_gpus() -> bool:
-    """Whether this machine has GPUs, or a Ray cluster is named that may have some."""
+    """True if this machine has GPUs, or if RAY_ADDRESS names a cluster, which may have some."""
     import torch
 
     return torch.cuda.is_available() or "RAY_ADDRESS" in os.environ
 
 
 def check_hardware(config: "Config", *, dry_run: bool) -> None:
-    """Raises InputError for a recipe that needs GPUs on a machine without any. A dry run needs none."""
+    """Raises InputError if the recipe needs GPUs and there are none. A dry run needs none."""
     if config.learner.device != "cpu" and not dry_run and not has_gpus():
         raise InputError(NO_GPU.format(recipe="This recipe"))

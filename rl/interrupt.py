@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run where nothing is lost: between updates, with a checkpoint to resume from."""
+"""Ctrl-C and SIGTERM end a run between two updates, after a checkpoint to resume from."""
 
 import signal
 from collections.abc import Iterator
@@ -7,20 +7,24 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop and stands at an iteration's border. Not an Exception: nothing may swallow it."""
+    """A signal asked the run to stop, and no update is in progress.
+
+    A BaseException, so that `except Exception` does not catch it.
+    """
 
 
 class Interrupts:
-    """Turns the first SIGINT or SIGTERM into `Interrupted`, at once while `waiting()`, else at the next `check()`.
+    """Raises `Interrupted` after the first SIGINT or SIGTERM: at once inside `waiting()`, else at the next `check()`.
 
-    The second signal is Python's own: it ends the process without saving.
+    The second signal ends the process without saving.
     """
 
     def __init__(self) -> None:
-        self.asked, self._waiting = False, False
+        self.stop_requested, self._waiting = False, False
 
     @contextmanager
     def installed(self) -> Iterator["Interrupts"]:
+        """Handles both signals inside the block; restores the handlers of before at its end."""
         before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
@@ -30,7 +34,7 @@ class Interrupts:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """In this block no weights change, so it can be left at any moment."""
+        """For a block in which no weights change: a signal raises `Interrupted` at any point of it."""
         self.check()
         self._waiting = True
         try:
@@ -39,15 +43,15 @@ class Interrupts:
             self._waiting = False
 
     def check(self) -> None:
-        """Raises Interrupted if the run was asked to stop."""
-        if self.asked:
+        """Raises Interrupted if a signal has come."""
+        if self.stop_requested:
             raise Interrupted
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.stop_requested:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.asked = True
+        self.stop_requested = True
         if self._waiting:
             self._waiting = False
             raise Interrupted

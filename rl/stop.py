@@ -1,12 +1,13 @@
-"""Why a run ends by its own decision, or has to begin again from what it has saved."""
+"""Exceptions that end a run, or restart it from its last checkpoint. Tested in tests/stages/test_ahead.py,
+tests/rollout/test_pool.py and tests/rl/record/test_checkpoints.py."""
 
-GO_ON = "go on with --resume (a curation: with the same command)"  # what helps once the cause is mended
+GO_ON = "go on with --resume (a curation: with the same command)"  # the advice at the end of a Stop's message
 
 
 class Stop(RuntimeError):
-    """The run must not go on; the message says why and what would help. What it finished is kept.
+    """Ends the run. The message says why and what to do; finished iterations are kept.
 
-    `saves` is True where this iteration has changed no weight yet, so that a checkpoint can still be made.
+    `saves` is True if this iteration has not changed any weight yet, so that a checkpoint can still be written.
     """
 
     def __init__(self, message: str, *, saves: bool) -> None:
@@ -15,8 +16,8 @@ class Stop(RuntimeError):
 
 
 class WorkerDied(RuntimeError):
-    """A process of the run died, or gave no sign of life for too long. Another one can do what it was doing."""
+    """A process of the run died, or did not answer within its time limit. A new process can repeat its work."""
 
 
 class SourceDied(WorkerDied):
-    """The process that died is not the one that was asked, but one whose answer that one was to work on."""
+    """The called process runs, but a process whose result it waited for has died."""

@@ -31,7 +31,7 @@ from rl.recipe.chain import LINK, Chain, Step, saved_chain
 from rl.record.checkpoints import publish
 from rl.record.disk import hold, replacing, writing
 from rl.record.display import Display, families
-from rl.record.run_folder import RunFolder, make_new
+from rl.record.run_folder import RunFolder, make_run_folder
 from rl.stop import GO_ON, Stop, WorkerDied
 from rollout.pacore.target import ModelTarget
 from stages import stage_class
@@ -134,7 +134,7 @@ def _locked(chain: Chain, *, new: bool) -> Iterator[None]:
     """Locks the folder of the chain for this process and writes its recipes. Raises InputError if it cannot."""
     try:
         if new:
-            make_new(chain.folder)
+            make_run_folder(chain.folder)
         held = hold(chain.folder)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
@@ -196,7 +196,7 @@ def _train(chain: Chain, step: Step, *, verbose: bool) -> bool:
     try:
         with Display(resolved.config) as display:
             finished = train(plan, folder, display, recipe=resolved.plain(), verbose=verbose, interrupts=interrupts)
-        return finished and not interrupts.asked
+        return finished and not interrupts.stop_requested
     finally:
         folder.release()
 

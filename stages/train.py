@@ -352,7 +352,7 @@ class _Run:
         """checkpoint/* metrics of the checkpoint that was finished in this iteration, if one was."""
         self.checkpoints.check()
         metrics: dict[str, float] = {}
-        for written in self.checkpoints.told():
+        for written in self.checkpoints.take_written():
             metrics = {
                 "checkpoint/seconds": written.seconds,
                 "checkpoint/blocked_seconds": written.blocked,

@@ -1,10 +1,10 @@
-"""Checkpoints of a run: a folder per iteration that is complete or absent, and nothing in it is pickled.
+"""Checkpoints of a run: one folder per iteration, which is complete or absent. No file is pickled.
 
     000020/policy/, critic/  whole weights in Hugging Face layout; policy/ loads in vLLM
-           state/            run.json: counters; policy/, critic/: what each rank keeps of the optimizer (safetensors)
+           state/            run.json: counters; policy/, critic/: optimizer state of each rank (safetensors)
            manifest.json     size and SHA-256 of every other file; written last
 
-Every random choice of a run is drawn from (seed, iteration, place), so the counters are the random state.
+Every random choice of a run is drawn from (seed, iteration, place), so the counters replace a saved random state.
 """
 
 import hashlib
@@ -26,21 +26,21 @@ Finish = Callable[[], None]
 
 @dataclass(frozen=True)
 class Written:
-    """What one checkpoint took."""
+    """Time and size of one finished checkpoint."""
 
-    seconds: float  # until all of it was on disk
-    blocked: float  # of which the run waited
+    seconds: float  # from the start until everything was on disk
+    blocked: float  # seconds of these in which the run waited
     bytes: int
 
 
 class Checkpoints:
-    """Those of one run. One at a time is written in a thread, while training goes on.
+    """The checkpoints of one run. A thread writes one at a time while training continues.
 
     Args:
-        folder: where they are.
-        keep: newest checkpoints that stay.
-        keep_every: those of iterations that it divides stay as well.
-        expected: bytes that one takes, as far as it can be known before the first is written.
+        folder: the folder that holds them.
+        keep: the number of newest checkpoints to keep.
+        keep_every: checkpoints of iterations that are multiples of this number are kept too.
+        expected: estimated bytes of a checkpoint, for the check of free disk space before the first one.
     """
 
     def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None, expected: int = 0) -> None:
@@ -50,19 +50,19 @@ class Checkpoints:
         self._written: list[Written] = []
 
     def begin(self, iteration: int, save: Callable[[Path], tuple[Mapping[str, Any], Finish]]) -> None:
-        """Save `iteration`, once the one before is done.
+        """Starts to write the checkpoint of `iteration`, after the one before is finished.
 
         Args:
-            save: copies everything that training will change, begins to write it into the folder it is given, and
-                returns the counters for run.json and a function that waits until all is written.
+            save: gets the folder to write into, copies everything that training will change, and starts to write it.
+                Returns the counters for run.json and a function that waits until everything is written.
         Raises: Stop if the disk has too little room, or if the checkpoint before could not be written.
         """
         self.settle()
         start = time.monotonic()
         what = f"the checkpoint of iteration {iteration}"
         with writing(what):
-            for broken_off in self.folder.glob(".*.partial"):
-                shutil.rmtree(broken_off)
+            for unfinished in self.folder.glob(".*.partial"):
+                shutil.rmtree(unfinished)
         try:
             check_room(self.folder, self.expected, what)
         except NoRoom as problem:
@@ -80,13 +80,13 @@ class Checkpoints:
                 _write_json(partial / "state" / STATE, {"iteration": iteration, **counters})
                 size = _write_manifest(partial)
                 finish_folder(partial, final)
-            except Exception as error:  # told by the next `settle` or `check`
+            except Exception as error:  # the next `settle` or `check` raises it
                 self._failed = not_written(what, error)
                 self._failed.__cause__ = error
                 return
             self.expected = size
             self._written.append(Written(time.monotonic() - start, blocked, size))
-            self._failed = self._forget_old()
+            self._failed = self._delete_old()
 
         self._thread = threading.Thread(target=write, name=f"checkpoint {iteration}")
         self._thread.start()
@@ -98,35 +98,35 @@ class Checkpoints:
             raise failed
 
     def settle(self) -> None:
-        """Waits for the one that is being written. Raises Stop if it could not be."""
+        """Waits for the checkpoint that is being written. Raises Stop if that failed."""
         if self._thread:
             self._thread.join()
             self._thread = None
         self.check()
 
     def abandon(self) -> None:
-        """Wait for the one that is being written, and forget if it could not be."""
+        """Waits for the checkpoint that is being written, and ignores its failure."""
         if self._thread:
             self._thread.join()
         self._thread = self._failed = None
 
-    def told(self) -> list[Written]:
-        """Those finished since this was asked last."""
-        told, self._written = self._written, []
-        return told
+    def take_written(self) -> list[Written]:
+        """Returns the checkpoints that were finished since the last call."""
+        written, self._written = self._written, []
+        return written
 
-    def newest(self, say: Callable[[str], None] = lambda message: None) -> Path | None:
-        """The last one that is whole, None if there is not any; `say` is told of each that is damaged.
+    def newest(self, report: Callable[[str], None] = lambda message: None) -> Path | None:
+        """Returns the newest undamaged checkpoint, None if the run has no checkpoint.
 
-        Raises: Stop if all are damaged. To start anew would throw away what the run has finished.
+        Calls `report` with a message for each damaged checkpoint. Raises Stop if all are damaged: a start from
+        iteration 0 would throw away the finished iterations.
         """
-        found = _numbered(self.folder)
         problems = []
-        for path in reversed(found):
+        for path in reversed(_numbered(self.folder)):
             if (problem := damage(path)) is None:
                 return path
             problems.append(f"checkpoint {path} is damaged and not used: {problem}")
-            say(problems[-1])
+            report(problems[-1])
         if problems:
             raise Stop(
                 f"no checkpoint in {self.folder} can be used, the newest because: {problems[0]}. Bring one back, or "
@@ -135,20 +135,20 @@ class Checkpoints:
             )
         return None
 
-    def _forget_old(self) -> Stop | None:
-        """Returns why the run must not go on, if one cannot be removed: they would fill the disk."""
+    def _delete_old(self) -> Stop | None:
+        """Returns the Stop to raise if an old checkpoint cannot be deleted: they would fill the disk."""
         for old in finished(self.folder)[: -self.keep]:
             if not self.keep_every or int(old.name) % self.keep_every:
                 try:
                     shutil.rmtree(old)
                 except OSError as error:
-                    why = f"the old checkpoint {old} could not be removed: {error}. Mend that and go on with --resume."
-                    return Stop(why, saves=False)
+                    reason = f"the old checkpoint {old} could not be removed: {error}"
+                    return Stop(f"{reason}. Mend that and go on with --resume.", saves=False)
         return None
 
 
 def finished(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Returns the complete checkpoints in `folder`, oldest first."""
     return [path for path in _numbered(folder) if (path / MANIFEST).is_file()]
 
 
@@ -157,7 +157,7 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None. Reads all of them."""
+    """Returns what is wrong with a checkpoint's files, None if nothing is. Reads all files."""
     try:
         expected = json.loads((checkpoint / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
@@ -174,18 +174,18 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def counters(checkpoint: Path) -> dict[str, Any]:
-    """What was stored in run.json, with the iteration."""
+    """Returns the content of run.json: the iteration and the counters that were saved with it."""
     return json.loads((checkpoint / "state" / STATE).read_text())
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Copy a finished folder to `target`, in place of what was there. Raises Stop if that cannot be written."""
+    """Replaces `target` by a copy of a finished folder. Raises Stop if it cannot be written."""
     with writing(target), replacing_folder(target) as partial:
         shutil.copytree(folder, partial, dirs_exist_ok=True)
 
 
 def _write_manifest(folder: Path) -> int:
-    """Returns the bytes of all files."""
+    """Writes the manifest; returns the size of all other files in bytes."""
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _digest(file)}
         for file in sorted(folder.rglob("*"))

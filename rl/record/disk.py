@@ -1,4 +1,7 @@
-"""Files and folders that appear whole or not at all, and outlast a power cut once they are there."""
+"""Writes files and folders that are complete or absent, and on disk (fsync) before they get their name.
+
+Tested in tests/rl/record/test_checkpoints.py and tests/rl/record/test_run_folder.py.
+"""
 
 import contextlib
 import errno
@@ -13,11 +16,11 @@ from rl.stop import GO_ON, Stop
 
 
 class NoRoom(OSError):
-    """A disk has less room than what is about to be written."""
+    """The disk has less free space than is needed."""
 
 
 def check_room(folder: Path, wanted: int, what: str) -> None:
-    """Raises NoRoom, naming the folder and both sizes, if `wanted` bytes do not fit on its disk."""
+    """Raises NoRoom if the folder's disk has less than `wanted` bytes free. `what` is for the message."""
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise NoRoom(f"{folder} has {readable(free)} free, and {what} takes about {readable(wanted)}")
@@ -25,7 +28,7 @@ def check_room(folder: Path, wanted: int, what: str) -> None:
 
 @contextlib.contextmanager
 def writing(what: object) -> Generator[None, None, None]:
-    """Raises Stop, naming `what`, if it cannot be written: the disk is full, or read-only, or broken."""
+    """Turns an OSError in the block, such as a full or read-only disk, into a Stop that names `what`."""
     try:
         yield
     except OSError as error:
@@ -33,12 +36,12 @@ def writing(what: object) -> Generator[None, None, None]:
 
 
 def not_written(what: object, error: Exception) -> Stop:
-    """Why the run ends."""
+    """Returns the Stop to raise for something that cannot be written."""
     return Stop(f"{what} could not be written: {error}. Make room or mend the folder, and {GO_ON}.", saves=False)
 
 
 def readable(size: int) -> str:
-    """Bytes as a person reads them."""
+    """Returns a number of bytes with a unit: `3.2 GiB`."""
     number, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while number >= 1024 and len(units) > 1:
         number, units = number / 1024, units[1:]
@@ -46,7 +49,7 @@ def readable(size: int) -> str:
 
 
 def to_disk(path: Path) -> None:
-    """Waits until a file, or a folder's list of names (without which a rename can be undone), is on disk."""
+    """Calls fsync on a file or folder. A folder's fsync makes the renames in it permanent."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -55,8 +58,10 @@ def to_disk(path: Path) -> None:
 
 
 def hold(folder: Path) -> int | None:
-    """Keep a folder for this process until it ends, or closes the descriptor that is returned; None on file systems
-    that know no locks. Raises ValueError if another process has it."""
+    """Locks a folder for this process. The lock lasts until the returned descriptor is closed or the process ends.
+
+    Returns None on file systems without locks. Raises ValueError if another process has the lock.
+    """
     held = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,7 +75,7 @@ def hold(folder: Path) -> int | None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Generator[IO[bytes], None, None]:
-    """A file to write that takes `path`'s place, whole and on disk, when the block ends without an error."""
+    """Yields a file to write. It replaces `path` when the block ends without an error, complete and on disk."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
@@ -84,16 +89,16 @@ def replacing(path: Path) -> Generator[IO[bytes], None, None]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Generator[Path, None, None]:
-    """A new folder to fill that takes `path`'s place, whole and on disk, when the block ends without an error."""
+    """Yields a new folder to fill. It replaces `path` when the block ends without an error, complete and on disk."""
     partial = begin_folder(path)
     yield partial
     finish_folder(partial, path)
 
 
 def begin_folder(path: Path) -> Path:
-    """An empty folder to fill, which `finish_folder` puts in `path`'s place.
+    """Returns an empty folder to fill, `.NAME.partial`; `finish_folder` renames it to `path`.
 
-    After an error or a crash what was written stays as `.NAME.partial`, and the next attempt clears it.
+    After an error or a crash it stays, and the next call with the same path deletes it.
     """
     partial = path.with_name(f".{path.name}.partial")
     if partial.exists():
@@ -103,7 +108,7 @@ def begin_folder(path: Path) -> Path:
 
 
 def finish_folder(partial: Path, path: Path) -> None:
-    """`partial` takes `path`'s place, whole and on disk."""
+    """Replaces `path` by the folder `partial`, after everything in it is on disk."""
     for inside in sorted(partial.rglob("*")):
         to_disk(inside)
     to_disk(partial)

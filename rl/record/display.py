@@ -1,7 +1,6 @@
-"""What a person sees of a run: a live panel in a terminal, plain lines anywhere else. Never ends a run.
+"""Shows a run's progress: a live panel in a terminal, plain lines elsewhere. Its errors never end a run.
 
-Everything shown is a number of metrics.jsonl (rl/record/metrics.py says how to read it); nothing is computed here
-but moving averages and the time left.
+It shows numbers of metrics.jsonl (explained in rl/record/metrics.py), moving averages of them, and the time left.
 """
 
 import functools
@@ -26,13 +25,13 @@ TREND = 30  # iterations in a sparkline
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=*#"
 SHARES = {"rollout": "cyan", "reward": "yellow", "critic": "magenta", "policy": "green", "sync": "blue"}
-NARROW = 72  # columns; below it the panel keeps only what matters most
+NARROW = 72  # columns; a narrower panel shows fewer columns of the table
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 
 
-class Plan(Protocol):
-    """What the display needs to know of a run."""
+class ShownRun(Protocol):
+    """The options that the display reads."""
 
     @property
     def stage(self) -> str: ...
@@ -41,13 +40,13 @@ class Plan(Protocol):
 
 
 def _harmless(method: Callable[Concatenate["Display", P], None]) -> Callable[Concatenate["Display", P], None]:
-    """Turns any error of a display method into one warning: a run of months outlives its terminal."""
+    """Turns any error of a display method into one warning, so that a run continues when its terminal is gone."""
 
     @functools.wraps(method)
     def guarded(self: "Display", *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             method(self, *args, **kwargs)
-        except Exception as problem:  # whatever it is, it is not worth a run
+        except Exception as problem:  # no failure of the display may end the run
             self._stop()
             logger.warning("the progress display failed (%r); the run goes on, see metrics.jsonl", problem)
 
@@ -55,7 +54,7 @@ def _harmless(method: Callable[Concatenate["Display", P], None]) -> Callable[Con
 
 
 class _Phase:
-    """What `Display.phase` returns: usable in a `with`, or ignored until the next phase."""
+    """Context of `Display.phase`, which ends the phase. Used without `with`, the phase lasts until the next one."""
 
     def __init__(self, display: "Display") -> None:
         self._display = display
@@ -68,7 +67,7 @@ class _Phase:
 
 
 class _Console(Console):
-    """A console whose reader may go away (`| head`): rich would end the process then."""
+    """A console that goes silent when its output pipe is closed (`| head`). rich's own ends the process."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -77,7 +76,7 @@ class _Console(Console):
 class Display:
     """Shows one stage of a run.
 
-    As a context manager it gives the terminal back whatever happens:
+    As a context manager it restores the terminal also after an error:
 
         with Display(config) as display:
             display.evaluation(metrics_of_iteration_0)
@@ -86,8 +85,8 @@ class Display:
         display.summary(first_evaluation, last_evaluation)
     """
 
-    def __init__(self, plan: Plan, console: Console | None = None) -> None:
-        self._plan = plan
+    def __init__(self, run: ShownRun, console: Console | None = None) -> None:
+        self._run = run
         self._console = console or _Console()
         self._live: Live | None = None
         self._began = time.monotonic()
@@ -108,18 +107,18 @@ class Display:
         self._stop()
 
     def phase(self, name: str) -> _Phase:
-        """Says what the run is doing now, e.g. "rollout"; leaving the returned context ends it."""
+        """Shows what the run does now, such as "rollout", until the returned context is left."""
         self._set_phase(name)
         return _Phase(self)
 
     @_harmless
     def message(self, text: str) -> None:
-        """One line that stays, e.g. that a checkpoint was saved."""
+        """Prints one permanent line, such as that a checkpoint was saved."""
         self._print(Text(text))
 
     @_harmless
     def iteration(self, metrics: Mapping[str, Any]) -> None:
-        """Takes a finished iteration's metrics."""
+        """Shows the metrics of a finished iteration."""
         self._metrics = dict(metrics)
         if total := metrics.get("time/total"):
             self._seconds.append(total)
@@ -133,7 +132,7 @@ class Display:
 
     @_harmless
     def evaluation(self, metrics: Mapping[str, Any]) -> None:
-        """Shows `eval/*`, if there are any: the first time as a table, then as a line with what changed."""
+        """Shows `eval/*`, if there are any: as a table the first time, then as a line with the changes since then."""
         found = families(metrics)
         if not found:
             return
@@ -150,7 +149,7 @@ class Display:
 
     @_harmless
     def summary(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        """The run's result: each family's held-out reward before and after, from two dicts with `eval/*`."""
+        """Shows each family's held-out reward before and after training, from two dicts with `eval/*`."""
         self._stop()
         self._print(Text("held-out reward before and after training", style="bold"))
         self._print(_before_after(families(before), families(after)))
@@ -164,12 +163,12 @@ class Display:
             self._live.start()
 
     def _stop(self) -> None:
-        """Also after an error: a panel left running would garble the terminal."""
+        """Stops the panel, also after an error: otherwise it would overwrite later output."""
         live, self._live = self._live, None
         try:
             if live:
                 live.stop()
-        except Exception as problem:  # likewise
+        except Exception as problem:  # no failure of the display may end the run
             logger.warning("the progress display did not stop cleanly: %r", problem)
 
     @_harmless
@@ -177,18 +176,18 @@ class Display:
         self._phase, self._phase_began = name, time.monotonic()
 
     def _print(self, shown: RenderableType) -> None:
-        # not wrapped: a line of a log file stays one line however narrow rich thinks the file is
+        # not wrapped: a log file has no width, but rich assumes one
         self._console.print(shown, soft_wrap=isinstance(shown, Text) and not self._console.is_terminal)
 
     # Numbers
 
     def _task_names(self) -> list[str]:
-        """reward/<task> of the last iteration: those with a response length of the same name."""
+        """Returns the reward/<task> names of the last iteration: the tasks that have a response length."""
         prefix = "response/tokens_mean/"
         return [f"reward/{name.removeprefix(prefix)}" for name in self._metrics if name.startswith(prefix)]
 
     def _recent(self, name: str) -> list[float]:
-        """As many of the last values as fit beside the other columns."""
+        """Returns as many of the last values as fit beside the other columns."""
         room = max(1, self._console.width - NARROW + 10)
         return list(self._history.get(name, ()))[-room:]
 
@@ -197,10 +196,10 @@ class Display:
         return sum(recent) / len(recent) if recent else None
 
     def _left(self) -> float | None:
-        """Seconds to go at the pace of the last iterations."""
+        """Returns the seconds left at the mean time of the last iterations; None before the first has ended."""
         if not self._seconds:
             return None
-        to_go = self._plan.iterations - int(self._metrics.get("iteration", 0))
+        to_go = self._run.iterations - int(self._metrics.get("iteration", 0))
         return to_go * sum(self._seconds) / len(self._seconds)
 
     def _change(self, family: str) -> str:
@@ -208,7 +207,7 @@ class Display:
         return "" if first is None else f" ({_with_average(self._held_out)[family] - first:+.3f})"
 
     def _shares(self) -> dict[str, float]:
-        """Part of the iteration's time per phase, and the rest as `other`; sums to 1."""
+        """Returns each phase's share of the iteration's time, and the rest as `other`; they sum to 1."""
         total = self._metrics.get("time/total", 0)
         if not total:
             return {}
@@ -218,10 +217,10 @@ class Display:
     # What is shown
 
     def _line(self) -> Text:
-        """One iteration as one plain line."""
+        """Returns the last iteration as one plain line."""
         metrics = self._metrics
         parts = [
-            f"{self._plan.stage} {metrics.get('iteration', 0)}/{self._plan.iterations}",
+            f"{self._run.stage} {metrics.get('iteration', 0)}/{self._run.iterations}",
             f"reward {_number(metrics.get('reward/mean'))} (avg {_number(self._average('reward/mean'))})",
             *(f"{name.removeprefix('reward/')} {_number(metrics.get(name))}" for name in self._task_names()),
             f"tokens {_number(metrics.get('response/tokens_mean'), 1)}",
@@ -233,20 +232,20 @@ class Display:
 
     def _panel(self) -> RenderableType:
         try:
-            return Panel(Group(*self._panel_rows()), title=f"{self._plan.stage}", title_align="left")
-        except Exception as problem:  # rich calls this from a thread of its own, where nobody would see it
+            return Panel(Group(*self._panel_rows()), title=f"{self._run.stage}", title_align="left")
+        except Exception as problem:  # rich calls this in its own thread and would hide the error
             return Text(f"(the progress display cannot draw: {problem!r})")
 
     def _panel_rows(self) -> list[RenderableType]:
         wide = self._console.width >= NARROW
         rows: list[RenderableType] = [self._progress()]
         rows.append(self._now())
-        if self._metrics:  # the table last: it is what a low terminal cuts off
+        if self._metrics:  # the table is last because a low terminal cuts off the last rows
             rows += [Text(), *self._time_bar(wide), Text(), self._task_table(wide)]
         return rows
 
     def _progress(self) -> RenderableType:
-        done, total = int(self._metrics.get("iteration", 0)), self._plan.iterations
+        done, total = int(self._metrics.get("iteration", 0)), self._run.iterations
         row = Table.grid(padding=(0, 2), expand=True)
         row.add_column(no_wrap=True)
         row.add_column(ratio=1)
@@ -281,7 +280,7 @@ class Display:
         ]
 
     def _time_bar(self, wide: bool) -> list[RenderableType]:
-        """Where the last iteration's time went, as a bar of shares with its legend below."""
+        """Returns each phase's share of the last iteration's time as a bar, and the bar's legend."""
         shares = self._shares()
         width = max(10, self._console.width - 6)
         bar, legend = Text(no_wrap=True, overflow="crop"), Text()
@@ -304,7 +303,7 @@ class Display:
 
 
 def families(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The tasks' rewards; a stage's own figures on held-out rows, such as eval/win_rate, are not of their kind."""
+    """Returns each task's held-out reward (`eval/<task>`), without other `eval/*` metrics such as eval/win_rate."""
     tasks = [name for name in metrics if name.startswith("eval/") and describe(name).name == "eval/<task>"]
     return {name.removeprefix("eval/"): metrics[name] for name in tasks}
 
@@ -325,7 +324,7 @@ def _held_out_table(families: Mapping[str, float]) -> Table:
 
 
 def _before_after(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """Families evaluated both times; the average is over those."""
+    """Returns the table of families that were evaluated both times, and their averages."""
     both = [name for name in before if name in after]
     first, last = (_with_average({name: one[name] for name in both}) for one in (before, after))
     table = Table()
@@ -358,7 +357,7 @@ def _clock(seconds: float | None) -> str:
 
 
 def _sparkline(values: Collection[float], bars: str) -> str:
-    """The values from their lowest to their highest, one character each."""
+    """Returns one character per value, scaled from the lowest to the highest value."""
     low, high = min(values, default=0), max(values, default=0)
     scale = (len(bars) - 1) / (high - low) if high > low else 0
     return "".join(bars[round((value - low) * scale)] for value in values)

@@ -1,6 +1,6 @@
-"""The numbers of an iteration: what each means, which way is good, and how rollouts add up to them.
+"""All metrics: what each means and whether higher or lower is better. Computes those of rewards and responses.
 
-A metric that has no sentence here cannot be written to a run folder. Names are `room/quantity`.
+A metric without an entry in METRICS cannot be written to a run folder. Names are `room/quantity`.
 """
 
 import difflib
@@ -17,7 +17,7 @@ Better = Literal["higher", "lower", "neither"]
 
 @dataclass(frozen=True)
 class Metric:
-    """How to read one metric. In `name`, `<task>` and `<part>` stand for one word of the recipe's choice."""
+    """Meaning of one metric. In `name`, `<task>` and `<part>` stand for one word, a name that the recipe chooses."""
 
     name: str
     better: Better
@@ -36,7 +36,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "reward/std",
         "neither",
-        "Standard deviation of those rewards; near 0 there is nothing left to tell good from bad.",
+        "Standard deviation of the rewards of valid samples; near 0 there is nothing left to tell good from bad.",
     ),
     Metric("reward/<task>", "higher", "Mean reward of the valid samples of one task."),
     Metric(
@@ -88,10 +88,18 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "pacore/accuracy/none",
         "higher",
-        "The same where every shown message is wrong: emergent correctness, which no copying can reach.",
+        "Share of right responses where every shown message is wrong: emergent correctness, beyond copying.",
     ),
-    Metric("pacore/accuracy/under_half", "higher", "The same where some messages are right, but less than half."),
-    Metric("pacore/accuracy/half_or_more", "higher", "The same where at least half of the messages are right."),
+    Metric(
+        "pacore/accuracy/under_half",
+        "higher",
+        "Share of right responses where some messages are right, but less than half.",
+    ),
+    Metric(
+        "pacore/accuracy/half_or_more",
+        "higher",
+        "Share of right responses where at least half of the messages are right.",
+    ),
     Metric(
         "pacore/repeats_majority",
         "neither",
@@ -108,19 +116,24 @@ METRICS: tuple[Metric, ...] = (
         "Share of held-out rows whose greedy answer the judge grades above the teacher's reference; ties count half, "
         "answers that are empty or cut off as lost.",
     ),
-    Metric("eval/order_agreement", "higher", "Share of these comparisons whose two orders have the same winner."),
-    Metric("genrm/win_rate", "higher", "The same share of the sampled answers."),
+    Metric(
+        "eval/order_agreement",
+        "higher",
+        "Share of the comparisons of eval/win_rate in which both orders have the same winner.",
+    ),
+    Metric("genrm/win_rate", "higher", "The same share as eval/win_rate, of the sampled answers."),
     Metric(
         "genrm/order_agreement",
         "higher",
-        "Share of comparisons in which the same side wins whichever comes first; near 0.5 the judge goes by place.",
+        "Share of comparisons in which the same side wins in both orders; near 0.5 the judge decides by the order.",
     ),
     Metric("genrm/score_p10", "neither", "Score that a tenth of the compared answers do not exceed, before penalties."),
-    Metric("genrm/score_p50", "neither", "Their median score; at 0.5 they are as good as the teacher's."),
+    Metric("genrm/score_p50", "neither", "Median score of the compared answers; 0.5 is as good as the teacher's."),
     Metric(
         "genrm/score_p90",
         "neither",
-        "Score that nine tenths do not exceed; if all three are alike, the judge tells nothing apart.",
+        "Score that nine tenths of the compared answers do not exceed; if p10, p50 and p90 are equal, the judge does "
+        "not tell the answers apart.",
     ),
     Metric(
         "genrm/length_correlation",
@@ -165,7 +178,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("value/loss", "lower", "Half the mean squared error of the critic's values against the returns."),
     Metric("value/grad_norm", "neither", "Norm of the critic's gradient before clipping; watch for jumps."),
-    Metric("value/skipped_steps", "lower", "The critic's optimizer steps left out because of such a gradient."),
+    Metric("value/skipped_steps", "lower", "Critic's optimizer steps left out because the gradient was not finite."),
     Metric(
         "value/explained_variance",
         "higher",
@@ -191,36 +204,36 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "response/continued_fraction",
         "neither",
-        "Share of responses of which weights of several iterations sampled a part (rollout.partial).",
+        "Share of responses that weights of several iterations sampled, each a part (rollout.partial).",
     ),
     Metric("rollout/replaced_engines", "lower", "Engines that died or hung in this iteration and were replaced."),
     Metric(
         "time/rollout",
         "lower",
-        "Seconds spent waiting for samples; with rollout.max_staleness 1 most of them are made before.",
+        "Seconds spent waiting for samples; with rollout.max_staleness 1 most samples are made before.",
     ),
     Metric("time/reward", "lower", "Seconds spent waiting for rewards after the last sample had finished."),
     Metric(
         "time/critic",
         "lower",
-        "Seconds waiting for the critic: values, and what its update takes longer than the policy's beside it.",
+        "Seconds waiting for the critic: values, and the time by which its update takes longer than the policy's.",
     ),
     Metric("time/policy", "lower", "Seconds in the policy: logprobs and its update."),
     Metric("time/sync", "lower", "Seconds to bring the new weights into the workers and to check them."),
     Metric(
         "time/learner_encodings",
         "lower",
-        "Pictures that the learner's vision tower had encoded by the weight sync and no line before has counted: each "
-        "once while its features are kept. A resumed run, which has kept none, encodes again.",
+        "Pictures that the learner's vision tower encoded from the last weight sync to this one; each once while its "
+        "features are cached. A resumed run starts without a cache.",
     ),
-    Metric("time/engine_encodings", "lower", "The same of the engines' vision towers."),
+    Metric("time/engine_encodings", "lower", "Pictures that the engines' vision towers encoded in the same time."),
     Metric(
         "checkpoint/seconds",
         "lower",
-        "Seconds until the checkpoint that was finished in this iteration was on disk, most of them beside training.",
+        "Seconds to write the checkpoint that was finished in this iteration; training continues in most of them.",
     ),
-    Metric("checkpoint/blocked_seconds", "lower", "Seconds of them that training waited."),
-    Metric("checkpoint/mib", "lower", "Its size in MiB."),
+    Metric("checkpoint/blocked_seconds", "lower", "Seconds that training waited for this checkpoint."),
+    Metric("checkpoint/mib", "lower", "Size of this checkpoint in MiB."),
     Metric("time/total", "lower", "Seconds of the whole iteration, evaluation included."),
 )
 _BY_NAME = {metric.name: metric for metric in METRICS}
@@ -228,7 +241,7 @@ _TEXT = ("stage",)
 
 
 def describe(name: str) -> Metric:
-    """The sentence for `name`, e.g. `reward/counting`. Raises ValueError if there is none."""
+    """Returns the entry for a name such as `reward/counting`. Raises ValueError if there is none."""
     fitting = [metric for metric in METRICS if _fits(name.split("/"), metric.name.split("/"))]
     if name in _BY_NAME or fitting:
         return _BY_NAME.get(name) or fitting[0]
@@ -238,13 +251,13 @@ def describe(name: str) -> Metric:
 
 
 def _fits(words: list[str], pattern: list[str]) -> bool:
-    """Whether `words` are an instance of a pattern such as reward/<task>/<part>."""
+    """True if `words` match a pattern such as reward/<task>/<part>."""
     pairs = zip(words, pattern, strict=False)
     return len(words) == len(pattern) and all(word and (word == p or p[0] == "<") for word, p in pairs)
 
 
 def check(metrics: Mapping[str, Any]) -> None:
-    """Raises ValueError for a metric without a sentence or without a finite number."""
+    """Raises ValueError for a metric that is not in METRICS or is not a finite number (`stage`: a text)."""
     for name, value in metrics.items():
         describe(name)
         wanted = "a text" if name in _TEXT else "a finite number"
@@ -254,14 +267,14 @@ def check(metrics: Mapping[str, Any]) -> None:
 
 
 def is_finite_number(value: Any) -> bool:
-    """True for ints and floats except NaN and the infinities; a bool is no number."""
+    """True for ints and floats except NaN and the infinities; False for bools."""
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def task_name_problem(task: str) -> str | None:
-    """Why `task` cannot name a task, or None: it becomes part of metric names."""
+    """Returns why `task` cannot be a task's name, which becomes part of metric names; None if it can."""
     if "/" in task:
         return f"task {task!r} has a '/', which metric names use to separate a task from its parts"
     if any(f"{room}/{task}" in _BY_NAME for room in ("reward", "eval")):
@@ -270,14 +283,14 @@ def task_name_problem(task: str) -> str | None:
 
 
 def rollout_metrics(scored: Sequence[Scored], rollouts_per_prompt: int) -> dict[str, float]:
-    """The `reward/*` and `response/*` metrics of an iteration.
+    """Returns the `reward/*` and `response/*` metrics of an iteration.
 
     Args:
         scored: the iteration's samples, those of one prompt next to each other.
         rollouts_per_prompt: samples per prompt; must divide the number of samples.
     Returns:
-        Rewards over valid samples, lengths over all. A mean over nothing (a task whose samples are all
-        invalid) is left out. `reward/std` is that of the population.
+        Rewards are means over valid samples, lengths over all samples. Means without any sample, such as the reward of
+        a task whose samples are all invalid, are left out. `reward/std` is the population's standard deviation.
     """
     if not scored or len(scored) % rollouts_per_prompt:
         raise ValueError(f"{len(scored)} samples do not split into groups of {rollouts_per_prompt}")
@@ -304,7 +317,7 @@ def _reward_metrics(valid: Sequence[Scored]) -> dict[str, float]:
 
 
 def _flat_groups(groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
-    """Groups without a valid sample count neither way."""
+    """Ignores groups without a valid sample."""
     rewards = [{sample.reward for sample in group if sample.invalid is None} for group in groups]
     flat = [len(distinct) == 1 for distinct in rewards if distinct]
     return {"reward/flat_group_fraction": statistics.fmean(flat)} if flat else {}
@@ -323,7 +336,7 @@ def _mean_tokens(scored: Iterable[Scored]) -> float:
 
 
 def _by_task(scored: Iterable[Scored]) -> dict[str, list[Scored]]:
-    """Samples by task, tasks in alphabetical order so that runs compare line by line."""
+    """Samples by task, in alphabetical order of tasks, so that runs can be compared line by line."""
     tasks: dict[str, list[Scored]] = {}
     for sample in scored:
         tasks.setdefault(sample.rollout.prompt.task, []).append(sample)

@@ -1,7 +1,7 @@
-"""A run's folder: recipe, metrics and samples, written so that a crash at any moment leaves whole lines and files.
+"""A run's folder with recipe, metrics and samples. After a crash it has complete lines and files only.
 
-RUN_DIR/recipe.yaml, metrics.jsonl, rollouts/000001.jsonl.gz, checkpoints/, policy/. Knows nothing of torch. What cannot
-be written (a full disk, a read-only one) raises Stop, which names the file.
+RUN_DIR/recipe.yaml, metrics.jsonl, rollouts/000001.jsonl.gz, checkpoints/, policy/. Imports no torch. Raises
+Stop, which names the file, if a file cannot be written (full or read-only disk).
 """
 
 import gzip
@@ -19,7 +19,7 @@ Save = Literal["all", "none"] | int
 
 
 class RunFolder:
-    """Where one run writes. Make it with `create` (a new run) or `resume` (an existing one)."""
+    """The files of one run. Use `create` for a new run and `resume` for an existing one."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
@@ -28,18 +28,18 @@ class RunFolder:
         self.rollouts = self.path / "rollouts"
         self.checkpoints = self.path / "checkpoints"
         self.policy = self.path / "policy"
-        self.timeline = self.path / "timeline.json"  # if the recipe asks for it
-        self.resumable = self.path  # what --resume takes to go on
-        self._held: int | None = None  # the lock, once this process has it
+        self.timeline = self.path / "timeline.json"  # exists with log.timeline
+        self.resumable = self.path  # the argument of --resume; of a stage in a chain, the chain's folder
+        self._lock: int | None = None  # file descriptor, while this process has the lock
         self._last = max((line["iteration"] for line in self.read_metrics()), default=-1)
 
     @classmethod
     def create(cls, path: str | Path, recipe: str) -> Self:
-        """A new run's folder with `recipe` (YAML text) in it.
+        """Makes the folder of a new run with `recipe` (YAML text) in it.
 
         Raises ValueError if there is anything at `path`.
         """
-        make_new(Path(path))
+        make_run_folder(Path(path))
         folder = cls(path)
         folder.lock()
         folder.rollouts.mkdir(exist_ok=True)
@@ -49,9 +49,9 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: str | Path) -> Self:
-        """An existing run's folder; call `truncate_after` before writing.
+        """Opens the folder of an existing run. Call `truncate_after` before writing.
 
-        Raises ValueError if `path` is none.
+        Raises ValueError if `path` is not a run folder.
         """
         if not (Path(path) / "recipe.yaml").is_file():
             raise ValueError(f"{path} is no run folder: it has no recipe.yaml; start a run with --output")
@@ -60,25 +60,25 @@ class RunFolder:
         return folder
 
     def lock(self) -> None:
-        """Keep the folder for this process, until it ends. Raises ValueError if another run has it."""
-        self._held = hold(self.path)
+        """Locks the folder until this process ends. Raises ValueError if another run has the lock."""
+        self._lock = hold(self.path)
 
     def release(self) -> None:
-        """Let another run have the folder."""
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+        """Gives the lock back."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def write_recipe(self, recipe: str) -> None:
-        """Replaces recipe.yaml, which must hold the resolved recipe with secrets only by name."""
+        """Replaces recipe.yaml. `recipe` is the resolved recipe, in which secrets stand by name only."""
         with writing(self.recipe), replacing(self.recipe) as file:
             file.write(recipe.encode())
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Appends one iteration's line and waits until it is on disk.
 
-        Raises ValueError, and writes nothing, for a metric that has no sentence in rl/record/metrics.py, a NaN or
-        infinity, and an iteration that is not later than the last one written.
+        Raises ValueError, and writes nothing, for a metric that is not in rl/record/metrics.py, for a NaN or infinity,
+        and for an iteration that is not later than the last one.
         """
         meaning.check(metrics)
         iteration = metrics["iteration"]
@@ -91,17 +91,16 @@ class RunFolder:
         self._last = iteration
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All iterations so far; a last line cut short by a crash is not one."""
+        """Returns the lines of all iterations. An incomplete last line, left by a crash, is skipped."""
         if not self.metrics.exists():
             return []
         whole, _, _cut = self.metrics.read_bytes().rpartition(b"\n")
         return [json.loads(line) for line in whole.splitlines()]
 
     def write_rollouts(self, iteration: int, scored: Sequence[Scored], save: Save = "all") -> None:
-        """Writes an iteration's samples, all of them or N spread evenly over the iteration; the file
-        appears whole.
+        """Writes an iteration's samples: all, none, or `save` of them at equal distances.
 
-        The same samples give the same bytes.
+        The file is complete or absent. The same samples give the same bytes.
         """
         chosen = _chosen(scored, save)
         if not chosen:
@@ -113,11 +112,11 @@ class RunFolder:
             gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0) as packed,
         ):
             for sample in chosen:
-                # a lone surrogate in a broken response becomes the JSON escape that stands for it
+                # a lone surrogate, which UTF-8 cannot encode, becomes its JSON escape
                 packed.write(_json_line(sample_record(sample)).encode("utf-8", "backslashreplace"))
 
     def truncate_after(self, iteration: int) -> None:
-        """Forgets metrics and samples of later iterations, so that a resumed run writes each exactly once."""
+        """Deletes metrics and samples of later iterations, so that a resumed run has each exactly once."""
         kept = [line for line in self.read_metrics() if line["iteration"] <= iteration]
         with writing(self.path):
             if self.metrics.exists():
@@ -131,9 +130,12 @@ class RunFolder:
         self._last = max((line["iteration"] for line in kept), default=-1)
 
 
-def make_new(path: Path) -> None:
-    """An empty folder for a run. Raises ValueError if there is anything at `path`, but for what a run leaves that was
-    killed before its recipe was written."""
+def make_run_folder(path: Path) -> None:
+    """Makes an empty folder for a run.
+
+    Raises ValueError if there is anything at `path` except the leftovers of a run that was killed before its recipe was
+    written: empty folders and `.partial` files.
+    """
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give a new folder as --output")
     found = sorted(entry for entry in path.iterdir()) if path.is_dir() else []
@@ -147,7 +149,7 @@ def _is_empty(entry: Path) -> bool:
 
 
 def sample_record(sample: Scored) -> dict[str, Any]:
-    """One line of rollouts/: the data row, then what became of it. An invalid sample has no reward."""
+    """Returns one line of rollouts/: data row, response and score. The reward of an invalid sample is None."""
     rollout, prompt = sample.rollout, sample.rollout.prompt
     answers = {"ground_truth": prompt.ground_truth, "reference": prompt.reference}
     return {
@@ -185,15 +187,15 @@ def _chosen(scored: Sequence[Scored], save: Save) -> Sequence[Scored]:
     return [scored[place * len(scored) // save] for place in range(save)]
 
 
-def by_name(picture: Picture) -> dict[str, Any]:
-    """A picture's part of a message: its path or, if it came as bytes, its digest."""
+def image_part(picture: Picture) -> dict[str, Any]:
+    """Returns the part of a message that names a picture: by its path, or by its digest if it came as bytes."""
     if isinstance(picture.source, bytes):
         return {"type": "image", "digest": picture.digest}
     return {"type": "image", "image": str(picture.source)}
 
 
-def messages_of(prompt: Prompt, part_of: Callable[[Picture], dict[str, Any]] = by_name) -> list[dict[str, Any]]:
-    """The chat with each placeholder naming its picture again."""
+def messages_of(prompt: Prompt, part_of: Callable[[Picture], dict[str, Any]] = image_part) -> list[dict[str, Any]]:
+    """Returns the chat with `part_of(picture)` in place of each image placeholder."""
     pictures = iter(prompt.images)
 
     def content(given: str | Sequence[Mapping[str, Any]]) -> Any:
@@ -209,12 +211,12 @@ def _json_line(record: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: what it cannot (NaN, a set, ...) becomes its text, because an odd detail
-    recorded by somebody's reward must not end a run."""
+    """Returns `value` with everything that JSON cannot hold (NaN, a set, ...) as text: an unusual detail of a reward
+    must not end a run."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     if value is None or isinstance(value, (str, bool)) or meaning.is_finite_number(value):
         return value
     return str(value)

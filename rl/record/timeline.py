@@ -1,4 +1,7 @@
-"""What waits for what: a run's timeline.json in Chrome's trace format, for ui.perfetto.dev or chrome://tracing."""
+"""Writes timeline.json: what each process of a run did when, in Chrome's trace format.
+
+ui.perfetto.dev and chrome://tracing show it.
+"""
 
 import json
 import zlib
@@ -6,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-Span = tuple[str, float, float]  # name, first and last moment in seconds since 1970
+Span = tuple[str, float, float]  # name, start and end in seconds since 1970
 
 
-class Worker(Protocol):
-    """A process that remembers what it did (rl.actors.Worker)."""
+class SpanSource(Protocol):
+    """A process that records its spans. `spans()` returns a future of those since the last call."""
 
     def spans(self) -> Any: ...
 
@@ -19,32 +22,35 @@ class Timeline:
     """Appends events to one file, which is complete JSON after every `write`.
 
     Args:
-        path: the file; one that exists is continued.
-        workers: by the name that they have in the drawing.
+        path: the file; events are appended if it exists.
+        sources: process name in the timeline -> process.
     """
 
-    def __init__(self, path: Path, workers: Mapping[str, Worker]) -> None:
-        self._path, self._workers = path, dict(workers)
+    def __init__(self, path: Path, sources: Mapping[str, SpanSource]) -> None:
+        self._path, self._sources = path, dict(sources)
         self._own: list[tuple[str, Span]] = []
-        self._asked: dict[str, Any] = {}
+        self._pending: dict[str, Any] = {}  # name -> future of spans that were not read yet
         self._named: set[str] = set()
 
     def add(self, process: str, name: str, start: float, end: float) -> None:
-        """Something this process did or waited for, under the name of one of its threads."""
+        """Records something that this process did or waited for; `process` names one of its threads."""
         self._own.append((process, (name, start, end)))
 
-    def replaced(self, name: str, worker: Worker) -> None:
-        """Another process goes on in this one's lane; what it has not told is lost."""
-        self._workers[name] = worker
-        self._asked.pop(name, None)
+    def replaced(self, name: str, source: SpanSource) -> None:
+        """A new process takes over this name; spans of the old one that were not read are lost."""
+        self._sources[name] = source
+        self._pending.pop(name, None)
 
     def write(self, *, busy: Iterable[str] = ()) -> None:
-        """Append what has been done since the last call. Workers in `busy` may be in the middle of something: they
-        are asked, but their answer is read the next time, so that nobody waits for it."""
-        self._asked |= {name: worker.spans() for name, worker in self._workers.items() if name not in self._asked}
+        """Appends the spans since the last call.
+
+        The processes named in `busy` may be inside a long call. Their spans are requested now and read by a later
+        `write`, so that this one does not wait for them.
+        """
+        self._pending |= {name: source.spans() for name, source in self._sources.items() if name not in self._pending}
         spans, self._own = self._own, []
-        for name in [name for name in self._asked if name not in set(busy)]:
-            spans += [(name, span) for span in self._asked.pop(name).result()]
+        for name in [name for name in self._pending if name not in set(busy)]:
+            spans += [(name, span) for span in self._pending.pop(name).result()]
         events: list[dict[str, Any]] = []
         for process, (name, start, end) in spans:
             if process not in self._named:
@@ -55,12 +61,12 @@ class Timeline:
 
 
 def _event(kind: str, process: str, name: str, **more: Any) -> dict[str, Any]:
-    """The process's number comes from its name, so that a resumed run goes on in the same lane."""
+    """The process id is a hash of the name, so that a resumed run continues the same line of the timeline."""
     return {"ph": kind, "pid": zlib.crc32(process.encode()) >> 1, "tid": 0, "name": name, **more}
 
 
 def _append(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
-    """Add to a JSON list in a file, without reading it."""
+    """Appends to a JSON list in a file without reading the file."""
     if not events:
         return
     if not path.exists():

@@ -1,6 +1,6 @@
-"""An iteration's metrics to TensorBoard, Weights & Biases or MLflow, as the recipe's `log.trackers` says.
+"""Sends metrics to TensorBoard, Weights & Biases or MLflow, as the recipe's `log.trackers` says.
 
-Each library is imported only when asked for. The record is metrics.jsonl in the run folder; these are views.
+Each library is imported only if the recipe names it. The complete record is metrics.jsonl in the run folder.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ FOLDER = "tracking"  # inside the run folder
 
 
 class Tracker(Protocol):
-    """Somewhere metrics go."""
+    """A service or file that stores metrics."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
@@ -23,7 +23,7 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in RUN_DIR/tracking/tensorboard.
 
-    On resume, what was logged from `first_step` on is hidden.
+    After a resume, TensorBoard hides what was logged before from `first_step` on.
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any], first_step: int) -> None:
@@ -41,9 +41,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of wandb, configured by its own environment variables (WANDB_PROJECT, WANDB_MODE, ...).
+    """A run of wandb, configured by wandb's environment variables (WANDB_PROJECT, WANDB_MODE, ...).
 
-    A resumed run continues under the same id; wandb itself ignores steps that it already has.
+    A resumed run has the same id; wandb ignores steps that it already has.
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any], first_step: int) -> None:
@@ -63,7 +63,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow, configured by its own environment variables (MLFLOW_TRACKING_URI, ...)."""
+    """A run of MLflow, configured by MLflow's environment variables (MLFLOW_TRACKING_URI, ...)."""
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any], first_step: int) -> None:
         import mlflow
@@ -93,7 +93,7 @@ TRACKERS: dict[str, tuple[str, str, Callable[[Path, Mapping[str, Any], int], Tra
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises ValueError for a tracker that does not exist or whose package is missing; imports nothing."""
+    """Raises ValueError for a tracker that does not exist or whose package is missing. Imports none of them."""
     for name in names:
         if name not in TRACKERS:
             raise ValueError(f"log.trackers: there is no {name!r}; choose from {', '.join(TRACKERS)}")
@@ -103,10 +103,9 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """All trackers of a run as one.
+    """All trackers of a run.
 
-    A tracker that fails is named in a warning and left out from then on: a tracking server that goes away
-    must not end a run whose metrics are safe in metrics.jsonl.
+    A tracker that fails is closed with a warning, and the run continues: its metrics are in metrics.jsonl anyway.
     """
 
     def __init__(
@@ -119,20 +118,20 @@ class Trackers:
     ) -> None:
         """Starts the named trackers for the run in `folder`.
 
-        `recipe` is shown beside the curves; `first_step` is the first iteration to be logged (0: a new run).
-        Raises ValueError as check_trackers does, and whatever a library raises when it cannot start.
+        `recipe` is stored with the curves; `first_step` is the first iteration to be logged (0: a new run).
+        Raises ValueError as check_trackers does, and what a library raises if it cannot start.
         """
         check_trackers(names)
         self._open = {name: TRACKERS[name][2](folder, recipe or {}, first_step) for name in names}
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Logs the numbers among `metrics`; texts (`stage`) and the step itself are no curves."""
+        """Logs all metrics that are numbers, except `iteration`."""
         numbers = {name: value for name, value in metrics.items() if _is_curve(name, value)}
         for name in list(self._open):
             self._guarded(name, lambda tracker: tracker.log(step, numbers))
 
     def close(self) -> None:
-        """Waits until everything is written or sent."""
+        """Closes all trackers, after everything is written or sent."""
         for name in list(self._open):
             self._guarded(name, lambda tracker: tracker.close())
         self._open.clear()
@@ -140,7 +139,7 @@ class Trackers:
     def _guarded(self, name: str, act: Callable[[Tracker], None]) -> None:
         try:
             act(self._open[name])
-        except Exception as problem:  # a service may fail in any way, and none is worth a run
+        except Exception as problem:  # a tracker may raise anything, and no failure of it may end the run
             del self._open[name]
             logger.warning("log.trackers: %s failed and is left out from now on: %r", name, problem)
 

@@ -15,7 +15,7 @@ from rl.config import Config
 from rl.exits import InputError
 from rl.recipe.resolve import differences, load
 from rl.record.disk import hold, replacing, writing
-from rl.record.run_folder import by_name, messages_of
+from rl.record.run_folder import image_part, messages_of
 from rl.types import Picture, Prompt
 from stages.curation.filters import CandidateRow, Decision
 

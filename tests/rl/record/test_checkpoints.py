@@ -59,10 +59,10 @@ def test_training_goes_on_while_one_is_written_and_it_appears_when_all_is_there(
 
     made = Checkpoints(tmp_path, keep=1)
     made.begin(10, saver("w", finish))
-    assert checkpoints.finished(tmp_path) == [] and made.told() == []
+    assert checkpoints.finished(tmp_path) == [] and made.take_written() == []
     done.set()
     made.settle()
-    (took,) = made.told()
+    (took,) = made.take_written()
     assert took.bytes > 1 and took.seconds >= took.blocked
     assert [path.name for path in checkpoints.finished(tmp_path)] == ["000010"]
 
