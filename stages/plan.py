@@ -66,7 +66,7 @@ class Plan:
             *self._messages(),
             f"held out   {len(self.held_out)} rows, evaluated {evals} times",
             f"rewards    {'; '.join(self._reward(task) for task in tasks((*self.train, *self.held_out)))}",
-            *(f"judge      {self._judge(name)}" for name in sorted(self.rewards.asks())),
+            *(f"judge      {self._judge(name)}" for name in sorted(self.rewards.endpoint_names())),
             f"model      {self.model}",
             f"placement  {c.rollout.workers} vLLM engine(s), {c.learner.ranks} rank(s) each of policy and critic, "
             f"on {device(c)}",
@@ -228,7 +228,7 @@ def checkpoint_bytes(config: Config, folder: Path) -> int:
 
 def served_here(config: Config, rewards: RewardRunner) -> dict[str, EndpointOptions]:
     """The judges that this run has to serve itself: those without a URL that a reward asks."""
-    return {name: one for name, one in config.endpoints.items() if one.url is None and name in rewards.asks()}
+    return {name: one for name, one in config.endpoints.items() if one.url is None and name in rewards.endpoint_names()}
 
 
 def check_judges(config: Config, rewards: RewardRunner) -> None:

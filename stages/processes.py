@@ -62,8 +62,8 @@ class Samplers:
         for name, judge in self.judges.items():
             urls[name] = judge.call("url")
             self._serving.append(judge)
-        self._plan.rewards.served(urls)
-        rewards = self._plan.rewards.warm()
+        self._plan.rewards.set_urls(urls)
+        rewards = self._plan.rewards.start()
         for engine in self.engines:
             engine.ready(self._plan.config.max_start_s)
         rewards.result()
@@ -103,7 +103,7 @@ class Samplers:
         try:
             self.judges[name].ready(self._plan.config.max_start_s)
         except OSError as error:
-            where = self._plan.rewards.address(name)
+            where = self._plan.rewards.url(name)
             raise Stop(f"judge {name} cannot be served at {where} again: {error}; {GO_ON}", saves=True) from error
         self._serving.append(self.judges[name])
 
@@ -155,7 +155,7 @@ class Samplers:
 
     def _judge(self, name: str) -> Worker:
         """At the address that the rewards' processes know, if they have been told one."""
-        judge, known = self._plan.config.endpoints[name], urlsplit(self._plan.rewards.address(name))
+        judge, known = self._plan.config.endpoints[name], urlsplit(self._plan.rewards.url(name))
         host = known.hostname or ("127.0.0.1" if alone() else None)
         return place(
             Server,

@@ -107,7 +107,7 @@ def _judges(config: Config, rewards: RewardRunner, device: str) -> Iterator[None
                 print(f"endpoint {outage.endpoint}: {outage.why or 'is back'}", file=sys.stderr)
 
         rewards.on_outage = heard
-        rewards.served({name: server.url() for name, server in servers.items()})
+        rewards.set_urls({name: server.url() for name, server in servers.items()})
         yield
 
 
