@@ -103,7 +103,7 @@ def half_and_half() -> Iterator[RewardRunner]:
         Path(folder, "plugin.py").write_text(PLUGIN)
         spec = RewardSpec(use="plugin.py:half_and_half", params=params, timeout_s=TIMEOUT_S)
         with RewardRunner({"task": [spec]}, folder, workers=CORES) as runner:
-            runner.warm().result()
+            runner.start().result()
             time.sleep(2.0)  # the reserve loads
             yield runner
 

@@ -1,8 +1,8 @@
-"""Rewards: Rollout -> score, one file per reward. What an author of a reward imports; no torch in here.
+"""Rewards: Rollout -> score, one file per reward. This module has what the author of a reward imports; no torch.
 
-A reward is a function with `@reward("name")` above it. Recipes find it by name, as `pkg.module:Name`,
-as `file.py:Name` (relative to the recipe) or through an entry point of group `rl.rewards`. rewards.running.runner
-runs it in worker processes that can be killed.
+A reward is a function with `@reward("name")` above it. A recipe refers to it by that name, as `pkg.module:Name`, as
+`file.py:Name` (relative to the recipe) or by the name of an entry point of group `rl.rewards`. rewards.running.runner
+runs rewards in worker processes that can be killed. docs/writing_rewards.md explains how to write one.
 """
 
 from rewards.registry import BoundReward, Invalid, Score, get, names, penalty, reward, row_judge

@@ -188,7 +188,7 @@ def _runner(target: Target, workers: int) -> RewardRunner:
     judges = {TRIED: target.row_judge} if target.row_judge else {}
     endpoints = {name: replace(one, max_wait=MOST_WAIT_S) for name, one in target.endpoints.items()}
     runner = RewardRunner(tasks, workers=workers, endpoints=endpoints, row_judges=judges)
-    if unserved := [name for name in sorted(runner.asks()) if not target.endpoints[name].url]:
+    if unserved := [name for name in sorted(runner.endpoint_names()) if not target.endpoints[name].url]:
         raise ValueError(
             f"endpoint {unserved[0]!r} is served by a run; start it by hand and give its url to try it here"
         )

@@ -1,4 +1,4 @@
-"""Behaviour penalty: an answer that claims more certainty than it has grounds for, in a judge's eyes."""
+"""Behaviour penalty: a judge finds that the answer claims more certainty than is justified."""
 
 from rewards import Rollout, Score, penalty
 from rewards.endpoint import EndpointName
@@ -17,12 +17,13 @@ class Certainty(Finding):
 class Calibration:
     """1.0 for an answer the judge calls overconfident, else 0.0.
 
-    endpoint    the judge. It sees the question (with pictures, where it takes them), the reasoning and the answer
-    max_tokens  of one verdict, a reasoning judge's thinking included
-    max_chars   of the answer, and of the reasoning, that are shown: their beginning and, mostly, their end
+    endpoint    the judge. It sees the question (with pictures, if it takes pictures), the reasoning and the answer
+    max_tokens  of one verdict, including the thinking of a reasoning judge
+    max_chars   characters of the answer, and of the reasoning, that are shown: a little of the beginning and most of
+                the end
 
-    An empty answer claims nothing. One on which the judge gives no verdict, though it gives one on a harmless answer
-    to the same row, counts as offending. The report suppresses "unjustified certainty" and publishes neither prompt
+    An empty answer does not offend. If the judge gives no verdict on an answer, but gives one on a harmless answer to
+    the same row, the answer offends. The report suppresses "unjustified certainty" and publishes neither prompt
     nor magnitude: the prompt is a reconstruction.
     """
 

@@ -1,4 +1,4 @@
-"""Whether a judge finds a row fit for training: a problem with one result that can be checked, and stated right."""
+"""A row judge: is the row's problem fit for training, with one result that can be checked and a right ground truth?"""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +9,7 @@ from rewards import Prompt, Score, row_judge
 from rewards.endpoint import EndpointName
 from rewards.judge import REASON_CHARS, Judge, MaxTokens, Verdict, question, truth
 
-UNLIMITED = 1_000_000  # characters; the policy wrote none of what is shown
+UNLIMITED = 1_000_000  # characters; nothing shown was written by the policy, so nothing needs to be cut
 
 
 class BareValidity(BaseModel):
@@ -28,15 +28,15 @@ class Checkable:
 
     For `python -m stages.curate`, which asks for several passes.
 
-    endpoint     the judge. It sees the question (with pictures, where it takes them) and the ground truth
-    vote         which of several independent passes this is; each has its own seed
-    reasons      have the judge give reasons before its verdict
-    temperature  the judge samples at
-    max_tokens   of one verdict, a reasoning judge's thinking included
+    endpoint     the judge. It sees the question (with pictures, if it takes pictures) and the ground truth
+    vote         the number of the pass; passes have different seeds
+    reasons      True: the judge gives reasons before its verdict
+    temperature  the judge's sampling temperature
+    max_tokens   of one verdict, including the thinking of a reasoning judge
     template     a Jinja file in place of rewards/prompts/checkable.jinja, which lists the variables
 
     The report has four passes of GPT-OSS-120B per prompt and does not say what they ask (the PaCoRe paper: whether
-    problem and answer are valid); the questions are a reconstruction.
+    problem and answer are valid); the judge's prompt is a reconstruction.
     """
 
     def __init__(
@@ -65,5 +65,5 @@ class Checkable:
         hidden = bool(row.images) and not self.judge.endpoint.spec.images
         shown = {"question": question(row), "truth": truth(row), "reasons": self.reasons, "hidden": hidden}
         verdict = await self.judge.ask(row, shown, {}, self.vote)
-        said = {"reason": verdict.reasoning[:REASON_CHARS]} if isinstance(verdict, Validity) else {}
-        return Score(float(verdict.verdict == "valid"), said)
+        details = {"reason": verdict.reasoning[:REASON_CHARS]} if isinstance(verdict, Validity) else {}
+        return Score(float(verdict.verdict == "valid"), details)

@@ -1,7 +1,7 @@
-"""Asking a model behind an OpenAI-compatible URL: retries, a limit on requests under way, strictly parsed answers.
+"""Asking a model behind an OpenAI-compatible URL: retries, a limit on concurrent requests, strictly parsed answers.
 
-Rewards name an endpoint of the recipe (`endpoints: {judge: {url: ..., model: ...}}`) by a parameter of type
-EndpointName, and get it in their `setup()`:
+A reward has a parameter of type EndpointName, which names an endpoint of the recipe (`endpoints: {judge: {url: ...,
+model: ...}}`), and gets the endpoint in its `setup()`:
 
     self.judge = endpoint(self.name)
     verdict, text = await self.judge.ask(messages, answer=Verdict, max_tokens=512, temperature=1.0, seed=3)
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from openai import APIStatusError
 
 RETRY_S = (0.5, 8.0)
-"""Seconds before the first retry, and at most before any; doubled each time, less up to a quarter at random."""
+"""Seconds before the first retry, and the most before any. The delay doubles each time, minus up to a quarter at
+random."""
 MOST_RETRY_AFTER_S = 120.0
-"""The longest a server's Retry-After is followed."""
+"""The most seconds of a server's Retry-After header that are waited."""
 
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL | re.IGNORECASE)
 _MODERATED = re.compile(r"moderation|flagged|content[ _-]?(?:filter|policy|management)", re.IGNORECASE)
@@ -37,8 +38,8 @@ Result = TypeVar("Result")
 
 
 class Unreachable(Exception):
-    """The endpoint stays away after all retries, or refuses this run's key, model or address: something that a
-    person can put right while the run waits. `status` is the HTTP status it last answered with, if it did."""
+    """The endpoint does not answer after all retries, or refuses this run's key, model or address. A person can fix
+    either while the run waits. `status` is the HTTP status of the last answer, or None."""
 
     def __init__(self, endpoint: str, why: str, status: int | None = None):
         super().__init__(f"endpoint {endpoint}: {why}")
@@ -46,17 +47,17 @@ class Unreachable(Exception):
 
 
 class Refused(Exception):
-    """The endpoint is up but won't answer this request: HTTP 400, 413 or 422, a content filter, a context that is
-    too long."""
+    """The endpoint works but refuses this request: HTTP 400, 413 or 422, a content filter, a context that is too
+    long."""
 
 
 class Unparsable(Exception):
-    """The model answered, but not with the object that was asked for and nothing else."""
+    """The model's reply is not exactly the JSON object that was asked for."""
 
 
 @dataclass(frozen=True)
 class _NamesEndpoint:
-    """The mark that makes a text parameter the name of an endpoint."""
+    """Marks a string annotation as the name of an endpoint."""
 
 
 EndpointName = Annotated[str, _NamesEndpoint()]
@@ -64,14 +65,14 @@ EndpointName = Annotated[str, _NamesEndpoint()]
 
 
 def is_endpoint_name(annotation: Any) -> bool:
-    """Whether a parameter of this type names an endpoint; also EndpointName | None and the like."""
+    """True if a parameter of this type names an endpoint; also for EndpointName | None and the like."""
     return any(isinstance(part, _NamesEndpoint) or is_endpoint_name(part) for part in get_args(annotation))
 
 
 class SampleClock:
-    """Time that one sample has used, without the time it only waited for its turn or for an endpoint to recover.
+    """Measures the time that one sample uses, except the time it waits for a free slot or for an endpoint to recover.
 
-    Set as `clock` in the task that scores the sample. While any part of the sample is paused, the clock stands.
+    Set it as `clock` in the task that scores the sample. The clock stops while any part of the sample is paused.
     """
 
     def __init__(self) -> None:
@@ -82,12 +83,12 @@ class SampleClock:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the clock was made, except pauses and what was given back."""
+        """Seconds since the clock was created, without pauses and without seconds that were given back."""
         return self._used + (0.0 if self._pauses else time.monotonic() - self._since)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside does not count. Pauses may nest, and overlap between tasks."""
+        """Stops the clock inside the with block. Pauses may nest, and overlap between tasks."""
         self._used, self._pauses = self.elapsed, self._pauses + 1
         self._reschedule()
         try:
@@ -98,12 +99,12 @@ class SampleClock:
             self._reschedule()
 
     def give_back(self, seconds: float) -> None:
-        """Takes off time that turned out to be the endpoint's fault, such as a request that timed out."""
+        """Subtracts time that the endpoint caused, such as that of a request that timed out."""
         self._used -= min(seconds, self.elapsed)
         self._reschedule()
 
     async def limit(self, seconds: float, awaitable: Awaitable[Result]) -> Result:
-        """What `awaitable` returns. Raises TimeoutError, and cancels it, once `elapsed` exceeds `seconds`."""
+        """Returns the result of `awaitable`. Cancels it and raises TimeoutError when `elapsed` exceeds `seconds`."""
         self._limit = seconds
         try:
             async with asyncio.timeout(None) as self._scope:
@@ -119,12 +120,12 @@ class SampleClock:
 
 
 clock: ContextVar[SampleClock | None] = ContextVar("clock", default=None)
-"""The clock of the sample that is being scored; None where nobody counts."""
+"""The clock of the sample that is being scored; None outside of a reward process."""
 
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Time inside does not count against the sample's limit."""
+    """Time inside the with block does not count against the sample's limit."""
     if running := clock.get():
         with running.paused():
             yield
@@ -134,18 +135,18 @@ def waiting() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class EndpointSpec:
-    """What a recipe's `endpoints.NAME` says."""
+    """An endpoint as a recipe's `endpoints.NAME` describes it."""
 
     name: str
     url: str
     model: str
     api_key_env: str | None = None
-    concurrency: int = 32  # requests under way at a time
+    concurrency: int = 32  # the most requests at a time
     timeout_s: float = 120.0  # per request
     retries: int = 5  # of one request, after 429, 5xx, a timeout or a broken connection
-    images: bool = False  # whether the model is shown pictures
-    structured: bool = True  # whether the server honours response_format json_schema
-    max_wait: float = 3600.0  # seconds that samples wait for it when it stays away, before that ends the run
+    images: bool = False  # True if the model is shown pictures
+    structured: bool = True  # True if the server supports response_format json_schema
+    max_wait: float = 3600.0  # seconds that samples wait for an endpoint that does not answer; then the run ends
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.timeout_s <= 0 or self.retries < 0:
@@ -160,16 +161,16 @@ _endpoints: dict[str, "Endpoint"] = {}
 
 
 def configure(specs: Mapping[str, EndpointSpec]) -> None:
-    """Makes these the endpoints that rewards of this process find by name, and forgets all others."""
+    """Sets the endpoints that rewards of this process find by name. Replaces all earlier ones."""
     _specs.clear()
     _specs.update(specs)
     _endpoints.clear()
 
 
 def endpoint(name: str) -> "Endpoint":
-    """The endpoint a recipe calls `name`; one for all who ask, so that they share its limit.
+    """The endpoint that the recipe calls `name`. All callers get the same object and share its `concurrency`.
 
-    Raises ValueError if there is none or its key is not in the environment.
+    Raises ValueError if there is no such endpoint, or if its key is not in the environment.
     """
     if name not in _specs:
         known = ", ".join(sorted(_specs)) or "none"
@@ -181,7 +182,7 @@ def endpoint(name: str) -> "Endpoint":
 
 @dataclass(frozen=True)
 class _Failure:
-    """A request that may succeed if it is made again."""
+    """A failed request that may succeed if it is sent again."""
 
     why: str
     status: int | None = None
@@ -189,15 +190,15 @@ class _Failure:
 
 
 class Endpoint:
-    """A model behind a URL. Belongs to the event loop that first asks it."""
+    """A model behind a URL. May be used in one event loop only."""
 
     def __init__(self, spec: EndpointSpec):
-        from openai import AsyncOpenAI  # takes over a second, which only runs that ask a judge should spend
+        from openai import AsyncOpenAI  # imported here: takes over a second, and only runs with a judge need it
 
         self.spec = spec
         self._key = _key(spec)
         self._slots = asyncio.Semaphore(spec.concurrency)
-        # The client's own retries sleep out of sight (with fixed delays), so they would count against the sample.
+        # No retries by the client: its sleeps between them would count against the sample's time.
         self._client = AsyncOpenAI(base_url=spec.url, api_key=self._key, timeout=spec.timeout_s, max_retries=0)
 
     async def ask(
@@ -209,14 +210,15 @@ class Endpoint:
         temperature: float,
         seed: int,
     ) -> tuple[Answer, str]:
-        """The model's reply as an `answer`, and as it was written.
+        """Returns the model's reply as an `answer` object, and as text.
 
-        messages    a chat in OpenAI's form
-        answer      the object wanted; the whole reply has to be its JSON, but for one ```json fence around it
+        messages    a chat in OpenAI's format
+        answer      class of the wanted object. The whole reply must be its JSON; one ```json fence around it is
+                    allowed
 
-        Raises Unparsable if the reply is anything else, Refused if the endpoint won't answer this request, and
-        Unreachable after the last retry. Queueing, waiting to retry, and tries that failed for the endpoint's
-        reasons do not count against the sample's `clock`.
+        Raises Unparsable if the reply is anything else, Refused if the endpoint refuses this request, and
+        Unreachable after the last retry. These times do not count against the sample's `clock`: waiting for a free
+        slot, waiting before a retry, and requests that failed because of the endpoint.
         """
         request: dict[str, Any] = {
             "model": self.spec.model,
@@ -257,12 +259,12 @@ class Endpoint:
             self._slots.release()
 
     async def _once(self, request: Mapping[str, Any]) -> str | _Failure:
-        """The reply's text, or a failure that another try may mend."""
+        """Sends the request once. Returns the reply's text, or a failure after which it may be sent again."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAIError
         from openai.types.chat import ChatCompletion
 
         try:
-            # The client's timeout is per read; a server that trickles would keep the slot for ever.
+            # The client's own timeout is per read: a server that sends slowly could keep the slot forever.
             async with asyncio.timeout(self.spec.timeout_s):
                 completion = await self._client.chat.completions.create(**request)
         except (TimeoutError, APITimeoutError):
@@ -270,7 +272,7 @@ class Endpoint:
         except APIConnectionError as e:
             return _Failure(f"no connection to {self.spec.url}: {self._public(e.__cause__ or e)}")
         except APIStatusError as e:
-            return self._status(e)
+            return self._on_status(e)
         except (OpenAIError, json.JSONDecodeError) as e:
             return _Failure(f"{self.spec.url} answered with no chat completion: {self._public(e)}")
         if not isinstance(completion, ChatCompletion) or not completion.choices:
@@ -282,25 +284,26 @@ class Endpoint:
             raise Unparsable(f"did not finish its reply within {request['max_tokens']} tokens")
         return choice.message.content or ""
 
-    def _status(self, error: "APIStatusError") -> _Failure:
+    def _on_status(self, error: "APIStatusError") -> _Failure:
+        """Returns a failure if a retry may help; else raises Refused or Unreachable."""
         status = error.status_code
-        said = self._public(error.message.removeprefix(f"Error code: {status} - "))
-        if status in (400, 413, 422) or (status == 403 and _MODERATED.search(said)):
-            raise Refused(f"HTTP {status}: {said}") from None
+        message = self._public(error.message.removeprefix(f"Error code: {status} - "))
+        if status in (400, 413, 422) or (status == 403 and _MODERATED.search(message)):
+            raise Refused(f"HTTP {status}: {message}") from None
         if status in (408, 409, 429) or status >= 500:
-            return _Failure(f"HTTP {status}: {said}", status, _retry_after(error.response.headers))
+            return _Failure(f"HTTP {status}: {message}", status, _retry_after(error.response.headers))
         key = f"the key in {self.spec.api_key_env}" if self.spec.api_key_env else "api_key_env (none is set)"
-        why = f"HTTP {status}: {said}; check {key}, the url {self.spec.url} and the model {self.spec.model}"
+        why = f"HTTP {status}: {message}; check {key}, the url {self.spec.url} and the model {self.spec.model}"
         raise Unreachable(self.spec.name, why, status) from None
 
-    def _public(self, said: object) -> str:
-        """A short form of what someone said, without the key, which some servers repeat."""
-        text = str(said).replace(self._key, "[key]") if self.spec.api_key_env else str(said)
-        return " ".join(text[:1000].split())[:300] or type(said).__name__
+    def _public(self, message: object) -> str:
+        """A message, shortened and without the key, which some servers repeat in their errors."""
+        text = str(message).replace(self._key, "[key]") if self.spec.api_key_env else str(message)
+        return " ".join(text[:1000].split())[:300] or type(message).__name__
 
 
 def _key(spec: EndpointSpec) -> str:
-    """The key from the environment; a placeholder (the client insists on one) for servers that want none."""
+    """The key from the environment; a placeholder, which the client requires, if the endpoint has no key."""
     if spec.api_key_env is None:
         return "none"
     key = os.environ.get(spec.api_key_env, "")
@@ -316,7 +319,7 @@ def _delay(tries: int, retry_after_s: float | None) -> float:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds a server asks to wait, which it may write as a number or as a date."""
+    """Seconds from a Retry-After header, which may be a number or a date."""
     value = headers.get("retry-after", "")
     if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):
         return float(value)
@@ -327,7 +330,8 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def parsed(text: str, answer: type[Answer]) -> Answer:
-    """`text` as an `answer`. Raises Unparsable unless all of it, but for one ```json fence, is its JSON."""
+    """Parses `text` as an `answer` object. Raises Unparsable unless all of it, except one ```json fence, is its
+    JSON."""
     text = text.strip()
     fenced = _FENCED.fullmatch(text)
     try:

@@ -1,4 +1,4 @@
-"""How a judge prefers the answer to a teacher's reference, compared in both orders."""
+"""A judge grades the answer and a teacher's reference side by side, in both orders; the lead becomes a value 0 to 1."""
 
 import math
 from pathlib import Path
@@ -23,11 +23,11 @@ from rewards.judge import (
 )
 
 BEST = 10.0
-"""Grades go from 0 to this."""
+"""The highest grade; the lowest is 0."""
 SCALE = 2.0
 
 SHOWN = frozenset({"question", "response_a", "response_b"})
-"""Variables of the prompt."""
+"""Variables of the judge's prompt, besides `rules`."""
 
 Grade = Annotated[float, Field(ge=0, le=BEST, allow_inf_nan=False)]
 
@@ -41,25 +41,27 @@ class Comparison(Verdict):
 class GenRM:
     """A generative reward model: it compares answer and reference, gives reasons, then grades both from 0 to 10.
 
-    Two comparisons are asked for, with the answer first and with the reference first, and each side's grades are
-    averaged, so that a judge's liking for the first (or second) place cancels out. With s the averaged grades, that of
-    the answer less what `length_control` takes:
+    The judge makes two comparisons, one with the answer first and one with the reference first. The two grades of
+    each text are averaged, so that a preference for the first (or second) place cancels out. With s the averaged
+    grades, and `length_control` subtracted from s_answer:
 
         bradley_terry   1 / (1 + exp(-(s_answer - s_reference) / scale))     the chance that the answer wins
         linear          1/2 + (s_answer - s_reference) / 20
 
-    endpoint     the judge. It sees the question (with pictures, where it takes them) and both texts, not which is which
-    rule, scale  as above; scale, in grades, is 2 unless given, and belongs to bradley_terry
-    temperature  the judge samples at
-    max_tokens   of one comparison, a reasoning judge's thinking included
-    max_chars    of answer and of reference that are shown: their beginning and, mostly, their end
+    endpoint     the judge. It sees the question (with pictures, if it takes pictures) and both texts, but not which of
+                 them is the answer
+    rule, scale  see above; scale is in grades, 2 unless given, and only for bradley_terry
+    temperature  the judge's sampling temperature
+    max_tokens   of one comparison, including the thinking of a reasoning judge
+    max_chars    characters of the answer and of the reference that are shown: a little of the beginning and most of
+                 the end
     template     a Jinja file in place of rewards/prompts/genrm.jinja, which lists the variables
-    length_control  grades that an answer loses for each doubling of its length over the reference's; 0 ignores length
+    length_control  grades that an answer loses each time its length doubles over the reference's; 0 ignores length
 
-    An empty answer, and one that the judge compares with nothing though it compares a harmless one, scores 0.0. A row
-    without reference is Invalid. The report has pairwise comparison with a teacher's response, reasons and a
-    fine-grained score; grades, criteria, both orders and the scale are reconstructions. The win probability (Bradley
-    and Terry 1952), and that length can cost confidence, follow Step 3.5 Flash.
+    An empty answer scores 0.0. So does an answer on which the judge gives no comparison, if it gives one on a harmless
+    answer to the same row. A row without reference is invalid. The report has pairwise comparison with a teacher's
+    response, reasons and a fine-grained score; grades, criteria, both orders and the scale are reconstructions. The win
+    probability (Bradley and Terry 1952), and that length can cost confidence, follow Step 3.5 Flash.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class GenRM:
 
     async def __call__(self, rollout: Rollout) -> Score:
         row = rollout.prompt
-        reference = clean(Rollout(row, row.reference or "").answer).strip()  # a teacher's thinking is no part of it
+        reference = clean(Rollout(row, row.reference or "").answer).strip()  # without the teacher's thinking
         if not reference:
             raise Invalid(f"row {row.id} has no reference to compare with")
         if empty(rollout.answer):
@@ -108,7 +110,7 @@ class GenRM:
         return self._score(first, second, doublings)
 
     def _score(self, first: Comparison, second: Comparison, doublings: float) -> Score:
-        """From the comparison with the answer as A and the one with it as B."""
+        """`first` is the comparison in which the answer is A, `second` the one in which it is B."""
         answer = (first.grade_a + second.grade_b) / 2
         reference = (first.grade_b + second.grade_a) / 2
         agreed = _sign(first.grade_a - first.grade_b) == _sign(second.grade_b - second.grade_a)
@@ -120,11 +122,11 @@ class GenRM:
     def _value(self, lead: float) -> float:
         if self.rule == "linear":
             return 0.5 + lead / (2 * BEST)
-        return 0.5 + 0.5 * math.tanh(lead / self.scale / 2)  # the logistic function, for any scale without overflow
+        return 0.5 + 0.5 * math.tanh(lead / self.scale / 2)  # the logistic function, without overflow
 
 
 def over_length(answer: str, reference: str) -> float:
-    """How many times an answer's length (characters) has doubled from the reference's; 0 for a shorter one."""
+    """log2 of the answer's length over the reference's, in characters; 0 for a shorter answer."""
     return max(0.0, math.log2(len(answer.strip()) / len(reference)))
 
 

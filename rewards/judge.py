@@ -1,8 +1,10 @@
-"""What the rewards that ask a judge share: showing it text nobody may trust, and telling a bad text from a bad judge.
+"""Asking a judge for verdicts on untrusted text. Shared by all rewards that ask a judge.
 
-A Judge fills a prompt of rewards/prompts/ and asks for a verdict. What the policy wrote can neither pose as
-instructions (it stands between marks it cannot guess, without chat tokens) nor get a sample left out of the loss:
-where no verdict comes, the same prompt with a harmless response in its place (the canary) tells whose fault that is.
+A Judge fills a prompt of rewards/prompts/ and asks for a verdict. The policy's text cannot pose as instructions: it
+stands between marks that it cannot guess, and chat tokens in it are replaced. Nor can the text get its sample left out
+of the loss: if there is no verdict, the same prompt is sent with a harmless response in place of the text (the
+canary). If the judge answers the canary, the text is the cause and the sample gets its lowest value; else the sample
+is invalid.
 """
 
 import asyncio
@@ -26,19 +28,19 @@ from rl.types import Picture, Prompt
 
 PROMPTS = Path(__file__).parent / "prompts"
 ATTEMPTS = 3
-"""Times a judge is asked, each with another seed, before it counts as giving no verdict."""
+"""Times that a judge is asked for one verdict, each with another seed."""
 CANARY_S = 60.0
-"""Seconds for which a canary that was answered speaks for its row's prompt."""
+"""Seconds for which an answered canary shows that the judge answers its row's prompt."""
 HARMLESS = "I looked at this for a while, and I do not know the answer."
-"""The canary: what stands in place of the model's text."""
+"""The response in a canary, in place of the policy's text."""
 REASON_CHARS = 500
-"""Characters of a judge's reasons that go into the details."""
-CANARIES = 4096  # rows remembered; the oldest is forgotten first
+"""Characters of a judge's reasons that are stored in the details."""
+CANARIES = 4096  # rows whose last canary is kept; the oldest is dropped first
 
 MaxTokens = Annotated[int, Field(ge=1)]
 MaxChars = Annotated[int, Field(ge=200)]
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # null bytes and lone surrogates among them
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # includes null bytes and lone surrogates
 _TAGS = (
     "s|bos|eos|pad|unk|mask|sop|eop|think|tool_call|tool_response|start_of_turn|end_of_turn|start_of_image|"
     "end_of_image|image_soft_token|image|img|video|audio|im_start|im_end|im_patch|patch_start|patch_end|"
@@ -51,11 +53,11 @@ _MARKS = str.maketrans("\u27e6\u27e7", "[]")
 
 
 class Unjudgeable(Exception):
-    """No verdict could be had, and what the model wrote is the reason: the sample gets its lowest value."""
+    """The judge gave no verdict because of the policy's text: the sample gets its lowest value."""
 
 
 class Verdict(BaseModel):
-    """What a judge is asked for: reasons first, so that they come before the decision."""
+    """Base of the JSON objects that judges are asked for. The reasons come first, before the decision."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,10 +65,11 @@ class Verdict(BaseModel):
 
 
 class Finding(Verdict):
-    """A verdict on whether a text offends."""
+    """Base of the verdicts of penalties."""
 
     @property
     def offends(self) -> bool:
+        """True if the text offends."""
         raise NotImplementedError
 
 
@@ -75,20 +78,21 @@ V = TypeVar("V", bound=BaseModel, covariant=True)
 
 @dataclass
 class _Canary:
-    """What became of the canary of one row."""
+    """The last canary of one row, and its result."""
 
-    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
-    sent: float = float("-inf")
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    sent: float = float("-inf")  # time.monotonic()
     failure: Invalid | Unreachable | None = None
 
 
 class Judge(Generic[V]):
-    """Asks an endpoint for verdicts on what a policy wrote. Made in a reward's `__init__`, set up in its `setup()`.
+    """Asks an endpoint for verdicts on the policy's text. Create it in a reward's `__init__`, and call its `setup()`
+    in the reward's `setup()`.
 
-    template   a file of rewards/prompts/, or an absolute path. It is filled with `rules` (what the
-               marks mean) and with the texts the reward shows, each a block between marks
-    verdict    the object asked for
-    max_chars  characters of each of the model's texts that are shown (see `cut`)
+    template   a file of rewards/prompts/, or an absolute path. Its variables are `rules` (the meaning of the marks)
+               and the texts that the reward shows, each a block between marks
+    verdict    the class of the JSON object that the judge is asked for
+    max_chars  characters of each of the policy's texts that are shown (see `cut`)
     """
 
     def __init__(
@@ -107,12 +111,12 @@ class Judge(Generic[V]):
         self._canaries: OrderedDict[str, _Canary] = OrderedDict()
 
     def setup(self, needed: Set[str], optional: Set[str] = frozenset()) -> None:
-        """Finds the endpoint and loads the prompt (see `load`). Raises ValueError for what a person got wrong."""
+        """Finds the endpoint and loads the template (see `load`). Raises ValueError if one of them cannot be used."""
         self.endpoint: Endpoint = endpoint(self.name)
         self.load(needed, optional)
 
     def load(self, needed: Set[str], optional: Set[str] = frozenset()) -> None:
-        """Loads the prompt, which has to use `rules` and the variables `needed` and may use `optional` ones."""
+        """Loads the template. It must use `rules` and the variables `needed`, and may use `optional` ones."""
         needed = needed | {"rules"}
         environment = Environment(
             loader=FileSystemLoader(self.path.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -129,14 +133,15 @@ class Judge(Generic[V]):
             raise ValueError(f"the judge's prompt {self.path} has to use {' and '.join(sorted(missing))}")
 
     async def ask(self, row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str], vote: int = 0) -> V:
-        """One verdict.
+        """Returns one verdict.
 
-        row      the data row: its pictures are passed on where the endpoint takes them
-        shown    what the prompt shows besides: text becomes a block between marks, anything else is passed as it is
-        written  what the model wrote, likewise, cut to `max_chars` each
-        vote     verdicts on the same text differ by this
+        row      the data row; its pictures are sent if the endpoint takes pictures
+        shown    template variables that the policy did not write. Strings become blocks between marks; other values
+                 are passed to the template unchanged
+        written  template variables that the policy wrote: each is cut to `max_chars` and becomes a block
+        vote     number of the verdict: several verdicts on the same text have different seeds
 
-        Raises Unjudgeable if there is none because of what was written, Invalid if the judge is to blame, and
+        Raises Unjudgeable if `written` is the reason that there is no verdict, Invalid if the judge is, and
         Unreachable.
         """
         texts = {key: cut(clean(text), self.max_chars) for key, text in written.items()}
@@ -148,11 +153,11 @@ class Judge(Generic[V]):
                 why = str(e)
             except Refused as e:
                 why = str(e)
-                break  # it would only be refused again
+                break  # another attempt would be refused too
             except Unreachable as e:
                 if e.status is None or e.status < 500:
                     raise
-                # A server that answers everyone else and breaks down on this text would hold the sample for ever.
+                # The server may fail on this text alone; then waiting for the server would hold the sample forever.
                 await self._check(row, shown, texts, 0.0)
                 why = e.why
         await self._check(row, shown, texts, CANARY_S)
@@ -163,7 +168,7 @@ class Judge(Generic[V]):
     ) -> V:
         text = self.prompt(row, shown, written)
         seed = int(_digest(text, str(vote), str(attempt))[:8], 16) >> 1
-        pictures = await asyncio.to_thread(_encoded, row.images) if self.endpoint.spec.images and row.images else ()
+        pictures = await asyncio.to_thread(_data_urls, row.images) if self.endpoint.spec.images and row.images else ()
         parts = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
         verdict, _ = await self.endpoint.ask(
@@ -172,9 +177,9 @@ class Judge(Generic[V]):
         return verdict
 
     def prompt(self, row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str]) -> str:
-        """What the judge reads, once the prompt is loaded; arguments as in `ask`, nothing is cut."""
+        """The text that the judge reads. Arguments as in `ask`; nothing is cut. Call `load` or `setup` first."""
         texts = {key: clean(value) for key, value in {**shown, **written}.items() if isinstance(value, str)}
-        # The text itself is part of what is hashed, so no text can contain its own marks.
+        # The hash covers the texts themselves, so no text can contain its own marks.
         nonce = _digest(self.path.name, row.id, *texts.values())[:16]
         blocks = {key: _block(key, value, nonce) for key, value in texts.items()}
         rules = (
@@ -186,20 +191,21 @@ class Judge(Generic[V]):
         return self.template.render({**shown, **blocks, "rules": rules}).strip()
 
     async def _check(self, row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str], good_s: float) -> None:
-        """Returns if the judge answers the row's canary, asked now or (successfully) at most `good_s` seconds ago.
+        """Returns if the judge answers the row's canary now, or answered it at most `good_s` seconds ago.
 
-        Raises Invalid if it does not, or Unreachable. Time spent here does not count against the sample's.
+        Raises Invalid if the judge gives no verdict on it, or Unreachable. The time does not count against the
+        sample's limit.
         """
         now = time.monotonic()
         canary = self._canaries.setdefault(row.id, _Canary())
         if len(self._canaries) > CANARIES:
             self._canaries.popitem(last=False)
         with waiting():
-            async with canary.asking:  # one at a time: whoever waited for one that was sent meanwhile uses it too
+            async with canary.lock:  # samples that waited here for another sample's canary use its result
                 if canary.sent < (now if canary.failure else now - good_s):
                     sent = time.monotonic()
                     canary.failure = await self._canary(row, shown, dict.fromkeys(written, HARMLESS))
-                    canary.sent = sent  # only now: a sample may be cancelled while it waits
+                    canary.sent = sent  # set last, because the sample may be cancelled while it waits
         if isinstance(canary.failure, Unreachable):
             raise Unreachable(canary.failure.endpoint, canary.failure.why, canary.failure.status)
         if canary.failure:
@@ -208,6 +214,7 @@ class Judge(Generic[V]):
     async def _canary(
         self, row: Prompt, shown: Mapping[str, Any], harmless: Mapping[str, str]
     ) -> Invalid | Unreachable | None:
+        """Sends a canary. Returns None if the judge answers, else the error to raise."""
         why = ""
         for attempt in range(ATTEMPTS):
             try:
@@ -221,10 +228,10 @@ class Judge(Generic[V]):
 
 
 async def offence(judge: "Judge[Finding]", row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str]) -> Score:
-    """What a penalty that asks a judge returns: 1.0 if the text offends, else 0.0.
+    """The Score of a penalty that asks a judge: 1.0 if the text offends, else 0.0. Arguments as in Judge.ask.
 
-    `written` has the model's `answer`; an empty one does not offend, and the judge is not asked. One that keeps the
-    judge from a verdict does.
+    `written` contains the policy's `answer`. An empty answer does not offend, and the judge is not asked. An answer
+    that is the reason for no verdict offends.
     """
     if empty(written["answer"]):
         return Score(0.0, {"why": "an empty answer"})
@@ -235,9 +242,9 @@ async def offence(judge: "Judge[Finding]", row: Prompt, shown: Mapping[str, Any]
     return Score(float(finding.offends), {"reason": finding.reasoning[:REASON_CHARS]})
 
 
-async def together(*asked: Awaitable[V]) -> list[V]:
-    """All verdicts, in order. The first that fails ends the others."""
-    tasks = [asyncio.ensure_future(one) for one in asked]
+async def together(*verdicts: Awaitable[V]) -> list[V]:
+    """Waits for all verdicts; returns them in order. The first that fails cancels the others."""
+    tasks = [asyncio.ensure_future(verdict) for verdict in verdicts]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -246,21 +253,22 @@ async def together(*asked: Awaitable[V]) -> list[V]:
 
 
 def question(row: Prompt) -> str:
-    """The row's chat as text, a picture as "(picture 1)"; roles are named unless one user message is all."""
-    count, said = 0, []
+    """The row's chat as text. A picture is shown as "(picture 1)"; roles are named unless there is only one user
+    message."""
+    pictures, turns = 0, []
     for message in row.messages:
         content = message["content"]
-        words = []
+        texts = []
         for part in [content] if isinstance(content, str) else content:
             if isinstance(part, str) or part["type"] == "text":
-                words.append(part if isinstance(part, str) else part["text"])
+                texts.append(part if isinstance(part, str) else part["text"])
             else:
-                count += 1
-                words.append(f"(picture {count})")
-        said.append((message["role"], "\n".join(words)))
-    if [role for role, _ in said] == ["user"]:
-        return said[0][1]
-    return "\n\n".join(f"{role}: {text}" for role, text in said)
+                pictures += 1
+                texts.append(f"(picture {pictures})")
+        turns.append((message["role"], "\n".join(texts)))
+    if [role for role, _ in turns] == ["user"]:
+        return turns[0][1]
+    return "\n\n".join(f"{role}: {text}" for role, text in turns)
 
 
 def truth(row: Prompt) -> str:
@@ -272,29 +280,32 @@ def truth(row: Prompt) -> str:
 
 
 def empty(answer: str) -> bool:
-    """Whether there is nothing a judge could look at."""
+    """True if an answer has no visible text."""
     return not clean(answer).strip()
 
 
 def clean(text: str) -> str:
-    """Without control characters and lone surrogates, which JSON or a server may choke on."""
+    """`text` without control characters and lone surrogates, which JSON or a server may reject."""
     return _CONTROLS.sub("", text)
 
 
 def cut(text: str, most: int) -> str:
-    """At most `most` characters: the first quarter and the last three, where answers stand, of what fits, around a
-    mark that says how many were left out."""
+    """Cuts `text` to at most `most` characters.
+
+    Keeps the beginning (a quarter of the room) and the end (three quarters, because answers stand there), and a note
+    between them with the number of characters left out.
+    """
     if len(text) <= most:
         return text
-    room = most - len(_left_out(len(text)))  # the mark of the largest number there can be
+    room = most - len(_left_out(len(text)))  # the note is longest when all characters are left out
     head, tail = room // 4, room - room // 4
     return text[:head] + _left_out(len(text) - room) + text[-tail:]
 
 
 def defused(text: str) -> str:
-    """`text` of the same length in which no chat template, tokenizer or reader of marks finds anything of its own:
-    the first sign of such tokens becomes one that looks like it."""
-    return _CHAT_TOKEN.sub(lambda found: _LOOK_ALIKE[found[0]], text.translate(_MARKS))
+    """`text` without chat tokens and without the judge's marks: the first character of each is replaced by a similar
+    one. The length stays the same."""
+    return _CHAT_TOKEN.sub(lambda match: _LOOK_ALIKE[match[0]], text.translate(_MARKS))
 
 
 def _left_out(count: int) -> str:
@@ -308,11 +319,10 @@ def _block(key: str, text: str, nonce: str) -> str:
 
 
 def _digest(*parts: str) -> str:
-    # lengths keep ("ab", "c") and ("a", "bc") apart
+    # with the lengths, ("ab", "c") and ("a", "bc") have different digests
     return hashlib.sha256("".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @functools.lru_cache(maxsize=16)
-def _encoded(pictures: tuple[Picture, ...]) -> tuple[str, ...]:
-    """Data URLs."""
+def _data_urls(pictures: tuple[Picture, ...]) -> tuple[str, ...]:
     return tuple(picture.data_url for picture in pictures)

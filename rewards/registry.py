@@ -1,4 +1,4 @@
-"""The registry of rewards: `@reward` puts one in, `get` finds it again and checks its parameters."""
+"""The registry of rewards: `@reward`, `@penalty` and `@row_judge` register, `get` finds and checks parameters."""
 
 import difflib
 import hashlib
@@ -28,13 +28,13 @@ Target = TypeVar("Target", bound=Callable[..., Any])
 
 
 class Invalid(Exception):
-    """Raised by a reward that cannot judge a sample for reasons that are not the model's (a bad ground truth,
-    a dead endpoint). The sample is left out of the loss, counted and shown."""
+    """Raised by a reward that cannot score a sample, for a reason that the policy did not cause (a bad ground truth,
+    a dead endpoint). The sample is left out of the loss, and counted in reward/invalid_fraction."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A reward's value together with what it wants recorded (JSON-able) beside it."""
+    """A reward's value, and details (JSON-able) that are stored with the sample."""
 
     value: float
     details: Mapping[str, Any] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Reward:
-    """A registered reward: the function or class and what it declares about itself."""
+    """A registered reward, penalty or row judge: the function or class, and what its decorator declares."""
 
     name: str
     target: Callable[..., Any]
@@ -57,62 +57,66 @@ class Reward:
 
     @property
     def asynchronous(self) -> bool:
-        """Whether scoring waits for something else (an endpoint), so that many samples run at once."""
-        called = self.target.__call__ if inspect.isclass(self.target) else self.target
-        return inspect.iscoroutinefunction(called)
+        """True if scoring waits for something else, such as an endpoint; then many samples are scored at once."""
+        function = self.target.__call__ if inspect.isclass(self.target) else self.target
+        return inspect.iscoroutinefunction(function)
 
     @property
     def source(self) -> str:
+        """The file that defines it, else the module's name."""
         return getattr(sys.modules.get(self.target.__module__), "__file__", None) or self.target.__module__
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """What a recipe may set: a class's constructor parameters, or a function's after the rollout."""
+        """The parameters that a recipe may set: those of a class's `__init__`, or of a function after its first."""
         parameters = list(inspect.signature(self.target).parameters.values())
         return {p.name: p for p in (parameters if inspect.isclass(self.target) else parameters[1:])}
 
     def annotation(self, parameter: inspect.Parameter) -> Any:
-        """The parameter's annotation as an object."""
+        """The parameter's annotation as an object, evaluated if it is a string."""
         if not isinstance(parameter.annotation, str):
             return parameter.annotation
-        # the author's own module wrote it, under `from __future__ import annotations`
+        # a string under `from __future__ import annotations`; it comes from the author's own code
         owner = self.target.__init__ if inspect.isclass(self.target) else self.target
         return eval(parameter.annotation, getattr(owner, "__globals__", {}))
 
 
 @dataclass(frozen=True)
 class BoundReward:
-    """A reward with its parameters, checked. Calling it sets it up on first use and returns what it returns:
-    a number or Score for a rollout (a list of them for a list if `reward.group`), or an awaitable of that."""
+    """A reward with checked parameters.
+
+    Calling it with a rollout returns the reward's result: a number or Score, or an awaitable of one. A group reward
+    takes a list of rollouts and returns a list, a row judge takes a Prompt. The first call sets the reward up.
+    """
 
     reward: Reward
     params: Mapping[str, Any]
 
     @property
     def endpoints(self) -> list[str]:
-        """The endpoints that its parameters name."""
+        """Names of the endpoints that the parameters of type EndpointName hold."""
         accepted = self.reward.parameters
-        named = [name for name, p in accepted.items() if is_endpoint_name(self.reward.annotation(p))]
-        values = [self.params.get(name, accepted[name].default) for name in named]
+        names = [name for name, p in accepted.items() if is_endpoint_name(self.reward.annotation(p))]
+        values = [self.params.get(name, accepted[name].default) for name in names]
         return [value for value in values if isinstance(value, str)]
 
     @cached_property
     def scorer(self) -> Callable[..., Any]:
-        """The loaded callable. A class is made once, and its `setup()`, if it has one, runs here."""
+        """The function, or an instance of the class. The instance is created once, and its `setup()` runs here."""
         if not inspect.isclass(self.reward.target):
             return self.reward.target
-        made: Any = self.reward.target(**self.params)
-        if hasattr(made, "setup"):
-            made.setup()
-        return made
+        instance: Any = self.reward.target(**self.params)
+        if hasattr(instance, "setup"):
+            instance.setup()
+        return instance
 
     def __call__(self, rollouts: Any) -> Any:
         scorer = self.scorer
         return scorer(rollouts) if inspect.isclass(self.reward.target) else scorer(rollouts, **self.params)
 
 
-# A name maps to a list because two files outside the project may each call theirs the same;
-# that is only a problem for someone who asks for it by the bare name.
+# A name maps to a list because two files outside the project may register the same name. That is an error only if a
+# recipe uses the bare name.
 _REGISTRY: dict[str, list[Reward]] = {}
 
 
@@ -127,19 +131,19 @@ def reward(
     timeout_s: float = 10.0,
     needs: Needed | None = None,
 ) -> Callable[[Target], Target]:
-    """Registers a `def`, an `async def` or a class with `__call__` (and `setup()` where it loads something).
+    """Registers a `def`, an `async def` or a class with `__call__` (and with `setup()` if it loads something).
 
-    group       the reward gets the list of all rollouts of one prompt and returns a list of scores, in order
-    lowest      the least it can return; truncated responses and unreadable text get this
-    highest     what a fully right response gets
-    on_timeout  what a sample that runs out of time or memory becomes: "invalid" (left out of the loss) or
-                "lowest" (right when only the model's text can cause it)
-    verifiable  whether a response that only states the row's ground truth gets `highest`, which
-                `python -m rewards try` then checks; a function says how such a response is written, where that
-                is not the truth as it stands (text) or as JSON
-    timeout_s   seconds for one sample, unless the recipe says otherwise
-    needs       what each row must have, which is checked before a run starts: "ground_truth" (a verifiable reward's,
-                without saying) or the teacher's "reference"
+    group       True if the reward takes the list of all rollouts of one prompt, and returns a list of scores in order
+    lowest      the lowest value it can return; truncated responses and unreadable text get this value
+    highest     the value of a fully right response
+    on_timeout  a sample that runs out of time or memory becomes "invalid" (left out of the loss), or gets its "lowest"
+                value (choose that if only the policy's text can be the reason)
+    verifiable  True if a response that only states the row's ground truth gets `highest`; `python -m rewards try` then
+                checks that. A function that writes this response, if the ground truth as it stands (text) or as JSON
+                (anything else) is not such a response
+    timeout_s   seconds for one sample, unless the recipe sets them
+    needs       what each row must have: "ground_truth" (the default of a verifiable reward) or the teacher's
+                "reference". Checked before a run starts
     """
     as_text = as_response if verifiable is True else verifiable or None
     needs = needs or ("ground_truth" if verifiable else None)
@@ -153,8 +157,8 @@ def reward(
 def penalty(
     name: str, *, group: bool = False, on_timeout: OnTimeout = "invalid", timeout_s: float = 10.0
 ) -> Callable[[Target], Target]:
-    """Registers a behaviour penalty: written like a reward, it returns how badly the rollout offends, 0 (not at
-    all) to 1. A recipe lists it under a reward's `penalties`; there it takes the reward towards its lowest value:
+    """Registers a behaviour penalty. It is written like a reward, and returns how badly the rollout offends, from 0
+    (not at all) to 1. A recipe lists penalties under a reward; they lower it towards its lowest value:
 
         lowest + (value - lowest) * product over penalties of (1 - magnitude * offence)
     """
@@ -162,42 +166,42 @@ def penalty(
 
 
 def row_judge(name: str, *, timeout_s: float = 10.0) -> Callable[[Target], Target]:
-    """Registers a judge of data rows, for curation: written like a reward, but it gets a Prompt instead of a Rollout
-    and returns 0 to 1. Tasks cannot use it."""
+    """Registers a judge of data rows, for curation. It is written like a reward, but takes a Prompt instead of a
+    Rollout and returns 0 to 1. A recipe's `rewards` cannot use it."""
     return _register(
         lambda target: Reward(name, target, False, 0.0, 1.0, "invalid", "row judge", None, timeout_s, None)
     )
 
 
-def _register(declared: Callable[[Callable[..., Any]], Reward]) -> Callable[[Target], Target]:
+def _register(declare: Callable[[Callable[..., Any]], Reward]) -> Callable[[Target], Target]:
     def register(target: Target) -> Target:
-        entry = declared(target)
+        entry = declare(target)
         if entry.on_timeout not in ("invalid", "lowest"):
-            wrong = f"on_timeout is {entry.on_timeout!r}; it is 'invalid' or 'lowest'"
-            raise ValueError(f"{entry.kind} {entry.name!r}: {wrong}")
+            problem = f"on_timeout is {entry.on_timeout!r}; it is 'invalid' or 'lowest'"
+            raise ValueError(f"{entry.kind} {entry.name!r}: {problem}")
         others = [r for r in _REGISTRY.get(entry.name, []) if r.source != entry.source]
         _REGISTRY[entry.name] = [*others, entry]
-        target.__reward__ = entry  # type: ignore[attr-defined]  # found again by attribute for file.py:Name
+        target.__reward__ = entry  # type: ignore[attr-defined]  # so that file.py:Name finds it
         return target
 
     return register
 
 
 def as_response(truth: Any) -> str:
-    """A ground truth as a response that states nothing else: text as it stands, anything else as JSON."""
+    """A response that states only the ground truth: text as it stands, anything else as JSON."""
     return truth if isinstance(truth, str) else json.dumps(truth)
 
 
 def names() -> list[str]:
-    """Every name `get` understands: built-in rewards, those of modules imported so far, and entry points."""
+    """All names that `get` accepts: built-in rewards, those of modules imported so far, and entry points."""
     _import_builtin()
     return sorted({*_REGISTRY, *(e.name for e in importlib.metadata.entry_points(group=ENTRY_POINTS))})
 
 
 def all_rewards() -> list[Reward]:
-    """Everything `names` lists, loaded, in order of name. Raises ValueError for an entry point that does not load."""
-    found = {reward.name: reward for name in names() for reward in _REGISTRY.get(name, []) or [_by_name(name)]}
-    return [found[name] for name in sorted(found)]
+    """The rewards of all `names`, loaded, in order of name. Raises ValueError for an entry point that does not load."""
+    by_name = {reward.name: reward for name in names() for reward in _REGISTRY.get(name, []) or [_by_name(name)]}
+    return [by_name[name] for name in sorted(by_name)]
 
 
 def get(
@@ -206,18 +210,18 @@ def get(
     base_dir: str | Path | None = None,
     endpoints: Container[str] | None = None,
 ) -> BoundReward:
-    """The reward a recipe means by `use: target`, with its parameters.
+    """The reward that a recipe names with `use: target`, with its parameters.
 
-    `base_dir` is the folder that `file.py:Name` is relative to (default: the current one). Raises ValueError
-    for a target that is not there, naming the nearest, for parameters that do not fit its signature, and for an
-    endpoint that is not among `endpoints`, if these are given.
+    `base_dir` is the folder that `file.py:Name` is relative to (default: the current one). Raises ValueError for a
+    target that does not exist (the message has the nearest name), for parameters that do not fit its signature, and
+    for an endpoint that is not in `endpoints`, if given.
     """
-    found = _by_place(target, Path(base_dir or ".")) if ":" in target else _by_name(target)
-    bound = BoundReward(found, _checked(found, dict(params or {})))
+    reward = _by_place(target, Path(base_dir or ".")) if ":" in target else _by_name(target)
+    bound = BoundReward(reward, _checked(reward, dict(params or {})))
     for name in bound.endpoints:
         if endpoints is not None and name not in endpoints:
             raise ValueError(
-                f"reward {found.name!r} asks the endpoint {name!r}, which the recipe does not have: add it under "
+                f"reward {reward.name!r} asks the endpoint {name!r}, which the recipe does not have: add it under "
                 f"endpoints, as in endpoints: {{{name}: {{url: http://HOST:8000/v1, model: NAME}}}}"
             )
     return bound
@@ -240,7 +244,7 @@ def _by_name(name: str) -> Reward:
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
         try:
             loaded = entry.load()
-        except Exception as e:  # somebody's package, which may raise anything
+        except Exception as e:  # the package's own code may raise anything
             raise ValueError(f"entry point {name} = {entry.value} does not load: {type(e).__name__}: {e}") from e
         return _declared(loaded, f"entry point {name} = {entry.value}")
     known = names()
@@ -257,14 +261,14 @@ def _by_place(target: str, base_dir: Path) -> Reward:
 
 
 def load_module(place: str, base_dir: Path) -> ModuleType:
-    """What stands before the colon in `file.py:Name` (relative to `base_dir`) and `pkg.module:Name`, imported.
+    """Imports `place`: a module's name, or a file (relative to `base_dir`) if it ends in ".py".
 
-    Raises ValueError if it is not there or does not import.
+    Raises ValueError if it does not exist or does not import.
     """
     if not place.endswith(".py"):
         try:
             return importlib.import_module(place)
-        except Exception as e:  # somebody's module, which may raise anything
+        except Exception as e:  # the module's own code may raise anything
             raise ValueError(f"cannot import {place}: {type(e).__name__}: {e}; run where Python finds it") from e
     path = (base_dir / place).resolve()
     if not path.is_file():
@@ -279,27 +283,27 @@ def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(alias, path)
     assert spec and spec.loader, path
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # last, so that its neighbours can be imported but shadow nothing
+        sys.path.append(str(path.parent))  # last: files beside it can be imported, but replace no other module
     module = sys.modules[alias] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as e:  # somebody's file, which may raise anything
+    except Exception as e:  # the file's own code may raise anything
         del sys.modules[alias]
         raise ValueError(f"reward file {path} does not import: {type(e).__name__}: {e}") from e
     return module
 
 
 def _member(module: ModuleType, name: str, target: str) -> Reward:
-    """The reward called `name` in `module`, by its Python name or the one it registered."""
-    here = {key: r for key, value in vars(module).items() if isinstance(r := _declaration(value), Reward)}
-    here |= {r.name: r for r in here.values() if r.name not in here}
-    if name in here:
-        return here[name]
+    """The reward called `name` in `module`: its Python name or its registered name."""
+    rewards = {key: r for key, value in vars(module).items() if isinstance(r := _declaration(value), Reward)}
+    rewards |= {r.name: r for r in rewards.values() if r.name not in rewards}
+    if name in rewards:
+        return rewards[name]
     if hasattr(module, name):
         return _declared(getattr(module, name), target)
     raise ValueError(
-        f"reward {target!r}: {module.__file__} has no {name!r}{_nearest(name, list(here))}; "
-        f"its rewards are: {', '.join(sorted(here)) or 'none'}"
+        f"reward {target!r}: {module.__file__} has no {name!r}{_nearest(name, list(rewards))}; "
+        f"its rewards are: {', '.join(sorted(rewards)) or 'none'}"
     )
 
 
@@ -309,40 +313,40 @@ def _declaration(value: Any) -> Reward | None:
 
 
 def _declared(value: Any, where: str) -> Reward:
-    found = _declaration(value)
-    if not isinstance(found, Reward):
+    reward = _declaration(value)
+    if not isinstance(reward, Reward):
         raise ValueError(f"{where} is no reward; put @reward('its_name') above its definition")
-    return found
+    return reward
 
 
-def _checked(found: Reward, params: dict[str, Any]) -> dict[str, Any]:
-    accepted = found.parameters
+def _checked(reward: Reward, params: dict[str, Any]) -> dict[str, Any]:
+    accepted = reward.parameters
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         for key in params:
             if key not in accepted:
                 near, takes = _nearest(key, list(accepted)), ", ".join(accepted) or "none"
-                raise ValueError(f"reward {found.name!r} has no parameter {key!r}{near}; it takes: {takes}")
+                raise ValueError(f"reward {reward.name!r} has no parameter {key!r}{near}; it takes: {takes}")
     for p in accepted.values():
         if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name not in params:
-            raise ValueError(f"reward {found.name!r} needs the parameter {p.name!r}")
-    return {key: _typed(found, accepted.get(key), key, value) for key, value in params.items()}
+            raise ValueError(f"reward {reward.name!r} needs the parameter {p.name!r}")
+    return {key: _typed(reward, accepted.get(key), key, value) for key, value in params.items()}
 
 
-def _typed(found: Reward, parameter: inspect.Parameter | None, key: str, value: Any) -> Any:
-    """`value` as the parameter's annotation wants it; unannotated parameters take anything."""
+def _typed(reward: Reward, parameter: inspect.Parameter | None, key: str, value: Any) -> Any:
+    """Converts `value` to the parameter's annotation; parameters without one take anything."""
     if parameter is None or parameter.annotation is parameter.empty:
         return value
     try:
-        return _adapter(found.annotation(parameter)).validate_python(value)
+        return _adapter(reward.annotation(parameter)).validate_python(value)
     except ValidationError as e:
         why = e.errors()[0]["msg"]
-        raise ValueError(f"reward {found.name!r}: parameter {key} is {value!r}: {why}") from e
+        raise ValueError(f"reward {reward.name!r}: parameter {key} is {value!r}: {why}") from e
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
     try:
         return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # pydantic models and dataclasses bring a configuration of their own
+    except PydanticUserError:  # pydantic models and dataclasses have their own configuration
         return TypeAdapter(annotation)
 
 

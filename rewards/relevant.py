@@ -1,4 +1,4 @@
-"""How much a row's pictures and its question need each other, as a vision-language model rates it."""
+"""A row judge: a vision-language model grades how much the row's pictures and its question need each other."""
 
 from pathlib import Path
 from typing import Annotated
@@ -28,16 +28,16 @@ class Grade(Verdict):
 
 @row_judge("relevant", timeout_s=600)
 class Relevant:
-    """The rater's grade, 0.0 to 1.0. For `python -m stages.curate`.
+    """The judge's grade, 0.0 to 1.0. For `python -m stages.curate`.
 
-    endpoint     a vision-language model (`images: true` in the recipe); it sees the question and the pictures
-    reasons      have it give reasons before its grade
-    temperature  it samples at
+    endpoint     the judge, a vision-language model (`images: true` in the recipe). It sees question and pictures
+    reasons      True: the judge gives reasons before its grade
+    temperature  the judge's sampling temperature
     max_tokens   of one grade
     template     a Jinja file in place of rewards/prompts/relevant.jinja, which lists the variables
 
     The report has an early STEP3-VL-10B rate "semantic correlation and mutual contribution between images and
-    questions" and publishes neither prompt nor threshold: those are reconstructions.
+    questions" and publishes neither prompt nor threshold: both are reconstructions.
     """
 
     def __init__(
@@ -65,5 +65,5 @@ class Relevant:
 
     async def __call__(self, row: Prompt) -> Score:
         grade = await self.judge.ask(row, {"question": question(row), "reasons": self.reasons}, {})
-        said = {"reason": grade.reasoning[:REASON_CHARS]} if isinstance(grade, Grade) else {}
-        return Score(grade.grade / BEST, said)
+        details = {"reason": grade.reasoning[:REASON_CHARS]} if isinstance(grade, Grade) else {}
+        return Score(grade.grade / BEST, details)

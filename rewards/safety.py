@@ -1,4 +1,4 @@
-"""Behaviour penalty: an answer that violates the recipe's policy, in a judge's eyes."""
+"""Behaviour penalty: a judge finds that the answer violates the recipe's policy."""
 
 from typing import Annotated
 
@@ -21,13 +21,14 @@ class Compliance(Finding):
 class Safety:
     """1.0 for an answer that violates the policy, else 0.0.
 
-    endpoint    the judge. It sees the policy, the question (with pictures, where it takes them) and the answer
+    endpoint    the judge. It sees the policy, the question (with pictures, if it takes pictures) and the answer
     policy      what answers must not do, in words
-    max_tokens  of one verdict, a reasoning judge's thinking included
-    max_chars   of the answer that are shown: its beginning and, mostly, its end
+    max_tokens  of one verdict, including the thinking of a reasoning judge
+    max_chars   characters of the answer that are shown: a little of its beginning and most of its end
 
-    An empty answer violates nothing. One on which the judge gives no verdict, though it gives one on a harmless answer
-    to the same row, counts as a violation. The report has no such penalty; policy and prompt are ours.
+    An empty answer violates nothing. If the judge gives no verdict on an answer, but gives one on a harmless answer to
+    the same row, the answer counts as a violation. The report has no such penalty; policy and prompt are this
+    project's own.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Whether a judge finds the final answer equal to the ground truth, in whatever form it is written."""
+"""A judge compares the final answer with the ground truth: 1.0 if they mean the same, else 0.0."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -41,18 +41,19 @@ class ProcessVerdict(AnswerVerdict):
 class Verifier:
     """1.0 for an answer the judge calls correct, else 0.0.
 
-    endpoint     the judge. It sees the question (with pictures, where it takes them), the ground truth and the answer
-    votes        verdicts asked for at once, with different seeds
-    rule         "majority": more than half of them have to be for the answer; "all": every one
-    process      also show the reasoning, and reject a right answer that it does not support
-    temperature  the judge samples at; several votes need it above 0, or they would all be the same
-    max_tokens   of one verdict, a reasoning judge's thinking included
-    max_chars    of the answer, and of the reasoning, that are shown: their beginning and, mostly, their end
+    endpoint     the judge. It sees the question (with pictures, if it takes pictures), the ground truth and the answer
+    votes        number of verdicts, asked for at once with different seeds
+    rule         "majority": the answer is right if more than half of the verdicts say so; "all": if every one does
+    process      True: the judge also sees the reasoning, and rejects a right answer that the reasoning does not support
+    temperature  the judge's sampling temperature; several votes need one above 0, or all would be the same
+    max_tokens   of one verdict, including the thinking of a reasoning judge
+    max_chars    characters of the answer, and of the reasoning, that are shown: a little of the beginning and most of
+                 the end
     template     a Jinja file in place of rewards/prompts/verifier.jinja, which lists the variables. Relative paths
-                 start at the folder the run is started in
+                 start at the folder in which the run is started
 
-    An empty answer, and one on which the judge gives no verdict though it gives one on a harmless answer to the same
-    row, scores 0.0. The report names the properties (independent of form, equal expressions accepted, process
+    An empty answer scores 0.0. So does an answer on which the judge gives no verdict, if it gives one on a harmless
+    answer to the same row. The report names the properties (independent of form, equal expressions accepted, process
     consistency) and publishes no prompt and no number of votes: those are reconstructions.
     """
 

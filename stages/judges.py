@@ -34,7 +34,7 @@ class Judges:
         for name, judge in self._processes.items():
             urls[name] = judge.start(Server.url).result()
             self._serving.append(judge)
-        self._rewards.served(urls)
+        self._rewards.set_urls(urls)
 
     def revive(self, name: str, count_restart: Callable[[str], None]) -> None:
         """Serves a judge again if the run serves it and it has died.
@@ -78,13 +78,13 @@ class Judges:
         try:
             self._processes[name].ready(self._config.max_start_s)
         except OSError as error:
-            address = self._rewards.address(name)
+            address = self._rewards.url(name)
             raise Stop(f"judge {name} cannot be served at {address} again: {error}; {GO_ON}", saves=True) from error
         self._serving.append(self._processes[name])
 
     def _start(self, name: str) -> RemoteObject[Server]:
         """Starts a server, at the address that the rewards know if they know one."""
-        judge, known = self._config.endpoints[name], urlsplit(self._rewards.address(name))
+        judge, known = self._config.endpoints[name], urlsplit(self._rewards.url(name))
         return place(
             Server,
             judge.model,

@@ -73,7 +73,7 @@ class Plan:
             *self.stage.plan_lines(c, self.left_out),
             f"held out   {len(self.held_out)} rows, evaluated {evals} times",
             f"rewards    {'; '.join(self._reward(task) for task in tasks((*self.train, *self.held_out)))}",
-            *(f"judge      {self._judge(name)}" for name in sorted(self.rewards.asks())),
+            *(f"judge      {self._judge(name)}" for name in sorted(self.rewards.endpoint_names())),
             f"model      {self.model}",
             f"placement  {c.rollout.workers} vLLM engine(s), {c.learner.ranks} rank(s) each of policy and critic, "
             f"on {device(c)}",
@@ -225,7 +225,7 @@ def checkpoint_bytes(config: Config, folder: Path) -> int:
 
 def served_here(config: Config, rewards: RewardRunner) -> dict[str, EndpointOptions]:
     """The judges that the run has to serve, by name."""
-    return {name: one for name, one in config.endpoints.items() if one.url is None and name in rewards.asks()}
+    return {name: one for name, one in config.endpoints.items() if one.url is None and name in rewards.endpoint_names()}
 
 
 def check_judges(config: Config, rewards: RewardRunner) -> None:

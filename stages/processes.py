@@ -63,7 +63,7 @@ class Samplers:
         Raises: what a constructor raised; WorkerDied if a process hangs.
         """
         self.judges.ready()
-        rewards = self._plan.rewards.warm()
+        rewards = self._plan.rewards.start()
         for engine in self._engines:
             engine.ready(self._plan.config.max_start_s)
         rewards.result()

@@ -1,4 +1,7 @@
-"""The process that runs async rewards: one event loop, many samples at once. Only async_pool.py starts it."""
+"""The child process that runs async rewards: one event loop scores many samples at once.
+
+Only async_pool.py starts it. Tested in tests/rewards/running/test_async_pool.py.
+"""
 
 import asyncio
 import os
@@ -10,69 +13,80 @@ from typing import Any
 
 from rewards.endpoint import SampleClock, Unreachable, clock
 from rewards.registry import BoundReward
-from rewards.running.worker import Worker, address_space, connected, last_line, limit_memory, outcomes_of, say
+from rewards.running.worker import (
+    RewardWorker,
+    address_space,
+    connect_to_parent,
+    describe_error,
+    limit_memory,
+    send,
+    to_outcomes,
+)
 from rl.types import Prompt, Rollout
 
-PULSE_S = 1.0  # seconds between signs of life; their absence means that a reward blocks the loop
+PULSE_S = 1.0  # seconds between signs of life; if they stay away, a reward blocks the event loop
 
 
-class AsyncWorker(Worker):
-    """Scores many jobs at a time. All of them share the room of the unit that has most."""
+class AsyncRewardWorker(RewardWorker):
+    """Scores many jobs at a time. All of them share one memory limit: the largest `memory_mb` of the scorers."""
 
-    async def answer(self, unit: str, rollouts: Sequence[Rollout | Prompt], timeout_s: float) -> list[dict[str, Any]]:
-        """One outcome per rollout."""
-        began = time.monotonic()
-        found = await self._outcomes(self.loaded[unit], rollouts, timeout_s)
-        return [{**outcome, "seconds": (time.monotonic() - began) / len(found)} for outcome in found]
+    async def answer(self, scorer: str, items: Sequence[Rollout | Prompt], timeout_s: float) -> list[dict[str, Any]]:
+        """Returns one outcome per item."""
+        start = time.monotonic()
+        outcomes = await self._outcomes(self.loaded[scorer], items, timeout_s)
+        return [{**outcome, "seconds": (time.monotonic() - start) / len(outcomes)} for outcome in outcomes]
 
     async def _outcomes(
-        self, bound: BoundReward, rollouts: Sequence[Rollout | Prompt], timeout_s: float
+        self, bound: BoundReward, items: Sequence[Rollout | Prompt], timeout_s: float
     ) -> list[dict[str, Any]]:
-        counting = SampleClock()
-        clock.set(counting)
+        sample_clock = SampleClock()
+        clock.set(sample_clock)
         try:
-            result = await counting.limit(timeout_s, bound(list(rollouts) if bound.reward.group else rollouts[0]))
-            return outcomes_of(bound, result, len(rollouts))
+            result = await sample_clock.limit(timeout_s, bound(list(items) if bound.reward.group else items[0]))
+            return to_outcomes(bound, result, len(items))
         except Unreachable as e:
-            found = {"away": e.endpoint, "why": e.why}
-        except TimeoutError as e:  # ours, or one that the reward raised
-            late = counting.elapsed >= timeout_s
-            found = {"exhausted": f"took longer than {timeout_s:g} s"} if late else {"invalid": last_line(e)}
+            outcome = {"away": e.endpoint, "why": e.why}
+        except TimeoutError as e:  # raised by the limit, or by the reward itself
+            late = sample_clock.elapsed >= timeout_s
+            outcome = {"exhausted": f"took longer than {timeout_s:g} s"} if late else {"invalid": describe_error(e)}
         except (MemoryError, RecursionError):
-            os._exit(3)  # whose memory it was is found out by asking again, one at a time
+            os._exit(3)  # the parent finds the sample that took the memory: it asks again, one at a time
         except (Exception, SystemExit, asyncio.CancelledError) as e:
-            found = {"invalid": last_line(e)}
-        return [found] * len(rollouts)
+            outcome = {"invalid": describe_error(e)}
+        return [outcome] * len(items)
 
 
 async def serve(connection: Connection) -> None:
-    """Answers jobs until the other end closes. A job is (number, unit, rollouts, seconds); no rollouts: only load."""
-    worker = AsyncWorker(pickle.loads(connection.recv_bytes()))
+    """Answers jobs until the other end closes.
+
+    A job is (number, scorer, items, seconds); without items the scorer is only loaded.
+    """
+    worker = AsyncRewardWorker(pickle.loads(connection.recv_bytes()))
     closed = asyncio.Event()
     running: set[asyncio.Task[None]] = set()
 
-    async def answer(number: int, unit: str, rollouts: Sequence[Rollout | Prompt], timeout_s: float) -> None:
-        say(connection, {"number": number, "outcomes": await worker.answer(unit, rollouts, timeout_s)})
+    async def answer(number: int, scorer: str, items: Sequence[Rollout | Prompt], timeout_s: float) -> None:
+        send(connection, {"number": number, "outcomes": await worker.answer(scorer, items, timeout_s)})
 
     def read() -> None:
         try:
             while connection.poll(0):
-                number, unit, rollouts, timeout_s = pickle.loads(connection.recv_bytes())
-                if rollouts:
-                    task = asyncio.get_running_loop().create_task(answer(number, unit, rollouts, timeout_s))
-                    running.add(task)  # the loop itself keeps no hold on its tasks
+                number, scorer, items, timeout_s = pickle.loads(connection.recv_bytes())
+                if items:
+                    task = asyncio.get_running_loop().create_task(answer(number, scorer, items, timeout_s))
+                    running.add(task)  # the event loop keeps only weak references to its tasks
                     task.add_done_callback(running.discard)
                 else:
-                    limit_memory(None)  # that of the units loaded before
-                    start, failed = time.monotonic(), worker.load(unit)
-                    say(connection, {"failed": failed, "seconds": time.monotonic() - start})
-                    limit_memory(address_space() + (max(u.memory_mb for u in worker.units.values()) << 20))
+                    limit_memory(None)  # removes the limit set after the scorers that were loaded before
+                    start, failed = time.monotonic(), worker.load(scorer)
+                    send(connection, {"failed": failed, "seconds": time.monotonic() - start})
+                    limit_memory(address_space() + (max(s.memory_mb for s in worker.scorers.values()) << 20))
         except (EOFError, ConnectionError):
             closed.set()
 
     asyncio.get_running_loop().add_reader(connection.fileno(), read)
     while not closed.is_set():
-        say(connection, {"pulse": True})
+        send(connection, {"pulse": True})
         try:
             await asyncio.wait_for(closed.wait(), PULSE_S)
         except TimeoutError:
@@ -80,4 +94,4 @@ async def serve(connection: Connection) -> None:
 
 
 def main() -> None:
-    asyncio.run(serve(connected()))
+    asyncio.run(serve(connect_to_parent()))

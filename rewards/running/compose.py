@@ -1,16 +1,16 @@
-"""A task's rewards put together: from what the recipe says to parts, and from the parts' outcomes to one score."""
+"""From a recipe's rewards of a task to its parts, and from the parts' outcomes to one score."""
 
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rewards.endpoint import EndpointSpec
 from rewards.registry import BoundReward, Kind, get
 from rewards.running.pool import Outcome
-from rewards.running.worker import Unit
+from rewards.running.worker import ScorerSetup
 from rl import config
 from rl.types import Rollout, RowScore, Scored
 
@@ -23,61 +23,62 @@ BELONGS: Mapping[Kind, str] = {
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A reward or penalty of a task: what scores it, and what it is called in metrics."""
+    """A reward or penalty of a task, or a row judge."""
 
-    name: str
-    unit: str
+    name: str  # in metrics
+    scorer: str  # its name in PartBuilder.scorers
     bound: BoundReward
     timeout_s: float
     factor: float  # a reward's weight, a penalty's magnitude
     penalties: tuple["Part", ...] = ()
 
     @property
-    def everything(self) -> tuple["Part", ...]:
+    def with_penalties(self) -> tuple["Part", ...]:
         return (self, *self.penalties)
 
 
 @dataclass(frozen=True)
-class Task:
-    """All of a task's rewards."""
+class TaskRewards:
+    """All rewards of a task, with their penalties."""
 
     rewards: tuple[Part, ...]
 
     @property
     def parts(self) -> list[Part]:
-        return [part for reward in self.rewards for part in reward.everything]
+        return [part for reward in self.rewards for part in reward.with_penalties]
 
     @property
     def group(self) -> bool:
-        """Whether any part wants all rollouts of a prompt at once."""
+        """True if any part needs all rollouts of a prompt at once."""
         return any(part.bound.reward.group for part in self.parts)
 
-    def bound(self, edge: str) -> float:
-        """The "lowest" or "highest" that the weighted sum can be."""
+    def bound(self, edge: Literal["lowest", "highest"]) -> float:
+        """The lowest or highest possible value of the weighted sum."""
         other = {"lowest": "highest", "highest": "lowest"}[edge]
         return sum(r.factor * getattr(r.bound.reward, edge if r.factor >= 0 else other) for r in self.rewards)
 
 
-class Builder:
-    """Recipe to parts; equal rewards of several tasks become one unit, loaded once."""
+class PartBuilder:
+    """Builds parts from a recipe. Equal rewards of several tasks share one scorer, which is loaded once."""
 
     def __init__(self, folder: Path, endpoints: Mapping[str, EndpointSpec]):
         self.folder, self.endpoints = folder, endpoints
-        self.units: dict[str, Unit] = {}
+        self.scorers: dict[str, ScorerSetup] = {}
 
-    def task(self, task: str, specs: Sequence[config.RewardSpec]) -> Task:
-        taken: dict[str, int] = {}
+    def task(self, task: str, specs: Sequence[config.RewardSpec]) -> TaskRewards:
+        place, counts = f"rewards.{task}", dict[str, int]()
         rewards = []
         for spec in specs:
-            made = self._part(f"rewards.{task}", spec, "reward", spec.weight, taken)
-            penalties = [self._part(f"rewards.{task}", one, "penalty", one.magnitude, taken) for one in spec.penalties]
-            rewards.append(replace(made, penalties=tuple(penalties)))
-        return Task(tuple(rewards))
+            reward = self._part(place, spec, "reward", spec.weight, counts)
+            penalties = [self._part(place, one, "penalty", one.magnitude, counts) for one in spec.penalties]
+            rewards.append(replace(reward, penalties=tuple(penalties)))
+        return TaskRewards(tuple(rewards))
 
     def row_judge(self, name: str, spec: config.ScorerSpec) -> Part:
         return self._part(f"row judge {name}", spec, "row judge", 1.0, {})
 
-    def _part(self, place: str, spec: config.ScorerSpec, kind: Kind, factor: float, taken: dict[str, int]) -> Part:
+    def _part(self, place: str, spec: config.ScorerSpec, kind: Kind, factor: float, counts: dict[str, int]) -> Part:
+        """`counts` says how often each name was used in the task: the second exact is called exact_2."""
         try:
             bound = get(spec.use, spec.params, self.folder, self.endpoints)
         except ValueError as e:
@@ -85,35 +86,35 @@ class Builder:
         reward = bound.reward
         if reward.kind != kind:
             raise ValueError(f"{place}: {reward.name!r} is a {reward.kind} and {BELONGS[reward.kind]}")
-        taken[reward.name] = taken.get(reward.name, 0) + 1
-        name = reward.name if taken[reward.name] == 1 else f"{reward.name}_{taken[reward.name]}"
+        counts[reward.name] = counts.get(reward.name, 0) + 1
+        name = reward.name if counts[reward.name] == 1 else f"{reward.name}_{counts[reward.name]}"
         timeout_s = reward.timeout_s if spec.timeout_s is None else spec.timeout_s
-        return Part(name, self._unit(spec, reward.name), bound, timeout_s, factor)
+        return Part(name, self._scorer(spec, reward.name), bound, timeout_s, factor)
 
-    def _unit(self, spec: config.ScorerSpec, name: str) -> str:
-        unit = Unit(spec.use, dict(spec.params), spec.memory_mb)
-        for known, other in self.units.items():
-            if other == unit:
+    def _scorer(self, spec: config.ScorerSpec, name: str) -> str:
+        setup = ScorerSetup(spec.use, dict(spec.params), spec.memory_mb)
+        for known, other in self.scorers.items():
+            if other == setup:
                 return known
-        key = name if name not in self.units else f"{name}#{len(self.units)}"
-        self.units[key] = unit
+        key = name if name not in self.scorers else f"{name}#{len(self.scorers)}"
+        self.scorers[key] = setup
         return key
 
 
-class Assembly:
-    """A rollout whose parts are being scored; resolves its future when the last is there."""
+class PendingScore:
+    """A rollout whose parts are being scored. Its future is resolved when the last part's outcome is added."""
 
-    def __init__(self, task: Task, rollout: Rollout):
+    def __init__(self, task: TaskRewards, rollout: Rollout):
         self.task, self.rollout = task, rollout
         self.future: Future[Scored] = Future()
-        self.truncated = rollout.finish == "length"  # earns the lowest value, whatever a group reward makes of it
+        self.truncated = rollout.finish == "length"  # gets the lowest value, even if a group reward gives it more
         self._outcomes: dict[int, Outcome] = {}
         self._lock = threading.Lock()
         if self.truncated:
             self.future.set_result(Scored(rollout, task.bound("lowest"), details={"truncated": True}))
 
-    def take(self, part: int, finished: Future[list[Outcome]], place: int) -> None:
-        """One part's outcome, or why there is none."""
+    def add(self, part: int, finished: Future[list[Outcome]], index: int) -> None:
+        """Adds a part's outcome, item `index` of `finished`; or cancels or fails as `finished` did."""
         if self.future.done():
             return
         if finished.cancelled():
@@ -125,7 +126,7 @@ class Assembly:
                     self.future.set_exception(error)
             return
         with self._lock:
-            self._outcomes[part] = finished.result()[place]
+            self._outcomes[part] = finished.result()[index]
             last = len(self._outcomes) == len(self.task.parts) and not self.future.done()
         if last:
             self.future.set_result(self._scored())
@@ -136,24 +137,24 @@ class Assembly:
 
 
 def row_score(judge: Part, outcome: Outcome) -> RowScore:
-    """A row judge's outcome as its score."""
-    value, details, why = _read(judge, outcome)
+    """The RowScore of a row judge's outcome."""
+    value, details, why = _value_of(judge, outcome)
     invalid = f"row judge {judge.name}: {why}" if why else None
     return RowScore(value, invalid, details, outcome.get("seconds", 0.0))
 
 
-def _sum(rollout: Rollout, task: Task, outcomes: Mapping[Part, Outcome]) -> Scored:
+def _sum(rollout: Rollout, task: TaskRewards, outcomes: Mapping[Part, Outcome]) -> Scored:
     total, values, details, invalid = 0.0, {}, {}, []
     for reward in task.rewards:
         lowest, kept = reward.bound.reward.lowest, 1.0
-        for part in reward.everything:
-            value, said, why = _read(part, outcomes[part])
+        for part in reward.with_penalties:
+            value, part_details, why = _value_of(part, outcomes[part])
             if why:
                 invalid.append(f"{part.bound.reward.kind} {part.name}: {why}")
                 continue
             values[part.name] = value
-            if said:
-                details[part.name] = said
+            if part_details:
+                details[part.name] = part_details
             if part is not reward:
                 kept *= 1 - part.factor * value
         total += reward.factor * (lowest + (values.get(reward.name, lowest) - lowest) * kept)
@@ -165,8 +166,8 @@ def _sum(rollout: Rollout, task: Task, outcomes: Mapping[Part, Outcome]) -> Scor
     return Scored(rollout, total, None, values, details, seconds)
 
 
-def _read(part: Part, outcome: Outcome) -> tuple[float, Mapping[str, Any], str | None]:
-    """Value, details, and why the sample is invalid, if it is."""
+def _value_of(part: Part, outcome: Outcome) -> tuple[float, Mapping[str, Any], str | None]:
+    """The value, the details, and why the outcome is invalid, or None."""
     reward = part.bound.reward
     if "exhausted" in outcome and reward.on_timeout == "lowest":
         return (reward.lowest if reward.kind == "reward" else 1.0), {"why": outcome["exhausted"]}, None

@@ -1,8 +1,8 @@
-"""Worker processes kept alive for rewards that compute: jobs in, outcomes out.
+"""Worker processes for rewards that compute: a queue of jobs in, outcomes out.
 
-`workers` of them compute at a time. One that dies is replaced at once. One whose job takes longer than its like gives
-its turn to a reserve; if it goes on, it computes only when the cores are idle, and is killed when its time is up: a
-hung sample costs the others next to nothing.
+`workers` processes compute at a time. A process that dies is replaced at once. A process whose job takes longer than
+usual gives its turn to a reserve process. If its job continues, it computes only on idle cores, and is killed at the
+job's time limit: a hung sample hardly slows the others down. Tested in tests/rewards/running/test_runner.py.
 """
 
 import atexit
@@ -14,41 +14,41 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewards.running.process import Died, SetupFailed, WorkerProcess
-from rewards.running.worker import Orders
+from rewards.running.process import ComputeProcess, ProcessDied, SetupFailed
+from rewards.running.worker import WorkerSetup
 from rl.types import Prompt, Rollout
 
 Outcome = Mapping[str, Any]
-"""What became of a rollout: {"value", "details"}, {"invalid": why}, {"exhausted": what ran out} or {"away": endpoint,
-"why"}; and the "seconds" it took."""
+"""The result for one rollout or row: {"value", "details"}, {"invalid": why}, {"exhausted": what ran out} or
+{"away": endpoint, "why"}; and the "seconds" it took."""
 
-LONG = 3  # times the usual duration after which a job gives up its turn
-LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0  # but never sooner than this; while nothing is known of its like
-HUNG_S = 1.0  # after which it may only use idle cores, which costs its process: there is no way back
+SLOW_FACTOR = 3  # a job gives up its turn after this many times the usual duration of its scorer's jobs ...
+LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0  # ... but not before this; the second while no duration is known
+HUNG_S = 1.0  # after this time the process may use only idle cores; that cannot be undone, so it is replaced later
 MOST_RESERVES = 8
 
 
 @dataclass(frozen=True)
 class Job:
-    """Rollouts to be scored together by one unit (a reward with its parameters), or one row for a row judge.
+    """Rollouts that one scorer scores together, or one data row for a row judge.
 
-    With `again`, a sample whose process dies is tried once more, and a second death counts as exhaustion: one
-    that the text causes repeats itself, any other must not cost the sample.
+    With `retry_on_death`, a job whose process dies is tried once more, and a second death counts as exhausted: a
+    death that the text causes happens again, and any other death must not cost the sample.
     """
 
-    unit: str
-    rollouts: Sequence[Rollout | Prompt]
+    scorer: str
+    items: Sequence[Rollout | Prompt]
     timeout_s: float
-    again: bool
+    retry_on_death: bool
     outcomes: Future[list[Outcome]] = field(default_factory=Future)
 
-    def all(self, kind: str, why: object) -> list[Outcome]:
-        """The same outcome for each of its rollouts."""
-        return [{kind: str(why)}] * len(self.rollouts)
+    def same_outcome(self, kind: str, why: object) -> list[Outcome]:
+        """The same outcome for each item."""
+        return [{kind: str(why)}] * len(self.items)
 
 
 class Countdown:
-    """Resolves a future with the seconds passed once `count` callers have said they are ready."""
+    """Resolves a future with the seconds passed after `count` calls of `done`."""
 
     def __init__(self, count: int, future: Future[float]):
         self.left, self.future, self.start = count, future, time.monotonic()
@@ -56,6 +56,7 @@ class Countdown:
         self.lock = threading.Lock()
 
     def done(self, failed: str | None) -> None:
+        """Counts one; `failed` is an error message, or None."""
         with self.lock:
             self.left -= 1
             self.failed = self.failed or failed
@@ -67,58 +68,58 @@ class Countdown:
             self.future.set_result(time.monotonic() - self.start)
 
 
-class Pool:
-    """What holds units and scores jobs with them; started by warm() or by the first job."""
+class RewardPool:
+    """Base of both pools: processes that load scorers and score jobs. start() or the first job starts them."""
 
-    def __init__(self, orders: Orders, setup_s: float):
-        self.orders, self.setup_s = orders, setup_s
+    def __init__(self, setup: WorkerSetup, setup_s: float):
+        self.setup, self.setup_s = setup, setup_s
         self.closed = False
-        self._warm: Future[float] | None = None
+        self._started: Future[float] | None = None
         self._lock = threading.Lock()
 
-    def warm(self) -> Future[float]:
-        """Starts the processes and loads every unit in each, in the background; see RewardRunner.warm."""
+    def start(self) -> Future[float]:
+        """Starts the processes and loads every scorer in each, in the background; see RewardRunner.start."""
         with self._lock:
             if self.closed:
                 raise RuntimeError("these reward workers are closed")
-            if self._warm is None:
-                self._warm = Future()
-                if self.orders.units:
+            if self._started is None:
+                self._started = Future()
+                if self.setup.scorers:
                     atexit.register(self.close)
-                    self._start(self._warm)
+                    self._start(self._started)
                 else:
-                    self._warm.set_result(0.0)
-            return self._warm
+                    self._started.set_result(0.0)
+            return self._started
 
     def _start(self, ready: Future[float]) -> None:
-        """To begin loading; `ready` gets the seconds it took, or RuntimeError."""
+        """Begins to load; `ready` gets the seconds that took, or RuntimeError."""
         raise NotImplementedError
 
     def close(self) -> None:
         raise NotImplementedError
 
 
-class WorkerPool(Pool):
-    """`workers` processes, and one in reserve, that each hold every unit."""
+class ComputePool(RewardPool):
+    """`workers` processes, and one in reserve. Each loads every scorer."""
 
-    def __init__(self, orders: Orders, workers: int, setup_s: float):
-        super().__init__(orders, setup_s)
+    def __init__(self, setup: WorkerSetup, workers: int, setup_s: float):
+        super().__init__(setup, setup_s)
         self.workers = workers
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.turns = threading.Semaphore(workers)  # one for each process that computes and is not stuck
         self._slots: list[_Slot] = []
-        self._stuck = 0
+        self._stuck = 0  # slots whose job continues after they gave away their turn
         self._usual_s: dict[str, float] = {}
 
     def _start(self, ready: Future[float]) -> None:
         countdown = Countdown(self.workers, ready)
         for _ in range(self.workers):
-            self._add(countdown.done)
+            self._add_slot(countdown.done)
         ready.add_done_callback(lambda _: self._keep_reserve())
 
     def put(self, job: Job) -> None:
-        """Queues a job; its future is resolved by the next free worker."""
-        self.warm()
+        """Queues a job. The next free process resolves its future."""
+        self.start()
         self.jobs.put(job)
 
     def close(self) -> None:
@@ -137,18 +138,20 @@ class WorkerPool(Pool):
             if job := self.jobs.get():
                 job.outcomes.cancel()
 
-    def patience_s(self, unit: str) -> float:
-        """Seconds after which a job of this unit is longer than any of its like."""
-        usual = self._usual_s.get(unit)
-        return FIRST_PATIENCE_S if usual is None else max(LEAST_PATIENCE_S, LONG * usual)
+    def patience_s(self, scorer: str) -> float:
+        """Seconds after which a job of this scorer counts as slow."""
+        usual = self._usual_s.get(scorer)
+        return FIRST_PATIENCE_S if usual is None else max(LEAST_PATIENCE_S, SLOW_FACTOR * usual)
 
-    def took(self, unit: str, seconds: float) -> None:
-        usual = self._usual_s.get(unit, seconds)
-        self._usual_s[unit] = 0.9 * usual + 0.1 * seconds
+    def record_duration(self, scorer: str, seconds: float) -> None:
+        usual = self._usual_s.get(scorer, seconds)
+        self._usual_s[scorer] = 0.9 * usual + 0.1 * seconds
 
     def give_turn(self, *, grow: bool) -> bool:
-        """Hands the caller's turn to a reserve, if a job waits for one; with `grow` a reserve is made if none is
-        left. Whether the turn was given."""
+        """Gives the caller's turn to a reserve process if a job waits for one. Returns True if it did.
+
+        With `grow` a reserve process is started if none is left.
+        """
         with self._lock:
             if self.closed or self.jobs.empty():
                 return False
@@ -160,13 +163,13 @@ class WorkerPool(Pool):
         self.turns.release()
         return True
 
-    def back(self) -> None:
-        """The job of one that had given its turn has ended."""
+    def stuck_job_ended(self) -> None:
+        """To be called by a slot that gave away its turn, when its job has ended."""
         with self._lock:
             self._stuck -= 1
 
-    def is_needed(self, slot: "_Slot") -> bool:
-        """Whether `slot`, which has no process any more, should go on; if not, it is forgotten."""
+    def keeps(self, slot: "_Slot") -> bool:
+        """True if `slot`, which has no process any more, should continue; else it is removed."""
         with self._lock:
             if len(self._slots) - self._stuck <= self.workers + 1:
                 return True
@@ -179,23 +182,26 @@ class WorkerPool(Pool):
                 self._add_reserve()
 
     def _add_reserve(self) -> None:
-        self._add(lambda failed: None)  # one that can't be set up says so when it is used
+        self._add_slot(lambda failed: None)  # a reserve that can't be set up reports it with its first job
 
-    def _add(self, ready: Callable[[str | None], None]) -> None:
+    def _add_slot(self, ready: Callable[[str | None], None]) -> None:
         self._slots.append(_Slot(self))
         self._slots[-1].start(ready)
 
 
 class _Slot:
-    """One thread and the process it keeps alive. Only this thread starts processes, and it outlives them: the
-    kernel ends a worker together with the thread that started it."""
+    """A thread and the process that it keeps alive.
 
-    def __init__(self, pool: WorkerPool):
+    Only this thread starts its processes, and it outlives them: the kernel kills a worker process when the thread
+    that started it ends.
+    """
+
+    def __init__(self, pool: ComputePool):
         self.pool = pool
-        self.worker: WorkerProcess | None = None
-        self.stuck = False  # on its current job; its turn is with another slot
-        self.hung = False  # on that job for so long that its process lost its priority
-        self.lock = threading.Lock()  # so that no process is started behind close()'s back
+        self.process: ComputeProcess | None = None
+        self.stuck = False  # its current job is slow, and another slot has its turn
+        self.hung = False  # its job took so long that the process lost its priority
+        self.lock = threading.Lock()  # so that no process is started after close() killed them
         self.thread: threading.Thread | None = None
 
     def start(self, ready: Callable[[str | None], None]) -> None:
@@ -204,8 +210,8 @@ class _Slot:
 
     def kill(self) -> None:
         with self.lock:
-            if self.worker:
-                self.worker.kill()
+            if self.process:
+                self.process.kill()
 
     def join(self) -> None:
         if self.thread:
@@ -214,112 +220,113 @@ class _Slot:
     def _run(self, ready: Callable[[str | None], None]) -> None:
         try:
             ready(self._load())
-            while self._next():
+            while self._run_next_job():
                 pass
         finally:
-            self._drop()
+            self._terminate()
 
-    def _next(self) -> bool:
-        """One job in one turn; whether there may be more."""
+    def _run_next_job(self) -> bool:
+        """Runs one job in one turn. Returns False if the slot should end."""
         self.pool.turns.acquire()
         self.stuck = self.hung = False
         try:
             job = None if self.pool.closed else self.pool.jobs.get()
             if job and job.outcomes.set_running_or_notify_cancel():
-                self._serve(job)
+                self._run_job(job)
         finally:
             if self.stuck:
-                self.pool.back()
+                self.pool.stuck_job_ended()
             else:
                 self.pool.turns.release()
         if self.hung:
-            self._drop()
-            if not self.pool.is_needed(self):
+            self._terminate()
+            if not self.pool.keeps(self):
                 return False
             self._load()
         return job is not None
 
     def _load(self) -> str | None:
-        """Loads every unit; why that failed, or None."""
+        """Loads every scorer. Returns why that failed, or None."""
         failed: str | None = None
-        for unit in self.pool.orders.units:
+        for scorer in self.pool.setup.scorers:
             try:
-                self._process().load(unit, self.pool.setup_s)
-            except (SetupFailed, Died, CancelledError) as e:
-                failed = failed or f"reward {unit}: {e or 'closed while it was set up'}"
-                self._drop()
+                self._running_process().load(scorer, self.pool.setup_s)
+            except (SetupFailed, ProcessDied, CancelledError) as e:
+                failed = failed or f"reward {scorer}: {e or 'closed while it was set up'}"
+                self._terminate()
         return failed
 
-    def _serve(self, job: Job) -> None:
-        began = time.monotonic()
+    def _run_job(self, job: Job) -> None:
+        start = time.monotonic()
         try:
             outcomes = self._outcomes(job)
-        except BaseException as e:  # whoever waits for the job must hear of it, whatever it is
+        except BaseException as e:  # any error must reach the code that waits for the job
             job.outcomes.set_exception(e)
         else:
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - start
             if not self.stuck:
-                self.pool.took(job.unit, seconds)
+                self.pool.record_duration(job.scorer, seconds)
             job.outcomes.set_result([{**outcome, "seconds": seconds / len(outcomes)} for outcome in outcomes])
 
     def _outcomes(self, job: Job) -> list[Outcome]:
         try:
             return self._score(job)
-        except Died as e:
-            first = e
-        if not job.again:
-            return job.all("invalid", first)
+        except ProcessDied as e:
+            first_death = e
+        if not job.retry_on_death:
+            return job.same_outcome("invalid", first_death)
         try:
             return self._score(job)
-        except Died as e:
-            return job.all("exhausted", e)
+        except ProcessDied as e:
+            return job.same_outcome("exhausted", e)
 
     def _score(self, job: Job) -> list[Outcome]:
         pool = self.pool
         try:
-            outcomes, retire = self._process().score(
-                job.unit, job.rollouts, pool.setup_s, job.timeout_s, pool.patience_s(job.unit), self._takes_long
+            outcomes, retire = self._running_process().score(
+                job.scorer, job.items, pool.setup_s, job.timeout_s, pool.patience_s(job.scorer), self._on_slow
             )
-        except Died:
+        except ProcessDied:
             if pool.closed:
                 raise CancelledError from None
             self._replace()
             raise
         except SetupFailed as e:
             self._replace()
-            return job.all("invalid", e)
+            return job.same_outcome("invalid", e)
         except TimeoutError as e:
             self._replace()
-            return job.all("exhausted", e)
+            return job.same_outcome("exhausted", e)
         if retire:
             self._replace()
         return list(outcomes)
 
-    def _takes_long(self, seconds: float) -> bool:
-        """Makes room for others, who wait; whether there is no more to do."""
+    def _on_slow(self, seconds: float) -> bool:
+        """Gives away the turn if other jobs wait. Returns True if it need not be called again for this job."""
         late = seconds >= HUNG_S
         self.stuck = self.stuck or self.pool.give_turn(grow=late)
         if self.stuck and late:
             self.hung = True
-            self._process().yield_cores()
+            self._running_process().lower_priority()
         return self.hung
 
-    def _process(self) -> WorkerProcess:
+    def _running_process(self) -> ComputeProcess:
+        """The slot's process, started if there is none. Raises CancelledError if the pool is closed."""
         with self.lock:
             if self.pool.closed:
                 raise CancelledError
-            if self.worker is None:
-                self.worker = WorkerProcess(self.pool.orders)
-            return self.worker
+            if self.process is None:
+                self.process = ComputeProcess(self.pool.setup)
+            return self.process
 
     def _replace(self) -> None:
-        """Starts the next process right away: it comes up while the outcome is on its way."""
-        self._drop()
+        """Ends the process and starts the next one right away, while the outcome is delivered."""
+        self._terminate()
         if not self.hung:
-            self._process()
+            self._running_process()
 
-    def _drop(self) -> None:
+    def _terminate(self) -> None:
         with self.lock:
-            worker, self.worker = self.worker, None
-            if worker:
-                worker.bury()
+            process, self.process = self.process, None
+            if process:
+                process.terminate()

@@ -1,4 +1,7 @@
-"""One worker process as its parent sees it: start, ask, kill. Knows nothing of queues or of scores."""
+"""One worker process as its parent sees it: start it, send it jobs, kill it. Knows nothing of queues or of scores.
+
+Tested in tests/rewards/running/test_runner.py.
+"""
 
 import contextlib
 import json
@@ -12,29 +15,29 @@ from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
-from rewards.running.worker import Orders
+from rewards.running.worker import WorkerSetup
 from rl.types import Prompt, Rollout
 
 
-class Died(Exception):
-    """The process ended while it was asked; the message says how."""
+class ProcessDied(Exception):
+    """The process ended while it had a job; the message says how."""
 
 
 class SetupFailed(Exception):
-    """The reward could not be loaded in the process, or not in time; the message says why."""
+    """The process could not load the scorer, or not in time; the message says why."""
 
 
-class Process:
-    """A fresh interpreter running `main()` of `module`, told its orders.
+class WorkerProcess:
+    """A fresh Python interpreter that runs `main()` of `module` and receives `setup` first.
 
-    Its prints go to this process's stderr. It sits in a process group of its own, so that killing it takes
-    along what a reward started.
+    Its prints go to this process's stderr. It has its own process group, so that killing the group also kills the
+    children that a reward started.
     """
 
-    def __init__(self, module: str, orders: Orders):
-        self.connection, theirs = Pipe()
-        fd = theirs.fileno()
-        # -P: only the path below counts, not a folder called rewards that happens to be the current one
+    def __init__(self, module: str, setup: WorkerSetup):
+        self.connection, child_end = Pipe()
+        fd = child_end.fileno()
+        # -P: imports come from the PYTHONPATH below, not from a folder called rewards in the current folder
         command = [sys.executable, "-P", "-c", f"from {module} import main; main()"]
         command += [str(fd), str(os.getpid())]
         self.process = subprocess.Popen(
@@ -45,43 +48,43 @@ class Process:
             env=_environment(),
             start_new_session=True,
         )
-        theirs.close()
-        self.send(orders)
+        child_end.close()
+        self.send(setup)
 
     def send(self, message: Any) -> None:
-        """Raises Died."""
+        """Raises ProcessDied."""
         try:
             self.connection.send_bytes(pickle.dumps(message))
         except OSError:
-            raise Died(self._epitaph()) from None
+            raise ProcessDied(self.exit_reason()) from None
 
     def receive(self, seconds: float) -> dict[str, Any]:
-        """Raises TimeoutError or Died."""
+        """The next message; waits at most `seconds`. Raises TimeoutError or ProcessDied."""
         try:
             if not self.connection.poll(seconds):
                 raise TimeoutError(f"took longer than {seconds:g} s")
             return json.loads(self.connection.recv_bytes())
         except (EOFError, ConnectionError):
-            raise Died(self._epitaph()) from None
+            raise ProcessDied(self.exit_reason()) from None
 
     def kill(self) -> None:
-        """Ends the process and its children; safe to call while another thread waits for an answer."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # it and its group have ended already
+        """Kills the process and its children. Safe to call while another thread waits for an answer."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # the process and its group have ended already
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def bury(self) -> None:
-        """kill(), and gives back what the system holds for it. No other thread may use it any more."""
+    def terminate(self) -> None:
+        """Kills the process, waits for its end and closes the connection. No other thread may use it any more."""
         self.kill()
         self.process.wait()
         self.connection.close()
 
-    def yield_cores(self) -> None:
-        """From now on it computes only when nothing else wants to. There is no way back."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # likewise
+    def lower_priority(self) -> None:
+        """From now on the process computes only on idle cores. This cannot be undone."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # the process has ended already
             os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
 
-    def loaded(self, setup_s: float) -> float:
-        """Seconds that importing and setting up took, from the answer to a job. Raises SetupFailed or Died."""
+    def wait_until_loaded(self, setup_s: float) -> float:
+        """Seconds that importing and setting up took, from the answer to a job. Raises SetupFailed or ProcessDied."""
         try:
             reply = self.receive(setup_s)
         except TimeoutError:
@@ -90,7 +93,8 @@ class Process:
             raise SetupFailed(reply["failed"])
         return reply["seconds"]
 
-    def _epitaph(self) -> str:
+    def exit_reason(self) -> str:
+        """How the process ended: its signal or exit code."""
         try:
             code = self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -100,40 +104,41 @@ class Process:
         return f"its process ended with exit code {code}"
 
 
-class WorkerProcess(Process):
+class ComputeProcess(WorkerProcess):
     """A process that computes one job at a time (rewards.running.worker)."""
 
-    def __init__(self, orders: Orders):
-        super().__init__("rewards.running.worker", orders)
+    def __init__(self, setup: WorkerSetup):
+        super().__init__("rewards.running.worker", setup)
 
-    def load(self, unit: str, setup_s: float) -> float:
-        """Seconds that importing and setting up the unit's reward took (about 0 if it was loaded).
+    def load(self, scorer: str, setup_s: float) -> float:
+        """Loads a scorer. Returns the seconds that took (about 0 if it was loaded before).
 
-        Raises SetupFailed (also when it takes longer than `setup_s` seconds) or Died.
+        Raises SetupFailed (also if it takes longer than `setup_s` seconds) or ProcessDied.
         """
-        self.send((unit, []))
-        return self.loaded(setup_s)
+        self.send((scorer, []))
+        return self.wait_until_loaded(setup_s)
 
     def score(
         self,
-        unit: str,
-        rollouts: Sequence[Rollout | Prompt],
+        scorer: str,
+        items: Sequence[Rollout | Prompt],
         setup_s: float,
         timeout_s: float,
         patience_s: float,
-        impatient: Callable[[float], bool],
+        on_slow: Callable[[float], bool],
     ) -> tuple[list[dict[str, Any]], bool]:
-        """Outcomes in order (see rewards.running.worker.outcome) and whether the process asks to be replaced.
+        """Returns the outcomes in order (see rewards.running.worker.to_outcome), and True if the process asks to be
+        replaced.
 
-        `timeout_s` counts from when the reward is loaded. Every `patience_s` that the answer is not there
-        `impatient` is told for how many seconds, until it returns True. Raises SetupFailed, TimeoutError or Died.
+        `timeout_s` counts from when the scorer is loaded. After every `patience_s` without an answer `on_slow` is
+        called with the seconds passed, until it returns True. Raises SetupFailed, TimeoutError or ProcessDied.
         """
-        self.send((unit, list(rollouts)))
-        self.loaded(setup_s)
+        self.send((scorer, list(items)))
+        self.wait_until_loaded(setup_s)
         left = timeout_s
         while left > patience_s and not self.connection.poll(patience_s):
             left -= patience_s
-            if impatient(timeout_s - left):
+            if on_slow(timeout_s - left):
                 break
         try:
             reply = self.receive(left)
@@ -144,5 +149,5 @@ class WorkerProcess(Process):
 
 def _environment() -> dict[str, str]:
     path = os.pathsep.join(str(Path(p or ".").resolve()) for p in sys.path)
-    # A fixed hash seed: sympy walks sets, and the same text must score the same in every worker.
+    # A fixed hash seed: sympy iterates over sets, and the same text must score the same in every worker.
     return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"}

@@ -1,6 +1,7 @@
-"""Runs a recipe's rewards: Rollout in, Scored out, and nothing that a reward does hurts the run.
+"""Runs a recipe's rewards: Rollout in, Scored out; also its row judges: Prompt in, RowScore out.
 
-What computes goes to pool.py, what waits for an endpoint to async_pool.py; compose.py makes one score of their
+Rewards run in other processes, so that a reward that hangs, dies or eats memory does not hurt the run. Rewards that
+compute run in pool.py, rewards that wait for an endpoint in async_pool.py; compose.py makes one score of their
 outcomes.
 """
 
@@ -19,9 +20,9 @@ from typing import TypeVar
 
 from rewards.endpoint import EndpointSpec
 from rewards.running.async_pool import AsyncPool, EndpointAway, Outage
-from rewards.running.compose import Assembly, Builder, Part, Task, row_score
-from rewards.running.pool import Job, Outcome, WorkerPool
-from rewards.running.worker import Orders
+from rewards.running.compose import Part, PartBuilder, PendingScore, TaskRewards, row_score
+from rewards.running.pool import ComputePool, Job, Outcome
+from rewards.running.worker import WorkerSetup
 from rl import config
 from rl.types import Prompt, Rollout, RowScore, Scored
 
@@ -36,19 +37,19 @@ class RewardRunner:
 
     tasks       task -> its rewards. `use` and `params` as `rewards.get` takes them; `timeout_s`, wall-clock
                 seconds for scoring one sample (a group gets that times its size; waiting for a free slot at an
-                endpoint does not count), from when the reward is loaded; `memory_mb`, MiB that scoring may take on
-                top of what loading took
-    endpoints   the judges' servers by name, of which rewards ask
+                endpoint does not count), counted from when the reward is loaded; `memory_mb`, MiB that scoring may
+                take on top of what loading took
+    endpoints   the judges' servers by name
     base_dir    the folder `file.py:Name` is relative to
     workers     processes for rewards that compute
     setup_s     seconds that importing a reward and its `setup()` may take
     row_judges  name -> a judge of data rows (rewards.row_judge), for submit_row
 
-    A task's reward is the sum of weight * value over its rewards, each value first taken towards its lowest by its
-    penalties (rewards.penalty). Raises ValueError, before any process is started, for a reward, parameter or endpoint
-    that does not exist. A sample one of whose rewards or penalties raises, dies or returns no number comes back
-    invalid, with the reason; so does one that ran out of time or memory, unless the reward declares
-    on_timeout="lowest" (for a penalty: a full offence). Other samples never notice.
+    A task's reward is the sum of weight * value over its rewards, after penalties have taken each value towards its
+    lowest (rewards.penalty). Raises ValueError, before any process is started, for a reward, parameter or endpoint
+    that does not exist. A sample is invalid, with the reason, if one of its rewards or penalties raises, dies, returns
+    no number, or runs out of time or memory. But if the reward declares on_timeout="lowest", a sample that runs out of
+    time or memory gets the lowest value (for a penalty: a full offence). Other samples are not affected.
     """
 
     def __init__(
@@ -65,32 +66,32 @@ class RewardRunner:
         self.on_outage: Callable[[Outage], None] = lambda outage: None  # called in the thread that waits for scores
         folder = Path(base_dir).resolve()
         self._endpoints = dict(endpoints or {})
-        builder = Builder(folder, self._endpoints)
+        builder = PartBuilder(folder, self._endpoints)
         self._tasks = {task: builder.task(task, specs) for task, specs in tasks.items()}
         self._row_judges = {name: builder.row_judge(name, spec) for name, spec in row_judges.items()}
         self._parts = [part for task in self._tasks.values() for part in task.parts] + [*self._row_judges.values()]
-        waits = {part.unit for part in self._parts if part.bound.reward.asynchronous}
-        waiting = {unit: found for unit, found in builder.units.items() if unit in waits}
-        computing = {unit: found for unit, found in builder.units.items() if unit not in waits}
-        self._pool = WorkerPool(Orders(computing, folder, self._endpoints), workers, setup_s)
-        self._async = AsyncPool(Orders(waiting, folder, self._endpoints), setup_s)
+        asynchronous = {part.scorer for part in self._parts if part.bound.reward.asynchronous}
+        waiting = {name: setup for name, setup in builder.scorers.items() if name in asynchronous}
+        computing = {name: setup for name, setup in builder.scorers.items() if name not in asynchronous}
+        self._compute_pool = ComputePool(WorkerSetup(computing, folder, self._endpoints), workers, setup_s)
+        self._async_pool = AsyncPool(WorkerSetup(waiting, folder, self._endpoints), setup_s)
         self._remembered: OrderedDict[bytes, Future[list[Outcome]]] = OrderedDict()
         self._lock = threading.Lock()
 
     def lowest(self, task: str) -> float:
-        """The least this task's reward can be."""
+        """The lowest possible reward of this task."""
         return self._task(task).bound("lowest")
 
     def highest(self, task: str) -> float:
-        """What a fully right response to this task gets."""
+        """The reward of a fully right response to this task."""
         return self._task(task).bound("highest")
 
     def is_group(self, task: str) -> bool:
-        """Whether one of the task's rewards wants all rollouts of a prompt at once."""
+        """True if one of the task's rewards needs all rollouts of a prompt at once."""
         return self._task(task).group
 
-    def asks(self) -> set[str]:
-        """The endpoints that the rewards of this recipe ask."""
+    def endpoint_names(self) -> set[str]:
+        """Names of the endpoints that the rewards and row judges ask."""
         return {name for part in self._parts for name in part.bound.endpoints}
 
     def penalties(self) -> frozenset[str]:
@@ -98,7 +99,7 @@ class RewardRunner:
         return frozenset(part.name for part in self._parts if part.bound.reward.kind == "penalty")
 
     def problem(self, prompt: Prompt) -> str | None:
-        """Why a row does not fit its reward, if it does not: its task has none, or it lacks what that needs."""
+        """Why a row cannot be scored, or None: its task has no reward, or the row lacks what the reward needs."""
         if prompt.task not in self._tasks:
             return self._no_reward(prompt.task)
         for part in self._tasks[prompt.task].parts:
@@ -107,62 +108,65 @@ class RewardRunner:
                 return f"row {prompt.id!r} has no {needed}, which {part.name} (task {prompt.task}) compares with"
         return None
 
-    def address(self, endpoint: str) -> str:
-        """Where an endpoint is; "" while the run has not started the server."""
+    def url(self, endpoint: str) -> str:
+        """An endpoint's URL; "" if the run serves the model itself and has not started the server yet."""
         return self._endpoints[endpoint].url
 
-    def served(self, urls: Mapping[str, str]) -> None:
-        """Where endpoints are that the run serves itself; to be told before anything is started."""
+    def set_urls(self, urls: Mapping[str, str]) -> None:
+        """Sets the URLs of endpoints that the run serves itself. Call it before start()."""
         for name, url in urls.items():
             self._endpoints[name] = replace(self._endpoints[name], url=url)
 
-    def warm(self) -> Future[float]:
+    def start(self) -> Future[float]:
         """Starts the processes and loads every reward in each, without waiting for it.
 
-        The future holds the seconds that took, or RuntimeError if a reward's setup failed.
+        The future gets the seconds that took, or RuntimeError if a reward's setup failed.
         """
         both: Future[float] = Future()
-        left = [self._pool.warm(), self._async.warm()]
+        pools = [self._compute_pool.start(), self._async_pool.start()]
 
-        def one_is_there(_: Future[float]) -> None:
+        def on_started(_: Future[float]) -> None:
             with self._lock:
-                if not all(future.done() for future in left) or both.done():
+                if not all(future.done() for future in pools) or both.done():
                     return
-                failures = [error for future in left if (error := future.exception())]
+                failures = [error for future in pools if (error := future.exception())]
                 if failures:
                     both.set_exception(failures[0])
                 else:
-                    both.set_result(max(future.result() for future in left))
+                    both.set_result(max(future.result() for future in pools))
 
-        for future in left:
-            future.add_done_callback(one_is_there)
+        for future in pools:
+            future.add_done_callback(on_started)
         return both
 
     def submit(self, rollout: Rollout) -> Future[Scored]:
-        """Scores one rollout as soon as a process is free. Group rewards take submit_group."""
+        """Scores one rollout as soon as a process is free. Tasks with a group reward need submit_group."""
         task = rollout.prompt.task
         if self.is_group(task):
             raise ValueError(f"a reward of task {task!r} scores all rollouts of a prompt: use submit_group")
         return self.submit_group([rollout])[0]
 
     def submit_group(self, rollouts: Sequence[Rollout]) -> list[Future[Scored]]:
-        """Scores all rollouts of one prompt, in order: group rewards together, others each by itself."""
+        """Scores all rollouts of one prompt: group rewards score them together, other rewards one by one.
+
+        Returns the futures in the order of the rollouts.
+        """
         task = self._task(rollouts[0].prompt.task)
-        made = [Assembly(task, rollout) for rollout in rollouts]
+        pending = [PendingScore(task, rollout) for rollout in rollouts]
         for index, part in enumerate(task.parts):
-            members = made if part.bound.reward.group else [one for one in made if not one.truncated]
+            members = pending if part.bound.reward.group else [one for one in pending if not one.truncated]
             batches = [members] if part.bound.reward.group else [[one] for one in members]
             for batch in batches:
                 if any(not one.truncated for one in batch):
-                    self._put(part, index, batch)
-        return [one.future for one in made]
+                    self._submit_part(part, index, batch)
+        return [one.future for one in pending]
 
     def submit_row(self, prompt: Prompt, judge: str) -> Future[RowScore]:
         """Has one of `row_judges` score a data row as soon as a process is free."""
         part = self._row_judges[judge]
         score: Future[RowScore] = Future()
 
-        def settle(finished: Future[list[Outcome]]) -> None:
+        def on_outcome(finished: Future[list[Outcome]]) -> None:
             if finished.cancelled():
                 score.cancel()
             elif error := finished.exception():
@@ -170,7 +174,7 @@ class RewardRunner:
             else:
                 score.set_result(row_score(part, finished.result()[0]))
 
-        self._outcomes(part, [prompt]).add_done_callback(settle)
+        self._outcomes(part, [prompt]).add_done_callback(on_outcome)
         return score
 
     def begin(self, per_prompt: int) -> "Scoring":
@@ -178,7 +182,8 @@ class RewardRunner:
         return Scoring(self, per_prompt)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        """Scores all of these and waits; the result has their order. A group is what shares a prompt id."""
+        """Scores all rollouts and waits; the result is in their order. Rollouts with the same prompt id are a
+        group."""
         groups: dict[tuple[str, str], list[int]] = {}
         for i, rollout in enumerate(rollouts):
             groups.setdefault((rollout.prompt.task, rollout.prompt.id), []).append(i)
@@ -189,19 +194,19 @@ class RewardRunner:
         return self.results([futures[i] for i in range(len(rollouts))])
 
     def results(self, futures: Sequence[Future[Result]]) -> list[Result]:
-        """Waits for all; calls `on_outage` meanwhile. Raises EndpointAway."""
+        """Waits for all futures, and calls `on_outage` meanwhile. Raises EndpointAway."""
         waiting = set(futures)
         while waiting:
             _, waiting = wait(waiting, timeout=0.2)
-            with suppress(queue.Empty):  # several threads may wait, and only one hears of each
+            with suppress(queue.Empty):  # several threads may wait, and only one of them gets each outage
                 while True:
-                    self.on_outage(self._async.news.get_nowait())
+                    self.on_outage(self._async_pool.outages.get_nowait())
         return [future.result() for future in futures]
 
     def close(self) -> None:
-        """Ends all processes, also those in the middle of a sample; what is unfinished is cancelled."""
-        self._pool.close()
-        self._async.close()
+        """Ends all processes, also those in the middle of a sample. Unfinished samples are cancelled."""
+        self._compute_pool.close()
+        self._async_pool.close()
 
     def __enter__(self) -> "RewardRunner":
         return self
@@ -211,43 +216,39 @@ class RewardRunner:
     ) -> None:
         self.close()
 
-    def _put(self, part: Part, index: int, batch: Sequence["Assembly"]) -> None:
-        """Has `part` score a batch, and gives each of it its outcome."""
+    def _submit_part(self, part: Part, index: int, batch: Sequence[PendingScore]) -> None:
+        """Has a part of the task, number `index`, score a batch; each pending score gets its outcome."""
 
-        def settle(finished: Future[list[Outcome]]) -> None:
+        def on_outcomes(finished: Future[list[Outcome]]) -> None:
             for place, one in enumerate(batch):
-                one.take(index, finished, place)
+                one.add(index, finished, place)
 
-        self._outcomes(part, [one.rollout for one in batch]).add_done_callback(settle)
+        self._outcomes(part, [one.rollout for one in batch]).add_done_callback(on_outcomes)
 
-    def _outcomes(self, part: Part, rollouts: Sequence[Rollout | Prompt]) -> Future[list[Outcome]]:
-        reward = part.bound.reward
-        if reward.asynchronous and not reward.group:
-            return self._judgement(part, rollouts[0])
-        return self._start(part, rollouts)
-
-    def _start(self, part: Part, rollouts: Sequence[Rollout | Prompt]) -> Future[list[Outcome]]:
-        reward = part.bound.reward
-        job = Job(part.unit, rollouts, part.timeout_s * len(rollouts), reward.on_timeout == "lowest")
-        (self._async if reward.asynchronous else self._pool).put(job)
-        return job.outcomes
-
-    def _judgement(self, part: Part, rollout: Rollout | Prompt) -> Future[list[Outcome]]:
-        """The outcome of an identical question asked before in this run, or under way; else a new one."""
-        key = _question(part, rollout)
+    def _outcomes(self, part: Part, items: Sequence[Rollout | Prompt]) -> Future[list[Outcome]]:
+        """The part's outcomes for the items. A judge that was asked the same before in this run is not asked again."""
+        if not part.bound.reward.asynchronous or part.bound.reward.group:
+            return self._queue_job(part, items)
+        key = _question_digest(part, items[0])
         with self._lock:
             known = self._remembered.get(key)
-            if known and not (known.done() and not _is_judgement(known)):
+            if known and not (known.done() and not _has_value(known)):
                 self._remembered.move_to_end(key)
                 return known
-        asked = self._start(part, [rollout])
+        outcomes = self._queue_job(part, items)
         with self._lock:
-            self._remembered[key] = asked
+            self._remembered[key] = outcomes
             if len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)
-        return asked
+        return outcomes
 
-    def _task(self, task: str) -> Task:
+    def _queue_job(self, part: Part, items: Sequence[Rollout | Prompt]) -> Future[list[Outcome]]:
+        reward = part.bound.reward
+        job = Job(part.scorer, items, part.timeout_s * len(items), reward.on_timeout == "lowest")
+        (self._async_pool if reward.asynchronous else self._compute_pool).put(job)
+        return job.outcomes
+
+    def _task(self, task: str) -> TaskRewards:
         if task not in self._tasks:
             raise ValueError(self._no_reward(task))
         return self._tasks[task]
@@ -258,15 +259,15 @@ class RewardRunner:
 
 
 class Scoring:
-    """The scores of a batch, begun as its rollouts come in, in any order."""
+    """The scores of a batch whose rollouts are added as they are sampled, in any order."""
 
     def __init__(self, runner: RewardRunner, per_prompt: int):
         self._runner, self._per_prompt = runner, per_prompt
         self._futures: dict[int, Future[Scored]] = {}
-        self._incomplete: dict[int, dict[int, Rollout]] = {}  # groups that a group reward waits for
+        self._incomplete: dict[int, dict[int, Rollout]] = {}  # for group rewards: prompts without all rollouts yet
 
     def add(self, place: int, rollout: Rollout) -> None:
-        """`place` is the rollout's in the batch, in which the rollouts of a prompt are neighbours."""
+        """Scores a rollout. `place` is its index in the batch, in which the rollouts of a prompt are neighbours."""
         if not self._runner.is_group(rollout.prompt.task):
             self._futures[place] = self._runner.submit(rollout)
             return
@@ -279,20 +280,20 @@ class Scoring:
             del self._incomplete[place // self._per_prompt]
 
     def results(self) -> list[Scored]:
-        """Waits for all scores, in the order of their places."""
+        """Waits for all scores; returns them in the order of their places."""
         if self._incomplete:
             raise ValueError(f"{len(self._incomplete)} prompts have not all of their {self._per_prompt} rollouts yet")
         return self._runner.results([self._futures[place] for place in sorted(self._futures)])
 
 
-def _is_judgement(finished: Future[list[Outcome]]) -> bool:
-    """Whether it is worth remembering: what went wrong is asked again."""
+def _has_value(finished: Future[list[Outcome]]) -> bool:
+    """True if an outcome can be reused; a question that failed is asked again."""
     return not finished.cancelled() and not finished.exception() and "value" in finished.result()[0]
 
 
-def _question(part: Part, rollout: Rollout | Prompt) -> bytes:
-    """A digest of what is asked about a rollout or a row: the content of the row, but not its id, and the response."""
-    prompt, text = (rollout, None) if isinstance(rollout, Prompt) else (rollout.prompt, rollout.text)
-    seen = [prompt.task, prompt.messages, prompt.ground_truth, prompt.reference, prompt.meta, text]
-    question = json.dumps([part.unit, seen, [p.digest for p in prompt.images]], sort_keys=True, default=repr)
-    return hashlib.sha256(question.encode("utf-8", "surrogatepass")).digest()
+def _question_digest(part: Part, item: Rollout | Prompt) -> bytes:
+    """A digest of a question to a judge: the scorer, the content of the row without its id, and the response."""
+    prompt, response = (item, None) if isinstance(item, Prompt) else (item.prompt, item.text)
+    content = [prompt.task, prompt.messages, prompt.ground_truth, prompt.reference, prompt.meta, response]
+    text = json.dumps([part.scorer, content, [p.digest for p in prompt.images]], sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

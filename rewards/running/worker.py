@@ -1,4 +1,7 @@
-"""The process that rewards run in, as seen from inside. Started by rewards.running.process only."""
+"""The child process that runs rewards that compute: loads them, scores one job at a time, answers over a pipe.
+
+Only rewards.running.process starts it. Tested in tests/rewards/running/test_runner.py.
+"""
 
 import ctypes
 import json
@@ -29,8 +32,8 @@ PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A reward with its parameters; scoring may take `memory_mb` on top of what loading took."""
+class ScorerSetup:
+    """How to load a reward, penalty or row judge. Scoring may take `memory_mb` MiB on top of what loading took."""
 
     use: str
     params: Mapping[str, Any]
@@ -38,66 +41,66 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Orders:
-    """What a worker process is told when it starts."""
+class WorkerSetup:
+    """What a worker process receives when it starts."""
 
-    units: Mapping[str, Unit]
-    base_dir: Path  # that `file.py:Name` is relative to
+    scorers: Mapping[str, ScorerSetup]
+    base_dir: Path  # `file.py:Name` is relative to it
     endpoints: Mapping[str, EndpointSpec]
 
 
-class Worker:
-    """Loads rewards as they are asked for and scores with them, one job at a time."""
+class RewardWorker:
+    """Loads scorers when they are first needed, and scores with them one job at a time."""
 
-    def __init__(self, orders: Orders):
-        self.units, self.base_dir = orders.units, orders.base_dir
-        configure(orders.endpoints)
+    def __init__(self, setup: WorkerSetup):
+        self.scorers, self.base_dir = setup.scorers, setup.base_dir
+        configure(setup.endpoints)
         self.loaded: dict[str, BoundReward] = {}
         self.baseline = 0  # bytes of address space when nothing is being scored
 
-    def load(self, unit: str) -> str | None:
-        """Why the unit could not be loaded; None if it is ready."""
-        if unit in self.loaded:
+    def load(self, scorer: str) -> str | None:
+        """Loads a scorer. Returns why that failed, or None if the scorer is ready."""
+        if scorer in self.loaded:
             return None
         try:
-            spec = self.units[unit]
-            bound = get(spec.use, spec.params, self.base_dir)
-            _ = bound.scorer  # imports and setup() happen here, outside the sample's time limit
+            setup = self.scorers[scorer]
+            bound = get(setup.use, setup.params, self.base_dir)
+            _ = bound.scorer  # imports and setup() run here, outside the sample's time limit
         except (Exception, SystemExit) as e:
-            return f"its setup failed: {last_line(e)}"
-        self.loaded[unit] = bound
+            return f"its setup failed: {describe_error(e)}"
+        self.loaded[scorer] = bound
         self.baseline = address_space()
         return None
 
-    def score(self, unit: str, rollouts: Sequence[Rollout | Prompt]) -> tuple[list[dict[str, Any]], bool]:
-        """One outcome per rollout, and whether this process should be replaced now."""
-        bound, room = self.loaded[unit], self.units[unit].memory_mb << 20
+    def score(self, scorer: str, items: Sequence[Rollout | Prompt]) -> tuple[list[dict[str, Any]], bool]:
+        """Returns one outcome per item, and True if this process should be replaced now."""
+        bound, room = self.loaded[scorer], self.scorers[scorer].memory_mb << 20
         limit_memory(self.baseline + room)
         try:
-            result = bound(list(rollouts) if bound.reward.group else rollouts[0])
-            outcomes = outcomes_of(bound, result, len(rollouts))
+            result = bound(list(items) if bound.reward.group else items[0])
+            outcomes = to_outcomes(bound, result, len(items))
         except (MemoryError, RecursionError) as e:
-            return [{"exhausted": last_line(e)}] * len(rollouts), True
+            return [{"exhausted": describe_error(e)}] * len(items), True
         except (Exception, SystemExit) as e:
-            outcomes = [{"invalid": last_line(e)}] * len(rollouts)
+            outcomes = [{"invalid": describe_error(e)}] * len(items)
         finally:
             limit_memory(None)
-        # What a library keeps from call to call must not eat the room of the samples to come.
+        # Memory that a library keeps from call to call is not available to later samples.
         return outcomes, address_space() - self.baseline > room // 2
 
 
-def outcomes_of(bound: BoundReward, result: Any, count: int) -> list[dict[str, Any]]:
-    """One outcome for each of `count` rollouts, from what the reward returned for all of them."""
+def to_outcomes(bound: BoundReward, result: Any, count: int) -> list[dict[str, Any]]:
+    """One outcome for each of `count` items, from the scorer's return value for all of them."""
     if not bound.reward.group:
-        return [outcome(bound, result)]
+        return [to_outcome(bound, result)]
     if not isinstance(result, Sequence) or len(result) != count:
-        got = f"{len(result)} scores" if isinstance(result, Sequence) else repr(result)
-        return [{"invalid": f"returned {got} for a group of {count} rollouts"}] * count
-    return [outcome(bound, one) for one in result]
+        returned = f"{len(result)} scores" if isinstance(result, Sequence) else repr(result)
+        return [{"invalid": f"returned {returned} for a group of {count} rollouts"}] * count
+    return [to_outcome(bound, one) for one in result]
 
 
-def outcome(bound: BoundReward, result: Any) -> dict[str, Any]:
-    """A reward's return value as the runner hears it: {"value", "details"} or {"invalid"}."""
+def to_outcome(bound: BoundReward, result: Any) -> dict[str, Any]:
+    """Checks a scorer's return value. Returns {"value", "details"}, or {"invalid"} with the reason."""
     score = result if isinstance(result, Score) else Score(result)
     try:
         value = float(score.value)
@@ -120,22 +123,23 @@ def outcome(bound: BoundReward, result: Any) -> dict[str, Any]:
     return {"value": value, "details": details}
 
 
-def last_line(error: BaseException) -> str:
-    """What was raised and where: "KeyError: 'x' (my_reward.py:12)"; just the sentence for Invalid."""
+def describe_error(error: BaseException) -> str:
+    """The exception and where it was raised: "KeyError: 'x' (my_reward.py:12)"; of Invalid only the message."""
     if isinstance(error, Invalid):
         return str(error) or "the reward raised Invalid"
-    said = traceback.format_exception_only(error)[-1].strip()
+    text = traceback.format_exception_only(error)[-1].strip()
     frames = traceback.extract_tb(error.__traceback__)
-    return f"{said[:500]} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else said[:500]
+    return f"{text[:500]} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text[:500]
 
 
 def address_space() -> int:
-    """Bytes this process has mapped; 0 where the system does not say (then memory is not limited)."""
+    """Bytes that this process has mapped; 0 on systems without /proc (there memory is not limited)."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 def limit_memory(size: int | None) -> None:
+    """Limits this process's address space to `size` bytes; None removes the limit."""
     if resource is None or not Path("/proc/self/statm").exists():
         return
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -143,40 +147,40 @@ def limit_memory(size: int | None) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def die_with(parent: int) -> None:
-    """To be called in the child: on Linux the kernel kills it when the thread that started it ends."""
+def die_with_parent(parent: int) -> None:
+    """Has the kernel kill this process when the thread that started it ends (Linux). Call it in the child."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before we could ask
+        if os.getppid() != parent:  # the parent died before this call
             os._exit(1)
 
 
 def serve(connection: Connection) -> None:
-    """Answers jobs until the other end closes. A job is (unit, rollouts); no rollouts means: only load."""
-    worker = Worker(pickle.loads(connection.recv_bytes()))
+    """Answers jobs until the other end closes. A job is (scorer, items); without items the scorer is only loaded."""
+    worker = RewardWorker(pickle.loads(connection.recv_bytes()))
     while True:
         try:
-            unit, rollouts = pickle.loads(connection.recv_bytes())
+            scorer, items = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         start = time.monotonic()
-        failed = worker.load(unit)
-        say(connection, {"failed": failed, "seconds": time.monotonic() - start})
-        if rollouts and not failed:
-            outcomes, retire = worker.score(unit, rollouts)
-            say(connection, {"outcomes": outcomes, "retire": retire})
+        failed = worker.load(scorer)
+        send(connection, {"failed": failed, "seconds": time.monotonic() - start})
+        if items and not failed:
+            outcomes, retire = worker.score(scorer, items)
+            send(connection, {"outcomes": outcomes, "retire": retire})
 
 
-def say(connection: Connection, message: dict[str, Any]) -> None:
+def send(connection: Connection, message: dict[str, Any]) -> None:
     connection.send_bytes(json.dumps(message).encode())
 
 
-def connected() -> Connection:
-    """The connection to the parent, which gave two arguments: its file descriptor and its own process id."""
-    die_with(int(sys.argv[2]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+def connect_to_parent() -> Connection:
+    """The connection to the parent. The command line has its file descriptor and the parent's process id."""
+    die_with_parent(int(sys.argv[2]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     return Connection(int(sys.argv[1]))
 
 
 def main() -> None:
-    serve(connected())
+    serve(connect_to_parent())

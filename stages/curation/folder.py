@@ -144,7 +144,7 @@ class PictureFiles:
         return {"type": "image", "image": f"../pictures/{picture.digest}"}
 
 
-def row_record(row: CandidateRow, part_of: Callable[[Picture], dict[str, Any]] = by_name) -> dict[str, Any]:
+def row_record(row: CandidateRow, part_of: Callable[[Picture], dict[str, Any]] = image_part) -> dict[str, Any]:
     """A row as JSON values, in the format of training rows.
 
     Args:

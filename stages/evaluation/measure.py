@@ -72,13 +72,13 @@ def measure(config: Config, target: ModelTarget, questions: Questions) -> "Evalu
     if questions.blind:
         prompts = [prompt for prompt in prompts if prompt.images]
         posed = blinded(prompts)
-    given = _first_rounds(questions.trajectories, posed) if questions.trajectories else {}
+    first_rounds = _first_rounds(questions.trajectories, posed) if questions.trajectories else {}
     target = replace(target, options=_options(config) | dict(target.options or {}))
     template = target.synthesis_template(config.synthesis.template)
     settings = make_settings(
         target,
         template,
-        trajectories=() if given else (questions.attempts,),
+        trajectories=() if first_rounds else (questions.attempts,),
         temperature=config.rollout.temperature,
         seed=questions.seed,
         answers=questions.syntheses if "pacore" in questions.modes else 0,
@@ -88,12 +88,12 @@ def measure(config: Config, target: ModelTarget, questions: Questions) -> "Evalu
         cache = questions.cache or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "cache.jsonl"
         answered = AnswerFile(cache, settings)
         stack.callback(answered.close)
-        if settings.answers or not given:
-            run(posed, settings, target, SynthesisPrompt(template), answered, given=given)
+        if settings.answers or not first_rounds:
+            run(posed, settings, target, SynthesisPrompt(template), answered, first_rounds=first_rounds)
             failed = answered.unanswered(posed)
             results = {p.id: parse_record(answered.records[p.id]) for p in posed if p not in failed}
         else:
-            results = {p.id: PacoreResult(given[p.id]) for p in prompts}
+            results = {p.id: PacoreResult(first_rounds[p.id]) for p in prompts}
     with _judges(config, rewards, target.device):
         rows = score_results(config, rewards, [p for p in prompts if p.id in results], results, settings)
     return EvaluationReport(
@@ -123,7 +123,7 @@ def _judges(config: Config, rewards: RewardRunner, device: str) -> Iterator[None
                 print(f"endpoint {outage.endpoint}: {outage.why or 'is back'}", file=sys.stderr)
 
         rewards.on_outage = on_outage
-        rewards.served({name: server.url() for name, server in servers.items()})
+        rewards.set_urls({name: server.url() for name, server in servers.items()})
         yield
 
 

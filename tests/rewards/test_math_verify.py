@@ -205,7 +205,7 @@ def test_large_ground_truths_that_can_be_worked_out_are_no_fault(truth: str) -> 
 @pytest.fixture(scope="module")
 def runner() -> Iterator[RewardRunner]:
     with RewardRunner({"math": [RewardSpec(use="math_verify", timeout_s=3.0, memory_mb=1024)]}, workers=1) as made:
-        made.warm().result()
+        made.start().result()
         yield made
 
 

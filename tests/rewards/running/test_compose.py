@@ -57,7 +57,7 @@ def test_a_task_takes_no_row_judge_and_a_row_judge_is_no_reward(plugins: Path) -
 def test_endpoints_that_only_row_judges_ask_are_among_those_that_are_asked() -> None:
     judge = spec("checkable", {"endpoint": "judge"})
     runner = RewardRunner({}, row_judges={"j": judge}, endpoints={"judge": EndpointSpec("judge", "", "m")})
-    assert runner.asks() == {"judge"}
+    assert runner.endpoint_names() == {"judge"}
 
 
 # A batch that is scored while it is sampled

@@ -183,10 +183,10 @@ def test_a_reward_that_cannot_be_is_refused_before_anything_starts(given: Reward
 
 def test_warming_up_says_how_long_it_took_or_which_setup_failed(plugins: Path) -> None:
     with RewardRunner({"slow": [spec("plugins.py:slow_to_set_up")]}, plugins, workers=1) as slow:
-        assert 1.5 < slow.warm().result() < 10.0
+        assert 1.5 < slow.start().result() < 10.0
     with RewardRunner({"t": [spec("plugins.py:never_set_up")]}, plugins, workers=1) as broken:
         with pytest.raises(RuntimeError, match=r"reward never_set_up: .*no model there"):
-            broken.warm().result()
+            broken.start().result()
         (scored,) = broken.score([rollout("", task="t")])
         assert scored.invalid
         assert "OSError: no model there (plugins.py:" in scored.invalid

@@ -350,7 +350,7 @@ def test_pictures_stay_where_they_are_in_the_problem(tmp_path: Path) -> None:
     content = ({"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": "!"})
     prompt = Prompt("a", "t", ({"role": "user", "content": content},), images=(Picture.of(png()),))
     prompt = replace(prompt, shown=PooledAnswers(("x\ue000", "y")))
-    assert SynthesisPrompt(template).turns(prompt)[0]["content"] == [
+    assert SynthesisPrompt(template).chat(prompt)[0]["content"] == [
         {"type": "text", "text": "See "},
         {"type": "image"},
         {"type": "text", "text": "!|x|y|"},
