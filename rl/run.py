@@ -3,6 +3,8 @@
 A recipe is one stage's, or a chain of several (rl/recipe/chain.py).
 
 Exit codes are in rl/exits.py.
+
+Tested in tests/runs/test_run.py.
 """
 
 import argparse

@@ -2,6 +2,8 @@
 
 STAGES is the registry of the stages in this folder. It is found through the entry point group `rl.stages`, in which
 other packages can register stages of their own (rl/recipe/stages.py).
+
+Tested in tests/stages/test_base.py.
 """
 
 from typing import Any

@@ -8,6 +8,8 @@
         report.txt, report.html
 
 stages/curation/run.py does the work. Exit codes are in rl/exits.py.
+
+Tested in tests/runs/test_curate_run.py.
 """
 
 import argparse

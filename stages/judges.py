@@ -1,4 +1,7 @@
-"""The judges that a run serves itself: those of `endpoints` that have no url and that a reward asks."""
+"""The judges that a run serves itself: those of `endpoints` that have no url and that a reward asks.
+
+Tested in tests/runs/test_judged_run.py.
+"""
 
 from collections.abc import Callable
 from contextlib import suppress

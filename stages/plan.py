@@ -1,4 +1,7 @@
-"""Everything about a run that can be known and checked before anything is started."""
+"""Everything about a run that can be known and checked before anything is started.
+
+Tested in tests/runs/test_run.py.
+"""
 
 import math
 import os

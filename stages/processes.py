@@ -1,4 +1,7 @@
-"""The processes of a run: vLLM engines, policy, critic, and the judges that the run serves."""
+"""The processes of a run: vLLM engines, policy, critic, and the judges that the run serves.
+
+Tested in tests/runs/test_run.py.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,7 @@
-"""The stage RLVR: verifiable rewards on the rows as they are."""
+"""The stage RLVR: verifiable rewards on the rows as they are.
+
+Tested in tests/stages/test_loop.py.
+"""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

@@ -1,4 +1,7 @@
-"""A training run from start to end: starts the processes, repeats the iteration, writes results, and can be resumed."""
+"""A training run from start to end: starts the processes, repeats the iteration, writes results, and can be resumed.
+
+Tested in tests/runs/test_run.py.
+"""
 
 import json
 import os

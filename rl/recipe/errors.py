@@ -2,6 +2,8 @@
 
 Every message names the file, the option, the value and what would do. Knows the declared options (rl.config),
 not where recipes come from (rl.recipe.layers).
+
+Tested in tests/rl/recipe/test_resolve.py.
 """
 
 import json

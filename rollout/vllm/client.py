@@ -1,4 +1,7 @@
-"""Typed client of a vLLM engine, which runs in a process of its own. A method that returns a Future does not wait."""
+"""Typed client of a vLLM engine, which runs in a process of its own. A method that returns a Future does not wait.
+
+Tested in tests/rl/test_remote.py.
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,7 @@
-"""Answers of models, stored on disk when they arrive, so that a curation that was killed asks nothing twice."""
+"""Answers of models, stored on disk when they arrive, so that a curation that was killed asks nothing twice.
+
+Tested in tests/stages/curation/test_filters.py.
+"""
 
 import json
 import threading

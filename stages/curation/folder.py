@@ -1,6 +1,8 @@
 """The folder that a curation writes: its recipe, and the rows and decisions of every block.
 
 Files appear with all of their content or not at all. The rows of a block are written last.
+
+Tested in tests/stages/curation/test_filters.py.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""The report of a curation: rows before and after each filter, accuracies, and why rows were dropped."""
+"""The report of a curation: rows before and after each filter, accuracies, and why rows were dropped.
+
+Tested in tests/stages/curation/test_filters.py.
+"""
 
 import json
 from collections import Counter

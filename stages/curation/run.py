@@ -1,6 +1,8 @@
 """Checks and runs a curation. Rows pass through the recipe's filters (`curate.filters`) in blocks.
 
 A block is finished when its file in rows/ exists. A curation that was interrupted continues in the same folder.
+
+Tested in tests/stages/curation/test_filters.py.
 """
 
 import hashlib

@@ -1,6 +1,8 @@
 """Samples and scores responses of the policy to data rows, and has judges score rows.
 
 Every response and every score is stored in an `Answers` when it arrives, and nothing that is stored is computed again.
+
+Tested in tests/stages/curation/test_filters.py.
 """
 
 import json
