@@ -48,8 +48,8 @@ MACOS = (
     "an environment of yours), but nobody has run them there."
 )
 WINDOWS = (
-    "On Windows nothing works: vLLM has no package for Windows, and the commands use file locks and process groups that "
-    "Windows does not have. WSL 2 on x86-64 is a Linux system; nobody has tried it."
+    "On Windows nothing works: vLLM has no package for Windows, and the commands use file locks and process groups "
+    "that Windows does not have. WSL 2 on x86-64 is a Linux system; nobody has tried it."
 )
 OTHER = "No run can work here: vLLM, which generates all responses, has no package for this system."
 
