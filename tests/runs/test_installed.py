@@ -28,14 +28,14 @@ WITHOUT_CLONE = {"PYTHONPATH": "", "PIP_NO_INDEX": "1"}
 
 @dataclass(frozen=True)
 class Installation:
-    """A virtual environment with the project's wheel, beside the dependencies of the environment that runs the tests."""
+    """A virtual environment with the project's wheel. The dependencies are those of the environment of the tests."""
 
     python: Path
     site: Path
     wheel: Path
 
     def run(self, *arguments: object, folder: Path) -> str:
-        """Standard output of `python -m ...`, which has to succeed."""
+        """Runs `python -m ...` and asserts that it succeeds; returns its standard output."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "executable", str(self.python))  # the interpreter that `run` starts
             code, out, err = run(*arguments, folder=folder, environment=WITHOUT_CLONE)
@@ -61,16 +61,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installation:
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, source)
     shutil.rmtree(source)
     [wheel] = wheels.iterdir()
-    venv.create(environment)
+    venv.create(environment, symlinks=True)
     [site] = environment.glob("lib/python3*/site-packages")
     pip("install", "--no-deps", "--target", site, wheel)
-    # The dependencies. Python runs no .pth files there, so the editable installation of the clone has no effect.
+    # Python runs no .pth files of a folder that a .pth file names, so the clone's editable installation has no effect.
     dependencies = Path(sysconfig.get_path("purelib"))
-    hook = "torchvision_cpu_hook"  # see tools/install.py
-    lines = [
-        str(dependencies),
-        *([f"import {hook}; {hook}.install()"] if (dependencies / f"{hook}.py").exists() else []),
-    ]
+    lines = [str(dependencies)]
+    if (dependencies / "torchvision_cpu_hook.py").exists():  # see tools/install.py
+        lines.append("import torchvision_cpu_hook; torchvision_cpu_hook.install()")
     (site / "dependencies.pth").write_text("\n".join(lines) + "\n")
     return Installation(environment / "bin/python", site, wheel)
 
