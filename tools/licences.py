@@ -43,15 +43,15 @@ SPDX = {
 }
 SAYS_NOTHING = {"OSI Approved", "DFSG approved"}  # classifiers that name no licence
 
-# Packages whose metadata do not say it, or whose licence is their own. Each was read.
+# Packages whose metadata do not state a known licence. Each of these licences was read.
 BY_PACKAGE = {
     "openai-harmony": "Apache-2.0, by its file LICENSE",
     "supervisor": "BSD with a fourth clause: modified files carry a notice",
     "intel-openmp": "Intel's EULA for developer tools: proprietary, free for one's own use, not for services to others",
     "intel-cmplr-lib-ur": "as intel-openmp, which needs it",
 }
-NVIDIA = re.compile(r"nvidia-.*|cuda-(bindings|pathfinder|toolkit)")  # of the GPU build of torch
-NVIDIA_LICENCE = "NVIDIA's own: proprietary, free for use"
+NVIDIA = re.compile(r"nvidia-.*|cuda-(bindings|pathfinder|toolkit)")  # needed by the CUDA build of torch
+NVIDIA_LICENCE = "NVIDIA's own; each user accepts it by the installation of the CUDA build of torch"
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ plugin is loaded.
 The package index has only a CUDA build of torchvision. Its compiled extension does not load without CUDA. Then
 `import torchvision` fails with "operator torchvision::nms does not exist", because it describes two operators that only
 the extension declares. This file declares them just before torchvision is first imported. They have no implementation:
-calling one raises an error. If the extension loads, this file changes nothing.
+calling one raises an error. If the extension loads, this file changes nothing. Tested in tests/tools/test_install.py.
 """
 
 import importlib.machinery
