@@ -11,7 +11,9 @@ from tests.support.command import ROOT, metrics, run
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_held_out_reward_rises_by_015_on_average_while_worksheets_stay_and_no_other_family_falls(tmp_path: Path, seed: int) -> None:
+def test_held_out_reward_rises_by_015_on_average_while_worksheets_stay_and_no_other_family_falls(
+    tmp_path: Path, seed: int
+) -> None:
     folder = tmp_path / "run"
     recipe = ("rl.run", ROOT / "recipes/rlvr.yaml", "--profile", "cpu", f"seed={seed}", "--output", folder)
     code, _, err = run(*recipe, timeout=1500)

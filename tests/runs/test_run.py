@@ -14,7 +14,18 @@ from safetensors.torch import load_file
 from rl.model import hf_folder
 from rl.run import main
 from tests.chaos import strike
-from tests.support.command import ROOT, SMALL_RUN, Command, metrics, named, run, samples, wait_for, wait_for_iteration, without_times
+from tests.support.command import (
+    ROOT,
+    SMALL_RUN,
+    Command,
+    metrics,
+    named,
+    run,
+    samples,
+    wait_for,
+    wait_for_iteration,
+    without_times,
+)
 from tests.support.small_disk import change, small_disk
 
 
@@ -240,7 +251,8 @@ def test_responses_under_way_survive_an_interruption_bit_for_bit(tmp_path: Path)
 def test_the_final_policy_gives_the_same_logprobs_in_vllm_and_in_our_code(
     finished: tuple[Path, str], engine_process
 ) -> None:
-    from rl.learner.policy import Policy
+    from rl.learner.options import LearnerOptions
+from rl.learner.policy import Policy
     from rl.recipe.resolve import load
     from rl.types import Request, Rollout
     from rollout.chat import Chat
@@ -257,7 +269,7 @@ def test_the_final_policy_gives_the_same_logprobs_in_vllm_and_in_our_code(
     made = [
         Rollout(p, "", a.finish, a.prompt_ids, a.response_ids, a.logprobs) for p, a in zip(rows, answers, strict=True)
     ]
-    policy = Policy(folder, load(finished[0] / "recipe.yaml").config)
+    policy = Policy(folder, LearnerOptions.of(load(finished[0] / "recipe.yaml").config))
     features = {picture.digest: policy.encode(picture) for p in rows for picture in p.images}
     assert policy.logprob_gap(made, features) < 1e-4
 
