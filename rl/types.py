@@ -1,7 +1,7 @@
 """The data types of a run: Prompt -> Rollout -> Scored -> Batch -> Targets. Values are complete when they are made.
 
 This file imports no torch, ray or vllm, so that rewards and data code can import it anywhere. Batch and Targets are in
-rl/learner. Tested in tests/rl/test_types.py.
+rl/learner.
 """
 
 import base64

@@ -1,7 +1,9 @@
 """The base class of model families: what the learner needs to know of a vision-language model.
 
 Attribute names are tensor names on disk. rl/model/packed.py runs the decoder trunk on packed rows. StepVL is one
-family (rl/model/step_vl.py), text-only Hugging Face decoders are the other (rl/model/text.py). Tested with them.
+family (rl/model/step_vl.py), text-only Hugging Face decoders are the other (rl/model/text.py).
+
+Tested in tests/rl/model/test_step_vl.py and tests/rl/model/test_text.py.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,5 @@
-"""verl_bridge: verl agrees with us where it should, differs where the docs say so, and never looks at the split."""
+"""verl_bridge: verl equals our code where it should, differs where the docstring says so, and results do not depend on
+how a minibatch is split."""
 
 import math
 import subprocess
@@ -189,7 +190,7 @@ def test_verls_gae_is_ours_whitened(gamma: float, lam: float) -> None:
     ours, our_returns = gae(rewards, case.values, case.mask, gamma=gamma, lam=lam)
     torch.testing.assert_close(our_returns[case.mask], their_returns[case.mask])
     torch.testing.assert_close(masked_whiten(ours, mask)[case.mask], theirs[case.mask])
-    assert not torch.allclose(ours[case.mask], theirs[case.mask])  # verl offers no way to leave the whitening out
+    assert not torch.allclose(ours[case.mask], theirs[case.mask])  # verl cannot turn the whitening off
 
 
 def test_verls_value_loss_is_ours_once_its_clip_is_out_of_reach() -> None:

@@ -75,8 +75,8 @@ def test_an_update_that_starts_with_a_kept_forward_pass_learns_the_same(folder):
         given = (batch, make_targets(batch, *critic.values(batch, features), cfg.ppo), features)
         if not keeps:
             other = collate([Scored(Rollout(Prompt("p", "t", ()), "", "stop", (10,), (12,), (0.0,)), 0)])
-            critic.values(other, {})  # of a batch that is not trained on
+            critic.values(other, {})  # replaces the kept graph by one of a batch that is not trained on
         critic.update(*given, 1)
-        critic.update(*given, 2)  # finds nothing kept, in both cases
+        critic.update(*given, 2)  # no graph is kept for this one, in both cases
         weights.append({name: parameter.detach() for name, parameter in critic.model.named_parameters()})
     torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Learner and critic split over processes (FSDP2 on gloo): the same numbers as in one, whatever each of them gets."""
+"""Policy and critic split over two processes (FSDP2 on gloo) compute the same numbers as in one process."""
 
 import json
 import multiprocessing
@@ -28,7 +28,7 @@ ITERATIONS = 2
 
 
 def batch(prompts: int, *, pictures: bool) -> Batch:
-    """Every third prompt shows pictures; groups of one to three responses of uneven lengths."""
+    """Every third prompt shows pictures; groups have one to three responses of different lengths."""
     scored = []
     generator = torch.Generator().manual_seed(3)
     for number in range(prompts):
@@ -46,7 +46,7 @@ def batch(prompts: int, *, pictures: bool) -> Batch:
 
 CASES: dict[str, dict[str, Any]] = {
     "pictures and text": {"prompts": 7, "pictures": True},
-    # one group for two ranks, whose prompt has no picture: the second rank only keeps step
+    # one group without pictures for two ranks: the second rank computes a row that does not count
     "fewer groups than ranks": {"prompts": 2, "pictures": False, "ppo": {"minibatches": 1, "critic_minibatches": 1}},
     "clip, entropy, recomputation": {
         "prompts": 5,
@@ -81,7 +81,7 @@ class Pair:
         return self.critic.update(*given) | self.policy.update(*given)
 
     def keep(self, file: Path) -> None:
-        """What it says of the data, and the policy's weights."""
+        """Writes logprobs and values of the data, and the policy's weights."""
         values = self.critic.values(self.data, self.features)[0]
         tensors = {"logprobs": self.policy.logprobs(self.data, self.features), "values": values}
         weights = self.policy.weights()
@@ -92,9 +92,12 @@ class Pair:
 
     def save(self, folder: Path) -> None:
         models = {"policy": self.policy, "critic": self.critic}
-        steps = {name: model.save(folder / name, folder / "state" / name) for name, model in models.items()}
-        while not all([model.written() for model in models.values()]):
-            time.sleep(0.02)
+        steps = {}
+        for name, model in models.items():
+            steps[name] = model.save(folder / name, folder / "state" / name)
+            # One save at a time: here both use one process group, on which two saves at once may wait for each other.
+            while not model.written():
+                time.sleep(0.02)
         (folder / "steps.json").write_text(json.dumps(steps))
 
     def restore(self, folder: Path) -> None:
@@ -104,7 +107,7 @@ class Pair:
 
 
 def trained(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> None:
-    """Two iterations of critic and policy, a checkpoint, and one more; saves what came out."""
+    """Makes two iterations of critic and policy, a checkpoint and one more iteration; writes the results."""
     pair = Pair.of(ranks, case, str(folder / "model"))
     numbers: dict[str, float] = {}
     for iteration in range(1, ITERATIONS + 1):
@@ -118,7 +121,7 @@ def trained(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> 
 
 
 def continued(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> None:
-    """One iteration after the checkpoint in `results`, with another number of ranks than it was made with."""
+    """Makes one iteration after the checkpoint in `results`, with another number of ranks than it was saved with."""
     pair = Pair.of(ranks, case, str(folder / "model"))
     pair.restore(results)
     pair.iterate(ITERATIONS + 1)
@@ -126,7 +129,7 @@ def continued(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -
 
 
 def one_of_two(rank: int, address: str, folder: Path) -> None:
-    """What each of two processes does, for every case after the other."""
+    """Runs all cases in one of two processes."""
     ranks = Ranks("cpu", rank, 2, address, threads=1)
     for name, case in CASES.items():
         trained(ranks, case, folder / name, folder / name / "2")
@@ -135,7 +138,7 @@ def one_of_two(rank: int, address: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
-    """Folder with <case>/<number of ranks>, from one process and from two that were started once."""
+    """A folder with <case>/<number of ranks>, written by one process and by two that run all cases."""
     folder = tmp_path_factory.mktemp("ranks")
     alone = Ranks("cpu", threads=1)
     for name, case in CASES.items():

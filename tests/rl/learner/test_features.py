@@ -25,4 +25,4 @@ def test_a_picture_that_was_forgotten_has_the_same_features_again(folder):
     again = store.of(PICTURES)
     store.trim()
     assert all(torch.equal(first[p.digest].result(), again[p.digest].result()) for p in PICTURES)
-    assert store.forwards == 3  # the one in use was not forgotten
+    assert store.forwards == 3  # the picture in use was not dropped

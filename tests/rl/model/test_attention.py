@@ -1,4 +1,4 @@
-"""Packed groups: the fast ways to attend see exactly the pairs they should, and so do their gradients."""
+"""Packed groups: outputs and gradients of both implementations equal those of attention with a full mask."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ LAYOUTS = {
 
 
 def inputs(length: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """As transformers hands them over: [1, heads, T, D], heads after tokens in memory."""
+    """q, k and v as transformers passes them: [1, heads, T, D], with heads after tokens in memory."""
     generator = torch.Generator().manual_seed(length)
     made = [torch.randn(1, length, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     return [x.to(dtype).transpose(1, 2) for x in made]

@@ -1,4 +1,4 @@
-"""StepVL and text decoders: names and shapes on disk, folders in and out, and what a bad folder says."""
+"""Model folders: written and read again, and the errors for bad ones."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Logprobs and entropies by parts: the same numbers and gradients as from all logits at once."""
+"""Logprobs and entropies, computed in parts, have the values and gradients of those from all logits at once."""
 
 import pytest
 import torch
