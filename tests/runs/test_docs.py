@@ -46,13 +46,6 @@ ELSEWHERE = {  # first words of a command -> the tests that run it; they name ea
 }
 
 
-PENDING = {  # files that the pages name and that are not there yet
-    *("rl/algorithm/advantages.py", "rl/learner/batch.py", "rl/learner/clients.py", "rl/model/registry.py"),
-    *("rollout/data/chat_format.py", "rollout/data/order.py", "rollout/vllm/client.py", "rollout/weights/base.py"),
-    *("stages/base.py", "rl/model/architecture.py", "LICENSE", "stages/judges.py"),
-}
-
-
 @dataclass(frozen=True)
 class Block:
     """A fenced block of a page."""
@@ -240,8 +233,6 @@ def test_a_run_survives_a_killed_driver_bit_for_bit() -> None:
 @pytest.mark.parametrize("page", [*PAGES, "recipes/README.md", "recipes/scale/README.md"])
 def test_every_file_and_heading_that_a_page_links_to_is_there(page: str) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
-        if link.removeprefix("../") in PENDING:
-            continue
         if not link.startswith("http"):
             target, _, heading = link.partition("#")
             file = (ROOT / page).parent / target if target else ROOT / page

@@ -252,7 +252,7 @@ def test_the_final_policy_gives_the_same_logprobs_in_vllm_and_in_our_code(
     finished: tuple[Path, str], engine_process
 ) -> None:
     from rl.learner.options import LearnerOptions
-from rl.learner.policy import Policy
+    from rl.learner.policy import Policy
     from rl.recipe.resolve import load
     from rl.types import Request, Rollout
     from rollout.chat import Chat
