@@ -132,15 +132,15 @@ def work_in_command(file: str, source: str) -> list[str]:
 
 def without_test(sources: Mapping[str, str], root: Path) -> list[str]:
     """One sentence per source file that has no test file of its name in the same tree under tests/, and whose
-    docstring does not say "Tested in tests/..."."""
+    docstring does not say "tested in tests/..."."""
     found = []
     for file, source in sources.items():
         tree, path = ast.parse(source), Path(file)
         if path.name == "__init__.py" and not any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in tree.body):
             continue
         test = Path("tests") / path.parent / f"test_{path.stem.strip('_')}.py"
-        _, _, named = (ast.get_docstring(tree) or "").partition("Tested in ")
-        places = re.findall(r"tests/[\w/]+\.py", named) or [test.as_posix()]
+        named = re.split(r"\b[Tt]ested in\s", ast.get_docstring(tree) or "")[1:]
+        places = re.findall(r"tests/[\w/]+\.py", " ".join(named)) or [test.as_posix()]
         found += [f"{file}: no {place}" for place in places if not (root / place).exists()]
     return found
 
