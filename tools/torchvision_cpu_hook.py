@@ -8,7 +8,7 @@ The package index only has a CUDA torchvision; its compiled extension does not l
 `import torchvision` stops with "operator torchvision::nms does not exist", because it describes two
 operators that only the extension declares. So they are declared here, just before torchvision is first
 imported. They get no implementation: calling one raises, as it should. Where the extension loads, nothing
-is touched. Tested in tests/tools/test_install.py.
+is touched.
 """
 
 import importlib.machinery
