@@ -174,6 +174,17 @@ def test_every_source_file_has_a_test_file_of_its_name_or_says_where_it_is_teste
     assert not missing, "\n".join(["", *missing])
 
 
+def test_no_test_file_imports_from_another_test_file() -> None:
+    files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    imports = [
+        f"{file} imports {module}: move what both use to tests/support"
+        for file, source in sorted(files.items())
+        for module in imported_modules(file, source)
+        if module.startswith("tests.") and module.rpartition(".")[2].startswith("test_")
+    ]
+    assert not imports, "\n".join(["", *imports])
+
+
 def test_a_circle_is_named_whole_wherever_its_imports_stand() -> None:
     sources = {
         "rl/__init__.py": "",

@@ -1,4 +1,4 @@
-"""The run folder: what is written, what is refused, and what a resumed run finds."""
+"""The run folder: its files, the inputs that it refuses, and its content after a resume."""
 
 import gzip
 import json
