@@ -37,7 +37,7 @@ def serving(options: Mapping[str, str | bool] = MappingProxyType({})) -> ModelTa
     return ModelTarget(str(SCALE / "model"), max_length=1024, options=options)
 
 
-def thoughts(
+def answer_all(
     who: ModelTarget,
     url: str,
     asked: Sequence[Sequence[Prompt]],
@@ -80,7 +80,7 @@ def parallel() -> Result:
 
     def side(name: str, url: str) -> float:
         start = time.perf_counter()
-        counted[name] = tokens(thoughts(who, url, [rows] if name == "ours" else [[row] for row in rows]))
+        counted[name] = tokens(answer_all(who, url, [rows] if name == "ours" else [[row] for row in rows]))
         return time.perf_counter() - start
 
     with who.served() as url:
@@ -106,7 +106,7 @@ def prefix_cache() -> Result:
         # Every repeat has new questions, which are not in the cache yet.
         asked = [replace(row, messages=_numbered(row, f"{name} {len(rates)}")) for row in rows]
         before, start = _cache(url), time.perf_counter()
-        thoughts(who, url, [asked], answers=0)
+        answer_all(who, url, [asked], answers=0)
         took = time.perf_counter() - start
         if name == "ours":
             wanted, hit = (after - was for after, was in zip(_cache(url), before, strict=True))
@@ -152,12 +152,12 @@ def ngram() -> Result:
 
     def side(who: ModelTarget, name: str, url: str, given: dict[str, tuple[Round, ...]]) -> float:
         start = time.perf_counter()
-        found = thoughts(who, url, [rows], (), SYNTHESES, given)
+        found = answer_all(who, url, [rows], (), SYNTHESES, given)
         counted[name] = [float(r.tokens) for one in found for r in one.rounds[-1].replies]
         return time.perf_counter() - start
 
     with speculating.served() as ours, plain.served() as other:
-        first = thoughts(plain, other, [rows], answers=0)
+        first = answer_all(plain, other, [rows], answers=0)
         given = {row.id: one.rounds for row, one in zip(rows, first, strict=True)}
         for name, who, url in (("ours", speculating, ours), ("other", plain, other)):
             side(who, name, url, given)  # warm up

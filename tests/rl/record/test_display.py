@@ -138,7 +138,7 @@ def test_numbers_it_does_not_understand_warn_and_do_not_end_the_run(
     screen = console(terminal)
     with caplog.at_level(logging.WARNING), Display(ShownRun(), screen) as display:
         display.iteration({"iteration": "one", "reward/mean": "high", "time/total": "long"})
-    assert ("cannot draw" in shown(screen)) if terminal else ("the run goes on" in caplog.text)
+    assert ("cannot draw" in shown(screen)) if terminal else ("the run continues" in caplog.text)
 
 
 class Closed(io.StringIO):
@@ -154,7 +154,7 @@ def test_a_closed_output_warns_and_does_not_end_the_run(terminal: bool, caplog: 
     with caplog.at_level(logging.WARNING), Display(ShownRun(), screen) as display:
         display.iteration(line(1))
         display.summary({"eval/a": 0.0}, {"eval/a": 1.0})
-    assert "the run goes on" in caplog.text
+    assert "the run continues" in caplog.text
 
 
 def test_an_error_in_the_run_passes_through_and_the_panel_is_gone() -> None:
