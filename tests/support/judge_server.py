@@ -1,4 +1,4 @@
-"""A scripted judge for tests: an OpenAI-compatible server on loopback that runs in a thread."""
+"""A scripted judge for tests: an OpenAI-compatible server on loopback, in a thread, that answers as it is told."""
 
 import asyncio
 import json
@@ -17,33 +17,33 @@ from rewards import endpoint
 
 @dataclass(frozen=True)
 class Reply:
-    """The answer to one request."""
+    """What to do with one request."""
 
     content: str | dict[str, Any] | None = None  # the judge's message; an object is written as JSON
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     finish: str = "stop"
     after_s: float = 0.0
-    closes: bool = False  # close the connection without an answer
-    body: str | None = None  # the whole response body, instead of a chat completion
+    closes: bool = False  # the connection, without an answer
+    body: str | None = None  # sent as it is, in place of a chat completion
 
 
 Script = Callable[[dict[str, Any]], "Reply | dict[str, Any] | str"]
 
 
 class JudgeServer:
-    """Answers each request with `script(request)`. A list of replies is used in order; its last reply is repeated.
+    """Answers request number n with `script(request)`; a script of replies gives them in order, the last for good.
 
-    requests  bodies of the requests, in order
-    headers   headers of the requests, in order
-    peak      the largest number of requests at the same time
+    requests  the bodies received, in order
+    headers   their headers
+    peak      the most requests that were under way at a time
     """
 
     def __init__(self, script: Script | list[Any]):
         self._script = script if callable(script) else self._in_order(script)
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        self.peak = self._open_requests = 0
+        self.peak = self._under_way = 0
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -85,14 +85,14 @@ class JudgeServer:
         body = await request.json()
         self.requests.append(body)
         self.headers.append(dict(request.headers))
-        scripted = self._script(body)
-        reply = scripted if isinstance(scripted, Reply) else Reply(scripted)
-        self._open_requests += 1
-        self.peak = max(self.peak, self._open_requests)
+        said = self._script(body)
+        reply = said if isinstance(said, Reply) else Reply(said)
+        self._under_way += 1
+        self.peak = max(self.peak, self._under_way)
         try:
             await asyncio.sleep(reply.after_s)
         finally:
-            self._open_requests -= 1
+            self._under_way -= 1
         if reply.closes:
             assert request.transport
             request.transport.close()
@@ -105,7 +105,7 @@ class JudgeServer:
 
 
 def completion(model: str, reply: Reply, count: int = 1) -> dict[str, Any]:
-    """Returns a chat completion with `count` equal choices."""
+    """`count` times the same."""
     content = json.dumps(reply.content) if isinstance(reply.content, dict) else reply.content
     message = {"role": "assistant", "content": content}
     choices = [{"index": n, "message": message, "finish_reason": reply.finish} for n in range(count)]
@@ -118,7 +118,7 @@ def text_of(request: dict[str, Any]) -> str:
 
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes clients retry at once, and load no certificates, because the scripted judge uses plain HTTP."""
+    """Retries follow at once, and clients read no certificates: the judge here speaks plain HTTP."""
     monkeypatch.setattr(endpoint, "RETRY_S", (0.01, 0.02))
     monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
 

@@ -1,4 +1,4 @@
-"""For tests of rewards that call a judge: a scripted judge, samples, and a parser of the judge's prompt."""
+"""What tests of rewards that ask a judge share: a scripted judge, samples, and reading what the judge was shown."""
 
 import asyncio
 import re
@@ -41,7 +41,7 @@ def score(target: str, *rollouts: Rollout, **params: Any) -> Any:
 
 
 def blocks(prompt: str) -> dict[str, str]:
-    """Returns label -> text between the marks of a judge's prompt. Only marks with the prompt's nonce count."""
+    """What a judge that trusts only real marks reads: label -> text between them."""
     nonce = re.findall(r"⟦answer ([0-9a-f]{16})⟧ and ⟦end of answer \1⟧", prompt)
     assert len(nonce) == 1
     found = re.findall(rf"⟦([a-z ]+) {nonce[0]}⟧\n(.*?)\n⟦end of \1 {nonce[0]}⟧", prompt, re.DOTALL)
@@ -50,6 +50,6 @@ def blocks(prompt: str) -> dict[str, str]:
 
 
 def honest(request: dict[str, Any]) -> dict[str, Any]:
-    """A judge that reads only the text between marks and compares the answer's last word with the truth."""
+    """A judge that reads only what stands between the marks and takes the last word of the answer."""
     shown = blocks(text_of(request))
     return RIGHT if shown["answer"].split()[-1] == shown["truth"] else WRONG
