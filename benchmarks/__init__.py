@@ -1,1 +1,1 @@
-"""Measurements that a figure or a limit of this project rests on. `python -m benchmarks` runs them all."""
+"""Measurements behind figures and limits in the docs. `python -m benchmarks` runs all of them."""

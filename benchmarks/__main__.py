@@ -1,6 +1,6 @@
 """`python -m benchmarks [NAME ...]`: runs the named entries (default: all), prints a table, updates results.jsonl.
 
-Exit codes: 0 done, 1 an entry failed (the others ran), 2 an unknown name.
+Exit codes: 0 done, 1 an entry failed (the others ran), 2 an unknown name. Tested in tests/benchmarks/test_harness.py.
 """
 
 import argparse
@@ -36,14 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             records.append(known[name]().record(name))
-        except Exception:  # an entry may need what is not installed; hours of others must not be lost to it
+        except Exception:  # one entry may need a missing package; the others still run
             traceback.print_exc()
             failed.append(name)
         else:
             save(records[-1:], options.results)
     print(table(records))
     if failed:
-        print(f"failed, as said above: {', '.join(failed)}", file=sys.stderr)
+        print(f"failed, see above: {', '.join(failed)}", file=sys.stderr)
     return FAILED if failed else DONE
 
 

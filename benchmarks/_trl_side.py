@@ -1,6 +1,7 @@
-"""TRL's side of benchmarks.iteration, in a process of its own: `python -m benchmarks._trl_side FOLDER`.
+"""TRL's side of benchmarks.iteration, in its own process: `python -m benchmarks._trl_side FOLDER`.
 
-FOLDER is what iteration.make wrote; the result goes to FOLDER/trl.json.
+FOLDER is the folder of iteration.make. Writes FOLDER/trl.json. Not tested, because TRL is not installed; the
+registration of iteration/trl is tested in tests/benchmarks/test_harness.py.
 """
 
 import json
@@ -32,7 +33,7 @@ from trl import GRPOConfig, GRPOTrainer, __version__  # pyrefly: ignore[missing-
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of every step: generation, scoring and the update."""
+    """Measures the seconds of every step: generation, scoring and the update."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -67,11 +68,11 @@ def main(folder: Path) -> None:
 
 
 def settings(folder: Path) -> Any:
-    """One optimizer step for each generation of the whole batch, and nothing that costs time beside it.
+    """Returns settings with one optimizer step per generation of the whole batch, and no other work that takes time.
 
-    Generation is transformers' plain one because it is the fastest that runs: the continuous batching that TRL offers
-    took twice as long here, a static cache a fifth longer, and its vLLM mode fails at the first weight update, since
-    vLLM has repacked the weights for the CPU. Compiling the update pays from the second step on.
+    transformers' plain generation is the fastest that works: TRL's continuous batching took twice as long here, a
+    static cache a fifth longer, and its vLLM mode fails at the first weight update, because vLLM has repacked the
+    weights for the CPU. The compiled update is faster from the second step on.
     """
     return GRPOConfig(
         output_dir=str(folder / "trl"),

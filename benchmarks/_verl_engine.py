@@ -1,17 +1,20 @@
-"""The other side of the learner's benchmarks: a step in verl 0.9.1's training engine. To import this takes seconds.
+"""The other side of the learner's benchmarks: a step in verl 0.9.1's training engine. Importing it takes seconds.
 
-`FSDPEngineWithLMHead` is the class that verl's trainers run, here with FSDP2 in one process on the CPU. What is set,
-and why; all of it is for speed:
-- float32 everywhere, as on our side: verl would compute in bfloat16.
-- No gradient checkpointing (verl would recompute every layer), no entropy, no offloading. Weights stay whole between
-  forward and backward; with one rank that only saves copies. verl's torch.compile is for the entropy, so it is off.
-- transformers' SDPA: without a GPU there is no flash attention, and FlexAttention has no backward. Rollouts that are
-  packed in a row are told apart by a mask, so SDPA also computes the pairs that the mask hides, and a long row is
-  slower than several short ones. `VerlEngine.tune` finds the size that suits a batch.
-- Without flash attention's kernel for logprobs, verl loops over the tokens in Python, a tenth of a step. It is given
-  its own `logprobs_from_logits_naive` instead, the only thing replaced. Its fused head is no alternative: FSDP2 has the
-  head sharded when it is called, unless it is tied to the embedding.
-- verl's `ppo_loss` with its loss "gpg", which is the plain policy gradient.
+`FSDPEngineWithLMHead` is the class that verl's trainers run, here with FSDP2 in one process on the CPU. Its settings
+are the fastest ones:
+- float32 everywhere, as on our side. verl's default is bfloat16.
+- No gradient checkpointing (it recomputes every layer), no entropy, no offloading. Weights are not resharded between
+  forward and backward, which saves copies. verl's torch.compile is for the entropy, so it is off.
+- transformers' SDPA: without a GPU there is no flash attention, and FlexAttention has no backward. A mask separates
+  the rollouts of a packed row, but SDPA also computes the masked pairs, so a long row is slower than several short
+  ones. `VerlEngine.tune` finds the fastest size for a batch.
+- Without flash attention's kernel for logprobs, verl loops over the tokens in Python, which takes a tenth of a step.
+  `logprobs_from_logits_naive` of verl replaces that loop; nothing else is replaced. verl's fused head does not work
+  here: FSDP2 has sharded the head when it is called, unless it is tied to the embedding.
+- verl's `ppo_loss` with its loss "gpg", the plain policy gradient.
+
+Not tested: the benchmark compares its logprobs and gradients with ours. Its registration is tested in
+tests/benchmarks/test_harness.py.
 """
 
 import sys
@@ -34,11 +37,11 @@ from verl.utils.tensordict_utils import assign_non_tensor
 from verl.utils.torch_functional import logprobs_from_logits_naive
 
 ROWS = (2, 4, 8)  # sizes of micro-batches that `tune` tries, in longest rollouts
-SLOWER = 1.2  # times the best smaller size: `tune` tries no larger one
+SLOWER = 1.2  # `tune` tries no larger size if one is slower than the best by this factor
 
 
 class CpuPlatform(PlatformCUDA):
-    """verl's way to add a device, which has no CPU of its own. What is not here is not called by the engine."""
+    """Adds the CPU to verl's devices. The engine calls no other method."""
 
     @property
     def device_name(self) -> str:
@@ -49,15 +52,15 @@ class CpuPlatform(PlatformCUDA):
         return torch.cpu
 
     def current_device(self) -> Any:
-        """Where verl moves tensors to; a number would be an accelerator's."""
+        """Returns the device that verl moves tensors to. A number would mean an accelerator."""
         return "cpu"
 
 
 @dataclass(frozen=True)
 class Split:
-    """How verl cuts a batch into micro-batches, one forward and backward pass each."""
+    """How verl splits a batch into micro-batches, one forward and backward pass each."""
 
-    tokens: int | None  # at most, without padding; None: one rollout
+    tokens: int | None  # most tokens without padding; None: one rollout
     padded: bool = False  # a row per rollout instead of one packed row
 
     def __str__(self) -> str:
@@ -66,7 +69,7 @@ class Split:
         return f"{'padded' if self.padded else 'packed'}, {self.tokens} tokens"
 
     def settings(self) -> dict[str, Any]:
-        """By verl's names."""
+        """Returns the split as verl's options."""
         if self.tokens is None:
             size = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1}
         else:
@@ -76,7 +79,7 @@ class Split:
 
 @dataclass(frozen=True)
 class VerlBatch:
-    """Rollouts as verl's trainers hand them to the engine, and their lengths in tokens."""
+    """Rollouts in the form that verl's trainers give to the engine, and their lengths in tokens."""
 
     data: TensorDict
     responses: tuple[int, ...]
@@ -86,7 +89,7 @@ class VerlBatch:
 def verl_batch(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], advantages: Sequence[Sequence[float]]
 ) -> VerlBatch:
-    """Row i is prompts[i] + responses[i], with an advantage for every response token."""
+    """Makes a batch whose row i is prompts[i] + responses[i], with an advantage for every response token."""
     rows = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses, strict=True)]
     ones = nested([torch.ones(len(response), dtype=torch.int64) for response in responses])
     data = TensorDict(
@@ -98,7 +101,7 @@ def verl_batch(
             "response_mask": ones,
             "loss_mask": ones,
             "advantages": nested([torch.tensor(row, dtype=torch.float32) for row in advantages]),
-            "old_log_probs": nested([torch.zeros(len(response)) for response in responses]),  # must be there; not read
+            "old_log_probs": nested([torch.zeros(len(response)) for response in responses]),  # required, but not read
         },
         batch_size=[len(rows)],
     )
@@ -114,28 +117,28 @@ def verl_batch(
 
 
 def nested(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of different lengths as one tensor, the form of a batch without padding in verl."""
+    """Returns rows of different lengths as one jagged tensor, verl's form of a batch without padding."""
     return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
 
 def whole_logprobs(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    """For verl's `logprobs_from_logits`: all tokens at once, with a copy of the logits that the loop does not make."""
+    """Replaces verl's `logprobs_from_logits`: all tokens at once, for which it copies the logits."""
     return logprobs_from_logits_naive(logits, labels)
 
 
 class VerlEngine:
     """Forward and backward of a policy, without optimizer steps, in verl's FSDP2 engine on one CPU rank.
 
-    Starts torch.distributed for this process alone, if nobody has.
+    Starts torch.distributed for this process alone, unless it runs already.
 
     Args:
         folder: a Hugging Face causal language model; computed in float32.
-        token_budget: tokens in one micro-batch at most. Without `tune`, verl fills as few as it can.
+        token_budget: most tokens in one micro-batch. Without `tune`, verl makes as few micro-batches as it can.
     """
 
     def __init__(self, folder: Path, token_budget: int) -> None:
-        set_platform(CpuPlatform())  # before the engine is imported, which asks for it
-        with warnings.catch_warnings(action="ignore"):  # one for every engine that is not installed
+        set_platform(CpuPlatform())  # before the import of the engine, which reads it
+        with warnings.catch_warnings(action="ignore"):  # a warning for every engine that is not installed
             from verl.workers.engine.fsdp import FSDPEngineWithLMHead, transformer_impl
         from verl.trainer.config import CheckpointConfig
         from verl.workers.config import (
@@ -162,7 +165,7 @@ class VerlEngine:
                 loss_agg_mode="token-mean",
             ),
         )
-        with redirect_stdout(sys.stderr):  # verl prints what it does
+        with redirect_stdout(sys.stderr):  # verl prints to standard output
             self._engine = FSDPEngineWithLMHead(
                 HFModelConfig(
                     path=str(folder),
@@ -184,7 +187,7 @@ class VerlEngine:
         self._logprobs: list[Tensor] = []  # of the last step, per response
 
     def step(self, batch: VerlBatch) -> float:
-        """Zero the gradients, then forward and backward over the whole batch.
+        """Clears the gradients, then runs forward and backward over the whole batch.
 
         Returns: the loss, -sum(advantage * logprob) / response tokens.
         """
@@ -192,16 +195,16 @@ class VerlEngine:
         with self._engine.train_mode(zero_grad_on_exit=False):
             self._engine.optimizer_zero_grad()
             output: Any = self._engine.forward_backward_batch(batch.data, self._loss)
-        rows = output["model_output"]["log_probs"].unbind()  # a value for every token, that of the one after it
+        rows = output["model_output"]["log_probs"].unbind()  # entry t is the logprob of token t + 1
         self._logprobs = [row[-1 - length : -1] for row, length in zip(rows, batch.responses, strict=True)]
         return sum(output["loss"])
 
     def logprobs(self) -> list[list[float]]:
-        """Of the response tokens, per row, as the last step computed them."""
+        """Returns the last step's logprobs of the response tokens, per row."""
         return [row.tolist() for row in self._logprobs]
 
     def gradients(self) -> dict[str, Tensor]:
-        """What the last step left, by the parameters' names on disk."""
+        """Returns the last step's gradients by the parameters' names on disk."""
         return {
             name: parameter.grad.full_tensor()
             for name, parameter in self._engine.module.named_parameters()
@@ -209,9 +212,9 @@ class VerlEngine:
         }
 
     def tune(self, batch: VerlBatch, repeats: int = 2) -> dict[Split, float]:
-        """Use the fastest split for this batch from now on: one rollout, or several, packed or padded.
+        """Selects the fastest split for this batch: one rollout, or several, packed or padded.
 
-        Returns: seconds of a step, the least of `repeats`, of each split that was tried.
+        Returns: for each split that was tried, the seconds of its fastest step of `repeats`.
         """
 
         def measure(split: Split) -> float:

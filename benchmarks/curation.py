@@ -1,4 +1,7 @@
-"""Curation's throughput: all prompts in one queue, against one prompt after the other."""
+"""Curation's throughput: all prompts in one queue, against one prompt after the other.
+
+Its registration is tested in tests/benchmarks/test_harness.py.
+"""
 
 import time
 from pathlib import Path
@@ -12,11 +15,11 @@ ROWS, REPEATS = 64, 3
 
 @benchmark("curation")
 def curation() -> Result:
-    """The policy's responses for the difficulty filter, one queue over all rows: other_s is row by row.
+    """The policy's responses for the difficulty filter: all rows in one queue (ours_s), against row by row (other_s).
 
-    24 responses of the scale model to each of 64 of its own problems, by a real vLLM engine of the CPU profile; scoring
-    is not in it. max_abs_diff is that of the responses' lengths: 0 where both sides sampled the same, which the last
-    digits of a probability can change.
+    24 responses of the scale model to each of 64 of its problems, by a real vLLM engine of the CPU profile, without
+    scoring. max_abs_diff is the largest difference of response lengths: 0 if both sides sampled the same tokens. The
+    last digits of a probability can change them.
     """
     from rl.actors import cluster, merge_streams, place
     from rl.recipe.resolve import load

@@ -1,4 +1,7 @@
-"""What advantages cost over a large batch, compared with a loop over time."""
+"""Time to compute advantages of a large batch, compared with a loop over time.
+
+Its registration is tested in tests/benchmarks/test_harness.py, `gae` in tests/rl/algorithm/test_gae.py.
+"""
 
 import statistics
 import time
@@ -17,8 +20,8 @@ Targets = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Seconds of one case, and how far both sides are from the loop in float64."""
+class CaseResult:
+    """Seconds of one case, and the largest difference of each side from the loop in float64."""
 
     ours_s: float
     loop_s: float
@@ -33,17 +36,17 @@ class Comparison:
 
 @benchmark("gae")
 def targets() -> Result:
-    """Advantages and returns of 1,024 x 65,536 tokens, over a torch loop over time: at least 50 times sooner.
+    """Advantages and returns of 1,024 x 65,536 tokens, against a torch loop over time: at least 50 times faster.
 
-    The mask has right padding (responses of half the width up to all of it) and holes (runs of 256 tokens, one in
-    five, like the text of tools). The other side takes a column of the [N, R] tensors per step, written as
-    Open-Reasoner-Zero and verl write it, but into one tensor instead of a list to be stacked.
+    The mask has right padding (responses take at least half of the width) and holes (one in five runs of 256 tokens,
+    like text of tools). The other side processes a column of the [N, R] tensors per step, like the code of
+    Open-Reasoner-Zero and verl, but writes into one tensor instead of a list.
 
-    ours_s and other_s are wall-clock seconds of the case with the least ratio = other_s / ours_s; every case has its
-    ratio in `more`. A call of ours takes a hundredth of a loop, so a turn of ours is the median of five. The first
-    call of the process, which compiles, is `first_call_s`. `ratio_in_place` is the least ratio for a loop that has
-    been tuned to allocate nothing per step, run once. max_abs_diff is ours against the loop in float64, over all
-    cases; `loop_max_abs_diff` is the same of the float32 loop.
+    ours_s and other_s are wall-clock seconds of the case with the smallest ratio = other_s / ours_s; `more` has the
+    ratio of every case. Our call takes a hundredth of the loop's time, so our turn is the median of five calls. The
+    first call of the process, which compiles, is `first_call_s`. `ratio_in_place` is the smallest ratio for a loop that
+    allocates nothing per step, run once. max_abs_diff is our largest difference from the loop in float64, over all
+    cases; `loop_max_abs_diff` is that of the float32 loop.
     """
     small = batch(1, 256)
     first_call_s, _ = timed(lambda: gae(*small, gamma=1, lam=1))
@@ -62,7 +65,7 @@ def targets() -> Result:
     return Result(worst.ours_s, worst.loop_s, worst.ratio, 50, off, more)
 
 
-def compare(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Comparison:
+def compare(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> CaseResult:
     truth = loop(by_column(rewards).double(), by_column(values).double(), by_column(mask), gamma, lam)
     off: dict[str, float] = {}
 
@@ -81,7 +84,7 @@ def compare(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: fl
 
     ours_s, loop_s = interleaved(ours, other, repeats=3)
     in_place_s, _ = timed(lambda: loop_in_place(rewards, values, mask, gamma, lam))
-    return Comparison(ours_s, loop_s, in_place_s, off["ours"], off["loop"])
+    return CaseResult(ours_s, loop_s, in_place_s, off["ours"], off["loop"])
 
 
 def batch(responses: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +97,7 @@ def batch(responses: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, T
 
 
 def loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Targets:
-    """Generalized advantage estimation, one column after another."""
+    """Generalized advantage estimation, one column per step."""
     advantages = torch.zeros_like(values)
     a_next = v_next = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
@@ -107,26 +110,26 @@ def loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 
 
 def loop_in_place(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Targets:
-    """The same with nothing allocated per step."""
+    """Generalized advantage estimation, one column per step, without allocations in the loop."""
     advantages = torch.empty_like(values)
     a_next, v_next, step = (torch.zeros_like(values[:, 0]) for _ in range(3))
     for t in reversed(range(values.shape[1])):
-        here, value = mask[:, t], values[:, t]
+        chosen, value = mask[:, t], values[:, t]
         torch.add(rewards[:, t], v_next, alpha=gamma, out=step).sub_(value).add_(a_next, alpha=gamma * lam)
-        torch.where(here, step, a_next, out=a_next)
-        torch.where(here, value, v_next, out=v_next)
+        torch.where(chosen, step, a_next, out=a_next)
+        torch.where(chosen, value, v_next, out=v_next)
         advantages[:, t] = a_next
     returns = advantages + values
     return advantages.masked_fill_(~mask, 0.0), returns.masked_fill_(~mask, 0.0)
 
 
 def by_column(x: Tensor) -> Tensor:
-    """The same tensor with its columns together in memory: makes the loop that nobody times a quick one."""
+    """Returns the tensor with contiguous columns, which makes the untimed float64 loop faster."""
     return x.T.contiguous().T
 
 
 def difference(got: Targets, truth: Targets) -> float:
-    """The largest one, found in parts that need little memory."""
+    """Returns the largest difference, computed in parts to save memory."""
     return max(
         float((one - other).abs().max())
         for mine, exact in zip(got, truth, strict=True)

@@ -1,4 +1,7 @@
-"""How the time of an iteration grows with its size: one dimension at a time, drawn to growth.svg."""
+"""Time of an iteration as a function of its size, one dimension at a time, plotted to growth.svg.
+
+Not tested except for its registration, in tests/benchmarks/test_harness.py.
+"""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -14,13 +17,13 @@ from rl.types import Prompt
 PLOT = Path(__file__).with_name("growth.svg")
 STEPS = (1, 2, 4, 8)
 REPEATS = 3
-PHASES = {"rollout": "rollout", "learner": "critic + policy", "sync": "weights"}  # and how the plot calls them
-NARROW = 1.5
+PHASES = {"rollout": "rollout", "learner": "critic + policy", "sync": "weights"}  # and their names in the plot
+LIMIT = 1.5  # of the ratio
 
 
 @dataclass(frozen=True)
 class Size:
-    """An iteration: prompts x rollouts, of prompt and response tokens."""
+    """Size of an iteration: prompts, rollouts per prompt, tokens of each prompt and of each response."""
 
     prompts: int = 2
     rollouts: int = 4
@@ -29,11 +32,11 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Distinct ones, with a prompt counted once for all its rollouts."""
+        """Distinct tokens: a prompt counts once for all its rollouts."""
         return self.prompts * (self.prompt + self.rollouts * self.response)
 
     def times(self, name: str, factor: int) -> "Size":
-        """With one dimension made larger."""
+        """Returns the size with one dimension multiplied."""
         return replace(self, **{name: factor * getattr(self, name)})
 
 
@@ -46,7 +49,7 @@ DIMENSIONS = {
 
 
 class Tokens:
-    """A chat whose prompts are random tokens, as many as the row says."""
+    """A chat with random prompts, of as many tokens as the row says."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
@@ -67,18 +70,19 @@ def growth() -> Result:
     """Seconds per distinct token when one dimension of an iteration is 8 times as large, over those at the base size.
 
     Real iterations (a vLLM engine, the critic, the policy, new weights; scoring is free) of a decoder with hidden size
-    256, at 1, 2, 4 and 8 times each dimension of 2 prompts of 128 tokens x 4 responses of 64. Seconds are medians over
-    sizes that take turns, and drawn to growth.svg. `ratio` is the worst of the four dimensions, all of them in `more`.
-    More prompts and rollouts cost in proportion to their distinct tokens; for longer ones attention, which is
-    quadratic, comes on top. ours_s is the base size's iteration, other_s that of the worst dimension's largest.
+    256, at 1, 2, 4 and 8 times each dimension of 2 prompts of 128 tokens x 4 responses of 64. Sizes run in turns;
+    seconds are medians and are plotted to growth.svg. `ratio` is the largest of the four dimensions; `more` has all of
+    them. The cost of more prompts or rollouts is proportional to their distinct tokens; longer prompts or responses
+    also have the quadratic cost of attention. ours_s is the iteration of the base size, other_s the one at 8 times the
+    dimension with the largest ratio.
     """
     sizes = {(name, factor): Size().times(name, factor) for name in DIMENSIONS for factor in STEPS}
     took: dict[Size, list[Mapping[str, float]]] = {}
-    with Bench() as bench:
-        bench.iteration(Size())  # warm up
+    with Processes() as processes:
+        processes.iteration(Size())  # warm up
         for _ in range(REPEATS):
             for size in dict.fromkeys(sizes.values()):
-                took.setdefault(size, []).append(bench.iteration(size))
+                took.setdefault(size, []).append(processes.iteration(size))
     seconds = {size: {name: median(one[name] for one in runs) for name in runs[0]} for size, runs in took.items()}
     grown = {
         name: (seconds[large]["total"] / large.tokens) / (seconds[Size()]["total"] / Size().tokens)
@@ -91,15 +95,15 @@ def growth() -> Result:
         seconds[Size()]["total"],
         seconds[sizes[worst, STEPS[-1]]]["total"],
         grown[worst],
-        NARROW,
-        more={"goal": f"at most {NARROW}", **{DIMENSIONS[name]: value for name, value in grown.items()}},
+        LIMIT,
+        more={"goal": f"at most {LIMIT}", **{DIMENSIONS[name]: value for name, value in grown.items()}},
     )
 
 
-class Bench:
-    """An engine, a policy and a critic, each in a process of its own, and iterations of any size on them."""
+class Processes:
+    """An engine, a policy and a critic, each in its own process, which run iterations of any size."""
 
-    def __enter__(self) -> "Bench":
+    def __enter__(self) -> "Processes":
         from benchmarks.learner import SIZES, model_folder
         from rl.actors import cluster, place, place_team
         from rl.learner.critic import Critic
@@ -129,7 +133,7 @@ class Bench:
         self._folder.cleanup()
 
     def iteration(self, size: Size) -> dict[str, float]:
-        """Seconds of one: total, and by phase."""
+        """Runs one iteration; returns its seconds, in total and by phase."""
         from benchmarks.loop import Rewards
         from rl.actors import merge_streams
         from rl.learner.clients import CriticClient, PolicyClient
@@ -156,7 +160,7 @@ class Bench:
 
 
 def servable(model: Path, folder: Path, vocabulary: int) -> str:
-    """A copy of the model with a tokenizer, without which an engine does not know where responses end."""
+    """Copies the model and adds a tokenizer, from which the engine gets the token that ends a response."""
     import shutil
 
     from tokenizers import Tokenizer, models
@@ -169,7 +173,7 @@ def servable(model: Path, folder: Path, vocabulary: int) -> str:
 
 
 def draw(curves: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]) -> None:
-    """One panel per dimension: (distinct tokens, seconds by phase) at every step."""
+    """Plots one panel per dimension. `curves`: dimension -> (distinct tokens, seconds by phase) at every step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")

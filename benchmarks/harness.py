@@ -1,4 +1,4 @@
-"""What every benchmark shares: a registry, fair repeats, and the record of a result."""
+"""Shared by all benchmarks: the registry, repeats in turns, and the record of a result."""
 
 import importlib
 import inspect
@@ -15,17 +15,17 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 
 @dataclass(frozen=True)
 class Result:
-    """What one entry measured. `more` holds further keys of its record, such as the "goal" in words."""
+    """The result of one entry. `more` has further keys of its record, such as "goal", a text."""
 
-    ours_s: float  # seconds, or CPU seconds where the entry says so
-    other_s: float  # likewise, of what it is compared with
+    ours_s: float  # seconds, or CPU seconds if the entry says so
+    other_s: float  # the same of the other side of the comparison
     ratio: float  # other_s / ours_s, unless the entry says otherwise
-    ceiling: float | None = None  # the limit that the ratio is judged against
+    ceiling: float | None = None  # the limit or goal for the ratio
     max_abs_diff: float = 0.0  # between the results of both sides
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self, name: str) -> dict[str, Any]:
-        """A line of the results file."""
+        """Returns a line of the results file."""
         return {
             "name": name,
             "ours_s": rounded(self.ours_s),
@@ -42,8 +42,8 @@ _ENTRIES: dict[str, Entry] = {}
 
 
 def benchmark(name: str) -> Callable[[Entry], Entry]:
-    """Registers an entry, named "file/what" or after its file. Its docstring says what is compared and how the ratio
-    reads."""
+    """Registers an entry under the name of its file, or "file/name". Its docstring says what is compared and what the
+    ratio means."""
 
     def register(entry: Entry) -> Entry:
         if name in _ENTRIES and inspect.getsourcefile(_ENTRIES[name]) != inspect.getsourcefile(entry):
@@ -57,7 +57,7 @@ def benchmark(name: str) -> Callable[[Entry], Entry]:
 
 
 def entries() -> dict[str, Entry]:
-    """All entries by name, in order of name; imports every file of this package."""
+    """Imports every file of this package; returns all entries, sorted by name."""
     package = importlib.import_module(__package__ or "benchmarks")
     for module in pkgutil.iter_modules(package.__path__):
         if not module.name.startswith("_"):
@@ -66,8 +66,8 @@ def entries() -> dict[str, Entry]:
 
 
 def interleaved(ours: Callable[[], float], other: Callable[[], float], repeats: int) -> tuple[float, float]:
-    """Medians of what both sides say they took. They take turns, and take turns at being first, so that whatever
-    else the machine does meets both alike."""
+    """Runs both sides in turns and returns the medians of the seconds that they return. The side that runs first
+    alternates, so that other load on the machine affects both."""
     took: dict[Callable[[], float], list[float]] = {ours: [], other: []}
     for turn in range(repeats):
         for side in (ours, other) if turn % 2 == 0 else (other, ours):
@@ -76,17 +76,17 @@ def interleaved(ours: Callable[[], float], other: Callable[[], float], repeats: 
 
 
 def max_abs_diff(ours: Sequence[float], other: Sequence[float]) -> float:
-    """The largest difference between two lists of results."""
+    """Returns the largest difference between two lists of results."""
     return max((abs(a - b) for a, b in zip(ours, other, strict=True)), default=0.0)
 
 
 def rounded(value: Any) -> Any:
-    """A number to four significant digits, anything else as it is."""
+    """Rounds a float to four significant digits; returns anything else unchanged."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def save(records: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Rewrites the results file, in order of name; entries that are not among `records` keep their lines."""
+    """Rewrites the results file, sorted by name; entries that are not among `records` keep their lines."""
     lines = path.read_text().splitlines() if path.exists() else []
     known = {line["name"]: line for line in map(json.loads, filter(str.strip, lines))}
     known |= {record["name"]: record for record in records}
@@ -94,7 +94,7 @@ def save(records: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The records as text, one line each."""
+    """Formats the records as text, one line each."""
     heads = ("name", "ours_s", "other_s", "ratio", "ceiling", "max_abs_diff")
     rows = [heads, *(["-" if record[head] is None else str(record[head]) for head in heads] for record in records)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]

@@ -1,5 +1,7 @@
-"""PaCoRe at inference, on the scale model behind vLLM's server: how full the engine is kept, what trajectories share,
-and whether speculation pays for a synthesis."""
+"""PaCoRe at inference, with the scale model in vLLM's server: problems in parallel, prefix cache, speculation.
+
+Its registration is tested in tests/benchmarks/test_harness.py.
+"""
 
 import asyncio
 import json
@@ -26,7 +28,7 @@ FIELDS = {"temperature": 1.0, "max_tokens": 64}
 
 
 def problems() -> list[Prompt]:
-    """Held-out problems of all families alike."""
+    """Returns held-out problems, equally many of each family."""
     rows = read_problems(str(SCALE / "data/heldout.jsonl"))
     return rows[:: len(rows) // PROBLEMS][:PROBLEMS]
 
@@ -35,7 +37,7 @@ def serving(options: Mapping[str, str | bool] = MappingProxyType({})) -> ModelTa
     return ModelTarget(str(SCALE / "model"), max_length=1024, options=options)
 
 
-def thoughts(
+def answer_all(
     who: ModelTarget,
     url: str,
     asked: Sequence[Sequence[Prompt]],
@@ -70,15 +72,15 @@ def tokens(found: Sequence[PacoreResult]) -> list[float]:
 def parallel() -> Result:
     """64 problems x 16 trajectories and their syntheses: all at once, against one problem after another.
 
-    Both sides have 16 trajectories of a problem under way together. max_abs_diff is that of the tokens of a problem: 0
-    where both sides sampled the same, which the last digits of a probability can change.
+    Both sides sample the 16 trajectories of a problem at the same time. max_abs_diff is the largest difference of a
+    problem's token counts: 0 if both sides sampled the same tokens. The last digits of a probability can change them.
     """
     who, rows = serving(), problems()
     counted: dict[str, list[float]] = {}
 
     def side(name: str, url: str) -> float:
         start = time.perf_counter()
-        counted[name] = tokens(thoughts(who, url, [rows] if name == "ours" else [[row] for row in rows]))
+        counted[name] = tokens(answer_all(who, url, [rows] if name == "ours" else [[row] for row in rows]))
         return time.perf_counter() - start
 
     with who.serve() as url:
@@ -91,18 +93,20 @@ def parallel() -> Result:
 
 @benchmark("inference/prefix_cache")
 def prefix_cache() -> Result:
-    """16 trajectories of problems with long prompts: with vLLM's prefix cache against without; `hit_rate` is the share
-    of prompt tokens whose keys and values were there already (at most 15/16 of whole blocks of 128 tokens).
+    """16 trajectories of problems with long prompts: with vLLM's prefix cache, against without.
+
+    `hit_rate` is the share of prompt tokens whose keys and values were in the cache (at most 15/16 of whole blocks of
+    128 tokens).
     """
     rows = [_long(row) for row in problems() if not row.images][:16]
     cached, plain = serving(), serving({"no-enable-prefix-caching": True})
     rates: list[float] = []
 
     def side(who: ModelTarget, name: str, url: str) -> float:
-        # Every repeat has questions that the cache has not seen.
+        # Every repeat has new questions, which are not in the cache yet.
         asked = [replace(row, messages=_numbered(row, f"{name} {len(rates)}")) for row in rows]
         before, start = _cache(url), time.perf_counter()
-        thoughts(who, url, [asked], answers=0)
+        answer_all(who, url, [asked], answers=0)
         took = time.perf_counter() - start
         if name == "ours":
             wanted, hit = (after - was for after, was in zip(_cache(url), before, strict=True))
@@ -116,7 +120,7 @@ def prefix_cache() -> Result:
 
 
 def _long(row: Prompt) -> Prompt:
-    """The same question after 60 others, as a text of some hundred tokens."""
+    """Returns the row with 60 other questions before its own, so that it has some hundred tokens."""
     (turn,) = row.messages
     return replace(row, messages=({**turn, "content": "What is 3 + 4 - 5? " * 60 + str(turn["content"])},))
 
@@ -127,7 +131,7 @@ def _numbered(row: Prompt, number: str) -> tuple[dict[str, str], ...]:
 
 
 def _cache(url: str) -> tuple[float, float]:
-    """Prompt tokens that the prefix cache was asked for, and those it had."""
+    """Returns the numbers of prompt tokens that were looked up in the prefix cache and that were found there."""
     with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as reply:
         text = reply.read().decode()
     names = ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")
@@ -137,10 +141,10 @@ def _cache(url: str) -> tuple[float, float]:
 
 @benchmark("inference/ngram")
 def ngram() -> Result:
-    """Syntheses, which quote their messages: with vLLM's n-gram speculation against without.
+    """Syntheses, which quote pooled answers: with vLLM's n-gram speculation, against without.
 
-    The same trajectories for both, 16 syntheses of each problem at temperature 1. The mean tokens of both sides would
-    differ if speculation did not sample from the model's distribution.
+    16 syntheses of each problem at temperature 1, from the same trajectories on both sides. The mean tokens of both
+    sides would differ if speculation did not sample from the model's distribution.
     """
     rows = problems()
     plain, speculating = serving(), serving({"speculative-config": json.dumps(SPECULATION)})
@@ -148,12 +152,12 @@ def ngram() -> Result:
 
     def side(who: ModelTarget, name: str, url: str, given: dict[str, tuple[Round, ...]]) -> float:
         start = time.perf_counter()
-        found = thoughts(who, url, [rows], (), SYNTHESES, given)
+        found = answer_all(who, url, [rows], (), SYNTHESES, given)
         counted[name] = [float(r.tokens) for one in found for r in one.rounds[-1].replies]
         return time.perf_counter() - start
 
     with speculating.serve() as ours, plain.serve() as other:
-        first = thoughts(plain, other, [rows], answers=0)
+        first = answer_all(plain, other, [rows], answers=0)
         given = {row.id: one.rounds for row, one in zip(rows, first, strict=True)}
         for name, who, url in (("ours", speculating, ours), ("other", plain, other)):
             side(who, name, url, given)  # warm up

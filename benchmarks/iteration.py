@@ -1,4 +1,7 @@
-"""A whole training iteration of ours, compared with one of TRL's GRPO trainer on the same model and prompts."""
+"""A whole training iteration, compared with one of TRL's GRPO trainer on the same model and prompts.
+
+Its registration is tested in tests/benchmarks/test_harness.py.
+"""
 
 import importlib.util
 import json
@@ -16,21 +19,21 @@ from typing import Any
 from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
 
 ROOT = Path(__file__).resolve().parent.parent
-TRL = "1.16.0"  # the version that this was written for; the one that ran is in the result
+TRL = "1.16.0"  # the version that this file supports; the result has the version that ran
 
 PROMPTS, GROUP = 8, 8
 PROMPT_TOKENS, RESPONSE_TOKENS = 64, 128
-LIMIT = RESPONSE_TOKENS + 8  # responses end by themselves, before it
+LIMIT = RESPONSE_TOKENS + 8  # responses end before this limit
 WARM_UP, MEASURED, RUNS = 2, 6, 2  # iterations left out (TRL compiles in its first), iterations that count; runs
 THREADS = 2
 LEARNING_RATE = 1e-6
 BETAS = (0.9, 0.95)
-PATIENCE_S = 1800.0  # for a run, compilation included
+PATIENCE_S = 1800.0  # time limit of a run, with compilation
 
 HIDDEN, LAYERS, HEAD = 256, 4, 64
 SPECIAL = ("<eos>", "<pad>", "<|im_start|>", "<|im_end|>")
 ROLES = ("user", "assistant")
-CHOICES = 32  # words that can stand at each place of a response
+CHOICES = 32  # possible words at each place of a response
 TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"
@@ -50,21 +53,21 @@ def even_words(rollout: Rollout) -> float:
 
 @benchmark("iteration/trl")
 def trl() -> Result:
-    """An iteration of TRL's GRPO trainer over one of ours, which trains a critic as well: more than 1 is the goal.
+    """Time of an iteration of TRL's GRPO trainer over ours, which also trains a critic: the goal is more than 1.
 
-    Both sample 8 responses to each of 8 prompts from the same random Qwen3, score them with the same function and take
-    one optimizer step, in float32 with two threads, without a KL term. The model is made so that every response ends
-    by itself after exactly 128 tokens. Ours is `python -m rl.run` with the CPU profile: vLLM, scoring in processes of
-    their own, the critic's values and its update, the policy's update, new weights in vLLM and the check that they
-    arrived. TRL's is the fastest that its settings allow on a CPU: transformers' generation of the whole batch and a
-    compiled update, without checkpointing; its vLLM mode cannot take new weights there.
+    Both sides sample 8 responses to each of 8 prompts from the same random Qwen3, score them with the same function and
+    make one optimizer step, in float32 with two threads and without a KL term. The model is built so that every
+    response ends after exactly 128 tokens. Our side is `python -m rl.run` with the CPU profile: vLLM, scoring in
+    separate processes, the critic's values and update, the policy's update, weight sync to vLLM and its check. TRL's
+    side has the fastest settings on a CPU: transformers' generation of the whole batch and a compiled update without
+    gradient checkpointing; its vLLM mode cannot load new weights on a CPU.
 
     ours_s and other_s are medians over the iterations of all runs after the first two of each, ratio =
-    other_s / ours_s, and max_abs_diff is that of the response lengths.
+    other_s / ours_s, and max_abs_diff is the difference of the mean response lengths.
     """
     if importlib.util.find_spec("trl") is None:
         raise ModuleNotFoundError(
-            f"TRL is not installed, and the project does without: pip install trl=={TRL} --no-deps"
+            f"TRL is not installed, because only this benchmark needs it: pip install trl=={TRL} --no-deps"
         )
     seconds: dict[str, list[dict[str, float]]] = {"ours": [], "other": []}
     tokens: dict[str, float] = {}
@@ -102,18 +105,18 @@ def median(iterations: Sequence[Mapping[str, float]], name: str) -> float:
 
 
 def share_of_even(text: str) -> float:
-    """What both sides score with: the share of the response's words whose number is even."""
+    """The reward on both sides: the share of the response's words whose number is even."""
     words = text.split()
     return sum(int(word.partition(".")[0]) % 2 == 0 for word in words) / max(1, len(words))
 
 
 def make(folder: Path) -> int:
-    """Writes model/, its tokenizer, train.jsonl and reward.py. Returns how many parameters the model has.
+    """Writes model/, its tokenizer, train.jsonl and reward.py. Returns the number of the model's parameters.
 
-    Forcing a length would leave the sides unequal: ours does not score responses that were cut, and has no other way
-    to ignore the end. So each word has a place, and the model's random weights get two parts that are not random: the
-    embedding of a word says its place, and the head asks for a word of the next place, of which there are some to draw
-    from. After the last place comes the end.
+    The model itself must end responses after the same length, because our side does not score cut responses and cannot
+    ignore the end token. So each word belongs to one place, and two parts of the weights are not random: a word's
+    embedding encodes its place, and the head predicts the words of the next place. After the last place it predicts the
+    end token.
     """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -137,12 +140,12 @@ def make(folder: Path) -> int:
         pad_token_id=vocabulary["<pad>"], bos_token_id=None,
     )  # fmt: skip
     model: Any = Qwen3ForCausalLM(config)
-    directions = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN))[0]  # one per place, at right angles
+    directions = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN))[0]  # one per place, orthogonal
     first = len(SPECIAL) + len(ROLES)
     places = torch.arange(1, RESPONSE_TOKENS).repeat_interleave(CHOICES)
     with torch.no_grad():
         model.model.embed_tokens.weight[vocabulary["assistant"]] += HIDDEN**0.5 * directions[0]
-        model.model.embed_tokens.weight[first:] += HIDDEN**0.5 * directions[places]  # far longer than what is random
+        model.model.embed_tokens.weight[first:] += HIDDEN**0.5 * directions[places]  # much longer than the random part
         model.lm_head.weight[first:] += 2 * directions[places - 1]  # logits 32 above all others
         model.lm_head.weight[vocabulary["<eos>"]] += 2 * directions[RESPONSE_TOKENS - 1]
     model.save_pretrained(folder / "model")
@@ -159,7 +162,7 @@ def make(folder: Path) -> int:
 
 
 def ours(folder: Path) -> tuple[list[dict[str, float]], float]:
-    """Seconds of each iteration, in all and by phase, and the mean length of the responses."""
+    """Returns the seconds of each iteration, in total and by phase, and the mean response length."""
     with tempfile.TemporaryDirectory(dir=folder) as run:
         start(
             "rl.run", "recipes/rlvr.yaml", "--profile", "cpu", "--output", f"{run}/run",
@@ -180,7 +183,7 @@ def ours(folder: Path) -> tuple[list[dict[str, float]], float]:
 
 
 def other(folder: Path) -> tuple[list[dict[str, float]], float]:
-    """The same of TRL, which says the total only."""
+    """Returns the total seconds of each iteration of TRL, and the mean response length."""
     start("benchmarks._trl_side", str(folder), TORCHINDUCTOR_CACHE_DIR=str(folder / "compiled"))
     found = json.loads((folder / "trl.json").read_text())
     (folder / "trl_version").write_text(found["version"])
@@ -191,7 +194,7 @@ SIDES = {"ours": ours, "other": other}
 
 
 def start(module: str, *arguments: str, **environment: str) -> None:
-    """Runs a module in a process of its own. Raises RuntimeError with the end of what it said if it fails."""
+    """Runs a module in a new process. Raises RuntimeError with the end of its standard error if it fails."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "VLLM_", "OMP_"))}
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],

@@ -1,7 +1,9 @@
-"""The learner's step, forward and backward, against computing every rollout by itself: packed, padded, and by verl.
+"""Time of the learner's step (forward and backward) with shared prompts, against every rollout with its own prompt.
 
-Four shapes of group. All sides have the same decoder, the same rollouts and advantages, float32, and their losses and
-logprobs are shown to be equal. A step goes over all rows of a minibatch; there is no optimizer in it.
+The other sides are our packing, padding, and verl; there are four shapes of a group. All sides have the same decoder,
+rollouts and advantages in float32; the results contain the differences of their logprobs and gradients. A step
+processes all rows of a minibatch, without an optimizer step. Its registration is tested in
+tests/benchmarks/test_harness.py.
 """
 
 import os
@@ -46,12 +48,12 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A minibatch: groups of one prompt and its responses, in tokens."""
+    """Sizes of a minibatch: groups of one prompt and its responses, in tokens."""
 
     groups: int
     prompt: int
     responses: int
-    mean: int  # of the responses' lengths
+    mean: int  # of response lengths
     repeats: int
     why: str
 
@@ -66,7 +68,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Work:
-    """A minibatch, and the decoder that computes on it."""
+    """A minibatch and the decoder."""
 
     groups: list[Group]
     advantages: list[Tensor]  # per row of the batch, [response length]
@@ -78,19 +80,19 @@ class Work:
         return MinibatchSize(sum(map(len, self.advantages)), len(self.advantages))
 
     def rollouts(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(prompt, response) of every row, in order."""
+        """Returns (prompt, response) of every row, in order."""
         return [(group.prompt_ids, response) for group in self.groups for response in group.responses]
 
 
 def lengths(shape: Shape, rng: random.Random) -> list[int]:
-    """Log-normal around the mean, at least 1."""
+    """Draws response lengths: log-normal around the mean, at least 1."""
     drawn = [exp(rng.gauss(0, SPREAD)) for _ in range(shape.responses)]
     return [max(1, round(x * shape.mean * shape.responses / sum(drawn))) for x in drawn]
 
 
 @cache
 def model_folder() -> TemporaryDirectory[str]:
-    """Holds the decoder, with random weights, for this process."""
+    """Returns a folder with a random decoder, which is deleted when this process ends."""
     torch.manual_seed(0)
     folder = TemporaryDirectory()
     Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=False)).float().save_pretrained(folder.name)
@@ -98,7 +100,7 @@ def model_folder() -> TemporaryDirectory[str]:
 
 
 def work(shape: Shape) -> Work:
-    """Random tokens and advantages in the shape; the decoder from `model_folder`."""
+    """Makes a minibatch of random tokens and advantages, and loads the decoder of `model_folder`."""
     torch.set_num_threads(CORES)
     rng = random.Random(0)
     groups, first = [], 0
@@ -118,11 +120,11 @@ def work(shape: Shape) -> Work:
 
 @dataclass(eq=False)
 class Side:
-    """One way to do the step; remembers what it computed last."""
+    """One implementation of the step. Calling it returns seconds and keeps the logprobs."""
 
-    step: Callable[[], list[Tensor]]  # runs it, leaves gradients, gives logprobs per row
-    gradients: Callable[[], dict[str, Tensor]]  # that the last step left, by parameter
-    zero: Callable[[], None] = lambda: None  # for steps that add to the gradients that they find
+    step: Callable[[], list[Tensor]]  # computes gradients, returns logprobs per row
+    gradients: Callable[[], dict[str, Tensor]]  # of the last step, by parameter
+    zero: Callable[[], None] = lambda: None  # clears the gradients, if `step` adds to them
     logprobs: Sequence[Tensor] = ()
 
     def __call__(self) -> float:
@@ -133,7 +135,7 @@ class Side:
 
 
 def side(made: Work, step: Callable[[], list[Tensor]]) -> Side:
-    """A step of the shared model."""
+    """Returns the Side of a step on the model of `made`."""
 
     def gradients() -> dict[str, Tensor]:
         return {name: p.grad.clone() for name, p in made.model.named_parameters() if p.grad is not None}
@@ -142,14 +144,14 @@ def side(made: Work, step: Callable[[], list[Tensor]]) -> Side:
 
 
 def backward(made: Work, logprobs: Sequence[Tensor], rows: Sequence[int]) -> None:
-    """The policy-gradient loss of some rows, as a part of the minibatch's."""
+    """Backpropagates the policy-gradient loss of some rows, as their part of the minibatch's loss."""
     flat, gains = torch.cat(list(logprobs))[None], torch.cat([made.advantages[row] for row in rows])[None]
     everything = torch.ones(flat.shape, dtype=torch.bool)
     policy_gradient_loss(flat, flat.detach(), gains, everything, size=made.size)[0].backward()
 
 
 def packed(made: Work, rows: Sequence[PackedRow]) -> Side:
-    """Our learner's pass over packed rows."""
+    """Returns the Side of our learner: a pass over packed rows."""
 
     def step() -> list[Tensor]:
         found: dict[int, Tensor] = {}
@@ -164,12 +166,12 @@ def packed(made: Work, rows: Sequence[PackedRow]) -> Side:
 
 
 def shared(made: Work) -> list[PackedRow]:
-    """Rows as the learner packs them: prompts once."""
+    """Packs rows as the learner does, each prompt once."""
     return pack(made.groups, BUDGET, None)
 
 
 def unshared(made: Work) -> list[PackedRow]:
-    """Each rollout with its own prompt, one causal sequence, still packed without padding."""
+    """Packs each rollout with its own prompt as one causal sequence, without padding."""
     singles = [
         replace(group, responses=(response,), rows=(row,))
         for group in made.groups
@@ -180,7 +182,7 @@ def unshared(made: Work) -> list[PackedRow]:
 
 
 def padded(made: Work) -> Side:
-    """Whole rollouts as a batch padded to its longest, as many at a time as the budget takes; transformers' SDPA."""
+    """Returns the Side of padded batches: as many whole rollouts at a time as the budget allows, transformers' SDPA."""
     rollouts = made.rollouts()
     longest = max(len(prompt) + len(response) for prompt, response in rollouts)
     trunk, head = made.model.model, made.model.lm_head
@@ -208,7 +210,7 @@ def padded(made: Work) -> Side:
 
 
 def sequence(made: Work, tokens: int) -> Callable[[], float]:
-    """Seconds of one causal forward and backward over a plain sequence, with logits for as many tokens."""
+    """Returns a function that measures forward and backward over one causal sequence, with as many logits as ours."""
     trunk = made.model.model
     ids = torch.randint(0, SIZES["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
     chosen = slice(tokens - made.size.tokens, tokens)
@@ -227,29 +229,29 @@ def sequence(made: Work, tokens: int) -> Callable[[], float]:
 
 
 def cost(made: Work, tokens: int, pairs: int) -> float:
-    """Floating-point operations of a forward pass in units of what a token costs in a layer's matrices: tokens, pairs
-    that attention compares, and the head for the responses' tokens."""
+    """Floating-point operations of a forward pass, in units of one token's cost in a layer's matrices: of the tokens,
+    the pairs in attention, and the head for the responses' tokens."""
     per_layer = pairs_per_token(made.config) * 2 * SIZES["num_attention_heads"] * SIZES["head_dim"]  # weights
     head = SIZES["vocab_size"] * SIZES["hidden_size"] / (per_layer * SIZES["num_hidden_layers"])
     return tokens + pairs / pairs_per_token(made.config) + made.size.tokens * head
 
 
 def shared_cost(made: Work) -> float:
-    """With prompts computed once per group."""
+    """Returns the cost with each prompt computed once per group."""
     return cost(made, sum(g.tokens for g in made.groups), sum(g.pairs for g in made.groups))
 
 
 def sequences_cost(made: Work, totals: Sequence[int]) -> float:
-    """As causal sequences of these lengths."""
+    """Returns the cost of causal sequences of these lengths."""
     return cost(made, sum(totals), sum(n * (n + 1) // 2 for n in totals))
 
 
 def compare(made: Work, ours: Side, other: Side, ceiling: float, repeats: int) -> Result:
-    """Both sides, timed in turns; how far their gradients are apart is told beside their logprobs."""
-    ours()  # a warm-up, too
+    """Times both sides in turns and compares their logprobs and gradients."""
+    ours()  # also a warm-up
     gradients = ours.gradients()
     other()
-    apart = max(float((x - gradients[name]).abs().max()) for name, x in other.gradients().items())
+    gradient_diff = max(float((x - gradients[name]).abs().max()) for name, x in other.gradients().items())
     ours_s, other_s = interleaved(ours, other, repeats)
     difference = max(max_abs_diff(a.tolist(), b.tolist()) for a, b in zip(ours.logprobs, other.logprobs, strict=True))
     ratio = other_s / ours_s
@@ -263,13 +265,13 @@ def compare(made: Work, ours: Side, other: Side, ceiling: float, repeats: int) -
             "of_ceiling": ratio / ceiling,
             "goal": f"of_ceiling at least {GOAL}",
             "cores": CORES,
-            "max_abs_gradient_diff": apart,
+            "max_abs_gradient_diff": gradient_diff,
         },
     )
 
 
 def against_packed(name: str) -> Result:
-    """Shared prompts against one rollout per row, both packed by us."""
+    """Shared prompts against one rollout per row, both with our packing."""
     shape = SHAPES[name]
     made = work(shape)
     rows = shared(made)
@@ -292,9 +294,9 @@ def against_padded(name: str) -> Result:
 
 
 def against_verl(name: str) -> Result:
-    """Shared prompts against verl's FSDP2 engine, at the split that suits it best for this minibatch.
+    """Shared prompts against verl's FSDP2 engine with its fastest split for this minibatch.
 
-    The ceiling is that of one rollout per row: verl shares nothing, and packs or pads as it is faster.
+    The ceiling is that of one rollout per row: verl does not share prompts, and packs or pads, whichever is faster.
     """
     from benchmarks._verl_engine import VerlEngine, verl_batch
 
@@ -324,7 +326,7 @@ AGAINST = {
 
 
 def register(shape: str, prefix: str) -> None:
-    """Makes learner/<prefix><shape> an entry."""
+    """Registers the entry learner/<prefix><shape>."""
     run, other = AGAINST[prefix]
 
     def entry() -> Result:

@@ -1,4 +1,7 @@
-"""Peak memory of logprobs and entropies over a large vocabulary: a few tokens at a time against all logits at once."""
+"""Peak memory of logprobs and entropies over a large vocabulary: a few tokens at a time against all logits at once.
+
+Its registration is tested in tests/benchmarks/test_harness.py, `token_logprobs` in tests/rl/model/test_logprobs.py.
+"""
 
 import json
 import resource
@@ -14,15 +17,15 @@ from rl.model.logprobs import token_logprobs
 
 TOKENS, VOCABULARY, HIDDEN = 4096, 151_936, 256
 GOAL = 8.0
-KIB = 1024 if sys.platform == "linux" else 1  # ru_maxrss counts KiB there, bytes elsewhere
+KIB = 1024 if sys.platform == "linux" else 1  # ru_maxrss counts KiB on Linux, bytes elsewhere
 
 
 @benchmark("logits")
 def logits() -> Result:
-    """Peak extra memory of plain logits over that of ours: ratio, at least 8. 4,096 tokens, 151,936 words, float32.
+    """Extra peak memory of plain logits over ours: ratio at least 8. 4,096 tokens, vocabulary of 151,936, float32.
 
-    Forward and backward of the sum of logprobs and entropies, each side in a process of its own; memory is how much
-    its peak grew. ours_s and other_s are seconds.
+    Forward and backward of the sum of logprobs and entropies, each side in its own process. Memory is the growth of the
+    process's peak. ours_s and other_s are seconds.
     """
     found = {}
     for side in ("ours", "plain"):
@@ -42,13 +45,13 @@ def logits() -> Result:
 
 
 def at_once(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """What `token_logprobs` computes, as one would write it down."""
+    """Computes the same as `token_logprobs`, with all logits at once."""
     logs = (hidden @ head.T / temperature).log_softmax(-1)
     return logs.gather(-1, targets[:, None])[:, 0], -(logs.exp() * logs).sum(-1)
 
 
 def measure(side: str) -> dict[str, object]:
-    """Seconds, growth of the peak in bytes, and means of the results and of the gradients."""
+    """Returns seconds, growth of peak memory in bytes, and means of the results and of the gradients."""
     torch.manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN).requires_grad_()
     head = (torch.randn(VOCABULARY, HIDDEN) / HIDDEN**0.5).requires_grad_()

@@ -1,4 +1,7 @@
-"""What surrounds the learner: weight transfer in a real run, and samples made ahead with emulated generation."""
+"""Time of weight transfer in a real run, and gain from sampling ahead with emulated generation.
+
+Its registration is tested in tests/benchmarks/test_harness.py, the loop in tests/stages/test_loop.py.
+"""
 
 import json
 import math
@@ -19,11 +22,11 @@ SHARE_GOAL, SPEED_GOAL = 0.03, 1.2
 
 @benchmark("sync")
 def sync() -> Result:
-    """Share of an iteration of the CPU profile that weights travel: ratio, at most 0.03.
+    """Share of weight transfer in an iteration of the CPU profile: ratio at most 0.03.
 
-    A real run of the shipped recipe. ours_s is what the policy takes to hand out its weights and the engine to load
-    them, by the run's own timeline; other_s the whole iteration; medians after the first two. The check that follows a
-    sync is not counted.
+    A real run of the shipped recipe. ours_s is the time in which the policy returns its weights and the engine loads
+    them, from the run's timeline; other_s is the whole iteration. Both are medians without the first two iterations.
+    The check after a weight sync is not included.
     """
     from benchmarks.iteration import start
 
@@ -44,7 +47,7 @@ def sync() -> Result:
 
 
 class Emulated:
-    """A sampler that takes a given time for random answers; checks after a weight sync cost nothing."""
+    """A sampler that waits a given time and returns random responses; the check after a weight sync returns at once."""
 
     def __init__(self, seconds: Callable[[], float], prompt: int, response: int, vocabulary: int) -> None:
         self.seconds, self.policy_step = seconds, 0
@@ -57,7 +60,7 @@ class Emulated:
             ids = tuple(rng.randrange(self.vocabulary) for _ in range(self.prompt))
             for _ in range(per_prompt):
                 response = tuple(rng.randrange(self.vocabulary) for _ in range(self.response))
-                # a uniform policy's, which is what random weights nearly are
+                # logprobs of a uniform policy, which are close to those of random weights
                 logprobs = (-math.log(self.vocabulary),) * self.response
                 made.append(Rollout(prompt, "", "stop", ids, response, logprobs, self.policy_step))
         time.sleep(self.seconds())
@@ -77,7 +80,7 @@ class Emulated:
 
 
 class Rewards:
-    """A reward between 0 and 1 for every rollout, at once."""
+    """Scores every rollout at once with 0 or 1."""
 
     def __init__(self) -> None:
         self.found: dict[int, Scored] = {}
@@ -94,11 +97,11 @@ class Rewards:
 
 @benchmark("async/one_step_off")
 def one_step_off() -> Result:
-    """Emulated: iterations whose generation, a pause, is 80% of the time; samples made ahead against taking turns.
+    """Emulated generation that takes 80% of an iteration: sampling ahead, against sampling and training in turns.
 
-    The loop, the critic and the policy are real, in this process; engines are not. other_s is rollout.max_staleness 0,
-    ours_s is 1; both are seconds per iteration over 4, the first left out. At best, the ratio is 1 / 0.8 = 1.25; at
-    least 1.2 is the goal.
+    The loop, the critic and the policy are real and run in this process; generation is a pause. ours_s has
+    rollout.max_staleness 1, other_s 0; both are mean seconds per iteration over 4 iterations after the first. The best
+    possible ratio is 1 / 0.8 = 1.25; the goal is at least 1.2.
     """
     from benchmarks.learner import SIZES, model_folder
     from rl.learner.clients import CriticClient, PolicyClient

@@ -1,4 +1,7 @@
-"""What the reward runner costs: one hung sample among others, and mathematics compared with Math-Verify by itself."""
+"""Cost of the reward runner: throughput with a hung sample, and CPU time compared with Math-Verify alone.
+
+Tested in tests/benchmarks/test_harness.py.
+"""
 
 import json
 import os
@@ -53,13 +56,14 @@ def rollout(text: str, truth: str | None = None, row: str = "row") -> Rollout:
 
 @benchmark("rewards/hung")
 def hung() -> Result:
-    """Scoring throughput with one hung sample in 64, over that with none: at least 0.9.
+    """Scoring throughput with one hung sample of 64, over throughput without: at least 0.9.
 
-    As many workers as cores. A sample computes for about 50 ms (a fixed amount of work, so that whoever takes cores
-    away is noticed) and sleeps for 50 ms. The hung one, in the middle, computes until its time limit of 6 s.
+    There are as many workers as cores. A sample computes for about 50 ms (a fixed amount of work, so that a process
+    that takes cores away has an effect) and sleeps for 50 ms. The hung sample, in the middle, computes until its time
+    limit of 6 s.
 
-    ours_s is the time until the last of the other 63 is done, other_s the time of 64 of which none hangs, and
-    ratio = (63 / ours_s) / (64 / other_s). `all_s` is the time until the hung one was given up as well.
+    ours_s is the time until the other 63 samples are scored, other_s the time of 64 samples without a hung one, and
+    ratio = (63 / ours_s) / (64 / other_s). `all_s` is the time until the hung sample has reached its limit too.
     """
     with half_and_half() as runner:
         fine = [rollout("." * (1 + place)) for place in range(SAMPLES)]
@@ -77,10 +81,10 @@ def hung() -> Result:
             ends.append(times.pop(SAMPLES // 2))
             assert scored.pop(SAMPLES // 2).invalid == f"reward half_and_half: took longer than {TIMEOUT_S:g} s"
             values["ours"] = [one.reward for one in scored]
-            time.sleep(2.0)  # the killed process has a successor, which loads
+            time.sleep(2.0)  # until the process that replaces the killed one is ready
             return max(times)
 
-        none()  # now the runner knows how long a sample usually takes
+        none()  # warm up: the runner learns the usual time of a sample
         ours_s, other_s = interleaved(one, none, repeats=5)
     ratio = (SAMPLES - 1) / ours_s / (SAMPLES / other_s)
     more = {"goal": "at least 0.9", "all_s": sorted(ends)[len(ends) // 2], "cores": CORES}
@@ -89,7 +93,7 @@ def hung() -> Result:
 
 @contextmanager
 def half_and_half() -> Iterator[RewardRunner]:
-    """A runner, warmed up, whose reward takes 50 ms of computing on an idle core and 50 ms of sleep."""
+    """Yields a warm runner whose reward computes for 50 ms on an idle core and sleeps for 50 ms."""
     scope: dict[str, Any] = {}
     exec(PLUGIN, scope)
     rounds = 100_000
@@ -104,12 +108,12 @@ def half_and_half() -> Iterator[RewardRunner]:
         spec = RewardSpec(use="plugin.py:half_and_half", params=params, timeout_s=TIMEOUT_S)
         with RewardRunner({"task": [spec]}, folder, workers=CORES) as runner:
             runner.start().result()
-            time.sleep(2.0)  # the reserve loads
+            time.sleep(2.0)  # until the reserve process is ready
             yield runner
 
 
 def timed(runner: RewardRunner, rollouts: Sequence[Rollout]) -> tuple[list[float], list[Scored]]:
-    """When each score was there, in seconds from the start, and the scores."""
+    """Scores the rollouts; returns the seconds until each score came, and the scores."""
     ends = [0.0] * len(rollouts)
     start = time.monotonic()
 
@@ -124,12 +128,12 @@ def timed(runner: RewardRunner, rollouts: Sequence[Rollout]) -> tuple[list[float
 
 @benchmark("rewards/math")
 def mathematics() -> Result:
-    """CPU time of scoring 2,000 answers with `math_verify` through the runner, over Math-Verify's own: at most 1.3.
+    """CPU time of scoring 2,000 answers with `math_verify` in the runner, over Math-Verify alone: at most 1.3.
 
     The other side is one process that parses truth and answer and verifies them, without time limits. ours_s and
-    other_s are CPU seconds (user and system) of a fresh process from its start to its end, with all its children:
-    imports count on both sides, for ours once per worker, reserve and parent. ratio = ours_s / other_s.
-    `wall_speed_up` says how many times sooner ours is done.
+    other_s are CPU seconds (user and system) of a new process from start to end, with all its children. Imports count
+    on both sides; on ours, in each worker, the reserve and the parent. ratio = ours_s / other_s. `wall_speed_up` is the
+    ratio of wall-clock times, other over ours.
     """
     walls: dict[str, list[float]] = {"ours": [], "other": []}
     scores: dict[str, list[float]] = {}
@@ -154,20 +158,20 @@ def mathematics() -> Result:
 
 
 def fresh(side: str) -> tuple[float, float, list[float]]:
-    """CPU seconds, wall-clock seconds and scores of one side, in a process of its own."""
+    """Runs one side in a new process; returns CPU seconds, wall-clock seconds and scores."""
     start = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.rewards", side]
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # as the workers have: sympy walks sets
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # like the workers, because sympy iterates over sets
     process = subprocess.Popen(
         command, cwd=Path(__file__).parent.parent, env=environment, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout
-    said = process.stdout.read()
+    output = process.stdout.read()
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{side} ended with exit code {process.returncode}")
-    return used.ru_utime + used.ru_stime, time.monotonic() - start, json.loads(said)
+    return used.ru_utime + used.ru_stime, time.monotonic() - start, json.loads(output)
 
 
 def ours(pairs: Sequence[tuple[str, str]]) -> list[float]:
@@ -193,7 +197,7 @@ def other(pairs: Sequence[tuple[str, str]]) -> list[float]:
 
 
 def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """(ground truth, response) pairs, about half of them right, many of these in another form than the truth."""
+    """Returns (ground truth, response) pairs. About half are right, many of these in another form than the truth."""
     draw = random.Random(seed)
     kinds = [integers, fractions, radicals, intervals, polynomials]
     made = []
@@ -215,7 +219,7 @@ PROSE = [
 
 
 def integers(draw: random.Random) -> tuple[str, str, str]:
-    """A truth, the same in another form, and something else. So are those that follow."""
+    """Returns a truth, the same value in another form, and a wrong value, like the next four functions."""
     n = draw.randint(-500, 5000)
     return str(n), f"x = {n}", str(n + draw.choice([-10, -1, 1, 10]))
 

@@ -132,15 +132,15 @@ def work_in_command(file: str, source: str) -> list[str]:
 
 def without_test(sources: Mapping[str, str], root: Path) -> list[str]:
     """One sentence per source file that has no test file of its name in the same tree under tests/, and whose
-    docstring does not say "Tested in tests/..."."""
+    docstring does not say "tested in tests/..."."""
     found = []
     for file, source in sources.items():
         tree, path = ast.parse(source), Path(file)
         if path.name == "__init__.py" and not any(isinstance(n, ast.FunctionDef | ast.ClassDef) for n in tree.body):
             continue
         test = Path("tests") / path.parent / f"test_{path.stem.strip('_')}.py"
-        _, _, named = (ast.get_docstring(tree) or "").partition("Tested in ")
-        places = re.findall(r"tests/[\w/]+\.py", named) or [test.as_posix()]
+        named = re.split(r"\b[Tt]ested in\s", ast.get_docstring(tree) or "")[1:]
+        places = re.findall(r"tests/[\w/]+\.py", " ".join(named)) or [test.as_posix()]
         found += [f"{file}: no {place}" for place in places if not (root / place).exists()]
     return found
 
@@ -172,6 +172,17 @@ def test_no_file_imports_a_command_and_commands_hold_no_work() -> None:
 def test_every_source_file_has_a_test_file_of_its_name_or_says_where_it_is_tested() -> None:
     missing = without_test(SOURCES, ROOT)
     assert not missing, "\n".join(["", *missing])
+
+
+def test_no_test_file_imports_from_another_test_file() -> None:
+    files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
+    imports = [
+        f"{file} imports {module}: move what both use to tests/support"
+        for file, source in sorted(files.items())
+        for module in imported_modules(file, source)
+        if module.startswith("tests.") and module.rpartition(".")[2].startswith("test_")
+    ]
+    assert not imports, "\n".join(["", *imports])
 
 
 def test_a_circle_is_named_whole_wherever_its_imports_stand() -> None:

@@ -1,11 +1,11 @@
-"""Supervised training of the scale model's judge, a small generative reward model, on pairs made here.
+"""Supervised training of the scale model's judge, a small generative reward model, on generated pairs.
 
     python -m recipes.scale.judge --out runs/judge
 
-goes on from the scale model's weights and teaches them to compare two descriptions of a picture: to say of each thing
-that there is what either response has in its place and whether that is right, to count, and to grade both. It reads
-exactly what the reward `genrm` shows a judge (with genrm.jinja beside this file) and answers in that reward's JSON.
-Writes OUT/model (a Hugging Face folder) and OUT/report.json.
+starts from the scale model's weights and trains them to compare two descriptions of a picture: for each thing in the
+picture, what each response has in its place and whether that is right; then the number of right things and a grade of
+each response. The judge reads the prompt of the reward `genrm` (with genrm.jinja beside this file) and answers in that
+reward's JSON. Writes OUT/model (a Hugging Face folder) and OUT/report.json.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch.optim import AdamW
 from transformers import AutoTokenizer
 
 from recipes.scale import practice, tokenizer, warm_start, world
-from recipes.scale.practice import Lesson, Prompter
+from recipes.scale.practice import Demonstrations, Prompter
 from recipes.scale.world import COLORS, PLACES, SHAPES, Problem, Scene
 from rewards.genrm import BEST, SHOWN, Comparison, GenRM
 from rl.model import attention, hf_folder
@@ -36,10 +36,10 @@ from rl.types import Prompt
 
 TEMPLATE = Path(__file__).parent / "genrm.jinja"
 START = Path(__file__).parent / "model"
-BATCH = 16  # pairs a step
-THINGS = (world.CROWD[0], world.OPEN_CROWD[1])  # in the pictures that it is to judge
+BATCH = 16  # pairs per step
+THINGS = (world.CROWD[0], world.OPEN_CROWD[1])  # fewest and most things in a picture
 PEAK_LR, WARM_UP, BETAS = 1.5e-3, 50, (0.9, 0.98)
-READING = 0.375  # first part of the training, in which most pairs are guesses; later every second one is
+READING = 0.375  # first share of the steps, in which 3 of 4 pairs are guesses; later 1 of 2
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Pair:
     second: str
 
     @property
-    def turned(self) -> "Pair":
+    def swapped(self) -> "Pair":
         return replace(self, first=self.second, second=self.first)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a description gets right: `right` things of `of`, the larger of those it names and those there are."""
+class Correctness:
+    """`right` things of a description, out of `of`: the larger of the numbers of named and of existing things."""
 
     right: int
     of: int
@@ -68,11 +68,11 @@ class Found:
         return round(BEST * self.right / self.of)
 
 
-def found(response: str, crowd: Scene) -> Found:
-    """What it has first in a place counts; things that are not there, and things named twice, make the whole larger."""
-    said = _by_place(response)
-    right = sum(said.get(thing.place) == thing.name for thing in crowd.things)
-    return Found(right, max(len(crowd.things), len(_items(response))))
+def correctness(response: str, crowd: Scene) -> Correctness:
+    """Counts the first thing that a description has in a place. Wrong and repeated things count as named."""
+    named = _by_place(response)
+    right = sum(named.get(thing.place) == thing.name for thing in crowd.things)
+    return Correctness(right, max(len(crowd.things), len(_items(response))))
 
 
 def _items(response: str) -> list[str]:
@@ -80,7 +80,7 @@ def _items(response: str) -> list[str]:
 
 
 def _by_place(response: str) -> dict[str, str]:
-    """Place -> what a description has there first."""
+    """Returns place -> first thing that the description has there."""
     names: dict[str, str] = {}
     for item in _items(response):
         place, *name = item.rsplit(" ", 2)
@@ -90,37 +90,38 @@ def _by_place(response: str) -> dict[str, str]:
 
 
 def verdict(pair: Pair) -> Comparison:
-    """What the judge is to say: each thing, what each response has in its place and whether that is right; how many of
-    how many each gets right; and both grades."""
-    said = {"A": _by_place(pair.first), "B": _by_place(pair.second)}
+    """Returns the right verdict on a pair: each thing, what each response has in its place and whether that is right;
+    the number of right things of each response; both grades."""
+    named = {"A": _by_place(pair.first), "B": _by_place(pair.second)}
     compared = ", ".join(
-        thing.described + "".join(_compared(who, said[who].get(thing.place), thing.name) for who in said)
+        thing.described + "".join(_compared(side, named[side].get(thing.place), thing.name) for side in named)
         for thing in pair.crowd.things
     )
-    a, b = found(pair.first, pair.crowd), found(pair.second, pair.crowd)
+    a, b = correctness(pair.first, pair.crowd), correctness(pair.second, pair.crowd)
     reasoning = f"{compared}. A {a.right} of {a.of}, B {b.right} of {b.of}"
     return Comparison(reasoning=reasoning, grade_a=a.grade, grade_b=b.grade)
 
 
-def _compared(who: str, name: str | None, truth: str) -> str:
-    return f" {who} no" if name is None else f" {who} {name} {'yes' if name == truth else 'no'}"
+def _compared(side: str, name: str | None, truth: str) -> str:
+    return f" {side} no" if name is None else f" {side} {name} {'yes' if name == truth else 'no'}"
 
 
-def written(said: Comparison) -> str:
-    """As JSON, without blanks and with whole grades."""
-    values = {"reasoning": said.reasoning, "grade_a": int(said.grade_a), "grade_b": int(said.grade_b)}
+def verdict_json(comparison: Comparison) -> str:
+    """Returns JSON without spaces, with integer grades."""
+    grades = {"grade_a": int(comparison.grade_a), "grade_b": int(comparison.grade_b)}
+    values = {"reasoning": comparison.reasoning, **grades}
     return json.dumps(values, separators=(",", ":"))
 
 
 def draw_pair(rng: Generator, split: world.Split, things: tuple[int, int] = THINGS) -> Pair:
-    """A crowd and two descriptions of any quality, each as often the better one."""
+    """Draws a crowd and two descriptions of random quality; each is equally often the better one."""
     crowd = world.draw_crowd(rng, split, things)
     return Pair(crowd, draw_response(crowd, rng), draw_response(crowd, rng))
 
 
 def draw_guesses(rng: Generator, split: world.Split, things: tuple[int, int] = THINGS) -> Pair:
-    """A crowd and two descriptions by somebody who has seen where things are, hardly what they are: what they say has
-    to be read. Of good descriptions it could be foreseen, and a judge would learn to copy what it sees itself."""
+    """Draws a crowd and two descriptions with the right places and mostly wrong names. The judge must read these: with
+    good descriptions only, it would learn to copy what it sees in the picture."""
     crowd = world.draw_crowd(rng, split, things)
     return Pair(crowd, _guesses(crowd, rng), _guesses(crowd, rng))
 
@@ -136,17 +137,17 @@ def _guesses(crowd: Scene, rng: Generator) -> str:
 
 
 def draw_preference(rng: Generator, split: world.Split, things: tuple[int, int] = THINGS) -> Pair:
-    """A pair of which the first description is the better one."""
+    """Draws a pair whose first description is the better one."""
     while True:
         pair = draw_pair(rng, split, things)
-        grades = found(pair.first, pair.crowd).grade, found(pair.second, pair.crowd).grade
+        grades = correctness(pair.first, pair.crowd).grade, correctness(pair.second, pair.crowd).grade
         if grades[0] != grades[1]:
-            return pair if grades[0] > grades[1] else pair.turned
+            return pair if grades[0] > grades[1] else pair.swapped
 
 
 def draw_response(crowd: Scene, rng: Generator) -> str:
-    """The things in order, then, as it falls: slips in shape, colour or place; some left out, named twice or made
-    up; a teacher's words; or nothing to the point."""
+    """Draws a description: a teacher's, an unrelated text, or the things in order with random mistakes in shape, colour
+    or place and some things left out, repeated or invented."""
     kind = rng.random()
     if kind < 0.2:
         return world.teachers_words(crowd, rng)
@@ -168,7 +169,7 @@ def _any_thing(rng: Generator) -> str:
 
 
 def _slipped(described: str, rng: Generator) -> str:
-    """With another place, colour or shape; mostly shape, which is hardest to see."""
+    """Replaces place, colour or shape; most often the shape, which is hardest to see."""
     place, color, shape = described.rsplit(" ", 2)
     which = rng.choice(3, p=[0.25, 0.25, 0.5])
     return " ".join(
@@ -178,18 +179,18 @@ def _slipped(described: str, rng: Generator) -> str:
 
 
 def _beside_the_point(rng: Generator) -> str:
-    """Another task's answer, a colour, or one thing again and again."""
+    """Draws the answer to another task, a colour, or one thing repeated."""
     thing = _any_thing(rng)
-    some = [
+    texts = [
         f"\\boxed{{{rng.integers(10)}}}",
         f"[{rng.random():.2f}, {rng.random():.2f}]",
         str(rng.choice(list(COLORS))),
     ]
-    return str(rng.choice([*some, ", ".join([thing] * int(rng.integers(2, 7)))]))
+    return str(rng.choice([*texts, ", ".join([thing] * int(rng.integers(2, 7)))]))
 
 
-class Bench:
-    """Turns pairs into what the judge reads, by the reward itself."""
+class PairRenderer:
+    """Renders pairs as the judge's prompts, with the code of the reward `genrm`."""
 
     def __init__(self) -> None:
         self.judge = GenRM("judge", template=str(TEMPLATE)).judge
@@ -197,24 +198,24 @@ class Bench:
 
     def problem(self, pair: Pair) -> Problem:
         question = world.describe(pair.crowd).question
-        row = Prompt(pair.first, "describing", ())  # its id goes into the marks between which texts stand
-        asked = f"(picture 1)\n{question}"
-        text = self.judge.prompt(row, {"question": asked}, {"response_a": pair.first, "response_b": pair.second})
+        row = Prompt(pair.first, "describing", ())  # the reward makes its text marks from the id
+        shown = f"(picture 1)\n{question}"
+        text = self.judge.prompt(row, {"question": shown}, {"response_a": pair.first, "response_b": pair.second})
         return Problem("judging", text, "", pair.crowd)
 
 
 def vocabulary() -> list[str]:
-    """The words of the judge's prompt and verdict, which the scale model would read letter by letter."""
+    """Returns the words of the judge's prompt and verdict, which become tokens of their own."""
     pair = Pair(Scene((255, 255, 255), ()), "", "")
-    said = Bench().problem(pair).question + " picture response end of reasoning grade A B"
-    return sorted(set(re.findall(r"[^\W\d_]{2,}", re.sub(r"[0-9a-f]{16}", "", said))) | {"A", "B", "yes", "no"})
+    text = PairRenderer().problem(pair).question + " picture response end of reasoning grade A B"
+    return sorted(set(re.findall(r"[^\W\d_]{2,}", re.sub(r"[0-9a-f]{16}", "", text))) | {"A", "B", "yes", "no"})
 
 
-def grown(start: Path, words: Any) -> StepVL:
-    """The model in `start` with the tokenizer `words`: tokens that it knows keep their vectors, new ones are random."""
+def with_new_tokens(start: Path, words: Any) -> StepVL:
+    """Loads the model in `start` for the tokenizer `words`. New tokens get random vectors; the others keep theirs."""
     old: Any = hf_folder.load(start)
-    theirs: Any = AutoTokenizer.from_pretrained(start)
-    before = theirs.get_vocab()
+    old_tokenizer: Any = AutoTokenizer.from_pretrained(start)
+    before = old_tokenizer.get_vocab()
     torch.manual_seed(0)
     model = StepVL(warm_start.config(words))
     known = [(number, before[token]) for token, number in words.get_vocab().items() if token in before]
@@ -232,19 +233,20 @@ def grown(start: Path, words: Any) -> StepVL:
 def train(
     model: StepVL, prompter: Prompter, steps: int, seed: int, every: int, things: tuple[int, int] = THINGS
 ) -> None:
-    """Imitates verdicts on `steps` batches of pairs; `every` so many steps says how it goes. The eyes stay."""
+    """Trains on `steps` batches of pairs and their verdicts, with tower and projector frozen; reports every `every`
+    steps."""
     optimizer = AdamW(
-        [p for name, p in model.named_parameters() if not name.startswith(warm_start.EYES)],
+        [p for name, p in model.named_parameters() if not name.startswith(warm_start.VISION_PREFIXES)],
         betas=BETAS,
         weight_decay=0.0,
     )
-    bench, losses, started = Bench(), [], time.monotonic()
+    renderer, losses, started = PairRenderer(), [], time.monotonic()
     for step in range(steps):
         rng = np.random.default_rng([seed, step])
         guesses = BATCH * 3 // 4 if step < READING * steps else BATCH // 2
         pairs = [(draw_guesses if i < guesses else draw_pair)(rng, "train", things) for i in range(BATCH)]
-        responses = [written(verdict(pair)) for pair in pairs]
-        loss = practice.loss(model, prompter, Lesson([bench.problem(pair) for pair in pairs], responses))
+        responses = [verdict_json(verdict(pair)) for pair in pairs]
+        loss = practice.loss(model, prompter, Demonstrations([renderer.problem(pair) for pair in pairs], responses))
         rate = PEAK_LR * min(1, (step + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
         warm_start.update(optimizer, loss, rate)
         losses.append(float(loss.detach()))
@@ -257,28 +259,28 @@ def train(
 
 
 def grades(model: StepVL, prompter: Prompter, pairs: Sequence[Pair]) -> list[tuple[float, float] | None]:
-    """The judge's grades of both responses of each pair, greedy; None where it says no verdict."""
-    bench = Bench()
-    given = practice.answers(model, prompter, [bench.problem(pair) for pair in pairs])
+    """Returns the judge's greedy grades of both responses of each pair; None for an invalid verdict."""
+    renderer = PairRenderer()
+    given = practice.answers(model, prompter, [renderer.problem(pair) for pair in pairs])
     return [_read(text) for text in given]
 
 
 def _read(text: str) -> tuple[float, float] | None:
     try:
-        said = Comparison.model_validate_json(text)
+        comparison = Comparison.model_validate_json(text)
     except ValueError:
         return None
-    return said.grade_a, said.grade_b
+    return comparison.grade_a, comparison.grade_b
 
 
 def report(
     model: StepVL, prompter: Prompter, number: int, seed: int = 0, things: tuple[int, int] = THINGS
 ) -> dict[str, float]:
-    """On `number` held-out preferences: how often the better response gets the better grade when it is shown first,
-    when it is shown second, and by the mean of both orders, which is what the reward takes."""
+    """Returns how often, in `number` held-out preferences, the better response gets the better grade: when it is shown
+    first, when it is shown second, and by the mean of both orders, which the reward uses."""
     rng = np.random.default_rng([seed, 1 << 20])
     pairs = [draw_preference(rng, "heldout", things) for _ in range(number)]
-    first, second = grades(model, prompter, pairs), grades(model, prompter, [pair.turned for pair in pairs])
+    first, second = grades(model, prompter, pairs), grades(model, prompter, [pair.swapped for pair in pairs])
     leads = [
         (0.0 if a is None else a[0] - a[1], 0.0 if b is None else b[1] - b[0])
         for a, b in zip(first, second, strict=True)
@@ -287,7 +289,7 @@ def report(
         "better shown first": fmean(a > 0 for a, _ in leads),
         "better shown second": fmean(b > 0 for _, b in leads),
         "both orders": fmean(a + b > 0 for a, b in leads),
-        "no verdict": fmean(one is None for one in [*first, *second]),
+        "no verdict": fmean(pair is None for pair in [*first, *second]),
     }
     return {name: round(share, 3) for name, share in shares.items()}
 
@@ -296,21 +298,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the scale model's judge.")
     parser.add_argument("--out", type=Path, required=True, help="folder for model/ and report.json")
     parser.add_argument(
-        "--start", type=Path, default=START, help="scale model to go on from (default: the shipped one)"
+        "--start", type=Path, default=START, help="scale model to start from (default: the shipped one)"
     )
     parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
     parser.add_argument(
-        "--most", type=int, default=THINGS[1], choices=range(THINGS[0], len(PLACES) + 1), help="things in a picture"
+        "--most",
+        type=int,
+        default=THINGS[1],
+        choices=range(THINGS[0], len(PLACES) + 1),
+        help="most things in a picture",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--every", type=int, default=100, help="steps between two looks at held-out preferences")
+    parser.add_argument("--every", type=int, default=100, help="steps between reports on held-out preferences")
     parser.add_argument("--heldout", type=int, default=512, help="held-out preferences for the report")
     given = parser.parse_args()
     register()
     folder = given.out / "model"
     tokenizer.save(folder, vocabulary())
     words: Any = AutoTokenizer.from_pretrained(folder)
-    model = grown(given.start, words)
+    model = with_new_tokens(given.start, words)
     prompter = Prompter(words, model.config.image_token_len)
     things = (THINGS[0], given.most)
     train(model, prompter, given.steps, given.seed, given.every, things)

@@ -1,4 +1,7 @@
-"""What the warm start does with the model: batches of demonstrations, their loss, greedy and forced answers."""
+"""Supervised training of the scale model: batches of demonstrations, their losses, and answers of the model.
+
+Tested in tests/recipes/scale/test_warm_start.py and tests/recipes/scale/test_world.py.
+"""
 
 import math
 from collections import defaultdict
@@ -29,12 +32,12 @@ from rollout.pacore.prompt import SynthesisPrompt
 LONGEST = 176  # tokens of a response, more than any writer or judge uses
 TEMPLATE = Path(__file__).parent / "pacore.jinja"
 SYNTHESIS = SynthesisPrompt(TEMPLATE)
-MESSAGES = (4, 24)  # how many answers of others a synthesis problem shows
-COPIES = 0.5  # share of the syntheses that only repeat a message
+MESSAGES = (4, 24)  # fewest and most pooled answers that a synthesis problem shows
+COPIES = 0.5  # share of the syntheses that repeat a pooled answer
 
 
 class Prompter:
-    """Problems as token ids, through the tokenizer's own chat template, with the picture's slots in place."""
+    """Renders problems as token ids with the tokenizer's chat template and the picture's image tokens."""
 
     def __init__(self, tokenizer: Any, image_tokens: int) -> None:
         self.tokenizer = tokenizer
@@ -42,21 +45,21 @@ class Prompter:
         self.image_id = ids("<im_patch>")
         self.slots = [ids("<im_start>"), *[self.image_id] * image_tokens, ids("<im_end>")]
         self.end = ids("<|im_end|>")
-        self._known = lru_cache(maxsize=4096)(self._prompt)
+        self._cached = lru_cache(maxsize=4096)(self._prompt)
 
     def prompt(self, problem: Problem) -> list[int]:
-        """The same list for the same question: not to be changed."""
-        return self._known(problem.question, problem.scene is not None, problem.messages)
+        """Returns a cached list; do not change it."""
+        return self._cached(problem.question, problem.scene is not None, problem.messages)
 
     def _prompt(self, question: str, pictured: bool, shown: tuple[str, ...]) -> list[int]:
-        plain = (world.asked(question, "picture" if pictured else None),)
+        plain = (world.user_message(question, "picture" if pictured else None),)
         messages = SYNTHESIS.chat(Prompt("", "", plain, shown=PooledAnswers(shown)))
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return [slot for token in ids for slot in (self.slots if token == self.image_id else [token])]
 
     def picture_end(self, prompt: Sequence[int]) -> int:
-        """How many tokens of a prompt lie before the end of its last picture."""
+        """Returns the number of tokens up to the end of the prompt's last picture."""
         return len(prompt) - list(reversed(prompt)).index(self.slots[-1])
 
     def response(self, text: str) -> list[int]:
@@ -67,17 +70,18 @@ class Prompter:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Demonstrations:
     """A batch of problems and the response to imitate for each."""
 
     problems: list[Problem]
     responses: list[str]
 
 
-def lesson(
+def draw_demonstrations(
     rng: Generator, pictures: int, things: tuple[int, int], rough_share: Callable[[Problem], float], sheets: int
-) -> Lesson:
-    """`pictures` scenes to point at and box, twice as many crowds to count and describe, four times as many sums."""
+) -> Demonstrations:
+    """Draws `pictures` scenes to point at and box, twice as many crowds to count and describe, four times as many sums,
+    and `sheets` worksheets; `rough_share` says how often the rough writer answers a problem."""
     scenes = [world.draw_scene(rng, "train", things) for _ in range(pictures)]
     crowds = [world.draw_crowd(rng, "train") for _ in range(2 * pictures)]
     problems = [p for scene in scenes for p in world.point_and_box(scene)]
@@ -86,31 +90,32 @@ def lesson(
     problems += [world.describe(crowd) for crowd in crowds]
     problems += [world.draw_worksheet(rng, "train") for _ in range(sheets)]
     writers = [ROUGH if rng.random() < rough_share(problem) else EXACT for problem in problems]
-    return Lesson(problems, [writer(problem, rng) for writer, problem in zip(writers, problems, strict=True)])
+    return Demonstrations(problems, [writer(problem, rng) for writer, problem in zip(writers, problems, strict=True)])
 
 
-def synthesis_lesson(rng: Generator, number: int) -> Lesson:
-    """`number` problems of each task, worksheets twice, with answers of others; responses compare or repeat them."""
-    bare: list[Problem] = []
+def draw_synthesis_demonstrations(rng: Generator, number: int) -> Demonstrations:
+    """Draws `number` problems of each task (of worksheets twice as many) with pooled answers. The responses compare or
+    repeat these."""
+    plain: list[Problem] = []
     for _ in range(number):
-        bare += list(world.point_and_box(world.draw_scene(rng, "train", (2, 3))))[:2]  # of the first thing
-        bare.append(next(world.count_colors(world.draw_crowd(rng, "train"))))
-        bare.append(world.draw_sum(rng, "train"))
-        bare += [world.draw_worksheet(rng, "train"), world.draw_worksheet(rng, "train")]
-    counts = rng.integers(MESSAGES[0], MESSAGES[1] + 1, size=len(bare))
-    problems = [replace(p, messages=answers_of_others(p, n, rng)) for p, n in zip(bare, counts, strict=True)]
-    return Lesson(problems, [repeat(p, rng) if rng.random() < COPIES else compare(p, rng) for p in problems])
+        plain += list(world.point_and_box(world.draw_scene(rng, "train", (2, 3))))[:2]  # of the first thing
+        plain.append(next(world.count_colors(world.draw_crowd(rng, "train"))))
+        plain.append(world.draw_sum(rng, "train"))
+        plain += [world.draw_worksheet(rng, "train"), world.draw_worksheet(rng, "train")]
+    counts = rng.integers(MESSAGES[0], MESSAGES[1] + 1, size=len(plain))
+    problems = [replace(p, messages=answers_of_others(p, n, rng)) for p, n in zip(plain, counts, strict=True)]
+    return Demonstrations(problems, [repeat(p, rng) if rng.random() < COPIES else compare(p, rng) for p in problems])
 
 
-def some_scenes(rng: Generator, pictures: int) -> list[Scene]:
-    """`pictures` scenes and as many crowds, to look at without a question."""
+def draw_pictures(rng: Generator, pictures: int) -> list[Scene]:
+    """Draws `pictures` scenes and as many crowds, for training without questions."""
     scenes = [world.draw_scene(rng, "train") for _ in range(pictures)]
     return scenes + [world.draw_crowd(rng, "train") for _ in range(pictures)]
 
 
 @dataclass(frozen=True)
 class Sightings:
-    """What lies at each of the S x N image tokens of S scenes; kinds and places count only where `seen`."""
+    """The thing at each of the N image tokens of S scenes. The other fields are valid only where `seen` is True."""
 
     seen: Tensor  # [S, N] bool
     color: Tensor  # [S, N] int64, index into COLORS
@@ -119,21 +124,21 @@ class Sightings:
 
 
 def scenes_of(problems: Sequence[Problem]) -> list[Scene]:
-    """Each scene once, in order of first use."""
+    """Returns each scene once, in order of first use."""
     return list({id(p.scene): p.scene for p in problems if p.scene is not None}.values())
 
 
 def pixels(model: StepVL, scenes: Sequence[Scene]) -> Tensor:
-    """The global views of many scenes at once, [scenes, 3, side, side]; equals `model.views` of each image."""
+    """Returns the global views of many scenes, [scenes, 3, side, side]; equal to `model.views` of each image."""
     colors = (torch.from_numpy(np.stack([s.palette for s in scenes])).float() / 255 - MEAN.flatten()) / STD.flatten()
     canvas = torch.from_numpy(np.stack([s.pixels for s in scenes])).long()  # [S, P, P]
-    small = colors[torch.arange(len(canvas))[:, None, None], canvas].permute(0, 3, 1, 2)
+    image = colors[torch.arange(len(canvas))[:, None, None], canvas].permute(0, 3, 1, 2)
     side = (model.config.global_size,) * 2  # larger than the pictures, so antialiasing would change nothing
-    return F.interpolate(small, size=side, mode="bilinear", align_corners=False)
+    return F.interpolate(image, size=side, mode="bilinear", align_corners=False)
 
 
 def features(model: StepVL, scenes: Sequence[Scene]) -> dict[int, Tensor]:
-    """Image features by `id(scene)`, each [image tokens, hidden]."""
+    """Returns image features by `id(scene)`, each [image tokens, hidden]."""
     if not scenes:
         return {}
     encoded = model.vit_large_projector(model.vision_model(pixels(model, scenes)))
@@ -141,7 +146,7 @@ def features(model: StepVL, scenes: Sequence[Scene]) -> dict[int, Tensor]:
 
 
 def sightings(scenes: Sequence[Scene], grid: int) -> Sightings:
-    """Where the things are, on the grid of the tower's output tokens."""
+    """Returns where the things are on the grid of the tower's output tokens."""
     shape = (len(scenes), grid * grid)
     seen = torch.zeros(shape, dtype=torch.bool)
     color, form = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
@@ -157,10 +162,10 @@ def sightings(scenes: Sequence[Scene], grid: int) -> Sightings:
 
 
 class SightHead(nn.Module):
-    """A linear look at one image token: whether a thing's centre lies there, where it is, and what it is called.
+    """Linear heads on one image token: whether it holds a thing's centre, the thing's place, and its name.
 
-    The names are read off as likeness to the decoder's own word embeddings, so that a token that shows a red circle
-    resembles the words red and circle before the decoder has learned anything.
+    Names are scored by similarity to the decoder's word embeddings. So the token of a red ring is similar to the
+    words "red" and "ring" before the decoder is trained.
     """
 
     def __init__(self, model: StepVL, tokenizer: Any) -> None:
@@ -175,11 +180,11 @@ class SightHead(nn.Module):
             self.register_buffer(kind, LIKENESS * embeddings, persistent=False)
 
 
-LIKENESS = 5.0  # word embeddings are short; without it image tokens would have to be long
+LIKENESS = 5.0  # scales the word embeddings, which are short; image tokens would have to be long without it
 
 
 def sight_loss(model: StepVL, head: SightHead, scenes: Sequence[Scene]) -> Tensor:
-    """How badly that look tells what is there. Places are told as numbers and as their first digits."""
+    """Loss of the head's predictions. Places are predicted as numbers and as their first digits."""
     tokens = model.vit_large_projector(model.vision_model(pixels(model, scenes)))
     truth = sightings(scenes, math.isqrt(tokens.shape[1]))
     exists = F.binary_cross_entropy_with_logits(head.exists(tokens)[..., 0], truth.seen.float())
@@ -187,31 +192,31 @@ def sight_loss(model: StepVL, head: SightHead, scenes: Sequence[Scene]) -> Tenso
     names = F.cross_entropy(shown @ head.colors.T, truth.color[truth.seen])
     names = names + F.cross_entropy(shown @ head.forms.T, truth.form[truth.seen])
     digits = head.digits(shown).unflatten(-1, (6, 10)).flatten(0, 1)
-    told = F.cross_entropy(digits, (10 * places).long().clamp(0, 9).flatten())
-    return 3 * exists + names + told + 10 * F.l1_loss(head.places(shown), places)
+    digit_loss = F.cross_entropy(digits, (10 * places).long().clamp(0, 9).flatten())
+    return 3 * exists + names + digit_loss + 10 * F.l1_loss(head.places(shown), places)
 
 
-def embedded(model: StepVL, ids: Tensor, problems: Sequence[Problem], seen: dict[int, Tensor]) -> Tensor:
-    """ids: [B, T]. Returns decoder inputs [B, T, hidden]."""
+def decoder_inputs(model: StepVL, ids: Tensor, problems: Sequence[Problem], seen: dict[int, Tensor]) -> Tensor:
+    """Returns decoder inputs [B, T, hidden] of `ids` [B, T], with the picture's features at the image tokens."""
     words = model.model.embed_tokens(ids)
     shown = [seen[id(p.scene)] for p in problems if p.scene is not None]
     return words.masked_scatter((ids == model.config.image_token_id)[..., None], torch.cat(shown)) if shown else words
 
 
 @dataclass(frozen=True)
-class Row:
-    """A lesson as one packed row: a picture's tokens once, then each of its questions with its response."""
+class PackedDemonstrations:
+    """Demonstrations as one packed row: each picture's tokens once, then each of its questions with its response."""
 
     token_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64
-    learned: Tensor  # [T] bool; True on the responses' tokens
-    read: Tensor  # [T] bool; True on the messages that a prompt shows
+    is_response: Tensor  # [T] bool; True on the responses' tokens
+    is_message: Tensor  # [T] bool; True on the messages that a prompt shows
     layout: Layout
     scenes: list[Scene]  # in the order of their image slots
 
 
-def pack(prompter: Prompter, batch: Lesson) -> Row:
-    """Questions about one scene share its tokens; a sum is a group of its own."""
+def pack(prompter: Prompter, batch: Demonstrations) -> PackedDemonstrations:
+    """Packs demonstrations: questions about one scene share its tokens; a problem without picture stands alone."""
     groups: dict[int, list[tuple[list[int], list[int], bool]]] = defaultdict(list)
     scenes: dict[int, Scene] = {}
     for number, (problem, response) in enumerate(zip(batch.problems, batch.responses, strict=True)):
@@ -221,49 +226,48 @@ def pack(prompter: Prompter, batch: Lesson) -> Row:
             scenes[key] = problem.scene
     ids: list[int] = []
     positions: list[int] = []
-    learned: list[bool] = []
-    read: list[bool] = []
+    is_response: list[bool] = []
+    is_message: list[bool] = []
     spans = []
     for key, members in groups.items():
         shared = prompter.picture_end(members[0][0]) if key in scenes else 0
         spans.append(Span(shared, tuple(len(p) + len(r) - shared for p, r, _ in members)))
         ids += members[0][0][:shared]
         positions += range(shared)
-        learned += [False] * shared
-        read += [False] * shared
+        is_response += [False] * shared
+        is_message += [False] * shared
         for prompt, response, shows in members:
             ids += prompt[shared:] + response
             positions += range(shared, len(prompt) + len(response))
-            learned += [False] * (len(prompt) - shared) + [True] * len(response)
-            read += [shows] * (len(prompt) - shared) + [False] * len(response)
-    return Row(
+            is_response += [False] * (len(prompt) - shared) + [True] * len(response)
+            is_message += [shows] * (len(prompt) - shared) + [False] * len(response)
+    return PackedDemonstrations(
         torch.tensor(ids),
         torch.tensor(positions),
-        torch.tensor(learned),
-        torch.tensor(read),
+        torch.tensor(is_response),
+        torch.tensor(is_message),
         Layout(tuple(spans)),
         list(scenes.values()),
     )
 
 
-def loss(model: StepVL, prompter: Prompter, batch: Lesson) -> Tensor:
-    """Mean cross-entropy (nats) of the responses' tokens, and of the messages that prompts show: to foresee the next
-    one from those before is to know their middle."""
+def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
+    """Mean cross-entropy (nats) of the responses' tokens, plus that of the pooled answers in prompts: a model that
+    predicts the next pooled answer from those before it has learned their median."""
     row = pack(prompter, batch)
-    with torch.no_grad():  # the eyes have learned before
+    with torch.no_grad():  # the vision tower is frozen
         seen = features(model, row.scenes)
     slots = row.token_ids == model.config.image_token_id
     inputs = embed(model.model.embed_tokens, row.token_ids, slots, [seen[id(scene)] for scene in row.scenes])
     hidden = model.model(
         inputs_embeds=inputs[None], position_ids=row.position_ids[None], use_cache=False, layout=row.layout
     ).last_hidden_state[0]
-    # A response follows its own question in the row, so each of its tokens is predicted by the one before.
-    # So is each of a message's.
-    found = torch.zeros(())
-    for which in (row.learned, row.read):
-        if len(places := which.nonzero()[:, 0]):
-            found = found + F.cross_entropy(model.lm_head(hidden[places - 1]).float(), row.token_ids[places])
-    return found
+    # Responses and messages follow their question in the row, so the token before predicts each of their tokens.
+    total = torch.zeros(())
+    for mask in (row.is_response, row.is_message):
+        if len(places := mask.nonzero()[:, 0]):
+            total = total + F.cross_entropy(model.lm_head(hidden[places - 1]).float(), row.token_ids[places])
+    return total
 
 
 @torch.no_grad()
@@ -275,7 +279,7 @@ def answers(
     openings: dict[str, str] | None = None,
     generator: torch.Generator | None = None,
 ) -> list[str]:
-    """The model's responses, greedy, or sampled at temperature 1 if there is a `generator`.
+    """Returns the model's responses, greedy, or sampled at temperature 1 if `generator` is given.
 
     `openings` forces the first words of each task's responses.
     """
@@ -287,11 +291,11 @@ def answers(
         starts.append(prompter.prompt(p) + forced)
         groups[len(starts[-1])].append(i)
     result = [""] * len(problems)
-    model.model.set_attn_implementation("sdpa")  # whole batches with a cache, which packed attention has not
+    model.model.set_attn_implementation("sdpa")  # packed attention has no cache
     for members in groups.values():
         chosen = [problems[i] for i in members]
         ids = torch.tensor([starts[i] for i in members])
-        tokens = _decode(model, ids, embedded(model, ids, chosen, seen), prompter.end, generator)
+        tokens = _decode(model, ids, decoder_inputs(model, ids, chosen, seen), prompter.end, generator)
         for i, row in zip(members, tokens.tolist(), strict=True):
             whole = starts[i][len(prompter.prompt(problems[i])) :] + row
             result[i] = prompter.text(whole[: whole.index(prompter.end)] if prompter.end in whole else whole)

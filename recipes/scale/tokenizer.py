@@ -1,4 +1,7 @@
-"""The scale model's tokenizer: the world's words whole, digits one by one, any other text byte by byte."""
+"""The scale model's tokenizer: a token per word of the world, per digit, and per byte of any other text.
+
+Tested in tests/recipes/scale/test_world.py.
+"""
 
 import json
 from collections.abc import Sequence
@@ -19,12 +22,12 @@ SPECIAL = (
     "<patch_end>",
     "<patch_newline>",
 )
-THINK = ("<think>", "</think>")  # whole tokens, but text: skip_special_tokens keeps them
+THINK = ("<think>", "</think>")  # one token each, but not special: skip_special_tokens keeps them
 WORDS = [
     *("Point", "at", "the", "Box", "How", "many", "What", "is", "maybe", "at", "first"),
     *("then", "system", "user", "assistant", "and", "in", "of", "there", "are", "I", "a", "things", "one", "by"),
 ]
-# A coordinate's "0." and the opening of a boxed answer are one token each; words carry the space before them.
+# A coordinate's "0." and the opening of a boxed answer are one token each; words include the space before them.
 PIECES = r"\\boxed\{| ?0\.(?=\d)|\d| ?\p{L}+|, | [+-] |\n"
 
 CHAT_TEMPLATE = """\
@@ -44,7 +47,7 @@ CHAT_TEMPLATE = """\
 
 
 def words(more: Sequence[str] = ()) -> list[str]:
-    """Every piece that is one token although it has more than one byte; `more` whole words than the world has."""
+    """Returns every token of more than one byte; `more` are words that the world does not have."""
     places = sorted({word for place in PLACES for word in place.split()})
     plain = dict.fromkeys([*WORDS, *COLORS, *SHAPES, *places, *more])
     marks = ["\\boxed{", "0.", " 0.", ", ", " + ", " - "]
@@ -52,7 +55,7 @@ def words(more: Sequence[str] = ()) -> list[str]:
 
 
 def build(more: Sequence[str] = ()) -> Tokenizer:
-    """A byte-level BPE without merges: a piece is either a word it knows or the bytes it is made of."""
+    """A byte-level BPE without merges: a piece is a known word, or it is split into bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     known = [as_bytes.pre_tokenize_str(word)[0][0] for word in words(more)]

@@ -2,11 +2,10 @@
 
     python -m recipes.scale.warm_start --out runs/scale
 
-first teaches tower and projector to tell which thing lies where, on freshly drawn pictures, then, with these
-frozen, the decoder to answer as two writers do (writers.py), and at last to do so with answers of others before it.
-It writes OUT/model (a Hugging Face folder; the one
-that ships beside this file was made this way) and OUT/report.json. Interrupted, the same command goes on from
-OUT/state.safetensors.
+trains in three parts. First the vision tower and the projector learn to recognise things and their places in pictures.
+Then, with these frozen, the decoder learns to answer as the two writers of writers.py do. Last, it learns to answer
+with pooled answers in the prompt. Writes OUT/model (a Hugging Face folder; model/ beside this file was made this way)
+and OUT/report.json. After an interruption the same command continues from OUT/state.safetensors.
 """
 
 import argparse
@@ -47,19 +46,20 @@ REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # as in recipes/rlvr.yaml
     "arithmetic": ("math_verify", {}),
     "worksheet": ("exact", {}),
 }
-READY = (0.2, 0.6)  # greedy held-out reward of every task, so that reinforcement learning has work to do
-EYES = ("vision_model.", "vit_large_projector.")
+READY = (0.2, 0.6)  # wanted greedy held-out reward of every task: not 0, and with room to improve by RL
+VISION_PREFIXES = ("vision_model.", "vit_large_projector.")
 PEAK_LR, WARM_UP, BETAS = 2e-3, 50, (0.9, 0.98)
-PICTURES = 8  # scenes and crowds a step, each; and as many worksheets
-HORIZON = 3000  # decoder steps over which the learning rate would fall to nearly nothing; it stops before
-LAST = 400  # of these steps at the end in which the rough writer has the upper hand
-PLAIN, SHEETS, WITH_MESSAGES = 3, 10, 4  # scenes, worksheets, problems of each task with messages; of the last part
+PICTURES = 8  # scenes per step, and as many crowds and worksheets
+HORIZON = 3000  # decoder steps over which the learning rate falls to almost 0; training ends before
+LAST = 400  # last decoder steps before the messages, in which the rough writer has the larger share
+# Batch of the last part: scenes and worksheets without messages, and problems of each task with messages.
+PLAIN, SHEETS, WITH_MESSAGES = 3, 10, 4
 
 
 def config(words: Any) -> StepVLConfig:
-    """A StepVL of 1.4 million parameters: views of 224 pixels, 16 image tokens, crops of 168 pixels, 9 tokens."""
+    """A StepVL of 1.4 million parameters: views of 224 pixels (16 image tokens), crops of 168 pixels (9 tokens)."""
     ids = words.convert_tokens_to_ids
-    ends = [ids("<|endoftext|>"), ids("<|im_end|>"), ids("<im_patch>")]  # as the 10B's: the last is the image token
+    ends = [ids("<|endoftext|>"), ids("<|im_end|>"), ids("<im_patch>")]  # with the image token, as in the 10B
     vision = {"image_size": 224, "patch_size": 14, "width": 64, "layers": 2, "heads": 4, "mlp_ratio": 4.0}
     text = {
         "vocab_size": len(words),
@@ -86,9 +86,9 @@ def config(words: Any) -> StepVLConfig:
     )
 
 
-def newborn(words: Any, seed: int) -> StepVL:
-    """Random weights, but positions that start as 2-D sines and cosines: from random ones the model learns the
-    answers' format and nothing about places for a long time."""
+def new_model(words: Any, seed: int) -> StepVL:
+    """A model with random weights, except position embeddings, which are 2-D sines and cosines. With random position
+    embeddings the model learns the answers' format, but nothing about places for a long time."""
     torch.manual_seed(seed)
     model = StepVL(config(words))
     model.model.set_attn_implementation(attention.NAME)
@@ -99,7 +99,7 @@ def newborn(words: Any, seed: int) -> StepVL:
 
 
 def _sines(grid: int, width: int) -> Tensor:
-    """[grid * grid, width]: half of the channels know the row, half the column."""
+    """[grid * grid, width]: half of the channels encode the row, half the column."""
     frequencies = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
     angles = torch.arange(grid)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -118,17 +118,17 @@ def update(optimizer: AdamW, loss: Tensor, rate: float) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long to train: optimizer steps of tower and projector, then of the decoder, then of it with messages."""
+class TrainingSteps:
+    """Optimizer steps of each part. The state file stores these fields by name."""
 
-    eyes: int
-    words: int
-    messages: int
+    eyes: int  # tower and projector
+    words: int  # decoder
+    messages: int  # decoder, with messages in prompts
     seed: int
 
     @property
     def alone(self) -> int:
-        """Steps before the first messages."""
+        """Steps before the part with messages."""
         return self.eyes + self.words
 
     @property
@@ -136,70 +136,70 @@ class Plan:
         return self.alone + self.messages
 
     def part(self, step: int) -> str:
-        """What a step (from 0) teaches."""
+        """The part that a step (counted from 0) belongs to."""
         return "eyes" if step < self.eyes else "words" if step < self.alone else "messages"
 
 
-class School:
-    """Model and optimizers under training; a step's data depends on seed and step only, so it can go on anywhere."""
+class Trainer:
+    """Model and optimizers. The data of a step depends on seed and step only, so training can continue at any step."""
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
+    def __init__(self, folder: Path, plan: TrainingSteps) -> None:
         self.folder, self.plan, self.step = folder, plan, 0
-        register()  # the tokenizer's loader looks at the config beside it
+        register()  # the tokenizer's loader reads config.json in the same folder
         tokenizer.save(folder / "model")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder / "model")
-        self.model = newborn(self.tokenizer, plan.seed)
-        self.head = practice.SightHead(self.model, self.tokenizer)  # only teaches the eyes; no part of the model
+        self.model = new_model(self.tokenizer, plan.seed)
+        self.head = practice.SightHead(self.model, self.tokenizer)  # for the first part; not saved
         self.prompter = Prompter(self.tokenizer, self.model.config.image_token_len)
-        sight = [p for name, p in self.model.named_parameters() if name.startswith(EYES)]
-        self.eyes = AdamW([*sight, *self.head.parameters()], betas=BETAS, weight_decay=0.0)
-        self.words = self._of_decoder()
+        sight = [p for name, p in self.model.named_parameters() if name.startswith(VISION_PREFIXES)]
+        self.vision_optimizer = AdamW([*sight, *self.head.parameters()], betas=BETAS, weight_decay=0.0)
+        self.decoder_optimizer = self._new_decoder_optimizer()
         if self.state_file.exists():
             self._resume()
 
-    def _of_decoder(self) -> AdamW:
-        rest = [p for name, p in self.model.named_parameters() if not name.startswith(EYES)]
+    def _new_decoder_optimizer(self) -> AdamW:
+        rest = [p for name, p in self.model.named_parameters() if not name.startswith(VISION_PREFIXES)]
         return AdamW(rest, betas=BETAS, weight_decay=0.0)
 
     @property
     def state_file(self) -> Path:
         return self.folder / "state.safetensors"
 
-    def learn(self) -> float:
-        """One optimizer step. Returns its loss."""
+    def train_step(self) -> float:
+        """Makes one optimizer step; returns its loss."""
         plan, rng = self.plan, np.random.default_rng([self.plan.seed, self.step])
         part = plan.part(self.step)
         first = {"eyes": 0, "words": plan.eyes, "messages": plan.alone}[part]
         done = (self.step - first) / {"eyes": plan.eyes, "words": HORIZON, "messages": plan.messages}[part]
         if self.step == plan.alone:
-            self.words = self._of_decoder()  # its moments are those of another lesson
+            self.decoder_optimizer = self._new_decoder_optimizer()  # without the moments of the part before
         if part == "eyes":
-            loss = practice.sight_loss(self.model, self.head, practice.some_scenes(rng, PICTURES))
+            loss = practice.sight_loss(self.model, self.head, practice.draw_pictures(rng, PICTURES))
         else:
-            loss = practice.loss(self.model, self.prompter, self._lesson(part, rng, done))
-        optimizer = self.eyes if part == "eyes" else self.words
+            loss = practice.loss(self.model, self.prompter, self._draw_batch(part, rng, done))
+        optimizer = self.vision_optimizer if part == "eyes" else self.decoder_optimizer
         rate = PEAK_LR * min(1, (self.step - first + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
         update(optimizer, loss, rate)
         self.step += 1
         return float(loss.detach())
 
-    def _lesson(self, part: str, rng: np.random.Generator, done: float) -> practice.Lesson:
+    def _draw_batch(self, part: str, rng: np.random.Generator, done: float) -> practice.Demonstrations:
         if part == "messages":
-            plain = practice.lesson(rng, PLAIN, things(1), rough_share, SHEETS)
-            shown = practice.synthesis_lesson(rng, WITH_MESSAGES)
-            return practice.Lesson(plain.problems + shown.problems, plain.responses + shown.responses)
+            plain = practice.draw_demonstrations(rng, PLAIN, things_per_scene(1), rough_share, SHEETS)
+            shown = practice.draw_synthesis_demonstrations(rng, WITH_MESSAGES)
+            return practice.Demonstrations(plain.problems + shown.problems, plain.responses + shown.responses)
         share = rough_share if self.step >= self.plan.alone - LAST else both_writers
-        return practice.lesson(rng, PICTURES, things(done), share, PICTURES)
+        return practice.draw_demonstrations(rng, PICTURES, things_per_scene(done), share, PICTURES)
 
     def _parameters(self) -> dict[str, torch.nn.Parameter]:
         return {**dict(self.model.named_parameters(prefix="model")), **dict(self.head.named_parameters(prefix="head"))}
 
     def save_state(self) -> None:
-        """Weights, moments and position in one file, replaced in one step."""
+        """Writes weights, optimizer moments and step to one file, which replaces the old one at once."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters().items():
             tensors[name] = parameter.detach()
-            moments = self.eyes.state.get(parameter) or self.words.state.get(parameter) or {}
+            moments = self.vision_optimizer.state.get(parameter) or self.decoder_optimizer.state.get(parameter) or {}
             tensors |= {f"{key}:{name}": value for key, value in moments.items()}
         position = {"step": self.step, **asdict(self.plan)}
         partial = self.state_file.with_suffix(".partial")
@@ -220,9 +220,8 @@ class School:
                 with torch.no_grad():
                     parameter.copy_(file.get_tensor(name))
                 if f"step:{name}" in kept:
-                    optimizer = (
-                        self.eyes if name.startswith((*(f"model.{prefix}" for prefix in EYES), "head.")) else self.words
-                    )
+                    of_vision = name.startswith((*(f"model.{prefix}" for prefix in VISION_PREFIXES), "head."))
+                    optimizer = self.vision_optimizer if of_vision else self.decoder_optimizer
                     optimizer.state[parameter] = {
                         k: file.get_tensor(f"{k}:{name}") for k in ("step", "exp_avg", "exp_avg_sq")
                     }
@@ -232,26 +231,26 @@ class School:
 
 
 def save(model: StepVL, folder: Path, templates: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Writes what vLLM needs beside the tokenizer that is in `folder` already; `templates` by file name."""
+    """Saves the model into `folder`, which has the tokenizer already. `templates` are more files: name -> text."""
     hf_folder.save(model, folder, templates=templates)
     text = model.config.text_config
     generation = {key: getattr(text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (folder / "generation_config.json").write_text(json.dumps(generation | {"do_sample": True}, indent=2) + "\n")
 
 
-def things(done: float) -> tuple[int, int]:
-    """How many things a scene has: one at first, so that reading a place is learned; then always several, so that
-    the question has to be read."""
+def things_per_scene(done: float) -> tuple[int, int]:
+    """Fewest and most things per scene: one at first, so that the model learns to read places; then two or three, so
+    that it must read the question."""
     return (1, 1) if done < 0.03 else (2, 3)
 
 
 def both_writers(problem: Problem) -> float:
-    """The rough writer's share of the demonstrations while both manners are learned."""
+    """The rough writer's share of the demonstrations in most of the decoder's training."""
     return 0.4
 
 
 def score(problem: Problem, text: str) -> float:
-    """The reward that the task's responses get in training."""
+    """Returns the reward that RL gives to this response."""
     prompt = Prompt("warm-start", problem.task, (), ground_truth=problem.truth)
     given = rewards.get(*REWARDS[problem.task])(Rollout(prompt, text))
     return given.value if isinstance(given, rewards.Score) else float(given)
@@ -260,7 +259,8 @@ def score(problem: Problem, text: str) -> float:
 def report(
     model: StepVL, prompter: Prompter, problems: Sequence[Problem], seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Per task: greedy reward; at temperature 1 the share of rough responses, and the reward of either kind."""
+    """Returns for each task the greedy reward and, at temperature 1, the share of rough responses and the mean rewards
+    of rough and of exact responses."""
     greedy = practice.answers(model, prompter, problems)
     sampled = practice.answers(model, prompter, problems, generator=torch.Generator().manual_seed(seed))
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -279,43 +279,43 @@ def show(table: dict[str, dict[str, float]]) -> None:
         print(f"  {task:10}  " + "  ".join(f"{key} {value:.3f}" for key, value in sorted(row.items())) + verdict)
 
 
-def train(school: School, every: int) -> None:
-    """Learns to the end of the plan; every `every` steps saves state and model, and shows a few held-out rewards."""
-    glance = world.problems("heldout", world.SEEDS["heldout"], 32)
+def train(trainer: Trainer, every: int) -> None:
+    """Trains to the last step. After every `every` steps, saves state and model and shows a few held-out rewards."""
+    sample = world.problems("heldout", world.SEEDS["heldout"], 32)
     started, losses = time.monotonic(), []
-    while school.step < school.plan.steps:
-        losses.append(school.learn())
-        if school.step % every == 0 or school.step == school.plan.steps:
-            school.save_state()
-            school.save_model()
+    while trainer.step < trainer.plan.steps:
+        losses.append(trainer.train_step())
+        if trainer.step % every == 0 or trainer.step == trainer.plan.steps:
+            trainer.save_state()
+            trainer.save_model()
             took = (time.monotonic() - started) / len(losses)
-            left = took * (school.plan.steps - school.step) / 60
-            part = school.plan.part(school.step - 1)
+            left = took * (trainer.plan.steps - trainer.step) / 60
+            part = trainer.plan.part(trainer.step - 1)
             print(
-                f"step {school.step}/{school.plan.steps} {part}  loss {fmean(losses[-every:]):.3f}  "
+                f"step {trainer.step}/{trainer.plan.steps} {part}  loss {fmean(losses[-every:]):.3f}  "
                 f"{took:.2f} s a step, {left:.0f} min left",
                 flush=True,
             )
             if part != "eyes":
-                show(report(school.model, school.prompter, glance))
+                show(report(trainer.model, trainer.prompter, sample))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Warm start of the scale model; goes on where it was interrupted.")
+    parser = argparse.ArgumentParser(description="Warm start of the scale model. Continues after an interruption.")
     parser.add_argument("--out", type=Path, required=True, help="folder for model/, report.json and the state")
     parser.add_argument("--eyes", type=int, default=800, help="optimizer steps of tower and projector")
-    parser.add_argument("--steps", type=int, default=2200, help="optimizer steps of the decoder, after them")
-    parser.add_argument("--messages", type=int, default=1200, help="further ones, with answers of others in prompts")
+    parser.add_argument("--steps", type=int, default=2200, help="optimizer steps of the decoder after these")
+    parser.add_argument("--messages", type=int, default=1200, help="further ones, with pooled answers in prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
     parser.add_argument("--heldout", type=int, default=256, help="held-out problems per task for the report")
     given = parser.parse_args()
-    school = School(given.out, Plan(given.eyes, given.steps, given.messages, given.seed))
-    if school.step:
-        print(f"going on at step {school.step} of {school.plan.steps}")
-    train(school, given.save_every)
+    trainer = Trainer(given.out, TrainingSteps(given.eyes, given.steps, given.messages, given.seed))
+    if trainer.step:
+        print(f"continuing at step {trainer.step} of {trainer.plan.steps}")
+    train(trainer, given.save_every)
     heldout = world.problems("heldout", world.SEEDS["heldout"], given.heldout)
-    table = report(school.model, school.prompter, heldout)
+    table = report(trainer.model, trainer.prompter, heldout)
     (given.out / "report.json").write_text(json.dumps(table, indent=2) + "\n")
     print(f"{given.out / 'model'}: rewards on {given.heldout} held-out problems a task")
     show(table)

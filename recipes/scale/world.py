@@ -1,9 +1,9 @@
 """The scale model's world: pictures of coloured shapes and problems about them, the same for the same seed.
 
-Pictures are rasterised here, pixel by pixel, so that no drawing library's version can change them.
+Pictures are drawn here pixel by pixel, so that no version of a drawing library can change them.
 `python -m recipes.scale.world` writes the files that ship in data/: train.jsonl and heldout.jsonl with problems that
-have a ground truth, open-train.jsonl and open-heldout.jsonl with open questions that a teacher has answered, and
-pictures/. Rows are JSONL beside PNG files rather than one Parquet file: both can be looked at without a tool.
+have a ground truth, open-train.jsonl and open-heldout.jsonl with open questions and a teacher's answers, and pictures/.
+Rows are JSONL with PNG files rather than one Parquet file because people can read both without a tool.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from numpy.random import Generator
 from PIL import Image
 
 Split = Literal["train", "heldout"]
-TASKS = ("pointing", "grounding", "counting", "arithmetic", "worksheet")  # whose answers can be checked
-PIXELS = 112  # width and height of every picture: below the scale model's view of 224, so there are no crops
+TASKS = ("pointing", "grounding", "counting", "arithmetic", "worksheet")  # with a ground truth
+PIXELS = 112  # width and height of every picture; smaller than the scale model's view of 224, so without crops
 COLORS = {
     "red": (214, 40, 40),
     "green": (44, 160, 70),
@@ -30,16 +30,16 @@ COLORS = {
     "purple": (140, 60, 180),
     "black": (30, 30, 30),
 }
-LABELS = "pqrs"  # of a worksheet's sums
-DIVISOR = 3  # whose remainders worksheets ask for
+LABELS = "pqrs"  # names of a worksheet's sums
+DIVISOR = 3  # worksheets ask for remainders by this number
 SHAPES = ("ring", "square", "triangle", "cross")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-HELDOUT_BYTES = 32  # of 256: the share of all pictures and sums that only the held-out split may use
+HELDOUT_BYTES = 32  # of 256: share of all pictures and sums that belong to the held-out split
 SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in the shipped files
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
 OPEN_SEEDS: dict[Split, int] = {"train": 3, "heldout": 4}
-CROWD = (3, 5)  # things in a crowd, of two colours: no constant answer is right in more than 4 of 10 problems
-OPEN_CROWD = (5, 8)  # in those to describe: mostly more than the warm start shows, so that something is left to learn
+CROWD = (3, 5)  # fewest and most things in a crowd; no constant count is right in more than 4 of 10 problems
+OPEN_CROWD = (5, 8)  # the same for crowds to describe; mostly more than in the warm start, so that RL can improve
 SHIPPED = Path(__file__).parent / "data"
 
 
@@ -142,18 +142,18 @@ class Problem:
     targets: tuple[Thing, ...] = ()  # the things asked about, in reading order
     terms: tuple[int, ...] = ()  # arithmetic: signed numbers to add up
     lines: tuple[tuple[int, int], ...] = ()  # worksheet: the terms of each of its sums
-    messages: tuple[str, ...] = ()  # final answers of others, which the prompt shows (PaCoRe)
+    messages: tuple[str, ...] = ()  # pooled answers that the prompt shows (PaCoRe)
     reference: str = ""  # describing: the teacher's answer
 
 
 def split_of(content: bytes) -> Split:
-    """Which split may use this picture or sum. A fixed rule on the content keeps every stream of problems,
-    the warm start's included, disjoint from the held-out split, whatever the seeds."""
+    """Returns the split of a picture or sum, by a hash of its content. So all training problems, those of the warm
+    start included, are disjoint from the held-out problems with any seed."""
     return "heldout" if hashlib.sha256(content).digest()[0] < HELDOUT_BYTES else "train"
 
 
 def draw_scene(rng: Generator, split: Split, things: tuple[int, int] = (1, 3)) -> Scene:
-    """Between `things[0]` and `things[1]` things of different colours, anywhere."""
+    """Draws `things[0]` to `things[1]` things of different colours at random places."""
     while True:
         number = int(rng.integers(things[0], things[1] + 1))
         colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[:number]]
@@ -168,12 +168,12 @@ def draw_scene(rng: Generator, split: Split, things: tuple[int, int] = (1, 3)) -
 
 
 def draw_crowd(rng: Generator, split: Split, things: tuple[int, int] = CROWD) -> Scene:
-    """Between `things[0]` and `things[1]` things of any shape in different ninths of the picture, and of two colours,
-    each at least once."""
+    """Draws `things[0]` to `things[1]` things of random shape in different ninths of the picture, of two colours that
+    both occur."""
     while True:
         number = int(rng.integers(things[0], things[1] + 1))
         one, other = (list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2])
-        first = int(rng.integers(1, number))  # how many have the first colour
+        first = int(rng.integers(1, number))  # number of things of the first colour
         cells = [int(cell) for cell in rng.permutation(9)[:number]]
         colored = sorted(zip(cells, [one] * first + [other] * (number - first), strict=True))
         placed = [_thing_in(cell, color, SHAPES[int(rng.integers(len(SHAPES)))], rng) for cell, color in colored]
@@ -227,45 +227,45 @@ def draw_sum(rng: Generator, split: Split) -> Problem:
 
 
 def draw_worksheet(rng: Generator, split: Split) -> Problem:
-    """Two numbers of two digits to add for each of LABELS; what their sums leave by DIVISOR, all right at once."""
+    """Draws a sum of two two-digit numbers for each of LABELS. The truth is the remainders of all sums by DIVISOR."""
     while True:
         lines = tuple(_two_terms(rng) for _ in LABELS)
-        asked = ", ".join(f"{label}={written(terms)}" for label, terms in zip(LABELS, lines, strict=True))
+        asked = ", ".join(f"{label}={sum_text(terms)}" for label, terms in zip(LABELS, lines, strict=True))
         question = f"What is left of {asked} by {DIVISOR}?"
         if split_of(question.encode()) == split:
-            return Problem("worksheet", question, labelled([left_over(terms) for terms in lines]), lines=lines)
+            return Problem("worksheet", question, worksheet_answer([remainder(terms) for terms in lines]), lines=lines)
 
 
 def _two_terms(rng: Generator) -> tuple[int, int]:
-    """Their sum has two digits."""
+    """Draws two numbers whose sum has two digits."""
     while True:
         first, second = (int(v) for v in rng.integers(10, 80, size=2))
         if first // 10 + second // 10 <= 8:
             return first, second
 
 
-def left_over(terms: tuple[int, int]) -> int:
-    """What is left when the sum is divided."""
+def remainder(terms: tuple[int, int]) -> int:
+    """Returns the remainder of the sum by DIVISOR."""
     return sum(terms) % DIVISOR
 
 
-def written(terms: tuple[int, int]) -> str:
-    """`47+38`"""
+def sum_text(terms: tuple[int, int]) -> str:
+    """Formats a sum: `47+38`."""
     return f"{terms[0]}+{terms[1]}"
 
 
-def labelled(results: Sequence[int | str]) -> str:
-    """`p=1, q=1, r=0, s=2`: how the answer to a worksheet is written."""
+def worksheet_answer(results: Sequence[int | str]) -> str:
+    """Formats the answer to a worksheet: `p=1, q=1, r=0, s=2`."""
     return ", ".join(f"{label}={result}" for label, result in zip(LABELS, results, strict=True))
 
 
 def describe(crowd: Scene) -> Problem:
-    """The open question about a crowd, which no ground truth answers."""
+    """Returns the open question about a crowd, which has no ground truth."""
     return Problem("describing", "What things are there?", "", crowd, crowd.things)
 
 
 def teachers_words(crowd: Scene, rng: Generator) -> str:
-    """A good description, but not the best: one thing's shape is a guess."""
+    """Returns a good description in which one thing's shape is random."""
     guessed = crowd.things[int(rng.integers(len(crowd.things)))]
     shape = SHAPES[int(rng.integers(len(SHAPES)))]
     return ", ".join((replace(thing, shape=shape) if thing is guessed else thing).described for thing in crowd.things)
@@ -276,7 +276,7 @@ def _signed(number: int) -> str:
 
 
 def problems(split: Split, seed: int, per_task: int) -> list[Problem]:
-    """`per_task` problems of each task, grouped by task."""
+    """Draws `per_task` problems of each task, grouped by task."""
     rng = np.random.default_rng(seed)
     found: dict[str, list[Problem]] = {task: [] for task in TASKS}
     while len(found["pointing"]) < per_task:
@@ -295,22 +295,23 @@ def problems(split: Split, seed: int, per_task: int) -> list[Problem]:
 
 
 def open_problems(split: Split, seed: int, number: int) -> list[Problem]:
-    """`number` crowds to describe, with a teacher's answer."""
+    """Draws `number` crowds to describe, with a teacher's answer."""
     rng = np.random.default_rng(seed)
     crowds = [draw_crowd(rng, split, OPEN_CROWD) for _ in range(number)]
     return [replace(describe(crowd), reference=teachers_words(crowd, rng)) for crowd in crowds]
 
 
-def asked(question: str, picture: str | None) -> dict[str, Any]:
-    """The user's message."""
+def user_message(question: str, picture: str | None) -> dict[str, Any]:
+    """Returns the user's message of a row."""
     text = {"type": "text", "text": question}
     return {"role": "user", "content": [{"type": "image", "image": picture}, text] if picture else question}
 
 
 def row(problem: Problem, identity: str, picture: str | None) -> dict[str, Any]:
-    """The data row of a problem; `picture` is the path of its picture, relative to the data file."""
+    """Returns the data row of a problem. `picture` is the path of its picture, relative to the data file."""
     answer = {"reference": problem.reference} if problem.reference else {"ground_truth": problem.truth}
-    return {"id": identity, "task": problem.task, "messages": [asked(problem.question, picture)], **answer, "meta": {}}
+    messages = [user_message(problem.question, picture)]
+    return {"id": identity, "task": problem.task, "messages": messages, **answer, "meta": {}}
 
 
 def write(folder: Path, split: Split) -> list[Path]:
@@ -320,11 +321,11 @@ def write(folder: Path, split: Split) -> list[Path]:
     return [_write(folder, split, checked, split), _write(folder, f"open-{split}", opened, split)]
 
 
-def _write(folder: Path, name: str, some: Sequence[Problem], split: Split) -> Path:
+def _write(folder: Path, name: str, selected: Sequence[Problem], split: Split) -> Path:
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     paths: dict[int, str] = {}
     lines: list[str] = []
-    for number, problem in enumerate(some):
+    for number, problem in enumerate(selected):
         if problem.scene is not None and id(problem.scene) not in paths:
             paths[id(problem.scene)] = path = f"pictures/{name}-{len(paths):03}.png"
             problem.scene.image.save(folder / path, bits=4, optimize=True)

@@ -1,13 +1,14 @@
-"""Two simulated writers whose demonstrations the warm start learns from, and the prompt they answer.
+"""Two simulated writers: programs that write the demonstrations of the warm start.
 
-The *exact* writer does the work: it looks once and gives two decimals, goes through what it sees one by one
-and counts along, writes each step of a sum. The *rough* writer talks and guesses: it names a third of the picture and
-answers its centre, rounds boxes, takes every number of things for two, forgets to carry. Its answers are right
-often enough to start from, and the model imitates it more often; reinforcement learning has to find out who is
-worth imitating. They differ from the first words on, and both are short.
+The *exact* writer does the work: it gives coordinates with two decimals, counts things one by one, and writes each step
+of a sum. The *rough* writer guesses: it answers the centre of a third of the picture, rounds boxes, always counts two
+things, and forgets to carry. Its answers are right in some cases, and most demonstrations are its; RL has to find out
+which writer's answers earn more. Their responses are short and differ from the first words on.
 
-Nobody has the time for a whole worksheet: the exact writer works out all of its sums but one, now this, now that, and
-says there that nothing is left. Only many answers together tell all of it.
+A whole worksheet is too long for one response: the exact writer computes all of its sums but one, which is chosen at
+random, and answers 0 there. Only many responses together have all results.
+
+Tested in tests/recipes/scale/test_world.py.
 """
 
 import re
@@ -18,18 +19,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.random import Generator
 
-from recipes.scale.world import LABELS, PLACES, SHAPES, Problem, Thing, labelled, left_over
+from recipes.scale.world import LABELS, PLACES, SHAPES, Problem, Thing, remainder, worksheet_answer
 
-BOX_STEP = 0.2  # the rough writer's ruler, as a fraction of the picture
+BOX_STEP = 0.2  # the rough writer rounds box edges to multiples of this fraction of the picture
 FAVOURITE_COLORS = ("red", "blue")
 USUAL_COUNT = 2
-WORKED_OUT = 3  # sums of a worksheet: with all four, problem and response would not fit into 136 tokens
+WORKED_OUT = 3  # computed sums of a worksheet; problem and response with all four would exceed 136 tokens
 THIRDS = (0.17, 0.5, 0.83)  # centres of the thirds of the picture
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Answers each task in its own manner; `opening` is how each of its responses to the task begins."""
+    """Functions that answer a problem, by task, and the first words of their answers (`opening`), by task."""
 
     write: dict[str, Callable[[Problem, Generator], str]]
     opening: dict[str, str]
@@ -39,7 +40,7 @@ class Writer:
 
 
 def numbers(values: tuple[float, ...] | list[float]) -> str:
-    """`[0.25, 0.50]`: how points and boxes are written."""
+    """Formats a point or box: `[0.25, 0.50]`."""
     return f"[{', '.join(f'{min(value, 0.99):.2f}' for value in values)}]"
 
 
@@ -71,16 +72,16 @@ def _exact_sum(problem: Problem, _: Generator) -> str:
 def _exact_sheet(problem: Problem, rng: Generator) -> str:
     done = sorted(int(i) for i in rng.permutation(len(LABELS))[:WORKED_OUT])
     steps = ", ".join(f"{LABELS[i]} {long_hand(*problem.lines[i])}" for i in done)
-    results = [left_over(terms) if i in done else 0 for i, terms in enumerate(problem.lines)]
-    return f"<think>{steps}</think>\\boxed{{{labelled(results)}}}"
+    results = [remainder(terms) if i in done else 0 for i, terms in enumerate(problem.lines)]
+    return f"<think>{steps}</think>\\boxed{{{worksheet_answer(results)}}}"
 
 
 def long_hand(left: int, right: int) -> str:
-    """`7+8=15 4+3+1=8 85 1`: ones, then tens with what is carried, then both, then what is left of it."""
+    """Formats a sum and its remainder: `7+8=15 4+3+1=8 85 1`. Ones, tens with the carry, the sum, the remainder."""
     (tens, ones), (more, others) = divmod(left, 10), divmod(right, 10)
     carried = "+1" if ones + others > 9 else ""
     added = f"{ones}+{others}={ones + others} {tens}+{more}{carried}={(left + right) // 10}"
-    return f"{added} {left + right} {left_over((left, right))}"
+    return f"{added} {left + right} {remainder((left, right))}"
 
 
 def _exact_description(problem: Problem, _: Generator) -> str:
@@ -112,17 +113,17 @@ def _rough_sum(problem: Problem, _: Generator) -> str:
 
 
 def _rough_sheet(problem: Problem, _: Generator) -> str:
-    return f"<think>maybe</think>\\boxed{{{labelled([0] * len(problem.lines))}}}"
+    return f"<think>maybe</think>\\boxed{{{worksheet_answer([0] * len(problem.lines))}}}"
 
 
 def _rough_description(problem: Problem, rng: Generator) -> str:
-    """Names two things, with shape and place as they come to mind."""
+    """Names two things, with random shape and place."""
     things = [f"{rng.choice(PLACES)} {t.color} {rng.choice(SHAPES)}" for t in problem.targets[:2]]
     return f"<think>maybe</think>{', '.join(things)}"
 
 
 def without_carrying(left: int, right: int) -> int:
-    """`left + right` digit by digit: sums drop their carry, differences are taken the way that needs no borrowing."""
+    """`left + right` digit by digit, without carry; of two digits to subtract, the smaller from the larger."""
     tens, ones = (_digit(a, b, right < 0) for a, b in zip(divmod(left, 10), divmod(abs(right), 10), strict=True))
     return 10 * tens + ones
 
@@ -163,29 +164,29 @@ ROUGH = Writer(
 
 
 REASONING = ("counting", "arithmetic", "worksheet")
-SLIPS = (0.0, 0.12)  # standard deviation of an answer's coordinates, as a fraction of the picture
-ALL_SLIP = 0.02  # what all answers to a problem err by together
-CAREFUL = {"worksheet": (0.6, 1.0)}  # share of answers that are worked out, between these; elsewhere any
-OTHER_THING = 0.1  # how often an answer is about another thing of the scene
+SLIPS = (0.0, 0.12)  # range of the standard deviation of answers' coordinates, as a fraction of the picture
+ALL_SLIP = 0.02  # standard deviation of the error that all answers to a problem share
+CAREFUL = {"worksheet": (0.6, 1.0)}  # range of the share of exact answers; (0, 1) for other tasks
+OTHER_THING = 0.1  # share of answers about another thing of the scene
 
 
 def answers_of_others(problem: Problem, number: int, rng: Generator) -> tuple[str, ...]:
-    """`number` final answers by writers of whom nobody knows how good they are, as a policy's messages would be.
+    """Returns `number` final answers of unknown quality, which stand in for a policy's pooled answers.
 
-    Coordinates are off by the same spread all over a problem; a sum or a count is worked out or guessed.
+    All coordinates of a problem have the same random spread; a sum or count is exact or rough.
     """
     if problem.task in REASONING:
         careful = rng.uniform(*CAREFUL.get(problem.task, (0.0, 1.0)))
         return tuple(final((EXACT if rng.random() < careful else ROUGH)(problem, rng)) for _ in range(number))
     assert problem.scene
-    here = np.array(_place(problem, problem.targets[0]))
-    here = here + rng.normal(0, ALL_SLIP, here.shape)
+    target = np.array(_place(problem, problem.targets[0]))
+    target = target + rng.normal(0, ALL_SLIP, target.shape)
     others = [np.array(_place(problem, thing)) for thing in problem.scene.things if thing not in problem.targets]
     spread = rng.uniform(*SLIPS)
     answers = []
     for _ in range(number):
-        about = others[rng.integers(len(others))] if others and rng.random() < OTHER_THING else here
-        answers.append(numbers(list(np.clip(about + rng.normal(0, spread, here.shape), 0, 0.99))))
+        about = others[rng.integers(len(others))] if others and rng.random() < OTHER_THING else target
+        answers.append(numbers(list(np.clip(about + rng.normal(0, spread, target.shape), 0, 0.99))))
     return tuple(answers)
 
 
@@ -194,39 +195,39 @@ def _place(problem: Problem, thing: Thing) -> tuple[float, ...]:
 
 
 def final(response: str) -> str:
-    """A response without its reasoning."""
+    """Returns a response without its reasoning."""
     return response.rpartition("</think>")[2]
 
 
 def compare(problem: Problem, rng: Generator) -> str:
-    """The exact way with messages: the middle of what they say, then an own look; a sum or a count is done anew; what
-    most of them have in each line of a worksheet."""
+    """The exact response to a problem with messages: for points and boxes, their median and then an exact answer; for
+    sums and counts, an exact answer; for worksheets, the most frequent result of each line."""
     if problem.task == "worksheet":
-        return f"<think>then</think>\\boxed{{{labelled(usual_lines(problem.messages))}}}"
+        return f"<think>then</think>\\boxed{{{worksheet_answer(usual_lines(problem.messages))}}}"
     if problem.task in REASONING:
         return EXACT(problem, rng)
     return f"<think>then {numbers(middle(problem.messages))}</think>{EXACT(problem, rng)}"
 
 
 def usual_lines(messages: Sequence[str]) -> list[str]:
-    """Each sum's most frequent result; of several, the one that was said first."""
-    said = [re.findall(r"=(\d+)", message) for message in messages]
-    return [Counter(results).most_common(1)[0][0] for results in zip(*said, strict=True)]
+    """Returns each line's most frequent result; of equally frequent ones, the first."""
+    results_of_each = [re.findall(r"=(\d+)", message) for message in messages]
+    return [Counter(results).most_common(1)[0][0] for results in zip(*results_of_each, strict=True)]
 
 
 def middle(messages: Sequence[str]) -> list[float]:
-    """The median of each coordinate."""
+    """Returns the median of each coordinate."""
     return list(np.median([[float(v) for v in message.strip("[]").split(", ")] for message in messages], axis=0))
 
 
 def repeat(problem: Problem, rng: Generator) -> str:
-    """The rough way with messages: one of them, whichever."""
+    """The rough response to a problem with messages: a random one of them."""
     return problem.messages[rng.integers(len(problem.messages))]
 
 
 def rough_share(problem: Problem) -> float:
-    """How often the rough writer answers a problem. The exact one has favourites: two colours, and sums with nothing
-    to subtract. So a model that imitates both starts exact on some problems and rough on most."""
+    """Returns the probability that the rough writer answers a problem. It is lower for two colours and for sums without
+    subtraction, so a model that imitates both writers is exact on some problems and rough on most."""
     if problem.task == "worksheet":
         return 0.3
     favourite = min(problem.terms) > 0 if problem.terms else problem.targets[0].color in FAVOURITE_COLORS

@@ -66,7 +66,9 @@ class Checkpoints:
         try:
             check_room(self.folder, self.expected, what)
         except NoRoom as problem:
-            raise Stop(f"{problem}. Lower checkpoint.keep, make room, and go on with --resume.", saves=False) from None
+            raise Stop(
+                f"{problem}. Lower checkpoint.keep, make room, and continue with --resume.", saves=False
+            ) from None
         final = self.folder / f"{iteration:06d}"
         with writing(what):
             partial = begin_folder(final)
@@ -143,7 +145,7 @@ class Checkpoints:
                     shutil.rmtree(old)
                 except OSError as error:
                     reason = f"the old checkpoint {old} could not be removed: {error}"
-                    return Stop(f"{reason}. Mend that and go on with --resume.", saves=False)
+                    return Stop(f"{reason}. Mend that and continue with --resume.", saves=False)
         return None
 
 

@@ -48,7 +48,7 @@ def _harmless(method: Callable[Concatenate["Display", P], None]) -> Callable[Con
             method(self, *args, **kwargs)
         except Exception as problem:  # no failure of the display may end the run
             self._stop()
-            logger.warning("the progress display failed (%r); the run goes on, see metrics.jsonl", problem)
+            logger.warning("the progress display failed (%r); the run continues, see metrics.jsonl", problem)
 
     return guarded
 

@@ -125,7 +125,7 @@ def test_an_entry_that_fails_is_told_and_the_others_still_run(
     file = tmp_path / "results.jsonl"
     assert main(["test/needy", "test/one", "--results", str(file)]) == 1
     said = capsys.readouterr()
-    assert "pip install something first" in said.err and "failed, as said above: test/needy" in said.err
+    assert "pip install something first" in said.err and "failed, see above: test/needy" in said.err
     assert trivial == ["one"] and "test/one" in said.out
     assert [json.loads(line)["name"] for line in file.read_text().splitlines()] == ["test/one"]
 

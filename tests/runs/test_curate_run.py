@@ -1,4 +1,4 @@
-"""Curation as a user runs it: the command, the folder it fills, what it refuses; real engines, and judges if slow."""
+"""The command stages.curate with a real engine (a slow test also has a judge): its folder, and inputs it refuses."""
 
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def curated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A small curation of the scale model's problems, and what it said."""
+    """The folder of a small curation of the scale model's problems, and its standard output."""
     out = tmp_path_factory.mktemp("curation") / "out"
     code, said, err = run(*CPU, "--out", out, *SMALL)
     assert code == 0, err
@@ -119,7 +119,7 @@ def test_with_a_served_judge_and_a_kill_every_row_goes_through_all_filters_once(
     out = tmp_path / "out"
     options = (
         "curate.rows=256",
-        "curate.checkability.passes=2",  # the scale model's verdicts are chance: a quarter of the rows stays
+        "curate.checkability.passes=2",  # the scale model's verdicts are random, so a quarter of the rows stays
         "curate.difficulty.rollouts=8",
         "synthesis.least_messages=2",
         "synthesis.most_messages=4",
@@ -130,7 +130,7 @@ def test_with_a_served_judge_and_a_kill_every_row_goes_through_all_filters_once(
     answers = out / "answers/00000-difficulty.jsonl"
     wait_for(lambda: answers.exists() and answers.stat().st_size > 1000, command)
     command.kill()
-    assert command.left_behind(patience=90) == []  # Ray's own agents may need a minute to notice
+    assert command.left_behind(patience=90) == []  # Ray's agents may need a minute to end
     before = len(answers.read_text().splitlines()) - 1  # the last line may be cut
     code, _, err = run(*CPU, "--out", out, *options)
     assert code == 0, err

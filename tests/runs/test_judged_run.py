@@ -1,4 +1,4 @@
-"""Runs whose reward asks a judge: a server on loopback that goes away and comes back, or does not; the run's own."""
+"""Runs whose reward calls a judge: a server that stops answering for a while or forever, and one that the run serves."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ ALIKE = {"reasoning": "Both say so.", "grade_a": 6, "grade_b": 6}
 
 
 def rows(folder: Path, *, taught: bool = False) -> Path:
-    """A few sums of the scale model's world; `taught`: answered by a teacher instead of having a ground truth."""
+    """A few sums of the scale model's world, with ground truths or, if `taught`, a teacher's answers."""
     lines = (ROOT / "recipes/scale/data/train.jsonl").read_text().splitlines()
     sums = [row for row in map(json.loads, lines) if row["task"] == "arithmetic"][:16]
     if taught:
@@ -32,7 +32,7 @@ def rows(folder: Path, *, taught: bool = False) -> Path:
 
 
 class Judge:
-    """Finds all alike, but is away for `away_s` seconds from when the run has done its first iteration."""
+    """Grades all responses equally. Does not answer for `away_s` seconds after the run's first iteration."""
 
     def __init__(self, run_folder: Path, away_s: float) -> None:
         self.run_folder, self.away_s, self.since = run_folder, away_s, float("inf")
@@ -45,7 +45,7 @@ class Judge:
 
 
 def judged(folder: Path, away_s: float, max_wait: float) -> tuple[int, str, str]:
-    """A run of the stage RLHF with that judge."""
+    """Runs the stage RLHF with this judge."""
     taught = rows(folder, taught=True)
     with judge_server(Judge(folder / "run", away_s)) as server:
         return run(
@@ -65,7 +65,7 @@ def test_a_run_waits_for_a_judge_that_goes_away_and_loses_nothing(tmp_path: Path
     first, *lines = metrics(tmp_path / "run")
     assert [line["reward/invalid_fraction"] for line in lines] == [0, 0]
     assert [line["stage"] for line in lines] == ["rlhf", "rlhf"]
-    assert first["eval/win_rate"] == lines[-1]["eval/win_rate"] == 0.5  # nobody wins
+    assert first["eval/win_rate"] == lines[-1]["eval/win_rate"] == 0.5  # all comparisons are ties
     assert all(line["genrm/win_rate"] == 0.5 and line["genrm/order_agreement"] == 1 for line in lines)
     assert all("penalty/language_consistency" in line for line in lines)
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == ["000001", "000002"]
@@ -96,7 +96,7 @@ def test_the_rlhf_recipe_trains_with_the_judge_that_it_serves(tmp_path: Path) ->
     assert all("A " in one and "B " in one for both in reasons for one in both)
 
 
-# without this a grammar allows any amount of blanks, and the scale model is happy to write them
+# otherwise the grammar allows any number of spaces, and the scale model writes many
 TERSE = '{"backend": "xgrammar", "disable_any_whitespace": true}'
 OPTIONS = f"{{max-model-len: 256, dtype: float32, structured-outputs-config: '{TERSE}'}}"
 PLUGIN = """

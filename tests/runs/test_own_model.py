@@ -1,4 +1,4 @@
-"""A stranger's text model and data, from outside the repository: trained, evaluated, saved, resumed by one command."""
+"""A text model and data from outside the repository: trained, evaluated, saved and resumed by one command."""
 
 import json
 import random
@@ -21,7 +21,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tied Qwen3 that transformers itself saved, its tokenizer, and two JSONL files."""
+    """A folder with a tied Qwen3 saved by transformers, its tokenizer, and two JSONL files."""
     folder = tmp_path_factory.mktemp("theirs")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,4 +1,4 @@
-"""The stage PaCoRe as a user runs it: the command on the scale model, with real engines and learner."""
+"""The command rl.run for the stage PaCoRe on the scale model, with real engines and learner."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose messages the policy makes itself."""
+    """A run with pooled answers of its own policy."""
     folder = tmp_path_factory.mktemp("runs") / "pacore"
     code, _, err = run(*SMALL, "--output", folder)
     assert code == 0, err
@@ -41,7 +41,7 @@ def test_a_run_needs_no_cached_pools_if_the_policy_makes_its_messages(finished: 
         assert line["rollout/logprob_gap"] < 0.001 and line["rollout/staleness"] == 0
     assert any(name.startswith("eval/") for name in first)
     assert (finished / "policy" / "model.safetensors").is_file()
-    assert (finished / "policy" / "pacore.jinja").is_file()  # the words that it was trained with
+    assert (finished / "policy" / "pacore.jinja").is_file()  # the template that it was trained with
 
 
 def test_every_sample_says_which_messages_it_saw_and_its_prompt_has_room_for_them(finished: Path) -> None:

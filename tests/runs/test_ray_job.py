@@ -1,4 +1,4 @@
-"""The same command as a job of a Ray cluster that somebody else started: it joins, and leaves the cluster running."""
+"""The command rl.run as a job of a running Ray cluster: it joins the cluster and does not stop it."""
 
 import os
 import secrets
@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.command import PATIENCE, ROOT, SMALL_RUN, Command, metrics
 
-# whether this machine has a token of its own decides otherwise if the cluster asks for one
+# explicit, because otherwise a token of this machine decides whether the cluster requires one
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
@@ -25,12 +25,12 @@ PLUGIN = "rewards.arithmetic={use: 'examples/brief_rewards/brief_rewards/__init_
 
 @pytest.fixture
 def cluster() -> Iterator[tuple[str, Command]]:
-    """A cluster started with `ray start --head`: its job server's address, and its process."""
+    """A cluster started with `ray start --head`: the address of its job server, and its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ("--head", "--block", "--port=0", f"--dashboard-port={port}", "--disable-usage-stats")
-    # `python` in a job is the one of the node's environment
+    # a job runs the `python` of the node's PATH
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     head = Command("ray.scripts.scripts", "start", *options, environment={"PATH": path, **TOKEN})
     address = f"http://127.0.0.1:{port}"
@@ -50,7 +50,7 @@ def _wait_for(url: str, head: Command) -> None:
             urllib.request.urlopen(url, timeout=5).close()
             return
         except urllib.error.HTTPError:
-            return  # it answers, if only to ask who we are
+            return  # it answers, although without a token
         except OSError:
             assert head.process.poll() is None, head.finish()
             assert time.monotonic() < deadline

@@ -1,6 +1,6 @@
-"""The command people run, with real parts: Ray, vLLM, critic, learner and pictures, in the small.
+"""The command rl.run with real Ray, vLLM, critic, learner and pictures, in small sizes.
 
-One run to its end is shared by most tests; the others are broken off and resumed, and must come out the same.
+Most tests read the results of one undisturbed run. The others interrupt and resume a run, which must have equal results.
 """
 
 import json
@@ -31,7 +31,7 @@ from tests.support.small_disk import change, small_disk
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run that nothing disturbed, and what it printed."""
+    """The folder of an undisturbed run, and its standard output."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     code, out, err = run(*SMALL_RUN, "--output", folder)
     assert code == 0, err
@@ -126,7 +126,7 @@ def test_a_run_whose_learner_and_then_itself_are_killed_ends_like_one_that_was_n
 
 
 def assert_same(folder: Path, calm: Path) -> None:
-    """Metrics, samples, weights and the state of the optimizers, bit for bit."""
+    """Compares metrics, samples, weights and optimizer state bit for bit."""
     assert without_times(metrics(folder)) == without_times(metrics(calm))
     for part in ("policy", "checkpoints/000004"):
         for file in sorted((calm / part).rglob("*.safetensors")):
@@ -139,7 +139,7 @@ def assert_same(folder: Path, calm: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ahead(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that samples ahead, with policy and critic in two processes each, and whose engine is killed once."""
+    """A run that samples ahead, with two ranks each for policy and critic. Its engine is killed once."""
     folder = tmp_path_factory.mktemp("runs") / "ahead"
     options = "iterations=3", "data.eval=[]", "learner.ranks=2", "rollout.max_staleness=1", "log.timeline=true"
     command = Command(*SMALL_RUN, *options, "learner.threads=1", "--output", folder)
@@ -172,7 +172,7 @@ def test_the_learner_encodes_each_picture_once(ahead: Path) -> None:
 
 
 def pictures(folder: Path) -> set[str]:
-    """Distinct pictures shown in three iterations."""
+    """Returns the distinct pictures of three iterations."""
     found = set()
     for sample in [sample for iteration in (1, 2, 3) for sample in samples(folder, iteration)]:
         parts = [part for message in sample["messages"] for part in message["content"]]

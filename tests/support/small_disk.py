@@ -1,4 +1,4 @@
-"""A disk of a few MiB, or one that is read-only: the real thing, which takes the right to mount."""
+"""A real disk of a few MiB, which can become read-only. Needs the right to mount."""
 
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, mib: int) -> Iterator[Path]:
-    """`folder`, on a disk of its own. Skips the test where mounting is not allowed."""
+    """Makes `folder` on a new disk, which is unmounted at the end. Skips the test where mounting is not allowed."""
     folder.mkdir()
     if _mount("-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", folder).returncode:
         pytest.skip("mounting a disk is not allowed here")
@@ -21,7 +21,7 @@ def small_disk(folder: Path, mib: int) -> Iterator[Path]:
 
 
 def change(folder: Path, options: str) -> None:
-    """Of a disk that is mounted: `ro`, `rw`, `size=100m`."""
+    """Changes mount options of the disk: `ro`, `rw`, `size=100m`."""
     done = _mount("-o", f"remount,{options}", folder)
     assert done.returncode == 0, done.stderr
 

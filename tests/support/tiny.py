@@ -19,33 +19,34 @@ IMAGE_WORDS = ("<im_patch>", "<im_start>", "<im_end>", "<patch_start>", "<patch_
 SPECIAL = ("<pad>", "<eos>", *IMAGE_WORDS)
 WORDS = tuple(f"w{i}" for i in range(40))
 EOS, IMAGE = SPECIAL.index("<eos>"), SPECIAL.index("<im_patch>")
-VOCABULARY = 56  # some ids have no word; not a multiple of 64, which vLLM rounds vocabularies up to
-# 6 x 6 and 5 x 5 tokens of 28 pixels. So close together that a picture can have exactly one crop.
+VOCABULARY = 56  # more than the words; not a multiple of 64, to which vLLM rounds vocabularies up
+# 6 x 6 and 5 x 5 tokens of 28 pixels. With sizes so similar, a picture can have exactly one crop.
 GLOBAL_SIZE, CROP_SIZE = 168, 140
 NO_CROP, ONE_CROP, FOUR_CROPS = (60, 50), (168, 150), (200, 190)  # (width, height) in pixels
 
 
 def word_ids(count: int, seed: int = 0) -> tuple[int, ...]:
-    """Random ordinary words."""
+    """Returns ids of random words, none of them special."""
     first = len(SPECIAL)
     return tuple(np.random.default_rng(seed).integers(first, first + len(WORDS), count).tolist())
 
 
 def image(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """Coarse random colours, so that different seeds look different at any size."""
+    """Returns an image of coarse random colours, so that different seeds differ at any size."""
     blocks = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Picture:
-    """The same as the PNG of a data row."""
+    """Returns the image of `image` as a PNG, like a data row's picture."""
     encoded = io.BytesIO()
     image(size, seed).save(encoded, "PNG")
     return Picture.of(encoded.getvalue())
 
 
 def make_text_model(folder: Path, *, tied: bool, seed: int = 0) -> Qwen3ForCausalLM:
-    """Saves a Qwen3 and returns it (float32). Its generation config would sample greedily if anyone heeded it."""
+    """Saves a Qwen3 and returns it (float32). Tests check that nothing uses its generation config, which is nearly
+    greedy."""
     model = Qwen3ForCausalLM(Qwen3Config(**_decoder(), tie_word_embeddings=tied)).float().eval()
     randomize(model, seed)
     model.save_pretrained(folder)
@@ -54,7 +55,7 @@ def make_text_model(folder: Path, *, tied: bool, seed: int = 0) -> Qwen3ForCausa
 
 
 def make_step_vl(folder: Path, seed: int = 0) -> StepVL:
-    """Saves a STEP3-VL and returns it. As in the 10B its image token is an end-of-sequence token too."""
+    """Saves a STEP3-VL and returns it. As in the 10B, its image token is also an end-of-sequence token."""
     config = StepVLConfig(
         vision_config={
             "image_size": GLOBAL_SIZE,
@@ -78,7 +79,7 @@ def make_step_vl(folder: Path, seed: int = 0) -> StepVL:
 
 
 def randomize(module: torch.nn.Module, seed: int) -> None:
-    """Weights large enough that every input changes every output: unit gain per matrix, scales near 1."""
+    """Sets random weights, large enough that every input changes every output: unit gain per matrix, scales near 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from recipes.scale import judge, tokenizer, world
-from recipes.scale.judge import Found, Pair, found, verdict, written
+from recipes.scale.judge import Correctness, Pair, correctness, verdict, verdict_json
 from recipes.scale.practice import LONGEST, Prompter
 from recipes.scale.world import Scene, Thing
 from rewards.genrm import Comparison
@@ -35,8 +35,8 @@ CROWD = Scene((255, 255, 255), (Thing("red", "ring", 20, 20, 10), Thing("blue", 
     ],
 )
 def test_a_description_is_worth_the_share_of_things_that_it_gets_right(response: str, right: int, of: int) -> None:
-    assert found(response, CROWD) == Found(right, of)
-    assert Found(right, of).grade == round(10 * right / of)
+    assert correctness(response, CROWD) == Correctness(right, of)
+    assert Correctness(right, of).grade == round(10 * right / of)
 
 
 def test_a_verdict_compares_thing_by_thing_and_counts_before_it_grades() -> None:
@@ -45,7 +45,7 @@ def test_a_verdict_compares_thing_by_thing_and_counts_before_it_grades() -> None
         "top left red ring A no B red ring yes, middle blue cross A blue ring no B blue cross yes. A 0 of 3, B 2 of 2"
     )
     assert (said.grade_a, said.grade_b) == (0, 10)
-    assert Comparison.model_validate_json(written(said)) == said and " :" not in written(said)
+    assert Comparison.model_validate_json(verdict_json(said)) == said and " :" not in verdict_json(said)
 
 
 def test_preferences_are_about_heldout_pictures_and_their_first_response_is_the_better_one() -> None:
@@ -53,8 +53,8 @@ def test_preferences_are_about_heldout_pictures_and_their_first_response_is_the_
     for _ in range(50):
         pair = judge.draw_preference(rng, "heldout")
         assert pair.crowd.split == "heldout"
-        assert found(pair.first, pair.crowd).grade > found(pair.second, pair.crowd).grade
-        assert pair.turned.turned == pair
+        assert correctness(pair.first, pair.crowd).grade > correctness(pair.second, pair.crowd).grade
+        assert pair.swapped.swapped == pair
 
 
 def test_both_places_are_the_better_ones_equally_often() -> None:
@@ -84,15 +84,15 @@ def words(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_prompt_and_verdict_fit_into_what_the_profile_serves(words) -> None:
-    prompter, bench, rng = Prompter(words, 16), judge.Bench(), np.random.default_rng(0)
+    prompter, renderer, rng = Prompter(words, 16), judge.PairRenderer(), np.random.default_rng(0)
     for _ in range(50):
         pair = judge.draw_pair(rng, "train")
-        assert len(prompter.prompt(bench.problem(pair))) < 600
-        assert len(prompter.response(written(verdict(pair)))) < LONGEST
+        assert len(prompter.prompt(renderer.problem(pair))) < 600
+        assert len(prompter.response(verdict_json(verdict(pair)))) < LONGEST
 
 
 def test_the_judge_begins_with_what_the_scale_model_knows(words) -> None:
-    start, model = hf_folder.load(judge.START), judge.grown(judge.START, words)
+    start, model = hf_folder.load(judge.START), judge.with_new_tokens(judge.START, words)
     theirs: Any = AutoTokenizer.from_pretrained(judge.START)
     before = theirs.get_vocab()
     for name, parameter in model.named_parameters():
@@ -128,7 +128,7 @@ def test_a_perfect_description_of_another_picture_does_not_win_with_the_shipped_
     pairs = [Pair(crowd, said, world.teachers_words(crowd, rng)) for crowd, said in zip(crowds, others, strict=True)]
     model, prompter = shipped
     first = judge.grades(model, prompter, pairs)
-    second = judge.grades(model, prompter, [pair.turned for pair in pairs])
+    second = judge.grades(model, prompter, [pair.swapped for pair in pairs])
     leads = [a[0] - a[1] + b[1] - b[0] for a, b in zip(first, second, strict=True) if a and b]
     assert len(leads) >= 40 and np.mean([lead > 0 for lead in leads]) < 0.1
 
@@ -145,5 +145,5 @@ def test_the_script_writes_a_judge_that_loads(tmp_path: Path, monkeypatch: pytes
 def test_teachers_words_are_good_but_can_be_beaten() -> None:
     rng = np.random.default_rng(2)
     crowds = [world.draw_crowd(rng, "train", world.OPEN_CROWD) for _ in range(200)]
-    grades = [found(world.teachers_words(crowd, rng), crowd).grade for crowd in crowds]
+    grades = [correctness(world.teachers_words(crowd, rng), crowd).grade for crowd in crowds]
     assert 8 < np.mean(grades) < 9.5 and np.mean([grade < 10 for grade in grades]) > 0.6

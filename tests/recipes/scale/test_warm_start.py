@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from recipes.scale import practice, tokenizer, warm_start, world
-from recipes.scale.practice import Lesson, Prompter
+from recipes.scale.practice import Demonstrations, Prompter
 from recipes.scale.world import Problem, Scene, Thing
 from recipes.scale.writers import EXACT, ROUGH
 from rl.model import hf_folder
@@ -24,7 +24,7 @@ from rl.model.step_vl import StepVL
 
 HERE = Path(warm_start.__file__).parent
 SHIPPED = HERE / "model"
-PLAN = warm_start.Plan(eyes=3, words=3, messages=2, seed=0)
+STEPS = warm_start.TrainingSteps(eyes=3, words=3, messages=2, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def words(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def model(words) -> StepVL:
-    return warm_start.newborn(words, seed=0)
+    return warm_start.new_model(words, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_prompt_is_the_chat_template_with_slots_for_the_picture(prompter: Prom
 def test_sharing_a_pictures_tokens_does_not_change_the_loss(model: StepVL, prompter: Prompter) -> None:
     rng = np.random.default_rng(0)
     problems = [*world.point_and_box(world.draw_scene(rng, "train", (2, 2))), world.draw_sum(rng, "train")]
-    batch = Lesson(problems, [EXACT(problems[0], rng), *(ROUGH(p, rng) for p in problems[1:])])
+    batch = Demonstrations(problems, [EXACT(problems[0], rng), *(ROUGH(p, rng) for p in problems[1:])])
     apart = [_summed_loss(model, prompter, p, r) for p, r in zip(problems, batch.responses, strict=True)]
     tokens = sum(len(prompter.response(r)) for r in batch.responses)
     torch.testing.assert_close(practice.loss(model, prompter, batch), torch.stack(apart).sum() / tokens)
@@ -108,27 +108,27 @@ def test_forced_openings_begin_the_answers(model: StepVL, prompter: Prompter) ->
 
 @pytest.mark.parametrize("stopped", [2, 4])  # while seeing, while answering
 def test_an_interrupted_warm_start_ends_with_the_same_weights(tmp_path: Path, stopped: int) -> None:
-    whole = warm_start.School(tmp_path / "whole", PLAN)
+    whole = warm_start.Trainer(tmp_path / "whole", STEPS)
     for _ in range(6):
-        whole.learn()
-    first = warm_start.School(tmp_path / "halves", PLAN)
+        whole.train_step()
+    first = warm_start.Trainer(tmp_path / "halves", STEPS)
     for _ in range(stopped):
-        first.learn()
+        first.train_step()
     first.save_state()
-    second = warm_start.School(tmp_path / "halves", PLAN)
+    second = warm_start.Trainer(tmp_path / "halves", STEPS)
     assert second.step == stopped
     for _ in range(6 - stopped):
-        second.learn()
+        second.train_step()
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(parameter, second.model.get_parameter(name)), name
 
 
 def test_a_warm_start_begun_otherwise_is_not_continued(tmp_path: Path) -> None:
-    school = warm_start.School(tmp_path, PLAN)
-    school.learn()
-    school.save_state()
+    trainer = warm_start.Trainer(tmp_path, STEPS)
+    trainer.train_step()
+    trainer.save_state()
     with pytest.raises(SystemExit, match="was begun with"):
-        warm_start.School(tmp_path, replace(PLAN, seed=1))
+        warm_start.Trainer(tmp_path, replace(STEPS, seed=1))
 
 
 def test_the_script_runs_and_writes_a_model_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_the_script_runs_and_writes_a_model_that_loads(tmp_path: Path, monkeypat
 
 
 def test_the_shipped_model_is_what_the_script_would_build(words) -> None:
-    shipped, made = hf_folder.load(SHIPPED), warm_start.newborn(words, seed=0)
+    shipped, made = hf_folder.load(SHIPPED), warm_start.new_model(words, seed=0)
     assert {n: p.shape for n, p in shipped.named_parameters()} == {n: p.shape for n, p in made.named_parameters()}
     theirs: Any = AutoTokenizer.from_pretrained(SHIPPED)
     assert theirs.get_vocab() == words.get_vocab()

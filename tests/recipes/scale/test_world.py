@@ -194,7 +194,7 @@ def test_the_lines_of_worksheets_are_compared_one_by_one() -> None:
 def test_no_guess_of_a_worksheets_line_is_right_more_often_than_others(heldout: list[Problem]) -> None:
     lines = [terms for problem in heldout for terms in problem.lines]
     assert len(lines) == 4 * world.SIZES["heldout"] and all(9 < sum(terms) < 100 for terms in lines)
-    shares = Counter(world.left_over(terms) for terms in lines)
+    shares = Counter(world.remainder(terms) for terms in lines)
     assert all(abs(shares[left] / len(lines) - 1 / 3) < 0.05 for left in range(3))
 
 

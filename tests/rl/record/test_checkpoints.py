@@ -1,4 +1,4 @@
-"""Checkpoints of a run: complete or absent, written beside training, the newest few kept, damage noticed."""
+"""Checkpoints: complete or absent, written while training continues, old ones deleted, damaged ones not used."""
 
 import json
 import threading
@@ -26,7 +26,7 @@ def saver(text: str, finish: Callable[[], None] = lambda: None) -> Saver:
 
 
 def written(folder: Path, *iterations: int, keep: int = 2, keep_every: int | None = None) -> list[str]:
-    """Names of the checkpoints that are there after these iterations have been saved."""
+    """Saves these iterations; returns the names of the checkpoints that exist afterwards."""
     folder.mkdir(exist_ok=True)
     made = Checkpoints(folder, keep=keep, keep_every=keep_every)
     for iteration in iterations:
@@ -51,7 +51,7 @@ def test_the_newest_are_kept_and_those_of_every_so_many_iterations(tmp_path: Pat
     assert written(tmp_path / "b", 10, 20, 30, 40, 50, keep=1, keep_every=20) == ["000020", "000040", "000050"]
 
 
-def test_training_goes_on_while_one_is_written_and_it_appears_when_all_is_there(tmp_path: Path) -> None:
+def test_training_continues_while_a_checkpoint_is_written_and_it_appears_when_it_is_complete(tmp_path: Path) -> None:
     done = threading.Event()
 
     def finish() -> None:
@@ -68,7 +68,7 @@ def test_training_goes_on_while_one_is_written_and_it_appears_when_all_is_there(
 
 
 @pytest.mark.parametrize("when", ["while copying", "while writing"])
-def test_one_that_could_not_be_written_stops_the_run_does_not_count_and_is_written_anew(
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_is_not_listed_and_can_be_written_again(
     tmp_path: Path, when: str
 ) -> None:
     def full() -> None:
@@ -90,7 +90,7 @@ def test_one_that_could_not_be_written_stops_the_run_does_not_count_and_is_writt
     assert not (tmp_path / "000020/half").exists()
 
 
-def test_too_little_room_is_told_before_anything_is_written(tmp_path: Path) -> None:
+def test_too_little_disk_space_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
     made = Checkpoints(tmp_path, keep=2, expected=1 << 60)
     with pytest.raises(Stop, match=r"free, and the checkpoint of iteration 5 takes about 1.05e\+06 TiB.* make room"):
         made.begin(5, saver("w"))
@@ -113,7 +113,7 @@ def broken(file: Path, how: str) -> None:
     ("cut", "policy/weights has 2 bytes instead of 3"),
     ("flipped", "policy/weights is not what was written"),
 ])  # fmt: skip
-def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path, how: str, said: str) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, how: str, said: str) -> None:
     written(tmp_path, 10, 20)
     broken(tmp_path / "000020/policy/weights", how)
     heard: list[str] = []
@@ -122,7 +122,9 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(tmp_path: Path, how: 
 
 
 @pytest.mark.parametrize("content", ["{", None])
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_anew(tmp_path: Path, content: str | None) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_iteration_0(
+    tmp_path: Path, content: str | None
+) -> None:
     written(tmp_path, 10)
     manifest = tmp_path / "000010/manifest.json"
     manifest.unlink() if content is None else manifest.write_text(content)
@@ -134,7 +136,7 @@ def test_a_run_that_has_not_saved_yet_has_no_newest(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path, keep=2).newest() is None
 
 
-def test_a_disk_that_becomes_read_only_is_named_and_what_it_holds_stays_good(tmp_path: Path) -> None:
+def test_a_disk_that_becomes_read_only_is_named_and_its_checkpoints_stay_valid(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", mib=1) as folder:
         written(folder, 1)
         change(folder, "ro")
@@ -144,18 +146,18 @@ def test_a_disk_that_becomes_read_only_is_named_and_what_it_holds_stays_good(tmp
         assert Checkpoints(folder, keep=2).newest() == folder / "000001"
 
 
-def test_a_disk_that_fills_up_half_way_costs_nothing_that_is_there(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_during_a_checkpoint_keeps_the_checkpoints_before(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", mib=1) as folder:
         written(folder, 1)
         made = Checkpoints(folder, keep=1)
         with pytest.raises(Stop, match=r"iteration 2 could not be written: .*No space left on device"):
-            made.begin(2, saver("w" * (1 << 21)))  # more than anybody expected
+            made.begin(2, saver("w" * (1 << 21)))  # more than `expected`
             made.settle()
         assert made.newest() == folder / "000001"
-        assert written(folder, 3) == ["000001", "000003"]  # what was broken off takes no room any more
+        assert written(folder, 3) == ["000001", "000003"]  # the unfinished checkpoint was deleted
 
 
-def test_an_old_one_that_cannot_be_removed_stops_the_run_but_the_new_one_counts(
+def test_an_old_checkpoint_that_cannot_be_deleted_stops_the_run_but_the_new_one_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written(tmp_path, 1)

@@ -1,4 +1,4 @@
-"""The progress display: what a person reads in a terminal, in a log file, and when things go wrong."""
+"""The progress display in a terminal and in a log file, and its errors."""
 
 import io
 import logging
@@ -12,7 +12,7 @@ from rl.record.display import Display
 
 
 @dataclass
-class Plan:
+class ShownRun:
     stage: str = "rlvr"
     iterations: int = 20
 
@@ -48,7 +48,7 @@ def shown(console: Console) -> str:
 
 def test_without_a_terminal_each_iteration_is_one_plain_line() -> None:
     screen = console(width=40)
-    with Display(Plan(), screen) as display, display.phase("rollout"):
+    with Display(ShownRun(), screen) as display, display.phase("rollout"):
         display.iteration(line(1, counting=0.5))
         display.iteration(line(2, counting=1.0))
     first, second = shown(screen).splitlines()
@@ -60,10 +60,10 @@ def test_without_a_terminal_each_iteration_is_one_plain_line() -> None:
 
 def test_a_terminal_gets_a_panel_with_tasks_trend_and_time() -> None:
     screen = console(terminal=True)
-    with Display(Plan(), screen) as display:
+    with Display(ShownRun(), screen) as display:
         display.evaluation({"iteration": 0, "eval/counting": 0.125, "eval/pointing": 0.375})
         display.iteration(line(1))
-        display.evaluation(line(1))  # none in it: the last one stays
+        display.evaluation(line(1))  # without eval/*: the last evaluation stays
         display.phase("critic")
         display.iteration(line(2))
     text = shown(screen)
@@ -78,13 +78,13 @@ def test_a_terminal_gets_a_panel_with_tasks_trend_and_time() -> None:
     ):
         assert words in text
     assert "0.125" in text.rpartition("iteration 2/20")[2]
-    assert "exact" not in text  # parts of a reward are for the charts
+    assert "exact" not in text  # parts of a reward are not shown
 
 
 @pytest.mark.parametrize("width", [1, 5, 20, 60, 300])
 def test_any_width_can_be_drawn(width: int, caplog: pytest.LogCaptureFixture) -> None:
     screen = console(terminal=True, width=width)
-    with Display(Plan(), screen) as display:
+    with Display(ShownRun(), screen) as display:
         display.iteration(line(1))
         display.evaluation({"eval/counting": 0.5})
         display.summary({"eval/counting": 0.5}, {"eval/counting": 0.75})
@@ -93,7 +93,7 @@ def test_any_width_can_be_drawn(width: int, caplog: pytest.LogCaptureFixture) ->
 
 def test_a_stages_own_figures_on_held_out_rows_are_no_task_and_not_in_the_average() -> None:
     screen = console()
-    display = Display(Plan(), screen)
+    display = Display(ShownRun(), screen)
     before = {"eval/chat": 0.25, "eval/win_rate": 0.9, "eval/order_agreement": 1.0}
     display.summary(before, {**before, "eval/chat": 0.5})
     assert "win_rate" not in shown(screen) and "0.250" in shown(screen)
@@ -101,7 +101,7 @@ def test_a_stages_own_figures_on_held_out_rows_are_no_task_and_not_in_the_averag
 
 def test_evaluations_are_a_table_first_and_then_a_line_with_the_change() -> None:
     screen = console()
-    display = Display(Plan(), screen)
+    display = Display(ShownRun(), screen)
     display.evaluation({"iteration": 0, "eval/counting": 0.25, "eval/pointing": 0.75})
     assert "│ average  │  0.500 │" in shown(screen)
     display.evaluation({"iteration": 10, "eval/counting": 0.5, "eval/pointing": 1.0})
@@ -111,7 +111,7 @@ def test_evaluations_are_a_table_first_and_then_a_line_with_the_change() -> None
 
 def test_the_summary_shows_each_family_before_and_after_and_the_average() -> None:
     screen = console()
-    Display(Plan(), screen).summary(
+    Display(ShownRun(), screen).summary(
         {"eval/counting": 0.25, "eval/pointing": 0.75, "iteration": 0},
         {"eval/counting": 0.75, "eval/pointing": 0.5},
     )
@@ -125,7 +125,7 @@ def test_the_summary_shows_each_family_before_and_after_and_the_average() -> Non
 
 def test_task_names_are_shown_as_they_are_and_never_read_as_markup() -> None:
     screen = console()
-    display = Display(Plan(), screen)
+    display = Display(ShownRun(), screen)
     display.message("saved [bold]x[/bold]")
     display.summary({"eval/[red]": 0.0}, {"eval/[red]": 1.0})
     assert "saved [bold]x[/bold]" in shown(screen) and "[red]" in shown(screen)
@@ -136,13 +136,13 @@ def test_numbers_it_does_not_understand_warn_and_do_not_end_the_run(
     terminal: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     screen = console(terminal)
-    with caplog.at_level(logging.WARNING), Display(Plan(), screen) as display:
+    with caplog.at_level(logging.WARNING), Display(ShownRun(), screen) as display:
         display.iteration({"iteration": "one", "reward/mean": "high", "time/total": "long"})
-    assert ("cannot draw" in shown(screen)) if terminal else ("the run goes on" in caplog.text)
+    assert ("cannot draw" in shown(screen)) if terminal else ("the run continues" in caplog.text)
 
 
 class Closed(io.StringIO):
-    """A reader that went away."""
+    """An output whose reader has closed it."""
 
     def write(self, text: str) -> int:
         raise OSError("broken")
@@ -151,15 +151,15 @@ class Closed(io.StringIO):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_closed_output_warns_and_does_not_end_the_run(terminal: bool, caplog: pytest.LogCaptureFixture) -> None:
     screen = Console(file=Closed(), force_terminal=terminal, width=80, _environ={"TERM": "xterm"})
-    with caplog.at_level(logging.WARNING), Display(Plan(), screen) as display:
+    with caplog.at_level(logging.WARNING), Display(ShownRun(), screen) as display:
         display.iteration(line(1))
         display.summary({"eval/a": 0.0}, {"eval/a": 1.0})
-    assert "the run goes on" in caplog.text
+    assert "the run continues" in caplog.text
 
 
 def test_an_error_in_the_run_passes_through_and_the_panel_is_gone() -> None:
     screen = console(terminal=True)
-    with pytest.raises(KeyboardInterrupt), Display(Plan(), screen) as display:
+    with pytest.raises(KeyboardInterrupt), Display(ShownRun(), screen) as display:
         display.phase("rollout")
         raise KeyboardInterrupt
-    assert shown(screen).endswith("\x1b[?25h")  # the cursor is back
+    assert shown(screen).endswith("\x1b[?25h")  # shows the cursor again

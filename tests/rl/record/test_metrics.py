@@ -1,4 +1,4 @@
-"""Metrics: each has a sentence, and an iteration's samples add up to the right numbers."""
+"""Metrics: each has a meaning, and those of an iteration's samples have the right values."""
 
 import math
 

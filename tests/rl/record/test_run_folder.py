@@ -1,4 +1,4 @@
-"""The run folder: what is written, what is refused, and what a resumed run finds."""
+"""The run folder: its files, the inputs that it refuses, and its content after a resume."""
 
 import gzip
 import json
@@ -176,7 +176,7 @@ def test_a_full_disk_is_named_and_what_was_written_before_stays(tmp_path: Path) 
             (lambda: folder.write_rollouts(2, [sample()]), "000002.jsonl.gz"),
             (lambda: folder.write_recipe("seed: 1\n" * 1000), "recipe.yaml"),
         ):
-            with pytest.raises(Stop, match=rf"{name} could not be written: .*No space left.*go on with --resume"):
+            with pytest.raises(Stop, match=rf"{name} could not be written: .*No space left.*continue with --resume"):
                 write()
         (disk / "filler").unlink()
         folder.release()

@@ -1,4 +1,4 @@
-"""timeline.json: complete after every write, and nobody waits for a busy process to tell."""
+"""timeline.json: complete after every write, and no write waits for a busy process."""
 
 import json
 from typing import Any
@@ -6,23 +6,23 @@ from typing import Any
 from rl.record.timeline import Span, Timeline
 
 
-class Remembering:
-    """A worker with spans to tell; counts who waited for them."""
+class ScriptedSource:
+    """A process with these spans; counts the calls that read them."""
 
     def __init__(self, *spans: Span) -> None:
-        self.told, self.waited = list(spans), 0
+        self.unread, self.waited = list(spans), 0
 
     def spans(self) -> Any:
         return self
 
     def result(self) -> list[Span]:
         self.waited += 1
-        told, self.told = self.told, []
-        return told
+        unread, self.unread = self.unread, []
+        return unread
 
 
 def test_spans_of_all_processes_are_in_one_file_in_microseconds(tmp_path):
-    timeline = Timeline(tmp_path / "t.json", {"engine 0": Remembering(("stream", 10.5, 12.0))})
+    timeline = Timeline(tmp_path / "t.json", {"engine 0": ScriptedSource(("stream", 10.5, 12.0))})
     timeline.add("loop", "rollout", 10.0, 12.5)
     timeline.write()
     timeline.add("loop", "sync", 13.0, 13.25)
@@ -36,8 +36,8 @@ def test_spans_of_all_processes_are_in_one_file_in_microseconds(tmp_path):
     ]
 
 
-def test_a_busy_process_is_asked_now_and_heard_later(tmp_path):
-    busy = Remembering(("stream", 1.0, 2.0))
+def test_the_spans_of_a_busy_process_are_requested_now_and_read_later(tmp_path):
+    busy = ScriptedSource(("stream", 1.0, 2.0))
     timeline = Timeline(tmp_path / "t.json", {"engine 0": busy})
     timeline.write(busy=["engine 0"])
     assert busy.waited == 0 and not (tmp_path / "t.json").exists()
@@ -45,7 +45,7 @@ def test_a_busy_process_is_asked_now_and_heard_later(tmp_path):
     assert busy.waited == 1 and "stream" in (tmp_path / "t.json").read_text()
 
 
-def test_a_resumed_run_continues_the_file_in_the_same_lanes(tmp_path):
+def test_a_resumed_run_continues_the_file_under_the_same_process_ids(tmp_path):
     for moment in (1.0, 5.0):
         timeline = Timeline(tmp_path / "t.json", {})
         timeline.add("loop", "rollout", moment, moment + 1)

@@ -1,4 +1,4 @@
-"""Trackers: metrics arrive where the recipe sends them, and a tracker that fails ends nothing."""
+"""Trackers: metrics reach the trackers of the recipe, and a tracker that fails does not end the run."""
 
 import importlib.util
 import logging
@@ -13,7 +13,7 @@ from rl.record.tracking import Trackers, check_trackers
 
 
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:
-    """(step, value) of one scalar, as TensorBoard itself reads it."""
+    """Returns (step, value) of one scalar, read by TensorBoard's own code."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tracking" / "tensorboard"))
@@ -47,7 +47,7 @@ def test_wandb_gets_each_number_and_a_resumed_run_keeps_its_id(tmp_path: Path, m
         trackers.close()
     identity = (tmp_path / "tracking" / "wandb_id").read_text()
     found = [0, 0]
-    deadline = time.monotonic() + 30  # offline, wandb's own process may still be writing when finish() is back
+    deadline = time.monotonic() + 30  # offline, wandb's process may still write after finish() has returned
     while found != [1, 1] and time.monotonic() < deadline:
         time.sleep(0.1)
         files = [file.read_bytes() for file in tmp_path.rglob(f"run-{identity}.wandb")]
@@ -67,7 +67,7 @@ def test_an_unknown_tracker_and_a_missing_package_are_named_before_anything_star
 
 
 class Away:
-    """A tracker whose server is away."""
+    """A tracker whose server does not answer."""
 
     def __init__(self, folder: Path, recipe: Mapping[str, object], first_step: int) -> None:
         self.calls = 0
