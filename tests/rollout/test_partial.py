@@ -11,7 +11,7 @@ from rl.remote import Ready
 from rl.types import Completion, Prompt, Request, Rollout
 from rollout.partial import PartialRollouts
 from rollout.pool import EnginePool, in_order
-from tests.rollout.test_pool import PROMPTS, Letters, in_turns
+from tests.support.engines import PROMPTS, Letters, in_turns
 from tests.support.learner import config
 
 

@@ -1,4 +1,4 @@
-"""Runs whose reward calls a judge: a server that stops answering for a while or forever, and one that the run serves."""
+"""Runs whose reward calls a judge: a server that stops answering for a while or for ever, and the run's own."""
 
 import gzip
 import json

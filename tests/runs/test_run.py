@@ -1,6 +1,6 @@
 """The command rl.run with real Ray, vLLM, critic, learner and pictures, in small sizes.
 
-Most tests read the results of one undisturbed run. The others interrupt and resume a run, which must have equal results.
+Most tests read the results of one undisturbed run. Others interrupt and resume a run, which must have equal results.
 """
 
 import json
