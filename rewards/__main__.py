@@ -238,8 +238,10 @@ def _as_table(samples: Sequence[Rollout], scored: Sequence[Scored]) -> Iterator[
 
 
 def _check_truths(runner: RewardRunner, target: Target, prompts: Sequence[Prompt]) -> int:
-    """Checks that each ground truth, as a response, scores the maximum of each reward in `target.verifiable`. Returns the
-    exit code."""
+    """Checks that each ground truth, as a response, scores the maximum of each reward in `target.verifiable`.
+
+    Returns the exit code.
+    """
     distinct = {json.dumps([p.id, p.ground_truth], default=repr): p for p in prompts if p.ground_truth is not None}
     if not target.verifiable or not distinct:
         return DONE

@@ -67,5 +67,5 @@ def runner(plugins: Path) -> Iterator[RewardRunner]:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries follow at once."""
+    """Retries follow at once (see judge_server.hurry)."""
     hurry(monkeypatch)

@@ -1,4 +1,4 @@
-"""The penalty `citation`: which references and links are taken for fabricated."""
+"""The penalty `citation`: which references and links count as fabricated."""
 
 # ruff: noqa: RUF001  # look-alikes and headings in several scripts
 

@@ -1,4 +1,4 @@
-"""Endpoints: what becomes of a request when the server is slow, away, strict, wrong or merely busy."""
+"""Endpoints: requests to servers that are slow, absent, strict, wrong or busy; and the sample's clock."""
 
 import asyncio
 import email.utils
@@ -269,7 +269,7 @@ def test_the_client_library_is_imported_only_when_an_endpoint_is_created() -> No
 
 
 async def limited(seconds: float, awaitable: Any) -> float:
-    """Seconds that count, of a sample scored as the process for async rewards does it."""
+    """The seconds that count against a sample, scored as the process for async rewards does it."""
     running = SampleClock()
     clock.set(running)
     await running.limit(seconds, awaitable)

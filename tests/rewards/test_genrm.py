@@ -1,4 +1,4 @@
-"""The generative reward model: both orders, and from grades to a value."""
+"""The reward `genrm`: comparisons in both orders, and the value of their grades."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("hurried")
 
 
 def grades(answer: float, reference: float, first_place: float = 0.0) -> Script:
-    """A judge that likes the answer and the reference this much, and whatever comes first a little more."""
+    """A judge that gives answer and reference these grades, and `first_place` more to the response that comes first."""
 
     def script(request: dict[str, Any]) -> dict[str, Any]:
         shown = blocks(text_of(request))

@@ -1,4 +1,4 @@
-"""Asking a judge: no text talks its way out, and whose fault it is that there is no verdict."""
+"""Asking a judge: text that tries to influence it, and the reasons for no verdict."""
 
 import asyncio
 import json
@@ -90,12 +90,12 @@ def test_a_cut_text_has_the_exact_number_of_characters_left_out() -> None:
     assert text.count("y") > 2 * text.count("x") > 0
 
 
-# Whose fault it is that there is no verdict
+# No verdict: because of the text, or because of the judge
 
 
-def blamed_on(culprit: Callable[[str], bool], reply: Any, **params: Any) -> Any:
-    """A judge that gives `reply` to prompts in which `culprit` finds fault, else a proper verdict."""
-    with judging(lambda request: reply if culprit(text_of(request)) else RIGHT):
+def score_with_failing_judge(fails: Callable[[str], bool], reply: Any, **params: Any) -> Any:
+    """Scores with a judge that gives `reply` to prompts for which `fails` is true, else a proper verdict."""
+    with judging(lambda request: reply if fails(text_of(request)) else RIGHT):
         return score("verifier", rollout("a poisonous 42"), **params)
 
 
@@ -112,7 +112,7 @@ IDS = ["nonsense", "prose", "truncated", "400", "filtered", "500"]
 
 @pytest.mark.parametrize("reply", NO_VERDICT, ids=IDS)
 def test_a_response_that_keeps_the_judge_from_a_verdict_scores_lowest(reply: Any) -> None:
-    scored = blamed_on(lambda prompt: "poisonous" in prompt, reply)
+    scored = score_with_failing_judge(lambda prompt: "poisonous" in prompt, reply)
     assert scored.value == 0.0
     assert "no verdict on this text" in scored.details["why"]
 
@@ -120,12 +120,12 @@ def test_a_response_that_keeps_the_judge_from_a_verdict_scores_lowest(reply: Any
 @pytest.mark.parametrize("reply", NO_VERDICT[:-1], ids=IDS[:-1])
 def test_a_judge_that_fails_on_a_harmless_answer_too_makes_the_sample_invalid(reply: Any) -> None:
     with pytest.raises(Invalid, match="endpoint judge: no verdict on row row-1, whatever the response"):
-        blamed_on(lambda prompt: True, reply)
+        score_with_failing_judge(lambda prompt: True, reply)
 
 
 def test_a_judge_that_fails_on_every_prompt_raises_unreachable() -> None:
     with pytest.raises(Unreachable, match="HTTP 500"):
-        blamed_on(lambda prompt: True, Reply(status=500))
+        score_with_failing_judge(lambda prompt: True, Reply(status=500))
     with judging([Reply(status=429)]), pytest.raises(Unreachable, match="HTTP 429"):
         score("verifier", rollout("42"))
 

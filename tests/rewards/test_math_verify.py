@@ -1,4 +1,4 @@
-"""Ground truths as data sets write them, scored by `math_verify`: stated again, in other forms, and missed."""
+"""The reward `math_verify` with ground truths as data sets write them: equal, in other notations, and wrong."""
 
 import time
 from collections.abc import Iterator

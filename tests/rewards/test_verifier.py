@@ -1,4 +1,4 @@
-"""The verifier: what it shows the judge, and how verdicts and votes count."""
+"""The reward `verifier`: what it shows the judge, and how verdicts and votes count."""
 
 import base64
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rewards that wait run side by side; an endpoint that stays away holds its samples and nothing else."""
+"""Async rewards run concurrently; an endpoint that does not answer delays only its own samples."""
 
 import time
 from pathlib import Path
@@ -11,7 +11,7 @@ from rewards.running.runner import RewardRunner
 from tests.support.judge_server import Reply, judge_server
 from tests.support.reward_plugins import rollout, spec
 
-# Rewards that wait
+# Async rewards
 
 
 def test_async_rewards_run_concurrently_in_one_process(runner: RewardRunner) -> None:
@@ -47,11 +47,11 @@ def test_the_same_question_about_the_same_response_is_asked_once(runner: RewardR
     assert time.monotonic() - start < 1.6
 
 
-# Endpoints that stay away
+# Endpoints that do not answer
 
 
 def asking(url: str, max_wait_s: float) -> RewardRunner:
-    """A runner whose task `t` asks a judge that is tried once and then counts as away."""
+    """A runner whose task `t` asks a judge; after one failed request the judge counts as away."""
     judge = EndpointSpec("judge", url, "m", retries=0, max_wait=max_wait_s)
     specs = {"t": [spec("verifier", {"endpoint": "judge"}, timeout_s=None)]}
     return RewardRunner(specs, endpoints={"judge": judge})

@@ -1,4 +1,4 @@
-"""Several rewards and penalties of one task make one score; a batch is scored while it is sampled."""
+"""One score from several rewards and penalties of a task; scoring a batch while it is sampled."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The runner: rewards in worker processes that hang, die and eat memory without hurting anyone else."""
+"""The runner: rewards that hang, die or eat memory in their worker processes do not affect other samples."""
 
 import os
 import signal
