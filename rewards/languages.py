@@ -1,7 +1,7 @@
 """Identifies the languages of a text: by script if only one language uses it, else with lingua's identifier.
 
-Scripts, thresholds and the list of common words are this project's own. Tested in
-tests/rewards/test_language_consistency.py.
+Scripts, thresholds and the list of common words are this project's own.
+Tested in tests/rewards/test_language_consistency.py.
 """
 
 import re

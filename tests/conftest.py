@@ -1,4 +1,4 @@
-"""Fixtures that several files share. vLLM is imported once per test session, and its engines are shared."""
+"""Fixtures that several test files use. vLLM is imported once per test session, and its engines are shared."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,9 +9,16 @@ import pytest
 
 from rewards.running.runner import RewardRunner
 from tests.support import tiny
+from tests.support.command import end_all
 from tests.support.engine_process import EngineProcess, RemoteEngine
 from tests.support.judge_server import hurry
 from tests.support.reward_plugins import PLUGINS, ROW_JUDGES, TASKS
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """No command outlives the test that started it, however the test ended."""
+    end_all()
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ def engine_process() -> Iterator[EngineProcess]:
 
 @pytest.fixture(scope="session")
 def tied(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A Qwen3 with tied embeddings. Its engine's weights are whatever the last test loaded."""
+    """A Qwen3 with tied embeddings. Its engine has the weights that the last test loaded."""
     folder = tmp_path_factory.mktemp("tied")
     model = tiny.make_text_model(folder, tied=True)
     engine = engine_process.start(folder)
@@ -42,7 +49,7 @@ def tied(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def step_vl(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A STEP3-VL. A test that loads other weights puts the old ones back."""
+    """A STEP3-VL. A test that loads other weights must load the first ones again."""
     folder = tmp_path_factory.mktemp("step_vl")
     model = tiny.make_step_vl(folder)
     engine = engine_process.start(folder, max_images_per_prompt=3)
@@ -52,7 +59,7 @@ def step_vl(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with plugins.py, whose rewards do what the answer says."""
+    """A folder with the file plugins.py of tests/support/reward_plugins.py."""
     path = tmp_path_factory.mktemp("recipe")
     path.joinpath("plugins.py").write_text(PLUGINS)
     return path
@@ -67,5 +74,5 @@ def runner(plugins: Path) -> Iterator[RewardRunner]:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries follow at once (see judge_server.hurry)."""
+    """Clients of endpoints retry at once."""
     hurry(monkeypatch)

@@ -1,5 +1,6 @@
-"""Runs the project's commands as a user would, and finds processes that they leave behind."""
+"""Runs the project's commands as a user would, and finds and ends the processes that they leave behind."""
 
+import atexit
 import gzip
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +22,11 @@ PATIENCE = 240  # seconds that a small run may take on a busy machine
 
 
 class Command:
-    """`python -m ...`, started in `folder`; every process it starts, however indirectly, carries a mark."""
+    """`python -m ...`, started in `folder`.
+
+    The mark, an environment variable, is inherited by every process that the command starts, directly or indirectly.
+    `end_all` (called after each test, tests/conftest.py) kills what still runs.
+    """
 
     def __init__(self, *arguments: object, folder: Path = ROOT, environment: Mapping[str, str] = NOTHING) -> None:
         self.mark = uuid.uuid4().hex
@@ -34,34 +40,48 @@ class Command:
             text=True,
             start_new_session=True,
         )
+        _started.append(self)
 
     def finish(self, timeout: float = PATIENCE) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error."""
+        """Waits for the end; returns exit code, standard output and standard error."""
         try:
             out, err = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            self.kill()
+            self.end()
             raise
         return self.process.returncode, out, err
 
     def interrupt(self) -> None:
-        """Ctrl-C, as a terminal sends it: to every process of the group."""
+        """Sends SIGINT to every process of the group, as a terminal does for Ctrl-C."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def kill(self) -> None:
-        """kill -9 of this process alone, as a crash would be."""
+        """Kills this process alone with SIGKILL, as a crash would."""
         self.process.kill()
         self.process.communicate()
 
+    def end(self, patience: float = 30) -> None:
+        """Kills every process that carries the mark."""
+        deadline = time.monotonic() + patience
+        while (found := self.marked()) and time.monotonic() < deadline:  # again, because they may start others
+            for pid, _ in found:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        self.process.wait(patience)
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe:
+                pipe.close()
+
     def left_behind(self, patience: float = 20) -> list[str]:
-        """Command lines of processes with our mark that are still there after `patience` seconds."""
+        """Command lines of processes with the mark that still run after `patience` seconds."""
         deadline = time.monotonic() + patience
         while (found := [line for _, line in self.marked()]) and time.monotonic() < deadline:
             time.sleep(0.2)
         return found
 
     def marked(self) -> list[tuple[int, str]]:
-        """(process id, command line) of everything that it has started and that runs."""
+        """(process id, command line) of every running process that carries the mark."""
         wanted, found = f"{MARK}={self.mark}".encode(), []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -70,15 +90,25 @@ class Command:
                 if wanted in (entry / "environ").read_bytes():
                     line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
                     found.append((int(entry.name), line))
-            except OSError:  # gone, or not ours
+            except OSError:  # the process has ended, or belongs to another user
                 continue
         return [(pid, line) for pid, line in found if line]
+
+
+_started: list[Command] = []
+
+
+@atexit.register
+def end_all() -> None:
+    """Ends all commands that were started since the last call."""
+    while _started:
+        _started.pop().end()
 
 
 def run(
     *arguments: object, folder: Path = ROOT, timeout: float = PATIENCE, environment: Mapping[str, str] = NOTHING
 ) -> tuple[int, str, str]:
-    """A command from start to end, after which nothing of it may be left."""
+    """Runs a command to its end and asserts that no process of it is left; returns what `finish` returns."""
     command = Command(*arguments, folder=folder, environment=environment)
     result = command.finish(timeout)
     assert command.left_behind() == []
@@ -86,7 +116,7 @@ def run(
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Until it is true."""
+    """Waits until the condition is true; fails after PATIENCE seconds."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
@@ -94,7 +124,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def wait_for(condition: Callable[[], bool], command: Command) -> None:
-    """Until it is true, while the command runs."""
+    """Waits until the condition is true; fails if the command ends before."""
 
     def fulfilled() -> bool:
         if condition():
@@ -106,29 +136,30 @@ def wait_for(condition: Callable[[], bool], command: Command) -> None:
 
 
 def wait_for_iteration(folder: Path, iteration: int, command: Command) -> None:
-    """Until metrics.jsonl has that iteration."""
+    """Waits until metrics.jsonl has that iteration; fails if the command ends before."""
     wait_for(lambda: any(line["iteration"] >= iteration for line in metrics(folder)), command)
 
 
 def named(command: Command, kind: str) -> list[int]:
-    """Ids of the command's worker processes of a class."""
+    """Ids of the command's Ray actors whose class name starts with `kind`."""
     return [pid for pid, line in command.marked() if line.startswith(f"ray::{kind}")]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Returns the complete lines of metrics.jsonl; a last line that is being written is skipped."""
     file = folder / "metrics.jsonl"
     whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
     return [json.loads(line) for line in whole.splitlines()]
 
 
 def samples(folder: Path, iteration: int) -> list[dict[str, Any]]:
-    """An iteration's rollouts as they were saved."""
+    """Returns the saved samples of an iteration."""
     with gzip.open(folder / f"rollouts/{iteration:06d}.jsonl.gz", "rt") as file:
         return [json.loads(line) for line in file]
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What must be the same in two runs: everything but times, throughput and checkpoints being written."""
+    """Returns the metrics that must be equal in two runs: all but times, throughput and `checkpoint/*`."""
     return [
         {k: v for k, v in line.items() if not k.startswith(("time/", "checkpoint/", "rollout/tokens_per_second"))}
         for line in lines

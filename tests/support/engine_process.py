@@ -1,20 +1,24 @@
-"""vLLM engines for tests in one process of their own: they alter torch and the environment of their process."""
+"""vLLM engines for tests, all in one separate process: vLLM changes torch and the environment of its process."""
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rl.types import Completion, Picture, Request
 from rollout.vllm.engine import Engine
 
-_engines: dict[int, Engine] = {}  # in the engines' process
+PATIENCE_S = 300.0  # for one call
+
+_engines: dict[int, Engine] = {}  # in the separate process
 
 
 class RemoteEngine:
-    """An Engine of the other process, with the same methods."""
+    """An Engine in the separate process, with the same methods."""
 
     def __init__(self, process: "EngineProcess", key: int) -> None:
         self._process, self._key = process, key
@@ -36,10 +40,12 @@ class RemoteEngine:
 
 
 class EngineProcess:
-    """Imports vLLM once; engines in it share the cost. Errors are raised here as they were there."""
+    """A process that imports vLLM once and holds several engines. Its exceptions are raised here."""
 
     def __init__(self) -> None:
-        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=os.setsid)
+        self._pid = self._pool.submit(os.getpid).result()
         self._count = 0
 
     def start(self, folder: Path, **options: Any) -> RemoteEngine:
@@ -48,11 +54,23 @@ class EngineProcess:
         return RemoteEngine(self, self._count)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call an importable function over there."""
-        return self._pool.submit(function, *arguments).result()
+        """Calls an importable function in the separate process. If this wait ends before the call does, by
+        PATIENCE_S or by the test's own time limit, the process is killed, so that nothing waits for it."""
+        call = self._pool.submit(function, *arguments)
+        try:
+            return call.result(timeout=PATIENCE_S)
+        finally:
+            if not call.done():
+                self._kill()
 
     def close(self) -> None:
-        self._pool.shutdown()
+        """Ends the process, and the processes that vLLM has started in it."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._kill()
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._pid, signal.SIGKILL)
 
 
 def _start(key: int, folder: str, options: Mapping[str, Any]) -> None:
@@ -68,5 +86,5 @@ def _get(key: int, attribute: str) -> Any:
 
 
 def shared_memory_segments() -> set[str]:
-    """Named segments on this machine."""
+    """Names of the shared memory segments on this machine that Python has made."""
     return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}

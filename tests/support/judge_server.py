@@ -126,8 +126,8 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def judge_server(script: Script | list[Any]) -> Iterator[JudgeServer]:
     server = JudgeServer(script)
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         server.stop()
