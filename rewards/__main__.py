@@ -1,9 +1,9 @@
-"""The author's tools: `python -m rewards list`, and `python -m rewards try TARGET SAMPLES.jsonl [--json]`.
+"""Tools for authors of rewards: `python -m rewards list`, and `python -m rewards try TARGET SAMPLES.jsonl [--json]`.
 
-`try` scores samples as a run would, in processes that can be killed, and shows score, details and time of each. For
-a reward that compares with ground truths it also checks that each truth, given as the response, scores the maximum.
-Exit codes as of rl.run: 0 done, 2 the input is wrong (also: a ground truth that does not score the maximum), 1 anything
-else, such as an endpoint that does not answer.
+`try` scores samples as a run would, in processes that can be killed, and prints score, details and time of each. If
+the reward compares with ground truths, it also checks that each ground truth, given as a response, scores the maximum.
+Exit codes: 0 done, 2 wrong input (or a ground truth that does not score the maximum), 1 any other error, such as an
+endpoint that does not answer. Tested in tests/runs/test_reward_guide.py.
 """
 
 import argparse
@@ -29,31 +29,31 @@ from rl.exits import DONE, WRONG_INPUT, run_command
 from rl.recipe.layers import find_recipe, shipped_recipes
 from rl.types import Prompt, Rollout, Scored
 
-TRIED = "tried"  # the task that all samples are scored as
-SHOWN = 10  # ground truths that fail, spelled out
-MOST_WAIT_S = 60.0  # for an endpoint that does not answer: somebody sits and watches
+TRIED = "tried"  # all samples are scored as samples of this task, or by the row judge of this name
+SHOWN = 10  # the most failing ground truths that are printed
+MOST_WAIT_S = 60.0  # for an endpoint that does not answer; shorter than in a run, because a person waits
 
 
 @dataclass(frozen=True)
 class Target:
-    """What scores the samples: the rewards of one task, or a judge of their rows."""
+    """What scores the samples: the rewards of one task, or a row judge."""
 
     specs: Sequence[RewardSpec]
     endpoints: Mapping[str, EndpointSpec]
-    task: str | None = None  # in a recipe
+    task: str | None = None  # the task's name in a recipe
     row_judge: ScorerSpec | None = None
 
     @property
     def verifiable(self) -> dict[str, RewardSpec]:
-        """The rewards that compare with ground truths, by number."""
-        found = [one for one in self.specs if get(one.use, one.params).reward.truth_as_text]
-        return {str(number): one for number, one in enumerate(found)}
+        """The rewards that compare with ground truths, each as a task of its own: "0", "1", ..."""
+        verifiable = [spec for spec in self.specs if get(spec.use, spec.params).reward.truth_as_text]
+        return {str(number): spec for number, spec in enumerate(verifiable)}
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m rewards", description="List rewards, and try one on samples.")
     commands = p.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="every reward and penalty with its parameters")
+    commands.add_parser("list", help="list every reward, penalty and row judge with its parameters")
     trial = commands.add_parser("try", help="score samples with a reward")
     trial.add_argument("target", help="registered name, pkg.module:Name, file.py:Name, or RECIPE:task")
     trial.add_argument("samples", help="JSONL of data rows with a `response`, such as a run's rollouts/000001.jsonl.gz")
@@ -66,24 +66,24 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     args = parser().parse_args(arguments)
-    work = _list if args.command == "list" else partial(_try, args)
-    return run_command(work, input_errors=(ValueError, OSError))
+    command = _list if args.command == "list" else partial(_try, args)
+    return run_command(command, input_errors=(ValueError, OSError))
 
 
 # list
 
 
 def _list() -> int:
-    for found in all_rewards():
-        kind = " (sees the group)" if found.group else "" if found.kind == "reward" else f" ({found.kind})"
-        print(f"{found.name}{kind}: {_first_line(found)}")
-        for parameter in found.parameters.values():
-            print(f"    {_parameter(parameter, found.annotation(parameter))}")
+    for reward in all_rewards():
+        kind = " (sees the group)" if reward.group else "" if reward.kind == "reward" else f" ({reward.kind})"
+        print(f"{reward.name}{kind}: {_first_line(reward)}")
+        for parameter in reward.parameters.values():
+            print(f"    {_parameter(parameter, reward.annotation(parameter))}")
     return DONE
 
 
-def _first_line(found: registry.Reward) -> str:
-    lines = (inspect.getdoc(found.target) or "no docstring").splitlines()
+def _first_line(reward: registry.Reward) -> str:
+    lines = (inspect.getdoc(reward.target) or "no docstring").splitlines()
     return lines[0].strip()
 
 
@@ -94,7 +94,7 @@ def _parameter(parameter: inspect.Parameter, annotation: Any) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """As a recipe's author thinks of it: `number > 0`, `'all' | 'majority'`, `name of an endpoint`."""
+    """A type in words for the author of a recipe: `float > 0`, `'all' | 'majority'`, `name of an endpoint`."""
     inner = get_args(annotation)
     match get_origin(annotation):
         case typing.Annotated if is_endpoint_name(annotation):
@@ -126,12 +126,11 @@ def _try(args: argparse.Namespace) -> int:
 
     target = _target(args.target, args.param, args.samples)
     samples = _of_task(read_samples(args.samples), target.task)
-    # One task for all: whatever the samples' own task was called, this is the reward they get now.
-    asked = [replace(one, prompt=replace(one.prompt, task=TRIED)) for one in samples]
+    renamed = [replace(one, prompt=replace(one.prompt, task=TRIED)) for one in samples]
     with _runner(target, args.workers) as runner:
-        scored = _rows_scored(runner, asked) if target.row_judge else runner.score(asked)
-        for sample in _as_lines(samples, scored) if args.json else _as_table(samples, scored):
-            print(sample)
+        scored = _score_rows(runner, renamed) if target.row_judge else runner.score(renamed)
+        for line in _as_lines(samples, scored) if args.json else _as_table(samples, scored):
+            print(line)
         return _check_truths(runner, target, [one.prompt for one in samples])
 
 
@@ -141,13 +140,13 @@ def _target(target: str, params: Sequence[str], samples: str) -> Target:
         if params:
             raise ValueError(f"{target} has its parameters in the recipe; leave out --param")
         return _of_recipe(file, task, samples)
-    given = dict(_assignment(text) for text in params)
-    kind = get(target, given).reward.kind
+    values = dict(_assignment(text) for text in params)
+    kind = get(target, values).reward.kind
     if kind == "row judge":
-        return Target((), {}, row_judge=ScorerSpec(use=target, params=given))
-    if kind == "penalty":  # shown by what it leaves of a reward of 1
-        return Target([RewardSpec(use="constant", penalties=(PenaltySpec(use=target, params=given),))], {})
-    return Target([RewardSpec(use=target, params=given)], {})
+        return Target((), {}, row_judge=ScorerSpec(use=target, params=values))
+    if kind == "penalty":  # shown as a reward of 1 that it lowers
+        return Target([RewardSpec(use="constant", penalties=(PenaltySpec(use=target, params=values),))], {})
+    return Target([RewardSpec(use=target, params=values)], {})
 
 
 def _assignment(text: str) -> tuple[str, Any]:
@@ -174,15 +173,15 @@ def _of_recipe(file: str, task: str, samples: str) -> Target:
 
 
 def _of_task(samples: list[Rollout], task: str | None) -> list[Rollout]:
-    """Those of the recipe's task, where samples have several; else all, whatever their task was called."""
-    mine = [one for one in samples if one.prompt.task == task]
-    if mine and len(mine) < len(samples):
-        print(f"{len(samples) - len(mine)} samples of other tasks are left out", file=sys.stderr)
-    return mine or samples
+    """The samples of the recipe's task if there are any, else all samples."""
+    matching = [one for one in samples if one.prompt.task == task]
+    if matching and len(matching) < len(samples):
+        print(f"{len(samples) - len(matching)} samples of other tasks are left out", file=sys.stderr)
+    return matching or samples
 
 
 def _runner(target: Target, workers: int) -> RewardRunner:
-    """Knows the target's rewards as one task, and each that compares with ground truths as a task of its own."""
+    """A runner with all of the target's rewards as the task TRIED, and with the tasks of `target.verifiable`."""
     alone = {name: [one.model_copy(update={"penalties": (), "weight": 1.0})] for name, one in target.verifiable.items()}
     tasks: dict[str, Sequence[RewardSpec]] = {TRIED: target.specs, **alone}
     judges = {TRIED: target.row_judge} if target.row_judge else {}
@@ -192,11 +191,11 @@ def _runner(target: Target, workers: int) -> RewardRunner:
         raise ValueError(
             f"endpoint {unserved[0]!r} is served by a run; start it by hand and give its url to try it here"
         )
-    runner.on_outage = _tell
+    runner.on_outage = _print_outage
     return runner
 
 
-def _rows_scored(runner: RewardRunner, samples: Sequence[Rollout]) -> list[Scored]:
+def _score_rows(runner: RewardRunner, samples: Sequence[Rollout]) -> list[Scored]:
     scores = runner.results([runner.submit_row(one.prompt, TRIED) for one in samples])
     return [
         Scored(one, score.value, score.invalid, details=score.details, seconds=score.seconds)
@@ -204,7 +203,7 @@ def _rows_scored(runner: RewardRunner, samples: Sequence[Rollout]) -> list[Score
     ]
 
 
-def _tell(outage: Outage) -> None:
+def _print_outage(outage: Outage) -> None:
     if outage.again:
         return
     state = f"does not answer: {outage.why}; trying for {MOST_WAIT_S:.0f} s" if outage.why else "is back"
@@ -231,20 +230,24 @@ def _as_table(samples: Sequence[Rollout], scored: Sequence[Scored]) -> Iterator[
     for sample, one in zip(samples, scored, strict=True):
         score = f"{one.reward:8.4f}" if one.invalid is None else " invalid"
         parts = {"parts": dict(one.parts)} if len(one.parts) > 1 else {}
-        said = json.dumps({**parts, **one.details}, ensure_ascii=False) if one.invalid is None else one.invalid
-        yield f"{sample.prompt.id[:32]:{width}}  {score}  {one.seconds:8.3f}  {said[:200]}"
+        details = json.dumps({**parts, **one.details}, ensure_ascii=False) if one.invalid is None else one.invalid
+        yield f"{sample.prompt.id[:32]:{width}}  {score}  {one.seconds:8.3f}  {details[:200]}"
     valid = [one.reward for one in scored if one.invalid is None]
     mean = f"mean {sum(valid) / len(valid):.4f}, " if valid else ""
     yield f"{len(scored)} samples, {mean}{len(scored) - len(valid)} invalid"
 
 
 def _check_truths(runner: RewardRunner, target: Target, prompts: Sequence[Prompt]) -> int:
-    """Each ground truth as a response must score the maximum of each reward that compares with it."""
+    """Checks that each ground truth, as a response, scores the maximum of each reward in `target.verifiable`.
+
+    Returns the exit code.
+    """
     distinct = {json.dumps([p.id, p.ground_truth], default=repr): p for p in prompts if p.ground_truth is not None}
     if not target.verifiable or not distinct:
         return DONE
-    checked = target.verifiable.items()
-    wrong = [line for name, spec in checked for line in _failing(runner, name, spec, distinct.values())]
+    wrong = [
+        line for task, spec in target.verifiable.items() for line in _failing(runner, task, spec, distinct.values())
+    ]
     if not wrong:
         print(f"ground truths: all {len(distinct)} score the maximum against themselves", file=sys.stderr)
         return DONE
@@ -259,8 +262,8 @@ def _failing(runner: RewardRunner, task: str, spec: RewardSpec, prompts: Any) ->
     responses = [Rollout(replace(one, task=task), as_text(one.ground_truth)) for one in prompts]
     for one in runner.score(responses):
         if one.invalid or one.reward < runner.highest(task) - 1e-9:
-            found = one.invalid or f"{one.reward:g} instead of {runner.highest(task):g} {json.dumps(dict(one.details))}"
-            yield f"  {one.rollout.prompt.id}: {one.rollout.text[:80]!r}: {found}"
+            why = one.invalid or f"{one.reward:g} instead of {runner.highest(task):g} {json.dumps(dict(one.details))}"
+            yield f"  {one.rollout.prompt.id}: {one.rollout.text[:80]!r}: {why}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""1.0 when an answer picks the right one of the choices A to J, else 0.0."""
+"""1.0 if the answer picks the right one of the choices A to J, else 0.0."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from rewards.text import marked_answer, normalised
 
 LETTERS = "ABCDEFGHIJ"
 
-# Bounded and possessive, so that no text makes these patterns step back over what they have read.
+# Bounded and possessive: no text makes these patterns backtrack.
 _DECORATION = r"(?:[\s*_(\[{\"'`$]|\\(?:text|textbf|mathbf|mathrm|boxed)\{){0,12}+"
 _CLOSING = r"[)\].:,;*_}\"'`$]"
 _WORD = r"(?:(?:option|choice|letter)\s{1,4}+)?"
@@ -18,7 +18,7 @@ _PHRASE = re.compile(
 )
 _FIRST = re.compile(rf"{_DECORATION}{_WORD}{_DECORATION}([A-J])(?![\w'\u2019-])", re.IGNORECASE)
 _LABEL_ENDS = re.compile(rf"\s{{0,8}}+(?:{_CLOSING}|$)")
-# A second choice behind the first: with a word or comma between, or set off as the first one is.
+# A second choice after the first: with a word or comma between, or with marks around it such as brackets.
 _SECOND = re.compile(
     rf"(?:{_CLOSING}|\s){{0,12}}+"
     rf"(?:(?<=,)|(?:[,;/&+]|or\b|and\b))\s{{0,8}}+{_WORD}[*_(\[{{\"'`$]{{0,8}}+([A-J])(?![\w'\u2019-]|\s{{1,4}}[a-z])"
@@ -32,15 +32,15 @@ _ANYWHERE = re.compile(
 
 @reward("choice", on_timeout="lowest", verifiable=True)
 def choice(rollout: Rollout) -> Score:
-    """The letter, or the text, of the right option; several letters are wrong.
+    """1.0 for the letter, or the text, of the right option; an answer with several letters is wrong.
 
-    What counts of the answer is its last `\\boxed{...}` if there is one, else what follows its last "Answer:", else
-    what follows its last "the answer is", else all of it, if short. That part begins with the letter ("B", "(b)",
-    "**B**", "B. Paris", "option B because ...") or is the text of an option. An answer that marks nothing may name
-    a single letter anywhere ("I think it's B").
+    The part of the answer that counts is its last `\\boxed{...}` if there is one, else the text after its last
+    "Answer:", else the text after its last "the answer is", else all of a short answer. That part begins with the
+    letter ("B", "(b)", "**B**", "B. Paris", "option B because ...") or is the text of an option. An answer that marks
+    nothing may have a single letter anywhere ("I think it's B").
 
-    The ground truth is a letter or the text of an option. The options come from the row's `meta["options"]`, a
-    list in the order of the letters or a mapping from letter to text; rows without them are judged by letter.
+    The ground truth is a letter or the text of an option. The options come from the row's `meta["options"]`, a list in
+    the order of the letters, or a mapping from letter to text. In rows without options only letters are compared.
     """
     options = _options(rollout)
     true = _true_letter(rollout, options)
@@ -57,10 +57,10 @@ def choice(rollout: Rollout) -> Score:
 
 
 def _letters(text: str, marked: bool, options: Mapping[str, str]) -> set[str]:
-    """The letters that the part of an answer that counts picks."""
+    """The letters that `text` picks, the part of an answer that counts."""
     plain = normalised(text)
-    if len(plain) > 1 and (meant := {letter for letter, option in options.items() if option == plain}):
-        return {min(meant)}
+    if len(plain) > 1 and (matching := {letter for letter, option in options.items() if option == plain}):
+        return {min(matching)}
     first = _FIRST.match(text)
     # "a cat" and "I think" begin with a word, not with a letter
     if first and (_LABEL_ENDS.match(text, first.end()) or first[1] in (LETTERS if marked else "BCDEFGHJ")):
@@ -86,13 +86,13 @@ def _true_letter(rollout: Rollout, options: Mapping[str, str]) -> str:
     letter = _letter(truth)
     if letter and (letter in options or not options):
         return letter
-    meant = [key for key, option in options.items() if option == normalised(str(truth))]
-    if len(meant) != 1:
+    matching = [key for key, option in options.items() if option == normalised(str(truth))]
+    if len(matching) != 1:
         raise Invalid(f"choice needs a letter A to J, or the text of one of the row's options; row {row} has {truth!r}")
-    return meant[0]
+    return matching[0]
 
 
 def _letter(value: Any) -> str:
-    """The letter that a row's value is ("B", "(b)", "B."), or ""."""
+    """The letter of a row's value such as "B", "(b)" or "B."; else ""."""
     bare = value.strip().strip("().:").upper() if isinstance(value, str) else ""
     return bare if len(bare) == 1 and bare in LETTERS else ""

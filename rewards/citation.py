@@ -1,10 +1,10 @@
-"""Behaviour penalty `citation`: references and links in an answer that nothing vouches for.
+"""Behaviour penalty `citation`: references and links in an answer that no known source confirms.
 
-The report "zeros the reward" on fabricated references or links. How it tells them is not published; what counts as
-a reference here, and what vouches for it, is a reconstruction.
+The report "zeros the reward" on fabricated references or links, and does not say how it detects them. What counts as a
+reference here, and what confirms one, is a reconstruction.
 """
 
-# ruff: noqa: RUF001  # punctuation and headings of several scripts are matched
+# ruff: noqa: RUF001  # patterns match punctuation and headings of several scripts
 
 import re
 from collections.abc import Callable, Iterator
@@ -18,8 +18,8 @@ from rewards.registry import load_module
 from rewards.text import visible, words_of
 
 MAX_LENGTH = 2048  # characters of a URL or identifier; a longer one is an offence
-MAX_ENTRY = 500  # characters of a reference list's entry that are compared
-MAX_ASKED = 20  # references the resolver is asked about, so that no answer can make it run out of time
+MAX_ENTRY = 500  # characters of an entry of a reference list that are compared
+MAX_ASKED = 20  # calls of the resolver per answer, so that no answer can make it run out of time
 
 _URL_CHARACTERS = r"[^\s<>\"'`^{}|\\\[\]「」『』（）《》【】“”‘’«»。，；：！？、]"
 _LINK = re.compile(rf"(?:https?|ftp)://{_URL_CHARACTERS}*+", re.IGNORECASE)
@@ -68,47 +68,45 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Reference:
-    """One thing referred to: `id` is what is compared and what a resolver gets ("mark:3" for a "[3]" that no
-    list has); "" if it is not well-formed."""
+    """A reference in a text: a link, an identifier, an entry of a reference list, or a mark such as "[3]"."""
 
-    id: str
-    host: str  # of a URL, or of the site that keeps such identifiers
-    shown: str
+    id: str  # normalised; compared, and given to the resolver ("mark:3" for a "[3]" without an entry); "" if malformed
+    host: str  # of a URL, or of the site of such identifiers
+    shown: str  # for the details
 
 
 @penalty("citation", timeout_s=30.0)
 class Citation:
-    """1.0 if the answer has a reference or link that nothing vouches for, else 0.0.
+    """1.0 if the answer has a reference or link that no known source confirms, else 0.0.
 
-    Details: how many references there were and the first five that offend.
+    Details: the number of references, and the first five that offend.
 
-    What counts: links (with a scheme, "www.", a domain with a path, or a domain or file as a markdown target), DOIs,
-    arXiv identifiers, and the entries of a reference list: lines under a heading such as "References", "Sources" or
-    "参考文献" that are numbered "[1]" or have a year and the look of a publication, and "[1]" lines anywhere that begin
-    with authors and have a year. An entry with a link or identifier in it stands or falls with that; any other is
-    taken for fabricated unless vouched for. Under such a heading, "[3]" after a word needs an entry 3. Without one,
-    "[3]" is an index or a list. Links in code and formulas count like others. Not judged: books and papers named in
-    running text.
+    These count as references: links (with a scheme, "www.", a domain with a path, or a domain or file as a markdown
+    target), DOIs, arXiv identifiers, and entries of a reference list. Entries are lines under a heading such as
+    "References", "Sources" or "参考文献" that are numbered "[1]" or have a year and look like a publication; and "[1]"
+    lines anywhere that begin with authors and have a year. If an entry contains a link or identifier, only that is
+    checked. Any other entry counts as fabricated unless it is confirmed. Under such a heading, "[3]" after a word needs
+    an entry 3; without a heading, "[3]" is an index or a list. Links in code and formulas count like others. Books and
+    papers named in running text are not checked.
 
-    What vouches for a reference: the prompt's messages (every role); the row's ground truth and the teacher's
-    response, because a link that a second model gave independently was not made up by this one; `allowed`; the
-    resolver. URLs are compared without scheme, "www.", fragment, tracking parameters and a final slash; DOIs without
-    case; arXiv identifiers without version. URLs with a user name, invisible characters or a host that is not well
-    formed are vouched for by nothing.
+    A reference is confirmed by: the prompt's messages (every role); the row's ground truth and the teacher's response
+    (a link that a second model gave independently is not invented); `allowed`; the resolver. URLs are compared without
+    scheme, "www.", fragment, tracking parameters and a final slash; DOIs without case; arXiv identifiers without
+    version. URLs with a user name, invisible characters or a malformed host are never confirmed.
 
-    allowed   domains, subdomains included ("wikipedia.org"; "doi.org" and "arxiv.org" stand for the identifiers too),
-              URLs, or DOI prefixes ("10.1038")
-    resolver  `pkg.module:function` or `file.py:function` (relative to the current folder): called with
-              "https://host/path", "doi:10.1000/182", "arxiv:1706.03762" or "text:<entry of a list>", normalised, in
-              printable characters and at most 2,048 long; says whether that exists. It is asked 20 times an answer
-              at most; more references than that which nothing else vouches for are an offence. For example:
+    allowed   domains, including their subdomains ("wikipedia.org"; "doi.org" and "arxiv.org" also allow the
+              identifiers), URLs, or DOI prefixes ("10.1038")
+    resolver  `pkg.module:function` or `file.py:function` (relative to the current folder): takes a normalised reference
+              "https://host/path", "doi:10.1000/182", "arxiv:1706.03762" or "text:<entry of a list>", in printable
+              characters and at most 2,048 long, and returns True if it exists. It is called at most 20 times per
+              answer; an answer that needs more calls offends. For example:
 
                   def in_catalogue(reference: str) -> bool:
                       return reference in open("catalogue.txt").read().split("\\n")
 
-    limit     references that are looked at, those written alike counted once; more are an offence
+    limit     the most references of an answer, identical ones counted once; more are an offence
 
-    Raises ValueError for a resolver that is not there, Invalid when it raises: that is not the model's doing.
+    Raises ValueError for a resolver that does not exist, and Invalid if it raises, which the policy did not cause.
     """
 
     def __init__(self, allowed: list[str] | None = None, resolver: str | None = None, limit: int = 200):
@@ -132,56 +130,59 @@ class Citation:
     def __call__(self, rollout: Rollout) -> Score:
         answer = _plain(rollout.answer)
         found: dict[str, Reference] = {}
-        for looked, reference in enumerate(references(answer, rollout.answer)):
-            if looked == self.limit:
-                return Score(1.0, {"references": looked, "why": f"more than {self.limit} references"})
+        for count, reference in enumerate(references(answer, rollout.answer)):
+            if count == self.limit:
+                return Score(1.0, {"references": count, "why": f"more than {self.limit} references"})
             found.setdefault(reference.id or reference.shown, reference)
         if not found:
             return Score(0.0, {"references": 0})
-        given = _plain("\n".join(_given(rollout)))
-        known = {r.id for r in references(given, given)}
-        words = f" {' '.join(_words(given))} "
-        offending, asked = [], 0
+        sources = _plain("\n".join(_sources(rollout)))
+        known = {r.id for r in references(sources, sources)}
+        words = f" {' '.join(_words(sources))} "
+        offending, resolver_calls = [], 0
         for reference in found.values():
             kind, _, name = reference.id.partition(":")
             if not reference.id or kind == "mark":
-                vouched = bool(reference.id) and f"[{name}]" in given
+                confirmed = bool(reference.id) and f"[{name}]" in sources
             elif reference.id in known or self.allows(reference) or (kind == "text" and f" {name} " in words):
-                vouched = True
+                confirmed = True
             else:
-                asked += 1
-                vouched = asked <= MAX_ASKED and self.confirmed(reference.id)
-            if not vouched:
+                resolver_calls += 1
+                confirmed = resolver_calls <= MAX_ASKED and self.resolves(reference.id)
+            if not confirmed:
                 offending.append(reference.shown)
             if len(offending) == 5:
                 break
         return Score(float(bool(offending)), {"references": len(found), "offending": offending})
 
     def allows(self, reference: Reference) -> bool:
-        """Whether an entry of `allowed` covers a well-formed reference."""
+        """True if an entry of `allowed` covers a well-formed reference."""
         if reference.id in self.urls:
             return True
         if reference.id.startswith("doi:") and self.doi_prefixes:
             doi = reference.id.removeprefix("doi:")
-            # "10.1038" is a whole registrant, not also 10.10385
+            # the prefix "10.1038" does not cover 10.10385
             if any(doi.startswith(p if "/" in p else f"{p}/") for p in self.doi_prefixes):
                 return True
         labels = reference.host.split(".")
         return any(".".join(labels[i:]) in self.domains for i in range(len(labels)))
 
-    def confirmed(self, identifier: str) -> bool:
-        askable = _askable(identifier)
-        if self.resolver is None or askable is None:
+    def resolves(self, identifier: str) -> bool:
+        """True if the resolver says that a reference exists; False without a resolver."""
+        argument = _resolver_argument(identifier)
+        if self.resolver is None or argument is None:
             return False
         try:
-            return bool(self.resolver(askable))
-        except Exception as e:  # somebody's function, which may raise anything
+            return bool(self.resolver(argument))
+        except Exception as e:  # the resolver's own code may raise anything
             raise Invalid(f"resolver {self.resolver_name} failed: {type(e).__name__}: {e}") from e
 
 
 def references(text: str, original: str) -> Iterator[Reference]:
-    """The links, identifiers and list entries of a text, those written alike once. `text` is without the invisible
-    characters that `original` may have; a URL that only shows when they are gone is not well-formed."""
+    """The links, identifiers and list entries of a text; identical ones once.
+
+    `text` is `original` without invisible characters. A URL that is in `text` but not in `original` is malformed.
+    """
     found = [m[0] for pattern in (_LINK, _BARE) for m in pattern.finditer(text)]
     for url in dict.fromkeys([*found, *(m[1] for m in _MARKDOWN.finditer(text))]):
         yield _url(url, original)
@@ -193,26 +194,26 @@ def _identifiers(text: str) -> Iterator[Reference]:
     for match in _DOI.finditer(text):
         doi = _trimmed(match[2]).lower()
         suffix = doi.partition("/")[2]
-        # A quotient such as 10.2500/4 is none, unless it says so.
+        # A quotient such as 10.2500/4 is no DOI, unless "doi" stands before it.
         if suffix[:1].isalnum() and (match[1] or len(suffix) > 5 or re.search(r"[a-z]", suffix)):
             yield _doi(doi)
     for match in _ARXIV.finditer(text):
         yield _arxiv(match[1])
 
 
-def _url(found: str, original: str) -> Reference:
-    shown = _trimmed(found)
-    bad = Reference("", "", shown[:200])
+def _url(url: str, original: str) -> Reference:
+    shown = _trimmed(url)
+    malformed = Reference("", "", shown[:200])
     if len(shown) > MAX_LENGTH or shown not in original:
-        return bad
+        return malformed
     address = shown.replace("&amp;", "&")
     try:
         parts = urlsplit(address if "://" in address[:8] else f"http://{address}")
         host, port = (parts.hostname or "").rstrip("."), parts.port
-    except ValueError:  # an address or a port that is none
-        return bad
+    except ValueError:  # a malformed address or port
+        return malformed
     if "@" in parts.netloc or "%" in parts.netloc or not re.fullmatch(r"[\w-]{1,63}(?:\.[\w-]{1,63})+", host):
-        return bad
+        return malformed
     host = host.removeprefix("www.")
     path = unquote(parts.path).rstrip("/")
     if host in ("doi.org", "dx.doi.org") and path.startswith("/10."):
@@ -234,17 +235,17 @@ def _arxiv(paper: str) -> Reference:
     return Reference(f"arxiv:{paper.lower()}", "arxiv.org", f"arxiv:{paper}"[:200])
 
 
-def _trimmed(found: str) -> str:
-    """Without the punctuation that ends a sentence or closes a bracket opened before the link."""
-    found = found[: MAX_LENGTH + 1]
-    while found and (found[-1] in ".,;:!?*_~'\"" or (found[-1] == ")" and found.count("(") < found.count(")"))):
-        found = found[:-1]
-    return found
+def _trimmed(link: str) -> str:
+    """A link without punctuation at its end, and without a bracket that was opened before the link."""
+    link = link[: MAX_LENGTH + 1]
+    while link and (link[-1] in ".,;:!?*_~'\"" or (link[-1] == ")" and link.count("(") < link.count(")"))):
+        link = link[:-1]
+    return link
 
 
 def _listed(text: str) -> Iterator[Reference]:
-    """The entries of reference lists that have no link in them, and marks that a list has no entry for."""
-    listing, headed = False, False
+    """The entries of reference lists without a link or identifier, and marks such as "[3]" without an entry."""
+    listing, headed = False, False  # now under a heading of a list; such a heading was there
     numbers: set[str] = set()
     prose: list[str] = []
     for whole in text.split("\n"):
@@ -274,14 +275,17 @@ def _listed(text: str) -> Iterator[Reference]:
 
 
 def _is_entry(item: str, numbered: bool, listing: bool) -> bool:
-    """Whether a line refers to a publication. Under a heading "[1]" is enough; bulleted lists of other things have
-    headings like "Sources" too, and numbered steps come without one, so that those have to look like a publication."""
+    """True if a line is an entry of a reference list.
+
+    Under a heading, "[1]" is enough. Other lines must look like a publication, because bulleted lists of other things
+    have headings like "Sources" too, and numbered steps have no heading.
+    """
     if numbered and listing:
         return bool(item.strip())
     if not _YEAR.search(item):
         return False
-    written = _AUTHORS.match(item.lstrip("*_ ")) is not None
-    return (written or _PUBLISHED.search(item) is not None) if listing else (numbered and written)
+    authors = _AUTHORS.match(item.lstrip("*_ ")) is not None
+    return (authors or _PUBLISHED.search(item) is not None) if listing else (numbered and authors)
 
 
 def _words(text: str) -> list[str]:
@@ -289,20 +293,21 @@ def _words(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Without invisible characters and lone surrogates; full-width letters and signs of links made plain."""
+    """`text` without invisible characters and lone surrogates, and with full-width letters and link signs as ASCII."""
     plain = visible(text).translate({0xFF0E: ".", 0xFF0F: "/"} | {0xFF21 + i: 0x41 + i for i in range(58)})
     return plain.replace("：//", "://")
 
 
-def _given(rollout: Rollout) -> Iterator[str]:
+def _sources(rollout: Rollout) -> Iterator[str]:
+    """Texts of the row that confirm references."""
     yield from map(words_of, rollout.prompt.messages)
     yield rollout.prompt.reference or ""
     truth = rollout.prompt.ground_truth
     yield truth if isinstance(truth, str) else ""
 
 
-def _askable(identifier: str) -> str | None:
-    """An identifier as a resolver gets it; None if it cannot be written plainly."""
+def _resolver_argument(identifier: str) -> str | None:
+    """An identifier in the form that the resolver gets; None if it cannot be written in printable characters."""
     if not identifier.startswith("https://"):
         return identifier if identifier.isprintable() and len(identifier) <= MAX_LENGTH else None
     host, slash, rest = identifier.removeprefix("https://").partition("/")

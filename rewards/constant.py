@@ -5,5 +5,5 @@ from rewards import Rollout, reward
 
 @reward("constant")
 def constant(rollout: Rollout) -> float:
-    """1.0 whatever the response; what its penalties leave of that is the task's reward."""
+    """1.0 for every response; the task's reward is 1.0 lowered by its penalties."""
     return 1.0

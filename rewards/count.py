@@ -1,4 +1,4 @@
-"""Whether an answer counts right: its number, or its points on the things that were to be counted."""
+"""Counting: 1.0 for the true number, or how well the answer's points match the counted things."""
 
 import math
 import re
@@ -8,29 +8,39 @@ import numpy as np
 from pydantic import Field
 
 from rewards import Invalid, Rollout, Score, reward
-from rewards.geometry import EITHER, POINTS, Coordinates, matched, readable, shapes, shown, true_shapes, units
+from rewards.geometry import (
+    EITHER,
+    POINTS,
+    Coordinates,
+    best_pairs,
+    for_details,
+    picture_size,
+    shapes,
+    true_shapes,
+    usable,
+)
 from rewards.text import marked_answer, normalised
 
 _SMALL = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _SMALL += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _WORDS = {word: n for n, word in enumerate(_SMALL)} | {word: 10 * n for n, word in enumerate(_TENS, 2)} | {"none": 0}
-# No part of a power, a fraction, a name or a longer number: "9^9", "3/4", "B2" and "1.2.3" count nothing.
+# Not a part of a power, a fraction, a name or a longer number: "9^9", "3/4", "B2" and "1.2.3" do not match.
 _FIGURES = re.compile(r"(?<![\w.,^/\u2212-])\d{1,15}+(?:,\d{3})*+(?:\.\d{0,15}+)?(?![\w^/]|[-.,]\d)")
 _SPELLED = re.compile(rf"\b(?:({'|'.join(_TENS)})[- ])?({'|'.join(_WORDS)})\b")
 
 
 @reward("count", on_timeout="lowest", verifiable=True)
 class Count:
-    """1.0 for the true number, else 0.0; where the truth is a list of points, how well the answer's match them.
+    """1.0 for the true number, else 0.0; for a list of true points, how well the answer's points match them.
 
-    Number: the last one in figures, else the last one in words, of the last `\\boxed{...}`, else of what follows
-    the last "Answer:", else of a short answer as a whole; the coordinates of points and boxes are skipped.
+    Number: the last one in figures, else the last one in words, in the last `\\boxed{...}`, else in the text after
+    the last "Answer:", else in a short answer as a whole; the coordinates of points and boxes are skipped.
 
-    Points (predict the points, and by that the count, as Perception-R1 does): matched one to one so that the
-    sum of max(0, 1 - d / radius) is the largest, and that sum / max(points given, true points). d is the
-    Euclidean distance in fractions of the picture. Missing and superfluous points cost the same. An answer that
-    only states a number earns 0.0 here: it shows nothing that could be checked against the picture.
+    Points (the answer gives the points, and by that the count, as in Perception-R1): they are matched one to one so
+    that the sum of max(0, 1 - d / radius) is the largest; the value is that sum / max(points given, true points). d is
+    the Euclidean distance in fractions of the picture. A missing point costs as much as a superfluous one. An answer
+    that only states a number earns 0.0 here: nothing in it can be checked against the picture.
 
     The report describes no reward for counting; formula and radius are a reconstruction.
     """
@@ -40,7 +50,7 @@ class Count:
         self.coordinates: Coordinates = coordinates
 
     def setup(self) -> None:
-        matched(np.ones((1, 1)))  # its first call imports, which no sample's time and memory should pay for
+        best_pairs(np.ones((1, 1)))  # the first call imports scipy, which must not count against a sample's limits
 
     def __call__(self, rollout: Rollout) -> Score:
         if isinstance(rollout.prompt.ground_truth, list | tuple):
@@ -59,12 +69,12 @@ class Count:
         found = shapes(POINTS, rollout.answer)
         if not found:
             return Score(0.0, {"why": "no point in the answer"})
-        points, why = readable(found, units(rollout, self.coordinates))
+        points, why = usable(found, picture_size(rollout, self.coordinates))
         if not points:
-            return Score(0.0, {"why": why, "points": shown(found)})
+            return Score(0.0, {"why": why, "points": for_details(found)})
         apart = np.linalg.norm(np.asarray(points)[:, None] - np.asarray(true)[None], axis=-1)  # [given, true]
-        value = float(matched(np.clip(1 - apart / self.radius, 0, None)).sum()) / max(len(found), len(true))
-        return Score(value, {"given": len(found), "true": len(true), "points": shown(found)})
+        value = float(best_pairs(np.clip(1 - apart / self.radius, 0, None)).sum()) / max(len(found), len(true))
+        return Score(value, {"given": len(found), "true": len(true), "points": for_details(found)})
 
 
 def _number(text: str) -> float | None:

@@ -115,8 +115,8 @@ class SampleClock:
 
     def _reschedule(self) -> None:
         if self._scope and not self._scope.expired():
-            left = self._limit - self.elapsed
-            self._scope.reschedule(None if self._pauses else asyncio.get_running_loop().time() + left)
+            remaining = self._limit - self.elapsed
+            self._scope.reschedule(None if self._pauses else asyncio.get_running_loop().time() + remaining)
 
 
 clock: ContextVar[SampleClock | None] = ContextVar("clock", default=None)

@@ -1,4 +1,4 @@
-"""1.0 when the answer is the ground truth, letter for letter after normalisation, else 0.0."""
+"""1.0 if the answer equals the ground truth as text, after normalisation, else 0.0."""
 
 from rewards import Invalid, Rollout, Score, reward
 from rewards.text import WINDOW, marked_answer, normalised
@@ -8,7 +8,7 @@ from rewards.text import WINDOW, marked_answer, normalised
 def exact(rollout: Rollout) -> Score:
     """Equal text, ignoring case, runs of white space and one final period.
 
-    What counts of the answer is its last `\\boxed{...}` if there is one, else what follows its last
+    The part of the answer that counts is its last `\\boxed{...}` if there is one, else the text after its last
     "Answer:", else all of it. The ground truth is text or a number.
     """
     truth = rollout.prompt.ground_truth

@@ -1,4 +1,4 @@
-"""1.0 when a whole response, thinking included, keeps the agreed tags, else 0.0."""
+"""1.0 if a whole response, thinking included, has the agreed tags, else 0.0."""
 
 from typing import Annotated
 
@@ -15,9 +15,9 @@ def format_tags(
 ) -> Score:
     """1.0 for `<think>...</think>` and then an answer: each tag opened and closed once, in the order of `tags`.
 
-    Nothing but white space stands before and between the tagged parts. What follows is the answer and not empty;
-    with `answer_tag` it stands in that tag, and nothing after it. A tagged part of `tags` may be empty, as that
-    of a model told not to think is.
+    Only white space may stand before and between the tagged parts. The answer follows them and must not be empty. With
+    `answer_tag` the answer must be in that tag, with nothing after it. A part in one of `tags` may be empty, because a
+    model that is told not to think leaves it empty.
 
     The report mentions no format reward; this one is a reconstruction of the usual kind.
     """

@@ -99,11 +99,11 @@ class GenRM:
         if empty(rollout.answer):
             return Score(0.0, {"why": "an empty answer"})
         doublings = over_length(rollout.answer, reference)
-        asked, reference = question(row), cut(reference, self.max_chars)
+        chat, reference = question(row), cut(reference, self.max_chars)
         try:
             first, second = await together(
-                self.judge.ask(row, {"question": asked, "response_b": reference}, {"response_a": rollout.answer}),
-                self.judge.ask(row, {"question": asked, "response_a": reference}, {"response_b": rollout.answer}),
+                self.judge.ask(row, {"question": chat, "response_b": reference}, {"response_a": rollout.answer}),
+                self.judge.ask(row, {"question": chat, "response_a": reference}, {"response_b": rollout.answer}),
             )
         except Unjudgeable as e:
             return Score(0.0, {"why": str(e)})

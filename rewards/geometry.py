@@ -1,4 +1,4 @@
-"""Boxes and points in answers and in data rows: what the perception rewards share."""
+"""Reading boxes and points from answers and data rows. Shared by the perception rewards."""
 
 import math
 import re
@@ -17,11 +17,11 @@ Shape = tuple[float, ...]
 """(x1, y1, x2, y2) or (x, y)."""
 
 MOST = 500
-"""Boxes or points of one answer or one row; matching n with n takes n^3 steps."""
+"""The most boxes or points of one answer or one row; matching n with n takes n^3 steps."""
 LONGEST = 1 << 16
-"""Characters of an answer, counted from its end, that are searched for boxes and points."""
+"""This many characters of an answer, counted from its end, are searched for boxes and points."""
 
-# Possessive quantifiers and bounded blanks: no text makes these patterns step back over what they have read.
+# Possessive quantifiers and bounded blanks: no text makes these patterns backtrack.
 _NUMBER = r"([-+]?(?:\d++(?:\.\d*+)?|\.\d++|nan|inf(?:inity)?)(?:e[-+]?\d{1,6}+)?)"
 _BLANK = r"\s{0,16}+"
 _NEXT = rf"{_BLANK}[\])]?{_BLANK},?{_BLANK}[\[(]?{_BLANK}(?<![\d.])"
@@ -43,7 +43,7 @@ BOXES = re.compile(f"{_BOX}|{_NAMED_BOX}", re.IGNORECASE)
 POINTS = re.compile(f"{_POINT}|{_NAMED_POINT}", re.IGNORECASE)
 EITHER = re.compile(f"{_BOX}|{_NAMED_BOX}|{_POINT}|{_NAMED_POINT}", re.IGNORECASE)
 
-# What may stand between two members of one list: punctuation, numbers, "and", quoted keys and labels, tags.
+# The text allowed between two members of one list: punctuation, numbers, "and", quoted keys and labels, tags.
 _GLUE = re.compile(
     r"(?:[\s,;:.\d\[\](){}]|and\b|\"[^\"\n]*+\"|'[^'\n]*+'|\w{1,20}+="
     r"|\A/\w{1,20}+>|<\w{1,20}+\s?\Z|[\"']\Z"  # the rest of a tag or of a key that is part of the shape itself
@@ -52,25 +52,25 @@ _GLUE = re.compile(
 _GAP = 300  # characters; a label is shorter
 
 
-def counted(answer: str) -> str | None:
-    """The part of an answer whose boxes and points count: its last `\\boxed{...}`, which then may do without
-    brackets of its own; else what follows its last "Answer:"; else all of it. None if it marks nothing and is
-    longer than LONGEST."""
+def answer_part(answer: str) -> str | None:
+    """The part of an answer whose boxes and points count: its last `\\boxed{...}`, in brackets because the content may
+    have none; else the text after its last "Answer:"; else all of it. None if it marks nothing and is longer than
+    LONGEST."""
     boxed = last_boxed(answer[-LONGEST:])
     return marked_answer(answer, LONGEST) if boxed is None else f"[{boxed}]"
 
 
 def shapes(pattern: re.Pattern[str], answer: str, last_list: bool = False) -> list[Shape]:
-    """All shapes of the part of the answer that counts, as they stand, in order; those past MOST are left out
-    but one, so that there are visibly too many.
+    """All shapes in `answer_part`, in order, with the numbers as written; at most MOST + 1, to show that there are too
+    many.
 
-    Understood are `[x1, y1, x2, y2]` and `[x, y]` (alone, in lists, as values in JSON), the same in round
-    brackets, `(x1, y1), (x2, y2)`, numbers between tags such as `<box>` and `<point>`, and numbers with names.
+    Finds `[x1, y1, x2, y2]` and `[x, y]` (alone, in lists, as values in JSON), the same in round brackets,
+    `(x1, y1), (x2, y2)`, numbers between tags such as `<box>` and `<point>`, and numbers with names.
 
-    `last_list`: only the shapes listed together with the last one. Those before it, with other words than
-    labels in between, are earlier thoughts and count neither for nor against the answer.
+    With `last_list`, only the shapes in one list with the last one. Earlier shapes, with other words than labels in
+    between, are earlier thoughts and count neither for nor against the answer.
     """
-    text = counted(answer) or ""
+    text = answer_part(answer) or ""
     found: list[Shape] = []
     end = 0
     for match in pattern.finditer(text):
@@ -86,17 +86,17 @@ def _listed_together(gap: str) -> bool:
     return len(gap) <= _GAP and _GLUE.fullmatch(gap) is not None
 
 
-def readable(found: Sequence[Shape], size: tuple[float, float]) -> tuple[list[Shape], str]:
-    """Those of a model's shapes that can be used, in fractions of the picture, and why the first other can't."""
+def usable(found: Sequence[Shape], size: tuple[float, float]) -> tuple[list[Shape], str]:
+    """The usable shapes of an answer, in fractions of the picture, and why the first unusable one is not."""
     if len(found) > MOST:
         return [], f"more than {MOST} boxes or points"
-    shapes_read = [read(numbers, size) for numbers in found]
-    reasons = [shape for shape in shapes_read if isinstance(shape, str)]
-    return [shape for shape in shapes_read if not isinstance(shape, str)], reasons[0] if reasons else ""
+    checked = [usable_shape(numbers, size) for numbers in found]
+    reasons = [shape for shape in checked if isinstance(shape, str)]
+    return [shape for shape in checked if not isinstance(shape, str)], reasons[0] if reasons else ""
 
 
-def read(numbers: Shape, size: tuple[float, float]) -> Shape | str:
-    """A model's numbers in fractions of the picture, or why they can't be used."""
+def usable_shape(numbers: Shape, size: tuple[float, float]) -> Shape | str:
+    """A shape of an answer in fractions of the picture, or why it cannot be used."""
     if not all(map(math.isfinite, numbers)):
         return "a coordinate is not finite"
     fractions = as_fractions(numbers, size)
@@ -107,13 +107,13 @@ def read(numbers: Shape, size: tuple[float, float]) -> Shape | str:
     return fractions
 
 
-def shown(found: Sequence[Shape]) -> list[list[str]]:
-    """The first few shapes of an answer for a score's details, as text because JSON has no infinity."""
+def for_details(found: Sequence[Shape]) -> list[list[str]]:
+    """The first 20 shapes of an answer for a Score's details, as text because JSON has no infinity."""
     return [[repr(number) for number in numbers] for numbers in found[:20]]
 
 
-def units(rollout: Rollout, coordinates: Coordinates) -> tuple[float, float]:
-    """What one picture width and one picture height are in these coordinates.
+def picture_size(rollout: Rollout, coordinates: Coordinates) -> tuple[float, float]:
+    """The picture's width and height in these coordinates.
 
     Raises Invalid for pixels if the row has no picture.
     """
@@ -127,15 +127,16 @@ def units(rollout: Rollout, coordinates: Coordinates) -> tuple[float, float]:
 
 
 def true_shape(rollout: Rollout, value: Any, coordinates: Coordinates, lengths: Sequence[int], want: str) -> Shape:
-    """A box or point of the row's ground truth, a list of as many numbers as `lengths` allows (4 a box, 2 a
-    point), in fractions of the picture.
+    """A box or point of the row's ground truth, in fractions of the picture. `lengths` are the allowed numbers of
+    coordinates: 4 for a box, 2 for a point.
 
-    Raises Invalid if it is anything else or does not fit `coordinates`; `want` says what the reward takes.
+    Raises Invalid if `value` is anything else or does not fit `coordinates`; the message says with `want` what the
+    reward takes.
     """
     row = rollout.prompt.id
     if not is_shape(value) or len(value) not in lengths:
         raise Invalid(f"the ground truth of row {row} has {value!r} where this reward takes {want}")
-    fractions = as_fractions(tuple(value), units(rollout, coordinates))
+    fractions = as_fractions(tuple(value), picture_size(rollout, coordinates))
     if not all(0 <= c <= 1 for c in fractions):
         raise Invalid(
             f"the ground truth of row {row}, {value!r}, lies outside its picture if coordinates are "
@@ -147,7 +148,7 @@ def true_shape(rollout: Rollout, value: Any, coordinates: Coordinates, lengths: 
 
 
 def true_shapes(rollout: Rollout, coordinates: Coordinates, length: int, want: str) -> list[Shape]:
-    """The row's ground truth, one shape or a list of them, in fractions of the picture; raises as `true_shape`."""
+    """The shapes of the row's ground truth (one, or a list), in fractions of the picture. Raises as `true_shape`."""
     value, row = rollout.prompt.ground_truth, rollout.prompt.id
     several = isinstance(value, list | tuple) and bool(value) and all(isinstance(v, list | tuple) for v in value)
     values = list(value) if several else [value]
@@ -160,10 +161,12 @@ def as_fractions(numbers: Shape, size: tuple[float, float]) -> Shape:
     return tuple(number / size[i % 2] for i, number in enumerate(numbers))
 
 
-def matched(scores: np.ndarray) -> np.ndarray:
-    """The scores, falling, of those pairs (row, column), each row and column in one pair at most, whose sum is
-    the largest: the assignment that the Hungarian method finds."""
-    from scipy.optimize import linear_sum_assignment  # here: takes half a second and much address space
+def best_pairs(scores: np.ndarray) -> np.ndarray:
+    """Matches rows with columns one to one so that the sum of scores is the largest (Hungarian method).
+
+    Returns the scores of the pairs, in falling order.
+    """
+    from scipy.optimize import linear_sum_assignment  # imported here: takes half a second and much address space
 
     return np.sort(scores[linear_sum_assignment(scores, maximize=True)])[::-1]
 
@@ -173,12 +176,12 @@ def is_shape(value: Any) -> bool:
 
 
 def centre(shape: Shape) -> Shape:
-    """A box's middle; a point itself."""
+    """The middle of a box; a point unchanged."""
     return shape if len(shape) == 2 else ((shape[0] + shape[2]) / 2, (shape[1] + shape[3]) / 2)
 
 
 def inside(point: Shape, box: Shape) -> bool:
-    """Edges included."""
+    """True if the point is in the box, edges included."""
     return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
 
 
@@ -193,7 +196,7 @@ def box_ious(a: Sequence[Shape], b: Sequence[Shape]) -> np.ndarray:
     sides = np.minimum(left[..., 2:], right[..., 2:]) - np.maximum(left[..., :2], right[..., :2])
     common = np.clip(sides, 0, None).prod(-1)
     areas = (left[..., 2:] - left[..., :2]).prod(-1) + (right[..., 2:] - right[..., :2]).prod(-1)
-    # areas too small for a float count as no overlap
+    # a union too small for a float counts as no overlap
     return np.clip(common / np.maximum(areas - common, np.finfo(float).tiny), 0, 1)
 
 

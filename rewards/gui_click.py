@@ -1,4 +1,4 @@
-"""Whether an answer clicks the right element of a screen, or rightly says that the task is done."""
+"""Clicks on a screen: does the answer click the right element, or rightly declare the task done?"""
 
 import re
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ from rewards.geometry import (
     EITHER,
     Coordinates,
     Shape,
+    answer_part,
     box_iou,
     centre,
-    counted,
     inside,
-    read,
+    picture_size,
     shapes,
     true_shape,
-    units,
+    usable_shape,
 )
 
 HIT, NEAR, MISS, COMPLETED, STOPPED_EARLY = 1.0, 0.5, -1.0, 2.0, -0.5
@@ -33,22 +33,21 @@ _ACTION = re.compile(
 _BARE_DONE = re.compile(rf"\W{{0,8}}+(?:{'|'.join(_DONE)})\W{{0,8}}+", re.IGNORECASE)
 
 
-# Not verifiable: a row with an element to click earns 1 at best, and only one where the task is done earns the 2
-# that is the highest.
+# Not verifiable: the highest value is 2, and a row with an element to click earns at most 1.
 @reward("gui_click", on_timeout="lowest", lowest=MISS, highest=COMPLETED, needs="ground_truth")
 def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
     """Hit 1, near 0.5, miss -1, task rightly declared done 2, declared too early -0.5.
 
-    The ground truth is {"box": [x1, y1, x2, y2]} for an element to click, with the optional "elements", a list of
-    the boxes of all elements of the screen; or {"done": true} where nothing is left to do.
+    The ground truth is {"box": [x1, y1, x2, y2]} if there is an element to click; "elements" may be added, a list of
+    the boxes of all elements of the screen. It is {"done": true} if nothing is left to do.
 
-    The answer's last action counts: a point or a box (a click on its middle) in any usual way to write it,
-    `click(x, y)`, {"action": "click", "point": [x, y]}; or `done()`, `DONE`, {"action": "terminate"} and the like.
-    A hit lies in the true box, edges included. A click beside it is near if the smallest of the `elements` under
-    it overlaps the true one by an IoU over 0.5: so near needs `elements`, as a box with that IoU always has its
-    middle in the true one. All else, unreadable text included, is a miss.
+    The answer's last action counts: a point or a box (a click on its middle) in any usual notation, `click(x, y)`,
+    {"action": "click", "point": [x, y]}; or `done()`, `DONE`, {"action": "terminate"} and the like. A hit lies in the
+    true box, edges included. A click outside of it is near if the smallest of the `elements` that contain the click
+    overlaps the true box with an IoU above 0.5. So near needs `elements`: the middle of an answer's box with that IoU
+    always lies in the true box. Anything else, unreadable text included, is a miss.
 
-    The values, the threshold, what near means for a click and how an answer is read are a reconstruction.
+    The values, the threshold, the meaning of near for a click and the reading of answers are a reconstruction.
     """
     target, elements = _truth(rollout, coordinates)
     action = _action(rollout.answer)
@@ -58,7 +57,7 @@ def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
         return Score(COMPLETED if target is None else STOPPED_EARLY, {"outcome": "declared done"})
     if isinstance(action, str):
         return Score(MISS, {"why": f"the action is {action}"})
-    clicked = read(action, units(rollout, coordinates))
+    clicked = usable_shape(action, picture_size(rollout, coordinates))
     if isinstance(clicked, str):
         return Score(MISS, {"why": clicked})
     if target is None:
@@ -66,8 +65,8 @@ def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
     point = centre(clicked)
     if inside(point, target):
         return Score(HIT, {"outcome": "hit"})
-    under = [box for box in elements if inside(point, box)]
-    if under and box_iou(min(under, key=_area), target) > NEAR_IOU:
+    containing = [box for box in elements if inside(point, box)]
+    if containing and box_iou(min(containing, key=_area), target) > NEAR_IOU:
         return Score(NEAR, {"outcome": "near"})
     return Score(MISS, {"outcome": "miss"})
 
@@ -87,8 +86,8 @@ def _truth(rollout: Rollout, coordinates: Coordinates) -> tuple[Shape | None, li
 
 
 def _action(answer: str) -> Shape | str | None:
-    """Where the answer's last action clicks, "done", the name of an action that is neither, or None."""
-    text = counted(answer)
+    """The answer's last action: the clicked point or box, "done", the name of another action, or None."""
+    text = answer_part(answer)
     if text is None:
         return None
     if _BARE_DONE.fullmatch(text):

@@ -1,8 +1,7 @@
-"""Behaviour penalty `language_consistency`: an answer in another language than the question, or in two at once.
+"""Behaviour penalty `language_consistency`: an answer in another language than the question, or in two languages.
 
 The report discourages "code-switching and question-answer language mismatch" with a model-based penalty and gives
-neither the model nor a threshold. Everything measured here (rewards.prose, rewards.languages, the numbers) is a
-reconstruction.
+neither the model nor a threshold. The method (rewards.prose, rewards.languages) and all numbers are a reconstruction.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,32 +12,34 @@ from rewards.languages import LANGUAGES, TELLING, Identifier, Languages, same_sc
 from rewards.prose import MAX_CHARS, WORD, plain, without_code_and_quotations
 from rewards.text import words_of
 
-SCRIPT_TELLING = 5  # weight of prose that tells a script: two Han characters or a short Latin word
+SCRIPT_TELLING = 5  # weight of prose from which its script is known: two Han characters or a short Latin word
 
 
 @penalty("language_consistency", on_timeout="lowest")
 class LanguageConsistency:
     """1.0 if the answer is not in the question's language, or not in one language, else 0.0.
 
-    That is: if it (a) is in another language than the question, or (b) has more than `tolerance` of its prose in a
-    second language. Details: the languages, their shares and why.
+    An answer offends if (a) it is in another language than the question, or (b) more than `tolerance` of its prose is
+    in a second language. Details: the languages, their shares and the reason.
 
-    The question is the text of the last user message. Allowed are its language or languages; every language that a
-    user or system message names ("into French", "用英文回答"), whatever the reason it is named for; and the script of
-    the question's first and last word, where instructions about text in another language stand. A question too short
-    to tell only fixes the script ("Solve it" does not ask for Chinese), one without any prose fixes nothing.
+    The question is the text of the last user message. These languages are allowed: those of the question; every
+    language that a user or system message names ("into French", "用英文回答"), for whatever reason; and the script of
+    the question's first and last word, because an instruction about text in another language stands there. A question
+    that is too short to identify its language fixes only the script ("Solve it" does not ask for Chinese). A question
+    without prose fixes nothing.
 
-    What does not count: code, formulas, quotations up to 300 characters, blockquotes, URLs, words with digits, Latin
-    names and terms of up to three words in text of another script (until they are over half of the prose), a single
-    foreign word, and foreign words taken from the question. Fences and delimiters that never close hide nothing. An
-    answer of nothing but code or quotations is therefore not judged; its details say so. Two languages of one script
-    are told apart by pieces of forty letters, so a switch of one word between, say, English and Spanish goes
-    unnoticed.
+    These parts are ignored: code, formulas, quotations up to 300 characters, blockquotes, URLs, words with digits,
+    Latin names and terms of up to three words in text of another script (unless they are over half of the prose), a
+    single foreign word, and foreign words from the question. Code fences and delimiters that never close do not hide
+    the text after them. An answer of only code or quotations is not judged; its details say so. Two languages of one
+    script are distinguished in pieces of forty letters, so a switch of one word, for example from English to Spanish,
+    is not noticed.
 
-    languages  ISO 639-1 codes to tell apart, two or more; text in others is taken for the nearest of them
-    tolerance  share of the prose in a second language that is let pass (reconstruction)
-    reasoning  whether what stands before `</think>` is judged too (the report speaks of questions and answers)
-    accurate   lingua's large models, which take 11 s to load and 690 MB instead of 0.6 s and 40 MB
+    languages  ISO 639-1 codes of the languages to distinguish, two or more; text in another language is taken for the
+               most similar of them
+    tolerance  the allowed share of the prose in a second language (reconstruction)
+    reasoning  True: the text before `</think>` is judged too (the report speaks of questions and answers)
+    accurate   True: lingua's large models, which take 11 s to load and 690 MB instead of 0.6 s and 40 MB
 
     Raises ValueError for unknown languages.
     """
@@ -78,7 +79,7 @@ class LanguageConsistency:
         return Score(offence, details)
 
     def judged(self, found: Languages, allowed: set[str]) -> str:
-        """What is to be said of a text's languages; offences start with "another" or "mixed"."""
+        """The reason in the details; that of an offence starts with "another" or "mixed"."""
         main = found.main
         if main is None or found.total < TELLING:
             hidden = ", and nearly all of it is code, formulas or quotations" if found.dropped > 10 * TELLING else ""
@@ -96,23 +97,23 @@ class LanguageConsistency:
         return "consistent"
 
     def allowed(self, question: str, messages: Sequence[Mapping[str, Any]]) -> set[str]:
-        """Labels an answer may be in; empty if the question does not tell."""
+        """Labels of the languages and scripts that an answer may be in; empty if the question does not say."""
         found = self.identifier.analysed(question)
         if found.total < SCRIPT_TELLING:
             return set()
         labels = {label for label, weight in found.weights.items() if weight >= max(SCRIPT_TELLING, found.total / 10)}
-        # An instruction about text of another script stands at one end of it, however short it is.
+        # An instruction about text of another script stands before or after that text, and may be short.
         words = list(WORD.finditer(without_code_and_quotations(plain(question))))
         for word in (*words[:1], *words[-1:]):
             script = f"{word.lastgroup} script"
             if not (same_script(script, labels) or (word.lastgroup == "Han" and "ja" in labels)):
                 labels.add(script)
-        asked = "\n".join(words_of(m)[:MAX_CHARS] for m in messages if m["role"] != "assistant")
-        return labels | self.identifier.named_in(asked)
+        instructions = "\n".join(words_of(m)[:MAX_CHARS] for m in messages if m["role"] != "assistant")
+        return labels | self.identifier.named_in(instructions)
 
 
 def _agrees(label: str, allowed: set[str]) -> bool:
-    """Whether a label is allowed; one that only names a script agrees with every language of that script."""
+    """True if a label is allowed. A label that only names a script agrees with every language of that script."""
     if label in allowed:
         return True
     scripts = {one for one in allowed if one.endswith(" script")}

@@ -1,9 +1,8 @@
-"""Which languages a text is written in: scripts decide wherever they can, lingua's identifier the rest.
+"""Identifies the languages of a text: by script if only one language uses it, else with lingua's identifier.
 
-Scripts, thresholds and the list of common words are this project's own; the identifier is lingua's.
+Scripts, thresholds and the list of common words are this project's own.
+Tested in tests/rewards/test_language_consistency.py.
 """
-
-# words of many languages are what this file is about
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,44 +11,18 @@ from dataclasses import dataclass, field
 from rewards.prose import RANGES, UNSPACED, Run, plain, script_runs, without_code_and_quotations
 
 LANGUAGES = [
-    "en",
-    "zh",
-    "ja",
-    "ko",
-    "fr",
-    "de",
-    "es",
-    "pt",
-    "it",
-    "nl",
-    "pl",
-    "ru",
-    "uk",
-    "tr",
-    "ar",
-    "fa",
-    "hi",
-    "vi",
-    "id",
-    "th",
-    "sv",
-    "cs",
-    "he",
-    "el",
-    "ro",
-    "hu",
-    "fi",
-    "da",
-]
-# fmt: on
+    "en", "zh", "ja", "ko", "fr", "de", "es", "pt", "it", "nl", "pl", "ru", "uk", "tr",
+    "ar", "fa", "hi", "vi", "id", "th", "sv", "cs", "he", "el", "ro", "hu", "fi", "da",
+]  # fmt: skip
 NEAR = ({"da", "nb", "nn"}, {"id", "ms"}, {"bs", "hr", "sr"}, {"cs", "sk"})
-"""Languages that short texts cannot tell apart. Their confidences are added up, under the first one loaded."""
+"""Groups of languages that cannot be distinguished in short texts. Their confidences are added up, under the first
+loaded language of the group."""
 
-MAX_CHUNKS = 160  # pieces of text the identifier is asked about; of more, evenly spaced ones
-CHUNK = 40  # letters in a piece, at least: below this the identifier is often wrong
-TELLING = 20  # weight (about: Latin letters) of prose below which a language is not named
-SURE, UNLIKELY = 0.9, 0.05  # confidence of a piece's language and of the text's main one, for a switch to count
-TERM_WORDS = 3  # a Latin run this long inside another script is a name, an acronym or a technical term
+MAX_CHUNKS = 160  # the most pieces of text that the identifier gets; of more pieces, evenly spaced ones
+CHUNK = 40  # the fewest letters in a piece: for shorter ones the identifier is often wrong
+TELLING = 20  # weight of prose (about one per Latin letter) below which no language is identified
+SURE, UNLIKELY = 0.9, 0.05  # a piece is in another language if its confidence is SURE and the main one's UNLIKELY
+TERM_WORDS = 3  # a Latin run of at most this many words inside another script is a name, an acronym or a term
 
 _SCRIPT_OF = {
     **dict.fromkeys(["ru", "uk", "be", "bg", "mk", "kk", "mn"], "Cyrillic"),
@@ -59,8 +32,8 @@ _SCRIPT_OF = {
     **{"ka": "Georgian", "bn": "Bengali", "pa": "Gurmukhi", "gu": "Gujarati", "ta": "Tamil", "te": "Telugu"},
 }  # any other language: Latin
 
-# The names under which a question may ask for a language: its English name, its own, the Chinese and Japanese ones,
-# and for English those of the languages that most often ask for it.
+# Names of languages, by which a question may ask for one: its English name, its own, the Chinese and Japanese ones, and
+# for English the names in the languages that most often ask for it.
 _NAMES = {
     "en": "english englisch englische englischen anglais inglés inglês inglese engels engelska angielski ingilizce "
     "английск англійськ 英文 英语 英語 영어 الإنجليزية انگلیسی अंग्रेज़ी अंग्रेजी tiếng_anh inggris ภาษาอังกฤษ",
@@ -93,8 +66,8 @@ _NAMES = {
     "da": "danish dansk 丹麦语",
 }
 
-# Words that no sentence does without. The identifier's small models know letters only, and call "the longest side is
-# the hypotenuse" French; each of these it meets makes a language COMMON times likelier, MAX_COMMON of them at most.
+# The most frequent words of a language. The identifier's small models know only letters, and identify "the longest side
+# is the hypotenuse" as French; each of these words makes its language COMMON times likelier, at most MAX_COMMON words.
 _COMMON = {
     "en": "the of is and to that we are this it by with from for so which be in",
     "fr": "le la les des est et une un dans que qui pour du on donc sur par avec ce nous",
@@ -119,11 +92,11 @@ COMMON, MAX_COMMON = 4.0, 6
 
 @dataclass
 class Languages:
-    """The languages of one text: weight of prose (about: Latin letters) per label. A label is a language's code, or
-    "Latin script" and the like where the script is all that can be told."""
+    """The languages of one text. A label is a language's code, or "Latin script" and the like if only the script is
+    known."""
 
-    weights: dict[str, float] = field(default_factory=dict)
-    dropped: float = 0.0  # letters that do not count: code, formulas, quotations, terms
+    weights: dict[str, float] = field(default_factory=dict)  # label -> weight of its prose, about one per Latin letter
+    dropped: float = 0.0  # letters that do not count: code, formulas, quotations
 
     @property
     def total(self) -> float:
@@ -138,10 +111,10 @@ class Languages:
 
 
 class Identifier:
-    """Tells languages apart. Loading the 28 default ones takes 0.6 s and 40 MB; with `accurate`, 11 s and 690 MB.
+    """Identifies languages. Loading the 28 default ones takes 0.6 s and 40 MB; with `accurate`, 11 s and 690 MB.
 
-    languages  ISO 639-1 codes, two or more; text in others is taken for the nearest of them
-    accurate   lingua's large models
+    languages  ISO 639-1 codes, two or more; text in another language is taken for the most similar of them
+    accurate   True: lingua's large models
     """
 
     def __init__(self, languages: Sequence[str], accurate: bool = False):
@@ -153,8 +126,8 @@ class Identifier:
         self.names = {code: _pattern(_NAMES[code]) for code in self.languages if code in _NAMES}
 
     def load(self) -> None:
-        """Loads the models. Raises ValueError for codes that are no language's."""
-        import lingua  # here: only the process that scores needs it
+        """Loads the models. Raises ValueError for unknown codes."""
+        import lingua  # imported here: only the process that scores needs it
 
         known = {language.iso_code_639_1.name.lower(): language for language in lingua.Language.all()}
         if unknown := [code for code in self.languages if code not in known]:
@@ -167,12 +140,12 @@ class Identifier:
         self.confidences("The first question starts its threads, before memory is limited.", self.languages)
 
     def named_in(self, text: str) -> set[str]:
-        """Labels of the languages that a text calls by name."""
+        """Labels of the languages whose names are in a text."""
         return {self.nearest(code) for code, names in self.names.items() if names.search(text.casefold())}
 
     def analysed(self, text: str, known: str | None = None) -> Languages:
-        """The languages of a text. With the text of the question as `known`, as those of an answer: words that the
-        question contains, and a single word more, do not count as foreign."""
+        """The languages of a text. For an answer, `known` is the text of its question: words from the question, and one
+        other word, are not counted as a foreign script."""
         text = plain(text)
         prose = without_code_and_quotations(text)
         by_script = script_runs(prose)
@@ -182,14 +155,14 @@ class Identifier:
         for script, runs in by_script.items():
             if known is not None and script != main and _is_one_word(script, {r.text for r in runs}, known):
                 continue
-            if script == "Latin" and main != "Latin":  # in text of another script
+            if script == "Latin" and main != "Latin":  # names and terms in text of another script do not count
                 runs = [r for r in runs if r.words > TERM_WORDS]
             for label, letters in self.labelled(script, runs):
                 found.weights[label] = found.weights.get(label, 0.0) + letters
         return found
 
     def labelled(self, script: str, runs: Sequence[Run]) -> Iterator[tuple[str, float]]:
-        """Label and weight of each piece of one script's runs."""
+        """Label and weight of each piece of the runs of one script."""
         candidates = self.of_script.get(script, [])
         total = sum(r.weight for r in runs)
         if len(candidates) == 1 and total:
@@ -217,30 +190,32 @@ class Identifier:
                 yield (main if main and sure else f"{script} script"), weight
 
     def confidences(self, text: str, candidates: Sequence[str]) -> dict[str, float]:
-        """How sure the identifier is of each candidate, near relatives taken together; sums to 1 or nothing."""
+        """The identifier's confidence in each candidate, with the groups of NEAR added up. They sum to 1; {} if no
+        candidate fits."""
         found: dict[str, float] = {}
         words = text.casefold().split()
         for one in self.detector.compute_language_confidence_values(text):
             code = one.language.iso_code_639_1.name.lower()
             if code in candidates and one.value > 0:
                 common = min(MAX_COMMON, sum(word in self.common[code] for word in words)) if code in self.common else 0
-                relative = self.nearest(code)
-                found[relative] = found.get(relative, 0.0) + one.value * COMMON**common
+                label = self.nearest(code)
+                found[label] = found.get(label, 0.0) + one.value * COMMON**common
         total = sum(found.values())
         return {code: value / total for code, value in found.items()}
 
     def nearest(self, code: str) -> str:
-        relatives = next((group for group in NEAR if code in group), {code})
-        return next(c for c in self.languages if c in relatives)
+        """The first loaded language of the code's group in NEAR; the code itself if it is in no group."""
+        group = next((group for group in NEAR if code in group), {code})
+        return next(c for c in self.languages if c in group)
 
 
 def same_script(label: str, others: Iterable[str]) -> bool:
-    """Whether a label's script is that of one of the others."""
+    """True if the label has the same script as one of the others."""
     return _script(label) in {_script(one) for one in others}
 
 
 def _is_one_word(script: str, texts: set[str], known: str) -> bool:
-    """Whether what a text has of a second script is no more than one word that the question does not contain."""
+    """True if at most one word of `texts`, the runs in a second script, is not in the question `known`."""
     if len(texts) > MAX_CHUNKS:
         return False
     unknown = [text for text in texts if text not in known]
@@ -249,7 +224,7 @@ def _is_one_word(script: str, texts: set[str], known: str) -> bool:
 
 
 def _chunks(runs: Sequence[Run]) -> list[tuple[str, float]]:
-    """Runs put together to pieces of at least CHUNK letters, and long ones cut, with their weights."""
+    """Joins runs to pieces of at least CHUNK letters and cuts long runs. Returns the pieces with their weights."""
     chunks: list[tuple[str, float]] = []
     texts: list[str] = []
     weight = 0.0
@@ -259,7 +234,7 @@ def _chunks(runs: Sequence[Run]) -> list[tuple[str, float]]:
         if weight >= CHUNK:
             chunks.append((". ".join(texts), weight))
             texts, weight = [], 0.0
-    if texts and chunks:  # a short rest says little by itself
+    if texts and chunks:  # a short rest cannot be identified by itself, so it is joined to the last piece
         last, before = chunks.pop()
         chunks.append((". ".join([last, *texts]), before + weight))
     elif texts:
@@ -272,7 +247,8 @@ def _script(label: str) -> str:
 
 
 def _pattern(names: str) -> re.Pattern[str]:
-    """Finds any of the names: whole words in Latin script, beginnings of words elsewhere (cases, particles)."""
+    """A pattern that finds any of the names: in Latin script as whole words, in other scripts also as the beginning of
+    a word (which may have a case ending or a particle)."""
     parts = []
     for name in names.split():
         latin = re.match(f"[{RANGES['Latin']}]", name)

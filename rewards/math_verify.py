@@ -1,4 +1,4 @@
-"""1.0 when an answer's last result equals the ground truth as mathematics, else 0.0, says Math-Verify."""
+"""1.0 if the answer's last result equals the ground truth as mathematics, else 0.0; compared by Math-Verify."""
 
 import logging
 import math
@@ -11,14 +11,14 @@ from typing import Any
 from rewards import Invalid, Rollout, Score, reward
 from rewards.text import WINDOW, last_boxed, marked_answer, normalised
 
-LONGEST_BOX = 2000  # characters; longer than any result, short enough for the library's slower patterns
+LONGEST_BOX = 2000  # characters; longer than any result, and short enough for the library's slower patterns
 LONGEST_PROSE = 1500
 LONGEST_BARE = 200
 
-# What a ground truth may be, so that comparing any answer with it takes a second or two at most.
+# Limits of a ground truth, so that comparing any answer with it takes a second or two at most.
 DEEPEST = 10  # brackets within brackets
-MOST_DIGITS = 30_000  # of a number that it leads to
-MOST_TERMS = 300  # of a power that is multiplied out
+MOST_DIGITS = 30_000  # of a number that its evaluation leads to
+MOST_TERMS = 300  # of a power that is expanded
 MOST_ADDENDS = 10_000  # of a sum or product over a range
 
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boldsymbol|bm)\s?\{")
@@ -32,22 +32,22 @@ _BASED = re.compile(r"\(?([0-9A-Z]{1,99})\)?_(?:(\d)|\{(\d{1,2})\})")
 _NOON = re.compile(r"(?<=:\d\d)[ ~\\]{0,2}(?:\\text\{ ?)?([ap])\.? ?m\b\.?\}?", re.IGNORECASE)  # 6:30 p.m.
 _ENDING = re.compile(r"(?:\$([^$\n]{1,200})\$|\\\(([^\n]{1,200}?)\\\))[\s.*]{0,9}\Z")
 _WORD = re.compile(r"[A-Za-z]{3,99}|[Nn]o|NO")
-_EAGER = re.compile(r"binom|choose|gcd|lcm")  # the library works these out while it reads
+_EAGER = re.compile(r"binom|choose|gcd|lcm")  # the library evaluates these while it parses
 _TOO_MUCH_FOR_EAGER = re.compile(
     r"\d{5}|\^ ?\{[^}]{0,99}[\^!]|[)}!]!|binom(?!\{[\w+ -]{1,9}\}\{[\w+ -]{1,9}\})|\^.{0,9}\\choose|choose.{0,9}\^"
 )
 
 
 def plain(result: str) -> str:
-    """A result without what surrounds it (a final period, dollar signs, `\\text{}` around it all), and with what the
-    library does not read (thousands set off by blanks, roots and powers as characters) written as it does."""
+    """Normalises a result for the library. Removes a final period, dollar signs and a `\\text{}` around all of it, and
+    rewrites notations that the library cannot read, such as blanks between thousands, and √ and ² as characters."""
     text = result.replace(r"\$", "").strip("$ \n\t")
     for _ in range(4):
         if not text.endswith(".."):
             text = text.removesuffix(".").rstrip("$ ")
         opened = _WRAPPER.match(text)
         if not opened or last_boxed(rf"\boxed{{{text[opened.end() :]}") != text[opened.end() : -1].strip():
-            break  # nothing is wrapped, or not all of it
+            break  # no wrapper, or it ends before the text does
         text = text[opened.end() : -1].strip()
     text = _SEPARATOR.sub("", text.translate(_SIGNS).replace(r"\varnothing", r"\emptyset"))
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1].strip('()')}}}", text)
@@ -65,19 +65,19 @@ def _fraction(repeating: re.Match[str]) -> str:
 
 def _based(text: str) -> tuple[str, str] | None:
     """52_8 -> ("52", "8"); None if `text` is no number with a base."""
-    return (found[1], found[2] or found[3]) if (found := _BASED.fullmatch(text)) else None
+    return (match[1], match[2] or match[3]) if (match := _BASED.fullmatch(text)) else None
 
 
 class TooMuch(Exception):
-    """Working out an expression takes long; the message says what it leads to."""
+    """Evaluating an expression takes too long; the message says what it leads to."""
 
 
 def digits(expression: Any) -> float:
-    """About how many decimal digits the numbers have that working out a sympy expression leads to, judged from above
-    by its form alone. Raises TooMuch where these are too many, or its terms are.
+    """An upper estimate of the decimal digits of the numbers that evaluating a sympy expression leads to, from its form
+    alone. Raises TooMuch if there are too many digits or terms.
 
-    That covers powers, factorials, sums and products, however they are nested. Integrals, limits and the like have
-    no such measure and pass.
+    Covers powers, factorials, sums and products, nested in any way. Integrals, limits and the like are not estimated,
+    and pass.
     """
     if getattr(expression, "is_Rational", False):
         return math.log10(max(abs(expression.p), expression.q) + 1)
@@ -109,7 +109,8 @@ def digits(expression: Any) -> float:
 
 
 def _value(expression: Any) -> float:
-    """The absolute value of a number whose size is known to be bearable, at most 10^15; 1 for what has none."""
+    """The absolute value of a number, at most 10^15; 1 for an expression without a value. Call `digits` on it first:
+    the evaluation must not take long."""
     try:
         return min(abs(complex(expression)), 1e15)
     except OverflowError:
@@ -119,7 +120,7 @@ def _value(expression: Any) -> float:
 
 
 def _addends(expression: Any) -> int:
-    """How many terms the widest factor of an expression has."""
+    """The number of terms of the factor with the most terms."""
     kind, parts = type(expression).__name__, getattr(expression, "args", ())
     return len(parts) if kind == "Add" else max([1, *map(_addends, parts)]) if kind == "Mul" else 1
 
@@ -134,44 +135,44 @@ def _depth(text: str) -> int:
 
 
 def _without_percent(text: str) -> tuple[str, bool]:
-    """`text` without a percent sign at its end, and whether there was one."""
+    """`text` without a percent sign at its end, and True if there was one."""
     rest = _PERCENT.sub("", text)
     return rest.rstrip("\\ "), rest != text
 
 
 def _readings(text: str, percent: bool) -> list[str]:
-    """How the library shall read a result; one that had a percent sign is also a hundredth."""
+    """The texts that the library parses for a result; with a percent sign the result / 100 is one of them."""
     return [f"\\boxed{{{text}}}", *([rf"\boxed{{\frac{{{text}}}{{100}}}}"] if percent else [])]
 
 
 def _boxed(truth: object) -> str:
-    """A ground truth as a response; some are whole solutions that box their result."""
+    """A ground truth as a response: in a box, unless it is a whole solution that has one."""
     return text if last_boxed(text := str(truth)) else f"\\boxed{{{text}}}"
 
 
 @dataclass(frozen=True)
 class Truth:
-    """A ground truth as answers are compared with it."""
+    """A ground truth, prepared for comparisons."""
 
-    text: str  # as `plain` leaves it, without its percent sign
+    text: str  # the result of `plain`, without its percent sign
     percent: bool
     words: str | None  # normalised, if it is no formula
-    values: Sequence[list[Any]]  # what the library makes of each of its readings; none if it is no mathematics
+    values: Sequence[list[Any]]  # what the library parsed from each of `_readings`; empty if it is no mathematics
 
 
 @reward("math_verify", on_timeout="lowest", verifiable=_boxed)
 class MathVerify:
     """Equality as mathematics: 1/2, 0.5 and \\frac{2}{4} are the same.
 
-    Looks at the last `\\boxed{...}` of the answer; without one, at what the library finds last in the text,
-    and at what follows the last "Answer:" (or a short answer as a whole) read as a formula. Three things are not
-    left to the library: words are compared letter by letter (it takes them for products of variables), numbers in
-    another base by their base too, and 25% equals both 25 and 0.25 where only one side has the sign. A ground truth
-    that is plain text and no mathematics is compared as `exact` does. LaTeX that does not parse makes the row
-    invalid, and so does a truth that would use up the time of any answer compared with it.
+    Compares the last `\\boxed{...}` of the answer. Without one, it compares the last result that the library finds in
+    the text, and the text after the last "Answer:" (or a short answer as a whole) read as a formula. Three cases are
+    not left to the library. Words are compared letter by letter, because the library reads them as products of
+    variables. Numbers with a base must also have the same base. 25% equals both 25 and 0.25 if only one side has the
+    percent sign. A ground truth that is plain text and no mathematics is compared as `exact` does. A ground truth in
+    LaTeX that does not parse makes the row invalid; so does one that takes too long to compare with any answer.
 
-    The library's own time limits rest on SIGALRM, which a long operation inside one bytecode ignores and
-    which fails outside a main thread: they are off here, and the runner kills the process instead.
+    The library's own time limits use SIGALRM, which cannot interrupt a long operation inside one bytecode and which
+    fails outside the main thread. They are off here; the runner kills the process instead.
     """
 
     def setup(self) -> None:
@@ -180,33 +181,36 @@ class MathVerify:
         self._verify(self._formula("1"), self._formula("1"))  # the first call builds grammars
 
     def __call__(self, rollout: Rollout) -> Score:
-        given, row = rollout.prompt.ground_truth, rollout.prompt.id
-        if not isinstance(given, str | int | float):
-            raise Invalid(f"math_verify needs LaTeX or a number as ground truth; row {row} has {given!r}")
-        truth = self._truth(str(given), row)
+        ground_truth, row = rollout.prompt.ground_truth, rollout.prompt.id
+        if not isinstance(ground_truth, str | int | float):
+            raise Invalid(f"math_verify needs LaTeX or a number as ground truth; row {row} has {ground_truth!r}")
+        truth = self._truth(str(ground_truth), row)
         text, formula, prose = self._result(rollout.answer)
         if len(text) > LONGEST_BOX:
             return Score(0.0, {"why": f"a result of more than {LONGEST_BOX} characters"})
         details = {"answer": text[:200]}
-        said, percent = _without_percent(plain(text))
-        if percent == truth.percent and (said == truth.text or normalised(said) == truth.words):
+        result, percent = _without_percent(plain(text))
+        if percent == truth.percent and (result == truth.text or normalised(result) == truth.words):
             return Score(1.0, details)
         if not truth.values:
             return Score(0.0, details)
-        readings = _readings(said, percent and not truth.percent) if formula else []
-        parsed = [found for reading in [*readings, *prose] if (found := self._parse(reading))]
+        readings = _readings(result, percent and not truth.percent) if formula else []
+        parsed = [value for reading in [*readings, *prose] if (value := self._parse(reading))]
         if not parsed:
             return Score(0.0, {"why": "no mathematics in the answer", **details})
         values = truth.values[:1] if percent else truth.values
-        return Score(float(any(self._equal(truth, one, found) for one in values for found in parsed)), details)
+        return Score(float(any(self._equal(truth, true, given) for true in values for given in parsed)), details)
 
     def _result(self, answer: str) -> tuple[str, bool, list[str]]:
-        """The text that counts, whether it is a formula as a whole, and text in which the library shall find one."""
+        """The part of the answer that counts, True if all of it is a formula, and texts in which the library searches
+        for one."""
         if (boxed := last_boxed(answer[-WINDOW:])) is not None:
             return boxed, True, []
         prose = answer[-LONGEST_PROSE:]
         if len(prose) < len(answer):
-            prose = prose.partition("\n")[2] or prose  # a cut inside a formula would swap inside and outside
+            prose = (
+                prose.partition("\n")[2] or prose
+            )  # starts at a line: a cut inside a formula would confuse its dollar signs
         bare = (marked_answer(answer) or "").strip("*$ \n")
         if ending := _ENDING.search(prose):
             return (ending[1] or ending[2]).strip(), True, [prose]
@@ -241,7 +245,8 @@ class MathVerify:
         return Truth(text, percent, words, values if mathematics else [])
 
     def _equal(self, truth: Truth, value: list[Any], found: list[Any]) -> bool:
-        """Whether the library, or what it is not asked for, says so. The last thing it finds is the text it read."""
+        """True if two parsed results are equal: words and numbers with a base by their text, others by the library. The
+        last item of `found` is the text that the library parsed."""
         text = plain(found[-1]) if isinstance(found[-1], str) else ""
         if truth.words and text.isascii() and text.isalpha():
             return normalised(text) == truth.words
@@ -253,10 +258,10 @@ class MathVerify:
         return self._parse(f"\\boxed{{{latex}}}")
 
     def _parse(self, text: str) -> list[Any]:
-        """Sympy expressions found in `text`, and the text of the first; [] if none looks like mathematics."""
-        from math_verify import parse  # here: takes a second, and only the worker that scores needs it
+        """Sympy expressions found in `text`, and the text of the first; [] if there is no mathematics."""
+        from math_verify import parse  # imported here: takes a second, and only the worker that scores needs it
 
-        return parse(text, parsing_timeout=0)  # 0: none
+        return parse(text, parsing_timeout=0)  # 0: no time limit
 
     def _verify(self, truth: list[Any], found: list[Any]) -> bool:
         from math_verify import verify

@@ -1,4 +1,4 @@
-"""How close the text an answer reads out comes to the true text, by edit distance."""
+"""How close an answer's transcription is to the true text, by edit distance."""
 
 import re
 from typing import Any
@@ -10,9 +10,9 @@ from rewards.registry import as_response
 from rewards.text import folded, marked_answer
 
 LONGEST_TRUTH = 20_000
-"""Characters; the comparison takes time with the product of both lengths."""
+"""Characters; the comparison's time grows with the product of both lengths."""
 LONGEST_TIMES, LONGEST_PLUS = 4, 64
-"""An answer of more than 4 times the truth's characters + 64 could earn little over 1/4 and is not compared."""
+"""An answer longer than 4 times the truth's characters + 64 could earn little more than 1/4, and is not compared."""
 
 _FENCE = re.compile(r"```\w{0,20}+\n(.*)\n```", re.DOTALL)
 
@@ -25,12 +25,12 @@ def _first(truth: Any) -> str:
 def ocr(rollout: Rollout, case_sensitive: bool = True) -> Score:
     """1 - edit distance / the longer length, after folding white space and Unicode forms.
 
-    Compared is the last `\\boxed{...}` of the answer if there is one, else what follows its last "Answer:", else
-    all of it, without a code fence around it. Where the true text itself holds such a mark, the whole answer is
-    the transcription. The ground truth is text or a list of acceptable texts, of which the nearest counts.
+    The transcription is the answer's last `\\boxed{...}` if there is one, else the text after its last "Answer:", else
+    all of it, without a code fence around it. If the true text itself contains such a mark, the whole answer is the
+    transcription. The ground truth is text or a list of acceptable texts, of which the nearest counts.
 
-    The report describes no reward for reading text; edit distance is what the paper it cites, Perception-R1,
-    uses, and its normalisation here is a reconstruction.
+    The report describes no reward for reading text. Edit distance is used by the paper it cites, Perception-R1; its
+    normalisation here is a reconstruction.
     """
     best = 0.0
     for true in _true_texts(rollout):
@@ -55,7 +55,7 @@ def _true_texts(rollout: Rollout) -> list[str]:
 
 
 def _transcription(answer: str, true: str, limit: int) -> str:
-    """What of the answer is compared; "" if it marks nothing and is longer than `limit`."""
+    """The part of the answer that is compared; "" if it marks nothing and is longer than `limit`."""
     marks_itself = marked_answer(true, len(true)) != true.strip()
     text = answer if marks_itself else marked_answer(answer, limit) or ""
     fenced = _FENCE.fullmatch(text) if len(text) <= limit else None

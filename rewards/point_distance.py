@@ -1,4 +1,4 @@
-"""How near the point of an answer is to the true one, or whether it lies in the true box."""
+"""How near the answer's point is to the true point; or 1.0 if it lies in the true box."""
 
 import json
 import math
@@ -12,18 +12,18 @@ from rewards.geometry import (
     Coordinates,
     Shape,
     centre,
+    for_details,
     inside,
     is_shape,
-    readable,
+    picture_size,
     shapes,
-    shown,
     true_shape,
-    units,
+    usable,
 )
 
 
 def _as_point(truth: Any) -> str:
-    """The middle of a true box; a true point as it is."""
+    """A right response: the middle of a true box, or the true point, as JSON."""
     return json.dumps(centre(truth) if is_shape(truth) else truth)
 
 
@@ -31,17 +31,18 @@ def _as_point(truth: Any) -> str:
 def point_distance(
     rollout: Rollout, radius: Annotated[float, Field(gt=0)] = 0.2, coordinates: Coordinates = "unit"
 ) -> Score:
-    """max(0, 1 - d / radius) of a point; where the truth is a box, 1.0 inside it and 0.0 outside.
+    """max(0, 1 - d / radius) of a point; if the ground truth is a box, 1.0 inside it and 0.0 outside.
 
-    So a point earns 1 at the target, less with every step away, and exactly 0 from `radius` on. d is the
-    Euclidean distance with x in picture widths and y in picture heights, whatever `coordinates` the row and
-    the answer use; `radius` is in the same fractions. A box's edges are inside.
+    So a point earns 1 at the target, less the farther away it is, and exactly 0 from `radius` on. d is the Euclidean
+    distance with x in picture widths and y in picture heights, whatever `coordinates` the row and the answer use;
+    `radius` is in the same fractions. A box's edges are inside.
 
-    The answer is its last point, or the list that this is part of: "(...), no, (...)" gives one point,
-    "[[...], [...]]" gives two. A list of n points earns 1/n of what its best point earns.
+    The answer's last point counts, or the list of points that it is part of: "(...), no, (...)" gives one point,
+    "[[...], [...]]" gives two. A list of n points earns 1/n of what its best point earns. An answer without a usable
+    point earns 0.0.
 
-    The report asks for strict distance decay and gives neither formula nor radius: both are a reconstruction,
-    as is the rule for lists. 0.0 if the answer has no usable point.
+    The report asks for strict distance decay and gives neither formula nor radius: both are a reconstruction, as is
+    the rule for lists.
     """
     given, row = rollout.prompt.ground_truth, rollout.prompt.id
     if isinstance(given, list | tuple) and any(isinstance(one, list | tuple | dict) for one in given):
@@ -50,12 +51,12 @@ def point_distance(
     found = shapes(POINTS, rollout.answer, last_list=True)
     if not found:
         return Score(0.0, {"why": "no point in the answer"})
-    points, why = readable(found, units(rollout, coordinates))
+    points, why = usable(found, picture_size(rollout, coordinates))
     if not points:
-        return Score(0.0, {"why": why, "points": shown(found)})
+        return Score(0.0, {"why": why, "points": for_details(found)})
     best = max(_value(point, true, radius) for point in points)
     distance = min(math.dist(point, centre(true)) for point in points)
-    return Score(best / len(found), {"distance": distance, "given": len(found), "points": shown(found)})
+    return Score(best / len(found), {"distance": distance, "given": len(found), "points": for_details(found)})
 
 
 def _value(point: Shape, true: Shape, radius: float) -> float:

@@ -1,9 +1,9 @@
-"""What of a text is prose, and in which script: code, formulas and quotations taken out, words put together to runs.
+"""Finds the prose of a text (without code, formulas and quotations) and splits it into runs of one script.
 
-Bounded and linear in time, whatever the text.
+Time is bounded, and linear in the text's length. Tested in tests/rewards/test_language_consistency.py.
 """
 
-# ruff: noqa: RUF001  # letters of many scripts are what this file is about
+# ruff: noqa: RUF001  # this file has letters of many scripts
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rewards.text import visible
 
-MAX_CHARS = 1 << 18  # of a text; of a longer one, the first and last halves of this are read
+MAX_CHARS = 1 << 18  # of a longer text only the first and last MAX_CHARS / 2 are read
 
 RANGES = {
     "Latin": "A-Za-zªºÀ-ÖØ-öø-ʯḀ-ỿ",
@@ -38,7 +38,7 @@ WORD = re.compile(
     "|".join(f"(?P<{s}>[{r}][{r}\u0300-\u036f]*+(?:['’][{r}\u0300-\u036f]++)*+)" for s, r in RANGES.items())
 )
 _LETTERS_PER_SIGN = {"Han": 3, "Kana": 2, "Hangul": 2}
-UNSPACED = {"Han": 4, "Kana": 8, "Thai": 12}  # scripts without blanks between words, and letters of a long word
+UNSPACED = {"Han": 4, "Kana": 8, "Thai": 12}  # scripts without blanks between words: letters of a long word
 _HIRAGANA, _HIRAGANA_OR_HAN = re.compile("[ぁ-ゖ]"), re.compile(f"[ぁ-ゖ{RANGES['Han']}]")
 
 _FENCE = re.compile(r"^[ \t>]{0,16}+(`{3,}+|~{3,}+)([^\n]*+)$", re.MULTILINE)
@@ -46,8 +46,8 @@ _ENVIRONMENT = re.compile(
     r"\\(begin|end)\{(?:equation|align|aligned|alignat|gather|gathered|multline|split|cases|array|eqnarray|math|"
     r"displaymath|tabular|verbatim|lstlisting|minted|tikzpicture|[a-zA-Z]?matrix|smallmatrix)\*?\}"
 )
-# Each alternative that needs an end looks for it over a bounded length and stops at the next start of its kind, so
-# that unbalanced marks cost linear time and leave the text after them in the check.
+# Each alternative with an end mark searches a bounded length and stops at the next start mark of its kind. So
+# unbalanced marks cost linear time, and hide no text after them.
 _NOT_PROSE = re.compile(
     r"""
       `{1,2}+[^`\n]{1,400}+`{1,2}+
@@ -81,26 +81,26 @@ class Run:
 
 
 def script_runs(prose: str) -> dict[str, list[Run]]:
-    """The stretches of one script, sentence by sentence. Chinese and Japanese share Han: hiragana decide."""
+    """Script -> its runs, found sentence by sentence. Han characters count as Japanese if hiragana come with them."""
     found: dict[str, list[Run]] = {}
     japanese = _is_japanese(prose)
     for sentence in _SENTENCE.findall(prose):
         words = [(m.lastgroup or "", m[0]) for m in WORD.finditer(sentence)]
-        words = [(s, w) for s, w in words if not (s == "Greek" and len(w) < 3)]  # the letters of formulas
+        words = [(s, w) for s, w in words if not (s == "Greek" and len(w) < 3)]  # these are letters of formulas
         han = sum(len(w) for s, w in words if s == "Han")
-        # Japanese nouns may be Han alone, but no sentence of a dozen characters is.
+        # Short Japanese phrases may be Han alone, but not sentences of a dozen characters.
         if _is_japanese(sentence) or (japanese and han < 12):
             words = [("Kana" if s == "Han" else s, w) for s, w in words]
         korean = any(s == "Hangul" for s, _ in words)
         for run in _joined(words):
-            # Hanja in Korean are glosses of its own words.
+            # Short Hanja in a Korean text explain its Korean words.
             if not (run.script == "Han" and korean and len(run.text) <= 4):
                 found.setdefault(run.script, []).append(run)
     return found
 
 
 def without_code_and_quotations(text: str) -> str:
-    """The prose of a text: code, formulas, quotations, URLs, tags and words with digits replaced by a blank."""
+    """The text with code, formulas, quotations, URLs, tags and words with digits replaced by blanks."""
     text = _cut(text, _fenced(text))
     text = _cut(text, _environments(text))
     return _NOT_PROSE.sub(" ", text)
@@ -137,7 +137,7 @@ def _cut(text: str, spans: Iterable[tuple[int, int]]) -> str:
 
 
 def plain(text: str) -> str:
-    """What of a text can be seen, bounded in length, full-width letters made plain."""
+    """The visible characters of a text, at most MAX_CHARS, with full-width letters as ASCII."""
     if len(text) > MAX_CHARS:
         text = text[: MAX_CHARS // 2] + "\n" + text[-MAX_CHARS // 2 :]
     return visible(text).translate(_FULL_WIDTH)
@@ -148,7 +148,7 @@ def _joined(words: Sequence[tuple[str, str]]) -> Iterator[Run]:
     for end in range(1, len(words) + 1):
         if end == len(words) or words[end][0] != words[start][0]:
             script, texts = words[start][0], [word for _, word in words[start:end]]
-            # Single Latin letters are variables more often than words: they help to identify but do not weigh.
+            # Single Latin letters are mostly variables: they stay in the text but have no weight.
             weighing = [t for t in texts if script != "Latin" or len(t) > 1]
             weight = _LETTERS_PER_SIGN.get(script, 1) * sum(len(t) for t in weighing)
             if weight:
@@ -157,5 +157,5 @@ def _joined(words: Sequence[tuple[str, str]]) -> Iterator[Run]:
 
 
 def _is_japanese(text: str) -> bool:
-    """Whether Han come with hiragana; a Chinese text may have a name in katakana."""
+    """True if hiragana come with the Han characters. Katakana do not count: a Chinese text may have a katakana name."""
     return len(_HIRAGANA.findall(text)) > 0.08 * len(_HIRAGANA_OR_HAN.findall(text))

@@ -46,14 +46,14 @@ class Reward:
 
     name: str
     target: Callable[..., Any]
-    group: bool
-    lowest: float
-    highest: float
-    on_timeout: OnTimeout
     kind: Kind
-    truth_as_text: Callable[[Any], str] | None
     timeout_s: float
-    needs: Needed | None
+    group: bool = False
+    lowest: float = 0.0
+    highest: float = 1.0
+    on_timeout: OnTimeout = "invalid"
+    truth_as_text: Callable[[Any], str] | None = None
+    needs: Needed | None = None
 
     @property
     def asynchronous(self) -> bool:
@@ -145,12 +145,16 @@ def reward(
     needs       what each row must have: "ground_truth" (the default of a verifiable reward) or the teacher's
                 "reference". Checked before a run starts
     """
-    as_text = as_response if verifiable is True else verifiable or None
-    needs = needs or ("ground_truth" if verifiable else None)
     return _register(
-        lambda target: Reward(
-            name, target, group, float(lowest), float(highest), on_timeout, "reward", as_text, timeout_s, needs
-        )
+        name,
+        kind="reward",
+        timeout_s=timeout_s,
+        group=group,
+        lowest=float(lowest),
+        highest=float(highest),
+        on_timeout=on_timeout,
+        truth_as_text=as_response if verifiable is True else verifiable or None,
+        needs=needs or ("ground_truth" if verifiable else None),
     )
 
 
@@ -162,25 +166,23 @@ def penalty(
 
         lowest + (value - lowest) * product over penalties of (1 - magnitude * offence)
     """
-    return _register(lambda target: Reward(name, target, group, 0.0, 1.0, on_timeout, "penalty", None, timeout_s, None))
+    return _register(name, kind="penalty", timeout_s=timeout_s, group=group, on_timeout=on_timeout)
 
 
 def row_judge(name: str, *, timeout_s: float = 10.0) -> Callable[[Target], Target]:
     """Registers a judge of data rows, for curation. It is written like a reward, but takes a Prompt instead of a
     Rollout and returns 0 to 1. A recipe's `rewards` cannot use it."""
-    return _register(
-        lambda target: Reward(name, target, False, 0.0, 1.0, "invalid", "row judge", None, timeout_s, None)
-    )
+    return _register(name, kind="row judge", timeout_s=timeout_s)
 
 
-def _register(declare: Callable[[Callable[..., Any]], Reward]) -> Callable[[Target], Target]:
+def _register(name: str, **declared: Any) -> Callable[[Target], Target]:
     def register(target: Target) -> Target:
-        entry = declare(target)
+        entry = Reward(name, target, **declared)
         if entry.on_timeout not in ("invalid", "lowest"):
             problem = f"on_timeout is {entry.on_timeout!r}; it is 'invalid' or 'lowest'"
-            raise ValueError(f"{entry.kind} {entry.name!r}: {problem}")
-        others = [r for r in _REGISTRY.get(entry.name, []) if r.source != entry.source]
-        _REGISTRY[entry.name] = [*others, entry]
+            raise ValueError(f"{entry.kind} {name!r}: {problem}")
+        others = [r for r in _REGISTRY.get(name, []) if r.source != entry.source]
+        _REGISTRY[name] = [*others, entry]
         target.__reward__ = entry  # type: ignore[attr-defined]  # so that file.py:Name finds it
         return target
 

@@ -1,4 +1,4 @@
-"""A reward model's number for a response: a Hugging Face folder that classifies a chat into one score."""
+"""The score of a local reward model: a Hugging Face folder with a classifier of one label."""
 
 import math
 from pathlib import Path
@@ -10,24 +10,23 @@ from rewards import Invalid, Rollout, Score, reward
 from rewards.text import words_of
 
 CHARACTERS_PER_TOKEN = 16
-"""An answer is cut to its last so many characters per token of room first: tokenizing a megabyte takes seconds."""
+"""An answer is first cut to its last 16 characters per token of `max_length`: tokenizing a megabyte takes seconds."""
 
 
 @reward("reward_model", timeout_s=60)
 class RewardModel:
-    """A local reward model's judgement of prompt and answer, 0 to 1; the model sees no pictures.
+    """A local reward model's score of prompt and answer, 0 to 1; the model sees no pictures.
 
     path        the folder: a sequence classifier with one label, its tokenizer and the tokenizer's chat template
-    max_length  tokens the model reads; a longer chat loses its beginning, so that the answer's end stays
-    squash      "sigmoid" takes the unbounded score s to 1 / (1 + exp(-s)), a preference model's probability that
-                this answer beats one of score 0; "none" is for a model whose score lies between 0 and 1 as it is,
-                and cuts it off there
-    device      where torch runs it
+    max_length  the most tokens that the model reads; of a longer chat the beginning is cut off
+    squash      "sigmoid" maps the unbounded score s to 1 / (1 + exp(-s)), a preference model's probability that this
+                answer beats one of score 0; "none" is for a model whose scores are between 0 and 1, and clips them
+    device      torch device of the model
 
-    The chat is the row's messages, text parts only, and `rollout.answer`; the reasoning is not shown. Control
-    tokens that the answer spells out become blanks: it can't close its turn and open another. An empty answer
-    gets 0. How long a score takes does not depend on what the policy wrote (it is cut to `max_length`), so running
-    out of time makes a sample invalid. The report's preference reward is a generative judge; this one is not in it.
+    The chat is the row's messages, text parts only, and `rollout.answer`; the reasoning is not shown. Control tokens
+    in the answer are replaced by blanks, so that it cannot close its turn and open another. An empty answer gets 0.
+    The time of a score does not depend on the policy's text (it is cut to `max_length`), so running out of time makes
+    a sample invalid. The report's preference reward is a generative judge; it has no reward like this one.
     """
 
     def __init__(
@@ -88,5 +87,5 @@ class RewardModel:
 
 
 def _sigmoid(score: float) -> float:
-    """1 / (1 + exp(-score)), in the form that no score overflows."""
+    """1 / (1 + exp(-score)), in a form that cannot overflow."""
     return 0.5 * (1 + math.tanh(score / 2))

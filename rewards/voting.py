@@ -1,4 +1,4 @@
-"""Majority vote over final answers."""
+"""Majority vote over final answers. Tested in tests/stages/test_pacore.py."""
 
 from collections import Counter
 from collections.abc import Sequence

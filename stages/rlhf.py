@@ -66,7 +66,7 @@ def reference_problem(prompt: Prompt, preference: Preference) -> str | None:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparedSample:
     """The judge's comparison of one response with the reference."""
 
     sample: Scored
@@ -75,13 +75,13 @@ class Comparison:
     orders_agree: bool
 
 
-def comparisons(scored: Iterable[Scored]) -> list[Comparison]:
+def comparisons(scored: Iterable[Scored]) -> list[ComparedSample]:
     """The comparisons in samples of the reward genrm. A sample that was not compared, such as an empty answer, has
     none."""
     found = []
     for sample in scored:
         if sample.invalid is None:
-            found += [Comparison(sample, *values) for values in _compared(sample)]
+            found += [ComparedSample(sample, *values) for values in _compared(sample)]
     return found
 
 

@@ -135,13 +135,13 @@ class ComputeProcess(WorkerProcess):
         """
         self.send((scorer, list(items)))
         self.wait_until_loaded(setup_s)
-        left = timeout_s
-        while left > patience_s and not self.connection.poll(patience_s):
-            left -= patience_s
-            if on_slow(timeout_s - left):
+        remaining = timeout_s
+        while remaining > patience_s and not self.connection.poll(patience_s):
+            remaining -= patience_s
+            if on_slow(timeout_s - remaining):
                 break
         try:
-            reply = self.receive(left)
+            reply = self.receive(remaining)
         except TimeoutError:
             raise TimeoutError(f"took longer than {timeout_s:g} s") from None
         return reply["outcomes"], reply["retire"]

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from rewards import Invalid
-from tests.rewards.test_registry import picture
 from tests.support.judge_server import Reply, text_of
 from tests.support.judging import judging, rollout, score
+from tests.support.reward_samples import picture
 
 pytestmark = pytest.mark.usefixtures("hurried")
 

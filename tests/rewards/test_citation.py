@@ -1,4 +1,4 @@
-"""The penalty `citation`: which references and links are taken for fabricated."""
+"""The penalty `citation`: which references and links count as fabricated."""
 
 # ruff: noqa: RUF001  # look-alikes and headings in several scripts
 
@@ -79,7 +79,7 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("kind", FABRICATED)
-def test_what_nothing_vouches_for_is_an_offence_and_shown(kind: str) -> None:
+def test_an_unconfirmed_reference_offends_and_is_in_the_details(kind: str) -> None:
     score = offence(FABRICATED[kind])
     assert score.value == 1.0
     assert score.details["offending"]
@@ -91,13 +91,13 @@ def test_ordinary_text_has_no_references(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", GIVEN)
-def test_what_the_prompt_gave_may_be_cited_in_any_spelling(kind: str) -> None:
+def test_references_of_the_prompt_may_be_cited_in_any_spelling(kind: str) -> None:
     score = offence(GIVEN[kind])
     assert (score.value, score.details["offending"]) == (0.0, [])
 
 
 @pytest.mark.parametrize("answer", ["https://example.org/Report?id=8", "https://example.org", "doi:10.1000/abc.6"])
-def test_a_neighbour_of_what_was_given_was_not_given(answer: str) -> None:
+def test_a_reference_similar_to_one_of_the_prompt_offends(answer: str) -> None:
     assert offence(answer).value == 1.0
 
 
@@ -109,7 +109,7 @@ def test_numbered_documents_and_titles_of_the_prompt_may_be_cited() -> None:
 
 
 @pytest.mark.parametrize("given", [{"reference": "see https://made-up.com"}, {"ground_truth": "http://made-up.com/"}])
-def test_what_the_teacher_or_the_ground_truth_gives_counts_as_given(given: dict[str, str]) -> None:
+def test_references_of_the_teacher_or_the_ground_truth_may_be_cited(given: dict[str, str]) -> None:
     assert offence("https://made-up.com", prompt=given).value == 0.0
 
 
@@ -132,7 +132,7 @@ ALLOWED = ["wikipedia.org", "10.1038", "https://made-up.com/a/", "arxiv.org"]
         "arXiv:2401.01234",
     ],
 )
-def test_allowed_domains_urls_and_prefixes_are_let_pass(answer: str) -> None:
+def test_allowed_domains_urls_and_prefixes_do_not_offend(answer: str) -> None:
     score = offence(answer, allowed=ALLOWED)
     assert (score.value, score.details["references"]) == (0.0, 1)
 
@@ -157,17 +157,17 @@ def test_allowed_domains_urls_and_prefixes_are_let_pass(answer: str) -> None:
         "https://doi.org@evil.com/10.1038/171737a0",
     ],
 )
-def test_look_alikes_of_what_is_allowed_are_not(answer: str) -> None:
+def test_look_alikes_of_allowed_references_offend(answer: str) -> None:
     assert offence(answer, allowed=ALLOWED).value == 1.0
 
 
-def test_allowed_arxiv_and_doi_sites_stand_for_their_identifiers() -> None:
+def test_allowing_the_arxiv_or_doi_site_allows_its_identifiers() -> None:
     assert offence("doi:10.1234/made.up", allowed=["doi.org"]).value == 0.0
     assert offence("doi:10.1234/made.up", allowed=["arxiv.org"]).value == 1.0
 
 
 @pytest.mark.parametrize("params", [{"allowed": [""]}, {"allowed": ["http://[/x"]}, {"limit": 0}])
-def test_parameters_that_make_no_sense_are_refused(params: dict[str, Any]) -> None:
+def test_invalid_parameters_are_refused(params: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"citation: (allowed|limit) is"):
         offence("", **params)
 
@@ -195,14 +195,14 @@ def resolver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "resolver_of_tests.py"
 
 
-def test_a_resolver_confirms_what_nothing_else_vouches_for(resolver: str) -> None:
+def test_a_resolver_confirms_references_that_nothing_else_confirms(resolver: str) -> None:
     answer = "https://real.com/x, doi:10.5555/1x\n\nReferences\n- Smith, A. (2011). Shapes."
     assert offence(answer, resolver=f"{resolver}:knows").value == 0.0
     score = offence(answer + "\n\nhttps://unreal.com", resolver=f"{resolver}:knows")
     assert (score.value, score.details["offending"]) == (1.0, ["https://unreal.com"])
 
 
-def test_a_resolver_is_found_by_module_and_hears_normal_short_plain_text_only(resolver: str) -> None:
+def test_a_resolver_is_found_by_module_and_gets_short_normalised_printable_text(resolver: str) -> None:
     answer = "https://WWW.Real.com/é/?utm_x=1#y https://a@real.com https://é.com/" + "x" * 3000
     offence(answer + " https://real.com/" + "é" * 700, resolver="resolver_of_tests:knows")
     asked = importlib.import_module("resolver_of_tests").asked
@@ -215,14 +215,14 @@ def test_a_resolver_that_fails_makes_the_sample_invalid(resolver: str) -> None:
     assert offence("no link", resolver=f"{resolver}:breaks").value == 0.0
 
 
-def test_an_answer_cannot_wear_a_resolver_out(resolver: str) -> None:
+def test_a_resolver_is_called_at_most_twenty_times_per_answer(resolver: str) -> None:
     links = [f"https://real.com/{i}" for i in range(MAX_ASKED + 1)]
     assert offence(" ".join(links[:-1]), resolver=f"{resolver}:knows").value == 0.0
     assert offence(" ".join(links), resolver=f"{resolver}:knows").details["offending"] == links[-1:]
 
 
 @pytest.mark.parametrize("target", ["absent.py:f", "no_such_module:f", "resolver_of_tests.py:absent", "f"])
-def test_a_resolver_that_is_not_there_is_named(resolver: str, target: str) -> None:
+def test_a_missing_resolver_is_named_in_the_error(resolver: str, target: str) -> None:
     with pytest.raises(ValueError, match=f"resolver '{target}'"):
         offence("", resolver=target)
 
@@ -269,7 +269,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_text_is_judged_in_bounded_time(kind: str) -> None:
+def test_hostile_text_is_scored_in_bounded_time(kind: str) -> None:
     start = time.monotonic()
     score = offence(HOSTILE[kind])
     assert time.monotonic() - start < 5

@@ -1,4 +1,4 @@
-"""Endpoints: what becomes of a request when the server is slow, away, strict, wrong or merely busy."""
+"""Endpoints: requests to servers that are slow, absent, strict, wrong or busy; and the sample's clock."""
 
 import asyncio
 import email.utils
@@ -75,7 +75,7 @@ def test_a_request_carries_model_limits_seed_and_the_schema_of_the_answer() -> N
     assert (form["type"], form["json_schema"]["schema"]) == ("json_schema", Colour.model_json_schema())
 
 
-def test_a_server_without_structured_answers_is_sent_no_schema() -> None:
+def test_a_server_without_structured_output_gets_no_schema() -> None:
     with judge([RED], structured=False) as server:
         asked()
     assert "response_format" not in server.requests[0]
@@ -94,14 +94,14 @@ def test_a_server_without_structured_answers_is_sent_no_schema() -> None:
     ],
     ids=["429", "500", "503", "closed", "slow", "no JSON", "no completion"],
 )
-def test_a_request_that_fails_for_a_while_is_made_again(trouble: Reply) -> None:
+def test_a_request_that_fails_at_first_is_sent_again(trouble: Reply) -> None:
     with judge([trouble, trouble, RED], retries=2, timeout_s=0.5) as server:
         assert asked() == Colour(colour="red")
     assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize("as_date", [False, True])
-def test_retry_after_is_followed_as_seconds_and_as_a_date(as_date: bool) -> None:
+def test_a_retry_waits_as_retry_after_says_in_seconds_or_as_a_date(as_date: bool) -> None:
     # a date has whole seconds: two from now is at least one away
     wait = email.utils.formatdate(time.time() + 2, usegmt=True) if as_date else "0.6"
     with judge([Reply(status=429, headers={"Retry-After": wait}), RED]):
@@ -119,14 +119,14 @@ def test_retry_after_is_followed_as_seconds_and_as_a_date(as_date: bool) -> None
     ],
     ids=["500", "closed", "slow"],
 )
-def test_an_endpoint_that_stays_away_is_unreachable_by_name(trouble: Reply, said: str) -> None:
+def test_an_endpoint_that_fails_after_all_retries_raises_unreachable_with_its_name(trouble: Reply, said: str) -> None:
     with judge([trouble], retries=2, timeout_s=0.2) as server, pytest.raises(Unreachable, match=said) as caught:
         asked()
     assert (caught.value.endpoint, len(server.requests)) == ("judge", 3)
     assert "endpoint judge" in str(caught.value)
 
 
-def test_an_address_where_nothing_listens_is_unreachable() -> None:
+def test_a_url_without_a_server_raises_unreachable() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         configure({"judge": EndpointSpec("judge", f"http://127.0.0.1:{free.getsockname()[1]}/v1", "m", retries=1)})
@@ -135,7 +135,7 @@ def test_an_address_where_nothing_listens_is_unreachable() -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_wrong_key_model_or_address_is_unreachable_at_once_and_says_what_to_check(
+def test_a_wrong_key_model_or_url_raises_unreachable_at_once_with_what_to_check(
     status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
@@ -159,13 +159,13 @@ def test_a_wrong_key_model_or_address_is_unreachable_at_once_and_says_what_to_ch
     ],
     ids=["400", "413", "422", "403 by moderation", "filtered"],
 )
-def test_a_request_the_endpoint_will_not_answer_is_refused_at_once(reply: Reply) -> None:
+def test_a_request_that_the_endpoint_refuses_is_not_sent_again(reply: Reply) -> None:
     with judge([reply]) as server, pytest.raises(Refused):
         asked()
     assert len(server.requests) == 1
 
 
-def test_no_more_requests_are_under_way_than_the_endpoint_allows() -> None:
+def test_at_most_concurrency_requests_run_at_a_time() -> None:
     async def many() -> None:
         await asyncio.gather(*(ask(seed) for seed in range(12)))
 
@@ -197,7 +197,7 @@ def test_an_answer_is_json_or_json_in_a_fence(text: str) -> None:
         "[" * 100_000,
     ],
 )
-def test_anything_around_or_instead_of_the_object_is_no_answer(text: str) -> None:
+def test_text_around_or_instead_of_the_json_object_is_unparsable(text: str) -> None:
     with pytest.raises(Unparsable, match="Colour"):
         parsed(text, Colour)
 
@@ -206,7 +206,7 @@ def test_anything_around_or_instead_of_the_object_is_no_answer(text: str) -> Non
     ("reply", "said"),
     [(Reply(RED, finish="length"), "did not finish its reply within 9 tokens"), (Reply(None), "no Colour")],
 )
-def test_a_reply_that_ran_out_of_tokens_or_is_missing_is_no_answer(reply: Reply, said: str) -> None:
+def test_a_reply_that_ran_out_of_tokens_or_is_empty_is_unparsable(reply: Reply, said: str) -> None:
     with judge([reply]), pytest.raises(Unparsable, match=said):
         asked()
 
@@ -214,7 +214,7 @@ def test_a_reply_that_ran_out_of_tokens_or_is_missing_is_no_answer(reply: Reply,
 # Keys and names
 
 
-def test_the_key_comes_from_the_environment_and_is_never_repeated(
+def test_the_key_comes_from_the_environment_and_is_in_no_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
@@ -228,38 +228,38 @@ def test_the_key_comes_from_the_environment_and_is_never_repeated(
     assert KEY not in "".join(record.getMessage() for record in caplog.records)
 
 
-def test_an_endpoint_without_a_key_is_sent_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_without_a_key_gets_no_other_key_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with judge([RED]) as server:
         asked()
     assert KEY not in str(server.headers)
 
 
-def test_a_missing_key_is_named_at_setup(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_key_is_an_error_at_setup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     configure({"judge": EndpointSpec("judge", "http://127.0.0.1:1/v1", "m", api_key_env="JUDGE_KEY")})
     with pytest.raises(ValueError, match="endpoint judge: the environment variable JUDGE_KEY holds no key"):
         endpoint("judge")
 
 
-def test_an_unknown_endpoint_is_answered_with_those_there_are() -> None:
+def test_an_unknown_endpoint_is_an_error_that_lists_the_known_ones() -> None:
     configure({"judge": EndpointSpec("judge", "http://127.0.0.1:1/v1", "m")})
     with pytest.raises(ValueError, match="'jugde'; add it under `endpoints:` \\(there are: judge\\)"):
         endpoint("jugde")
 
 
-def test_options_that_would_hang_are_refused() -> None:
+def test_invalid_endpoint_options_are_refused() -> None:
     with pytest.raises(ValueError, match=r"endpoints\.judge: concurrency is 0"):
         EndpointSpec("judge", "http://127.0.0.1:1/v1", "m", concurrency=0)
 
 
-def test_a_parameter_that_names_an_endpoint_is_told_from_other_text() -> None:
+def test_endpoint_parameters_are_recognised_by_their_annotation() -> None:
     assert is_endpoint_name(EndpointName)
     assert is_endpoint_name(EndpointName | None)
     assert not any(map(is_endpoint_name, (str, str | None, Annotated[str, "x"], 3, "EndpointName")))
 
 
-def test_the_client_library_is_not_imported_until_an_endpoint_is_made() -> None:
+def test_the_client_library_is_imported_only_when_an_endpoint_is_created() -> None:
     code = "import sys, rewards; rewards.names(); print('openai' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
     assert found.stdout.strip() == "False"
@@ -269,7 +269,7 @@ def test_the_client_library_is_not_imported_until_an_endpoint_is_made() -> None:
 
 
 async def limited(seconds: float, awaitable: Any) -> float:
-    """Seconds that count, of a sample scored as the process for async rewards does it."""
+    """The seconds that count against a sample, scored as the process for async rewards does it."""
     running = SampleClock()
     clock.set(running)
     await running.limit(seconds, awaitable)
@@ -281,7 +281,7 @@ def test_time_over_the_limit_cancels_and_raises() -> None:
         asyncio.run(limited(0.05, asyncio.sleep(5)))
 
 
-def test_paused_time_does_not_count_however_pauses_nest_and_overlap() -> None:
+def test_paused_time_does_not_count_even_if_pauses_nest_or_overlap() -> None:
     async def pausing(seconds: float) -> None:
         running = clock.get()
         assert running
@@ -309,7 +309,7 @@ def test_the_rest_of_the_limit_applies_after_a_pause() -> None:
     assert 0.15 < time.monotonic() - start < 1
 
 
-def test_waiting_in_the_queue_does_not_count_against_a_sample() -> None:
+def test_waiting_for_a_slot_does_not_count_against_a_sample() -> None:
     async def queue() -> list[float]:
         # one at a time, 0.1 s each: the last starts after 0.5 s
         return await asyncio.gather(*(asyncio.create_task(limited(0.3, ask(seed))) for seed in range(6)))
@@ -320,7 +320,7 @@ def test_waiting_in_the_queue_does_not_count_against_a_sample() -> None:
     assert all(0.05 < seconds < 0.3 for seconds in used)
 
 
-def test_waiting_to_retry_and_tries_that_failed_do_not_count_against_a_sample() -> None:
+def test_failed_requests_and_waiting_to_retry_do_not_count_against_a_sample() -> None:
     trouble = [Reply(status=429, headers={"Retry-After": "0.4"}), Reply(after_s=5), Reply(status=500, after_s=0.2)]
     with judge([*trouble, RED], timeout_s=0.25):
         endpoint("judge")

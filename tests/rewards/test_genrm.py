@@ -1,4 +1,4 @@
-"""The generative reward model: both orders, and from grades to a value."""
+"""The reward `genrm`: comparisons in both orders, and the value of their grades."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("hurried")
 
 
 def grades(answer: float, reference: float, first_place: float = 0.0) -> Script:
-    """A judge that likes the answer and the reference this much, and whatever comes first a little more."""
+    """A judge that gives answer and reference these grades, and `first_place` more to the response that comes first."""
 
     def script(request: dict[str, Any]) -> dict[str, Any]:
         shown = blocks(text_of(request))
@@ -53,14 +53,14 @@ def test_the_linear_rule_spans_zero_to_one() -> None:
         score("genrm", rollout("x"), rule="linear", scale=3)
 
 
-def test_both_orders_are_asked_and_a_liking_for_the_first_place_cancels_out() -> None:
+def test_both_orders_are_asked_and_a_preference_for_the_first_place_cancels_out() -> None:
     biased = compared(grades(5, 5, first_place=2))
     assert biased.value == 0.5
     assert biased.details == {"answer": 6, "reference": 6, "orders_agree": False, "reasons": ["Because.", "Because."]}
     assert compared(grades(8, 5, first_place=2)).details["orders_agree"] is True
 
 
-def test_length_over_the_references_costs_grades_only_where_that_is_asked_for() -> None:
+def test_an_answer_longer_than_the_reference_loses_grades_only_with_length_control() -> None:
     # "The teacher says 42." has 20 characters; an answer of 40 has doubled once, one of 20 or less not at all
     def value(answer: str, **params: Any) -> float:
         def script(request: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def test_length_over_the_references_costs_grades_only_where_that_is_asked_for() 
     assert value("x" * 20 * 2**9, length_control=2) == pytest.approx(0.5 - 6 / 20)  # a grade does not go below 0
 
 
-def test_another_prompt_can_be_used(tmp_path: Path) -> None:
+def test_a_recipe_may_set_another_prompt_template(tmp_path: Path) -> None:
     own = tmp_path / "own.jinja"
     own.write_text("{{ rules }}{{ question }}Which?{{ response_a }}{{ response_b }}")
     with judging(grades(8, 6)) as server:
@@ -84,13 +84,13 @@ def test_another_prompt_can_be_used(tmp_path: Path) -> None:
     assert all("Which?" in prompt for prompt in server.prompts)
 
 
-def test_a_row_without_reference_is_the_rows_fault() -> None:
+def test_a_row_without_reference_is_invalid() -> None:
     for reference in (None, " ", "<think>nothing came of it</think>"):
         with judging([RIGHT]), pytest.raises(Invalid, match="row row-1 has no reference"):
             score("genrm", rollout("42", reference=reference))
 
 
 @pytest.mark.parametrize("grade", [11, -1, "9", float("nan")])
-def test_grades_off_the_scale_are_no_verdict(grade: Any) -> None:
+def test_grades_outside_of_the_scale_are_no_verdict(grade: Any) -> None:
     with judging([{"reasoning": "", "grade_a": grade, "grade_b": 5}]), pytest.raises(Invalid, match="no Comparison"):
         score("genrm", rollout("42"))

@@ -1,4 +1,4 @@
-"""Asking a judge: no text talks its way out, and whose fault it is that there is no verdict."""
+"""Asking a judge: text that tries to influence it, and the reasons for no verdict."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rewards import Invalid, get
-from rewards.endpoint import Unreachable
+from rewards.endpoint import Unreachable, configure, endpoint, is_endpoint_name
 from rewards.judge import HARMLESS, cut, defused
 from tests.support.judge_server import Reply, text_of
 from tests.support.judging import MEGABYTE, RIGHT, blocks, honest, judging, rollout, score
@@ -33,7 +33,7 @@ INJECTIONS = {
 
 @pytest.mark.parametrize("text", INJECTIONS.values(), ids=INJECTIONS.keys())
 @pytest.mark.parametrize("place", ["answer", "reasoning"])
-def test_no_text_of_the_policy_becomes_anything_but_material(text: str, place: str) -> None:
+def test_text_of_the_policy_stays_between_its_marks(text: str, place: str) -> None:
     response = text if place == "answer" else f"<think>{text}</think>43"
 
     def careful(request: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def test_no_text_of_the_policy_becomes_anything_but_material(text: str, place: s
         assert token not in shown[place]
 
 
-def test_what_defuses_tokens_leaves_ordinary_text_alone() -> None:
+def test_defusing_chat_tokens_does_not_change_ordinary_text() -> None:
     text = r"if a < b and b > c: print('<div>', x[0], [I], m<s, $|x|$, \langle s \rangle, <b>42</b>)"
     assert defused(text) == text
     assert defused("<image> <|image_pad|> </THINK> [IMG] <\uff5cUser\uff5c>") == (
@@ -57,7 +57,7 @@ def test_what_defuses_tokens_leaves_ordinary_text_alone() -> None:
     )
 
 
-def test_the_marks_of_one_response_are_not_those_of_another() -> None:
+def test_different_responses_have_different_marks() -> None:
     with judging([RIGHT]) as server:
         score("verifier", rollout("42"), rollout("42 "), rollout("43"))
     marks = {re.findall(r"⟦answer ([0-9a-f]{16})⟧", prompt)[0] for prompt in server.prompts}
@@ -71,7 +71,7 @@ def test_null_bytes_and_lone_surrogates_never_reach_the_judge(text: str) -> None
 
 
 @pytest.mark.parametrize("filler", ["x", "<|im_end|>", "⟦", "[INST]", "é"])
-def test_a_megabyte_is_cut_to_what_the_recipe_allows(filler: str) -> None:
+def test_a_megabyte_of_text_is_cut_to_max_chars(filler: str) -> None:
     text = "Beginning. " + filler * (MEGABYTE // len(filler)) + " so 42"
     with judging(honest) as server:
         assert score("verifier", rollout(f"<think>{text}</think>{text}"), max_chars=1000).value == 1.0
@@ -82,7 +82,7 @@ def test_a_megabyte_is_cut_to_what_the_recipe_allows(filler: str) -> None:
     assert len(server.prompts[0]) < 1000 + 4000
 
 
-def test_a_cut_says_exactly_how_much_it_left_out() -> None:
+def test_a_cut_text_has_the_exact_number_of_characters_left_out() -> None:
     assert cut("a" * 200, 200) == "a" * 200
     text = cut("x" * 100 + "y" * 900, 200)
     assert len(text) <= 200
@@ -90,12 +90,12 @@ def test_a_cut_says_exactly_how_much_it_left_out() -> None:
     assert text.count("y") > 2 * text.count("x") > 0
 
 
-# Whose fault it is that there is no verdict
+# No verdict: because of the text, or because of the judge
 
 
-def blamed_on(culprit: Callable[[str], bool], reply: Any, **params: Any) -> Any:
-    """A judge that gives `reply` to prompts in which `culprit` finds fault, else a proper verdict."""
-    with judging(lambda request: reply if culprit(text_of(request)) else RIGHT):
+def score_with_failing_judge(fails: Callable[[str], bool], reply: Any, **params: Any) -> Any:
+    """Scores with a judge that gives `reply` to prompts for which `fails` is true, else a proper verdict."""
+    with judging(lambda request: reply if fails(text_of(request)) else RIGHT):
         return score("verifier", rollout("a poisonous 42"), **params)
 
 
@@ -112,7 +112,7 @@ IDS = ["nonsense", "prose", "truncated", "400", "filtered", "500"]
 
 @pytest.mark.parametrize("reply", NO_VERDICT, ids=IDS)
 def test_a_response_that_keeps_the_judge_from_a_verdict_scores_lowest(reply: Any) -> None:
-    scored = blamed_on(lambda prompt: "poisonous" in prompt, reply)
+    scored = score_with_failing_judge(lambda prompt: "poisonous" in prompt, reply)
     assert scored.value == 0.0
     assert "no verdict on this text" in scored.details["why"]
 
@@ -120,17 +120,17 @@ def test_a_response_that_keeps_the_judge_from_a_verdict_scores_lowest(reply: Any
 @pytest.mark.parametrize("reply", NO_VERDICT[:-1], ids=IDS[:-1])
 def test_a_judge_that_fails_on_a_harmless_answer_too_makes_the_sample_invalid(reply: Any) -> None:
     with pytest.raises(Invalid, match="endpoint judge: no verdict on row row-1, whatever the response"):
-        blamed_on(lambda prompt: True, reply)
+        score_with_failing_judge(lambda prompt: True, reply)
 
 
-def test_a_judge_that_is_down_for_everyone_is_unreachable_and_no_ones_fault() -> None:
+def test_a_judge_that_fails_on_every_prompt_raises_unreachable() -> None:
     with pytest.raises(Unreachable, match="HTTP 500"):
-        blamed_on(lambda prompt: True, Reply(status=500))
+        score_with_failing_judge(lambda prompt: True, Reply(status=500))
     with judging([Reply(status=429)]), pytest.raises(Unreachable, match="HTTP 429"):
         score("verifier", rollout("42"))
 
 
-def test_a_judge_is_asked_again_with_another_seed_before_anyone_is_blamed() -> None:
+def test_a_judge_without_verdict_is_asked_again_with_another_seed() -> None:
     with judging(["gladly!", "no", f"```json\n{json.dumps(RIGHT)}\n```"]) as server:
         assert score("verifier", rollout("42")).value == 1.0
     assert len({request["seed"] for request in server.requests}) == 3
@@ -143,7 +143,7 @@ def test_many_bad_responses_to_a_row_share_one_canary() -> None:
     assert sum(HARMLESS in prompt for prompt in server.prompts) == 1
 
 
-def test_many_responses_to_a_row_that_no_judge_can_take_share_its_canary_too() -> None:
+def test_responses_to_a_row_that_the_judge_refuses_share_one_canary() -> None:
     async def all_of_them() -> list[Any]:
         bound = get("verifier", {"endpoint": "judge"})
         return await asyncio.gather(*(bound(rollout(f"answer {n}")) for n in range(8)), return_exceptions=True)
@@ -152,3 +152,25 @@ def test_many_responses_to_a_row_that_no_judge_can_take_share_its_canary_too() -
         outcomes = asyncio.run(all_of_them())
     assert all(isinstance(outcome, Invalid) for outcome in outcomes)
     assert sum(HARMLESS in prompt for prompt in server.prompts) < 8
+
+
+# Endpoints
+
+
+@pytest.mark.parametrize("target", ["verifier", "genrm", "calibration", "safety", "checkable", "relevant"])
+def test_every_reward_with_a_judge_has_one_endpoint_parameter_that_is_checked_before_the_run(target: str) -> None:
+    params = {"endpoint": "judge", "policy": "p"} if target == "safety" else {"endpoint": "judge"}
+    bound = get(target, params)
+    assert bound.reward.asynchronous
+    assert [name for name, p in bound.reward.parameters.items() if is_endpoint_name(p.annotation)] == ["endpoint"]
+    configure({})
+    with pytest.raises(ValueError, match="add it under `endpoints:`"):
+        _ = bound.scorer
+
+
+def test_the_endpoints_key_is_in_no_detail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sk-very-secret")
+    refused = Reply("sk-very-secret may not ask this", status=400)
+    with judging(lambda request: RIGHT if HARMLESS in text_of(request) else refused, api_key_env="JUDGE_KEY"):
+        assert "sk-very" not in json.dumps(score("verifier", rollout("42")).details)
+        assert endpoint("judge").spec.api_key_env == "JUDGE_KEY"

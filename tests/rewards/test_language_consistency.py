@@ -109,16 +109,14 @@ def judged(bound: BoundReward, answer: str, question: str = QUESTION, system: st
 
 
 @pytest.mark.parametrize("language", SAME)
-def test_an_answer_is_an_offence_exactly_if_its_language_is_not_the_questions(
-    penalty: BoundReward, language: str
-) -> None:
+def test_an_answer_offends_exactly_if_its_language_is_not_the_questions(penalty: BoundReward, language: str) -> None:
     for other, text in SAME.items():
         score = judged(penalty, text, SAME[language])
         assert score.value == float(other != language), (other, score)
 
 
 @pytest.mark.parametrize("language", SAME)
-def test_a_second_language_after_the_first_is_an_offence(penalty: BoundReward, language: str) -> None:
+def test_a_second_language_after_the_first_offends(penalty: BoundReward, language: str) -> None:
     for other, text in SAME.items():
         score = judged(penalty, f"{SAME[language]} {text}", SAME[language])
         assert score.value == float(other != language), (other, score)
@@ -137,7 +135,7 @@ def test_ordinary_solutions_are_consistent(penalty: BoundReward, solution: str) 
     assert score.value == 0.0, score
 
 
-def test_all_ordinary_solutions_in_a_row_are_consistent(penalty: BoundReward) -> None:
+def test_all_ordinary_solutions_in_one_text_are_consistent(penalty: BoundReward) -> None:
     score = judged(penalty, "\n\n".join(SOLUTIONS))
     assert (score.value, list(score.details["answer"]["languages"])) == (0.0, ["en"])
 
@@ -190,7 +188,7 @@ def test_a_country_is_not_a_language(penalty: BoundReward) -> None:
         (QUESTION, "长度为十三个单位", 1.0),
     ],
 )
-def test_what_is_too_short_to_tell_is_let_pass_unless_its_script_tells(
+def test_a_text_too_short_to_identify_passes_unless_its_script_is_wrong(
     penalty: BoundReward, question: str, answer: str, offence: float
 ) -> None:
     assert judged(penalty, answer, question).value == offence
@@ -217,7 +215,7 @@ def test_what_is_too_short_to_tell_is_let_pass_unless_its_script_tells(
         "the word 斜边",
     ],
 )
-def test_code_formulas_quotations_links_and_single_words_do_not_count(penalty: BoundReward, foreign: str) -> None:
+def test_code_formulas_quotations_links_and_single_words_are_ignored(penalty: BoundReward, foreign: str) -> None:
     score = judged(penalty, f"{ENGLISH} It was written:\n{foreign}\n\nThat is all there is to say about this triangle.")
     assert score.value == 0.0, score
 
@@ -225,12 +223,12 @@ def test_code_formulas_quotations_links_and_single_words_do_not_count(penalty: B
 @pytest.mark.parametrize(
     "opening", ["```\n", "~~~python\n", "$", "$$", "\\[", "\\(", "\\begin{align}", '"', "“", "«", "`", "<a"]
 )
-def test_marks_that_never_close_hide_nothing(penalty: BoundReward, opening: str) -> None:
+def test_delimiters_that_never_close_hide_no_text(penalty: BoundReward, opening: str) -> None:
     assert judged(penalty, f"{ENGLISH}\n{opening}{CHINESE}").value == 1.0
     assert judged(penalty, f"{ENGLISH}\n{opening}{GERMAN}").value == 1.0
 
 
-def test_an_answer_that_is_hidden_as_a_whole_is_said_to_be_so(penalty: BoundReward) -> None:
+def test_the_details_say_that_an_answer_is_only_code_or_quotations(penalty: BoundReward) -> None:
     score = judged(penalty, f"```\n{CHINESE * 8}\n```")
     assert score.value == 0.0
     assert "nearly all of it is code" in score.details["answer"]["why"]
@@ -244,11 +242,11 @@ def test_an_answer_that_is_hidden_as_a_whole_is_said_to_be_so(penalty: BoundRewa
         "他在宝可梦里最喜欢的是ピカチュウ，因为它又小又可爱。",
     ],
 )
-def test_names_and_terms_within_chinese_do_not_count(penalty: BoundReward, answer: str) -> None:
+def test_latin_names_and_terms_in_chinese_are_ignored(penalty: BoundReward, answer: str) -> None:
     assert judged(penalty, answer, "这个东西是什么？").value == 0.0
 
 
-def test_words_that_the_question_asks_about_do_not_count(penalty: BoundReward) -> None:
+def test_foreign_words_from_the_question_are_ignored(penalty: BoundReward) -> None:
     answer = "The saying 学而时习之 is by Confucius: 学 is to learn, 习 is to practise."
     assert judged(penalty, answer, "What does 学而时习之 mean?").value == 0.0
 
@@ -263,18 +261,18 @@ def test_words_that_the_question_asks_about_do_not_count(penalty: BoundReward) -
         ("最も長い辺はどれですか。", f"{SAME['ja']}{CHINESE}"),
     ],
 )
-def test_switching_within_a_text_is_an_offence(penalty: BoundReward, question: str, answer: str) -> None:
+def test_switching_the_language_within_a_text_offends(penalty: BoundReward, question: str, answer: str) -> None:
     score = judged(penalty, answer, question)
     assert score.value == 1.0, score
 
 
-def test_a_share_up_to_the_tolerance_is_let_pass() -> None:
+def test_a_share_up_to_the_tolerance_does_not_offend() -> None:
     answer = f"{ENGLISH * 6} {CHINESE}"  # a share of about 12 %
     assert judged(get("language_consistency", {"tolerance": 0.3}), answer).value == 0.0
     assert judged(get("language_consistency", {"tolerance": 0.05}), answer).value == 1.0
 
 
-def test_reasoning_counts_only_on_request(penalty: BoundReward) -> None:
+def test_reasoning_is_judged_only_with_the_parameter_reasoning(penalty: BoundReward) -> None:
     text = f"<think>{CHINESE}</think>{ENGLISH}"
     assert judged(penalty, text).value == 0.0
     score = judged(get("language_consistency", {"reasoning": True}), text)
@@ -282,13 +280,13 @@ def test_reasoning_counts_only_on_request(penalty: BoundReward) -> None:
     assert score.details["reasoning"]["why"] == "another language: zh"
 
 
-def test_fewer_languages_leave_the_script_to_decide() -> None:
+def test_with_one_language_per_script_the_script_decides() -> None:
     bound = get("language_consistency", {"languages": ["en", "zh"]})
     assert judged(bound, SAME["ru"]).value == judged(bound, CHINESE).value == 1.0
     assert judged(bound, ENGLISH).value == judged(bound, SAME["ru"], SAME["uk"]).value == 0.0
 
 
-def test_close_relatives_count_as_one(penalty: BoundReward) -> None:
+def test_similar_languages_count_as_one(penalty: BoundReward) -> None:
     bound = get("language_consistency", {"languages": ["en", "da", "nb", "sv"]})
     danish = "Den længste side er hypotenusen, fordi summen af kvadraterne på de to andre sider er hundrede."
     norwegian = "Den lengste siden er hypotenusen, fordi summen av kvadratene på de to andre sidene er hundre."
@@ -303,7 +301,7 @@ def test_close_relatives_count_as_one(penalty: BoundReward) -> None:
         ({"tolerance": 1.0}, "tolerance is 1.0"),
     ],
 )
-def test_parameters_that_make_no_sense_are_refused(params: dict[str, Any], said: str) -> None:
+def test_invalid_parameters_are_refused(params: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         judged(get("language_consistency", params), "")
 
@@ -330,7 +328,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_text_is_judged_in_bounded_time(penalty: BoundReward, kind: str) -> None:
+def test_hostile_text_is_scored_in_bounded_time(penalty: BoundReward, kind: str) -> None:
     start = time.monotonic()
     assert judged(penalty, HOSTILE[kind]).value == 0.0
     assert time.monotonic() - start < 5
@@ -339,13 +337,13 @@ def test_hostile_text_is_judged_in_bounded_time(penalty: BoundReward, kind: str)
 @pytest.mark.parametrize(
     "text", ["字" * MEGABYTE, "a字" * MEGABYTE, "\ufdfa" * MEGABYTE, "la réponse est là. " * 50_000]
 )
-def test_megabytes_of_another_language_are_an_offence_in_bounded_time(penalty: BoundReward, text: str) -> None:
+def test_megabytes_of_another_language_offend_in_bounded_time(penalty: BoundReward, text: str) -> None:
     start = time.monotonic()
     assert judged(penalty, text).value == 1.0
     assert time.monotonic() - start < 8
 
 
-def test_invisible_marks_do_not_hide_a_language(penalty: BoundReward) -> None:
+def test_invisible_characters_do_not_hide_a_language(penalty: BoundReward) -> None:
     hidden = "\u200b".join(GERMAN)
     assert judged(penalty, hidden).value == 1.0
     assert judged(penalty, "\ud800".join(GERMAN) + "\0").value == 1.0

@@ -1,4 +1,4 @@
-"""Ground truths as data sets write them, scored by `math_verify`: stated again, in other forms, and missed."""
+"""The reward `math_verify` with ground truths as data sets write them: equal, in other notations, and wrong."""
 
 import time
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from rewards import Invalid, Rollout, get
 from rewards.running.runner import RewardRunner
 from rl.config import RewardSpec
 from rl.types import Prompt
+from tests.support.reward_samples import HOSTILE, assert_lowest_soon
 
 MATHS = get("math_verify")
 
@@ -122,7 +123,7 @@ EQUAL = {
 
 
 @pytest.mark.parametrize(("truth", "answer"), [(truth, one) for truth, equal in EQUAL.items() for one in equal])
-def test_other_ways_to_write_a_ground_truth_score_one(truth: str, answer: str) -> None:
+def test_other_notations_of_a_ground_truth_score_one(truth: str, answer: str) -> None:
     assert score(f"I add them up and get $3$.\n\nSo the result is \\boxed{{{answer}}}.", truth) == 1.0
 
 
@@ -172,7 +173,7 @@ ENDLESS = [
 
 
 @pytest.mark.parametrize("truth", ENDLESS)
-def test_a_ground_truth_that_would_use_up_the_time_of_any_answer_is_a_fault_of_the_row(truth: str) -> None:
+def test_a_ground_truth_that_takes_too_long_to_compare_makes_the_row_invalid(truth: str) -> None:
     start = time.process_time()
     for answer in ("5", truth[:50]):
         with pytest.raises(Invalid, match="ground truth of row row-7"):
@@ -198,7 +199,7 @@ def test_a_ground_truth_that_would_use_up_the_time_of_any_answer_is_a_fault_of_t
         r"6.02 \times 10^{23}",
     ],
 )
-def test_large_ground_truths_that_can_be_worked_out_are_no_fault(truth: str) -> None:
+def test_large_ground_truths_that_can_be_evaluated_are_accepted(truth: str) -> None:
     assert (score(f"\\boxed{{{truth}}}", truth), score(r"\boxed{-5}", truth)) == (1.0, 0.0)
 
 
@@ -209,9 +210,57 @@ def runner() -> Iterator[RewardRunner]:
         yield made
 
 
-def test_the_time_out_of_an_endless_answer_is_the_models_and_of_an_endless_truth_the_rows(runner: RewardRunner) -> None:
+def test_an_answer_that_takes_too_long_scores_zero_and_a_truth_that_does_makes_the_row_invalid(
+    runner: RewardRunner,
+) -> None:
     tower = "9^{9^{9^9}}"
     of_the_text, of_the_row = runner.score([rollout(f"\\boxed{{{tower}}}", "5"), rollout(r"\boxed{5}", tower)])
     assert (of_the_text.reward, of_the_text.invalid) == (0.0, None)
     assert of_the_text.details["why"] == "took longer than 3 s"
     assert "ground truth of row row-7 leads to a number of more than" in (of_the_row.invalid or "")
+
+
+@pytest.mark.parametrize(
+    ("text", "truth"),
+    [
+        (r"<think>2?</think>So \(x = 3\), \boxed{\frac{1}{2}}.", "0.5"),
+        (r"\boxed{0.5}", r"\frac{2}{4}"),
+        (r"3 + 4 = 7" + "\nAnswer: 7", 7),
+        (r"Answer: 2\sqrt{3}", r"\sqrt{12}"),
+        (r"3\sqrt{13}", r"3\sqrt{13}"),
+        (r"The result is $\frac{\pi}{2}$.", r"\boxed{\pi/2}"),
+        (r"\boxed{(3, \pi)}", r"$\left( 3, \pi \right)$"),
+        (r"\boxed{10:30 a.m.}", "10:30 A.M."),
+        (r"\boxed{x=5}", "5"),
+    ],
+)
+def test_equal_mathematics_scores_one(text: str, truth: Any) -> None:
+    assert score(text, truth) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no idea",
+        r"\boxed{}",
+        r"\boxed{6}",
+        r"5 \boxed{6}",
+        r"\boxed{5, 6}",
+        r"\boxed{\frac{5}{",
+        r"\boxed{nan}",
+    ],
+)
+def test_an_answer_without_the_true_result_scores_zero(text: str) -> None:
+    assert score(text, "5") == 0.0
+
+
+@pytest.mark.parametrize("truth", ["", None, r"\frac{1}{", "}{", {"x": 1}])
+def test_a_ground_truth_that_does_not_parse_makes_the_row_invalid(truth: Any) -> None:
+    with pytest.raises(Invalid, match="row-7"):
+        score(r"\boxed{5}", truth)
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+def test_megabytes_of_hostile_text_score_zero_within_two_seconds(text: str) -> None:
+    assert_lowest_soon("math_verify", "5", text)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.rewards.test_registry import picture
 from tests.support.judging import judging, rollout, score
+from tests.support.reward_samples import picture
 
 pytestmark = pytest.mark.usefixtures("hurried")
 

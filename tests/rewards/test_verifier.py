@@ -1,4 +1,4 @@
-"""The verifier: what it shows the judge, and how verdicts and votes count."""
+"""The reward `verifier`: what it shows the judge, and how verdicts and votes count."""
 
 import base64
 from pathlib import Path
@@ -10,9 +10,9 @@ from PIL import Image
 from rewards import Invalid
 from rewards.endpoint import EndpointSpec, configure
 from rl.types import Picture
-from tests.rewards.test_registry import picture
 from tests.support.judge_server import Reply
 from tests.support.judging import RIGHT, WRONG, blocks, honest, judging, rollout, score
+from tests.support.reward_samples import picture
 
 pytestmark = pytest.mark.usefixtures("hurried")
 
@@ -28,7 +28,7 @@ def test_the_verifier_shows_question_truth_and_answer_and_counts_the_verdict() -
     assert "6 * 7" not in server.prompts[0]  # the reasoning is for process only
 
 
-def test_an_empty_answer_is_wrong_without_asking() -> None:
+def test_an_empty_answer_is_wrong_and_the_judge_is_not_asked() -> None:
     with judging([RIGHT]) as server:
         scores = score("verifier", rollout(""), rollout("<think>42"), rollout("<think>42</think> \0\n"))
         assert [s.value for s in scores] == [0.0, 0.0, 0.0]
@@ -60,7 +60,7 @@ def test_votes_are_asked_for_at_once() -> None:
     assert server.peak == 4
 
 
-def test_the_same_response_is_asked_about_in_the_same_words_with_the_same_seed() -> None:
+def test_the_same_response_gives_the_same_request_with_the_same_seed() -> None:
     with judging([RIGHT]) as server:
         score("verifier", rollout("42"))
         configure({"judge": EndpointSpec("judge", server.url, "m")})
@@ -83,7 +83,7 @@ def test_process_also_rejects_a_right_answer_whose_reasoning_does_not_support_it
     assert set(schema["required"]) == set(schema["properties"])
 
 
-def test_pictures_are_passed_on_only_to_endpoints_that_take_them() -> None:
+def test_pictures_are_sent_only_to_endpoints_that_take_them() -> None:
     seen = picture(4, 3)
     with judging([RIGHT], images=True) as server:
         score("verifier", rollout("42", images=(seen,)))
@@ -95,21 +95,23 @@ def test_pictures_are_passed_on_only_to_endpoints_that_take_them() -> None:
     assert isinstance(server.requests[0]["messages"][0]["content"], str)
 
 
-def test_a_picture_in_a_format_of_no_browser_is_passed_on_as_png(tmp_path: Path) -> None:
+def test_a_picture_in_an_unusual_format_is_sent_as_png(tmp_path: Path) -> None:
     Image.new("RGB", (4, 3)).save(tmp_path / "scan.tiff")
     with judging([RIGHT], images=True) as server:
         score("verifier", rollout("42", images=(Picture.of(tmp_path / "scan.tiff"),)))
     assert server.requests[0]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
 
 
-def test_a_row_without_ground_truth_is_the_rows_fault() -> None:
+def test_a_row_without_ground_truth_is_invalid() -> None:
     with judging([RIGHT]) as server, pytest.raises(Invalid, match="row row-1 has no ground truth"):
         score("verifier", rollout("42", truth=None))
     assert server.requests == []
 
 
 @pytest.mark.parametrize("relative", [False, True])
-def test_a_recipe_may_bring_its_own_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool) -> None:
+def test_a_recipe_may_set_its_own_prompt_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool
+) -> None:
     own = tmp_path / "mine.jinja"
     own.write_text("Short check. {{ rules }} {{ truth }} {{ answer }} {{ question }}")
     monkeypatch.chdir(tmp_path)
@@ -129,7 +131,7 @@ def test_a_recipe_may_bring_its_own_prompt(tmp_path: Path, monkeypatch: pytest.M
         (None, "can't be used: FileNotFoundError"),
     ],
 )
-def test_a_prompt_that_cannot_work_is_refused_at_setup(tmp_path: Path, body: str | None, said: str) -> None:
+def test_a_broken_prompt_template_is_refused_at_setup(tmp_path: Path, body: str | None, said: str) -> None:
     own = tmp_path / "mine.jinja"
     if body is not None:
         own.write_text(body)

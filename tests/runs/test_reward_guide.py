@@ -1,4 +1,4 @@
-"""docs/writing_rewards.md as its reader follows it: the guide's own files, commands and shown output, in order."""
+"""docs/writing_rewards.md: its files are written, its commands run in order, and their output is compared with it."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The file that it is, where the line before is its name."""
+        """The block's file name, if the line before it is one."""
         named = re.fullmatch(r"`([\w./]+)`:", self.before)
         return named[1] if named else None
 
@@ -61,7 +61,7 @@ def blocks() -> list[Block]:
 
 
 def steps(*sections: str) -> list[Step]:
-    """The commands of these sections, or of all others than those with a test of their own."""
+    """The commands of these sections; without arguments, those of all sections without a test of their own."""
     found: list[Step] = []
     for block in blocks():
         if block.language == "sh":
@@ -75,7 +75,7 @@ def steps(*sections: str) -> list[Step]:
 
 
 def follow(step: Step, folder: Path, *more: object, environment: Mapping[str, str] = NOTHING) -> str:
-    """Runs a command of the guide in `folder`, checks what the guide shows of its output, and returns that."""
+    """Runs a command of the guide in `folder`, checks the lines that the guide shows, and returns the output."""
     words = shlex.split(step.command)
     if words[:2] == ["python", "-m"]:
         code, out, err = run(*words[2:], *more, folder=folder, environment=environment)
@@ -91,7 +91,7 @@ def follow(step: Step, folder: Path, *more: object, environment: Mapping[str, st
 
 
 def plain(line: str) -> str:
-    """Without what differs from run to run (seconds) and widths of columns."""
+    """A line without seconds, which differ from run to run, and without the widths of columns."""
     line = re.sub(r'"seconds": [^,}]+|\b\d+\.\d{3}(?=  )', "seconds", line)
     return " ".join(line.split())
 

@@ -1,4 +1,4 @@
-"""A scripted judge for tests: an OpenAI-compatible server on loopback, in a thread, that answers as it is told."""
+"""A scripted judge for tests: an OpenAI-compatible server on loopback, in a thread."""
 
 import asyncio
 import json
@@ -17,26 +17,26 @@ from rewards import endpoint
 
 @dataclass(frozen=True)
 class Reply:
-    """What to do with one request."""
+    """How the server answers one request."""
 
     content: str | dict[str, Any] | None = None  # the judge's message; an object is written as JSON
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     finish: str = "stop"
     after_s: float = 0.0
-    closes: bool = False  # the connection, without an answer
-    body: str | None = None  # sent as it is, in place of a chat completion
+    closes: bool = False  # True: closes the connection without an answer
+    body: str | None = None  # sent unchanged, in place of a chat completion
 
 
 Script = Callable[[dict[str, Any]], "Reply | dict[str, Any] | str"]
 
 
 class JudgeServer:
-    """Answers request number n with `script(request)`; a script of replies gives them in order, the last for good.
+    """Answers each request with `script(request)`. A list of replies is given in order; the last one is repeated.
 
-    requests  the bodies received, in order
+    requests  the bodies of the requests, in order
     headers   their headers
-    peak      the most requests that were under way at a time
+    peak      the most requests at a time
     """
 
     def __init__(self, script: Script | list[Any]):
@@ -105,7 +105,7 @@ class JudgeServer:
 
 
 def completion(model: str, reply: Reply, count: int = 1) -> dict[str, Any]:
-    """`count` times the same."""
+    """A chat completion with `count` identical choices."""
     content = json.dumps(reply.content) if isinstance(reply.content, dict) else reply.content
     message = {"role": "assistant", "content": content}
     choices = [{"index": n, "message": message, "finish_reason": reply.finish} for n in range(count)]
@@ -118,7 +118,7 @@ def text_of(request: dict[str, Any]) -> str:
 
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries follow at once, and clients read no certificates: the judge here speaks plain HTTP."""
+    """Removes delays: retries follow at once, and clients load no certificates, because the judge uses plain HTTP."""
     monkeypatch.setattr(endpoint, "RETRY_S", (0.01, 0.02))
     monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
 

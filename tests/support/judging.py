@@ -1,4 +1,4 @@
-"""What tests of rewards that ask a judge share: a scripted judge, samples, and reading what the judge was shown."""
+"""Shared by tests of rewards that ask a judge: a scripted judge, samples, and the blocks of the judge's prompt."""
 
 import asyncio
 import re
@@ -30,7 +30,7 @@ def judging(script: Script | list[Any], **options: Any) -> Iterator[JudgeServer]
 
 
 def score(target: str, *rollouts: Rollout | Prompt, **params: Any) -> Any:
-    """The reward's Score of the rollout; a list for several, scored at the same time with one instance."""
+    """The Score of one rollout or row; a list for several, which one instance scores at the same time."""
 
     async def all_of_them() -> list[Score]:
         bound = get(target, {"endpoint": "judge", **params})
@@ -41,7 +41,7 @@ def score(target: str, *rollouts: Rollout | Prompt, **params: Any) -> Any:
 
 
 def blocks(prompt: str) -> dict[str, str]:
-    """What a judge that trusts only real marks reads: label -> text between them."""
+    """The blocks of a judge's prompt: label -> text between the real marks."""
     nonce = re.findall(r"⟦answer ([0-9a-f]{16})⟧ and ⟦end of answer \1⟧", prompt)
     assert len(nonce) == 1
     found = re.findall(rf"⟦([a-z ]+) {nonce[0]}⟧\n(.*?)\n⟦end of \1 {nonce[0]}⟧", prompt, re.DOTALL)
@@ -50,6 +50,6 @@ def blocks(prompt: str) -> dict[str, str]:
 
 
 def honest(request: dict[str, Any]) -> dict[str, Any]:
-    """A judge that reads only what stands between the marks and takes the last word of the answer."""
+    """A scripted judge that compares the last word of the answer's block with the truth's block."""
     shown = blocks(text_of(request))
     return RIGHT if shown["answer"].split()[-1] == shown["truth"] else WRONG

@@ -1,4 +1,4 @@
-"""Rewards for tests that do what the answer says, as buggy plugins might, and the tasks that use them."""
+"""Rewards for tests that do what the answer says (hang, die, raise), as buggy plugins might; and tasks with them."""
 
 from typing import Any
 

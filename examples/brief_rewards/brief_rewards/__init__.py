@@ -1,7 +1,7 @@
-"""Rewards for answers that are right and brief: an example of a package that recipes find by entry point.
+"""Rewards for answers that are right and brief: an example of a package whose entry points recipes can name.
 
-One of each kind: a function, a class that loads something once, a reward that compares the responses to one prompt,
-and a penalty. The names that recipes use stand in pyproject.toml.
+It has one reward of each kind: a function, a class that loads something once, a reward that compares the responses to
+one prompt, and a penalty. Their names for recipes are in pyproject.toml.
 """
 
 import re
@@ -76,7 +76,7 @@ def repeated_lines(rollout: Rollout) -> Score:
 
 
 def is_right(rollout: Rollout) -> bool:
-    """Whether the result that an answer marks (`\\boxed{...}`, or after "Answer:") is the ground truth.
+    """True if the result that an answer marks (`\\boxed{...}`, or after "Answer:") is the ground truth.
 
     Raises Invalid for a row whose ground truth is neither text nor a number.
     """

@@ -1,4 +1,4 @@
-"""Rewards that wait run side by side; an endpoint that stays away holds its samples and nothing else."""
+"""Async rewards run concurrently; an endpoint that does not answer delays only its own samples."""
 
 import time
 from pathlib import Path
@@ -11,10 +11,10 @@ from rewards.running.runner import RewardRunner
 from tests.support.judge_server import Reply, judge_server
 from tests.support.reward_plugins import rollout, spec
 
-# Rewards that wait
+# Async rewards
 
 
-def test_async_rewards_wait_side_by_side_in_one_process(runner: RewardRunner) -> None:
+def test_async_rewards_run_concurrently_in_one_process(runner: RewardRunner) -> None:
     start = time.monotonic()
     scored = runner.score([rollout("sleep 0.5", task="waits", truth=str(i)) for i in range(40)])
     assert {one.reward for one in scored} == {0.25} and len({one.details["pid"] for one in scored}) == 1
@@ -47,17 +47,19 @@ def test_the_same_question_about_the_same_response_is_asked_once(runner: RewardR
     assert time.monotonic() - start < 1.6
 
 
-# Endpoints that stay away
+# Endpoints that do not answer
 
 
 def asking(url: str, max_wait_s: float) -> RewardRunner:
-    """A runner whose task `t` asks a judge that is tried once and then counts as away."""
+    """A runner whose task `t` asks a judge; after one failed request the judge counts as away."""
     judge = EndpointSpec("judge", url, "m", retries=0, max_wait=max_wait_s)
     specs = {"t": [spec("verifier", {"endpoint": "judge"}, timeout_s=None)]}
     return RewardRunner(specs, endpoints={"judge": judge})
 
 
-def test_samples_wait_for_a_judge_that_is_away_and_the_outage_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_wait_for_a_judge_that_does_not_answer_and_the_outage_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(async_pool, "PROBE_S", (0.2, 0.5))
     told: list[async_pool.Outage] = []
     right = {"reasoning": "equal", "verdict": "correct"}
@@ -70,7 +72,7 @@ def test_samples_wait_for_a_judge_that_is_away_and_the_outage_is_told(monkeypatc
     assert "HTTP 503: busy" in str(told[0].why) and told[1].seconds > 0.2
 
 
-def test_waiting_for_a_judge_ends_after_its_max_wait_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_max_wait_the_samples_fail_with_the_endpoints_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(async_pool, "PROBE_S", (0.2, 0.5))
     with (
         judge_server([Reply("busy", status=503)]) as server,
@@ -80,7 +82,7 @@ def test_waiting_for_a_judge_ends_after_its_max_wait_with_its_name(monkeypatch: 
         asks.score([rollout(str(i), task="t", truth=str(i)) for i in range(4)])
 
 
-def test_a_probe_that_dies_does_not_strand_what_waits_for_the_endpoint(
+def test_samples_that_wait_for_an_endpoint_go_on_after_a_probe_dies(
     plugins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(async_pool, "PROBE_S", (0.2, 0.5))
@@ -92,6 +94,6 @@ def test_a_probe_that_dies_does_not_strand_what_waits_for_the_endpoint(
     assert (patient.reward, patient.invalid) == (0.25, None)
 
 
-def test_an_endpoint_the_recipe_does_not_have_is_refused_before_anything_starts() -> None:
+def test_an_endpoint_that_the_recipe_lacks_is_refused_before_any_process_starts() -> None:
     with pytest.raises(ValueError, match=r"asks the endpoint 'jugde', .* add it under"):
         RewardRunner({"t": [spec("verifier", {"endpoint": "jugde"})]})

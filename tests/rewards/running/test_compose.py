@@ -1,4 +1,4 @@
-"""Several rewards and penalties of one task make one score; a batch is scored while it is sampled."""
+"""One score from several rewards and penalties of a task; scoring a batch while it is sampled."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.support.reward_plugins import penalty_spec, rollout, spec
 # Several rewards and penalties
 
 
-def test_a_task_may_sum_weighted_rewards_and_its_penalties_take_from_the_reward_they_stand_under(
+def test_a_task_sums_weighted_rewards_and_each_penalty_lowers_only_its_own_reward(
     runner: RewardRunner,
 ) -> None:
     calm, rude = [rollout("5", task="sum"), rollout("5!", task="sum")]
@@ -26,7 +26,7 @@ def test_a_task_may_sum_weighted_rewards_and_its_penalties_take_from_the_reward_
     assert set(first.details) == {"obey", "exact"} and first.details["exact"] == {"answer": "5"}
 
 
-def test_the_bounds_of_a_sum_are_those_of_its_parts_with_their_weights(runner: RewardRunner) -> None:
+def test_the_bounds_of_a_task_are_the_weighted_sums_of_its_rewards_bounds(runner: RewardRunner) -> None:
     assert (runner.lowest("sum"), runner.highest("sum")) == pytest.approx((-0.1, 1.0))
 
 
@@ -63,7 +63,7 @@ def test_endpoints_that_only_row_judges_ask_are_among_those_that_are_asked() -> 
 # A batch that is scored while it is sampled
 
 
-def test_rollouts_may_come_in_any_order_and_groups_wait_for_their_last(runner: RewardRunner) -> None:
+def test_rollouts_may_be_added_in_any_order_and_a_group_is_scored_when_complete(runner: RewardRunner) -> None:
     rollouts = [rollout("x" * n, task="rank", prompt="a") for n in (3, 1)] + [rollout("fine"), rollout("print")]
     scoring = runner.begin(per_prompt=2)
     for place in (3, 1, 2, 0):
@@ -73,7 +73,7 @@ def test_rollouts_may_come_in_any_order_and_groups_wait_for_their_last(runner: R
     assert [one.reward for one in scored] == [0.1, 0.0, 0.25, 0.25]
 
 
-def test_a_group_that_never_became_complete_is_told(runner: RewardRunner) -> None:
+def test_an_incomplete_group_is_an_error(runner: RewardRunner) -> None:
     scoring = runner.begin(per_prompt=2)
     scoring.add(0, rollout("x", task="rank"))
     with pytest.raises(ValueError, match="1 prompts have not all of their 2 rollouts yet"):

@@ -1,4 +1,4 @@
-"""The runner: rewards in worker processes that hang, die and eat memory without hurting anyone else."""
+"""The runner: rewards that hang, die or eat memory in their worker processes do not affect other samples."""
 
 import os
 import signal
@@ -47,9 +47,7 @@ def test_order_is_kept_and_the_parameters_reach_the_reward(runner: RewardRunner)
         ("return Score(1,{'x':{1}})", "can't be written as JSON"),
     ],
 )
-def test_what_goes_wrong_around_the_model_makes_its_sample_invalid_and_no_other(
-    runner: RewardRunner, text: str, why: str
-) -> None:
+def test_a_reward_that_fails_makes_its_sample_invalid_and_no_other(runner: RewardRunner, text: str, why: str) -> None:
     good, bad, also_good = runner.score([rollout("fine"), rollout(text), rollout("fine")])
     assert bad.invalid is not None
     assert bad.invalid.startswith("reward obey: ")
@@ -58,7 +56,7 @@ def test_what_goes_wrong_around_the_model_makes_its_sample_invalid_and_no_other(
 
 
 @pytest.mark.parametrize(("text", "why"), [("hang", "1 s"), ("eat", "MemoryError"), ("die", "SIGKILL")])
-def test_a_reward_may_declare_that_running_out_of_time_or_memory_is_the_texts_fault(
+def test_with_on_timeout_lowest_running_out_of_time_or_memory_scores_the_lowest_value(
     runner: RewardRunner, text: str, why: str
 ) -> None:
     (scored,) = runner.score([rollout(text, task="obey_lowest")])
@@ -66,9 +64,7 @@ def test_a_reward_may_declare_that_running_out_of_time_or_memory_is_the_texts_fa
     assert why in scored.details["why"]
 
 
-def test_a_process_that_dies_by_chance_does_not_cost_its_sample_the_reward(
-    runner: RewardRunner, tmp_path: Path
-) -> None:
+def test_a_sample_is_scored_again_after_its_process_died_once(runner: RewardRunner, tmp_path: Path) -> None:
     (scored,) = runner.score([rollout(str(tmp_path / "died"), task="die_once")])
     assert (scored.reward, scored.invalid) == (1.0, None)
 
@@ -128,12 +124,12 @@ def test_a_group_reward_cannot_be_submitted_one_by_one(runner: RewardRunner) -> 
         runner.submit(rollout("x", task="rank"))
 
 
-def test_setting_up_and_awaiting_do_not_count_as_scoring_time(runner: RewardRunner) -> None:
+def test_setup_does_not_count_against_the_time_limit(runner: RewardRunner) -> None:
     (scored,) = runner.score([rollout("", task="slow")])  # its setup takes 1.5 s, its limit is 1 s
     assert (scored.reward, scored.invalid) == (0.75, None)
 
 
-def test_one_hung_sample_does_not_hold_up_the_others(runner: RewardRunner) -> None:
+def test_one_hung_sample_does_not_delay_the_others(runner: RewardRunner) -> None:
     hung = runner.submit(rollout("hang"))
     others = [runner.submit(rollout("fine")) for _ in range(10)]
     assert all(other.result().reward == 0.25 for other in others)
@@ -141,7 +137,7 @@ def test_one_hung_sample_does_not_hold_up_the_others(runner: RewardRunner) -> No
     assert hung.result().invalid
 
 
-def test_every_worker_scores_alike(runner: RewardRunner) -> None:
+def test_every_worker_has_the_same_hash_seed(runner: RewardRunner) -> None:
     details = [s.details for s in runner.score([rollout("fine") for _ in range(40)])]
     assert len({d["hash"] for d in details}) == 1
 
@@ -150,7 +146,7 @@ def test_lowest_and_highest_are_what_the_reward_declares(runner: RewardRunner) -
     assert (runner.lowest("obey_lowest"), runner.highest("obey_lowest")) == (-1.0, 1.0)
 
 
-def test_a_row_whose_task_has_no_reward_is_named_together_with_the_tasks_there_are(
+def test_a_row_whose_task_has_no_reward_is_a_problem_that_lists_the_known_tasks(
     runner: RewardRunner,
 ) -> None:
     assert runner.problem(Prompt("p1", "obey", ())) is None
@@ -158,7 +154,7 @@ def test_a_row_whose_task_has_no_reward_is_named_together_with_the_tasks_there_a
     assert why and why.startswith("task 'chess' has no reward; the recipe has rewards for obey")
 
 
-def test_a_row_without_what_its_reward_compares_with_is_named(runner: RewardRunner) -> None:
+def test_a_row_without_the_ground_truth_that_its_reward_needs_is_a_problem(runner: RewardRunner) -> None:
     rows = [Prompt("p1", "exact", (), ground_truth="5"), Prompt("p2", "exact", ()), Prompt("p3", "obey", ())]
     assert [runner.problem(row) for row in rows] == [
         None,
@@ -174,14 +170,14 @@ def test_a_row_without_what_its_reward_compares_with_is_named(runner: RewardRunn
         (spec("exakt"), "rewards.t: no reward is called 'exakt'"),
     ],
 )
-def test_a_reward_that_cannot_be_is_refused_before_anything_starts(given: RewardSpec, said: str) -> None:
+def test_an_unknown_reward_or_parameter_is_refused_before_any_process_starts(given: RewardSpec, said: str) -> None:
     before = workers()
     with pytest.raises(ValueError, match=said):
         RewardRunner({"t": [given]})
     assert workers() == before
 
 
-def test_warming_up_says_how_long_it_took_or_which_setup_failed(plugins: Path) -> None:
+def test_starting_returns_its_seconds_or_the_setup_that_failed(plugins: Path) -> None:
     with RewardRunner({"slow": [spec("plugins.py:slow_to_set_up")]}, plugins, workers=1) as slow:
         assert 1.5 < slow.start().result() < 10.0
     with RewardRunner({"t": [spec("plugins.py:never_set_up")]}, plugins, workers=1) as broken:
@@ -192,7 +188,7 @@ def test_warming_up_says_how_long_it_took_or_which_setup_failed(plugins: Path) -
         assert "OSError: no model there (plugins.py:" in scored.invalid
 
 
-def test_closing_leaves_no_process_behind_not_even_a_hung_one_or_its_children(plugins: Path) -> None:
+def test_closing_ends_all_processes_also_hung_ones_and_their_children(plugins: Path) -> None:
     before = workers()
     made = RewardRunner({"obey": TASKS["obey"]}, plugins, workers=2)
     child = made.score([rollout("child")])[0].details["pid"]
