@@ -89,7 +89,7 @@ def load_chain(
 
     Args:
         folder: the run folder, absolute; the steps write here what later steps read.
-        first: the stage to begin with; the steps before it are left out.
+        first: the stage to begin with; the steps before it are left out, except the curation of its rows.
         begun: True if `recipe` was saved by a run.
     Raises:
         RecipeError: its message is all that the user needs to see.
@@ -102,9 +102,7 @@ def load_chain(
     steps: list[Step] = []
     for number, entry in enumerate(entries):
         links = _links(entry, steps, folder, written)
-        if (
-            number == 0 and entry.name == CURATE
-        ):  # the chain begins with a later stage, whose start policy makes the rows
+        if number == 0 and entry.name == CURATE:  # --stage: the policy that this stage starts from makes its rows
             rows = {"data": {"train": str(folder / CURATE / "rows")}}
             following = _resolved(entries[1], written, rows, folder, profile)
             links = {"model": {"path": following.config.model.path}}
