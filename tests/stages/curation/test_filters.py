@@ -341,7 +341,7 @@ def test_draws_have_16_to_24_different_messages_and_depend_on_the_seed_only() ->
     assert any(list(draw) != sorted(draw, key=pool.index) for draw in draws)
     assert drawn(24, "seed 3").texts == draws[3]
     assert {len(drawn(16, f"{n}").texts) for n in range(20)} == {16}
-    with pytest.raises(ValueError, match="row a: a pool of 15 messages has not the 16"):
+    with pytest.raises(ValueError, match="row a: its pool has 15 messages, but at least 16 are drawn"):
         drawn(15, "")
 
 
