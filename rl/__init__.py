@@ -1,1 +1,1 @@
-"""What every stage shares: recipes, models, the PPO learner, checkpoints and the run's traces."""
+"""Shared by all stages: recipes, models, the PPO learner, checkpoints, and what a run records."""

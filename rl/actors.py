@@ -1,6 +1,6 @@
 """The only file that imports Ray. Places plain objects in processes of their own, with their share of CPUs and GPUs.
 
-The objects know nothing of Ray. `place` returns a RemoteObject and `place_team` a Team; both are a rl.remote.Remote.
+The objects do not depend on Ray. `place` returns a RemoteObject and `place_team` a Team; both are a rl.remote.Remote.
 """
 
 import os
@@ -184,7 +184,7 @@ class TeamFuture(RemoteFuture[R]):
                     raise WorkerDied(SILENT.format(patience))
                 for reference in ready:
                     waiting.pop(reference).result()
-        except Exception:  # whatever it was, it is raised again
+        except Exception:  # any error, which is raised again
             if waiting:
                 self._team.end()
             raise
@@ -267,7 +267,7 @@ def merge_streams(streams: Sequence[Any], patience: float) -> Iterator[tuple[int
     If a process dies, or yields nothing for `patience` seconds, the last value of its stream is a WorkerDied.
     """
     running: dict[Any, int] = {stream: index for index, stream in enumerate(streams)}
-    heard = dict.fromkeys(running, time.monotonic())
+    last_value = dict.fromkeys(running, time.monotonic())
     while running:
         with signals_as_raised():
             ready: list[Any] = ray.wait(list(running), num_returns=1, timeout=patience / 4)[0]
@@ -278,21 +278,21 @@ def merge_streams(streams: Sequence[Any], patience: float) -> Iterator[tuple[int
                 del running[stream]
                 continue
             try:
-                value, heard[stream] = _get(reference), time.monotonic()
+                value, last_value[stream] = _get(reference), time.monotonic()
             except WorkerDied as died:
                 value = died
             yield running[stream], value
             if isinstance(value, WorkerDied):
                 del running[stream]
-        for stream in [stream for stream in running if time.monotonic() - heard[stream] > patience]:
+        for stream in [stream for stream in running if time.monotonic() - last_value[stream] > patience]:
             yield running.pop(stream), WorkerDied(SILENT.format(patience))
 
 
 @contextmanager
 def cluster(*, verbose: bool = False) -> Iterator[None]:
-    """Joins the Ray cluster that RAY_ADDRESS names (Ray sets it in a submitted job), or starts one on this machine.
+    """Joins the Ray cluster of RAY_ADDRESS (Ray sets it in a submitted job), or starts a cluster on this machine.
 
-    When the block ends, a cluster that was started here stops; one that was joined continues without our actors.
+    When the block ends, a cluster that was started here stops; a cluster that was joined continues without our actors.
     """
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -305,7 +305,7 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
     if address:
         ray.init(address=address, **options)
     else:
-        # Without this Ray writes a token to the home folder, and every cluster that is started later asks for it. Our
+        # Without this Ray writes a token to the home folder, and every cluster that is started later demands it. Our
         # cluster listens on this machine only.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)

@@ -1,9 +1,9 @@
-"""How good a policy is on held-out rows: pass@1, pass@K, majority vote and PaCoRe, with tokens and intervals.
+"""Measures a policy on held-out rows: pass@1, pass@K, majority vote and PaCoRe, with tokens and intervals.
 
     python -m rl.evaluate --model DIR --data FILE [--recipe RECIPE] [--modes sere,majority,pacore] [--json]
 
-The recipe says how tasks are scored and what counts as right (`rewards`, `accept`). Everything the model says is kept
-in --cache, if that is given, and not asked again. Exit codes are in rl/exits.py.
+The recipe says how tasks are scored and what counts as right (`rewards`, `accept`). With --cache, responses of the
+model are stored, and a later call with the same file does not sample them again. Exit codes are in rl/exits.py.
 """
 
 import argparse
@@ -25,36 +25,36 @@ MODES = ("sere", "majority", "pacore")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of the contract."""
+    """Returns the parser of the command line."""
     p = argparse.ArgumentParser(prog="python -m rl.evaluate", description="Measure a policy on held-out rows.")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="options of the recipe, e.g. accept.least=0.5")
-    p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url the model's name there")
-    p.add_argument("--data", help="rows with ground truth, in any form that data.eval has; default: the recipe's")
+    p.add_argument(
+        "--model", required=True, help="Hugging Face folder or hub id; with --url the model's name on that server"
+    )
+    p.add_argument("--data", help="rows with ground truth, in any form of data.eval; default: data.eval of the recipe")
     p.add_argument(
         "--recipe",
         default="rlvr",
-        help="for rewards and accept: shipped recipe (default: rlvr) or YAML file",
+        help="source of rewards and accept: shipped recipe (default: rlvr) or YAML file",
     )
     p.add_argument("--profile", help="as for rl.run")
-    p.add_argument("--modes", default=",".join(MODES), help="which of sere,majority,pacore (default: all)")
+    p.add_argument("--modes", default=",".join(MODES), help="one or several of sere,majority,pacore (default: all)")
     p.add_argument("--attempts", type=int, default=16, metavar="K", help="chains of thought per row (default: 16)")
-    p.add_argument("--syntheses", type=int, default=1, metavar="N", help="times that PaCoRe answers from them")
-    p.add_argument("--limit", type=int, help="only the first so many rows of each task")
+    p.add_argument("--syntheses", type=int, default=1, metavar="N", help="PaCoRe syntheses per row (default: 1)")
+    p.add_argument("--limit", type=int, help="number of rows of each task, from the first on (default: all)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument(
-        "--cache", type=Path, help="JSONL that keeps what the model says; one that was begun is gone on with"
-    )
-    p.add_argument("--trajectories", type=Path, metavar="FILE", help="another evaluation's cache, or the OUT of "
-                   "rollout.generate: its first round is used, and not asked again")  # fmt: skip
-    p.add_argument("--blind", action="store_true", help="only rows with pictures, and the policy sees those of another "
-                   "row: what answers earn that have nothing to do with the picture")  # fmt: skip
+    p.add_argument("--cache", type=Path, help="JSONL that stores the model's responses; an existing file is continued")
+    p.add_argument("--trajectories", type=Path, metavar="FILE", help="cache of another evaluation, or OUT of "
+                   "rollout.generate: its first round is used instead of sampling one")  # fmt: skip
+    p.add_argument("--blind", action="store_true", help="only rows with pictures, each with the pictures of another "
+                   "row: measures what answers earn that do not depend on the picture")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_target_options(p)
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code."""
+    """Runs the command and returns its exit code."""
     args = parser().parse_intermixed_args(arguments)
     return run_command(
         lambda: _main(args),
@@ -72,18 +72,18 @@ def _main(args: argparse.Namespace) -> int:
         raise InputError(f"--limit {args.limit}: it has to be at least 1")
     if args.attempts < 1 or args.syntheses < 1:
         raise InputError(f"--attempts {args.attempts}, --syntheses {args.syntheses}: both have to be at least 1")
-    asked = Questions(
+    questions = Questions(
         modes, args.attempts, args.syntheses, args.limit, args.seed, args.cache, args.trajectories, blind=args.blind
     )
-    report = measure(config_of(args), target_of(args), asked)
+    report = measure(config_of(args), target_of(args), questions)
     print(json.dumps(report.json(), indent=2)) if args.json else report.show()
     return DONE
 
 
 def config_of(args: argparse.Namespace) -> Config:
-    """The recipe, with model and rows of the command line. Raises RecipeError."""
+    """Returns the config of the recipe, with model and rows of the command line. Raises RecipeError."""
     rows = [f"data.train={args.data}", f"data.eval={args.data}"] if args.data else []
-    overrides = [f"model.path={args.model}", *args.overrides, *rows]  # what a recipe may leave to the command line
+    overrides = [f"model.path={args.model}", *args.overrides, *rows]  # mandatory values that a recipe may not have
     return load(find_recipe(args.recipe), profile=args.profile, overrides=overrides).config
 
 

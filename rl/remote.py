@@ -1,4 +1,4 @@
-"""Objects in other processes, as the rest of the code sees them. rl/actors.py implements these types with Ray.
+"""Types of objects in other processes. rl/actors.py implements them with Ray.
 
 A method is named by the function itself, for example `remote.start(Policy.update, batch, ...)`, so that the type
 checker compares the arguments and the result with the method's signature.
@@ -42,9 +42,9 @@ class Remote(Protocol[T]):
 class StreamingRemote(Remote[T], Protocol[T]):
     """A remote object that has generators as methods."""
 
-    def stream(
-        self, method: Callable[Concatenate[T, P], Iterator[Any]], *args: P.args, **kwargs: P.kwargs
-    ) -> Stream: ...
+    def stream(self, method: Callable[Concatenate[T, P], Iterator[Any]], *args: P.args, **kwargs: P.kwargs) -> Stream:
+        """Begins the generator `method(object, *args)` and returns at once."""
+        ...
 
 
 class Ready(Generic[T]):

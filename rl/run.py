@@ -1,8 +1,6 @@
-"""The entry: `python -m rl.run RECIPE [--profile cpu] [key=value ...]`. Reads, checks, then hands over.
+"""The command `python -m rl.run RECIPE [--profile cpu] [key=value ...]`: checks the recipe, then starts the run.
 
-A recipe is one stage's, or a chain of several (rl/recipe/chain.py).
-
-Exit codes are in rl/exits.py.
+A recipe is for one stage, or for a chain of stages (rl/recipe/chain.py). Exit codes are in rl/exits.py.
 
 Tested in tests/runs/test_run.py.
 """
@@ -26,22 +24,22 @@ T = TypeVar("T")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of the contract."""
+    """Returns the parser of the command line."""
     p = argparse.ArgumentParser(prog="python -m rl.run", description="RL post-training: run a recipe, or resume a run.")
     p.add_argument("recipe", nargs="?", help="a shipped recipe's name, e.g. rlvr, or a YAML file")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. ppo.policy_lr=1e-6")
-    p.add_argument("--profile", help="scale to run at: a name in recipes/profiles (cpu), or a YAML file")
-    p.add_argument("--output", type=Path, help="run folder to make (default: runs/<recipe>-<time>)")
+    p.add_argument("--profile", help="scale of the run: a name in recipes/profiles (cpu), or a YAML file")
+    p.add_argument("--output", type=Path, help="new run folder (default: runs/<recipe>-<time>)")
     p.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue a run from its newest checkpoint")
-    p.add_argument("--allow", action="append", default=[], metavar="KEY", help="let --resume change this option")
-    p.add_argument("--stage", help="the stage to run; of a chain, the one to begin with")
+    p.add_argument("--allow", action="append", default=[], metavar="KEY", help="with --resume: this option may change")
+    p.add_argument("--stage", help="the stage to run; in a chain, the stage to begin with")
     p.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
-    p.add_argument("--verbose", action="store_true", help="show what Ray and vLLM log")
+    p.add_argument("--verbose", action="store_true", help="show the logs of Ray and vLLM")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code."""
+    """Runs the command and returns its exit code."""
     args = parser().parse_intermixed_args(arguments)
     return run_command(lambda: _main(args), interrupted="interrupted before the run began; nothing to save")
 
@@ -86,10 +84,10 @@ def _fresh(args: argparse.Namespace, read: Callable[[argparse.Namespace], T]) ->
 
 
 def _saved_recipe(args: argparse.Namespace) -> Path:
-    """The recipe of the run that is to go on."""
+    """Returns the recipe of the run that is resumed. Raises InputError for arguments that --resume does not take."""
     if args.profile or args.output or args.stage:
-        raise InputError("--resume goes on with the run's own recipe; leave out --profile, --output and --stage")
-    if wrong := next((o for o in _overrides(args) if "=" not in o), None):
+        raise InputError("--resume continues with the run's own recipe; leave out --profile, --output and --stage")
+    if wrong := next((text for text in _overrides(args) if "=" not in text), None):
         raise InputError(f"--resume takes key=value overrides, not {wrong}")
     recipe = args.resume / "recipe.yaml"
     if not recipe.is_file():
@@ -99,11 +97,11 @@ def _saved_recipe(args: argparse.Namespace) -> Path:
 
 def _overrides(args: argparse.Namespace) -> list[str]:
     """With --resume all positional arguments are overrides."""
-    return [o for o in (args.recipe, *args.overrides) if o]
+    return [text for text in (args.recipe, *args.overrides) if text]
 
 
 def _resumed(args: argparse.Namespace) -> Resolved:
-    """The run's own recipe rules; only a longer run may differ from it."""
+    """Returns the run's own recipe with the overrides. Raises InputError for overrides that are not allowed."""
     recipe = _saved_recipe(args)
     saved, wanted = load(recipe), load(recipe, overrides=_overrides(args))
     _check_changes(differences(saved.config, wanted.config), MAY_CHANGE, args.allow)
@@ -111,33 +109,33 @@ def _resumed(args: argparse.Namespace) -> Resolved:
 
 
 def _resumed_chain(args: argparse.Namespace) -> Chain:
-    """Likewise; a stage that others have gone on from stays as long as it was, too."""
+    """Like `_resumed`, for a chain. The iterations of a stage cannot change after the next stage has begun."""
     from rl.record.run_folder import RunFolder
 
     recipe, folder = _saved_recipe(args), args.resume.resolve()
     saved = load_chain(recipe, folder, begun=True)
     wanted = load_chain(recipe, folder, overrides=_overrides(args), begun=True)
-    changes, may = [], set()
+    changes, may_change = [], set()
     for before, step, following in zip(saved.steps, wanted.steps, [*wanted.steps[1:], None], strict=True):
         changes += [
             change._replace(key=f"{step.name}.{change.key}")
             for change in differences(before.resolved.config, step.resolved.config)
             if step.resolved.provenance.get(change.key) != LINK
         ]
-        left = following is not None and wanted.of(following).exists()
-        may |= {f"{step.name}.{key}" for key in MAY_CHANGE - ({"iterations"} if left else set())}
+        ended = following is not None and wanted.of(following).exists()
+        may_change |= {f"{step.name}.{key}" for key in MAY_CHANGE - ({"iterations"} if ended else set())}
         done = max((line["iteration"] for line in RunFolder(wanted.of(step)).read_metrics()), default=0)
         if not step.curates and done > step.resolved.config.iterations:
             raise InputError(
                 f"{step.name}.iterations = {step.resolved.config.iterations}, but {done} are done already; "
                 "the policy cannot go back"
             )
-    _check_changes(changes, may, args.allow)
+    _check_changes(changes, may_change, args.allow)
     return wanted
 
 
 def _check_changes(changed: Sequence[Change], may_change: Set[str], allowed: Sequence[str]) -> None:
-    """Raises InputError for options that may not change when a run goes on."""
+    """Raises InputError for options that may not change when a run is resumed."""
     if unchanged := set(allowed) - {change.key for change in changed}:
         raise InputError(f"--allow {sorted(unchanged)[0]}: no such option changes; leave it out")
     changes = [change for change in changed if change.key not in may_change | set(allowed)]
@@ -166,7 +164,7 @@ MAY_CHANGE = frozenset(
         "learner.patience_s",
         "rollout.patience_s",
     }
-)  # what changes no weight
+)  # options that change no weight
 
 
 def _checked_plan(resolved: Resolved, *, begun: bool) -> "Plan":
@@ -184,16 +182,16 @@ def _run_chain(chain: Chain, args: argparse.Namespace) -> int:
     for step in chain.steps:
         check_hardware(step.resolved.config, dry_run=args.dry_run)
     try:
-        told = pipeline.check(chain)
+        lines = pipeline.check(chain)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
     if args.dry_run:
         values = [f"--- {step.name}\n{describe(step.resolved)}" for step in chain.steps]
-        print(*values, *told, sep="\n")
+        print(*values, *lines, sep="\n")
         return DONE
     finished = pipeline.run(chain, new=args.resume is None, verbose=args.verbose)
     if not finished:
-        print(f"interrupted; go on with: python -m rl.run --resume {chain.folder}")
+        print(f"interrupted; continue with: python -m rl.run --resume {chain.folder}")
     return DONE if finished else INTERRUPTED
 
 

@@ -1,4 +1,4 @@
-"""What differs between the stages of the recipe. A stage is one class in one file; stages/__init__.py registers it."""
+"""The base class of stages. A stage is one class in one file; stages/__init__.py registers it."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ class SampleAndScore(Protocol):
     """Samples responses with the current policy and scores them."""
 
     def __call__(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
-        """Returns `per_prompt` scored rollouts of each prompt; those of one prompt are neighbours."""
+        """Returns `per_prompt` scored rollouts of each prompt; rollouts of the same prompt are neighbours."""
         ...
 
 
 @dataclass(frozen=True)
 class StageTools:
-    """What a stage may use during a run."""
+    """Objects that a stage may use during a run."""
 
     config: Config
     chat: "Chat"
@@ -30,9 +30,9 @@ class StageTools:
 
 
 class Stage:
-    """One kind of RL training. This base class trains on the rows as they are and has no metrics of its own.
+    """One kind of RL training. This base class trains on unchanged rows and has no metrics of its own.
 
-    Class methods answer questions about a recipe before a run. The object works on the samples of a run.
+    The class methods are used before a run, to check a recipe. The instance is used during a run.
     """
 
     name: ClassVar[str]
@@ -40,11 +40,11 @@ class Stage:
     defaults: ClassVar[Mapping[str, Any]]
     """Default values of options: at least the four sizes and the minibatches."""
     own_options: ClassVar[tuple[str, ...]] = ()
-    """Options that other stages refuse."""
+    """Options of this stage only; other stages refuse them."""
     selection: ClassVar[str] = ""
-    """What `selects` asks for, as the end of the sentence "none of the rows ..."."""
+    """The rule of `selects`, as the end of the sentence "none of the rows ..."."""
     comparable_evaluation: ClassVar[bool] = True
-    """True if the evaluation before training also measures the stage before it, because it asks the plain rows."""
+    """True if the evaluation before training also measures the stage before, because it uses unchanged rows."""
     final_measure: ClassVar[Literal["accuracy", "win_rate"]] = "accuracy"
     """What the last evaluation of a chain measures on the held-out rows of this stage."""
 
@@ -52,28 +52,28 @@ class Stage:
 
     @classmethod
     def option_problems(cls, config: Config) -> Iterable[OptionError]:
-        """Options whose values do not fit this stage."""
+        """Returns a problem for each option whose value does not fit this stage."""
         return ()
 
     @classmethod
     def curation_problem(cls, config: Config, curation: CurationOptions) -> str | None:
-        """Why this stage cannot train on the rows that a curation with these options makes, or None."""
+        """Returns why this stage cannot train on the rows of a curation with these options, or None."""
         return None
 
     @classmethod
     def before_curation(cls, config: Config) -> Config:
-        """The config that can be checked while the curation before this stage has not made its rows yet."""
+        """Returns a config that can be checked before the curation has made the rows of this stage."""
         return config
 
     # Rows
 
     @classmethod
     def row_problem(cls, prompt: Prompt, config: Config, chat: "Chat", *, trains: bool) -> str | None:
-        """Why a row cannot be used, or None.
+        """Returns why a row cannot be used, or None.
 
         Args:
             trains: True for a training row, False for a held-out one.
-        Raises: ValueError, whose message is a problem too.
+        Raises: ValueError, if the row cannot be used; its message says why.
         """
         return room_problem(chat.length(prompt), "pictures", config)
 
@@ -86,16 +86,16 @@ class Stage:
 
     @classmethod
     def plan_lines(cls, config: Config, left_out: int = 0) -> list[str]:
-        """Lines of the plan that only this stage has.
+        """Returns lines for the plan that only this stage has.
 
         Args:
-            left_out: the number of rows that `selects` refused.
+            left_out: the number of rows that `selects` rejected.
         """
         return []
 
     @classmethod
     def final_tasks(cls, config: Config) -> Collection[str] | None:
-        """The tasks that the last evaluation of a chain measures; None: all."""
+        """Returns the tasks that the last evaluation of a chain measures; None: all."""
         return None
 
     # Run
@@ -104,24 +104,24 @@ class Stage:
         self.tools = tools
 
     def prompts_for_iteration(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
-        """The prompts that the policy gets for an iteration's rows."""
+        """Returns the prompts that the policy gets for an iteration's rows."""
         return list(prompts)
 
     def held_out(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """The prompts that the policy gets for held-out rows in an evaluation."""
+        """Returns the prompts that the policy gets for held-out rows in an evaluation."""
         return list(prompts)
 
     def metrics(self, scored: Sequence[Scored]) -> Mapping[str, float]:
-        """Metrics of this stage for an iteration's samples."""
+        """Returns metrics of this stage for an iteration's samples."""
         return {}
 
     def evaluation(self, scored: Sequence[Scored]) -> Mapping[str, float]:
-        """Metrics of this stage for the samples of an evaluation."""
+        """Returns metrics of this stage for the samples of an evaluation."""
         return {}
 
 
 def room_problem(tokens: int, included: str, config: Config) -> str | None:
-    """Why a prompt of so many tokens leaves no room for a response, or None.
+    """Returns a message if a prompt of so many tokens leaves no room for a response, or None.
 
     Args:
         included: what the number of tokens includes, for the message.

@@ -25,7 +25,7 @@ AnyScore = TypeVar("AnyScore", Scored, RowScore)
 
 
 class Sampler(Protocol):
-    """rollout.pool.EnginePool, rollout.partial.PartialRollouts, or a scripted one in tests."""
+    """Samples responses: rollout.pool.EnginePool, rollout.partial.PartialRollouts, or a script in tests."""
 
     def sample(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> Iterable[tuple[int, Rollout]]: ...
     def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]: ...
@@ -37,21 +37,21 @@ class Sampler(Protocol):
 
 
 class Scoring(Protocol):
-    """A batch that is scored while its rollouts arrive (rewards.running.runner.Scoring)."""
+    """Scores rollouts while others are still sampled (rewards.running.runner.Scoring)."""
 
     def add(self, place: int, rollout: Rollout) -> None: ...
     def results(self) -> list[Scored]: ...
 
 
 class Scorer(Protocol):
-    """rewards.running.runner.RewardRunner, or a scripted one in tests."""
+    """Scores rollouts: rewards.running.runner.RewardRunner, or a script in tests."""
 
     def begin(self, per_prompt: int) -> Scoring: ...
 
 
 @dataclass(frozen=True)
 class Services:
-    """What an iteration uses. None of it changes during a run."""
+    """Objects that every iteration uses. They stay the same during a run."""
 
     config: Config
     sampler: Sampler
@@ -60,14 +60,14 @@ class Services:
     critic: CriticClient
     features: FeatureStore
     stage: Stage
-    updates_in_parallel: bool = False  # policy and critic have processors of their own
+    updates_in_parallel: bool = False  # policy and critic do not share a processor
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # marks steps that change no weights
     while_waiting: Callable[[], None] = lambda: None  # called now and then while another thread samples
 
 
 @dataclass(frozen=True)
 class Encodings:
-    """The number of pictures that vision towers have encoded so far."""
+    """The number of pictures that the vision towers have encoded so far."""
 
     learner: int = 0
     engines: int = 0
@@ -75,15 +75,15 @@ class Encodings:
 
 @dataclass
 class LoopState:
-    """What changes from iteration to iteration."""
+    """Values that change from iteration to iteration."""
 
     gap: float = float("nan")  # |engine - learner| at the last weight sync, in nats
     encodings: Encodings = Encodings()  # at the last weight sync
-    reported: Encodings = Encodings()  # what metrics have reported
+    reported: Encodings = Encodings()  # at the last call of `new_encodings`
     ahead: Ahead["Samples"] = field(default_factory=Ahead)  # samples of the next iteration
 
     def new_encodings(self) -> dict[str, float]:
-        """Metrics of the encodings since the last call."""
+        """Returns metrics of the encodings since the last call."""
         now, before, self.reported = self.encodings, self.reported, self.encodings
         return {
             "time/learner_encodings": float(now.learner - before.learner),
@@ -117,11 +117,11 @@ class Clock:
             self.on_span(self.thread, name, moment, time.time())
 
     def for_thread(self, thread: str) -> "Clock":
-        """A clock for another thread, whose phases are not displayed."""
+        """Returns a clock for another thread. Its phases are not displayed."""
         return Clock(on_span=self.on_span, thread=thread)
 
     def metrics(self) -> dict[str, float]:
-        """time/* metrics so far."""
+        """Returns the time/* metrics so far."""
         seconds = self.seconds | {"total": time.monotonic() - self.began}
         return {f"time/{name}": round(value, 4) for name, value in seconds.items()}
 
@@ -134,10 +134,10 @@ def ppo_iteration(
     state: LoopState,
     clock: Clock,
 ) -> tuple[dict[str, float], list[Scored]]:
-    """Samples, scores, learns, and gives the engines the new weights. Returns the iteration's metrics and its samples.
+    """Samples, scores, updates, and loads the new weights into the engines. Returns the metrics and the samples.
 
     Until the first update an interruption loses nothing; `services.interruptible` marks that part. With
-    `rollout.max_staleness: 1` the samples were made while the iteration before was training. Those of the next
+    `rollout.max_staleness: 1` the samples were made while the iteration before was training. The samples of the next
     iteration, for the prompts `following`, are begun here, after the engines have the newest weights.
     """
     config = services.config
@@ -148,8 +148,10 @@ def ppo_iteration(
             with clock("sync"):
                 stats |= catch_up(iteration - 1, prompts, services, state)
             if following:
-                aside = clock.for_thread("samples ahead")
-                state.ahead.start(iteration + 1, lambda: collect(iteration + 1, following, services, state, aside))
+                ahead_clock = clock.for_thread("samples ahead")
+                state.ahead.start(
+                    iteration + 1, lambda: collect(iteration + 1, following, services, state, ahead_clock)
+                )
     try:
         stats |= learn(iteration, samples, services, clock)
     except FloatingPointError as error:
@@ -169,7 +171,7 @@ def ppo_iteration(
 
 
 class Diverged(RuntimeError):
-    """Gradients were not finite in several optimizer steps in a row. `scored` has the samples that caused it."""
+    """Gradients were not finite in several optimizer steps in a row. `scored` has the samples of that iteration."""
 
     def __init__(self, message: str, scored: Sequence[Scored]) -> None:
         super().__init__(message)
@@ -185,7 +187,7 @@ class Samples:
 
 
 def _samples(iteration: int, prompts: Sequence[Prompt], services: Services, state: LoopState, clock: Clock) -> Samples:
-    """The samples that were begun in the iteration before, or new ones."""
+    """Returns the samples that were begun in the iteration before, or makes new ones."""
     if not state.ahead.has(iteration):
         return collect(iteration, prompts, services, state, clock)
     with clock("rollout"):
@@ -197,8 +199,8 @@ def collect(iteration: int, prompts: Sequence[Prompt], services: Services, state
     config = services.config
     scoring = services.scorer.begin(config.rollouts_per_prompt)
     with clock("rollout"):
-        asked = services.stage.prompts_for_iteration(prompts, iteration)
-        for index, rollout in services.sampler.sample(asked, config.rollouts_per_prompt, iteration):
+        stage_prompts = services.stage.prompts_for_iteration(prompts, iteration)
+        for index, rollout in services.sampler.sample(stage_prompts, config.rollouts_per_prompt, iteration):
             state.ahead.check()
             scoring.add(index, rollout)
     with clock("reward"):
@@ -207,7 +209,7 @@ def collect(iteration: int, prompts: Sequence[Prompt], services: Services, state
 
 
 def learn(iteration: int, samples: Samples, services: Services, clock: Clock) -> dict[str, float]:
-    """Computes values and targets, and updates critic and policy; in parallel if they have processors of their own."""
+    """Computes values and targets, and updates critic and policy; in parallel if they do not share a processor."""
     config, policy, critic = services.config, services.policy, services.critic
     batch = collate(samples.scored)
     features = services.features.of(pictures(s.rollout for s in samples.scored))
@@ -228,7 +230,7 @@ def learn(iteration: int, samples: Samples, services: Services, clock: Clock) ->
 
 
 def pictures(rollouts: Iterable[Rollout]) -> list[Picture]:
-    """The distinct pictures of the rollouts' prompts."""
+    """Returns the distinct pictures of the rollouts' prompts."""
     return list({picture.digest: picture for r in rollouts for picture in r.prompt.images}.values())
 
 
@@ -247,7 +249,7 @@ def require_valid(scored: list[AnyScore], limit: float) -> list[AnyScore]:
 
 
 def catch_up(iteration: int, prompts: Sequence[Prompt], services: Services, state: LoopState) -> dict[str, float]:
-    """Syncs the weights if the engines' are older than those after `iteration`. Returns rollout/logprob_gap."""
+    """Syncs the weights if the engines have older weights than those after `iteration`. Returns rollout/logprob_gap."""
     state.ahead.settle(services.while_waiting)
     if services.sampler.policy_step < iteration:
         sync(iteration, prompts, services, state)

@@ -1,4 +1,4 @@
-"""Everything about a run that can be known and checked before anything is started.
+"""The plan of a run: all that can be checked before any process is started, and the lines of --dry-run.
 
 Tested in tests/runs/test_run.py.
 """
@@ -30,23 +30,23 @@ from stages import stage_class
 from stages.base import Stage
 
 FLOAT32 = 4  # bytes
-BYTES_PER_TOKEN = 1.5  # of compressed text in rollouts/, an estimate: four characters, a third of them left
-MOST_REWARD_WORKERS = 32  # more than that rarely have work, and each holds its libraries in memory
+BYTES_PER_TOKEN = 1.5  # in rollouts/, an estimate: a token has four characters, which compress to about a third
+MOST_REWARD_WORKERS = 32  # more processes rarely have work, and each holds its libraries in memory
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run whose recipe, data, rewards and model files fit together."""
+    """A run whose recipe, data, rewards and model files have been checked."""
 
     config: Config
     model: Path  # local folder the policy starts from
     chat: Chat
     train: Sequence[Prompt]
-    sources: Sequence[int]  # of each of them, as data.train numbers them
-    order: Order  # in which they come
+    sources: Sequence[int]  # of each training row: index of its source in data.train
+    order: Order  # in which the training rows come
     held_out: Sequence[Prompt]
-    skipped: Sequence[BadRow]  # rows that are left out, because the recipe allows it
-    rewards: RewardRunner  # no process of it runs yet
+    skipped: Sequence[BadRow]  # rows that cannot be used and are left out (data.on_bad_row: skip)
+    rewards: RewardRunner  # its processes are not started yet
     checkpoint_bytes: int
     left_out: int = 0  # training rows that the stage does not select
 
@@ -57,11 +57,11 @@ class Plan:
 
     @property
     def most_images(self) -> int:
-        """Pictures in the row that has most of them."""
+        """The largest number of pictures in a row."""
         return max((len(p.images) for p in (*self.train, *self.held_out)), default=0)
 
     def lines(self) -> list[str]:
-        """What the run will do, for --dry-run."""
+        """Returns the lines that --dry-run prints."""
         c, last = self.config, self.config.iterations
         evals = 1 + len([i for i in range(1, last + 1) if evaluates(c, i)]) if self.held_out else 0
         pictures = sum(bool(p.images) for p in self.train)
@@ -84,29 +84,29 @@ class Plan:
         ]
 
     def _mix(self) -> list[str]:
-        """Which source gives how much of the prompts, if the recipe says so."""
+        """Returns a line per source with its share of the prompts, if the sources have weights."""
         sources = self.config.data.train
         total = sum(source.weight or 0 for source in sources)
         return [f"           {100 * (s.weight or 0) / total:.3g}% from {s.path}" for s in sources] if total else []
 
     def _disk(self) -> str:
-        """What the run folder will take, the largest it can be."""
+        """Returns the largest size that the run folder can have."""
         c = self.config
         every = c.checkpoint.keep_every
         kept = c.checkpoint.keep + 1 + (c.iterations // every if every else 0)  # one is being written
         save = c.rollout.save
         saved = c.samples if save == "all" else 0 if save == "none" else min(save, c.samples)
         rollouts = saved * c.iterations * c.max_sequence_length * BYTES_PER_TOKEN
-        one, all_of_them = readable(self.checkpoint_bytes), readable(kept * self.checkpoint_bytes)
-        return f"up to {kept} checkpoints of {one} = {all_of_them}, rollouts at most about {readable(round(rollouts))}"
+        size, total = readable(self.checkpoint_bytes), readable(kept * self.checkpoint_bytes)
+        return f"up to {kept} checkpoints of {size} = {total}, rollouts at most about {readable(round(rollouts))}"
 
     def _reward(self, task: str) -> str:
-        """As in `chat: 0.8 genrm - citation + 0.2 format_tags`."""
-        shown = []
-        for one in self.config.rewards[task]:
-            weight = "" if one.weight == 1 else f"{one.weight:g} "
-            shown.append(weight + " - ".join(scorer.use for scorer in (one, *one.penalties)))
-        return f"{task}: {' + '.join(shown)}"
+        """Returns, for example, `chat: 0.8 genrm - citation + 0.2 format_tags`."""
+        terms = []
+        for reward in self.config.rewards[task]:
+            weight = "" if reward.weight == 1 else f"{reward.weight:g} "
+            terms.append(weight + " - ".join(scorer.use for scorer in (reward, *reward.penalties)))
+        return f"{task}: {' + '.join(terms)}"
 
     def _judge(self, name: str) -> str:
         endpoint = self.config.endpoints[name]
@@ -114,7 +114,7 @@ class Plan:
 
 
 def device(config: Config) -> str:
-    """cpu or cuda; `auto` is a GPU, because no run is meant to fall back to a CPU unnoticed."""
+    """Returns cpu or cuda. `auto` is cuda, so that no run falls back to a CPU unnoticed."""
     return "cuda" if config.learner.device == "auto" else config.learner.device
 
 
@@ -123,24 +123,24 @@ def tasks(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def evaluates(config: Config, iteration: int) -> bool:
-    """Whether held-out rows are scored after this iteration."""
+    """True if held-out rows are scored after this iteration."""
     return iteration % config.eval.every == 0 or iteration == config.iterations
 
 
 def saves(config: Config, iteration: int) -> bool:
-    """Whether a checkpoint follows this iteration."""
+    """True if a checkpoint is made after this iteration."""
     return iteration % config.checkpoint.every == 0 or iteration == config.iterations
 
 
 def make_plan(
     config: Config, row_judges: Mapping[str, ScorerSpec] = MappingProxyType({}), *, begun: bool = False
 ) -> Plan:
-    """Check model, data, rewards and trackers.
+    """Checks model, data, rewards and trackers, and returns the plan.
 
     Args:
         row_judges: name -> judge of data rows, for curation.
-        begun: whether the run goes on from a checkpoint, which has a critic.
-    Raises: ValueError (of several kinds) with one message that says what is wrong and where.
+        begun: True if the run continues from a checkpoint, which has a critic.
+    Raises: ValueError or a subclass; its message says what is wrong and where.
     """
     check_trackers(config.log.trackers)
     rewards = reward_runner(config, row_judges)
@@ -176,22 +176,22 @@ def make_plan(
 
 
 def reward_runner(config: Config, row_judges: Mapping[str, ScorerSpec] = MappingProxyType({})) -> RewardRunner:
-    """The rewards of a recipe; no process of them runs yet. Raises ValueError for one that cannot be used."""
+    """Returns the rewards of a recipe, without starting their processes. Raises ValueError if one cannot be used."""
     return RewardRunner(
         config.rewards,
         workers=config.reward_workers or min(MOST_REWARD_WORKERS, os.cpu_count() or 1),
-        endpoints={name: endpoint_spec(name, one) for name, one in config.endpoints.items()},
+        endpoints={name: endpoint_spec(name, options) for name, options in config.endpoints.items()},
         row_judges=row_judges,
     )
 
 
 def _check_positions(config: Config, model: PretrainedConfig) -> None:
-    """Whether the decoder has a position for every token of a sequence."""
-    most, trained, asked = positions(model), trained_positions(model), config.max_sequence_length
-    if asked > most:
+    """Raises ValueError if the decoder has too few positions for max_sequence_length."""
+    available, trained, needed = positions(model), trained_positions(model), config.max_sequence_length
+    if needed > available:
         raise ValueError(
-            f"max_sequence_length = {asked} is more than the {most} positions of {config.model.path}; lower it, or "
-            f"extend them with model.yarn: {math.ceil(asked / trained)}"
+            f"max_sequence_length = {needed} is more than the {available} positions of {config.model.path}; lower it, "
+            f"or extend them with model.yarn: {math.ceil(needed / trained)}"
         )
 
 
@@ -203,7 +203,7 @@ def check_accept(config: Config) -> None:
 
 
 def _selected(config: Config, rows: Rows) -> tuple[Rows, int]:
-    """The rows that the stage selects, and the number of the others. Raises ValueError if it selects none."""
+    """Returns the rows that the stage selects, and the number of other rows. Raises ValueError if it selects none."""
     stage = stage_class(config.stage)
     indices = [n for n, prompt in enumerate(rows.prompts) if stage.selects(prompt, config)]
     if rows.prompts and not indices:
@@ -215,20 +215,21 @@ def _selected(config: Config, rows: Rows) -> tuple[Rows, int]:
 
 
 def checkpoint_bytes(config: Config, folder: Path) -> int:
-    """What a checkpoint of this model takes: both models' weights, and two float32 moments for each trained one."""
+    """Returns the size of a checkpoint: weights of policy and critic, and two float32 moments per trained weight."""
     model = hf_folder.build(hf_folder.read_config(folder))
     frozen = tuple(prefix for name in config.model.freeze for prefix in model.frozen_prefixes[name])
     sizes = {name: tensor.numel() for name, tensor in hf_folder.state(model).items()}
     trained = sum(size for name, size in sizes.items() if not name.startswith(frozen))
     trunk = sum(tensor.numel() for tensor in model.model.parameters())
     itemsize = getattr(torch, config.model.dtype).itemsize
-    kept = 2 * FLOAT32 if itemsize == FLOAT32 else 3 * FLOAT32  # with the float32 weights of a smaller type
+    kept = 2 * FLOAT32 if itemsize == FLOAT32 else 3 * FLOAT32  # a smaller type also has float32 copies of its weights
     return sum(sizes.values()) * itemsize + trained * kept + trunk * 3 * FLOAT32
 
 
 def served_here(config: Config, rewards: RewardRunner) -> dict[str, EndpointOptions]:
-    """The judges that the run has to serve, by name."""
-    return {name: one for name, one in config.endpoints.items() if one.url is None and name in rewards.endpoint_names()}
+    """Returns name -> options of the judges that the run has to serve."""
+    names = rewards.endpoint_names()
+    return {name: options for name, options in config.endpoints.items() if options.url is None and name in names}
 
 
 def check_judges(config: Config, rewards: RewardRunner) -> None:
@@ -243,14 +244,15 @@ def judge_gpus(judge: EndpointOptions) -> int:
     return int(judge.serve.get("tensor-parallel-size", 1)) * int(judge.serve.get("pipeline-parallel-size", 1))
 
 
-def endpoint_spec(name: str, given: EndpointOptions) -> EndpointSpec:
-    """What rewards are told of an endpoint; its url is empty while the run has not started the server."""
-    return EndpointSpec(name=name, url=given.url or "", **given.model_dump(exclude={"url", "serve"}))
+def endpoint_spec(name: str, options: EndpointOptions) -> EndpointSpec:
+    """Returns what rewards need to know of an endpoint. Its url is empty until the run has started the server."""
+    return EndpointSpec(name=name, url=options.url or "", **options.model_dump(exclude={"url", "serve"}))
 
 
 def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: RewardRunner, *, trains: bool) -> Rows:
-    """Reads and checks rows. Raises RowError for rows that cannot be used, unless the recipe skips them and others are
-    left.
+    """Reads and checks rows.
+
+    Raises RowError for rows that cannot be used, unless the recipe skips them and other rows are left.
 
     Args:
         trains: True for training rows, False for held-out ones.
@@ -271,12 +273,12 @@ def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: Reward
 
 
 def skipped_lines(bad: Sequence[BadRow]) -> list[str]:
-    """What a person is told of rows that are left out."""
+    """Returns a message of several lines about rows that are left out."""
     return [f"{len(bad)} row(s) cannot be used and are left out (data.on_bad_row: skip):", *listing(bad)]
 
 
 def _order(config: Config, rows: Rows) -> Order:
-    """All rows alike, or each source by its weight."""
+    """Returns the order of the training rows: all equally often, or each source by its weight."""
     weights = [source.weight for source in config.data.train]
     if None in weights:
         return PromptOrder(rows.prompts, config.seed)
@@ -284,18 +286,18 @@ def _order(config: Config, rows: Rows) -> Order:
     for prompt, number in zip(rows.prompts, rows.sources, strict=True):
         parts[number].append(prompt)
     if empty := [source.path for source, part in zip(config.data.train, parts, strict=True) if not part]:
-        raise ValueError(f"{empty[0]} has a weight, but not one of its rows can be used")
+        raise ValueError(f"{empty[0]} has a weight, but none of its rows can be used")
     return MixedOrder([PromptOrder(part, config.seed) for part in parts], [weight or 0 for weight in weights])
 
 
 def limited(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
-    """The first `limit` prompts of each task."""
+    """Returns the first `limit` prompts of each task; all if `limit` is None."""
     if limit is None:
         return list(prompts)
-    kept: dict[str, int] = {}
+    seen: dict[str, int] = {}
     result = []
     for prompt in prompts:
-        kept[prompt.task] = kept.get(prompt.task, 0) + 1
-        if kept[prompt.task] <= limit:
+        seen[prompt.task] = seen.get(prompt.task, 0) + 1
+        if seen[prompt.task] <= limit:
             result.append(prompt)
     return result

@@ -1,14 +1,15 @@
-"""A recipe with `chain`, stages that follow each other as one run, becomes one checked recipe for each step.
+"""Chains: a recipe with the option `chain` runs several steps, one after the other, as one run. This module makes one
+checked recipe for each step.
 
     chain:
       - rlvr.yaml
-      - curate: curate.yaml        # rows for the stage after it
+      - curate: curate.yaml        # makes the rows for the next stage
       - pacore.yaml
-    seed: 1                        # of all steps
-    pacore: {iterations: 100}      # of one
+    seed: 1                        # for all steps
+    pacore: {iterations: 100}      # for one stage
 
-Layers of a step: its own recipe < the chain's recipe < profile < key=value, each with what it says for that stage.
-Each stage starts from the policy of the one before and, unless model.critic is said for it, its critic.
+Layers of a step: its own recipe < the chain's recipe < profile < key=value; each layer can have a section for that
+stage only. Each stage starts from the policy of the stage before, and from its critic, unless model.critic is set.
 """
 
 from collections.abc import Sequence
@@ -25,43 +26,45 @@ from rl.recipe.stages import registered
 
 CURATE = "curate"
 LINK = "chain"
-"""In provenance: what the step before leaves."""
+"""The source, in provenance, of values that name results of earlier steps."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage, or the curation of rows for the next one; its name is that of its folder."""
+    """A stage, or the curation of rows for the next stage. `name` is also the name of its folder."""
 
     name: str
     resolved: Resolved
 
     @property
     def curates(self) -> bool:
+        """True for a curation."""
         return self.name == CURATE
 
 
 @dataclass(frozen=True)
 class Chain:
-    """What one run does, one step after the other, in a folder for each."""
+    """The steps of one run, in their order. Each has its own folder inside the run folder."""
 
     folder: Path
     steps: tuple[Step, ...]
 
     def of(self, step: Step) -> Path:
-        """The folder of a step."""
+        """Returns the folder of a step."""
         return self.folder / step.name
 
     def before(self, step: Step) -> tuple[Step, ...]:
+        """Returns the steps before a step."""
         return self.steps[: self.steps.index(step)]
 
     def trained(self) -> list[Step]:
-        """The steps that train."""
+        """Returns the steps that train, without the curations."""
         return [step for step in self.steps if not step.curates]
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A line of the chain, and what its recipe says."""
+    """An entry of the option `chain`, with the layers of its recipe."""
 
     name: str
     layers: tuple[Layer, ...]
@@ -69,7 +72,7 @@ class _Entry:
 
 
 def is_chain(recipe: Path) -> bool:
-    """Whether a recipe, or one that it is based on, has a chain. Raises RecipeError if it cannot be read."""
+    """True if a recipe, or one that it is based on, has a chain. Raises RecipeError if it cannot be read."""
     return any(layer.chain is not None for layer in read(recipe))
 
 
@@ -82,12 +85,12 @@ def load_chain(
     first: str | None = None,
     begun: bool = False,
 ) -> Chain:
-    """Every step's recipe, checked as far as can be before anything has run.
+    """Makes and checks the recipe of every step. Files that earlier steps will make need not exist yet.
 
     Args:
-        folder: the run's, where the steps will leave what the next ones need; absolute.
-        first: the stage to begin with; those before it are left out.
-        begun: whether `recipe` is what such a run has saved.
+        folder: the run folder, absolute; the steps write here what later steps read.
+        first: the stage to begin with; the steps before it are left out, except the curation of its rows.
+        begun: True if `recipe` was saved by a run.
     Raises:
         RecipeError: its message is all that the user needs to see.
     """
@@ -99,7 +102,7 @@ def load_chain(
     steps: list[Step] = []
     for number, entry in enumerate(entries):
         links = _links(entry, steps, folder, written)
-        if number == 0 and entry.name == CURATE:  # begun with a later stage, whose policy makes the rows
+        if number == 0 and entry.name == CURATE:  # --stage: the policy that this stage starts from makes its rows
             rows = {"data": {"train": str(folder / CURATE / "rows")}}
             following = _resolved(entries[1], written, rows, folder, profile)
             links = {"model": {"path": following.config.model.path}}
@@ -109,8 +112,10 @@ def load_chain(
 
 
 def saved_chain(chain: Chain) -> dict[str, str]:
-    """File name -> text of everything that `load_chain` needs to load the chain again from a run's folder, recipe.yaml
-    last. What earlier steps leave is not said in it, so that it is found where the folder then is."""
+    """Returns file name -> text of all files from which `load_chain` loads the chain again; recipe.yaml is the last.
+
+    The files do not name results of earlier steps, so that the run folder can be moved.
+    """
     files: dict[str, str] = {}
     lines: list[Any] = []
     for step in chain.steps:
@@ -129,13 +134,13 @@ def _entries(written: Layers, *, begun: bool) -> list[_Entry]:
     if command_line.chain is not None:
         raise RecipeError("command line: chain belongs in a recipe file")
     source = next(layer for layer in reversed(files) if layer.chain is not None)
-    where, given = source.where, source.chain
-    if not isinstance(given, list) or not given:
+    where, items = source.where, source.chain
+    if not isinstance(items, list) or not items:
         raise RecipeError(f"{where}: chain is a list of recipes, such as [rlvr.yaml, pacore.yaml]")
-    entries = [_entry(item, source) for item in given]
+    entries = [_entry(item, source) for item in items]
     names = [entry.name for entry in entries]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise RecipeError(f"{where}: chain has {twice[0]} twice; each step has a folder of its name")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise RecipeError(f"{where}: chain has {repeated[0]} twice; each step has a folder of its name")
     if names[-1] == CURATE or (names[0] == CURATE and not begun):
         raise RecipeError(f"{where}: chain: curate belongs between two stages")
     return entries
@@ -154,12 +159,14 @@ def _entry(item: Any, source: Layer) -> _Entry:
 
 
 def _check_sections(written: Layers, entries: Sequence[_Entry]) -> None:
-    """Raises RecipeError for what would be said in vain."""
+    """Raises RecipeError for sections and options that would have no effect."""
     known = [entry.name for entry in entries]
     if unused := [name for name in written.ordered[-1].stages if name not in known]:
         raise RecipeError(f"command line: {unused[0]}.* is for the stage {unused[0]}; the chain has {', '.join(known)}")
     if staged := [layer for layer in written.ordered if "stage" in layer.values]:
-        raise RecipeError(f"{staged[-1].where}: stage stands in the recipes of a chain, not in its own; leave it out")
+        raise RecipeError(
+            f"{staged[-1].where}: the recipes in a chain name their stages, the chain itself has none; leave out stage"
+        )
 
 
 def _from(entries: Sequence[_Entry], first: str, where: str) -> list[_Entry]:
@@ -169,53 +176,55 @@ def _from(entries: Sequence[_Entry], first: str, where: str) -> list[_Entry]:
         raise RecipeError(f"{where}: the chain has no stage {first} to begin with; it has {', '.join(stages)}")
     start = names.index(first)
     if start and names[start - 1] == CURATE:
-        start -= 1  # its rows are made first
+        start -= 1  # this curation makes the rows of the first stage
     return list(entries[start:])
 
 
 def _links(entry: _Entry, steps: Sequence[Step], folder: Path, written: Layers) -> dict[str, Any]:
-    """What earlier steps leave for this one. Raises RecipeError where the recipe names something in its place."""
+    """Returns the values that name results of earlier steps. Raises RecipeError if the recipe sets these options
+    itself."""
     trained = [step for step in steps if not step.curates]
     links: dict[str, Any] = {}
     if trained:
         last = trained[-1]
         model = {"path": str(folder / last.name / "policy")}
-        if entry.name != CURATE and not _says_critic(entry, written):
+        if entry.name != CURATE and not _sets_critic(entry, written):
             newest = f"{last.resolved.config.iterations:06d}"
             model["critic"] = str(folder / last.name / "checkpoints" / newest / "critic")
         links["model"] = model
         if entry.name != CURATE:
-            _check_unsaid("model.path", entry, written, f"it starts from the policy of {last.name}")
+            _check_not_set("model.path", entry, written, f"it starts from the policy of {last.name}")
     if steps and steps[-1].curates:
-        _check_unsaid("data.train", entry, written, "it trains on the rows that are curated before it")
-        renamed = _flat(entry, written, "data.columns.")
-        columns = {key.removeprefix("data.columns."): key.removeprefix("data.columns.") for key in renamed}
+        _check_not_set("data.train", entry, written, "it trains on the rows of the curation before it")
+        renamed = [key.removeprefix("data.columns.") for key in _keys(entry, written, "data.columns.")]
+        columns = {name: name for name in renamed}  # curated rows have our names
         rows: dict[str, Any] = {"path": str(folder / CURATE / "rows")}
         train = [rows | {"columns": columns}] if columns else rows["path"]
-        links["data"] = {"train": train, "on_bad_row": "skip"}  # a pool that is too small must not cost all before it
+        links["data"] = {"train": train, "on_bad_row": "skip"}  # a pool that is too small must not stop the run
     return links
 
 
 def _sections(entry: _Entry, written: Layers) -> list[Layer]:
-    """Layers that speak to this stage only, of the chain's recipe and what lies over it."""
+    """Returns the sections for this stage only, of the chain's recipe, profile and command line."""
     return [part for layer in written.ordered for part in layer.for_stage(entry.stage)[1:]]
 
 
-def _says_critic(entry: _Entry, written: Layers) -> bool:
-    """Whether somebody says which critic this stage starts from; a critic for the whole chain is the first stage's, but
-    null is everyone's."""
+def _sets_critic(entry: _Entry, written: Layers) -> bool:
+    """True if a layer sets the critic that this stage starts from. A critic that is set for the whole chain is for its
+    first stage only, but null is for all stages."""
     own = [part for layer in entry.layers for part in layer.for_stage(entry.stage)] + _sections(entry, written)
     return any("model.critic" in layer.flat for layer in own) or any(
         layer.flat.get("model.critic", "") is None for layer in written.ordered
     )
 
 
-def _check_unsaid(key: str, entry: _Entry, written: Layers, why: str) -> None:
-    if saying := [layer for layer in _sections(entry, written) if layer.touches(key)]:
-        raise RecipeError(f"{saying[-1].where}: {entry.stage}.{key} cannot be said in a chain: {why}")
+def _check_not_set(key: str, entry: _Entry, written: Layers, why: str) -> None:
+    if setting := [layer for layer in _sections(entry, written) if layer.touches(key)]:
+        raise RecipeError(f"{setting[-1].where}: {entry.stage}.{key} cannot be set in a chain: {why}")
 
 
-def _flat(entry: _Entry, written: Layers, prefix: str) -> list[str]:
+def _keys(entry: _Entry, written: Layers, prefix: str) -> list[str]:
+    """Returns the dotted names with this prefix that the step's layers set."""
     layers = (*entry.layers, *written.ordered, *_sections(entry, written))
     return sorted({key for layer in layers for key in layer.flat if key.startswith(prefix)})
 

@@ -1,7 +1,7 @@
-"""What is wrong with a recipe, in words for its author: names that do not exist, values that do not fit.
+"""Error messages for the author of a recipe: names that do not exist, and values that do not fit.
 
-Every message names the file, the option, the value and what would do. Knows the declared options (rl.config),
-not where recipes come from (rl.recipe.layers).
+Every message has the file, the option, the value and what is allowed instead. This module knows the declared options
+(rl.config); rl.recipe.layers knows the files.
 
 Tested in tests/rl/recipe/test_resolve.py.
 """
@@ -24,24 +24,25 @@ PLAIN_WORDS = {"an object": "a mapping of options", "valid array": "list"}
 
 
 class RecipeError(InputError):
-    """What a person wrote cannot be run; the message says where it is, what is wrong and what would do."""
+    """A recipe, profile or override cannot be used. The message says where it is, what is wrong and what is allowed."""
 
 
 class MissingOption(RecipeError):
-    """A mandatory option has no value yet."""
+    """A mandatory option has no value."""
 
 
 @dataclass(frozen=True)
 class Declared:
-    """An option of rl.config."""
+    """An option that is declared in rl.config."""
 
-    section: bool  # its own options are declared as well
-    meaning: str = ""  # the sentence under it
-    several: bool = False  # a list of such sections will do
+    section: bool  # it has options below it, which are declared too
+    meaning: str = ""  # its sentence in rl.config
+    is_list: bool = False  # its value may be a list of sections
 
 
 def declared(values: Mapping[str, Any]) -> dict[str, Declared]:
-    """Every dotted name that a recipe with these values may use; those of a reward once for each task and so on."""
+    """Returns dotted name -> option for all options of a recipe with these values; options of a reward for each
+    task."""
     files_only = {
         "base": Declared(False, "Recipe this one starts from"),
         "chain": Declared(False, "Recipes of stages that follow each other"),
@@ -52,15 +53,15 @@ def declared(values: Mapping[str, Any]) -> dict[str, Declared]:
 def _declared(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Declared]]:
     for name, field in model.model_fields.items():
         key, annotation = f"{prefix}{name}", field.annotation
-        section, several = _section(annotation), _is_list(annotation)
-        yield key, Declared(section is not None, " ".join((field.description or "").split()), several)
+        section, is_list = _section(annotation), _is_list(annotation)
+        yield key, Declared(section is not None, " ".join((field.description or "").split()), is_list)
         if section is None:
             continue
         places = [key]
-        if get_origin(annotation) is dict:  # a level of free names lies between, as in rewards.TASK.use
+        if get_origin(annotation) is dict:  # the names of one level are free, as in rewards.TASK.use
             given = values.get(name)
             places = [f"{key}.{free}" for free in (given if isinstance(given, Mapping) else ["NAME"])]
-            yield from ((place, Declared(True, several=_is_list(get_args(annotation)[1]))) for place in places)
+            yield from ((place, Declared(True, is_list=_is_list(get_args(annotation)[1]))) for place in places)
         for place in places:
             yield from _declared(section, {}, f"{place}.")
 
@@ -72,35 +73,35 @@ def _is_list(annotation: Any) -> bool:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The options that a value of this type has below it, itself or in what it holds."""
+    """Returns the class of the options below a value of this type, directly or inside a list, mapping or union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for inner in get_args(annotation) if (found := _section(inner))), None)
+    return next((section for inner in get_args(annotation) if (section := _section(inner))), None)
 
 
 def check_names(values: Mapping[str, Any], where: str) -> None:
-    """Raises RecipeError if `values`, as written in `where`, use names that are not declared."""
-    if problems := [f"{where}: {problem}" for problem in _misnamed(values, declared(values))]:
+    """Raises RecipeError if `values`, read from the file `where`, use names that are not declared."""
+    if problems := [f"{where}: {problem}" for problem in _name_problems(values, declared(values))]:
         raise RecipeError("\n".join(problems))
 
 
-def _misnamed(values: Mapping[Any, Any], names: Mapping[str, Declared], prefix: str = "") -> Iterator[str]:
+def _name_problems(values: Mapping[Any, Any], names: Mapping[str, Declared], prefix: str = "") -> Iterator[str]:
     for name, value in values.items():
         key = f"{prefix}{name}"
         if key not in names or "." in str(name):
             yield f"unknown option {key}; {_advice(key, names)}"
         elif names[key].section and isinstance(value, Mapping):
-            yield from _misnamed(value, names, f"{key}.")
+            yield from _name_problems(value, names, f"{key}.")
         elif names[key].section and isinstance(value, list):
-            if not names[key].several:
+            if not names[key].is_list:
                 yield f"{key} is a list; it should be a mapping of options"
             for item in value:
                 if isinstance(item, Mapping):
-                    yield from _misnamed(item, names, f"{key}.")
+                    yield from _name_problems(item, names, f"{key}.")
 
 
 def _advice(key: str, names: Mapping[str, Declared]) -> str:
-    """The nearest name: a sibling spelt alike, else the same word elsewhere, else one spelt alike there."""
+    """Suggests a name: a similar one in the same section, else the same word in another, else a similar one there."""
     if key in names:
         return "in a file it is written nested, one level of indentation for each dot"
     section, _, word = key.rpartition(".")
@@ -113,7 +114,7 @@ def _advice(key: str, names: Mapping[str, Declared]) -> str:
 
 
 def comment_beside(file: Path, key: str) -> str:
-    """What the YAML says beside `key`: the comment on its line and the comment lines that go on below it."""
+    """Returns the comment beside `key` in a YAML file, together with the comment lines directly below it."""
     text = file.read_text("utf-8")
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     for part in key.split("."):
@@ -131,21 +132,21 @@ def comment_beside(file: Path, key: str) -> str:
 
 
 def explain(details: Sequence[ErrorDetails], values: dict[str, Any], where: Callable[[str], str]) -> str:
-    """pydantic's findings, one line per option, each with the file that `where` finds for it."""
+    """Returns pydantic's errors as text: one line per option, with the file that `where` returns for it."""
     problems: dict[str, list[str]] = {}
     for detail in details:
         key, text = _problem(detail, values)
         problems.setdefault(key, []).append(text)
     names = declared(values)
     lines = []
-    for key, (text, *others) in problems.items():  # others: further forms that its type would have allowed
+    for key, (text, *others) in problems.items():  # others: problems with the other forms that its type allows
         choices = " or ".join([text, *(other.split(" should be ", 1)[-1] for other in others)])
         lines.append(_line(key, choices, names, where))
     return "\n".join(lines)
 
 
 def explain_option(problem: OptionError, values: dict[str, Any], where: Callable[[str], str]) -> str:
-    """The line of `explain` for a value that a stage refuses."""
+    """Returns the same line as `explain` for a value that a stage refuses."""
     return _line(problem.key, str(problem), declared(values), where)
 
 
@@ -155,7 +156,7 @@ def _line(key: str, text: str, names: Mapping[str, Declared], where: Callable[[s
 
 
 def _problem(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, str]:
-    """Dotted key, and a text that starts with it."""
+    """Returns the dotted key, and a text that starts with it."""
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, OptionError):
         return cause.key, str(cause)
@@ -169,12 +170,12 @@ def _problem(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, str]:
 
 
 def _place(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, Any]:
-    """Dotted key and value that an error is about, without pydantic's own marks (which branch of a union)."""
+    """Returns dotted key and value of an error, without the names that pydantic adds for the branches of a union."""
     parts: list[str] = []
     value: Any = values
     for part in detail["loc"]:
         items = dict(enumerate(value)) if isinstance(value, list) else value
-        if part == 0 and isinstance(value, dict):  # what stands alone is checked as a list of one
+        if part == 0 and isinstance(value, dict):  # a single mapping is checked as a list of one
             continue
         if isinstance(items, dict) and part in items:
             value = items[part]

@@ -1,6 +1,6 @@
 """The layers of a run: base recipes, the recipe, a profile, the command line. Finds, reads and merges them.
 
-A layer remembers its file, so that every value can be traced and every relative path understood.
+A layer keeps its file, so that the source of every value is known and relative paths can be made absolute.
 """
 
 import os
@@ -19,84 +19,85 @@ from omegaconf.errors import OmegaConfBaseException
 from rl.recipe.errors import RecipeError, check_names
 from rl.recipe.stages import registered
 
-SHIPPED = Path(__file__).resolve().parents[2] / "recipes"  # beside the package rl, in a clone and installed
+SHIPPED = Path(__file__).resolve().parents[2] / "recipes"  # next to the package rl, in a clone and in an installation
 COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Values of one origin, not merged with any other."""
+    """The values of one source, for example of one file, before they are merged."""
 
-    label: str  # in provenance
-    where: str  # in messages: the file
-    folder: Path  # that its paths are relative to
+    label: str  # its name in provenance
+    where: str  # its name in error messages: the file
+    folder: Path  # its relative paths start here
     values: DictConfig
     file: Path | None = None
     stages: Mapping[str, DictConfig] = field(default_factory=dict)  # values for single stages
-    chain: Any = None  # recipes that follow each other, as written (rl/recipe/chain.py)
+    chain: Any = None  # value of the option `chain` (rl/recipe/chain.py)
 
     @cached_property
     def flat(self) -> dict[str, Any]:
+        """Dotted name -> value."""
         return flatten(plain(self.values))
 
     def for_stage(self, stage: str) -> tuple["Layer", ...]:
-        """The layer, and what it says for this stage only."""
+        """Returns the layer, and a second one with its values for this stage only, if it has some."""
         if stage not in self.stages:
             return (self,)
         return self, replace(self, label=f"{self.label}, {stage}", values=self.stages[stage], stages={})
 
     @cached_property
-    def begun_anew(self) -> frozenset[str]:
-        """Of what earlier layers say does not count any more: options of a reward whose `use` this one gives, and how
-        to serve a judge whose `model` or `url` it gives."""
+    def resets(self) -> frozenset[str]:
+        """Sections whose values from earlier layers are dropped: a reward, if this layer sets its `use`, and the
+        `serve` of an endpoint, if this layer sets its `model` or `url`."""
         rewards = {key.removesuffix(".use") for key in self.flat if re.fullmatch(r"rewards\.[^.]+(\.use)?", key)}
         judges = (re.fullmatch(r"(endpoints\.[^.]+)\.(model|url)", key) for key, value in self.flat.items() if value)
         return frozenset({*rewards, *(f"{judge[1]}.serve" for judge in judges if judge)})
 
     def touches(self, key: str) -> bool:
-        """Whether the layer gives `key`, something below it, or a list or null in whose place it stands."""
+        """True if the layer sets `key`, an option below it, or an option above it (to a list or null)."""
         return any(f"{own}.".startswith(f"{key}.") or f"{key}.".startswith(f"{own}.") for own in self.flat)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """All layers of a run, later ones winning."""
+    """All layers of a run. Later layers win."""
 
     ordered: tuple[Layer, ...]
-    main: str  # where a value that nobody gave would belong
+    main: str  # the file that messages name for a value that no layer sets
 
     def origin(self, key: str) -> Layer | None:
-        """The last layer that gives exactly this key; failing that, the last that has to do with it."""
-        later_first = self._in_force(key)[::-1]
+        """Returns the last layer that sets exactly this key, else the last one that touches it."""
+        later_first = self._since_reset(key)[::-1]
         exact = (layer for layer in later_first if key in layer.flat)
         return next(exact, None) or next((layer for layer in later_first if layer.touches(key)), None)
 
     def where(self, key: str) -> str:
-        """The file to look in about `key`."""
+        """Returns the file that sets `key`, for error messages."""
         origin = self.origin(key)
         return origin.where if origin else self.main
 
-    def _in_force(self, key: str) -> tuple[Layer, ...]:
-        """The layers whose word on `key` counts: the last that begins it anew, and those above."""
-        beginning = [
+    def _since_reset(self, key: str) -> tuple[Layer, ...]:
+        """Returns the layers that can set `key`: the last one that resets it and all later ones, or all layers."""
+        resetting = [
             index
             for index, layer in enumerate(self.ordered)
-            if any(f"{key}.".startswith(f"{anew}.") for anew in layer.begun_anew)
+            if any(f"{key}.".startswith(f"{section}.") for section in layer.resets)
         ]
-        return self.ordered[beginning[-1] if beginning else 0 :]
+        return self.ordered[resetting[-1] if resetting else 0 :]
 
     def merged(self) -> DictConfig:
-        """OmegaConf's merge, except that saying a task's `use`, or a list, drops what was said of its reward before, a
-        judge's `model` or `url` how to serve it, and a ??? what was said of its option."""
+        """Merges the layers with OmegaConf, with two additions: the sections in `Layer.resets` are emptied first, and a
+        ??? removes the value that its option had."""
         merged = OmegaConf.create({})
         for layer in self.ordered:
-            for key in layer.begun_anew:
-                above, _, last = key.rpartition(".")
-                if isinstance(holder := OmegaConf.select(merged, above), DictConfig):
-                    holder.pop(last, None)
+            for key in layer.resets:
+                parent_key, _, name = key.rpartition(".")
+                if isinstance(parent := OmegaConf.select(merged, parent_key), DictConfig):
+                    parent.pop(name, None)
             try:
                 merged.merge_with(layer.values)
-                for key in (key for key, value in layer.flat.items() if value == "???"):  # merging would ignore it
+                for key in (key for key, value in layer.flat.items() if value == "???"):  # OmegaConf.merge ignores ???
                     OmegaConf.update(merged, key, "???")
             except (TypeError, OmegaConfBaseException) as error:
                 problem = f"a list stands where others have options, or the reverse: {first_line(error)}"
@@ -105,7 +106,7 @@ class Layers:
 
 
 def written_layers(recipe: Path | None, profile: str | None, overrides: Sequence[str]) -> Layers:
-    """Everything a person wrote, names checked."""
+    """Reads the recipe with its bases, the profile and the command line. Raises RecipeError for unknown names."""
     files = read(recipe) if recipe else []
     main = files[-1].where if files else COMMAND_LINE
     if profile:
@@ -114,25 +115,32 @@ def written_layers(recipe: Path | None, profile: str | None, overrides: Sequence
     return Layers((*files, _command_line(overrides)), main)
 
 
-def read(file: Path, label: str | None = None, above: tuple[Path, ...] = ()) -> list[Layer]:
-    """The layer of a YAML file, after those of the recipes it is based on."""
+def read(file: Path, label: str | None = None, derived: tuple[Path, ...] = ()) -> list[Layer]:
+    """Returns the layers of the recipes that a YAML file is based on, then its own layer.
+
+    Args:
+        label: name of the file's layer in provenance; None: the file.
+        derived: the files that are based on this one, to notice circles.
+    """
     where = shown(file)
-    if (real := file.resolve()) in above:
-        circle = " -> ".join(map(shown, (*above[above.index(real) :], real)))
+    if (real := file.resolve()) in derived:
+        circle = " -> ".join(map(shown, (*derived[derived.index(real) :], real)))
         raise RecipeError(f"{where}: base recipes go in a circle: {circle}")
     values = _parse(file, where)
     written = plain(values)
     base = written.get("base")
-    based = [] if base is None else read(find_recipe(str(base), f"{where}: base: ", file.parent), above=(*above, real))
+    bases = (
+        [] if base is None else read(find_recipe(str(base), f"{where}: base: ", file.parent), derived=(*derived, real))
+    )
     values = OmegaConf.create({key: value for key, value in written.items() if key != "base"})
-    return [*based, _layer(label or where, where, file.resolve().parent, values, file)]
+    return [*bases, _layer(label or where, where, file.resolve().parent, values, file)]
 
 
 def _layer(label: str, where: str, folder: Path, values: DictConfig, file: Path | None = None) -> Layer:
     stages = {name: _section(values, name, where) for name in registered() if name in values}
-    said = plain(values)
-    chain = said.pop("chain", None)
-    general = OmegaConf.create({key: value for key, value in said.items() if key not in stages})
+    given = plain(values)
+    chain = given.pop("chain", None)
+    general = OmegaConf.create({key: value for key, value in given.items() if key not in stages})
     for part in (general, *stages.values()):
         _unwrap_rewards(part)
         check_names(plain(part), where)
@@ -140,7 +148,7 @@ def _layer(label: str, where: str, folder: Path, values: DictConfig, file: Path 
 
 
 def _section(values: DictConfig, stage: str, where: str) -> DictConfig:
-    """What is said for one stage: options as of the whole run."""
+    """Returns the section of a stage: values of options that are for this stage only."""
     section = plain(values)[stage]
     if not isinstance(section, dict):
         raise RecipeError(f"{where}: {stage} holds the options of that stage, such as {stage}.iterations")
@@ -176,9 +184,9 @@ def find_recipe(written: str, where: str = "", folder: Path | None = None) -> Pa
     Args:
         written: a name or a path.
         where: prefix of the error message.
-        folder: that paths are relative to, if a recipe file names the recipe; None for a command line.
+        folder: the folder of the recipe file that names the recipe, where paths start; None for a command line.
     Raises:
-        RecipeError: no such recipe. The message has the shipped ones and the nearest name.
+        RecipeError: no such recipe. The message lists the shipped recipes and the nearest name.
     """
     shipped = shipped_recipes()
     if written in shipped:
@@ -208,8 +216,8 @@ def _find_profile(profile: str, beside: Path) -> Path:
     if profile.endswith((".yaml", ".yml")) or "/" in profile:
         return Path(profile)
     folders = [beside, SHIPPED / "profiles"]
-    if found := next((path for folder in folders if (path := folder / f"{profile}.yaml").is_file()), None):
-        return found
+    if file := next((path for folder in folders if (path := folder / f"{profile}.yaml").is_file()), None):
+        return file
     names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     raise RecipeError(f"no profile {profile}; there is {', '.join(names)}, or give the path of a YAML file")
 
@@ -229,7 +237,7 @@ def _command_line(overrides: Sequence[str]) -> Layer:
 
 
 def _unwrap_rewards(values: DictConfig) -> None:
-    """A task may give its reward as a list; one of one is that reward, whose options then can be named."""
+    """Replaces a list of one reward by the reward, so that its options have names: rewards.TASK.params."""
     rewards = plain(values).get("rewards")
     for task, given in rewards.items() if isinstance(rewards, dict) else ():
         if isinstance(given, list) and len(given) == 1:
@@ -237,7 +245,7 @@ def _unwrap_rewards(values: DictConfig) -> None:
 
 
 def plain(values: DictConfig) -> dict[str, Any]:
-    """As Python's own dicts and lists; interpolations stay text."""
+    """Returns the values as Python's own dicts and lists; interpolations stay text."""
     container: Any = OmegaConf.to_container(values)
     return container
 
@@ -252,7 +260,7 @@ def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shown(file: Path) -> str:
-    """The file as a person would write it from here."""
+    """Returns the path relative to the working directory if it is inside, else absolute."""
     path = Path(os.path.abspath(file))
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 

@@ -1,8 +1,8 @@
-"""Recipe, profile and command line become one checked Config that knows where each of its values came from.
+"""Makes one checked Config from recipe, profile and command line, with the source of each value.
 
-Later layers win: stage defaults < `base:` recipe < recipe < profile < key=value. OmegaConf reads and merges,
-the models of rl.config check. Paths are relative to the file that names them (key=value: to the working
-directory) and absolute afterwards, so the recipe that a run saves means the same from anywhere.
+Later layers win: stage defaults < `base:` recipe < recipe < profile < key=value. OmegaConf reads and merges them, and
+the classes of rl.config check the result. Paths are relative to the file that names them (key=value: to the working
+directory) and become absolute, so that a saved recipe means the same in every working directory.
 """
 
 import json
@@ -34,7 +34,7 @@ PATHS = (
     "synthesis.template",
 )
 DATA_FILE = (".json", ".jsonl", ".jsonl.gz", ".parquet")
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")  # [owner/]name, a data set's with [:split]
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")  # [owner/]name, and [:split] for a data set
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,17 @@ class Resolved:
     provenance: Mapping[str, str]
 
     def plain(self) -> dict[str, Any]:
-        """Every value, JSON-able, paths absolute, secrets only by name. Loads again as the same config."""
+        """Returns every value, ready for JSON. Paths are absolute; of secrets there are only the names of their
+        variables. Loads again as the same config."""
         return self.config.model_dump(mode="json")
 
     def yaml(self) -> str:
-        """plain() as the text of a recipe.yaml."""
+        """Returns `plain()` as the text of a recipe.yaml."""
         return yaml_of(self.plain())
 
 
 def yaml_of(values: Mapping[str, Any]) -> str:
-    """A recipe's text. Loads again as the same values."""
+    """Returns the text of a recipe. Loads again as the same values."""
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(dict(values))))
 
 
@@ -77,28 +78,28 @@ def load(
     overrides: Sequence[str] = (),
     stage: str | None = None,
 ) -> Resolved:
-    """Merge all layers and check the result.
+    """Merges all layers and checks the result.
 
     Args:
-        recipe: YAML file; None if the overrides say everything.
-        profile: name of a file in `profiles/` (beside the recipe, or shipped), or the path of one.
+        recipe: YAML file; None if the overrides have all values.
+        profile: name of a file in `profiles/` (beside the recipe, or shipped), or the path of a file.
         overrides: `key=value`, values in YAML.
         stage: the stage to run; a recipe of another stage is refused.
     Raises:
-        RecipeError: its message is all that the user needs to see. Unknown names are told first, then
-            mandatory values that are missing (as MissingOption), then values that do not fit.
+        RecipeError: its message is all that the user needs to see. Unknown names come first, then
+            mandatory values that are missing (MissingOption), then values that do not fit.
     """
     written = written_layers(Path(recipe) if recipe else None, profile, overrides)
     if chained := [layer for layer in written.ordered if layer.chain is not None]:
         raise RecipeError(f"{chained[-1].where}: has a chain of recipes, which only rl.run takes; name one of them")
-    which = stage_of(written, stage)
-    if unused := [name for name in written.ordered[-1].stages if name != which]:
-        raise RecipeError(f"command line: {unused[0]}.* is for the stage {unused[0]}, but this one is {which}")
-    return resolve(written, which, profile)
+    chosen = stage_of(written, stage)
+    if unused := [name for name in written.ordered[-1].stages if name != chosen]:
+        raise RecipeError(f"command line: {unused[0]}.* is for the stage {unused[0]}, but this one is {chosen}")
+    return resolve(written, chosen, profile)
 
 
 def resolve(written: Layers, stage: str, profile: str | None) -> Resolved:
-    """Layers as written become the config of a stage. Raises RecipeError, like `load`."""
+    """Returns the config of a stage from the layers of a run. Raises RecipeError, like `load`."""
     ordered = [part for layer in written.ordered for part in layer.for_stage(stage)]
     layers = Layers((_stage_layer(stage), *ordered), written.main)
     merged = layers.merged()
@@ -111,32 +112,43 @@ def resolve(written: Layers, stage: str, profile: str | None) -> Resolved:
 
 
 def describe(resolved: Resolved, section: Callable[[str], bool] = lambda name: True) -> str:
-    """One line per option: its name, its value, and where the value came from; of some sections only."""
+    """Returns one line per option: name, value, and source of the value.
+
+    Args:
+        section: True for the sections (first part of the dotted name) that are shown.
+    """
     flat = flatten(resolved.plain())
     values = {key: _short(value) for key, value in flat.items() if section(key.partition(".")[0])}
-    wide, long = max(map(len, values)), min(40, max(map(len, values.values())))
-    return "\n".join(f"{key:<{wide}}  {value:<{long}}  {resolved.provenance[key]}" for key, value in values.items())
+    name_width, value_width = max(map(len, values)), min(40, max(map(len, values.values())))
+    return "\n".join(
+        f"{key:<{name_width}}  {value:<{value_width}}  {resolved.provenance[key]}" for key, value in values.items()
+    )
 
 
 def differences(saved: Config, new: Config) -> list[Change]:
-    """Options that are not the same in both, in the order in which they are declared."""
+    """Returns the options whose values differ, in the order in which they are declared."""
     before, after = (flatten(config.model_dump(mode="json")) for config in (saved, new))
     changes = (Change(key, before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after]))
     return [change for change in changes if change.saved != change.new]
 
 
-def stage_of(layers: Layers, asked: str | None = None) -> str:
-    """The stage that the layers name."""
+def stage_of(layers: Layers, required: str | None = None) -> str:
+    """Returns the stage that the layers name.
+
+    Args:
+        required: the stage that --stage names; None without that option.
+    Raises: RecipeError if there is no stage, an unknown one, or another than `required`.
+    """
     naming = [layer for layer in layers.ordered if "stage" in layer.values]
-    stage = str(naming[-1].values.stage) if naming else asked
+    stage = str(naming[-1].values.stage) if naming else required
     stages = ", ".join(registered())
     if stage is None:
         raise MissingOption(f"{layers.main}: stage is missing; it is one of {stages}")
     if stage not in registered():
         where = naming[-1].where if naming else "--stage"
         raise RecipeError(f"{where}: no stage {stage}; there are {stages}")
-    if asked and stage != asked:
-        raise RecipeError(f"{naming[-1].where}: its stage is {stage}, so --stage {asked} is not in it")
+    if required and stage != required:
+        raise RecipeError(f"{naming[-1].where}: its stage is {stage}, so --stage {required} is not in it")
     return stage
 
 
@@ -151,15 +163,15 @@ def _check_nothing_missing(merged: DictConfig, layers: Layers, profile: str | No
     for key in [key for key, value in flatten(plain(merged)).items() if value == "???" or value == ["???"]]:
         origin = layers.origin(key)
         comment = comment_beside(origin.file, key) if origin and origin.file else ""
-        wanted = f"{key} is ???, which only you can fill in{': ' if comment else ''}{comment}"
-        stand_in = "" if profile else _stand_in(key)
-        messages.append(f"{layers.where(key)}: {wanted}\nPut it in a recipe or add {key}=VALUE{stand_in}.")
+        problem = f"{key} is ???, which only you can fill in{': ' if comment else ''}{comment}"
+        advice = "" if profile else _profile_advice(key)
+        messages.append(f"{layers.where(key)}: {problem}\nPut it in a recipe or add {key}=VALUE{advice}.")
     if messages:
         raise MissingOption("\n".join(messages))
 
 
-def _stand_in(key: str) -> str:
-    """The shipped profiles that fill in `key`."""
+def _profile_advice(key: str) -> str:
+    """Names the shipped profiles that set `key`."""
     files = sorted((SHIPPED / "profiles").glob("*.yaml"))
     names = [file.stem for file in files if read(file)[-1].touches(key)]
     return f", or try the small stand-in of --profile {' or '.join(names)}" if names else ""
@@ -178,12 +190,12 @@ def _interpolated(merged: DictConfig, layers: Layers) -> dict[str, Any]:
 def _make_paths_absolute(values: dict[str, Any], layers: Layers) -> None:
     for key in PATHS:
         *sections, name = key.split(".")
-        holder, origin = values, layers.origin(key)
+        parent, origin = values, layers.origin(key)
         for section in sections:
-            holder = holder.get(section) if isinstance(holder, dict) else None
-        if isinstance(holder, dict) and origin:
-            holder[name] = _absolute(
-                holder.get(name), origin.folder, always=name in ("critic", "template", "chat_template")
+            parent = parent.get(section) if isinstance(parent, dict) else None
+        if isinstance(parent, dict) and origin:
+            parent[name] = _absolute(
+                parent.get(name), origin.folder, always=name in ("critic", "template", "chat_template")
             )
     rewards = values.get("rewards")
     for task, given in rewards.items() if isinstance(rewards, dict) else ():
@@ -195,12 +207,15 @@ def _make_paths_absolute(values: dict[str, Any], layers: Layers) -> None:
     endpoints = values.get("endpoints")
     for name, endpoint in endpoints.items() if isinstance(endpoints, dict) else ():
         origin = layers.origin(f"endpoints.{name}.model")
-        if isinstance(endpoint, dict) and endpoint.get("url") is None and origin:  # then its model is a folder or id
+        if (
+            isinstance(endpoint, dict) and endpoint.get("url") is None and origin
+        ):  # its model is then a folder or hub id
             endpoint["model"] = _absolute(endpoint.get("model"), origin.folder)
 
 
 def _make_reward_absolute(reward: Any, key: str, layers: Layers) -> None:
-    """In place: the file in `use`, and parameters that are paths: those that begin with a dot, and existing files."""
+    """Makes paths absolute, in place: the file in `use`, and parameters that begin with ./, ../ or ~/ or name a
+    file."""
     if not isinstance(reward, dict):
         return
 
@@ -213,12 +228,12 @@ def _make_reward_absolute(reward: Any, key: str, layers: Layers) -> None:
         file, _, name = use.rpartition(":")
         reward["use"] = f"{_absolute(file, folder('use'), always=True)}:{name}"
     if isinstance(params, dict):
-        reward["params"] = {n: _path_or_other(value, folder(f"params.{n}")) for n, value in params.items()}
+        reward["params"] = {n: _absolute_if_path(value, folder(f"params.{n}")) for n, value in params.items()}
     for penalty in reward.get("penalties") or ():
         _make_reward_absolute(penalty, f"{key}.penalties", layers)
 
 
-def _path_or_other(value: Any, folder: Path) -> Any:
+def _absolute_if_path(value: Any, folder: Path) -> Any:
     if not isinstance(value, str) or len(value) > 255 or "\n" in value:
         return value
     is_path = value.startswith(("./", "../", "~/")) or (("/" in value or "." in value) and (folder / value).exists())
@@ -226,7 +241,7 @@ def _path_or_other(value: Any, folder: Path) -> Any:
 
 
 def _absolute(value: Any, folder: Path, *, always: bool = False) -> Any:
-    """Paths made absolute; hub ids, and what is no text, left as they are."""
+    """Returns paths as absolute paths. Hub ids, and values that are not text, are returned as they are."""
     if isinstance(value, list):
         return [_absolute(item, folder, always=always) for item in value]
     if isinstance(value, dict) and "path" in value:
@@ -243,8 +258,9 @@ def _is_path(text: str, folder: Path) -> bool:
 
 
 def _validated(values: dict[str, Any], layers: Layers) -> Config:
-    """As JSON, whose strict reading takes lists for tuples and texts for paths but no text for a number."""
-    sections = {"model": {}, "data": {}}  # so that a message names what is missing inside them
+    """Checks the values as JSON: in strict mode pydantic then reads lists as tuples and text as paths, but no text as a
+    number."""
+    sections = {"model": {}, "data": {}}  # so that a message names the missing option inside them
     try:
         config = Config.model_validate_json(json.dumps(sections | values, default=str))
     except ValidationError as error:
@@ -257,7 +273,7 @@ def _validated(values: dict[str, Any], layers: Layers) -> Config:
 
 
 def _escaped(value: Any) -> Any:
-    """`${` kept as text, where OmegaConf would otherwise read an interpolation."""
+    """Escapes `${`, which OmegaConf would read as an interpolation."""
     if isinstance(value, dict):
         return {name: _escaped(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -266,5 +282,5 @@ def _escaped(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    """Text bare, anything else as JSON."""
+    """Returns text as it is, and other values as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

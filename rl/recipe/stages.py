@@ -1,7 +1,7 @@
 """The stages as recipes see them: names, default values and rules.
 
-The stages themselves are in stages/, which rl may not import. Installed packages register theirs in the entry point
-group `rl.stages`: each entry point names a mapping from stage names to classes like stages.base.Stage.
+The stages themselves are in stages/, which rl may not import. Installed packages register their stages in the entry
+point group `rl.stages`: each entry point names a mapping from stage names to classes like stages.base.Stage.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +27,7 @@ class StageRules(Protocol):
 
 
 def registered() -> dict[str, StageRules]:
-    """All stages by name. Raises RuntimeError if no installed package registers any."""
+    """Returns all stages by name. Raises RuntimeError if no installed package registers any."""
     return {name: rules for registry in _registries() for name, rules in registry.items()}
 
 
@@ -40,7 +40,7 @@ def _registries() -> tuple[Mapping[str, StageRules], ...]:
 
 
 def option_problems(config: Config) -> Iterator[OptionError]:
-    """Options whose values do not fit the config's stage."""
+    """Returns a problem for each option whose value does not fit the config's stage."""
     stages = registered()
     own = stages[config.stage]
     for name, rules in stages.items():

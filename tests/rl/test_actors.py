@@ -1,4 +1,4 @@
-"""Processes of a run that hang: noticed after the patience that they were given, and ended."""
+"""Processes that hang are noticed after `patience` seconds; the processes of a team are killed."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from tests.support.command import wait_until
 
 
 class Sleeper:
-    """Says where it is, then takes its time."""
+    """Writes its process id to a file, then sleeps."""
 
     def __init__(self, folder: str, seconds: float = 0, rank: int = 0, count: int = 1, address: str = "") -> None:
         Path(folder, str(rank)).write_text(str(os.getpid()))
@@ -41,14 +41,14 @@ def ended(process: Path) -> Callable[[], bool]:
     return lambda: not Path("/proc", process.read_text()).exists()
 
 
-def test_one_that_hangs_while_it_starts_is_noticed(joined: None, tmp_path: Path) -> None:
+def test_a_process_that_hangs_while_it_starts_is_noticed(joined: None, tmp_path: Path) -> None:
     worker = place(Sleeper, str(tmp_path), 1000)
     with pytest.raises(WorkerDied, match=r"no sign of life for 1 s"):
         worker.ready(1)
     worker.end()
 
 
-def test_a_team_that_hangs_is_ended(joined: None, tmp_path: Path) -> None:
+def test_a_team_that_hangs_is_killed(joined: None, tmp_path: Path) -> None:
     team = place_team(Sleeper.of_rank, str(tmp_path), count=2, patience=5)
     team.ready(60)
     assert team.start(Sleeper.nap).result() == "slept"

@@ -1,4 +1,4 @@
-"""Options are declared once, frozen, strictly typed, explained, and refuse what nothing implements."""
+"""Options are frozen, strictly typed and have a sentence each; values that are not implemented are refused."""
 
 import subprocess
 import sys
@@ -18,8 +18,8 @@ def test_importing_the_options_does_not_import_torch():
 
 
 def test_every_option_has_a_sentence():
-    silent = [key for key, option in declared({"rewards": {}, "endpoints": {}}).items() if not option.meaning]
-    assert silent == []
+    without = [key for key, option in declared({"rewards": {}, "endpoints": {}}).items() if not option.meaning]
+    assert without == []
 
 
 def test_values_cannot_be_changed():
@@ -27,13 +27,13 @@ def test_values_cannot_be_changed():
         setattr(config().ppo, "gamma", 0.5)  # noqa: B010 (the type checker refuses the plain form)
 
 
-def test_defaults_are_the_reports():
+def test_defaults_are_those_of_the_report():
     ppo = config().ppo
     assert (ppo.gamma, ppo.lam, ppo.policy_lr, ppo.critic_lr) == (1, 1, 2e-6, 5e-6)
     assert (ppo.ratio, ppo.tis_cap, ppo.tis_policy, ppo.kl, ppo.entropy) == ("none", 8, "current", 0, 0)
 
 
-def test_one_source_is_a_list_of_one():
+def test_a_single_source_is_read_as_a_list():
     assert config(data__train="a.jsonl").data.train == (Source(path="a.jsonl"),)
     assert config(data__train=["a", {"path": "b", "limit": 2}]).data.train == (
         Source(path="a"),
@@ -99,21 +99,21 @@ def test_a_loss_of_verl_needs_the_ratio_it_clips():
         config(ppo__policy_loss={"verl": "gspo"})
 
 
-def test_a_correction_that_would_do_nothing_is_refused():
+def test_a_correction_without_effect_is_refused():
     with pytest.raises(ValidationError, match="neither weighs nor rejects"):
         config(ppo__rollout_correction={"verl": {}})
     with pytest.raises(ValidationError, match="go together"):
         config(ppo__rollout_correction={"verl": {"rollout_rs": "seq_mean_k1"}})
 
 
-def test_secrets_may_only_be_named():
+def test_a_parameter_may_name_the_variable_of_a_secret_but_not_hold_it():
     assert config(rewards__math__params={"api_key_env": "KEY", "max_tokens": 3})
     for params in ({"api_key": "s3cret"}, {"judge": {"password": "s3cret"}}):
         with pytest.raises(ValidationError, match="name its environment variable"):
             config(rewards__math__params=params)
 
 
-def test_sections_refuse_names_they_do_not_have():
+def test_sections_refuse_unknown_names():
     models = [kind for kind in BaseModel.__subclasses__() if kind.__module__ == "rl.config"]
     assert models
     assert all(kind.model_config.get("extra") == "forbid" for kind in models)

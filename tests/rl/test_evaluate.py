@@ -5,7 +5,7 @@ from pathlib import Path
 from rl.evaluate import config_of, parser
 
 
-def test_a_recipe_that_asks_for_model_and_rows_is_given_those_of_the_command() -> None:
+def test_mandatory_model_and_rows_of_a_recipe_are_those_of_the_command_line() -> None:
     given = ["--recipe", "rlhf", "--model", "owner/name", "--data", "rows.jsonl", "endpoints.judge.model=owner/judge"]
     config = config_of(parser().parse_intermixed_args(given))
     assert config.model.path == "owner/name" and [source.path for source in config.data.eval] == [

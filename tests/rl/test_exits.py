@@ -1,4 +1,4 @@
-"""How commands end: the exit code, and one message without a traceback."""
+"""How commands end: with an exit code, and with one message instead of a traceback."""
 
 from collections.abc import Callable
 
@@ -29,14 +29,14 @@ def raises(error: BaseException) -> Callable[[], int]:
         (Interrupted(), INTERRUPTED, "interrupted\nThe same command continues\n"),
     ],
 )
-def test_an_expected_end_is_one_message_and_an_exit_code(
+def test_an_expected_error_is_one_message_and_an_exit_code(
     error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(raises(error), resume="The same command continues") == code
     assert capsys.readouterr().err == message
 
 
-def test_work_that_ends_well_says_nothing_and_keeps_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_without_errors_prints_nothing_and_keeps_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert (run_command(lambda: DONE), run_command(lambda: FAILED)) == (DONE, FAILED)
     assert capsys.readouterr().err == ""
 

@@ -1,4 +1,4 @@
-"""Where a signal ends a run: at once while waiting, else at the next border."""
+"""When a signal ends a run: at once while it waits, else at the next `check`."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ def test_a_signal_while_waiting_is_raised_at_once(number: int) -> None:
         raise AssertionError("went on")
 
 
-def test_a_signal_during_an_update_waits_for_its_end() -> None:
+def test_a_signal_during_an_update_takes_effect_at_its_end() -> None:
     done = []
     with Interrupts().installed() as interrupts, pytest.raises(Interrupted):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -33,14 +33,14 @@ def test_a_run_that_was_asked_to_stop_does_not_start_waiting_again() -> None:
             raise AssertionError("went on")
 
 
-def test_handlers_are_given_back() -> None:
+def test_the_former_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with Interrupts().installed():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_an_interrupt_that_ray_returns_with_is_no_error_of_pythons() -> None:
+def test_an_interrupt_inside_a_system_error_of_ray_is_raised_itself() -> None:
     with pytest.raises(Interrupted), signals_as_raised():
         raise SystemError("wait returned a result with an exception set") from Interrupted()
     with pytest.raises(SystemError, match="bad call"), signals_as_raised():

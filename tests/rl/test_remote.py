@@ -1,4 +1,4 @@
-"""Objects behind the interface of remote ones: a Local runs calls at once, a client adds nothing to them."""
+"""Local runs calls at once; a client passes calls on unchanged."""
 
 from typing import Any
 
@@ -21,14 +21,14 @@ class Doubler(Counter):
         return super().add(2 * amount)
 
 
-def test_a_local_object_answers_at_once_and_in_the_order_of_the_calls() -> None:
+def test_a_local_object_runs_calls_at_once_and_in_their_order() -> None:
     local = Local(Counter())
     first, second = local.start(Counter.add, 2), local.start(Counter.add, 3)
     assert (first.result(), second.result(), local.target.count) == (2, 5, 5)
     assert local.ranks == [local]
 
 
-def test_a_method_named_by_its_base_class_is_that_of_the_object() -> None:
+def test_a_method_of_the_base_class_calls_the_override_of_the_object() -> None:
     assert Local(Doubler()).start(Counter.add, 2).result() == 4
 
 

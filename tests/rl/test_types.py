@@ -1,4 +1,4 @@
-"""Pictures, and what a response's text says."""
+"""Pictures, and the parts of a response."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ from rl.types import Picture, Prompt, Rollout
 from tests.support.learner import PICTURES
 
 
-def test_pictures_are_known_by_their_content(tmp_path):
+def test_the_digest_of_a_picture_depends_on_its_content_only(tmp_path):
     (tmp_path / "a.png").write_bytes(PICTURES[0].source)
     assert Picture.of(tmp_path / "a.png").digest == PICTURES[0].digest != PICTURES[1].digest
 
@@ -35,11 +35,11 @@ def test_a_data_url_has_the_picture_in_a_format_that_servers_read():
         (" no tag ", "", "no tag"),
     ],
 )
-def test_a_response_is_its_reasoning_and_its_answer(text, reasoning, answer):
+def test_a_response_is_split_into_reasoning_and_answer(text, reasoning, answer):
     rollout = Rollout(Prompt("p", "t", ()), text)
     assert (rollout.reasoning, rollout.answer) == (reasoning, answer)
 
 
-def test_a_response_that_was_not_sampled_in_pieces_is_one_piece():
+def test_steps_are_the_pieces_of_a_response_or_one_for_all_of_it():
     assert Rollout(Prompt("p", "t", ()), "", response_ids=(1, 2), policy_step=3).steps == ((3, 2),)
     assert Rollout(Prompt("p", "t", ()), "", response_ids=(1, 2), pieces=((3, 1), (4, 1))).steps == ((3, 1), (4, 1))

@@ -1,4 +1,4 @@
-"""Samples of the next iteration are made beside this one's training: what may overlap, and what is left in order."""
+"""Samples of the next iteration are made while this one trains: what runs at the same time, and what stays in order."""
 
 import threading
 from dataclasses import replace
@@ -13,21 +13,21 @@ from stages.loop import Clock, LoopState, Services, ppo_iteration
 from tests.support.loop import PROMPTS, Scores, Scripted, policy_of, right, scripted_services
 
 
-def test_what_was_started_is_taken_and_the_waiting_thread_is_told_meanwhile() -> None:
+def test_take_returns_the_result_and_calls_meanwhile_in_the_waiting_thread() -> None:
     ahead: Ahead[str] = Ahead()
-    go, told = threading.Event(), []
+    go, calling = threading.Event(), []
 
     def meanwhile() -> None:
-        told.append(threading.current_thread())
+        calling.append(threading.current_thread())
         go.set()
 
     ahead.start(2, lambda: str(go.wait()))
     assert ahead.has(2) and not ahead.has(1)
     assert ahead.take(2, meanwhile) == "True"
-    assert set(told) == {threading.main_thread()} and not ahead.has(2)
+    assert set(calling) == {threading.main_thread()} and not ahead.has(2)
 
 
-def test_what_went_wrong_beside_is_raised_when_the_samples_are_taken() -> None:
+def test_an_error_in_the_second_thread_is_raised_by_take() -> None:
     ahead: Ahead[str] = Ahead()
 
     def fail() -> str:
@@ -39,7 +39,7 @@ def test_what_went_wrong_beside_is_raised_when_the_samples_are_taken() -> None:
         ahead.take(1, lambda: None)
 
 
-def test_samples_that_nobody_wants_any_more_are_not_made_to_the_end() -> None:
+def test_an_abandoned_task_ends_at_its_next_check() -> None:
     ahead: Ahead[str] = Ahead()
     started, ended = threading.Event(), []
 
@@ -58,10 +58,10 @@ def test_samples_that_nobody_wants_any_more_are_not_made_to_the_end() -> None:
     assert ended == [True]
 
 
-def test_only_one_iteration_is_sampled_ahead() -> None:
+def test_a_second_task_cannot_start_before_the_first_was_taken() -> None:
     ahead: Ahead[str] = Ahead()
     ahead.start(1, str)
-    with pytest.raises(RuntimeError, match="what was made for 1 has not been taken yet"):
+    with pytest.raises(RuntimeError, match="the result for 1 has not been taken yet"):
         ahead.start(2, str)
 
 
@@ -75,8 +75,8 @@ def with_staleness(services: Services, value: int) -> Services:
     return replace(services, config=services.config.model_copy(update={"rollout": rollout}))
 
 
-class Noting(Scripted):
-    """Also notes which iteration was sampled by the weights from after which."""
+class Recording(Scripted):
+    """Also records (iteration, iteration after which its sampling weights were made)."""
 
     def __init__(self, policy) -> None:
         super().__init__(policy)
@@ -91,21 +91,23 @@ class Noting(Scripted):
     (0, [(1, 0), (2, 1), (3, 2)], [0, 0, 0]),
     (1, [(1, 0), (2, 0), (3, 1)], [0, 1, 1]),
 ])  # fmt: skip
-def test_staleness_is_how_many_updates_the_sampling_weights_are_behind(services, value, expected, lags) -> None:
-    sampler, state = Noting(policy_of(services)), LoopState()
+def test_staleness_is_the_number_of_updates_that_the_sampling_weights_lag_behind(
+    services, value, expected, lags
+) -> None:
+    sampler, state = Recording(policy_of(services)), LoopState()
     services = replace(with_staleness(services, value), sampler=sampler)
-    found = []
+    staleness = []
     for iteration in range(1, 4):
         following = PROMPTS if iteration < 3 else []
         metrics, scored = ppo_iteration(iteration, PROMPTS, following, services, state, Clock())
-        found.append(metrics["rollout/staleness"])
+        staleness.append(metrics["rollout/staleness"])
         assert len(scored) == 12
         state.ahead.settle()
     assert sampler.sampled == expected
-    assert found == lags
+    assert staleness == lags
 
 
-def test_too_many_invalid_samples_of_the_next_iteration_do_not_touch_this_one(services: Services) -> None:
+def test_too_many_invalid_samples_of_the_next_iteration_do_not_stop_this_one(services: Services) -> None:
     taken, state = [], LoopState()
 
     def only_the_first_iteration(rollout: Rollout) -> Scored:

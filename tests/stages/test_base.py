@@ -24,7 +24,7 @@ from tests.support.loop import PROMPTS, scripted_services
 
 
 class Reversed(Stage):
-    """Asks the rows in reverse order, and refuses rows whose id ends in 7."""
+    """Samples the rows in reverse order, and rejects rows whose id ends in 7."""
 
     name = "reversed"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -81,7 +81,7 @@ def test_its_defaults_and_rows_make_a_plan(tmp_path: Path) -> None:
     assert f"order      reversed; {plan.left_out} rows left out" in plan.lines()
 
 
-def test_the_loop_asks_its_prompts_and_reports_its_metrics(tmp_path: Path) -> None:
+def test_the_loop_uses_its_prompts_and_reports_its_metrics(tmp_path: Path) -> None:
     services = scripted_services(tmp_path)
     tools = StageTools(services.config, cast(Any, None), frozenset(), cast(Any, None))
     services = replace(services, stage=Reversed(tools))
@@ -90,7 +90,7 @@ def test_the_loop_asks_its_prompts_and_reports_its_metrics(tmp_path: Path) -> No
     assert evaluate(PROMPTS, services)["eval/rows"] == 4.0
 
 
-def test_a_chain_has_it_as_a_step_with_a_section_of_its_own(tmp_path: Path) -> None:
+def test_a_chain_can_have_it_as_a_step_with_its_own_section(tmp_path: Path) -> None:
     recipe(tmp_path)
     file = tmp_path / "chain.yaml"
     file.write_text("chain: [rlvr, {curate: curate}, mine.yaml]\nreversed: {ppo: {lam: 0.5}}\n")

@@ -36,7 +36,7 @@ def test_the_policy_learns_to_say_the_rewarded_token(services: Services) -> None
     assert likelihood(services, GOOD) / likelihood(services, BAD) > 10 * before
 
 
-def test_an_iteration_reports_and_hands_on_the_weights(services: Services) -> None:
+def test_an_iteration_returns_metrics_and_loads_the_new_weights(services: Services) -> None:
     clock = Clock()
     metrics, scored = ppo_iteration(1, PROMPTS, PROMPTS, services, LoopState(), clock)
     assert metrics["reward/mean"] == pytest.approx(1 / 3)  # of three rollouts per prompt the second is good
@@ -46,7 +46,7 @@ def test_an_iteration_reports_and_hands_on_the_weights(services: Services) -> No
     json.dumps(metrics)
 
 
-def test_gradients_that_stay_infinite_hand_the_samples_on_with_the_reason(services: Services) -> None:
+def test_after_repeated_non_finite_gradients_the_error_has_reason_and_samples(services: Services) -> None:
     policy = policy_of(services)
     with torch.no_grad():
         policy.trained["model.norm.weight"].fill_(float("nan"))
@@ -56,7 +56,7 @@ def test_gradients_that_stay_infinite_hand_the_samples_on_with_the_reason(servic
     assert len(diverged.value.scored) == 12
 
 
-def test_while_only_the_critic_learns_the_policy_stays_as_it_is(services: Services) -> None:
+def test_the_policy_does_not_change_in_critic_only_iterations(services: Services) -> None:
     ppo = services.config.ppo.model_copy(update={"critic_only_iterations": 1})
     services = with_options(services, ppo=ppo)
     before = likelihood(services, GOOD)

@@ -1,4 +1,4 @@
-"""The stage PaCoRe: which messages a prompt shows, what is refused, and what its metrics say of synthesis."""
+"""The stage PaCoRe: which messages a prompt shows, which options are refused, and the metrics of synthesis."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,7 +34,7 @@ ROW = Prompt("a", "sums", ({"role": "user", "content": "2 + 2?"},), ground_truth
 
 
 class Chat:
-    """A prompt is as long as its texts."""
+    """The length of a prompt is 10 and the lengths of its shown texts."""
 
     reserved = ("<im_patch>",)
 
@@ -56,11 +56,11 @@ def row_with_pool(size: int = 24, right: int = 12, **more: Any) -> Prompt:
     )
 
 
-def nobody(prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
+def no_attempts(prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
     raise AssertionError("cached pools need no attempts")
 
 
-def stage(attempts: Any = nobody, longest: int = 10_000, **options: Any) -> Pacore:
+def stage(attempts: Any = no_attempts, longest: int = 10_000, **options: Any) -> Pacore:
     chat: Any = Chat()
     made = config().model_copy(update={"max_sequence_length": longest, "synthesis": SynthesisOptions(**options)})
     return Pacore(StageTools(made, chat, frozenset(), attempts))
@@ -69,7 +69,7 @@ def stage(attempts: Any = nobody, longest: int = 10_000, **options: Any) -> Paco
 # Cached pools
 
 
-def test_every_episode_shows_16_to_24_messages_of_the_pool_without_repeats() -> None:
+def test_every_prompt_shows_16_to_24_messages_of_the_pool_without_repeats() -> None:
     counts = set()
     for iteration in range(1, 60):
         for prompt in stage().prompts_for_iteration([row_with_pool(), row_with_pool(id="b")], iteration):
@@ -80,7 +80,7 @@ def test_every_episode_shows_16_to_24_messages_of_the_pool_without_repeats() -> 
     assert counts == set(range(16, 25))
 
 
-def test_the_same_iteration_shows_the_same_messages_again_and_the_next_one_others() -> None:
+def test_an_iteration_shows_the_same_messages_again_and_the_next_one_other_messages() -> None:
     prompts = [row_with_pool()]
     assert (
         stage().prompts_for_iteration(prompts, 3)
@@ -89,14 +89,14 @@ def test_the_same_iteration_shows_the_same_messages_again_and_the_next_one_other
     )
 
 
-def test_what_is_known_of_a_message_goes_along_with_it() -> None:
+def test_shown_messages_keep_whether_they_were_accepted() -> None:
     (prompt,) = stage().prompts_for_iteration([row_with_pool(right=5)], 1)
     assert prompt.shown is not None and prompt.shown.accepted is not None
     for text, right in zip(prompt.shown.texts, prompt.shown.accepted, strict=True):
         assert right == (int(text.split()[1]) < 5)
 
 
-def test_rewards_still_see_the_problem_alone() -> None:
+def test_rewards_see_the_problem_without_messages() -> None:
     (prompt,) = stage().prompts_for_iteration([row_with_pool()], 1)
     assert prompt.shown is not None
     with judging(honest) as server:
@@ -106,7 +106,7 @@ def test_rewards_still_see_the_problem_alone() -> None:
     assert not any(text in seen for text in prompt.shown.texts)
 
 
-def test_an_evaluation_shows_the_same_messages_every_time_and_asks_rows_without_a_pool_plainly() -> None:
+def test_an_evaluation_shows_the_same_messages_every_time_and_none_without_a_pool() -> None:
     rows = [row_with_pool(), ROW, row_with_pool(size=3)]
     first, plain, small = stage().held_out(rows)
     assert [first, plain, small] == stage().held_out(rows)
@@ -132,7 +132,7 @@ def test_the_papers_bounds_on_message_accuracy_are_strict(
     assert within_bounds(SynthesisOptions(**bounds), accuracy) == inside
 
 
-def test_the_longest_prompt_that_can_be_drawn_is_known_before() -> None:
+def test_longest_with_messages_is_the_largest_length_that_can_be_drawn() -> None:
     prompt = replace(ROW, messages_pool=("x" * 5, "y" * 100, "z" * 50, "w"))
     chat: Any = Chat()
     assert longest_with_messages(prompt, chat, 2) == 10 + 100 + 50
@@ -142,7 +142,7 @@ def test_the_longest_prompt_that_can_be_drawn_is_known_before() -> None:
 
 
 def attempts_saying(*texts: str, invalid: Sequence[int] = ()) -> Any:
-    """The same attempts at every prompt, those that say `right` right."""
+    """Returns a sampler of the same attempts at every prompt; texts with "right" get the reward 1."""
 
     def made(prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
         assert per_prompt == len(texts)
@@ -190,7 +190,7 @@ def test_fresh_messages_that_leave_no_room_are_not_shown() -> None:
     assert len(prompt.shown.texts) > 0
 
 
-def test_prompts_with_too_few_fresh_messages_are_left_out_and_evaluated_plainly() -> None:
+def test_prompts_with_too_few_fresh_messages_are_left_out_and_evaluated_without_messages() -> None:
     def made(prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
         return [Scored(Rollout(p, "4" if p.id == "b" else "<think>"), 1.0) for p in prompts for _ in range(per_prompt)]
 
@@ -199,7 +199,7 @@ def test_prompts_with_too_few_fresh_messages_are_left_out_and_evaluated_plainly(
     assert several.held_out([ROW])[0].shown is None
 
 
-def test_a_message_that_spells_a_control_token_is_none() -> None:
+def test_an_answer_with_a_control_token_is_not_a_message() -> None:
     found = with_pool(
         ROW, [Scored(Rollout(ROW, "<im_patch> 4"), 1.0), Scored(Rollout(ROW, "4"), 1.0)], Accept(), ("<im_patch>",)
     )
@@ -235,7 +235,7 @@ def test_emergent_correctness_is_the_accuracy_where_every_message_is_wrong() -> 
     assert all(describe(name) for name in found)
 
 
-def test_metrics_about_nothing_are_left_out() -> None:
+def test_metrics_without_samples_are_left_out() -> None:
     assert synthesis_metrics([Scored(Rollout(ROW, "4"), 1.0)], Accept()) == {}
     invalid = replace(shown("4", 1.0, ("3", False)), invalid="broken")
     assert synthesis_metrics([invalid], Accept()) == {}
@@ -244,14 +244,14 @@ def test_metrics_about_nothing_are_left_out() -> None:
     assert synthesis_metrics([unknown], Accept())["pacore/accuracy"] == 1.0
 
 
-def test_voting_goes_by_the_boxed_answer_and_ignores_case_and_space() -> None:
+def test_a_vote_is_the_boxed_answer_without_case_and_space() -> None:
     assert vote(r"so \boxed{ 4 }, surely") == vote(r"\boxed{4}") == "4"
     assert vote(" [0.1,  0.2]\n") == "[0.1, 0.2]"
     assert majority(["a", "b", "b", "a", ""]) == "a"  # of two alike the first
     assert majority(["", ""]) is None
 
 
-def test_a_response_repeats_the_majority_by_what_it_votes_for() -> None:
+def test_a_response_repeats_the_majority_if_its_vote_is_that_of_the_majority() -> None:
     messages = (r"it is \boxed{5}", False), (r"\boxed{5}", False), (r"\boxed{4}", True)
     assert repeats_majority(shown(r"<think>4?</think>\boxed{5}", 0.0, *messages).rollout)
     assert not repeats_majority(shown(r"\boxed{4}", 1.0, *messages).rollout)
@@ -291,7 +291,7 @@ def test_the_recipe_has_the_reports_numbers() -> None:
     "key, value",
     [("ppo__minibatches", 2), ("rollout__max_staleness", 1), ("rollout__partial", {})],
 )
-def test_what_makes_the_stage_off_policy_is_refused(key: str, value: Any) -> None:
+def test_options_that_make_the_stage_off_policy_are_refused(key: str, value: Any) -> None:
     made = config(stage="pacore", **{"ppo__minibatches": 1, key: value})
     (problem,) = option_problems(made)
     assert problem.key == key.replace("__", ".") and "the stage pacore is strictly on-policy" in str(problem)
@@ -304,7 +304,7 @@ def test_fewer_attempts_than_messages_are_refused() -> None:
         config(synthesis__least_messages=4, synthesis__most_messages=3)
 
 
-def test_a_models_own_words_for_messages_are_used_unless_others_are_named(tmp_path: Path) -> None:
+def test_the_template_in_the_models_folder_is_used_unless_the_recipe_names_one(tmp_path: Path) -> None:
     named = tmp_path / "named.jinja"
     assert (synthesis_template(tmp_path, None), synthesis_template(tmp_path, named)) == (None, named)
     carried = tmp_path / "pacore.jinja"

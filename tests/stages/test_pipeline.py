@@ -6,7 +6,7 @@ from rich.console import Console
 from stages.pipeline import FinalTable, before_and_after
 
 
-def test_what_a_stage_evaluates_before_it_trains_completes_how_the_one_before_left_the_policy() -> None:
+def test_the_evaluation_before_a_stage_completes_the_results_of_the_stage_before() -> None:
     held_out, wins = before_and_after(
         {
             "rlvr": [{"iteration": 0, "eval/sums": 0.2}, {"iteration": 1}, {"iteration": 2, "eval/sums": 0.6}],
@@ -26,7 +26,7 @@ def test_what_a_stage_evaluates_before_it_trains_completes_how_the_one_before_le
     assert wins == {"rlvr": 0.25, "rlhf": 0.75}
 
 
-def test_the_last_table_shows_how_often_the_last_policy_wins(capsys: pytest.CaptureFixture) -> None:
+def test_the_final_table_shows_the_win_rate_of_the_last_policy(capsys: pytest.CaptureFixture) -> None:
     FinalTable({"rlhf": {"chats": 0.7}}, (), {"rlhf": 0.75}, 0.625).show(Console(width=100))
     out = capsys.readouterr().out
     assert "SeRe pass@1" in out and "0.750" in out and "0.625" in out

@@ -1,4 +1,4 @@
-"""The stage RLHF: which rows are its own, and metrics that show whether a judge's scores can be trusted."""
+"""The stage RLHF: which rows it accepts, and metrics that show whether a judge's scores can be trusted."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,16 +21,16 @@ def rlhf(*penalties: str) -> Rlhf:
 
 
 def sample(answer: float, reference: float, *, agree: bool = True, tokens: int = 5, **penalties: float) -> Scored:
-    """A response whose grade and whose reference's grade are these; its score is linear in their difference."""
-    said: dict[str, Any] = {"answer": answer, "reference": reference, "orders_agree": agree}
+    """Returns a response with these grades of answer and reference; its score is linear in their difference."""
+    details: dict[str, Any] = {"answer": answer, "reference": reference, "orders_agree": agree}
     score = 0.5 + (answer - reference) / 20
     rollout = Rollout(ROW, "Hi", "stop", response_ids=(1,) * tokens)
     if penalties:
-        return Scored(rollout, score, None, {"genrm": score, **penalties}, {"genrm": said})
-    return Scored(rollout, score, None, {"genrm": score}, said)
+        return Scored(rollout, score, None, {"genrm": score, **penalties}, {"genrm": details})
+    return Scored(rollout, score, None, {"genrm": score}, details)
 
 
-def test_rows_need_a_reference_and_may_not_have_a_ground_truth() -> None:
+def test_rows_must_have_a_reference_and_no_ground_truth() -> None:
     plain = Preference()
     assert reference_problem(ROW, plain) is None
     assert "no reference" in str(reference_problem(replace(ROW, reference=None), plain))
@@ -38,7 +38,7 @@ def test_rows_need_a_reference_and_may_not_have_a_ground_truth() -> None:
     assert "preference.verifiable_tasks: [chat]" in str(reference_problem(both, plain))
 
 
-def test_verifiable_rows_are_mixed_in_where_the_recipe_names_their_task() -> None:
+def test_verifiable_rows_are_accepted_if_the_recipe_names_their_task() -> None:
     row = replace(ROW, task="sums", reference=None, ground_truth="4")
     assert reference_problem(row, Preference(verifiable_tasks=("sums",))) is None
     assert reference_problem(row, Preference(verifiable_tasks=("chat",))) is not None
@@ -52,7 +52,7 @@ def test_wins_count_one_and_ties_half() -> None:
     assert [metrics[f"genrm/score_p{tenth}"] for tenth in (10, 50, 90)] == pytest.approx([0.45, 0.5, 0.85])
 
 
-def test_comparisons_are_found_beside_penalties_and_penalties_have_rates() -> None:
+def test_metrics_have_comparisons_and_the_rate_of_each_penalty() -> None:
     stage = rlhf("citation")
     metrics = stage.metrics([sample(8, 6, citation=1.0), sample(4, 6, citation=0.0)])
     check(metrics)
@@ -60,7 +60,7 @@ def test_comparisons_are_found_beside_penalties_and_penalties_have_rates() -> No
     assert stage.evaluation([sample(8, 6)]) == {"eval/win_rate": 1.0, "eval/order_agreement": 1.0}
 
 
-def test_what_could_not_be_compared_has_lost_and_nothing_is_made_up_without_comparisons() -> None:
+def test_responses_that_cannot_be_compared_count_as_lost_and_without_comparisons_there_are_no_metrics() -> None:
     empty = Scored(Rollout(ROW, "", "stop"), 0.0, None, {"genrm": 0.0}, {"why": "an empty answer"})
     cut = Scored(Rollout(ROW, "So long", "length"), 0.0, details={"truncated": True})
     invalid = replace(sample(9, 1), invalid="its judge failed")
@@ -71,7 +71,7 @@ def test_what_could_not_be_compared_has_lost_and_nothing_is_made_up_without_comp
     assert preference_metrics([sample(8, 6), sums])["genrm/win_rate"] == 1  # of a task that is not compared
 
 
-def test_a_judge_that_pays_for_length_is_seen() -> None:
+def test_a_judge_that_prefers_long_answers_shows_in_length_correlation() -> None:
     longer = [sample(n, 5, tokens=10 * n) for n in range(1, 9)]
     assert preference_metrics(longer)["genrm/length_correlation"] == pytest.approx(1)
     same_length = [sample(n, 5) for n in range(1, 9)]
@@ -80,5 +80,5 @@ def test_a_judge_that_pays_for_length_is_seen() -> None:
     assert rank_correlation([1, 2, 3], [30, 10, 20]) == pytest.approx(-0.5)
 
 
-def test_percentiles_are_values_that_were_there() -> None:
+def test_percentiles_are_values_of_the_list() -> None:
     assert [percentile([4, 1, 3, 2], percent) for percent in (10, 50, 90, 100)] == [1, 2, 4, 4]

@@ -1,4 +1,4 @@
-"""Recipes of chains: what links their steps, what may be overridden, and which chains are refused."""
+"""Recipes of chains: how their steps are linked, which options can be overridden, and which chains are refused."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_every_stage_starts_from_the_policy_and_critic_of_the_one_before() -> No
     assert curate.data.train[0].path == str(Path("rows.jsonl").absolute())
 
 
-def test_the_chains_recipe_speaks_to_all_stages_or_to_one() -> None:
+def test_an_option_of_the_chain_is_for_all_stages_or_in_a_section_for_one() -> None:
     chain = mine("rlvr.ppo.policy_lr=1e-3", "rollouts_per_prompt=2")
     rlvr, _, pacore = (step.resolved.config for step in chain.steps)
     assert (rlvr.seed, pacore.seed, pacore.iterations, rlvr.iterations) == (5, 5, 7, 600)
@@ -62,11 +62,11 @@ def test_the_chains_recipe_speaks_to_all_stages_or_to_one() -> None:
     assert chain.steps[2].resolved.provenance["iterations"] == "mine.yaml, pacore"
 
 
-def test_a_stage_may_begin_with_a_critic_of_its_own() -> None:
+def test_a_stage_can_begin_with_a_new_critic() -> None:
     assert mine("pacore.model.critic=null").steps[2].resolved.config.model.critic is None
 
 
-def test_a_chain_can_begin_with_a_later_stage_and_makes_its_rows_first() -> None:
+def test_a_chain_that_begins_with_a_later_stage_curates_its_rows_first() -> None:
     chain = mine("model.path=./other", first="pacore")
     assert [step.name for step in chain.steps] == ["curate", "pacore"]
     curate, pacore = (step.resolved.config for step in chain.steps)
@@ -76,9 +76,9 @@ def test_a_chain_can_begin_with_a_later_stage_and_makes_its_rows_first() -> None
 
 @pytest.mark.parametrize("first", [None, "pacore"])
 @pytest.mark.parametrize("critic", ["null", "./mine", None])
-def test_a_saved_chain_loads_again_as_the_same_one(first: str | None, critic: str | None) -> None:
-    said = [f"pacore.model.critic={critic}"] if critic else []
-    chain = mine("rlvr.ppo.lam=0.5", *said, first=first)
+def test_a_saved_chain_loads_as_the_same_chain(first: str | None, critic: str | None) -> None:
+    overrides = [f"pacore.model.critic={critic}"] if critic else []
+    chain = mine("rlvr.ppo.lam=0.5", *overrides, first=first)
     for name, text in saved_chain(chain).items():
         (chain.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (chain.folder / name).write_text(text)
@@ -92,33 +92,33 @@ def test_a_saved_chain_loads_again_as_the_same_one(first: str | None, critic: st
     assert longer.steps[-1].resolved.config.iterations == 9
 
 
-def test_a_critic_for_the_whole_chain_is_the_first_stages_and_none_is_everyones() -> None:
+def test_a_critic_of_the_whole_chain_is_for_its_first_stage_and_null_for_all() -> None:
     first, _, last = (step.resolved.config.model.critic for step in mine("model.critic=./own").steps)
     assert first == Path("own").absolute() and str(last).endswith("rlvr/checkpoints/000600/critic")
     assert mine("model.critic=null").steps[2].resolved.config.model.critic is None
 
 
-def test_what_an_earlier_step_leaves_cannot_be_said_otherwise() -> None:
-    assert "pacore.model.path cannot be said in a chain: it starts from the policy of rlvr" in refusal(
+def test_options_that_name_results_of_earlier_steps_cannot_be_set() -> None:
+    assert "pacore.model.path cannot be set in a chain: it starts from the policy of rlvr" in refusal(
         "pacore.model.path=./x"
     )
-    assert "pacore.data.train cannot be said in a chain" in refusal("pacore.data.train=x.jsonl")
-    assert "stage stands in the recipes of a chain" in refusal(text=MINE + "stage: rlvr\n")
+    assert "pacore.data.train cannot be set in a chain" in refusal("pacore.data.train=x.jsonl")
+    assert "the recipes in a chain name their stages, the chain itself has none" in refusal(text=MINE + "stage: rlvr\n")
 
 
-def test_curated_rows_have_our_names_whatever_the_problems_had() -> None:
+def test_curated_rows_have_our_column_names_even_if_the_problems_have_others() -> None:
     config = mine("data.columns.ground_truth=answer").steps[2].resolved.config
     assert config.data.train[0].columns == {"ground_truth": "ground_truth"}
 
 
-def test_a_curation_that_makes_too_few_messages_is_refused() -> None:
+def test_a_curation_that_makes_too_few_messages_for_the_next_stage_is_refused() -> None:
     assert "needs 16 messages in each row" in refusal("curate.difficulty.rollouts=8")
     assert "needs 16 messages in each row" in refusal("curate.filters=[synthesis]")
     assert mine("curate.filters=[synthesis]", "pacore.synthesis.pool=online")
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("chain: []", "chain is a list of recipes"),
         ("chain: rlvr.yaml", "chain is a list of recipes"),
@@ -130,16 +130,16 @@ def test_a_curation_that_makes_too_few_messages_is_refused() -> None:
         ("chain: [mine.yaml]", "mine.yaml, which is a chain itself"),
     ],
 )
-def test_a_chain_that_cannot_be_is_refused(text: str, told: str) -> None:
-    assert told in refusal(text=text)
+def test_a_chain_that_cannot_run_is_refused(text: str, message: str) -> None:
+    assert message in refusal(text=text)
 
 
-def test_what_names_a_stage_that_the_chain_has_not_is_refused() -> None:
+def test_a_stage_that_the_chain_does_not_have_is_refused() -> None:
     assert "rlhf.* is for the stage rlhf; the chain has rlvr, curate, pacore" in refusal("rlhf.iterations=3")
     assert "no stage rlhf to begin with; it has rlvr, pacore" in refusal(first="rlhf")
     assert "chain belongs in a recipe file" in refusal("chain=[rlvr.yaml]")
 
 
-def test_a_mistake_in_any_stage_is_told_with_its_file() -> None:
+def test_a_mistake_in_a_stages_recipe_is_reported_with_its_file() -> None:
     Path("pacore.yaml").write_text(STAGE.format(stage="pacore") + "ppo: {gama: 1}\n")
     assert "pacore.yaml: unknown option ppo.gama; did you mean ppo.gamma?" in refusal()

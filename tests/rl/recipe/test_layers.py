@@ -1,4 +1,4 @@
-"""How a recipe is found by its name or path. What the layers then say together: tests/rl/recipe/test_resolve.py."""
+"""How a recipe is found by its name or path. tests/rl/recipe/test_resolve.py tests how layers are merged."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_a_shipped_recipe_is_found_from_anywhere_with_or_without_suffix_and_fold
         assert find_recipe(written) == SHIPPED / f"{name}.yaml"
 
 
-def test_a_file_wins_if_it_is_written_as_a_path() -> None:
+def test_a_file_has_precedence_if_it_is_given_as_a_path() -> None:
     Path("recipes").mkdir()
     for file in ("rlvr", "rlvr.yaml", "recipes/rlvr.yaml", "mine"):
         Path(file).write_text("seed: 1")
@@ -41,13 +41,13 @@ def test_a_file_wins_if_it_is_written_as_a_path() -> None:
         assert find_recipe(written) == Path(written)
 
 
-def test_another_folder_is_never_replaced_by_the_shipped_one() -> None:
+def test_a_path_in_another_folder_is_never_replaced_by_a_shipped_recipe() -> None:
     for written in ("other/rlvr.yaml", "./rlvr.yaml", "/recipes/rlvr.yaml", "rlvr.yml"):
         with pytest.raises(RecipeError, match=f"^no recipe {written}: there is no such file"):
             find_recipe(written)
 
 
-def test_paths_in_a_recipe_are_relative_to_its_folder_and_a_path_in_the_clone_means_nothing_there() -> None:
+def test_paths_in_a_recipe_are_relative_to_its_folder_and_never_to_the_clone() -> None:
     Path("mine").mkdir()
     Path("mine/rlvr.yaml").write_text("seed: 1")
     assert find_recipe("rlvr.yaml", folder=Path("mine")) == Path("mine/rlvr.yaml")
@@ -57,7 +57,7 @@ def test_paths_in_a_recipe_are_relative_to_its_folder_and_a_path_in_the_clone_me
         find_recipe("recipes/rlvr.yaml", "run/recipe.yaml: chain: ", Path("mine"))
 
 
-def test_an_unknown_name_is_told_with_the_shipped_ones_and_the_nearest() -> None:
+def test_the_message_for_an_unknown_name_has_the_shipped_recipes_and_the_nearest_name() -> None:
     Path("counting.yaml").write_text("base: rlvr")
     listed = "there is no such file, and the shipped ones are curate, pacore, rlhf, rlvr, step3_vl"
     for written, advice in (
@@ -72,7 +72,7 @@ def test_an_unknown_name_is_told_with_the_shipped_ones_and_the_nearest() -> None
         assert str(caught.value) == f"no recipe {written}: {listed}{advice}"
 
 
-def test_a_recipe_of_ones_own_names_shipped_ones() -> None:
+def test_a_users_recipe_can_name_shipped_recipes() -> None:
     rows = "data: {train: rows.jsonl}"
     for base in ("rlvr", "rlvr.yaml"):
         Path("mine.yaml").write_text(f"base: {base}\n{rows}")

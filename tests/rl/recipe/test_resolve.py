@@ -1,4 +1,4 @@
-"""Layers merge in order, values know their origin, paths mean what their file says, mistakes are told."""
+"""Layers are merged in order, every value has its source, paths are relative to their file, mistakes are reported."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ data: {train: train.jsonl}
 rewards:
   math: {use: math_verify}
 """
-ROWS = "data.train=rows.jsonl"  # what the full-size recipe leaves to the user
+ROWS = "data.train=rows.jsonl"  # the user has to set this for the full-size recipe
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def write(name: str, text: str) -> Path:
-    """A file in the working directory, as the path a person would type."""
+    """Writes a file below the working directory and returns its relative path."""
     file = Path(name)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
@@ -93,7 +93,7 @@ def test_the_cpu_profile_only_scales():
     assert "rollout.temperature" not in changed
 
 
-def test_the_unpublished_data_is_asked_for_with_what_fits_and_the_profile_that_has_some():
+def test_the_message_for_missing_data_says_what_fits_and_which_profile_has_some():
     with pytest.raises(MissingOption) as caught:
         load(SHIPPED / "rlvr.yaml")
     message = str(caught.value)
@@ -104,7 +104,7 @@ def test_the_unpublished_data_is_asked_for_with_what_fits_and_the_profile_that_h
 # Layers
 
 
-def test_later_layers_win_and_each_value_knows_its_layer():
+def test_later_layers_win_and_each_value_has_the_name_of_its_layer():
     write("base.yaml", "seed: 1\niterations: 1\nrollouts_per_prompt: 1\nppo: {gamma: 0.1, lam: 0.1}")
     write("profiles/tiny.yaml", "rollouts_per_prompt: 3\nppo: {minibatches: 2}")
     text = "base: base.yaml\niterations: 2\nrollouts_per_prompt: 2\nppo: {lam: 0.2}"
@@ -133,14 +133,14 @@ def test_a_base_may_have_a_base_and_shipped_recipes_are_bases_by_name():
     assert resolved.provenance["seed"] == "up/middle.yaml"
 
 
-def test_bases_that_go_in_a_circle_are_refused():
+def test_bases_that_form_a_circle_are_refused():
     write("a.yaml", "base: b.yaml")
     write("b.yaml", "base: a.yaml")
     with pytest.raises(RecipeError, match=r"circle: a.yaml -> b.yaml -> a.yaml"):
         load(Path("a.yaml"))
 
 
-def test_another_reward_does_not_inherit_parameters():
+def test_a_new_reward_does_not_inherit_the_parameters_of_the_old_one():
     write("base.yaml", "rewards: {box: {use: iou, params: {power: 2}}, dot: {use: exact, timeout_s: 3}}")
     resolved = mine("  box: {use: exact}\n  dot: {memory_mb: 100}\nbase: base.yaml")
     rewards = resolved.config.rewards
@@ -167,7 +167,7 @@ def test_several_rewards_are_weighted_and_have_penalties():
     )
 
 
-def test_a_list_of_rewards_replaces_what_a_base_recipe_says():
+def test_a_list_of_rewards_replaces_the_reward_of_the_base_recipe():
     write("base.yaml", "rewards: {box: {use: iou, params: {power: 2}}}")
     resolved = mine("  box: [{use: exact, weight: 0.5}, {use: iou, weight: 0.5}]\nbase: base.yaml")
     assert [(one.use, one.params) for one in resolved.config.rewards["box"]] == [("exact", {}), ("iou", {})]
@@ -181,7 +181,7 @@ def test_values_may_refer_to_each_other_and_to_the_environment(monkeypatch: pyte
     assert refusal("seed: ${nope}").startswith("mine.yaml: seed cannot be resolved: Interpolation key 'nope'")
 
 
-def test_a_mandatory_mark_takes_the_value_of_the_layers_before_it_away():
+def test_three_question_marks_remove_the_value_of_earlier_layers():
     with pytest.raises(MissingOption, match="iterations is \\?\\?\\?, which only you can fill in"):
         mine("iterations: 3", "iterations=???")
     assert mine("iterations: ???", "iterations=3").config.iterations == 3
@@ -200,7 +200,7 @@ def test_a_section_named_after_a_stage_is_for_that_stage_only():
     assert "pacore.stage cannot be" in refusal("pacore: {stage: rlvr}")
 
 
-def test_without_a_recipe_the_command_line_says_everything():
+def test_the_command_line_can_have_all_values_without_a_recipe():
     resolved = load(None, stage="rlvr", overrides=["model.path=gpt2", "rewards.m.use=exact", ROWS])
     assert resolved.config.iterations == 600
     assert resolved.provenance["model.path"] == "command line"
@@ -222,7 +222,7 @@ def test_paths_are_relative_to_the_file_that_names_them():
     assert config.rewards["math"][0].use == f"{here}/mine/own.py:Right"
 
 
-def test_a_parameter_that_is_a_path_is_relative_to_whoever_names_it():
+def test_a_parameter_that_is_a_path_is_relative_to_the_layer_that_sets_it():
     write("mine/judge.jinja", "")
     recipe = write("mine/r.yaml", MINE + "  box: {use: verifier, params: {template: judge.jinja, rule: all}}\n")
     config, other = load(recipe).config, load(recipe, overrides=["rewards.box.params.template=./mine.jinja"]).config
@@ -251,10 +251,10 @@ def test_a_saved_recipe_loads_as_the_same_config_from_anywhere(monkeypatch: pyte
     assert before.config.rewards["math"][0].params == {"template": "${x}", "tag": "1e3"}
 
 
-# What is said
+# Messages and listings
 
 
-def test_describe_shows_each_value_with_its_origin():
+def test_describe_shows_each_value_with_its_source():
     lines = [line.split() for line in describe(mine("", "seed=4")).splitlines()]
     assert ["seed", "4", "command", "line"] in lines
     assert ["iterations", "600", "default", "of", "stage", "rlvr"] in lines
@@ -276,16 +276,16 @@ def test_differences_name_each_changed_key_with_both_values():
     ("  box: {uze: iou}", "mine.yaml: unknown option rewards.box.uze; did you mean rewards.box.use?"),
     ("eval: {xyz: 1}", "mine.yaml: unknown option eval.xyz; eval has every, batch"),
 ])  # fmt: skip
-def test_an_unknown_name_is_told_with_its_file_and_the_nearest_name(written: str, advice: str):
+def test_an_unknown_name_is_reported_with_its_file_and_the_nearest_name(written: str, advice: str):
     assert advice in refusal(written)
 
 
-def test_an_unknown_name_is_told_before_a_missing_value():
+def test_an_unknown_name_is_reported_before_a_missing_value():
     with pytest.raises(RecipeError, match=r"command line: unknown option ppo.gama; did you mean ppo.gamma\?"):
         load(SHIPPED / "rlvr.yaml", overrides=["ppo.gama=1"])
 
 
-@pytest.mark.parametrize("written, told", [
+@pytest.mark.parametrize("written, message", [
     ("iterations: many", 'mine.yaml: iterations = "many" should be a valid integer (Times to sample'),
     ("ppo: {gamma: 2}", "mine.yaml: ppo.gamma = 2 should be less than or equal to 1 (Discount"),
     ("rollout: {save: some}", "should be a valid integer or 'all' or 'none'"),
@@ -295,29 +295,29 @@ def test_an_unknown_name_is_told_before_a_missing_value():
     ("ppo: {kl: 0.1}", "mine.yaml: ppo.kl = 0.1 is not built yet; it can only be 0"),
     ("chain: [rlvr.yaml]", "mine.yaml: has a chain of recipes, which only rl.run takes"),
 ])  # fmt: skip
-def test_a_value_that_does_not_fit_is_told_with_its_file_and_what_would(written: str, told: str):
-    assert told in refusal(written)
+def test_a_value_that_does_not_fit_is_reported_with_its_file_and_what_is_allowed(written: str, message: str):
+    assert message in refusal(written)
 
 
-def test_a_value_is_blamed_on_the_layer_that_gave_it():
+def test_the_message_for_a_wrong_value_names_the_layer_that_set_it():
     assert refusal("seed: 1", "seed=-1").startswith("command line: seed = -1 ")
     write("profiles/odd.yaml", "seed: -1")
     assert refusal("seed: 1", profile="odd").startswith("profiles/odd.yaml: seed = -1 ")
 
 
-def test_a_mandatory_value_is_told_with_the_comment_beside_it():
+def test_the_message_for_a_mandatory_value_has_the_comment_beside_it():
     text = "seed: ???  # any number\n           # but zero\niterations: 1 # unrelated"
     assert "mine.yaml: seed is ???, which only you can fill in: any number but zero\n" in refusal(text)
 
 
-def test_a_value_nobody_gave_is_told_by_name():
+def test_the_message_for_a_missing_value_has_its_name():
     with pytest.raises(MissingOption, match=r"r.yaml: data.train is missing \(Training rows"):
         load(write("r.yaml", "stage: rlvr\nmodel: {path: m}\nrewards: {m: {use: exact}}"))
     with pytest.raises(MissingOption, match=r"r.yaml: stage is missing; it is one of rlvr, rlhf, pacore"):
         load(write("r.yaml", "seed: 1"))
 
 
-def test_a_recipe_runs_only_the_stage_it_names():
+def test_another_stage_than_the_recipes_is_refused():
     file = write("mine.yaml", MINE)
     assert load(file, stage="rlvr").config.stage == "rlvr"
     with pytest.raises(RecipeError, match=r"mine.yaml: its stage is rlvr, so --stage rlhf is not in it"):
@@ -326,20 +326,20 @@ def test_a_recipe_runs_only_the_stage_it_names():
         load(file, overrides=["stage=rl"])
 
 
-@pytest.mark.parametrize("text, told", [
+@pytest.mark.parametrize("text, message", [
     ("seed: 1\nppo: [1\niterations: 2\n", "r.yaml, line 3: not valid YAML"),
     ("seed: 1\nseed: 2\n", "r.yaml, line 2: not valid YAML: found duplicate key seed"),
     ("- seed\n", "r.yaml: holds a list"),
     ("base: nowhere.yaml\n", "r.yaml: base: no recipe nowhere.yaml: there is no such file"),
     ("base: ???\n", "r.yaml: base: no recipe ???"),
 ])  # fmt: skip
-def test_a_file_that_is_no_recipe_is_told_with_the_line(text: str, told: str):
+def test_a_file_that_is_no_recipe_is_reported_with_the_line(text: str, message: str):
     with pytest.raises(RecipeError) as caught:
         load(write("r.yaml", text))
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_files_that_are_not_there_are_named():
+def test_the_message_for_a_file_that_does_not_exist_names_it():
     with pytest.raises(RecipeError, match=r"^none.yaml: no such file$"):
         load(Path("none.yaml"))
     assert refusal(profile="gpu-9") == "no profile gpu-9; there is cpu, or give the path of a YAML file"
@@ -347,19 +347,19 @@ def test_files_that_are_not_there_are_named():
 
 
 @pytest.mark.parametrize("override", ["seed", "=1", "seed =1", "seed=[1", "base=rlvr"])
-def test_an_override_that_is_not_key_equals_value_is_told(override: str):
+def test_an_override_that_is_not_key_equals_value_is_refused(override: str):
     assert refusal("", override).startswith("command line: ")
 
 
 @pytest.mark.parametrize("given", ["url=http://judge:8000/v1", "model=owner/judge"])
-def test_how_a_judge_is_served_belongs_to_its_model(given: str):
+def test_a_new_model_or_url_of_a_judge_clears_its_serve_options(given: str):
     small = load(SHIPPED / "rlhf.yaml", profile="cpu").config.endpoints["judge"]
     assert small.serve["dtype"] == "float32"
     other = load(SHIPPED / "rlhf.yaml", profile="cpu", overrides=[f"endpoints.judge.{given}"]).config.endpoints["judge"]
     assert other.serve == {} and other.images and other.concurrency == small.concurrency
 
 
-def test_a_judge_of_ones_own_is_served_as_one_says():
+def test_serve_options_beside_a_new_model_are_used():
     own = ["endpoints.judge.model=owner/judge", "endpoints.judge.serve.dtype=float16"]
     config = load(SHIPPED / "rlhf.yaml", profile="cpu", overrides=own).config
     assert config.endpoints["judge"].serve == {"dtype": "float16"}

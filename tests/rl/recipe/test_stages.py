@@ -30,7 +30,7 @@ def test_an_option_of_another_stage_is_refused() -> None:
     assert "is for the stage rlhf, but this one is rlvr" in str(problem)
 
 
-def test_without_an_installed_package_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_without_an_installed_package_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "entry_points", lambda group: [])
     monkeypatch.setattr(stages, "_registries", stages._registries.__wrapped__)
     with pytest.raises(RuntimeError, match=r"no entry point of the group 'rl.stages' is installed: run make env"):

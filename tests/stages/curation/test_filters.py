@@ -1,4 +1,4 @@
-"""Curation with scripted judges and a scripted policy: what stays, to the row, and what a kill costs (nothing)."""
+"""Curation with scripted judges and a scripted policy: which rows are kept, and that a kill loses nothing."""
 
 import json
 from collections import Counter
@@ -40,16 +40,16 @@ ROLLOUTS = 24
 
 
 class Killed(BaseException):
-    """What kill -9 is to a test in one process."""
+    """Stands for kill -9 in a test with one process."""
 
 
 class Chat:
-    """One token per prompt, whose number the engines know the row by."""
+    """Every prompt is one token."""
 
     reserved = ("<im_patch>",)
 
     def __init__(self) -> None:
-        self.shown: dict[str, Prompt] = {}  # by row, as it was asked last
+        self.shown: dict[str, Prompt] = {}  # row id -> its last prompt
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         self.shown[prompt.id] = prompt
@@ -63,7 +63,7 @@ class Chat:
 
 
 class Engines:
-    """Answers by the script: (filter, row id, number) -> text."""
+    """Engines that respond by the script: (filter, row id, number of the response) -> text."""
 
     def __init__(self, script: Callable[[str, str, int], str], rows: Sequence[str]) -> None:
         self.script, self.asked = script, Counter[tuple[str, str, int]]()
@@ -78,7 +78,7 @@ class Engines:
 
     def complete(self, requests: Sequence[Sequence[Request]]) -> Iterator[tuple[int, Completion]]:
         self.calls += 1
-        for place, request in enumerate(one for group in requests for one in group):
+        for place, request in enumerate(request for group in requests for request in group):
             if self.dies_after == sum(self.asked.values()):
                 raise Killed
             key = self._known[request.seed]
@@ -88,7 +88,8 @@ class Engines:
 
 
 class Scorer:
-    """1.0 for what says that it is right; judges as scripted: (pass, row id) -> number, or why there is none."""
+    """Scores 1.0 if the answer has the word "right". The judge is a script: (pass, row id) -> number, or why there is
+    none."""
 
     def __init__(self, judge: Callable[[str, str], float | str] = lambda name, row: 1.0, group: bool = False) -> None:
         self.judge, self.group, self.asked = judge, group, Counter[tuple[str, str]]()
@@ -133,24 +134,24 @@ def answers(folder: Path) -> Answers:
 def policy(
     script: Callable[[str, str, int], str], rows: Sequence[CandidateRow], scorer: Scorer | None = None
 ) -> PolicySampler:
-    engines: Any = Engines(script, [one.prompt.id for one in rows])
+    engines: Any = Engines(script, [row.prompt.id for row in rows])
     chat: Any = Chat()
     return PolicySampler(engines, chat, scorer or Scorer(), 1.0, 0, 0.1)
 
 
 def right_times(counts: Mapping[str, int]) -> Callable[[str, str, int], str]:
-    """A policy that is right on a row's first so many responses."""
+    """Returns the script of a policy whose first `counts[row id]` responses to a row are right."""
     return lambda name, identity, n: (RIGHT if n < counts[identity] else WRONG).format(n)
 
 
 def dropped(decisions: Sequence[Decision]) -> dict[str, str | None]:
-    return {fate.row.prompt.id: fate.dropped for fate in decisions}
+    return {decision.row.prompt.id: decision.dropped for decision in decisions}
 
 
 COUNTS = {"never": 0, "once": 1, "mostly": 23, "always": 24}
 
 
-def test_difficulty_keeps_what_is_accepted_once_or_all_but_once(tmp_path: Path) -> None:
+def test_difficulty_keeps_rows_that_are_accepted_once_or_all_but_once(tmp_path: Path) -> None:
     rows = [row(name) for name in COUNTS]
     with answers(tmp_path) as known:
         decisions = DifficultyFilter(Difficulty(), Accept(), policy(right_times(COUNTS), rows), 1000)(rows, known)
@@ -160,42 +161,46 @@ def test_difficulty_keeps_what_is_accepted_once_or_all_but_once(tmp_path: Path) 
         "mostly": None,
         "always": "always accepted",
     }
-    assert [fate.row.notes["difficulty"]["accepted"] for fate in decisions] == [0, 1, 23, 24]
+    assert [decision.row.notes["difficulty"]["accepted"] for decision in decisions] == [0, 1, 23, 24]
 
 
 def test_the_final_messages_become_the_pool_with_their_accuracy(tmp_path: Path) -> None:
     rows = [row("once")]
     with answers(tmp_path) as known:
-        (fate,) = DifficultyFilter(Difficulty(), Accept(), policy(right_times(COUNTS), rows), 1000)(rows, known)
-    pool = fate.row.prompt.messages_pool
+        (decision,) = DifficultyFilter(Difficulty(), Accept(), policy(right_times(COUNTS), rows), 1000)(rows, known)
+    pool = decision.row.prompt.messages_pool
     assert (len(pool), pool[0], pool[23]) == (24, "It is right, 0", "It is wrong, 23")
-    assert fate.row.prompt.pool_accuracy == pytest.approx(1 / 24)
+    assert decision.row.prompt.pool_accuracy == pytest.approx(1 / 24)
 
 
-def test_a_response_that_never_came_to_an_answer_is_no_message(tmp_path: Path) -> None:
+def test_a_response_without_an_answer_is_no_message(tmp_path: Path) -> None:
     rows = [row("a")]
 
     def script(name: str, identity: str, n: int) -> str:
         return "<think>hm" if n < 5 else (RIGHT if n < 8 else WRONG).format(n)
 
     with answers(tmp_path) as known:
-        (fate,) = DifficultyFilter(Difficulty(), Accept(), policy(script, rows), 1000)(rows, known)
-    assert (len(fate.row.prompt.messages_pool), fate.row.prompt.pool_accuracy) == (19, pytest.approx(3 / 19))
-    assert fate.row.notes["difficulty"] == {"accepted": 3, "of": 24, "tokens_mean": pytest.approx(27.5, abs=10)}
+        (decision,) = DifficultyFilter(Difficulty(), Accept(), policy(script, rows), 1000)(rows, known)
+    assert (len(decision.row.prompt.messages_pool), decision.row.prompt.pool_accuracy) == (19, pytest.approx(3 / 19))
+    assert decision.row.notes["difficulty"] == {"accepted": 3, "of": 24, "tokens_mean": pytest.approx(27.5, abs=10)}
 
 
-def test_a_response_that_spells_a_control_token_is_no_message(tmp_path: Path) -> None:
+def test_an_answer_with_a_control_token_is_no_message(tmp_path: Path) -> None:
     rows = [row("a")]
 
     def script(name: str, identity: str, n: int) -> str:
         return RIGHT.format("<im_patch>") if n == 0 else WRONG.format(n)
 
     with answers(tmp_path) as known:
-        (fate,) = DifficultyFilter(Difficulty(), Accept(), policy(script, rows), 1000)(rows, known)
-    assert (fate.dropped, len(fate.row.prompt.messages_pool), fate.row.prompt.pool_accuracy) == (None, 23, 0.0)
+        (decision,) = DifficultyFilter(Difficulty(), Accept(), policy(script, rows), 1000)(rows, known)
+    assert (decision.dropped, len(decision.row.prompt.messages_pool), decision.row.prompt.pool_accuracy) == (
+        None,
+        23,
+        0.0,
+    )
 
 
-def test_weights_that_do_not_quite_add_up_to_one_still_accept() -> None:
+def test_accept_allows_for_rounding_in_a_sum_of_weights() -> None:
     assert Accept().takes("sums", 0.7 + 0.2 + 0.1 - 2e-16)
 
 
@@ -203,7 +208,7 @@ def test_weights_that_do_not_quite_add_up_to_one_still_accept() -> None:
     ("counts", "why"),
     [((1, 1), None), ((2, 0), "could not be scored"), ((0, 2), "could not be scored"), ((0, 0), "could not be scored")],
 )
-def test_scores_that_went_wrong_matter_only_where_they_could_decide(
+def test_failed_scores_drop_a_row_only_if_they_could_change_the_decision(
     tmp_path: Path, counts: tuple[int, int], why: str | None
 ) -> None:
     class Flaky(Scorer):
@@ -222,32 +227,34 @@ def test_scores_that_went_wrong_matter_only_where_they_could_decide(
 
     rows = [row("a")]
     with answers(tmp_path) as known:
-        (fate,) = DifficultyFilter(Difficulty(rollouts=4), Accept(), policy(script, rows, Flaky()), 1000)(rows, known)
-    assert fate.dropped == why
-    assert len(fate.row.prompt.messages_pool) == right + wrong
+        (decision,) = DifficultyFilter(Difficulty(rollouts=4), Accept(), policy(script, rows, Flaky()), 1000)(
+            rows, known
+        )
+    assert decision.dropped == why
+    assert len(decision.row.prompt.messages_pool) == right + wrong
 
 
-def test_what_counts_as_accepted_may_differ_by_task() -> None:
+def test_the_threshold_of_acceptance_can_differ_by_task() -> None:
     accept = Accept(least=1.0, by_task={"grounding": 0.5})
     assert [accept.takes("sums", reward) for reward in (0.5, 0.99, 1.0)] == [False, False, True]
     assert [accept.takes("grounding", reward) for reward in (0.4999, 0.5, 1.0)] == [False, True, True]
 
 
 @pytest.mark.parametrize(("valid", "stays"), [(0, False), (3, False), (4, True)])
-def test_checkability_wants_every_pass_to_agree(tmp_path: Path, valid: int, stays: bool) -> None:
+def test_checkability_keeps_a_row_only_if_every_pass_says_valid(tmp_path: Path, valid: int, stays: bool) -> None:
     judge = Scorer(lambda name, identity: float(int(name.rpartition("/")[2]) < valid))
     with answers(tmp_path) as known:
-        (fate,) = CheckabilityFilter(Checkability(), judge, 0.1)([row("a")], known)
-    assert (fate.dropped is None) == stays
-    assert fate.row.notes["checkability"] == {"valid": valid, "of": 4}
+        (decision,) = CheckabilityFilter(Checkability(), judge, 0.1)([row("a")], known)
+    assert (decision.dropped is None) == stays
+    assert decision.row.notes["checkability"] == {"valid": valid, "of": 4}
     assert len(judge.asked) == 4
 
 
-def test_a_row_that_the_judge_fails_on_is_neither_valid_nor_invalid(tmp_path: Path) -> None:
+def test_a_row_without_a_verdict_is_neither_valid_nor_invalid(tmp_path: Path) -> None:
     judge = Scorer(lambda name, identity: "no verdict" if name.endswith("/3") else 1.0)
     with answers(tmp_path) as known:
-        (fate,) = CheckabilityFilter(Checkability(), judge, 0.1)([row("a")], known)
-    assert (fate.dropped, fate.detail) == ("could not be scored", "no verdict")
+        (decision,) = CheckabilityFilter(Checkability(), judge, 0.1)([row("a")], known)
+    assert (decision.dropped, decision.detail) == ("could not be scored", "no verdict")
 
 
 def test_relevance_asks_about_rows_with_pictures_only(tmp_path: Path) -> None:
@@ -265,36 +272,36 @@ def test_relevance_asks_about_rows_with_pictures_only(tmp_path: Path) -> None:
     assert set(judge.asked) == {("relevance/0", "least"), ("relevance/0", "less")}
 
 
-# SynthesisOptions
+# The filter synthesis
 
 
-def pooled(identity: str, size: int = 24, share: float = 0.5) -> CandidateRow:
+def row_with_pool(identity: str, size: int = 24, share: float = 0.5) -> CandidateRow:
     return row(identity, messages_pool=tuple(f"message {n}" for n in range(size)), pool_accuracy=share)
 
 
-def synthesised(
+def synthesis_filter(
     script: Callable[[str, str, int], str], rows: Sequence[CandidateRow], longest: int = 65_536, **bounds: Any
 ) -> SynthesisFilter:
     options = SynthesisFilterOptions(max_sequence_length=longest)
     return SynthesisFilter(options, SynthesisOptions(**bounds), Accept(), policy(script, rows))
 
 
-def test_synthesis_keeps_what_is_still_sometimes_accepted(tmp_path: Path) -> None:
-    rows = [pooled(name) for name in COUNTS]
+def test_synthesis_keeps_rows_that_are_sometimes_but_not_always_accepted(tmp_path: Path) -> None:
+    rows = [row_with_pool(name) for name in COUNTS]
     with answers(tmp_path) as known:
-        decisions = synthesised(right_times(COUNTS), rows)(rows, known)
+        decisions = synthesis_filter(right_times(COUNTS), rows)(rows, known)
     assert dropped(decisions) == {"never": "never accepted", "once": None, "mostly": None, "always": "always accepted"}
 
 
 def test_the_policy_sees_problem_and_messages_and_rewards_see_the_problem(tmp_path: Path) -> None:
-    rows = [pooled("once")]
-    filter = synthesised(right_times(COUNTS), rows)
+    rows = [row_with_pool("once")]
+    filter = synthesis_filter(right_times(COUNTS), rows)
     with answers(tmp_path) as known:
-        (fate,) = filter(rows, known)
+        (decision,) = filter(rows, known)
     chat: Any = filter.policy.chat
-    said = SynthesisPrompt().chat(chat.shown["once"])[-1]["content"]
-    assert "What is once?" in said and 16 <= said.count("Answer ") <= 24
-    assert fate.row.prompt == rows[0].prompt
+    text = SynthesisPrompt().chat(chat.shown["once"])[-1]["content"]
+    assert "What is once?" in text and 16 <= text.count("Answer ") <= 24
+    assert decision.row.prompt == rows[0].prompt
 
 
 @pytest.mark.parametrize(
@@ -309,16 +316,16 @@ def test_the_policy_sees_problem_and_messages_and_rewards_see_the_problem(tmp_pa
         (24, 0.5, {"longest": 100}, "too long with its messages"),
     ],
 )
-def test_pools_that_cannot_be_drawn_from_or_do_not_fit_are_dropped(
+def test_rows_whose_pools_are_too_small_too_long_or_out_of_bounds_are_dropped(
     tmp_path: Path, size: int, share: float, bounds: dict[str, Any], why: str | None
 ) -> None:
-    rows = [pooled("once", size, share)]
+    rows = [row_with_pool("once", size, share)]
     with answers(tmp_path) as known:
-        (fate,) = synthesised(right_times(COUNTS), rows, **bounds)(rows, known)
-    assert fate.dropped == why
+        (decision,) = synthesis_filter(right_times(COUNTS), rows, **bounds)(rows, known)
+    assert decision.dropped == why
 
 
-def test_draws_reach_both_ends_without_replacement_and_repeat() -> None:
+def test_draws_have_16_to_24_different_messages_and_depend_on_the_seed_only() -> None:
     pool = [f"m{n}" for n in range(24)]
     accepted = tuple(n % 2 == 0 for n in range(24))
 
@@ -334,11 +341,11 @@ def test_draws_reach_both_ends_without_replacement_and_repeat() -> None:
     assert any(list(draw) != sorted(draw, key=pool.index) for draw in draws)
     assert drawn(24, "seed 3").texts == draws[3]
     assert {len(drawn(16, f"{n}").texts) for n in range(20)} == {16}
-    with pytest.raises(ValueError, match="row a: a pool of 15 messages has not the 16"):
+    with pytest.raises(ValueError, match="row a: its pool has 15 messages, but at least 16 are drawn"):
         drawn(15, "")
 
 
-def test_without_messages_the_prompt_is_the_plain_problem() -> None:
+def test_a_prompt_without_messages_is_the_unchanged_problem() -> None:
     prompt = row("a").prompt
     assert SynthesisPrompt().chat(prompt) is prompt.messages
     assert SynthesisPrompt().chat(replace(prompt, shown=PooledAnswers(()))) is prompt.messages
@@ -364,23 +371,23 @@ def test_a_template_that_cannot_work_is_refused(tmp_path: Path, text: str) -> No
         SynthesisPrompt(tmp_path / "t.jinja")
 
 
-def asked(text: str, identity: str = "a", images: tuple[Picture, ...] = ()) -> Prompt:
+def prompt_with_text(text: str, identity: str = "a", images: tuple[Picture, ...] = ()) -> Prompt:
     return Prompt(identity, "t", ({"role": "user", "content": text},), images=images)
 
 
-# All of it
+# All filters together
 
 
-def everything(
+def all_filters(
     rows: Sequence[CandidateRow], script: Callable[[str, str, int], str], judge: Scorer
 ) -> dict[str, Filter]:
-    who = policy(script, rows, judge)
+    sampler = policy(script, rows, judge)
     return {
-        "decontamination": DecontaminationFilter(Benchmarks([asked("What is leaked?", "b")], 64)),
+        "decontamination": DecontaminationFilter(Benchmarks([prompt_with_text("What is leaked?", "b")], 64)),
         "checkability": CheckabilityFilter(Checkability(), judge, 0.1),
-        "difficulty": DifficultyFilter(Difficulty(), Accept(), who, 1000),
+        "difficulty": DifficultyFilter(Difficulty(), Accept(), sampler, 1000),
         "synthesis": SynthesisFilter(
-            SynthesisFilterOptions(max_sequence_length=5000), SynthesisOptions(), Accept(), who
+            SynthesisFilterOptions(max_sequence_length=5000), SynthesisOptions(), Accept(), sampler
         ),
     }
 
@@ -402,14 +409,14 @@ def blocks() -> list[list[CandidateRow]]:
     return [rows[:4], rows[4:]]
 
 
-def finished(folder: Path) -> dict[str, bytes]:
-    """Rows and decisions."""
+def written_files(folder: Path) -> dict[str, bytes]:
+    """Returns file name -> contents of rows and decisions."""
     return {str(f.relative_to(folder)): f.read_bytes() for part in ("rows", "fates") for f in (folder / part).glob("*")}
 
 
-def test_rows_decisions_and_report_say_what_became_of_every_row(tmp_path: Path) -> None:
+def test_rows_decisions_and_report_have_the_result_of_every_row(tmp_path: Path) -> None:
     out = CurationFolder(tmp_path)
-    run_blocks(blocks(), everything([row(n) for n in NAMES], script, judge()), out, ["s"], lambda message: None)
+    run_blocks(blocks(), all_filters([row(n) for n in NAMES], script, judge()), out, ["s"], lambda message: None)
     rows = read([Source(path=str(tmp_path / "rows"))])
     assert rows.bad == () and [p.id for p in rows.prompts] == ["mostly", "half"]
     mostly = rows.prompts[0]
@@ -436,10 +443,10 @@ def test_rows_decisions_and_report_say_what_became_of_every_row(tmp_path: Path) 
     assert "<h1>2 of 7 rows stay</h1>" in report.html()
 
 
-def test_a_report_shows_every_source_by_itself(tmp_path: Path) -> None:
+def test_a_report_counts_each_source_separately(tmp_path: Path) -> None:
     out = CurationFolder(tmp_path)
     rows = [CandidateRow(row("leaked").prompt, 0), CandidateRow(row("fine").prompt, 1)]
-    filters = {"decontamination": DecontaminationFilter(Benchmarks([asked("What is leaked?", "b")], 64))}
+    filters = {"decontamination": DecontaminationFilter(Benchmarks([prompt_with_text("What is leaked?", "b")], 64))}
     run_blocks([rows], filters, out, ["one.jsonl", "two.jsonl"], lambda message: None)
     report = make_report([out.decisions(0)], ["decontamination"], ["one.jsonl", "two.jsonl"])
     assert [(one.source, one.before, one.after) for one in report.counts] == [
@@ -449,9 +456,9 @@ def test_a_report_shows_every_source_by_itself(tmp_path: Path) -> None:
     ]
 
 
-def test_what_models_wrote_cannot_change_the_page(tmp_path: Path) -> None:
+def test_texts_of_models_are_escaped_in_the_html_report(tmp_path: Path) -> None:
     out = CurationFolder(tmp_path)
-    bad = CandidateRow(asked("<script>alert(1)</script>", "x"), 0)
+    bad = CandidateRow(prompt_with_text("<script>alert(1)</script>", "x"), 0)
     filters = {"decontamination": DecontaminationFilter(Benchmarks([bad.prompt], 64))}
     run_blocks([[bad]], filters, out, ["s"], lambda message: None)
     page = make_report([out.decisions(0)], ["decontamination"], ["s"]).html()
@@ -460,7 +467,7 @@ def test_what_models_wrote_cannot_change_the_page(tmp_path: Path) -> None:
 
 @dataclass
 class Attempt:
-    """A curation that is killed when so many answers are there, by whomever."""
+    """Curations in one folder, each killed after a given number of answers of the engines or of the judge."""
 
     folder: Path
     engines: list[Engines] = field(default_factory=list)
@@ -469,21 +476,21 @@ class Attempt:
     def run(self, engine_answers: int | None = None, judge_answers: int | None = None) -> None:
         scorer = judge()
         scorer.dies_after = judge_answers
-        filters = everything([row(n) for n in NAMES], script, scorer)
-        tried: Any = filters["difficulty"]
-        tried.policy.engines.dies_after = engine_answers
-        self.engines.append(tried.policy.engines)
+        filters = all_filters([row(n) for n in NAMES], script, scorer)
+        difficulty: Any = filters["difficulty"]
+        difficulty.policy.engines.dies_after = engine_answers
+        self.engines.append(difficulty.policy.engines)
         self.judges.append(scorer)
         run_blocks(blocks(), filters, CurationFolder(self.folder), ["s"], lambda message: None)
 
     @property
     def most(self) -> int:
-        """How often the same thing was asked."""
+        """The largest number of times that the same question was asked."""
         asked = sum((e.asked for e in self.engines), Counter[Any]()) + sum((j.asked for j in self.judges), Counter())
         return max(asked.values())
 
 
-def test_a_kill_at_any_answer_loses_and_doubles_nothing_and_asks_nothing_twice(tmp_path: Path) -> None:
+def test_after_a_kill_at_any_answer_nothing_is_lost_repeated_or_asked_twice(tmp_path: Path) -> None:
     whole = Attempt(tmp_path / "whole")
     whole.run()
     engine_answers, judge_answers = sum(whole.engines[0].asked.values()), sum(whole.judges[0].asked.values())
@@ -494,21 +501,21 @@ def test_a_kill_at_any_answer_loses_and_doubles_nothing_and_asks_nothing_twice(t
         with pytest.raises(Killed):
             broken.run(**kill)
         broken.run()
-        assert finished(broken.folder) == finished(whole.folder)
+        assert written_files(broken.folder) == written_files(whole.folder)
         assert broken.most == 1
 
 
 @pytest.mark.parametrize("lost", ["rows/00001.jsonl", "rows/00000.jsonl"])
-def test_a_kill_before_a_block_is_written_asks_nothing_again(tmp_path: Path, lost: str) -> None:
+def test_after_a_kill_before_a_block_is_written_nothing_is_asked_again(tmp_path: Path, lost: str) -> None:
     attempt = Attempt(tmp_path)
     attempt.run()
-    before = finished(tmp_path)
+    before = written_files(tmp_path)
     (tmp_path / lost).unlink()
     attempt.run(engine_answers=0, judge_answers=0)
-    assert finished(tmp_path) == before
+    assert written_files(tmp_path) == before
 
 
-def test_an_answer_that_was_cut_by_a_crash_is_asked_again(tmp_path: Path) -> None:
+def test_an_answer_that_a_crash_has_cut_is_asked_again(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with Answers(path) as known:
         known.put("k", "a", 0, {"x": 1})
@@ -520,42 +527,42 @@ def test_an_answer_that_was_cut_by_a_crash_is_asked_again(tmp_path: Path) -> Non
     assert [json.loads(line)["x"] for line in path.read_text().splitlines()] == [1, 3]
 
 
-def test_judges_look_at_the_next_block_while_the_policy_tries_this_one(tmp_path: Path) -> None:
-    filters = everything([row(n) for n in NAMES], script, scorer := judge())
-    tried: Any = filters["difficulty"]
+def test_judges_work_on_the_next_block_while_the_policy_works_on_this_one(tmp_path: Path) -> None:
+    filters = all_filters([row(n) for n in NAMES], script, scorer := judge())
+    difficulty: Any = filters["difficulty"]
 
-    def patient(rows: Sequence[CandidateRow], answers: Answers) -> list[Decision]:
+    def waiting(rows: Sequence[CandidateRow], answers: Answers) -> list[Decision]:
         wait_until(lambda: any(identity == "always" for _, identity in scorer.asked))  # a row of the second block
-        return tried(rows, answers)
+        return difficulty(rows, answers)
 
-    run_blocks(blocks(), {**filters, "difficulty": patient}, CurationFolder(tmp_path), ["s"], lambda message: None)
-    assert len(finished(tmp_path)) == 4
+    run_blocks(blocks(), {**filters, "difficulty": waiting}, CurationFolder(tmp_path), ["s"], lambda message: None)
+    assert len(written_files(tmp_path)) == 4
 
 
-def test_scores_that_went_wrong_are_asked_again(tmp_path: Path) -> None:
-    said: list[float | str] = ["the server is down", 1.0]
+def test_failed_judgements_are_asked_again(tmp_path: Path) -> None:
+    replies: list[float | str] = ["the server is down", 1.0]
     for stays in (False, True):
         with answers(tmp_path) as known:
-            scorer = Scorer(lambda name, identity, now=said[stays]: now)
-            (fate,) = CheckabilityFilter(Checkability(passes=1), scorer, 0.1)([row("a")], known)
-        assert (fate.dropped is None) == stays
+            scorer = Scorer(lambda name, identity, reply=replies[stays]: reply)
+            (decision,) = CheckabilityFilter(Checkability(passes=1), scorer, 0.1)([row("a")], known)
+        assert (decision.dropped is None) == stays
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_rewards_that_want_all_responses_of_a_row_get_them_together(tmp_path: Path, group: bool) -> None:
+def test_group_rewards_get_all_responses_of_a_row_together(tmp_path: Path, group: bool) -> None:
     rows = [row("once"), row("never")]
     with answers(tmp_path) as known:
-        who = policy(right_times(COUNTS), rows, Scorer(group=group))
-        decisions = DifficultyFilter(Difficulty(), Accept(), who, 1000)(rows, known)
+        sampler = policy(right_times(COUNTS), rows, Scorer(group=group))
+        decisions = DifficultyFilter(Difficulty(), Accept(), sampler, 1000)(rows, known)
     assert dropped(decisions) == {"once": None, "never": "never accepted"}
 
 
 def test_all_prompts_go_to_the_engines_in_one_call(tmp_path: Path) -> None:
     rows = [row(f"r{n}") for n in range(50)]
-    who = policy(lambda name, identity, n: RIGHT.format(n), rows)
+    sampler = policy(lambda name, identity, n: RIGHT.format(n), rows)
     with answers(tmp_path) as known:
-        decisions = [Decision(one) for one in rows]
-        filters = {"difficulty": DifficultyFilter(Difficulty(), Accept(), who, 1000)}
+        decisions = [Decision(row) for row in rows]
+        filters = {"difficulty": DifficultyFilter(Difficulty(), Accept(), sampler, 1000)}
         apply_filters(decisions, filters, lambda name: known, lambda message: None)
-    engines: Any = who.engines
+    engines: Any = sampler.engines
     assert (engines.calls, sum(engines.asked.values())) == (1, 50 * 24)

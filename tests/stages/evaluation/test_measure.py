@@ -12,14 +12,14 @@ from stages.evaluation.measure import EvaluationReport, blinded
 from tests.support.evaluation import CONFIG, SPLIT, evaluated_row
 
 
-def test_a_report_is_json(capsys: pytest.CaptureFixture) -> None:
+def test_a_report_can_be_printed_as_json_and_as_a_table(capsys: pytest.CaptureFixture) -> None:
     report = EvaluationReport(CONFIG, ("sere",), [evaluated_row("sums", SPLIT, [])])
-    told: Any = report.json()
+    values: Any = report.json()
     assert (
-        not told["blind"]
-        and told["rows"] == 1
-        and told["results"][0]["accuracy"]["mean"] == 0.25
-        and told["synthesis"] == {}
+        not values["blind"]
+        and values["rows"] == 1
+        and values["results"][0]["accuracy"]["mean"] == 0.25
+        and values["synthesis"] == {}
     )
     report.show()
     assert "0.250" in capsys.readouterr().out
@@ -43,17 +43,17 @@ def test_a_blind_policy_sees_the_pictures_of_other_rows_of_its_task() -> None:
         blinded([])
 
 
-def test_where_a_judge_compares_with_a_teacher_the_report_tells_who_wins_and_what_length_has_to_do_with_it() -> None:
+def test_with_a_judge_the_report_has_win_rate_and_length_correlation() -> None:
     def compared(text: str, answer: float) -> Scored:
-        said = {"answer": answer, "reference": 5.0, "orders_agree": answer > 1}
+        details = {"answer": answer, "reference": 5.0, "orders_agree": answer > 1}
         parts = {"genrm": answer / 10, "tone": 0.5}
-        return Scored(Rollout(Prompt("a", "chat", ()), text), answer / 10, parts=parts, details={"genrm": said})
+        return Scored(Rollout(Prompt("a", "chat", ()), text), answer / 10, parts=parts, details={"genrm": details})
 
     row = evaluated_row("chat", [("a", 0.9), ("bbb", 0.5), ("cc", 0.1)], [])
     found = [compared("a", 9.0), compared("bbb", 5.0), compared("cc", 1.0)]
-    told: Any = EvaluationReport(CONFIG, ("sere",), [replace(row, attempts=found)], penalties=["tone"]).json()[
+    values: Any = EvaluationReport(CONFIG, ("sere",), [replace(row, attempts=found)], penalties=["tone"]).json()[
         "preference"
     ]
-    assert told["genrm/win_rate"] == 0.5 and told["genrm/order_agreement"] == pytest.approx(2 / 3)
-    assert told["genrm/length_correlation"] == pytest.approx(-0.5)  # lengths 1, 3, 2 against 0.9, 0.5, 0.1
-    assert told["genrm/score_p50"] == 0.5 and told["penalty/tone"] == 0.5
+    assert values["genrm/win_rate"] == 0.5 and values["genrm/order_agreement"] == pytest.approx(2 / 3)
+    assert values["genrm/length_correlation"] == pytest.approx(-0.5)  # lengths 1, 3, 2 against 0.9, 0.5, 0.1
+    assert values["genrm/score_p50"] == 0.5 and values["penalty/tone"] == 0.5

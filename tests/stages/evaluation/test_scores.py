@@ -1,4 +1,4 @@
-"""The figures of an evaluation, by hand."""
+"""The figures of an evaluation, compared with figures computed by hand."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from stages.evaluation.scores import figure, majority_at_k, pacore_at_k, pass_at
 from tests.support.evaluation import CONFIG, SPLIT, boxed, evaluated_row
 
 
-def test_pass_at_one_is_the_share_and_pass_at_k_whether_any_is_right() -> None:
+def test_pass_at_one_is_the_share_of_right_attempts_and_pass_at_k_is_one_if_any_is_right() -> None:
     row = evaluated_row("sums", SPLIT, [("4", 1.0), ("5", 0.0)])
     assert (pass_at_one(row, CONFIG), pass_at_k(row, CONFIG), pacore_at_k(row, CONFIG)) == (0.25, 1.0, 0.5)
 
@@ -17,9 +17,9 @@ def test_pass_at_one_is_the_share_and_pass_at_k_whether_any_is_right() -> None:
     ("attempts", "right"),
     [
         (SPLIT, 0.0),
-        ([(boxed(4), 1.0), (boxed(5), 0.0), (r"\boxed{4}", 1.0)], 1.0),  # said in other words
-        ([(boxed(5), 0.0), (boxed(4), 1.0)], 0.0),  # of two alike the first
-        ([("<think>never", 0.0), (boxed(4), 1.0)], 1.0),  # who does not answer has no vote
+        ([(boxed(4), 1.0), (boxed(5), 0.0), (r"\boxed{4}", 1.0)], 1.0),  # the same answer, written in another way
+        ([(boxed(5), 0.0), (boxed(4), 1.0)], 0.0),  # of two equally frequent answers the first
+        ([("<think>never", 0.0), (boxed(4), 1.0)], 1.0),  # an attempt without an answer has no vote
         ([("<think>never", 0.0)], 0.0),
     ],
 )
@@ -31,12 +31,12 @@ def test_the_interval_holds_the_mean_and_shrinks_with_more_rows() -> None:
     few, many = figure([0.0, 1.0] * 10), figure([0.0, 1.0] * 1000)
     assert few.mean == many.mean == 0.5
     assert few.low < many.low < 0.5 < many.high < few.high
-    assert many.high - many.low == pytest.approx(2 * 1.96 * 0.5 / 2000**0.5, rel=0.1)  # as the normal distribution says
+    assert many.high - many.low == pytest.approx(2 * 1.96 * 0.5 / 2000**0.5, rel=0.1)  # as for a normal distribution
     assert figure([1.0, 1.0]) == figure([1.0]) and figure([1.0]).low == 1.0
     assert figure([0.0, 1.0, 1.0], seed=3) == figure([0.0, 1.0, 1.0], seed=3)
 
 
-def test_the_table_has_a_line_for_each_task_and_way_and_counts_all_tokens() -> None:
+def test_the_table_has_a_line_for_each_task_and_mode_and_counts_all_tokens() -> None:
     sums = evaluated_row("sums", SPLIT, [("4", 1.0), ("4", 1.0)])
     rows = [sums, evaluated_row("boxes", SPLIT, [("5", 0.0)], tokens=20)]
     found = {(line.task, line.name): line for line in result_rows(rows, CONFIG, ("sere", "majority", "pacore"))}
@@ -45,5 +45,5 @@ def test_the_table_has_a_line_for_each_task_and_way_and_counts_all_tokens() -> N
     assert found["all", "PaCoRe@4"].accuracy.mean == 0.5 and found["all", "PaCoRe@4"].tokens == 75
     assert {line.name for line in result_rows(rows, CONFIG, ("sere",))} == {"SeRe pass@1", "SeRe pass@4"}
     single = [replace(row, attempts=row.attempts[:1]) for row in rows[:1]]
-    told = [(line.task, line.name) for line in result_rows(single, CONFIG, ("sere",))]
-    assert told[0] == ("sums", "SeRe pass@1") and len(told) == len(set(told))
+    lines = [(line.task, line.name) for line in result_rows(single, CONFIG, ("sere",))]
+    assert lines[0] == ("sums", "SeRe pass@1") and len(lines) == len(set(lines))
