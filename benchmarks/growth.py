@@ -1,6 +1,6 @@
 """Time of an iteration as a function of its size, one dimension at a time, plotted to growth.svg.
 
-Not tested except for its registration, in tests/benchmarks/test_harness.py.
+Tested in tests/benchmarks/test_harness.py (its registration only).
 """
 
 import random
