@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     p = argparse.ArgumentParser(prog="python -m rl.run", description="RL post-training: run a recipe, or resume a run.")
     p.add_argument("recipe", nargs="?", help="a shipped recipe's name, e.g. rlvr, or a YAML file")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. ppo.policy_lr=1e-6")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="options of the recipe, e.g. ppo.policy_lr=1e-6")
     p.add_argument("--profile", help="scale of the run: a name in recipes/profiles (cpu), or a YAML file")
     p.add_argument("--output", type=Path, help="new run folder (default: runs/<recipe>-<time>)")
     p.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue a run from its newest checkpoint")
