@@ -29,7 +29,7 @@ from rl.exits import InputError
 from rl.interrupt import Interrupted, Interrupts
 from rl.recipe.chain import LINK, Chain, Step, saved_chain
 from rl.record.checkpoints import publish
-from rl.record.disk import hold, replacing, writing
+from rl.record.disk import hold, write_file
 from rl.record.display import Display, families
 from rl.record.run_folder import RunFolder, make_run_folder
 from rl.stop import GO_ON, Stop, WorkerDied
@@ -70,10 +70,8 @@ def stage_metrics(chain: Chain) -> dict[str, list[dict[str, Any]]]:
 
 def gather_metrics(chain: Chain) -> None:
     """Rewrites the metrics.jsonl of the chain from those of its stages."""
-    target = chain.folder / "metrics.jsonl"
-    with writing(target), replacing(target) as file:
-        for lines in stage_metrics(chain).values():
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+    lines = (line for stage in stage_metrics(chain).values() for line in stage)
+    write_file(chain.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def check(chain: Chain) -> list[str]:
@@ -140,11 +138,7 @@ def _locked(chain: Chain, *, new: bool) -> Iterator[None]:
         raise InputError(str(error)) from error
     try:
         for name, text in saved_chain(chain).items():
-            target = chain.folder / name
-            with writing(target):
-                target.parent.mkdir(exist_ok=True)
-                with replacing(target) as file:
-                    file.write(text.encode())
+            write_file(chain.folder / name, text.encode())
         yield
     finally:
         if held is not None:
@@ -209,9 +203,7 @@ def _finish(chain: Chain) -> bool:
         table = final_table(chain)
     except (RuntimeError, ValueError, OSError, TemplateError) as error:
         raise Stop(f"all stages are done, but the last evaluation failed: {error}; {GO_ON}", saves=False) from error
-    target = chain.folder / FINAL / "table.json"
-    with writing(target), replacing(target) as file:
-        file.write(json.dumps(table.plain(), indent=2).encode() + b"\n")
+    write_file(chain.folder / FINAL / "table.json", json.dumps(table.plain(), indent=2).encode() + b"\n")
     table.show(Console(width=None if sys.stdout.isatty() else WIDTH))
     return True
 

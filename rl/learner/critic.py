@@ -53,7 +53,7 @@ class Critic(Sharded):
     """Values for the advantages, and the value update. A plain object; Ray places it, split over ranks if asked.
 
     Args:
-        folder: model folder with the decoder that the critic starts from, unless `options.critic` names a critic.
+        folder: model folder with the decoder that the critic starts from, unless `options.model.critic` names a critic.
     """
 
     def __init__(self, folder: str, options: LearnerOptions, ranks: Ranks | None = None) -> None:
@@ -64,8 +64,8 @@ class Critic(Sharded):
         self._last_graph: _LastGraph | None = None
         trained = dict(self.model.named_parameters())
         self.optimizer = self.adamw(trained, options.ppo.critic_lr, options.ppo.critic_warmup)
-        if options.critic is not None:
-            self.read_model(options.critic)
+        if options.model.critic is not None:
+            self.read_model(options.model.critic)
 
     def prepare(self, base: Any) -> None:
         """Replaces the language head by a value head, and splits the parameters over the ranks."""

@@ -1,6 +1,6 @@
 """Shows a run's progress: a live panel in a terminal, plain lines elsewhere. Its errors never end a run.
 
-It shows numbers of metrics.jsonl (explained in rl/record/metrics.py), moving averages of them, and the time left.
+It shows numbers of metrics.jsonl (explained in rl/record/metrics.yaml), moving averages of them, and the time left.
 """
 
 import functools

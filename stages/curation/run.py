@@ -18,6 +18,7 @@ from rl.actors import cluster, merge_streams
 from rl.config import ROUNDING, Config
 from rl.exits import InputError
 from rl.interrupt import Interrupts
+from rl.record.disk import write_file
 from rl.stop import WorkerDied
 from rollout.data.decontamination import Benchmarks
 from rollout.data.rows import read
@@ -160,8 +161,8 @@ def curate(plan: Plan, folder: CurationFolder, benchmarks: Benchmarks | None, *,
             run_blocks(blocks, filters, folder, sources, _say)
     decisions = [folder.decisions(number) for number in range(len(blocks))]
     report = make_report(decisions, _filter_names(plan.config), sources)
-    folder.write(folder.path / "report.txt", report.text().encode("utf-8", "backslashreplace"))
-    folder.write(folder.path / "report.html", report.html().encode("utf-8", "backslashreplace"))
+    write_file(folder.path / "report.txt", report.text().encode("utf-8", "backslashreplace"))
+    write_file(folder.path / "report.html", report.html().encode("utf-8", "backslashreplace"))
     _say(report.text())
     _say(f"rows: {folder.path / 'rows'}, report: {folder.path / 'report.html'}")
 

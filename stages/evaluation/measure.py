@@ -260,7 +260,7 @@ class EvaluationReport:
     blind: bool = False  # the policy saw the pictures of other rows
 
     def synthesis(self) -> dict[str, float]:
-        """pacore/* metrics (rl/record/metrics.py) of the syntheses."""
+        """pacore/* metrics (rl/record/metrics.yaml) of the syntheses."""
         return synthesis_metrics([s for row in self.rows for s in row.syntheses], self.config.accept)
 
     def preference(self) -> dict[str, float]:
