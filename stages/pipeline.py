@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rl.config import Config
-from rl.exits import InputError
+from rl.exits import as_input_error
 from rl.interrupt import Interrupted, Interrupts
 from rl.recipe.chain import LINK, Chain, Step, saved_chain
 from rl.record.checkpoints import publish
@@ -38,7 +38,7 @@ from stages import stage_class
 from stages.curation.run import checked as checked_curation
 from stages.evaluation.measure import EvaluationReport, Questions, measure
 from stages.evaluation.scores import ALL, ResultRow, result_rows
-from stages.plan import Plan, device, make_plan
+from stages.plan import device, make_plan
 from stages.train import train
 
 MODES = ("sere", "majority", "pacore")
@@ -130,12 +130,10 @@ def _checkable(step: Step, chain: Chain) -> Config:
 @contextmanager
 def _locked(chain: Chain, *, new: bool) -> Iterator[None]:
     """Locks the folder of the chain for this process and writes its recipes. Raises InputError if it cannot."""
-    try:
+    with as_input_error():
         if new:
             make_run_folder(chain.folder)
         held = hold(chain.folder)
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from error
     try:
         for name, text in saved_chain(chain).items():
             write_file(chain.folder / name, text.encode())
@@ -179,11 +177,9 @@ def _train(chain: Chain, step: Step, *, verbose: bool) -> bool:
     if (path / "policy").is_dir() and lines and lines[-1]["iteration"] >= resolved.config.iterations:
         print(f"{step.name} is done already: {path}", flush=True)
         return True
-    try:
-        plan: Plan = make_plan(resolved.config, begun=begun)
+    with as_input_error():
+        plan = make_plan(resolved.config, begun=begun)
         folder = StageFolder.resume(path) if begun else StageFolder.create(path, resolved.yaml())
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from error
     folder.chain, folder.resumable = chain, chain.folder
     folder.write_recipe(resolved.yaml())
     shutil.rmtree(path / "policy", ignore_errors=True)  # of a shorter run; a stage with a policy counts as finished

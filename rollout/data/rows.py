@@ -104,24 +104,12 @@ def read(
     return Rows(tuple(prompts), tuple(prompt_sources), tuple(bad))
 
 
-def read_rows(source: str | Path | Sequence[str | Path], **options: Any) -> list[Prompt]:
-    """Reads the rows of one or more paths, with the options of `read`. Every row must be usable.
-
-    Raises: RowError, which lists the bad rows; ValueError as `read` does.
-    """
-    paths = [source] if isinstance(source, (str, Path)) else source
-    rows = read([Source(path=str(path)) for path in paths], **options)
-    if rows.bad:
-        raise RowError(rows.bad)
-    return list(rows.prompts)
-
-
 def read_samples(source: str | Path) -> list[Rollout]:
     """Reads rows that have a response, such as a run's rollouts/ files, in file order.
 
     A sample has the columns of a row and `response`, and may have `finish` ("stop" or "length"). Several samples may
     have the same id. The other columns may be missing: a sample without an id is named after its line.
-    Raises RowError or ValueError as read_rows does.
+    Raises RowError for samples that cannot be used, and ValueError as `read` does.
     """
     reader = _Reader((), None)
     samples: list[Rollout] = []

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config
-from rl.exits import InputError
+from rl.exits import InputError, as_input_error
 from rl.recipe.resolve import differences, load
 from rl.record.disk import hold, write_file, writing
 from rl.record.run_folder import image_part, messages_of
@@ -56,10 +56,8 @@ class CurationFolder:
             raise InputError(f"{self.path} is not empty and holds no curation; give another --out")
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        try:
+        with as_input_error():
             held = hold(self.path)
-        except ValueError as error:
-            raise InputError(str(error)) from None
         try:
             self._check_same(config, digest)
             write_file(self.path / RECIPE, recipe.encode())

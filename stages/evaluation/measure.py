@@ -120,7 +120,7 @@ def _judges(config: Config, rewards: RewardRunner, device: str) -> Iterator[None
             if outage.endpoint in servers and not servers[outage.endpoint].runs():
                 raise RuntimeError(f"judge {outage.endpoint}, which was served here, has died: {outage.why}")
             if not outage.again:
-                print(f"endpoint {outage.endpoint}: {outage.why or 'is back'}", file=sys.stderr)
+                print(outage, file=sys.stderr)
 
         rewards.on_outage = on_outage
         rewards.set_urls({name: server.url() for name, server in servers.items()})
