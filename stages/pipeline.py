@@ -36,12 +36,11 @@ from rl.stop import GO_ON, Stop, WorkerDied
 from rollout.pacore.target import ModelTarget
 from stages import stage_class
 from stages.curation.run import checked as checked_curation
-from stages.evaluation.measure import EvaluationReport, Questions, measure
+from stages.evaluation.measure import MODES, EvaluationReport, Questions, measure
 from stages.evaluation.scores import ALL, ResultRow, result_rows
 from stages.plan import device, make_plan
 from stages.train import train
 
-MODES = ("sere", "majority", "pacore")
 ATTEMPTS = 16
 COMPARED = 4  # answers to each row that a judge compares with the teacher's
 SINGLE_ANSWER = "SeRe pass@1"  # the column of single answers

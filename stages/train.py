@@ -224,15 +224,13 @@ class _Run:
     def _handle_outages(self) -> None:
         """If an endpoint does not answer, saves and reports it. Its samples are waited for."""
         while not self.outages.empty():
-            self._handle_outage(self.outages.get())
-
-    def _handle_outage(self, outage: Outage) -> None:
-        if outage.why is None:
-            self.display.message(str(outage))
-            return
-        if not outage.again:
-            self._save_and_report(outage)
-        self.processes.revive_judge(outage.endpoint)
+            outage = self.outages.get()
+            if outage.why is None:
+                self.display.message(str(outage))
+                continue
+            if not outage.again:
+                self._save_and_report(outage)
+            self.processes.revive_judge(outage.endpoint)
 
     def _save_and_report(self, outage: Outage) -> None:
         if self.done is not None and self.saved != self.done:

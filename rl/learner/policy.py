@@ -27,6 +27,7 @@ from rl.algorithm.losses import (
 from rl.config import PPO
 from rl.learner.batch import Batch, Group, collate, minibatches
 from rl.learner.distributed import Ranks
+from rl.learner.optimizer import Optimizer
 from rl.learner.options import LearnerOptions
 from rl.learner.packing import PackedRow
 from rl.learner.sharded import Sharded
@@ -62,8 +63,9 @@ class Policy(Sharded):
 
     def __init__(self, folder: str, options: LearnerOptions, ranks: Ranks | None = None) -> None:
         super().__init__(folder, options, ranks)
-        self.optimizer = self.adamw(self.trained, options.ppo.policy_lr, options.ppo.policy_warmup)
-        self.loss = policy_loss(options.ppo)
+        ppo = options.ppo
+        self.optimizer = Optimizer(self.trained, ppo, lr=ppo.policy_lr, warmup=ppo.policy_warmup)
+        self.loss = policy_loss(ppo)
         self._encoded_bytes: dict[str, int] = {}
         files = {"chat_template.jinja": options.model.chat_template, SYNTHESIS_TEMPLATE: options.synthesis_template}
         self.templates = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file is not None}

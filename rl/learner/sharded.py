@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, async_save, load
 
 from rl.learner.batch import Group
@@ -53,19 +53,6 @@ class Sharded:
     def prepare(self, base: Any) -> None:
         """Takes the parts to train from `base`, whose weights take no memory yet, and splits them over the ranks."""
         raise NotImplementedError
-
-    def adamw(self, trained: Mapping[str, nn.Parameter], lr: float, warmup: int) -> Optimizer:
-        """Returns the recipe's optimizer for the given parameters."""
-        ppo = self.options.ppo
-        return Optimizer(
-            trained,
-            lr=lr,
-            warmup=warmup,
-            betas=ppo.betas,
-            weight_decay=ppo.weight_decay,
-            max_grad_norm=ppo.max_grad_norm,
-            max_skipped=ppo.max_skipped_steps,
-        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 from rl.config import Source
 from rl.record.metrics import task_name_problem
@@ -34,6 +34,12 @@ class Rows:
     prompts: tuple[Prompt, ...]
     sources: tuple[int, ...]  # index of each prompt's source
     bad: tuple[BadRow, ...]
+
+    def checked(self, on_bad_row: Literal["stop", "skip"] = "stop") -> Self:
+        """Returns the rows. Raises RowError if some are bad, unless bad rows are skipped and other rows are left."""
+        if self.bad and (on_bad_row == "stop" or not self.prompts):
+            raise RowError(self.bad)
+        return self
 
 
 @dataclass

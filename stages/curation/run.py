@@ -70,7 +70,7 @@ class Curation:
         }
         return [
             f"rows       {sum(map(len, blocks_of(plan)))} of {len(plan.train)}, in blocks of {c.block}",
-            *(["skipped    " + line.strip() for line in skipped_lines(plan.skipped)] if plan.skipped else []),
+            *(f"skipped    {line.strip()}" for line in skipped_lines(plan.skipped)),
             *(f"filter     {name}: {texts[name]}" for name in _filter_names(plan.config)),
         ]
 
@@ -84,8 +84,8 @@ class Curation:
         folder, plan, blocks = CurationFolder(path), self.plan, blocks_of(self.plan)
         sources = [source.path for source in plan.config.data.train]
         with folder.locked(plan.config, recipe, _digest(plan)):
-            if plan.skipped:
-                _say("\n".join(skipped_lines(plan.skipped)))
+            for line in skipped_lines(plan.skipped):
+                _say(line)
             if unfinished := folder.unfinished(len(blocks)):
                 _say(f"{len(blocks) - len(unfinished)} of {len(blocks)} blocks are done already")
                 with (

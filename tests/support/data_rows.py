@@ -60,10 +60,7 @@ def json_array(folder: Path, *rows: Any) -> Path:
 def read_rows(source: str | Path | Sequence[str | Path], **options: Any) -> list[Prompt]:
     """Reads the rows of one or more paths, with the options of `read`. Raises RowError if a row cannot be used."""
     paths = [source] if isinstance(source, (str, Path)) else source
-    rows = read([Source(path=str(path)) for path in paths], **options)
-    if rows.bad:
-        raise RowError(rows.bad)
-    return list(rows.prompts)
+    return list(read([Source(path=str(path)) for path in paths], **options).checked().prompts)
 
 
 def only_prompt(path: Path, **options: Any) -> Prompt:
