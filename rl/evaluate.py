@@ -19,9 +19,7 @@ from rl.exits import DONE, InputError, run_command
 from rl.recipe.layers import find_recipe
 from rl.recipe.resolve import load
 from rollout.pacore.target import add_target_options, target_of
-from stages.evaluation.measure import Questions, measure
-
-MODES = ("sere", "majority", "pacore")
+from stages.evaluation.measure import MODES, Questions, measure
 
 
 def parser() -> argparse.ArgumentParser:

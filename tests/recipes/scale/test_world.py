@@ -19,7 +19,7 @@ from recipes.scale.world import Problem, Scene, Thing
 from recipes.scale.writers import EXACT, ROUGH, Writer, compare, final, usual_lines, without_carrying
 from rl.recipe.layers import SHIPPED
 from rl.recipe.resolve import load
-from rollout.data.rows import read_rows
+from tests.support.data_rows import read_rows
 
 SPLITS: tuple[world.Split, ...] = ("train", "heldout")
 MEGABYTE = 1 << 20
