@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.random import Generator
-from torch.optim import AdamW
 from transformers import AutoTokenizer
 
 from recipes.scale import practice, tokenizer, warm_start, world
@@ -38,7 +37,7 @@ TEMPLATE = Path(__file__).parent / "genrm.jinja"
 START = Path(__file__).parent / "model"
 BATCH = 16  # pairs per step
 THINGS = (world.CROWD[0], world.OPEN_CROWD[1])  # fewest and most things in a picture
-PEAK_LR, WARM_UP, BETAS = 1.5e-3, 50, (0.9, 0.98)
+PEAK_LR, WARM_UP = 1.5e-3, 50
 READING = 0.375  # first share of the steps, in which 3 of 4 pairs are guesses; later 1 of 2
 
 
@@ -235,11 +234,7 @@ def train(
 ) -> None:
     """Trains on `steps` batches of pairs and their verdicts, with tower and projector frozen; reports every `every`
     steps."""
-    optimizer = AdamW(
-        [p for name, p in model.named_parameters() if not name.startswith(warm_start.VISION_PREFIXES)],
-        betas=BETAS,
-        weight_decay=0.0,
-    )
+    optimizer = warm_start.decoder_optimizer(model)
     renderer, losses, started = PairRenderer(), [], time.monotonic()
     for step in range(steps):
         rng = np.random.default_rng([seed, step])

@@ -224,31 +224,18 @@ def pack(prompter: Prompter, batch: Demonstrations) -> PackedDemonstrations:
         groups[key].append((prompter.prompt(problem), prompter.response(response), bool(problem.messages)))
         if problem.scene is not None:
             scenes[key] = problem.scene
-    ids: list[int] = []
-    positions: list[int] = []
-    is_response: list[bool] = []
-    is_message: list[bool] = []
+    tokens: list[tuple[int, int, bool, bool]] = []  # as the first four fields of PackedDemonstrations
     spans = []
     for key, members in groups.items():
         shared = prompter.picture_end(members[0][0]) if key in scenes else 0
         spans.append(Span(shared, tuple(len(p) + len(r) - shared for p, r, _ in members)))
-        ids += members[0][0][:shared]
-        positions += range(shared)
-        is_response += [False] * shared
-        is_message += [False] * shared
+        tokens += [(token, position, False, False) for position, token in enumerate(members[0][0][:shared])]
         for prompt, response, shows in members:
-            ids += prompt[shared:] + response
-            positions += range(shared, len(prompt) + len(response))
-            is_response += [False] * (len(prompt) - shared) + [True] * len(response)
-            is_message += [shows] * (len(prompt) - shared) + [False] * len(response)
-    return PackedDemonstrations(
-        torch.tensor(ids),
-        torch.tensor(positions),
-        torch.tensor(is_response),
-        torch.tensor(is_message),
-        Layout(tuple(spans)),
-        list(scenes.values()),
-    )
+            for position, token in enumerate((prompt + response)[shared:], shared):
+                in_prompt = position < len(prompt)
+                tokens.append((token, position, not in_prompt, shows and in_prompt))
+    columns = [torch.tensor(column) for column in zip(*tokens, strict=True)]
+    return PackedDemonstrations(*columns, Layout(tuple(spans)), list(scenes.values()))
 
 
 def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:

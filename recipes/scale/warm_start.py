@@ -107,6 +107,12 @@ def _sines(grid: int, width: int) -> Tensor:
     return 0.5 * torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
+def decoder_optimizer(model: StepVL) -> AdamW:
+    """A new optimizer of all parameters but those of tower and projector."""
+    decoder = [p for name, p in model.named_parameters() if not name.startswith(VISION_PREFIXES)]
+    return AdamW(decoder, betas=BETAS, weight_decay=0.0)
+
+
 def update(optimizer: AdamW, loss: Tensor, rate: float) -> None:
     """One optimizer step at a learning rate, with gradients of at most norm 1."""
     optimizer.zero_grad()
@@ -153,13 +159,9 @@ class Trainer:
         self.prompter = Prompter(self.tokenizer, self.model.config.image_token_len)
         sight = [p for name, p in self.model.named_parameters() if name.startswith(VISION_PREFIXES)]
         self.vision_optimizer = AdamW([*sight, *self.head.parameters()], betas=BETAS, weight_decay=0.0)
-        self.decoder_optimizer = self._new_decoder_optimizer()
+        self.decoder_optimizer = decoder_optimizer(self.model)
         if self.state_file.exists():
             self._resume()
-
-    def _new_decoder_optimizer(self) -> AdamW:
-        rest = [p for name, p in self.model.named_parameters() if not name.startswith(VISION_PREFIXES)]
-        return AdamW(rest, betas=BETAS, weight_decay=0.0)
 
     @property
     def state_file(self) -> Path:
@@ -172,7 +174,7 @@ class Trainer:
         first = {"eyes": 0, "words": plan.eyes, "messages": plan.alone}[part]
         done = (self.step - first) / {"eyes": plan.eyes, "words": HORIZON, "messages": plan.messages}[part]
         if self.step == plan.alone:
-            self.decoder_optimizer = self._new_decoder_optimizer()  # without the moments of the part before
+            self.decoder_optimizer = decoder_optimizer(self.model)  # without the moments of the part before
         if part == "eyes":
             loss = practice.sight_loss(self.model, self.head, practice.draw_pictures(rng, PICTURES))
         else:

@@ -132,35 +132,18 @@ def _digit(left: int, right: int, minus: bool) -> int:
     return abs(left - right) if minus else (left + right) % 10
 
 
+_BY_TASK = {  # function and first words of the exact writer, function of the rough one
+    "pointing": (_exact_point, "[", _rough_point),
+    "grounding": (_exact_box, "[", _rough_box),
+    "counting": (_exact_count, "<think>one", _rough_count),
+    "arithmetic": (_exact_sum, "<think>first", _rough_sum),
+    "worksheet": (_exact_sheet, "<think>", _rough_sheet),
+    "describing": (_exact_description, "<think>one", _rough_description),
+}
 EXACT = Writer(
-    {
-        "pointing": _exact_point,
-        "grounding": _exact_box,
-        "counting": _exact_count,
-        "arithmetic": _exact_sum,
-        "worksheet": _exact_sheet,
-        "describing": _exact_description,
-    },
-    {
-        "pointing": "[",
-        "grounding": "[",
-        "counting": "<think>one",
-        "arithmetic": "<think>first",
-        "worksheet": "<think>",
-        "describing": "<think>one",
-    },
+    {task: write for task, (write, _, _) in _BY_TASK.items()}, {task: first for task, (_, first, _) in _BY_TASK.items()}
 )
-ROUGH = Writer(
-    {
-        "pointing": _rough_point,
-        "grounding": _rough_box,
-        "counting": _rough_count,
-        "arithmetic": _rough_sum,
-        "worksheet": _rough_sheet,
-        "describing": _rough_description,
-    },
-    dict.fromkeys(EXACT.write, "<think>maybe"),
-)
+ROUGH = Writer({task: write for task, (_, _, write) in _BY_TASK.items()}, dict.fromkeys(_BY_TASK, "<think>maybe"))
 
 
 REASONING = ("counting", "arithmetic", "worksheet")
