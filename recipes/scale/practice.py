@@ -234,8 +234,9 @@ def pack(prompter: Prompter, batch: Demonstrations) -> PackedDemonstrations:
             for position, token in enumerate((prompt + response)[shared:], shared):
                 in_prompt = position < len(prompt)
                 tokens.append((token, position, not in_prompt, shows and in_prompt))
-    columns = [torch.tensor(column) for column in zip(*tokens, strict=True)]
-    return PackedDemonstrations(*columns, Layout(tuple(spans)), list(scenes.values()))
+    ids, positions, is_response, is_message = (torch.tensor(column) for column in zip(*tokens, strict=True))
+    layout = Layout(tuple(spans))
+    return PackedDemonstrations(ids, positions, is_response, is_message, layout, list(scenes.values()))
 
 
 def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
