@@ -64,10 +64,6 @@ def answer_all(
     return [found[problem.id] for group in asked for problem in group]
 
 
-def tokens(found: Sequence[PacoreResult]) -> list[float]:
-    return [float(one.tokens) for one in found]
-
-
 @benchmark("inference/parallel")
 def parallel() -> Result:
     """64 problems x 16 trajectories and their syntheses: all at once, against one problem after another.
@@ -80,7 +76,8 @@ def parallel() -> Result:
 
     def side(name: str, url: str) -> float:
         start = time.perf_counter()
-        counted[name] = tokens(answer_all(who, url, [rows] if name == "ours" else [[row] for row in rows]))
+        results = answer_all(who, url, [rows] if name == "ours" else [[row] for row in rows])
+        counted[name] = [float(result.tokens) for result in results]
         return time.perf_counter() - start
 
     with who.serve() as url:

@@ -168,11 +168,6 @@ def packed(made: Work, rows: Sequence[PackedRow]) -> Side:
     return side(made, step)
 
 
-def shared(made: Work) -> list[PackedRow]:
-    """Packs rows as the learner does, each prompt once."""
-    return pack(made.groups, BUDGET, None)
-
-
 def unshared(made: Work) -> list[PackedRow]:
     """Packs each rollout with its own prompt as one causal sequence, without padding."""
     singles = [
@@ -245,7 +240,7 @@ def compare(made: Work, other: Side, sequences: Sequence[int]) -> Result:
     `sequences` are the lengths of the causal sequences that the other side computes: the ceiling of the ratio is their
     cost over that of each prompt once per group.
     """
-    ours = packed(made, shared(made))
+    ours = packed(made, pack(made.groups, BUDGET, None))
     ours()  # also a warm-up
     gradients = ours.gradients()
     other()
@@ -262,7 +257,7 @@ def compare(made: Work, other: Side, sequences: Sequence[int]) -> Result:
 def against_packed(made: Work) -> Result:
     """Shared prompts against one rollout per row, both with our packing."""
     found = compare(made, packed(made, unshared(made)), made.lengths())
-    rows = shared(made)
+    rows = pack(made.groups, BUDGET, None)
     plain = sequence(made, sum(len(row.token_ids) for row in rows))
     plain()
     ours_s, plain_s = interleaved(packed(made, rows), plain, made.repeats)
