@@ -138,8 +138,8 @@ def processes() -> Iterator[Callable[[Size], dict[str, float]]]:
         services = Services(config, pool, Rewards(), *clients, FeatureStore([], 1), stage)
         number = next(numbers)
         prompts = [Prompt(f"{number} {i}", "t", (), meta={"tokens": size.prompt}) for i in range(size.prompts)]
-        found, _ = ppo_iteration(number, prompts, [], services, LoopState(), clock := Clock())
-        took = {name.removeprefix("time/"): value for name, value in (found | clock.metrics()).items()}
+        metrics, _ = ppo_iteration(number, prompts, [], services, LoopState(), clock := Clock())
+        took = {name.removeprefix("time/"): value for name, value in (metrics | clock.metrics()).items()}
         learner = took["critic"] + took["policy"]
         return {"rollout": took["rollout"], "learner": learner, "sync": took["sync"], "total": took["total"]}
 

@@ -260,33 +260,21 @@ def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
 
 @torch.no_grad()
 def answers(
-    model: StepVL,
-    prompter: Prompter,
-    problems: Sequence[Problem],
-    *,
-    openings: dict[str, str] | None = None,
-    generator: torch.Generator | None = None,
+    model: StepVL, prompter: Prompter, problems: Sequence[Problem], generator: torch.Generator | None = None
 ) -> list[str]:
-    """Returns the model's responses, greedy, or sampled at temperature 1 if `generator` is given.
-
-    `openings` forces the first words of each task's responses.
-    """
+    """Returns the model's responses, greedy, or sampled at temperature 1 if `generator` is given."""
     seen = features(model, scenes_of(problems))
     groups: dict[int, list[int]] = defaultdict(list)  # equal prompt lengths decode together without padding
-    starts = []
-    for i, p in enumerate(problems):
-        forced = prompter.response(openings[p.task])[:-1] if openings else []
-        starts.append(prompter.prompt(p) + forced)
-        groups[len(starts[-1])].append(i)
+    for i, problem in enumerate(problems):
+        groups[len(prompter.prompt(problem))].append(i)
     result = [""] * len(problems)
     model.model.set_attn_implementation("sdpa")  # packed attention has no cache
     for members in groups.values():
         chosen = [problems[i] for i in members]
-        ids = torch.tensor([starts[i] for i in members])
+        ids = torch.tensor([prompter.prompt(problem) for problem in chosen])
         tokens = _decode(model, ids, decoder_inputs(model, ids, chosen, seen), prompter.end, generator)
         for i, row in zip(members, tokens.tolist(), strict=True):
-            whole = starts[i][len(prompter.prompt(problems[i])) :] + row
-            result[i] = prompter.text(whole[: whole.index(prompter.end)] if prompter.end in whole else whole)
+            result[i] = prompter.text(row[: row.index(prompter.end)] if prompter.end in row else row)
     model.model.set_attn_implementation(attention.NAME)
     return result
 

@@ -33,7 +33,7 @@ import rewards
 from recipes.scale import practice, tokenizer, world
 from recipes.scale.practice import Prompter
 from recipes.scale.world import Problem
-from recipes.scale.writers import ROUGH, rough_share
+from recipes.scale.writers import ROUGH_OPENING, rough_share
 from rl.model import attention, hf_folder
 from rl.model.config import StepVLConfig, register
 from rl.model.step_vl import StepVL
@@ -267,7 +267,7 @@ def report(
     sampled = practice.answers(model, prompter, problems, generator=torch.Generator().manual_seed(seed))
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for problem, first, second in zip(problems, greedy, sampled, strict=True):
-        rough = second.startswith(ROUGH.opening[problem.task])
+        rough = second.startswith(ROUGH_OPENING)
         found[problem.task]["greedy"].append(score(problem, first))
         found[problem.task]["rough share"].append(rough)
         found[problem.task]["rough" if rough else "exact"].append(score(problem, second))
