@@ -1,7 +1,7 @@
 """Looks up and checks metrics, and computes those of rewards and responses.
 
 metrics.yaml, beside this file, says what each metric means and whether higher or lower is better. A metric without an
-entry there cannot be written to a run folder.
+entry there, or in `own_metrics` of a stage, cannot be written to a run folder.
 """
 
 import difflib
@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
+from rl.recipe.stages import registered
 from rl.types import Scored
 
 Better = Literal["higher", "lower", "neither"]
@@ -40,9 +41,14 @@ def describe(name: str) -> Metric:
     fitting = [metric for metric in METRICS if _fits(name.split("/"), metric.name.split("/"))]
     if name in _BY_NAME or fitting:
         return _BY_NAME.get(name) or fitting[0]
+    for stage in registered().values():
+        if meaning := stage.own_metrics.get(name):
+            return Metric(name, "neither", meaning)
     near = difflib.get_close_matches(name, _BY_NAME, n=1)
     hint = f"; the nearest is {near[0]}" if near else ""
-    raise ValueError(f"metric {name!r} has no sentence in rl/record/metrics.yaml{hint}; add one there to log it")
+    raise ValueError(
+        f"metric {name!r} has no sentence in rl/record/metrics.yaml{hint}; add one there, or to own_metrics of its stage, to log it"
+    )
 
 
 def _fits(words: list[str], pattern: list[str]) -> bool:
