@@ -37,7 +37,7 @@ class Reversed(Stage):
     }
     own_options = ("preference.verifiable_tasks",)
     own_metrics: ClassVar[Mapping[str, str]] = {
-        "reversed/first": "The id of the first row.",
+        "reversed/first": "Id of the first row.",
         "eval/rows": "Held-out rows.",
     }
     selection = "has an id that does not end in 7"
