@@ -47,8 +47,8 @@ def describe(name: str) -> Metric:
     near = difflib.get_close_matches(name, _BY_NAME, n=1)
     hint = f"; the nearest is {near[0]}" if near else ""
     raise ValueError(
-        f"metric {name!r} has no sentence in rl/record/metrics.yaml{hint}; add one there, or to own_metrics of its stage, "
-        "to log it"
+        f"metric {name!r} has no sentence in rl/record/metrics.yaml{hint}; add one there, or to "
+        "own_metrics of its stage, to log it"
     )
 
 
