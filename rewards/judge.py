@@ -253,8 +253,8 @@ async def together(*verdicts: Awaitable[V]) -> list[V]:
 
 
 def question(row: Prompt) -> str:
-    """Returns the row's chat as text. Pictures become "(picture 1)" and so on. Roles are named, unless the chat is one
-    user message."""
+    """Returns the row's chat as text. Pictures become "(picture 1)" and so on. Roles are named, unless the chat is a
+    single user message."""
     pictures, turns = 0, []
     for message in row.messages:
         content = message["content"]

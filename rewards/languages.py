@@ -30,7 +30,7 @@ _SCRIPT_OF = {
     **dict.fromkeys(["hi", "mr"], "Devanagari"),
     **{"zh": "Han", "ja": "Kana", "ko": "Hangul", "th": "Thai", "el": "Greek", "he": "Hebrew", "hy": "Armenian"},
     **{"ka": "Georgian", "bn": "Bengali", "pa": "Gurmukhi", "gu": "Gujarati", "ta": "Tamil", "te": "Telugu"},
-}  # all other languages are Latin
+}  # all other languages use the Latin script
 
 # Names of languages that a question may ask for: in English, in the language itself, in Chinese and in Japanese. The
 # names of English are also in the languages whose speakers most often ask for English.

@@ -15,7 +15,7 @@ LONGEST_BOX = 2000  # maximum number of characters of a result; the library's pa
 LONGEST_PROSE = 1500
 LONGEST_BARE = 200
 
-# Limits of a ground truth, so that comparing it with any answer takes at most a second or two.
+# A ground truth beyond these limits is refused, so that comparing it with any answer takes at most a second or two.
 DEEPEST = 10  # maximum depth of nested brackets
 MOST_DIGITS = 30_000  # maximum number of digits of a number that the evaluation leads to
 MOST_TERMS = 300  # maximum number of terms of a power that is expanded

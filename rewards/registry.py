@@ -57,7 +57,7 @@ class Reward:
 
     @property
     def asynchronous(self) -> bool:
-        """True for an async reward, for example one that asks an endpoint. One process scores many samples at once."""
+        """True for an async reward, such as a reward that asks an endpoint. One process scores many samples at once."""
         function = self.target.__call__ if inspect.isclass(self.target) else self.target
         return inspect.iscoroutinefunction(function)
 
@@ -68,7 +68,7 @@ class Reward:
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """The parameters that a recipe may set: those of the class's `__init__`, or of the function after its first."""
+        """The parameters that a recipe may set: those of a class's `__init__`, or all but the first of a function."""
         parameters = list(inspect.signature(self.target).parameters.values())
         return {p.name: p for p in (parameters if inspect.isclass(self.target) else parameters[1:])}
 
@@ -76,7 +76,7 @@ class Reward:
         """Returns the parameter's annotation as an object. A string annotation is evaluated."""
         if not isinstance(parameter.annotation, str):
             return parameter.annotation
-        # `from __future__ import annotations` makes it a string; the author of the reward wrote it, so eval is safe
+        # a string because of `from __future__ import annotations`; eval is safe, as the reward's author wrote it
         owner = self.target.__init__ if inspect.isclass(self.target) else self.target
         return eval(parameter.annotation, getattr(owner, "__globals__", {}))
 
@@ -94,7 +94,7 @@ class BoundReward:
 
     @property
     def endpoints(self) -> list[str]:
-        """The endpoint names that the parameters of type EndpointName have as values."""
+        """The values of the parameters of type EndpointName, which are names of endpoints."""
         accepted = self.reward.parameters
         names = [name for name, p in accepted.items() if is_endpoint_name(self.reward.annotation(p))]
         values = [self.params.get(name, accepted[name].default) for name in names]
@@ -136,11 +136,11 @@ def reward(
     group       True if the reward takes the list of all rollouts of one prompt, and returns a list of scores in order
     lowest      the lowest value that the reward can return; truncated responses and unreadable text get this value
     highest     the value of a fully right response
-    on_timeout  "invalid": a sample that runs out of time or memory is left out of the loss. "lowest": it gets the
-                lowest value; choose this if only the policy's text can be the reason
-    verifiable  True if a response that only states the row's ground truth gets `highest`; `python -m rewards try` then
-                checks this. The response is the ground truth itself if it is text, else its JSON. If this is not the
-                right form, pass a function that turns a ground truth into such a response
+    on_timeout  what happens to a sample that runs out of time or memory. "invalid": it is left out of the loss.
+                "lowest": it gets the lowest value; choose this if only the policy's text can be the reason
+    verifiable  True if a response that states only the row's ground truth gets `highest`; `python -m rewards try` then
+                checks this. The response is the ground truth itself if it is text, else its JSON. If such a response
+                does not get `highest`, pass a function that turns a ground truth into a response that does
     timeout_s   time limit of one sample in seconds; a recipe may set another limit
     needs       the field that each row must have: "ground_truth" (the default of a verifiable reward) or "reference",
                 the teacher's response. This is checked before a run starts
@@ -171,7 +171,7 @@ def penalty(
 
 def row_judge(name: str, *, timeout_s: float = 10.0) -> Callable[[Target], Target]:
     """Registers a judge of data rows, for curation. It is written like a reward, but takes a Prompt instead of a
-    Rollout, and returns a number from 0 to 1. It cannot be used under `rewards` in a recipe."""
+    Rollout, and returns a number from 0 to 1. A recipe cannot list it under `rewards`."""
     return _register(name, kind="row judge", timeout_s=timeout_s)
 
 

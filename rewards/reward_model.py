@@ -1,4 +1,4 @@
-"""Reward `reward_model`: the score of a local reward model, a Hugging Face folder with a one-label classifier."""
+"""Reward `reward_model`: the score that a local reward model (a Hugging Face classifier with one label) gives."""
 
 import math
 from pathlib import Path

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 WINDOW = 4096
-"""Rewards look at this many characters of an answer, counted from its end."""
+"""Rewards look only at this many characters at the end of an answer."""
 
 _ANSWER = re.compile(r"\banswer[ \t*]{0,4}:[ \t*]{0,4}", re.IGNORECASE)
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\{([^{}]*)\}")
@@ -31,7 +31,7 @@ def last_boxed(text: str) -> str | None:
 def marked_answer(answer: str, window: int = WINDOW) -> str | None:
     """Returns the marked part of an answer: the last `\\boxed{...}` if there is one, else the text after the last
     "Answer:", else the whole answer. Searches only the last `window` characters. Returns None if the answer is longer
-    than that and marks nothing there."""
+    than `window` and these characters have no mark."""
     tail = answer[-window:]
     if (boxed := last_boxed(tail)) is not None:
         return boxed
@@ -61,7 +61,7 @@ def folded(text: str) -> str:
 
 
 def normalised(text: str) -> str:
-    """Folds `text` (see `folded`) and its case, and removes a final period and a `\\text{}` around the whole text."""
+    """Applies `folded`, removes a `\\text{}` around the whole text and a final period, and ignores the case."""
     text = folded(text)
     if wrapped := _WRAPPED.fullmatch(text):
         text = wrapped[1].strip()

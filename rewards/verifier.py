@@ -43,7 +43,7 @@ class Verifier:
 
     endpoint     the judge. It sees the question (with pictures, if it takes pictures), the ground truth and the answer
     votes        number of verdicts, which are requested at the same time with different seeds
-    rule         "majority": the answer is right if more than half of the verdicts say so. "all": if all verdicts say so
+    rule         the answer is right if more than half of the verdicts say so ("majority"), or if all do ("all")
     process      True: the judge also sees the reasoning, and rejects a right answer that the reasoning does not support
     temperature  the judge's sampling temperature. It must be above 0 for several votes, or all votes would be the same
     max_tokens   maximum length of one verdict, including the thinking of a reasoning judge

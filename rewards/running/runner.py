@@ -36,8 +36,8 @@ class RewardRunner:
     """Scores rollouts with the rewards of their task, in processes that can be killed.
 
     tasks       task -> its rewards. `use` and `params` are arguments of `rewards.get`. `timeout_s` is the wall-clock
-                time limit in seconds for one sample. It starts when the reward is loaded, is multiplied by the size of
-                a group, and does not count the wait for a free slot at an endpoint. `memory_mb` is the number of MiB
+                time limit in seconds for one sample. It starts when the reward is loaded. A group gets this time for
+                each rollout. The wait for a free slot at an endpoint does not count. `memory_mb` is the number of MiB
                 that scoring may take in addition to loading
     endpoints   name -> the server of a judge
     base_dir    the folder that `file.py:Name` is relative to
@@ -99,7 +99,7 @@ class RewardRunner:
         return frozenset(part.name for part in self._parts if part.bound.reward.kind == "penalty")
 
     def problem(self, prompt: Prompt) -> str | None:
-        """Returns why a row cannot be scored, or None. Its task may have no reward, or a needed field is missing."""
+        """Returns why a row cannot be scored (no reward for its task, or a missing field), or None if it can."""
         if prompt.task not in self._tasks:
             return self._no_reward(prompt.task)
         for part in self._tasks[prompt.task].parts:
@@ -178,7 +178,7 @@ class RewardRunner:
         return score
 
     def begin(self, per_prompt: int) -> "Scoring":
-        """Returns a Scoring for a batch with `per_prompt` rollouts per prompt, which may still be sampled meanwhile."""
+        """Returns a Scoring for a batch that is still being sampled, with `per_prompt` rollouts per prompt."""
         return Scoring(self, per_prompt)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
@@ -264,7 +264,7 @@ class Scoring:
     def __init__(self, runner: RewardRunner, per_prompt: int):
         self._runner, self._per_prompt = runner, per_prompt
         self._futures: dict[int, Future[Scored]] = {}
-        self._incomplete: dict[int, dict[int, Rollout]] = {}  # for group rewards: prompts that still miss rollouts
+        self._incomplete: dict[int, dict[int, Rollout]] = {}  # for group rewards: prompts with missing rollouts
 
     def add(self, place: int, rollout: Rollout) -> None:
         """Scores a rollout. `place` is its index in the batch, where a prompt's rollouts are next to each other."""
@@ -292,7 +292,7 @@ def _has_value(finished: Future[list[Outcome]]) -> bool:
 
 
 def _question_digest(part: Part, item: Rollout | Prompt) -> bytes:
-    """Returns a digest of a question to a judge: of the scorer, the row's content without its id, and the response."""
+    """Returns a digest of a question to a judge. It covers the scorer, the row without its id, and the response."""
     prompt, response = (item, None) if isinstance(item, Prompt) else (item.prompt, item.text)
     content = [prompt.task, prompt.messages, prompt.ground_truth, prompt.reference, prompt.meta, response]
     text = json.dumps([part.scorer, content, [p.digest for p in prompt.images]], sort_keys=True, default=repr)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("hurried")
 
 
 def grades(answer: float, reference: float, first_place: float = 0.0) -> Script:
-    """A judge that gives these grades to answer and reference. The first response gets `first_place` more."""
+    """Returns a judge that grades answer and reference so. The first response gets `first_place` points more."""
 
     def script(request: dict[str, Any]) -> dict[str, Any]:
         shown = blocks(text_of(request))
