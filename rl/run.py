@@ -1,4 +1,4 @@
-"""The command `python -m rl.run RECIPE [--profile cpu] [key=value ...]`: checks the recipe, then starts the run.
+"""Implements `python -m rl.run RECIPE [--profile cpu] [key=value ...]`, which checks a recipe and then starts the run.
 
 A recipe is for one stage, or for a chain of stages (rl/recipe/chain.py). Exit codes are in rl/exits.py.
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(args: argparse.Namespace) -> int:
     if args.allow and not args.resume:
-        raise InputError("--allow is for --resume: a new run may have any value")
+        raise InputError("--allow is for --resume: in a new run, every option may have any value")
     if args.resume:
         if is_chain(_saved_recipe(args)):
             return _run_chain(_resumed_chain(args), args)
@@ -84,7 +84,8 @@ def _fresh(args: argparse.Namespace, read: Callable[[argparse.Namespace], T]) ->
 
 
 def _saved_recipe(args: argparse.Namespace) -> Path:
-    """Returns the recipe of the run that is resumed. Raises InputError for arguments that --resume does not take."""
+    """Returns the recipe file of the run that is resumed. Raises InputError for arguments that --resume does not
+    accept."""
     if args.profile or args.output or args.stage:
         raise InputError("--resume continues with the run's own recipe; leave out --profile, --output and --stage")
     if wrong := next((text for text in _overrides(args) if "=" not in text), None):
@@ -96,12 +97,12 @@ def _saved_recipe(args: argparse.Namespace) -> Path:
 
 
 def _overrides(args: argparse.Namespace) -> list[str]:
-    """With --resume all positional arguments are overrides."""
+    """Returns all positional arguments. With --resume, all of them are overrides."""
     return [text for text in (args.recipe, *args.overrides) if text]
 
 
 def _resumed(args: argparse.Namespace) -> Resolved:
-    """Returns the run's own recipe with the overrides. Raises InputError for overrides that are not allowed."""
+    """Returns the saved recipe of the run with the overrides. Raises InputError for overrides that are not allowed."""
     recipe = _saved_recipe(args)
     saved, wanted = load(recipe), load(recipe, overrides=_overrides(args))
     _check_changes(differences(saved.config, wanted.config), MAY_CHANGE, args.allow)
@@ -109,7 +110,10 @@ def _resumed(args: argparse.Namespace) -> Resolved:
 
 
 def _resumed_chain(args: argparse.Namespace) -> Chain:
-    """Like `_resumed`, for a chain. The iterations of a stage cannot change after the next stage has begun."""
+    """Returns the saved chain with the overrides. Raises InputError for overrides that are not allowed.
+
+    The option `iterations` of a stage cannot change after the next stage has started.
+    """
     from rl.record.run_folder import RunFolder
 
     recipe, folder = _saved_recipe(args), args.resume.resolve()
@@ -143,8 +147,8 @@ def _check_changes(changed: Sequence[Change], may_change: Set[str], allowed: Seq
         listed = "".join(f"\n  {change}" for change in changes)
         named = " ".join(f"--allow {change.key}" for change in changes)
         raise InputError(
-            f"a resumed run keeps its recipe, but these would change:{listed}\nStart a new run for that, or say that "
-            f"it is meant: {named}"
+            f"a resumed run keeps its recipe, but these options would change:{listed}\nStart a new run with the "
+            f"changes, or allow them: {named}"
         )
 
 
@@ -164,7 +168,7 @@ MAY_CHANGE = frozenset(
         "learner.patience_s",
         "rollout.patience_s",
     }
-)  # options that change no weight
+)  # options that do not affect the weights
 
 
 def _checked_plan(resolved: Resolved, *, begun: bool) -> "Plan":

@@ -1,6 +1,6 @@
-"""All metrics: what each means and whether higher or lower is better. Computes those of rewards and responses.
+"""Says what each metric means and whether higher or lower is better. Computes the metrics of rewards and responses.
 
-A metric without an entry in METRICS cannot be written to a run folder. Names are `room/quantity`.
+A metric without an entry in METRICS cannot be written to a run folder. Names have the form `group/quantity`.
 """
 
 import difflib
@@ -17,7 +17,7 @@ Better = Literal["higher", "lower", "neither"]
 
 @dataclass(frozen=True)
 class Metric:
-    """Meaning of one metric. In `name`, `<task>` and `<part>` stand for one word, a name that the recipe chooses."""
+    """The meaning of one metric. In `name`, `<task>` and `<part>` each stand for one name from the recipe."""
 
     name: str
     better: Better
@@ -25,223 +25,259 @@ class Metric:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("iteration", "neither", "Which iteration; 0 is the evaluation before any training."),
-    Metric("stage", "neither", "The stage that made this line: rlvr, rlhf or pacore."),
+    Metric("iteration", "neither", "Number of the iteration; 0 is the evaluation before any training."),
+    Metric("stage", "neither", "Name of the stage that wrote this line: rlvr, rlhf or pacore."),
     Metric(
         "reward/mean",
         "higher",
-        "Mean reward of the iteration's valid samples, sampled at the training temperature; noisy, "
-        "because every iteration draws other prompts.",
+        "Mean reward of the iteration's valid samples, at the training temperature. It is noisy, because every "
+        "iteration draws other prompts.",
     ),
     Metric(
         "reward/std",
         "neither",
-        "Standard deviation of the rewards of valid samples; near 0 there is nothing left to tell good from bad.",
+        "Standard deviation of the rewards of valid samples. Near 0, the rewards no longer tell good responses "
+        "from bad ones.",
     ),
     Metric("reward/<task>", "higher", "Mean reward of the valid samples of one task."),
     Metric(
         "reward/<task>/<part>",
         "higher",
-        "Mean of one component of that task's reward, before weighting; shows which part moves the whole.",
+        "Mean of one component of the task's reward, before weighting. It shows which component changes the reward.",
     ),
     Metric(
         "reward/invalid_fraction",
         "lower",
-        "Share of samples left out of the loss because something around the model failed (reward code, "
-        "endpoint); should be 0, and anything lasting needs a look at the reasons in rollouts/.",
+        "Share of samples that are left out of the loss because something around the model failed (reward code or "
+        "endpoint). It should be 0. If it stays above 0, look at the reasons in rollouts/.",
     ),
     Metric(
         "reward/flat_group_fraction",
         "lower",
-        "Share of prompts whose valid samples all got the same reward; they tell the policy little, and a"
-        " value near 1 means the prompts are too easy or too hard.",
+        "Share of prompts whose valid samples all got the same reward. These prompts tell the policy little; a "
+        "value near 1 means that the prompts are too easy or too hard.",
     ),
     Metric(
         "eval/<task>",
         "higher",
-        "Mean greedy reward on one task's held-out problems: the number to trust.",
+        "Mean reward of greedy responses to one task's held-out problems. This is the number to trust.",
     ),
     Metric(
         "response/tokens_mean",
         "neither",
-        "Mean response length in tokens; reasoning tends to lengthen and perception to shorten while both improve.",
+        "Mean response length in tokens. While both improve, responses to reasoning tasks tend to become longer, "
+        "and responses to perception tasks shorter.",
     ),
     Metric("response/tokens_mean/<task>", "neither", "Mean response length in tokens of one task."),
     Metric(
         "response/truncated_fraction",
         "lower",
-        "Share of responses cut off at the length limit; if it grows, the model rambles or the limit is too tight.",
+        "Share of responses that were cut off at the length limit. If it grows, the model rambles or the limit is "
+        "too low.",
     ),
     Metric(
         "pacore/prompts",
         "higher",
-        "Prompts of the iteration that showed messages; fewer than asked for where fresh ones were too few or outside "
-        "the bounds on their accuracy.",
+        "Number of prompts in the iteration that contained messages (final answers of earlier attempts). It is "
+        "lower than intended if too few prompts have enough fresh messages with an accuracy within the bounds.",
     ),
-    Metric("pacore/messages_mean", "neither", "Messages that a prompt shows, on average."),
-    Metric("pacore/message_accuracy", "neither", "Share of the shown messages that are right."),
+    Metric("pacore/messages_mean", "neither", "Mean number of messages in a prompt."),
+    Metric("pacore/message_accuracy", "neither", "Share of the messages in prompts that are right."),
     Metric(
         "pacore/accuracy",
         "higher",
-        "Share of responses that are right (`accept`); synthesis pays where it is above the messages' accuracy.",
+        "Share of responses that are right (option `accept`). Synthesis is worthwhile if it is above "
+        "pacore/message_accuracy.",
     ),
     Metric(
         "pacore/accuracy/none",
         "higher",
-        "Share of right responses where every shown message is wrong: emergent correctness, beyond copying.",
+        "Share of right responses to prompts in which every message is wrong. These right answers are not copied "
+        "from a message.",
     ),
     Metric(
         "pacore/accuracy/under_half",
         "higher",
-        "Share of right responses where some messages are right, but less than half.",
+        "Share of right responses to prompts in which some messages are right, but less than half of them.",
     ),
     Metric(
         "pacore/accuracy/half_or_more",
         "higher",
-        "Share of right responses where at least half of the messages are right.",
+        "Share of right responses to prompts in which at least half of the messages are right.",
     ),
     Metric(
         "pacore/repeats_majority",
         "neither",
-        "Share of responses whose final answer is the most frequent of the shown ones; near 1 synthesis is voting.",
+        "Share of responses whose final answer is the most frequent answer among the messages. Near 1, synthesis "
+        "does the same as voting.",
     ),
     Metric(
         "pacore/referred_fraction",
         "neither",
-        "Share of the shown messages that a response names by number, or whose answer its thinking quotes.",
+        "Share of the messages in prompts that the response names by number, or whose answer the response quotes "
+        "in its thinking.",
     ),
     Metric(
         "eval/win_rate",
         "higher",
-        "Share of held-out rows whose greedy answer the judge grades above the teacher's reference; ties count half, "
-        "answers that are empty or cut off as lost.",
+        "Share of held-out rows whose greedy answer gets a better grade from the judge than the teacher's "
+        "reference. A tie counts half. An answer that is empty or cut off counts as lost.",
     ),
     Metric(
         "eval/order_agreement",
         "higher",
-        "Share of the comparisons of eval/win_rate in which both orders have the same winner.",
+        "Share of the comparisons for eval/win_rate in which both orders of the two answers have the same winner.",
     ),
-    Metric("genrm/win_rate", "higher", "The same share as eval/win_rate, of the sampled answers."),
+    Metric("genrm/win_rate", "higher", "Same as eval/win_rate, but for the sampled answers of the iteration."),
     Metric(
         "genrm/order_agreement",
         "higher",
-        "Share of comparisons in which the same side wins in both orders; near 0.5 the judge decides by the order.",
+        "Share of comparisons in which both orders of the two answers have the same winner. Near 0.5, the judge "
+        "decides by the order.",
     ),
-    Metric("genrm/score_p10", "neither", "Score that a tenth of the compared answers do not exceed, before penalties."),
-    Metric("genrm/score_p50", "neither", "Median score of the compared answers; 0.5 is as good as the teacher's."),
+    Metric("genrm/score_p10", "neither", "10th percentile of the scores of the compared answers, before penalties."),
+    Metric(
+        "genrm/score_p50",
+        "neither",
+        "Median score of the compared answers; 0.5 means that an answer is as good as the teacher's reference.",
+    ),
     Metric(
         "genrm/score_p90",
         "neither",
-        "Score that nine tenths of the compared answers do not exceed; if p10, p50 and p90 are equal, the judge does "
-        "not tell the answers apart.",
+        "90th percentile of the scores of the compared answers. If p10, p50 and p90 are equal, the judge does not "
+        "tell the answers apart.",
     ),
     Metric(
         "genrm/length_correlation",
         "neither",
-        "Spearman's rank correlation of response length and score; far above 0 the judge pays for length.",
+        "Spearman's rank correlation of response length and score. Far above 0, the judge prefers long responses.",
     ),
-    Metric("penalty/<part>", "lower", "Mean offence that a penalty finds in the responses it judges, 0 to 1."),
+    Metric(
+        "penalty/<part>",
+        "lower",
+        "Mean offence, from 0 to 1, that a penalty finds in the responses that it judges.",
+    ),
     Metric(
         "policy/loss",
         "neither",
-        "The policy-gradient loss, whose gradient matters and whose value does not: it need not fall.",
+        "The policy-gradient loss. Its gradient matters, but its value does not: the value need not fall.",
     ),
     Metric(
         "policy/entropy",
         "neither",
-        "Mean entropy (nats) of the policy's next-token distribution; it falls slowly while learning, and"
-        " a fast drop towards 0 means exploration has ended.",
+        "Mean entropy (nats) of the policy's next-token distribution. It falls slowly while the policy learns; a "
+        "fast drop towards 0 means that exploration has ended.",
     ),
     Metric(
         "policy/approx_kl",
         "lower",
-        "Estimated KL (nats per token) from the policy that sampled to the updated one: the size of the "
-        "step; spikes warn of too high a learning rate.",
+        "Estimated KL divergence (nats per token) from the policy that sampled to the updated policy. It measures "
+        "the size of the update; spikes mean that the learning rate is too high.",
     ),
     Metric(
         "policy/clip_fraction",
         "lower",
-        "Share of tokens whose ratio the clipped loss cut off; 0 by definition where the ratio is not clipped.",
+        "Share of tokens whose ratio was clipped in the loss; always 0 if the ratio is not clipped.",
     ),
-    Metric("policy/grad_norm", "neither", "Norm of the policy's gradient before clipping; watch for jumps."),
-    Metric("policy/skipped_steps", "lower", "Optimizer steps left out because their gradient was not finite."),
-    Metric("policy/lr", "neither", "The policy's learning rate at the last step, warm-up included."),
+    Metric("policy/grad_norm", "neither", "Norm of the policy's gradient before clipping. Jumps are a warning."),
+    Metric(
+        "policy/skipped_steps",
+        "lower",
+        "Number of optimizer steps of the policy that were skipped because the gradient was not finite.",
+    ),
+    Metric("policy/lr", "neither", "The policy's learning rate at the last optimizer step, including the warm-up."),
     Metric(
         "policy/tis_mean",
         "neither",
-        "Mean truncated importance weight between learner and engine; 1 when both agree.",
+        "Mean truncated importance weight between learner and engine; 1 if learner and engine agree.",
     ),
     Metric(
         "policy/tis_capped_fraction",
         "lower",
-        "Share of tokens whose importance weight hit the cap; above a few per mille, engine and learner disagree.",
+        "Share of tokens whose importance weight reached the cap. Above a few per mille, engine and learner disagree.",
     ),
-    Metric("value/loss", "lower", "Half the mean squared error of the critic's values against the returns."),
-    Metric("value/grad_norm", "neither", "Norm of the critic's gradient before clipping; watch for jumps."),
-    Metric("value/skipped_steps", "lower", "Critic's optimizer steps left out because the gradient was not finite."),
+    Metric("value/loss", "lower", "Half of the mean squared error between the critic's values and the returns."),
+    Metric("value/grad_norm", "neither", "Norm of the critic's gradient before clipping. Jumps are a warning."),
+    Metric(
+        "value/skipped_steps",
+        "lower",
+        "Number of optimizer steps of the critic that were skipped because the gradient was not finite.",
+    ),
     Metric(
         "value/explained_variance",
         "higher",
-        "Share of the returns' variance the critic foresees: 1 is perfect, 0 no better than a constant, "
-        "and below 0 worse than that.",
+        "Share of the returns' variance that the critic predicts. 1 is perfect; 0 is no better than a constant, "
+        "and below 0 is worse than a constant.",
     ),
     Metric(
         "rollout/logprob_gap",
         "lower",
-        "Mean |engine - learner| logprob (nats per token) at equal weights; above the configured limit "
-        "the engine does not run the weights it was sent.",
+        "Mean |engine - learner| logprob (nats per token) when both have the same weights. Above the configured "
+        "limit, the engine does not run the weights that it was sent.",
     ),
     Metric(
         "rollout/tokens_per_second",
         "higher",
-        "Response tokens generated per second, all workers together.",
+        "Number of response tokens that all engines together generate per second.",
     ),
     Metric(
         "rollout/staleness",
         "lower",
-        "Mean number of updates by which the weights that sampled a token lagged behind.",
+        "Mean number of updates by which the weights that sampled a token were older than the newest weights.",
     ),
     Metric(
         "response/continued_fraction",
         "neither",
-        "Share of responses that weights of several iterations sampled, each a part (rollout.partial).",
+        "Share of responses whose parts were sampled in different iterations, with different weights "
+        "(rollout.partial).",
     ),
-    Metric("rollout/replaced_engines", "lower", "Engines that died or hung in this iteration and were replaced."),
+    Metric(
+        "rollout/replaced_engines",
+        "lower",
+        "Number of engines that died or hung in this iteration and were replaced.",
+    ),
     Metric(
         "time/rollout",
         "lower",
-        "Seconds spent waiting for samples; with rollout.max_staleness 1 most samples are made before.",
+        "Seconds that the run waited for samples. With rollout.max_staleness 1, most samples are made before this "
+        "time.",
     ),
-    Metric("time/reward", "lower", "Seconds spent waiting for rewards after the last sample had finished."),
+    Metric("time/reward", "lower", "Seconds that the run waited for rewards after the last sample had finished."),
     Metric(
         "time/critic",
         "lower",
-        "Seconds waiting for the critic: values, and the time by which its update takes longer than the policy's.",
+        "Seconds that the run waited for the critic: for its values, and for the rest of its update after the "
+        "policy's update.",
     ),
-    Metric("time/policy", "lower", "Seconds in the policy: logprobs and its update."),
-    Metric("time/sync", "lower", "Seconds to bring the new weights into the workers and to check them."),
+    Metric("time/policy", "lower", "Seconds that the policy took to compute logprobs and to update its weights."),
+    Metric("time/sync", "lower", "Seconds to send the new weights to the engines and to check them."),
     Metric(
         "time/learner_encodings",
         "lower",
-        "Pictures that the learner's vision tower encoded from the last weight sync to this one; each once while its "
-        "features are cached. A resumed run starts without a cache.",
+        "Number of pictures that the learner's vision tower encoded since the previous weight sync. Each picture "
+        "is encoded only once while its features are cached. A resumed run starts with an empty cache.",
     ),
-    Metric("time/engine_encodings", "lower", "Pictures that the engines' vision towers encoded in the same time."),
+    Metric(
+        "time/engine_encodings",
+        "lower",
+        "Number of pictures that the engines' vision towers encoded since the previous weight sync.",
+    ),
     Metric(
         "checkpoint/seconds",
         "lower",
-        "Seconds to write the checkpoint that was finished in this iteration; training continues in most of them.",
+        "Seconds to write the checkpoint that was finished in this iteration. Training continued during most of "
+        "this time.",
     ),
     Metric("checkpoint/blocked_seconds", "lower", "Seconds that training waited for this checkpoint."),
     Metric("checkpoint/mib", "lower", "Size of this checkpoint in MiB."),
-    Metric("time/total", "lower", "Seconds of the whole iteration, evaluation included."),
+    Metric("time/total", "lower", "Seconds of the whole iteration, including the evaluation."),
 )
 _BY_NAME = {metric.name: metric for metric in METRICS}
 _TEXT = ("stage",)
 
 
 def describe(name: str) -> Metric:
-    """Returns the entry for a name such as `reward/counting`. Raises ValueError if there is none."""
+    """Returns the entry in METRICS for a name such as `reward/counting`. Raises ValueError if there is no entry."""
     fitting = [metric for metric in METRICS if _fits(name.split("/"), metric.name.split("/"))]
     if name in _BY_NAME or fitting:
         return _BY_NAME.get(name) or fitting[0]
@@ -257,7 +293,8 @@ def _fits(words: list[str], pattern: list[str]) -> bool:
 
 
 def check(metrics: Mapping[str, Any]) -> None:
-    """Raises ValueError for a metric that is not in METRICS or is not a finite number (`stage`: a text)."""
+    """Raises ValueError for a metric that is not in METRICS, or whose value is not a finite number (for `stage`: a
+    text)."""
     for name, value in metrics.items():
         describe(name)
         wanted = "a text" if name in _TEXT else "a finite number"
@@ -274,7 +311,7 @@ def is_finite_number(value: Any) -> bool:
 
 
 def task_name_problem(task: str) -> str | None:
-    """Returns why `task` cannot be a task's name, which becomes part of metric names; None if it can."""
+    """Returns why `task` cannot be the name of a task, or None if it can. Metric names contain the names of tasks."""
     if "/" in task:
         return f"task {task!r} has a '/', which metric names use to separate a task from its parts"
     if any(f"{room}/{task}" in _BY_NAME for room in ("reward", "eval")):
@@ -286,11 +323,12 @@ def rollout_metrics(scored: Sequence[Scored], rollouts_per_prompt: int) -> dict[
     """Returns the `reward/*` and `response/*` metrics of an iteration.
 
     Args:
-        scored: the iteration's samples, those of one prompt next to each other.
+        scored: the samples of the iteration. Samples of the same prompt are next to each other.
         rollouts_per_prompt: samples per prompt; must divide the number of samples.
     Returns:
-        Rewards are means over valid samples, lengths over all samples. Means without any sample, such as the reward of
-        a task whose samples are all invalid, are left out. `reward/std` is the population's standard deviation.
+        Rewards are means over valid samples, and lengths are means over all samples. A mean over no samples is left
+        out, such as the reward of a task whose samples are all invalid. `reward/std` is the population standard
+        deviation.
     """
     if not scored or len(scored) % rollouts_per_prompt:
         raise ValueError(f"{len(scored)} samples do not split into groups of {rollouts_per_prompt}")
@@ -317,7 +355,7 @@ def _reward_metrics(valid: Sequence[Scored]) -> dict[str, float]:
 
 
 def _flat_groups(groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
-    """Ignores groups without a valid sample."""
+    """Returns the share of groups whose valid samples have equal rewards. Ignores groups without a valid sample."""
     rewards = [{sample.reward for sample in group if sample.invalid is None} for group in groups]
     flat = [len(distinct) == 1 for distinct in rewards if distinct]
     return {"reward/flat_group_fraction": statistics.fmean(flat)} if flat else {}
@@ -336,7 +374,7 @@ def _mean_tokens(scored: Iterable[Scored]) -> float:
 
 
 def _by_task(scored: Iterable[Scored]) -> dict[str, list[Scored]]:
-    """Samples by task, in alphabetical order of tasks, so that runs can be compared line by line."""
+    """Returns the samples of each task. Tasks are in alphabetical order, so that runs can be compared line by line."""
     tasks: dict[str, list[Scored]] = {}
     for sample in scored:
         tasks.setdefault(sample.rollout.prompt.task, []).append(sample)
