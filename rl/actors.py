@@ -227,7 +227,7 @@ class Team(Generic[T]):
 def _actor(factory: Any, cpus: float, gpus: float, environment: Mapping[str, str] | None) -> Any:
     """Starts a process that has no object yet. `ps` and Ray's dashboard show the process by the name of the object's
     class."""
-    name = getattr(factory, "__self__", factory).__name__  # of_rank is a method of the class
+    name = getattr(factory, "__self__", factory).__name__  # a class method, such as of_rank, names its class here
     remote: Any = ray.remote(type(name, (_Holder,), {}))
     return remote.options(num_cpus=cpus, num_gpus=gpus).remote(dict(environment or {}))
 
