@@ -330,7 +330,7 @@ def node_address() -> str:
     return ray.util.get_node_ip_address()
 
 
-def alone() -> bool:
+def is_local_cluster() -> bool:
     """True if `cluster` starts a cluster on this machine instead of joining one."""
     return not os.environ.get("RAY_ADDRESS")
 

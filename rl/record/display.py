@@ -1,6 +1,6 @@
 """Shows the progress of a run: a live panel in a terminal, plain lines elsewhere. Its errors never end the run.
 
-The display shows metrics from metrics.jsonl, their moving averages, and the remaining time. rl/record/metrics.py
+The display shows metrics from metrics.jsonl, their moving averages, and the remaining time. rl/record/metrics.yaml
 explains the metrics.
 """
 
@@ -54,20 +54,6 @@ def _harmless(method: Callable[Concatenate["Display", P], None]) -> Callable[Con
     return guarded
 
 
-class _Phase:
-    """The context that `Display.phase` returns. The phase ends when the context is left. Without `with`, the phase
-    lasts until the next phase."""
-
-    def __init__(self, display: "Display") -> None:
-        self._display = display
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        self._display._set_phase("")
-
-
 class _Console(Console):
     """A console that goes silent when its output pipe is closed (`| head`). rich's own console would end the
     process."""
@@ -83,7 +69,7 @@ class Display:
 
         with Display(config) as display:
             display.evaluation(metrics_of_iteration_0)
-            with display.phase("rollout"): ...
+            display.phase("rollout")
             display.iteration(metrics)
         display.summary(first_evaluation, last_evaluation)
     """
@@ -109,10 +95,10 @@ class Display:
     ) -> None:
         self._stop()
 
-    def phase(self, name: str) -> _Phase:
-        """Shows what the run does now, such as "rollout", until the returned context is left."""
-        self._set_phase(name)
-        return _Phase(self)
+    @_harmless
+    def phase(self, name: str) -> None:
+        """Shows what the run does from now on, such as "rollout"."""
+        self._phase, self._phase_began = name, time.monotonic()
 
     @_harmless
     def message(self, text: str) -> None:
@@ -175,10 +161,6 @@ class Display:
                 live.stop()
         except Exception as problem:  # no failure of the display may end the run
             logger.warning("the progress display did not stop cleanly: %r", problem)
-
-    @_harmless
-    def _set_phase(self, name: str) -> None:
-        self._phase, self._phase_began = name, time.monotonic()
 
     def _print(self, shown: RenderableType) -> None:
         # text in a log file is not wrapped: the file has no width, but rich assumes one

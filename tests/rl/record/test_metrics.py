@@ -1,11 +1,13 @@
 """Tests that every metric has a meaning, and that the metrics of samples have the right values."""
 
 import math
+import re
 
 import pytest
 
 from rl.record.metrics import METRICS, check, describe, rollout_metrics
 from rl.types import Finish, Prompt, Rollout, Scored
+from tests.support.command import ROOT
 
 
 def sample(
@@ -21,8 +23,9 @@ def sample(
 
 
 def test_every_metric_has_a_meaning_and_says_which_values_are_better() -> None:
-    names = [metric.name for metric in METRICS]
-    assert len(names) == len(set(names))
+    table = (ROOT / "rl/record/metrics.yaml").read_text()
+    names = re.findall(r"^(\S+):$", table, flags=re.MULTILINE)
+    assert len(names) == len(set(names)) and names == [metric.name for metric in METRICS]
     for metric in METRICS:
         assert metric.meaning.endswith(".") and metric.better in ("higher", "lower", "neither")
 
