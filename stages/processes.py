@@ -19,18 +19,18 @@ from stages.plan import Plan, device, judge_gpus, served_here
 
 
 class Restarts:
-    """Counts the processes that were replaced.
+    """Counts the processes that were restarted.
 
     Args:
-        limit: how many may be.
-        say: called with a message for each.
+        limit: the maximum number of restarts.
+        say: called with a message for each restart.
     """
 
     def __init__(self, limit: int, say: Callable[[str], None]) -> None:
         self.limit, self.done, self._say = limit, 0, say
 
     def count(self, reason: str) -> None:
-        """Counts one more. Raises Stop if the limit is reached."""
+        """Counts one more restart. Raises Stop if the limit is reached."""
         if self.done >= self.limit:
             raise Stop(
                 f"{reason}: no more restarts, max_restarts is {self.limit}. Find the cause, then {GO_ON}", saves=False
@@ -40,11 +40,11 @@ class Restarts:
 
 
 class Samplers:
-    """The engines and the judges of a run. They start at once, in parallel; `ready` waits for them.
+    """The engines and the judges of a run. The constructor starts all of them in parallel, and `ready` waits for them.
 
     Args:
-        longest: tokens of prompt and response together, at most.
-        engines: their number.
+        longest: the maximum number of tokens of prompt and response together.
+        engines: the number of engines.
     Raises: ValueError if the cluster has too few GPUs.
     """
 
@@ -61,9 +61,9 @@ class Samplers:
         return [EngineClient(engine) for engine in self._engines]
 
     def ready(self) -> None:
-        """Waits until all processes are ready, those of the rewards too.
+        """Waits until all processes are ready, including the processes of the rewards.
 
-        Raises: what a constructor raised; WorkerDied if a process hangs.
+        Raises: the error of a process that could not start; WorkerDied if a process hangs.
         """
         self.judges.ready()
         rewards = self._plan.rewards.start()
@@ -72,14 +72,14 @@ class Samplers:
         rewards.result()
 
     def replace_engine(self, number: int) -> EngineClient:
-        """Kills an engine and starts another."""
+        """Kills an engine and starts a new engine in its place."""
         self._engines[number].end()
         self._engines[number] = self._start_engine()
         self._engines[number].ready(self._plan.config.max_start_s)
         return EngineClient(self._engines[number])
 
     def _gpus_needed(self) -> dict[str, int]:
-        """Kind of process -> the number of GPUs that it needs."""
+        """Returns the number of GPUs that each kind of process needs."""
         judges = sum(judge_gpus(judge) for judge in served_here(self._plan.config, self._plan.rewards).values())
         return {"rollout workers": self._count, "judges": judges}
 
@@ -113,7 +113,7 @@ class Samplers:
 
 
 class Processes(Samplers):
-    """The processes of a training run: also policy and critic."""
+    """The processes of a training run: engines, judges, policy and critic."""
 
     def __init__(self, plan: Plan, *, verbose: bool) -> None:
         config = plan.config
@@ -133,16 +133,16 @@ class Processes(Samplers):
 
     @property
     def learners(self) -> dict[str, LearnerClient[Any]]:
-        """Policy and critic by the name of their folder in a checkpoint."""
+        """Policy and critic, keyed by the names of their folders in a checkpoint."""
         return {"policy": self.policy, "critic": self.critic}
 
     def named(self) -> dict[str, RemoteObject[Any]]:
-        """All processes but the judges, by their name in the timeline."""
+        """Returns all processes except the judges, keyed by their names in the timeline."""
         ranks = {f"{name} {i}": rank for name, team in self._teams.items() for i, rank in enumerate(team.ranks)}
         return ranks | self.named_engines()
 
     def named_engines(self) -> dict[str, RemoteObject[Engine]]:
-        """The engines by their name in the timeline."""
+        """Returns the engines, keyed by their names in the timeline."""
         return {f"engine {number}": engine for number, engine in enumerate(self._engines)}
 
     def ready(self) -> None:

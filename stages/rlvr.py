@@ -1,4 +1,4 @@
-"""The stage RLVR: verifiable rewards on the rows as they are.
+"""The stage RLVR: training with verifiable rewards on unchanged rows.
 
 Tested in tests/stages/test_loop.py.
 """
@@ -10,7 +10,8 @@ from stages.base import Stage
 
 
 class Rlvr(Stage):
-    """See stages.base.Stage. The defaults are the report's table; critic_minibatches is a reconstruction."""
+    """Trains on verifiable rewards. The defaults are from the report's table. Only critic_minibatches is
+    reconstructed."""
 
     name = "rlvr"
     defaults: ClassVar[Mapping[str, Any]] = {

@@ -1,6 +1,6 @@
-"""The folder that a curation writes: its recipe, and the rows and decisions of every block.
+"""The output folder of a curation. It holds the recipe, and the rows and decisions of every block.
 
-Files appear with all of their content or not at all. The rows of a block are written last.
+Each file is written completely or not at all. The rows file of a block is written last.
 
 Tested in tests/stages/curation/test_filters.py.
 """
@@ -43,17 +43,17 @@ class CurationFolder:
 
     @contextmanager
     def locked(self, config: Config, recipe: str, digest: str) -> Iterator[None]:
-        """Locks the folder for this process. It is new, or holds the same curation, unfinished.
+        """Locks the folder for this process. The folder must be new or hold the same curation.
 
         Args:
-            digest: of the rows and all other files that the filters use.
-        Raises: InputError if it holds something else, or if another process writes there.
+            digest: the digest of the rows and of all other files that the filters use.
+        Raises: InputError if the folder holds something else, or if another process writes there.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; give a folder as --out")
         names = {entry.name.removesuffix(".partial") for entry in self.path.iterdir()} if self.path.exists() else set()
         if names and RECIPE not in names:
-            raise InputError(f"{self.path} is not empty and holds no curation; give another --out")
+            raise InputError(f"{self.path} is not empty and holds no curation; give another folder as --out")
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -72,44 +72,43 @@ class CurationFolder:
     def _check_same(self, config: Config, digest: str) -> None:
         saved, state = self.path / RECIPE, self.path / STATE
         if not saved.is_file() or not state.is_file():
-            return  # the curation ended before it called a model
+            return  # the earlier attempt ended before it called a model
         if changed := [c for c in differences(load(saved).config, config) if _changes_answers(c.key)]:
             listed = "".join(f"\n  {change}" for change in changed)
-            raise InputError(f"{self.path} was begun with another recipe:{listed}\nGive another --out for this one")
+            raise InputError(f"{self.path} was started with another recipe:{listed}\nUse another --out for this recipe")
         if json.loads(state.read_text())["rows"] != digest:
             raise InputError(
-                f"the rows (or benchmarks, or a template) are not those that {self.path} was begun with; give another "
-                "--out"
+                f"the rows, the benchmarks or a template have changed since {self.path} was started; give another --out"
             )
 
     def write(self, path: Path, content: bytes) -> None:
-        """Writes a file completely or not at all. Raises Stop if it cannot be written."""
+        """Writes a file completely or not at all. Raises Stop if the file cannot be written."""
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
                 file.write(content)
 
     def rows(self, block: int) -> Path:
-        """The file of a block's rows."""
+        """Returns the path of a block's rows file."""
         return self.path / "rows" / f"{block:05d}.jsonl"
 
     def decisions(self, block: int) -> Path:
-        """The file of a block's decisions."""
+        """Returns the path of a block's decisions file."""
         return self.path / "fates" / f"{block:05d}.jsonl"
 
     def unfinished(self, blocks: int) -> list[int]:
-        """The numbers of the blocks, of `blocks` in all, that are not finished."""
+        """Returns the numbers of the unfinished blocks. `blocks` is the number of all blocks."""
         return [block for block in range(blocks) if not self.rows(block).is_file()]
 
     def answers(self, block: int, filter_name: str) -> Path:
-        """The file of the answers that a filter got for a block."""
+        """Returns the path of the file with the answers that a filter got for a block."""
         return self.path / "answers" / f"{block:05d}-{filter_name}.jsonl"
 
     def finish(self, block: int, decisions: Sequence[Decision], sources: Sequence[str]) -> None:
-        """Writes a block's decisions and then its rows.
+        """Writes the decisions of a block, and then its rows.
 
         Args:
-            sources: paths of data.train, in order.
+            sources: the paths in data.train, in order.
         """
         pictures = PictureFiles(self)
         rows = [row_record(one.row, pictures.part) for one in decisions if one.dropped is None]
@@ -130,14 +129,13 @@ class CurationFolder:
 
 
 class PictureFiles:
-    """Names the pictures of rows by paths that are relative to the rows' file. Pictures that came as bytes are written
-    to files."""
+    """Refers to pictures by paths relative to the rows file. Writes pictures that are held as bytes to files first."""
 
     def __init__(self, folder: CurationFolder) -> None:
         self._folder = folder
 
     def part(self, picture: Picture) -> dict[str, Any]:
-        """The part of a message that shows a picture."""
+        """Returns the part of a chat message that contains the picture."""
         if not isinstance(picture.source, bytes):
             return {"type": "image", "image": os.path.relpath(picture.source, (self._folder.path / "rows").resolve())}
         path = self._folder.path / "pictures" / picture.digest
@@ -147,10 +145,10 @@ class PictureFiles:
 
 
 def row_record(row: CandidateRow, part_of: Callable[[Picture], dict[str, Any]] = image_part) -> dict[str, Any]:
-    """A row as JSON values, in the format of training rows.
+    """Converts a row into JSON values, in the format of training rows.
 
     Args:
-        part_of: makes the part of a message that shows a picture.
+        part_of: converts a picture into the part of a chat message that contains it.
     """
     prompt = row.prompt
     optional = {
@@ -170,7 +168,7 @@ def row_record(row: CandidateRow, part_of: Callable[[Picture], dict[str, Any]] =
 
 
 def shortened(prompt: Prompt, most: int = 200) -> str:
-    """The text of the last turn, for the report, at most `most` characters."""
+    """Returns the text of the last chat turn for the report, cut to `most` characters."""
     content = prompt.messages[-1]["content"]
     parts = [content] if isinstance(content, str) else [p.get("text", "(picture) ") for p in content]
     text = "".join(parts)
@@ -178,7 +176,7 @@ def shortened(prompt: Prompt, most: int = 200) -> str:
 
 
 def _changes_answers(key: str) -> bool:
-    """True if an option can change answers or decisions. The name and the server of an endpoint may change."""
+    """True if an option can change answers or decisions. Of an endpoint's options, only the model can."""
     return key.startswith(RELEVANT) or (key.startswith("endpoints.") and key.endswith(".model"))
 
 

@@ -70,9 +70,9 @@ def test_the_same_command_again_starts_nothing(curated: tuple[Path, str], capsys
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("curate.difficulty.rollouts=4",), "was begun with another recipe:\n  curate.difficulty.rollouts"),
-        (("synthesis.least_messages=2",), "was begun with another recipe:\n  synthesis.least_messages"),
-        (("accept.least=0.5",), "was begun with another recipe:\n  accept.least"),
+        (("curate.difficulty.rollouts=4",), "was started with another recipe:\n  curate.difficulty.rollouts"),
+        (("synthesis.least_messages=2",), "was started with another recipe:\n  synthesis.least_messages"),
+        (("accept.least=0.5",), "was started with another recipe:\n  accept.least"),
         (("curate.filters=[decontamination]", "data.eval=[]"), "names no benchmark"),
         (("synthesis.template={tmp}/none.jinja",), "none.jinja cannot be used"),
         (("synthesis.most_messages=2",), "synthesis.most_messages = 2 is less than least_messages"),

@@ -180,7 +180,7 @@ def test_online_prompts_outside_the_bounds_are_left_out_of_the_iteration() -> No
 
 
 def test_an_iteration_without_any_prompt_stops_the_run_with_advice() -> None:
-    with pytest.raises(Stop, match=r"iteration 7: no prompt has 1 fresh messages .* Loosen the bounds"):
+    with pytest.raises(Stop, match=r"iteration 7: no prompt has 1 new messages .* Loosen the bounds"):
         online("wrong", "wrong", accuracy_over=0.0).prompts_for_iteration([ROW], 7)
 
 
