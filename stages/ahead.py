@@ -26,8 +26,7 @@ class Ahead(Generic[T]):
         self._abandoned = threading.Event()
 
     def start(self, iteration: int, make: Callable[[], T]) -> None:
-        """Starts `make()` in the second thread for an iteration (or a block of rows). `make` must call `check`
-        often."""
+        """Starts `make()` in the second thread for an iteration (or a block of rows). `make` must call `check`."""
         if self._task is not None:
             raise RuntimeError(f"the result for {self._task[0]} has not been taken yet")
         future: Future[T] = Future()

@@ -36,15 +36,15 @@ class Stage:
     """
 
     name: ClassVar[str]
-    """The stage's name. It is the value of the option `stage`, and the name of the stage's folder in a chain."""
+    """The stage's name. The option `stage` has this value, and the stage's folder in a chain has this name."""
     defaults: ClassVar[Mapping[str, Any]]
     """Default values of options. stages/rlvr.py shows the options that every stage must set."""
     own_options: ClassVar[tuple[str, ...]] = ()
-    """Options that only this stage accepts. Other stages refuse them."""
+    """Options that only this stage accepts. Other stages refuse these options."""
     selection: ClassVar[str] = ""
     """Describes the rows that `selects` accepts. The text ends the error message "none of the ... rows"."""
     comparable_evaluation: ClassVar[bool] = True
-    """True if this stage evaluates on unchanged rows. Its evaluation before training then also measures the previous
+    """True if this stage evaluates on unchanged rows. Then the evaluation before training also measures the previous
     stage."""
     final_measure: ClassVar[Literal["accuracy", "win_rate"]] = "accuracy"
     """The measure that the final evaluation of a chain computes on the held-out rows of this stage."""
@@ -125,7 +125,7 @@ def room_problem(tokens: int, included: str, config: Config) -> str | None:
     """Returns an error message if a prompt of `tokens` tokens leaves no room for a response, else None.
 
     Args:
-        included: says in the message which tokens are counted besides the text, for example "pictures".
+        included: a word for the message that says what `tokens` includes besides text, for example "pictures".
     """
     if tokens < config.max_sequence_length:
         return None

@@ -19,7 +19,7 @@ PATIENCE_S = 60.0
 
 
 class Judges:
-    """The vLLM servers of a run's judges, each in its own process. The constructor starts them; `ready` waits for them.
+    """The vLLM servers of a run's judges, each in its own process. The constructor starts the servers.
 
     Args:
         device: cpu or cuda.
@@ -27,7 +27,7 @@ class Judges:
 
     def __init__(self, config: Config, rewards: RewardRunner, device: str) -> None:
         self._config, self._rewards, self._device = config, rewards, device
-        # The handles are stored, because Ray ends an actor when its last handle is deleted.
+        # The handles are stored, because Ray ends an actor when the actor's last handle is deleted.
         self._processes = {name: self._start(name) for name in served_here(config, rewards)}
         self._serving: list[RemoteObject[Server]] = []  # processes whose server has answered
 
@@ -43,7 +43,8 @@ class Judges:
         """Starts a judge again if the run serves this judge and its server has died.
 
         Args:
-            count_restart: called with the reason before the restart. An exception from it prevents the restart.
+            count_restart: called with the reason before the restart. If this call raises an exception, the judge is not
+                restarted.
         """
         if self._is_dead(name):
             count_restart(f"judge {name}, which this run serves, has died and is started again")

@@ -140,8 +140,8 @@ def ppo_iteration(
     `services.interruptible` marks that part.
 
     With `rollout.max_staleness: 1`, the samples of this iteration were made while the previous iteration was training.
-    Before this iteration trains, it loads the newest weights into the engines. Then it starts to sample the next
-    iteration (the prompts `following`) in a second thread.
+    Before it trains, this function loads the newest weights into the engines. A second thread then samples the next
+    iteration (the prompts `following`).
     """
     config = services.config
     stats: dict[str, float] = {}
@@ -174,8 +174,7 @@ def ppo_iteration(
 
 
 class Diverged(RuntimeError):
-    """Raised if gradients were not finite in several consecutive optimizer steps. `scored` has the iteration's
-    samples."""
+    """Raised if gradients were not finite in several successive steps. `scored` has the iteration's samples."""
 
     def __init__(self, message: str, scored: Sequence[Scored]) -> None:
         super().__init__(message)
@@ -240,8 +239,7 @@ def pictures(rollouts: Iterable[Rollout]) -> list[Picture]:
 
 
 def require_valid(scored: list[AnyScore], limit: float) -> list[AnyScore]:
-    """Returns `scored`. Raises Stop, with the most frequent reasons, if the share of invalid results is above
-    `limit`."""
+    """Returns `scored`. Raises Stop with the most frequent reasons if the invalid share is above `limit`."""
     reasons = Counter(s.invalid for s in scored if s.invalid is not None)
     if reasons.total() <= limit * len(scored):
         return scored
@@ -255,8 +253,7 @@ def require_valid(scored: list[AnyScore], limit: float) -> list[AnyScore]:
 
 
 def catch_up(iteration: int, prompts: Sequence[Prompt], services: Services, state: LoopState) -> dict[str, float]:
-    """Calls `sync` if the engines do not have the weights after `iteration` yet. Returns the metric
-    rollout/logprob_gap."""
+    """Calls `sync` if the engines do not have the weights after `iteration` yet. Returns rollout/logprob_gap."""
     state.ahead.settle(services.while_waiting)
     if services.sampler.policy_step < iteration:
         sync(iteration, prompts, services, state)

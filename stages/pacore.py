@@ -27,7 +27,7 @@ SHORTEST_QUOTE = 3  # minimum characters of a quoted answer; shorter answers, su
 
 
 class Pacore(Stage):
-    """Trains on pooled answers. The defaults are from the report's table. Only critic_minibatches is reconstructed."""
+    """Trains on pooled answers. The report gives all defaults except critic_minibatches."""
 
     name = "pacore"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -97,8 +97,9 @@ class Pacore(Stage):
         self.options, self.accept, self.seed = tools.config.synthesis, tools.config.accept, tools.config.seed
 
     def prompts_for_iteration(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
-        """Adds pooled answers to each prompt, drawn for this iteration. With an online pool, a prompt is left out if it
-        has too few new answers, or if their accuracy is outside the bounds. Raises Stop if no prompt remains."""
+        """Draws pooled answers for this iteration and adds them to each prompt. With an online pool, a prompt is left
+        out if it has too few new answers, or if their accuracy is outside the bounds. Raises Stop if no prompt
+        remains."""
         if _cached(self.tools.config):
             return [self._showing(p, f"{iteration}/{place}") for place, p in enumerate(prompts)]
         least = self.options.least_messages
@@ -137,7 +138,7 @@ class Pacore(Stage):
         """Adds pooled answers to a prompt, as many as the recipe allows. If the pool has too few answers, adds all.
 
         Args:
-            draw: the name of the draw. The seed is made from this name.
+            draw: the name of the draw, from which the seed is made.
         """
         if not prompt.messages_pool:
             return prompt
@@ -209,8 +210,7 @@ SHARES: Mapping[str, Callable[[float], bool]] = {
 
 
 def synthesis_metrics(scored: Sequence[Scored], accept: Accept) -> dict[str, float]:
-    """Returns the `pacore/*` metrics of responses to prompts with pooled answers. Metrics without samples are left
-    out."""
+    """Returns the `pacore/*` metrics of responses to prompts with pooled answers. Omits metrics without samples."""
     seen = [s for s in scored if s.invalid is None and s.rollout.prompt.shown and s.rollout.prompt.shown.texts]
     if not seen:
         return {}
@@ -241,8 +241,8 @@ def repeats_majority(rollout: Rollout) -> bool:
 
 
 def referred_fraction(rollout: Rollout) -> float:
-    """Returns the share of the prompt's pooled answers that a response refers to. It refers to an answer by number
-    ("Answer 3", "references 2 and 5"), or by a quote of the answer in its reasoning."""
+    """Returns the share of the prompt's pooled answers that a response refers to. A response refers to an answer by
+    number ("Answer 3", "references 2 and 5"), or by quoting the answer in the reasoning."""
     numbers = {int(n) for found in REFERENCE.findall(rollout.text) for n in re.findall(r"\d+", found)}
     thinking = " ".join(rollout.reasoning.lower().split())
     votes = [vote(text) for text in _texts(rollout)]

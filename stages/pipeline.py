@@ -218,8 +218,7 @@ def _finish(chain: Chain) -> bool:
 
 @dataclass(frozen=True)
 class FinalTable:
-    """The table of results. It has the greedy held-out rewards before and after each stage, and the last policy's
-    accuracy."""
+    """The table of results: greedy held-out rewards before and after each stage, and the last policy's accuracy."""
 
     stages: Mapping[str, Mapping[str, float]]  # "start" or stage -> task family -> held-out reward
     sampled: tuple[ResultRow, ...]  # results of the last policy at the training temperature
@@ -266,8 +265,8 @@ def before_and_after(
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Returns the held-out rewards of each task family, and the win rates, at the start and after each stage.
 
-    The first evaluation of a stage, before its training, also measures the previous stage. It is used for the task
-    families that the previous stage did not evaluate. It is not used if Stage.comparable_evaluation is False.
+    The first evaluation of a stage, before its training, also measures the previous stage. The table uses it for task
+    families that the previous stage did not evaluate, unless Stage.comparable_evaluation is False.
 
     Args:
         stages: name of the stage -> lines of its metrics.jsonl.

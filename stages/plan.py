@@ -84,7 +84,7 @@ class Plan:
         ]
 
     def _mix(self) -> list[str]:
-        """Returns one line per source with the share of its prompts. Sources without weights have no lines."""
+        """Returns one line per source with weight. The line gives the share of prompts from this source."""
         sources = self.config.data.train
         total = sum(source.weight or 0 for source in sources)
         return [f"           {100 * (s.weight or 0) / total:.3g}% from {s.path}" for s in sources] if total else []
@@ -93,7 +93,7 @@ class Plan:
         """Returns a text with the maximum size that the run folder can reach."""
         c = self.config
         every = c.checkpoint.keep_every
-        kept = c.checkpoint.keep + 1 + (c.iterations // every if every else 0)  # + 1: the one that is being written
+        kept = c.checkpoint.keep + 1 + (c.iterations // every if every else 0)  # + 1: a checkpoint that is being saved
         save = c.rollout.save
         saved = c.samples if save == "all" else 0 if save == "none" else min(save, c.samples)
         rollouts = saved * c.iterations * c.max_sequence_length * BYTES_PER_TOKEN
@@ -252,7 +252,7 @@ def endpoint_spec(name: str, options: EndpointOptions) -> EndpointSpec:
 def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: RewardRunner, *, trains: bool) -> Rows:
     """Reads and checks data rows.
 
-    Raises RowError if some rows cannot be used. A recipe may skip these rows, if other rows remain.
+    Raises RowError if some rows cannot be used. A recipe may skip unusable rows, if other rows remain.
 
     Args:
         trains: True for training rows, False for held-out ones.
@@ -278,8 +278,7 @@ def skipped_lines(bad: Sequence[BadRow]) -> list[str]:
 
 
 def _order(config: Config, rows: Rows) -> Order:
-    """Returns the order of the training rows. Mixes the sources by their weights. Without weights, all rows are
-    equal."""
+    """Returns the order of the training rows. Sources are mixed by weight, or all rows are used equally often."""
     weights = [source.weight for source in config.data.train]
     if None in weights:
         return PromptOrder(rows.prompts, config.seed)

@@ -40,7 +40,8 @@ class Restarts:
 
 
 class Samplers:
-    """The engines and the judges of a run. The constructor starts all of them in parallel, and `ready` waits for them.
+    """The engines and the judges of a run. The constructor starts all processes in parallel, and `ready` waits for
+    them.
 
     Args:
         longest: the maximum number of tokens of prompt and response together.

@@ -1,8 +1,8 @@
 """The stage RLHF. A judge compares each answer to an open-ended row with the teacher's response (the reference).
 
-The metrics show whether the judge's reward can be trusted (STEP3-VL-10B report, 3.2.2). They are the win rate, the
-agreement of the two orders of a comparison, percentiles of the scores, the correlation of score and length, and how
-often each penalty applies.
+The metrics show whether the judge's reward can be trusted (STEP3-VL-10B report, 3.2.2). The metrics are the win rate,
+the agreement of the two orders of a comparison, score percentiles, the correlation of score and length, and the rate of
+each penalty.
 """
 
 import math
@@ -22,7 +22,7 @@ PERCENTILES = (10, 50, 90)
 
 
 class Rlhf(Stage):
-    """Trains with a judge. The defaults are from the report's table. Only critic_minibatches is reconstructed."""
+    """Trains with a judge. The report gives all defaults except critic_minibatches."""
 
     name = "rlhf"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -109,7 +109,7 @@ def preference_metrics(scored: Sequence[Scored]) -> dict[str, float]:
 
 
 def _rates(scored: Sequence[Scored]) -> dict[str, float]:
-    """Returns win rate and order agreement. In a task with comparisons, a sample without one counts as a loss."""
+    """Returns win rate and order agreement. In a task with comparisons, a sample without one is a loss."""
     found = comparisons(scored)
     if not found:
         return {}

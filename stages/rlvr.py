@@ -10,8 +10,7 @@ from stages.base import Stage
 
 
 class Rlvr(Stage):
-    """Trains on verifiable rewards. The defaults are from the report's table. Only critic_minibatches is
-    reconstructed."""
+    """Trains on verifiable rewards. The report gives all defaults except critic_minibatches."""
 
     name = "rlvr"
     defaults: ClassVar[Mapping[str, Any]] = {

@@ -162,7 +162,7 @@ class _Run:
             while_waiting=self._handle_outages,
         )
         sync(done, self._prompts(done + 1), self.services, self.state)
-        # Pictures that the engines have encoded at their start are not reported. Pictures that the learner has encoded
+        # Pictures that engines have encoded while starting are not reported. Pictures that the learner has encoded
         # in `sync` count for the first iteration.
         self.state.reported = replace(self.state.encodings, learner=0)
         self.done = self.saved = done if self.start else None
@@ -230,7 +230,7 @@ class _Run:
         self.trackers.close()
 
     def _on_outage(self, outage: Outage) -> None:
-        """Queues an outage. Any thread may call this, but only the main thread may save, so it handles the outages."""
+        """Queues an outage. Any thread may call this method. Only the main thread may save and handle outages."""
         self.outages.put(outage)
         if threading.current_thread() is threading.main_thread():
             self._handle_outages()

@@ -1,4 +1,4 @@
-"""The curation filters of the STEP3-VL-10B report. They decide which rows are kept, and why rows are dropped.
+"""The curation filters of the STEP3-VL-10B report. The filters decide which rows are kept, and why rows are dropped.
 
 A filter gets the rows of a block that are not dropped yet, and returns one decision per row. Answers of models are
 stored in `Answers`, so that no question is asked twice.
@@ -203,8 +203,7 @@ class SynthesisFilter:
         return decisions
 
     def with_messages(self, prompt: Prompt) -> Prompt:
-        """Returns the prompt with pooled answers. The draw is the same each time, because its seed comes from the
-        row."""
+        """Returns the prompt with pooled answers. The draw is always the same, as its seed comes from the row."""
         seed = f"{self.policy.seed}/synthesis/{prompt.id}"
         return draw_messages(prompt, self.messages.least_messages, self.messages.most_messages, seed)
 
@@ -226,7 +225,7 @@ def drop_reason(accepted: Sequence[bool]) -> str | None:
 
 
 def _decide_by_accuracy(filter_name: str, row: CandidateRow, samples: Sequence[Sample], accept: Accept) -> Decision:
-    """Decides by `drop_reason`. If invalid scores could change the result, the row is dropped as not scored."""
+    """Decides by `drop_reason`. If invalid scores could change a drop, its reason is "could not be scored"."""
     valid = [sample for sample in samples if sample.score.invalid is None]
     failed = [sample.score for sample in samples if sample.score.invalid is not None]
     accepted = [is_accepted(sample.score, accept) for sample in valid]
@@ -238,7 +237,7 @@ def _decide_by_accuracy(filter_name: str, row: CandidateRow, samples: Sequence[S
 
 
 def _not_scored(row: CandidateRow, failed: Sequence[Scored | RowScore]) -> Decision:
-    """Drops a row because some of its scores are invalid and the valid scores do not decide."""
+    """Drops a row because its invalid scores could change the decision."""
     return Decision(row, "could not be scored", str(failed[0].invalid))
 
 

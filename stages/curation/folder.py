@@ -1,4 +1,4 @@
-"""The output folder of a curation. It holds the recipe, and the rows and decisions of every block.
+"""The output folder of a curation, with the recipe, and with the rows and decisions of every block.
 
 Each file is written completely or not at all. The rows file of a block is written last.
 
@@ -129,7 +129,7 @@ class CurationFolder:
 
 
 class PictureFiles:
-    """Refers to pictures by paths relative to the rows file. Writes pictures that are held as bytes to files first."""
+    """Refers to pictures by paths relative to the rows file. First writes pictures held as bytes to files."""
 
     def __init__(self, folder: CurationFolder) -> None:
         self._folder = folder

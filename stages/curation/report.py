@@ -57,7 +57,7 @@ class CurationReport:
 
     def text(self) -> str:
         """Returns the report as text for a terminal."""
-        lines = [f"{self.kept} of {self.rows} rows stay"]
+        lines = [f"{self.kept} of {self.rows} rows are kept"]
         for one in self.counts:
             lines.append(f"  {one.filter:<16}{one.before:>8} -> {one.after:<8}{one.source}")
         for histogram in self.histograms:
@@ -138,7 +138,7 @@ code { color: #555; }
 </style>
 </head>
 <body>
-<h1>{{ report.kept }} of {{ report.rows }} rows stay</h1>
+<h1>{{ report.kept }} of {{ report.rows }} rows are kept</h1>
 <table>
 <tr><th>filter</th><th>source</th><th class="number">in</th><th class="number">out</th></tr>
 {% for one in report.counts %}

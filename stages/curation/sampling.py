@@ -98,8 +98,7 @@ class PolicySampler:
         ]
 
     def requests(self, filter_name: str, prompt: Prompt, numbers: Sequence[int], longest: int) -> list[Request]:
-        """Returns one request per number. The seeds come from the row, so blocks and restarts do not change the
-        seeds."""
+        """Returns one request per number. Seeds come from the row, so a restart does not change them."""
         ids, room = self.chat.prompt_ids(prompt), longest - self.chat.length(prompt)
         seeds = [seed_of(self.seed, filter_name, prompt.id, n) for n in numbers]
         return [Request(ids, prompt.images, room, seed, self.temperature) for seed in seeds]
@@ -107,8 +106,7 @@ class PolicySampler:
     def _score(
         self, prompt: Prompt, new: Sequence[int], count: int, kind: str, answers: Answers, scores: "RolloutScores"
     ) -> None:
-        """Scores the stored responses whose numbers are in `new`. A group reward waits until all responses are
-        stored."""
+        """Scores the stored responses whose numbers are in `new`. A group reward waits for all responses."""
         group = self.scorer.is_group(prompt.task)
         records = [(n, answers.get(kind, prompt.id, n)) for n in (range(count) if group else new)]
         stored = [(n, _rollout(prompt, record)) for n, record in records if record is not None]
@@ -136,7 +134,7 @@ class Scores(Generic[Item, AnyScore]):
         raise NotImplementedError
 
     def request(self, row_id: str, group: Sequence[tuple[int, Item]]) -> None:
-        """Scores the numbered items of one row together, unless all their scores are stored and valid."""
+        """Scores the numbered items of one row together, unless all scores of these items are stored and valid."""
         records = {n: self.answers.get(self.kind, row_id, n) for n, _ in group}
         if all(record is not None and record["invalid"] is None for record in records.values()):
             for n, item in group:
@@ -160,7 +158,7 @@ class Scores(Generic[Item, AnyScore]):
 
     def wait(self, limit: float) -> dict[tuple[str, int], AnyScore]:
         """Returns all scores: (row id, number) -> score. Raises Stop if the share of invalid scores is above `limit`.
-        Then the reward itself fails, and not only some rows."""
+        In this case the reward itself fails, and not only some rows."""
         scored = self.scorer.results(list(self._waiting.values()))
         for (row_id, number), score in zip(self._waiting, scored, strict=True):
             self._store(row_id, number, score)  # the callback may not have run yet

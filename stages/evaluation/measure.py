@@ -50,8 +50,8 @@ class Questions:
     syntheses: int = 1  # PaCoRe answers per row; each answer uses all trajectories
     limit: int | None = None  # maximum rows per task; None uses data.eval_limit
     seed: int = 0
-    cache: Path | None = None  # file that stores the answers, so that a repeated evaluation reuses them
-    trajectories: Path | None = None  # file of an earlier evaluation; its first rounds are used
+    cache: Path | None = None  # file with stored answers, which a repeated evaluation reuses
+    trajectories: Path | None = None  # file of an earlier evaluation whose first rounds are used
     blind: bool = False  # True: each row gets the pictures of another row
     tasks: Collection[str] | None = None  # the tasks to measure; None means all tasks
 
@@ -139,11 +139,11 @@ def _rows(config: Config, limit: int | None) -> list[Prompt]:
 
 
 def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Gives each row the pictures of the next row of its task that has the same number of pictures, but different ones.
+    """Gives each row the pictures of the next row of the same task with equally many, but different, pictures.
 
     Args:
         prompts: rows with pictures.
-    Raises: InputError if there are no rows, or if a row has no such next row.
+    Raises: InputError if there are no rows, or if no other row fits a row.
     """
     if not prompts:
         raise InputError("--blind: no row has a picture")
@@ -264,8 +264,7 @@ class EvaluationReport:
         return synthesis_metrics([s for row in self.rows for s in row.syntheses], self.config.accept)
 
     def preference(self) -> dict[str, float]:
-        """Returns the penalty/* metrics of the attempts. Tasks whose judge compares with a teacher also have
-        genrm/*."""
+        """Returns the penalty/* metrics of the attempts. Tasks with comparisons also have genrm/*."""
         attempts = [s for row in self.rows for s in row.attempts]
         return preference_metrics(attempts) | penalty_metrics(attempts, self.penalties)
 

@@ -115,6 +115,6 @@ def _task_rows(task: str, rows: Sequence[EvaluatedRow], config: Config, modes: S
 
 
 def _tokens(result: PacoreResult) -> float:
-    """Returns the tokens of one answer: all replies of the earlier rounds, plus the mean reply of the last round."""
+    """Returns the tokens per final answer: all replies of earlier rounds, plus the mean reply of the last round."""
     *before, last = result.rounds
     return sum(r.tokens for one in before for r in one.replies) + fmean(r.tokens for r in last.replies)
