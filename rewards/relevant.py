@@ -61,7 +61,7 @@ class Relevant:
     def setup(self) -> None:
         self.judge.setup({"question"}, {"reasons"})
         if not self.judge.endpoint.spec.images:
-            raise ValueError(f"endpoint {self.judge.name} is shown no pictures; the rater needs `images: true`")
+            raise ValueError(f"endpoint {self.judge.name} gets no pictures; the rater needs `images: true`")
 
     async def __call__(self, row: Prompt) -> Score:
         grade = await self.judge.ask(row, {"question": question(row), "reasons": self.reasons}, {})

@@ -41,6 +41,9 @@ class Stage:
     """Default values of options. stages/rlvr.py shows the options that every stage must set."""
     own_options: ClassVar[tuple[str, ...]] = ()
     """Options that only this stage accepts. Other stages refuse these options."""
+    own_metrics: ClassVar[Mapping[str, str]] = {}
+    """Metrics that only this stage has: each name with a sentence that explains it. The metrics of this project's
+    stages are in rl/record/metrics.yaml."""
     selection: ClassVar[str] = ""
     """Describes the rows that `selects` accepts. The text ends the error message "none of the ... rows"."""
     comparable_evaluation: ClassVar[bool] = True

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config
-from rl.exits import InputError
+from rl.exits import InputError, as_input_error
 from rl.recipe.resolve import differences, load
-from rl.record.disk import hold, replacing, writing
+from rl.record.disk import hold, write_file, writing
 from rl.record.run_folder import image_part, messages_of
 from rl.types import Picture, Prompt
 from stages.curation.filters import CandidateRow, Decision
@@ -56,14 +56,12 @@ class CurationFolder:
             raise InputError(f"{self.path} is not empty and holds no curation; give another folder as --out")
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        try:
+        with as_input_error():
             held = hold(self.path)
-        except ValueError as error:
-            raise InputError(str(error)) from None
         try:
             self._check_same(config, digest)
-            self.write(self.path / RECIPE, recipe.encode())
-            self.write(self.path / STATE, json.dumps({"rows": digest}).encode())
+            write_file(self.path / RECIPE, recipe.encode())
+            write_file(self.path / STATE, json.dumps({"rows": digest}).encode())
             yield
         finally:
             if held is not None:
@@ -80,13 +78,6 @@ class CurationFolder:
             raise InputError(
                 f"the rows, the benchmarks or a template have changed since {self.path} was started; give another --out"
             )
-
-    def write(self, path: Path, content: bytes) -> None:
-        """Writes a file completely or not at all. Raises Stop if the file cannot be written."""
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
-                file.write(content)
 
     def rows(self, block: int) -> Path:
         """Returns the path of a block's rows file."""
@@ -110,8 +101,7 @@ class CurationFolder:
         Args:
             sources: the paths in data.train, in order.
         """
-        pictures = PictureFiles(self)
-        rows = [row_record(one.row, pictures.part) for one in decisions if one.dropped is None]
+        rows = [row_record(one.row, self._picture_part) for one in decisions if one.dropped is None]
         records = [
             {
                 "id": one.row.prompt.id,
@@ -124,23 +114,19 @@ class CurationFolder:
             }
             for one in decisions
         ]
-        self.write(self.decisions(block), _lines(records))
-        self.write(self.rows(block), _lines(rows))
+        write_file(self.decisions(block), _lines(records))
+        write_file(self.rows(block), _lines(rows))
 
+    def _picture_part(self, picture: Picture) -> dict[str, Any]:
+        """Returns the part of a chat message that refers to the picture by a path relative to the rows file.
 
-class PictureFiles:
-    """Refers to pictures by paths relative to the rows file. First writes pictures held as bytes to files."""
-
-    def __init__(self, folder: CurationFolder) -> None:
-        self._folder = folder
-
-    def part(self, picture: Picture) -> dict[str, Any]:
-        """Returns the part of a chat message that contains the picture."""
+        A picture held as bytes is first written to a file.
+        """
         if not isinstance(picture.source, bytes):
-            return {"type": "image", "image": os.path.relpath(picture.source, (self._folder.path / "rows").resolve())}
-        path = self._folder.path / "pictures" / picture.digest
+            return {"type": "image", "image": os.path.relpath(picture.source, (self.path / "rows").resolve())}
+        path = self.path / "pictures" / picture.digest
         if not path.is_file():
-            self._folder.write(path, picture.source)
+            write_file(path, picture.source)
         return {"type": "image", "image": f"../pictures/{picture.digest}"}
 
 

@@ -39,8 +39,16 @@ def config(model: str, **ppo: object) -> Config:
 
 
 def options(ppo: Mapping[str, object] | None = None, **changed: Any) -> LearnerOptions:
-    """Returns the learner's options of `config`. `ppo` replaces PPO options, `changed` replaces learner options."""
-    return replace(LearnerOptions.of(config("unused", **(ppo or {}))), **changed)
+    """Returns the learner's options of `config`. `ppo` replaces PPO options.
+
+    `changed` replaces options of the sections `model` and `learner`, and other learner options.
+    """
+    made = LearnerOptions.of(config("unused", **(ppo or {})))
+    sections: dict[str, Any] = {
+        name: section.model_copy(update={key: changed.pop(key) for key in type(section).model_fields if key in changed})
+        for name, section in (("model", made.model), ("learner", made.learner))
+    }
+    return replace(made, **sections, **changed)
 
 
 def group(prompt: int, *responses: int, first_row: int = 0, images: tuple[str, ...] = ()) -> Group:
