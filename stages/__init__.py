@@ -1,7 +1,7 @@
-"""The stages, and what runs them: plan, loop, chain, curation and evaluation.
+"""The training stages, and the code that runs them: plan, loop, chain, curation and evaluation.
 
-STAGES is the registry of the stages in this folder. It is found through the entry point group `rl.stages`, in which
-other packages can register stages of their own (rl/recipe/stages.py).
+STAGES maps the names of the stages in this folder to their classes. The entry point group `rl.stages` refers to this
+mapping. Other packages can register their own stages in the same group (rl/recipe/stages.py).
 
 Tested in tests/stages/test_base.py.
 """
@@ -15,10 +15,10 @@ from stages.rlhf import Rlhf
 from stages.rlvr import Rlvr
 
 STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Rlvr, Rlhf, Pacore)}
-"""Stages by their names, in the order of the report."""
+"""Name of a stage -> its class, in the order of the STEP3-VL-10B report."""
 
 
 def stage_class(name: str) -> type[Stage]:
-    """The registered stage of this name."""
+    """Returns the class of the registered stage with this name."""
     found: Any = registered()[name]
     return found

@@ -1,7 +1,7 @@
-"""Work for the next iteration in a second thread, while the main thread works on this iteration.
+"""Runs work for the next iteration in a second thread, while the main thread works on the current iteration.
 
-With rollout.max_staleness: 1 it makes the next iteration's samples while this iteration trains. In a curation it makes
-the next block's judgements.
+With rollout.max_staleness: 1, the second thread samples the next iteration while the current iteration trains. In a
+curation, the second thread has judges score the next block of data rows.
 """
 
 import threading
@@ -11,11 +11,11 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 POLL_S = 0.2
-PATIENCE_S = 10.0  # how long `abandon` waits for the thread to end
+PATIENCE_S = 10.0  # seconds that `abandon` waits for the thread to end
 
 
 class Abandoned(Exception):
-    """Raised in the thread when its result is not needed any more."""
+    """Raised in the second thread when its result is no longer needed."""
 
 
 class Ahead(Generic[T]):
@@ -26,7 +26,7 @@ class Ahead(Generic[T]):
         self._abandoned = threading.Event()
 
     def start(self, iteration: int, make: Callable[[], T]) -> None:
-        """Begins `make()` for an iteration (or a block). `make` should call `check` now and then."""
+        """Starts `make()` in the second thread for an iteration (or a block of rows). `make` must call `check`."""
         if self._task is not None:
             raise RuntimeError(f"the result for {self._task[0]} has not been taken yet")
         future: Future[T] = Future()
@@ -34,7 +34,7 @@ class Ahead(Generic[T]):
         def run() -> None:
             try:
                 future.set_result(make())
-            except BaseException as error:  # raised again by `take`
+            except BaseException as error:  # `take` raises it again
                 future.set_exception(error)
 
         thread = threading.Thread(target=run, name=f"ahead for {iteration}", daemon=True)
@@ -42,13 +42,13 @@ class Ahead(Generic[T]):
         thread.start()
 
     def has(self, iteration: int) -> bool:
-        """True if a task was started for this iteration and its result was not taken."""
+        """True if a task was started for this iteration and its result has not been taken yet."""
         return self._task is not None and self._task[0] == iteration
 
     def take(self, iteration: int, meanwhile: Callable[[], None]) -> T:
-        """Waits for the task of this iteration and returns its result. Calls `meanwhile` every POLL_S.
+        """Waits for this iteration's task and returns its result. Calls `meanwhile` every POLL_S while it waits.
 
-        Raises: what the task raised.
+        Raises: the exception of the task if the task failed.
         """
         if self._task is None or self._task[0] != iteration:
             raise RuntimeError(f"nothing was started for {iteration}")
@@ -59,17 +59,17 @@ class Ahead(Generic[T]):
         return future.result()
 
     def settle(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Waits until the task, if there is one, has returned or failed. Calls `meanwhile` every POLL_S."""
+        """Waits until the task, if there is one, has ended. Calls `meanwhile` every POLL_S while it waits."""
         while self._task is not None and not wait([self._task[1]], timeout=POLL_S).done:
             meanwhile()
 
     def check(self) -> None:
-        """Raises Abandoned if the result of the thread is not needed any more."""
+        """Raises Abandoned if the result of this thread is no longer needed."""
         if self._abandoned.is_set():
             raise Abandoned
 
     def abandon(self) -> None:
-        """Ends the thread at its next `check` and drops its result."""
+        """Makes the thread end at its next call of `check`, and drops its result."""
         if self._task is not None:
             self._abandoned.set()
             self._task[2].join(PATIENCE_S)

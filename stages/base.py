@@ -1,4 +1,4 @@
-"""The base class of stages. A stage is one class in one file; stages/__init__.py registers it."""
+"""The base class of stages. Each stage is one class in its own file, and stages/__init__.py registers it."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class SampleAndScore(Protocol):
     """Samples responses with the current policy and scores them."""
 
     def __call__(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
-        """Returns `per_prompt` scored rollouts of each prompt; rollouts of the same prompt are neighbours."""
+        """Returns `per_prompt` scored rollouts for each prompt. Rollouts of the same prompt are adjacent."""
         ...
 
 
@@ -25,71 +25,72 @@ class StageTools:
 
     config: Config
     chat: "Chat"
-    penalties: frozenset[str]  # names of the recipe's penalties, as in `Scored.parts`
+    penalties: frozenset[str]  # names of the recipe's penalties, spelled as in `Scored.parts`
     sample_and_score: SampleAndScore
 
 
 class Stage:
-    """One kind of RL training. This base class trains on unchanged rows and has no metrics of its own.
+    """One kind of RL training. The base class trains on unchanged rows and adds no metrics.
 
-    The class methods are used before a run, to check a recipe. The instance is used during a run.
+    The class methods check a recipe before a run. An instance of the stage is used during the run.
     """
 
     name: ClassVar[str]
-    """The value of the option `stage`, the name of the stage's section in a recipe and of its folder in a chain."""
+    """The stage's name. The option `stage` has this value, and the stage's folder in a chain has this name."""
     defaults: ClassVar[Mapping[str, Any]]
-    """Default values of options: at least the four sizes and the minibatches."""
+    """Default values of options. stages/rlvr.py shows the options that every stage must set."""
     own_options: ClassVar[tuple[str, ...]] = ()
-    """Options of this stage only; other stages refuse them."""
+    """Options that only this stage accepts. Other stages refuse these options."""
     own_metrics: ClassVar[Mapping[str, str]] = {}
-    """Metrics that only this stage has, by name, each with a sentence. Stages of this project have theirs in
-    rl/record/metrics.yaml."""
+    """Metrics that only this stage has: each name with a sentence that explains it. The metrics of this project's
+    stages are in rl/record/metrics.yaml."""
     selection: ClassVar[str] = ""
-    """The rule of `selects`, as the end of the sentence "none of the rows ..."."""
+    """Describes the rows that `selects` accepts. The text ends the error message "none of the ... rows"."""
     comparable_evaluation: ClassVar[bool] = True
-    """True if the evaluation before training also measures the stage before, because it uses unchanged rows."""
+    """True if this stage evaluates on unchanged rows. Then the evaluation before training also measures the previous
+    stage."""
     final_measure: ClassVar[Literal["accuracy", "win_rate"]] = "accuracy"
-    """What the last evaluation of a chain measures on the held-out rows of this stage."""
+    """The measure that the final evaluation of a chain computes on the held-out rows of this stage."""
 
     # Recipe
 
     @classmethod
     def option_problems(cls, config: Config) -> Iterable[OptionError]:
-        """Returns a problem for each option whose value does not fit this stage."""
+        """Returns one error for each option whose value this stage cannot use."""
         return ()
 
     @classmethod
     def curation_problem(cls, config: Config, curation: CurationOptions) -> str | None:
-        """Returns why this stage cannot train on the rows of a curation with these options, or None."""
+        """Returns why this stage cannot train on rows from a curation with these options, or None if it can."""
         return None
 
     @classmethod
     def before_curation(cls, config: Config) -> Config:
-        """Returns a config that can be checked before the curation has made the rows of this stage."""
+        """Returns a config that can be checked before the curation has written the rows of this stage."""
         return config
 
     # Rows
 
     @classmethod
     def row_problem(cls, prompt: Prompt, config: Config, chat: "Chat", *, trains: bool) -> str | None:
-        """Returns why a row cannot be used, or None.
+        """Returns why this stage cannot use a row, or None if it can.
 
         Args:
             trains: True for a training row, False for a held-out one.
-        Raises: ValueError, if the row cannot be used; its message says why.
+        Raises: ValueError if the row cannot be used. The message gives the reason.
         """
         return room_problem(chat.length(prompt), "pictures", config)
 
     @classmethod
     def selects(cls, prompt: Prompt, config: Config) -> bool:
-        """True if this stage trains on a row. Other rows are counted and left out."""
+        """True if this stage trains on this row. The plan leaves the other rows out and counts them."""
         return True
 
     # Plan and chain
 
     @classmethod
     def plan_lines(cls, config: Config, left_out: int = 0) -> list[str]:
-        """Returns lines for the plan that only this stage has.
+        """Returns lines that this stage adds to the printed plan.
 
         Args:
             left_out: the number of rows that `selects` rejected.
@@ -98,7 +99,7 @@ class Stage:
 
     @classmethod
     def final_tasks(cls, config: Config) -> Collection[str] | None:
-        """Returns the tasks that the last evaluation of a chain measures; None: all."""
+        """Returns the tasks that the final evaluation of a chain measures. None means all tasks."""
         return None
 
     # Run
@@ -107,27 +108,27 @@ class Stage:
         self.tools = tools
 
     def prompts_for_iteration(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
-        """Returns the prompts that the policy gets for an iteration's rows."""
+        """Converts the rows of an iteration into the prompts that the policy gets."""
         return list(prompts)
 
     def held_out(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Returns the prompts that the policy gets for held-out rows in an evaluation."""
+        """Converts held-out rows into the prompts that the policy gets in an evaluation."""
         return list(prompts)
 
     def metrics(self, scored: Sequence[Scored]) -> Mapping[str, float]:
-        """Returns metrics of this stage for an iteration's samples."""
+        """Returns the metrics that this stage adds for the samples of an iteration."""
         return {}
 
     def evaluation(self, scored: Sequence[Scored]) -> Mapping[str, float]:
-        """Returns metrics of this stage for the samples of an evaluation."""
+        """Returns the metrics that this stage adds for the samples of an evaluation."""
         return {}
 
 
 def room_problem(tokens: int, included: str, config: Config) -> str | None:
-    """Returns a message if a prompt of so many tokens leaves no room for a response, or None.
+    """Returns an error message if a prompt of `tokens` tokens leaves no room for a response, else None.
 
     Args:
-        included: what the number of tokens includes, for the message.
+        included: a word for the message that says what `tokens` includes besides text, for example "pictures".
     """
     if tokens < config.max_sequence_length:
         return None

@@ -1,13 +1,13 @@
 """Keeps the data rows that are worth training on: `python -m stages.curate RECIPE --out DIR [key=value ...]`.
 
-    DIR/recipe.yaml            the recipe, resolved
-        rows/00000.jsonl       kept rows, as training rows: pool of answers, and in meta.curation why they were kept
-        fates/00000.jsonl      the decision about each row of the block
+    DIR/recipe.yaml            the resolved recipe
+        rows/00000.jsonl       kept rows in the training format, each with its pool; meta.curation holds the results
+        fates/00000.jsonl      the decisions about all rows of the block
         answers/00000-difficulty.jsonl   every answer of a model, in the order of arrival
-        pictures/              pictures that came as bytes
+        pictures/              pictures that the data files hold as bytes
         report.txt, report.html
 
-stages/curation/run.py does the work. Exit codes are in rl/exits.py.
+stages/curation/run.py does the work. rl/exits.py defines the exit codes.
 
 Tested in tests/runs/test_curate_run.py.
 """
@@ -24,11 +24,11 @@ from stages.curation.run import SECTIONS, checked
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of the contract."""
+    """Returns the parser of the command line."""
     p = argparse.ArgumentParser(prog="python -m stages.curate", description="Keep the rows that are worth training on.")
     p.add_argument("recipe", help="a shipped recipe's name, e.g. curate, or a YAML file")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. curate.difficulty.rollouts=8")
-    p.add_argument("--out", type=Path, required=True, help="folder to write; an unfinished curation there is continued")
+    p.add_argument("--out", type=Path, required=True, help="output folder; an unfinished curation in it is continued")
     p.add_argument("--profile", help="scale to run at: a name in recipes/profiles (cpu), or a YAML file")
     p.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     p.add_argument("--verbose", action="store_true", help="show what Ray and vLLM log")
@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code."""
+    """Runs the command and returns its exit code."""
     args = parser().parse_intermixed_args(arguments)
     return run_command(lambda: _main(args), resume=f"The same command continues from what is in {args.out}")
 

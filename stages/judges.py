@@ -1,4 +1,4 @@
-"""The judges that a run serves itself: those of `endpoints` that have no url and that a reward asks.
+"""Serves the judges of a run: the `endpoints` of the recipe that a reward uses and that have no url.
 
 Tested in tests/runs/test_judged_run.py.
 """
@@ -15,11 +15,11 @@ from rollout.vllm.server import Server
 from stages.plan import judge_gpus, served_here
 
 PATIENCE_S = 60.0
-"""Seconds within which the process of a judge has to answer whether its server runs."""
+"""A judge's process must answer within so many seconds when it is asked whether its server runs."""
 
 
 class Judges:
-    """vLLM servers of the run's judges, each in a process of its own. They start at once; `ready` waits for them.
+    """The vLLM servers of a run's judges, each in its own process. The constructor starts the servers.
 
     Args:
         device: cpu or cuda.
@@ -27,12 +27,12 @@ class Judges:
 
     def __init__(self, config: Config, rewards: RewardRunner, device: str) -> None:
         self._config, self._rewards, self._device = config, rewards, device
-        # Kept, because Ray ends an actor with its last handle.
+        # The handles are stored, because Ray ends an actor when the actor's last handle is deleted.
         self._processes = {name: self._start(name) for name in served_here(config, rewards)}
-        self._serving: list[RemoteObject[Server]] = []  # those of them that have answered
+        self._serving: list[RemoteObject[Server]] = []  # processes whose server has answered
 
     def ready(self) -> None:
-        """Waits until all servers answer and gives the rewards their addresses."""
+        """Waits until all servers answer, and tells the rewards the addresses of the servers."""
         urls = {}
         for name, judge in self._processes.items():
             urls[name] = judge.start(Server.url).result()
@@ -40,17 +40,18 @@ class Judges:
         self._rewards.set_urls(urls)
 
     def revive(self, name: str, count_restart: Callable[[str], None]) -> None:
-        """Serves a judge again if the run serves it and it has died.
+        """Starts a judge again if the run serves this judge and its server has died.
 
         Args:
-            count_restart: called with the reason before the restart; may raise to refuse it.
+            count_restart: called with the reason before the restart. If this call raises an exception, the judge is not
+                restarted.
         """
         if self._is_dead(name):
             count_restart(f"judge {name}, which this run serves, has died and is started again")
             self._replace(name)
 
     def close(self) -> None:
-        """Ends the judges: an orderly shutdown of those that serve, a kill of those that are still starting. Raises
+        """Shuts down the servers that have answered, and kills the processes that are still starting. Raises
         RuntimeError if a shutdown failed."""
         serving, processes, self._serving, self._processes = self._serving, self._processes, [], {}
         for judge in processes.values():
@@ -68,14 +69,14 @@ class Judges:
             return True
 
     def _replace(self, name: str) -> None:
-        """Starts a new server at the address that the rewards know. They notice by themselves when it answers.
+        """Starts a new server at the old address, where the rewards expect it.
 
-        Raises Stop if the address is not available, because its node is gone or Ray placed the new server on another.
+        Raises Stop if this address is not available: its node is gone, or Ray placed the new server on another node.
         """
         old = self._processes[name]
         self._serving = [judge for judge in self._serving if judge is not old]
         with suppress(WorkerDied):
-            old.start(Server.close).result(PATIENCE_S)  # processes that the server left behind hold memory
+            old.start(Server.close).result(PATIENCE_S)  # ends processes of the dead server, which hold memory
         old.end()
         self._processes[name] = self._start(name)
         try:
@@ -86,7 +87,7 @@ class Judges:
         self._serving.append(self._processes[name])
 
     def _start(self, name: str) -> RemoteObject[Server]:
-        """Starts a server, at the address that the rewards know if they know one."""
+        """Starts a server. If the rewards already know an address for this judge, the server gets the same address."""
         judge, known = self._config.endpoints[name], urlsplit(self._rewards.url(name))
         return place(
             Server,

@@ -25,7 +25,7 @@ AnyScore = TypeVar("AnyScore", Scored, RowScore)
 
 
 class Sampler(Protocol):
-    """Samples responses: rollout.pool.EnginePool, rollout.partial.PartialRollouts, or a script in tests."""
+    """Samples responses. The interface of rollout.pool.EnginePool, rollout.partial.PartialRollouts and test doubles."""
 
     def sample(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> Iterable[tuple[int, Rollout]]: ...
     def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]: ...
@@ -37,21 +37,21 @@ class Sampler(Protocol):
 
 
 class Scoring(Protocol):
-    """Scores rollouts while others are still sampled (rewards.running.runner.Scoring)."""
+    """Scores rollouts while other rollouts are still sampled. The interface of rewards.running.runner.Scoring."""
 
     def add(self, place: int, rollout: Rollout) -> None: ...
     def results(self) -> list[Scored]: ...
 
 
 class Scorer(Protocol):
-    """Scores rollouts: rewards.running.runner.RewardRunner, or a script in tests."""
+    """Scores rollouts. The interface of rewards.running.runner.RewardRunner and test doubles."""
 
     def begin(self, per_prompt: int) -> Scoring: ...
 
 
 @dataclass(frozen=True)
 class Services:
-    """Objects that every iteration uses. They stay the same during a run."""
+    """Objects that every iteration uses. These objects stay the same during a run."""
 
     config: Config
     sampler: Sampler
@@ -60,9 +60,9 @@ class Services:
     critic: CriticClient
     features: FeatureStore
     stage: Stage
-    updates_in_parallel: bool = False  # policy and critic do not share a processor
-    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # marks steps that change no weights
-    while_waiting: Callable[[], None] = lambda: None  # called now and then while another thread samples
+    updates_in_parallel: bool = False  # True if policy and critic do not share a processor
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # context where the run may be interrupted
+    while_waiting: Callable[[], None] = lambda: None  # called repeatedly while another thread samples
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ class Encodings:
 class LoopState:
     """Values that change from iteration to iteration."""
 
-    gap: float = float("nan")  # |engine - learner| at the last weight sync, in nats
-    encodings: Encodings = Encodings()  # at the last weight sync
-    reported: Encodings = Encodings()  # at the last call of `new_encodings`
+    gap: float = float("nan")  # mean |engine - learner| of logprobs at the last weight sync, in nats
+    encodings: Encodings = Encodings()  # counts at the last weight sync
+    reported: Encodings = Encodings()  # counts at the last call of `new_encodings`
     ahead: Ahead["Samples"] = field(default_factory=Ahead)  # samples of the next iteration
 
     def new_encodings(self) -> dict[str, float]:
-        """Returns metrics of the encodings since the last call."""
+        """Returns metrics: the number of pictures encoded since the last call of this method."""
         now, before, self.reported = self.encodings, self.reported, self.encodings
         return {
             "time/learner_encodings": float(now.learner - before.learner),
@@ -93,12 +93,12 @@ class LoopState:
 
 @dataclass
 class Clock:
-    """Measures the seconds of each phase of an iteration, as time/* metrics.
+    """Measures how long each phase of an iteration takes, for the time/* metrics.
 
     Args:
-        on_phase: called with the name of a phase that begins.
-        on_span: called with (thread, phase, start, end) of a phase that has ended, in seconds since 1970.
-        thread: the name of the thread that works through the phases.
+        on_phase: called with the name of a phase when the phase begins.
+        on_span: called with (thread, phase, start, end) when a phase has ended. Times are in seconds since 1970.
+        thread: the name of the thread that runs the phases.
     """
 
     on_phase: Callable[[str], Any] = lambda name: None
@@ -117,11 +117,11 @@ class Clock:
             self.on_span(self.thread, name, moment, time.time())
 
     def for_thread(self, thread: str) -> "Clock":
-        """Returns a clock for another thread. Its phases are not displayed."""
+        """Returns a clock for another thread. The display does not show the phases of this clock."""
         return Clock(on_span=self.on_span, thread=thread)
 
     def metrics(self) -> dict[str, float]:
-        """Returns the time/* metrics so far."""
+        """Returns the time/* metrics measured so far."""
         seconds = self.seconds | {"total": time.monotonic() - self.began}
         return {f"time/{name}": round(value, 4) for name, value in seconds.items()}
 
@@ -134,11 +134,14 @@ def ppo_iteration(
     state: LoopState,
     clock: Clock,
 ) -> tuple[dict[str, float], list[Scored]]:
-    """Samples, scores, updates, and loads the new weights into the engines. Returns the metrics and the samples.
+    """Samples and scores rollouts, updates policy and critic, and loads the new weights into the engines.
 
-    Until the first update an interruption loses nothing; `services.interruptible` marks that part. With
-    `rollout.max_staleness: 1` the samples were made while the iteration before was training. The samples of the next
-    iteration, for the prompts `following`, are begun here, after the engines have the newest weights.
+    Returns the metrics and the samples. An interruption before the first update loses nothing, and
+    `services.interruptible` marks that part.
+
+    With `rollout.max_staleness: 1`, the samples of this iteration were made while the previous iteration was training.
+    Before it trains, this function loads the newest weights into the engines. A second thread then samples the next
+    iteration (the prompts `following`).
     """
     config = services.config
     stats: dict[str, float] = {}
@@ -171,7 +174,7 @@ def ppo_iteration(
 
 
 class Diverged(RuntimeError):
-    """Gradients were not finite in several optimizer steps in a row. `scored` has the samples of that iteration."""
+    """Raised if gradients were not finite in several successive steps. `scored` has the iteration's samples."""
 
     def __init__(self, message: str, scored: Sequence[Scored]) -> None:
         super().__init__(message)
@@ -180,14 +183,14 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Samples:
-    """An iteration's scored rollouts."""
+    """The scored rollouts of one iteration."""
 
     scored: list[Scored]
-    seconds: float  # of generation
+    seconds: float  # time of generation
 
 
 def _samples(iteration: int, prompts: Sequence[Prompt], services: Services, state: LoopState, clock: Clock) -> Samples:
-    """Returns the samples that were begun in the iteration before, or makes new ones."""
+    """Returns the samples that the previous iteration started, or makes new samples."""
     if not state.ahead.has(iteration):
         return collect(iteration, prompts, services, state, clock)
     with clock("rollout"):
@@ -195,7 +198,7 @@ def _samples(iteration: int, prompts: Sequence[Prompt], services: Services, stat
 
 
 def collect(iteration: int, prompts: Sequence[Prompt], services: Services, state: LoopState, clock: Clock) -> Samples:
-    """Samples an iteration's rollouts and scores each of them when it arrives."""
+    """Samples the rollouts of an iteration, and scores each rollout when it arrives."""
     config = services.config
     scoring = services.scorer.begin(config.rollouts_per_prompt)
     with clock("rollout"):
@@ -209,7 +212,8 @@ def collect(iteration: int, prompts: Sequence[Prompt], services: Services, state
 
 
 def learn(iteration: int, samples: Samples, services: Services, clock: Clock) -> dict[str, float]:
-    """Computes values and targets, and updates critic and policy; in parallel if they do not share a processor."""
+    """Computes values and targets, and updates critic and policy. Both updates run in parallel if the two models do not
+    share a processor."""
     config, policy, critic = services.config, services.policy, services.critic
     batch = collate(samples.scored)
     features = services.features.of(pictures(s.rollout for s in samples.scored))
@@ -230,26 +234,26 @@ def learn(iteration: int, samples: Samples, services: Services, clock: Clock) ->
 
 
 def pictures(rollouts: Iterable[Rollout]) -> list[Picture]:
-    """Returns the distinct pictures of the rollouts' prompts."""
+    """Returns the distinct pictures in the prompts of the rollouts."""
     return list({picture.digest: picture for r in rollouts for picture in r.prompt.images}.values())
 
 
 def require_valid(scored: list[AnyScore], limit: float) -> list[AnyScore]:
-    """Returns `scored`. Raises Stop with the most frequent reasons if more than the share `limit` of it is invalid."""
+    """Returns `scored`. Raises Stop with the most frequent reasons if the invalid share is above `limit`."""
     reasons = Counter(s.invalid for s in scored if s.invalid is not None)
     if reasons.total() <= limit * len(scored):
         return scored
     listed = "".join(f"\n  {count} x {why}" for why, count in reasons.most_common(5))
     raise Stop(
         f"{reasons.total()} of {len(scored)} samples are invalid, more than max_invalid_fraction = {limit:g} "
-        f"allows. A reward, a judge or another part outside the model fails, and training on the other samples would "
+        f"allows. A reward, a judge or another part outside the model fails. Training on the remaining samples would "
         f"be biased.{listed}",
         saves=True,
     )
 
 
 def catch_up(iteration: int, prompts: Sequence[Prompt], services: Services, state: LoopState) -> dict[str, float]:
-    """Syncs the weights if the engines have older weights than those after `iteration`. Returns rollout/logprob_gap."""
+    """Calls `sync` if the engines do not have the weights after `iteration` yet. Returns rollout/logprob_gap."""
     state.ahead.settle(services.while_waiting)
     if services.sampler.policy_step < iteration:
         sync(iteration, prompts, services, state)
@@ -257,10 +261,10 @@ def catch_up(iteration: int, prompts: Sequence[Prompt], services: Services, stat
 
 
 def sync(iteration: int, prompts: Sequence[Prompt], services: Services, state: LoopState) -> None:
-    """Loads the policy's weights into the engines and checks that engine and learner agree.
+    """Loads the policy's weights into the engines. Checks that engines and learner compute the same logprobs.
 
     The engines sample short responses to a few of `prompts`, and the learner recomputes their logprobs.
-    Raises: Stop if the mean gap is over `rollout.logprob_gap_limit`.
+    Raises: Stop if the mean difference of the logprobs is above `rollout.logprob_gap_limit`.
     """
     options = services.config.rollout
     services.sampler.load(services.policy.weights(), iteration)
@@ -279,7 +283,7 @@ def sync(iteration: int, prompts: Sequence[Prompt], services: Services, state: L
 
 
 def evaluate(prompts: Sequence[Prompt], services: Services) -> dict[str, float]:
-    """Decodes held-out prompts greedily. Returns the mean reward per task as eval/<task>, and the stage's own metrics.
+    """Decodes held-out prompts greedily. Returns the mean reward per task as eval/<task>, and the metrics of the stage.
 
     Invalid samples are left out.
     """

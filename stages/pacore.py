@@ -1,7 +1,7 @@
-"""The stage PaCoRe: every prompt shows pooled answers, and metrics tell whether synthesis is more than copying.
+"""The stage PaCoRe. Each prompt contains pooled answers. Metrics show whether the policy only copies these answers.
 
 Pooled answers are the final answers of earlier attempts at the problem (PaCoRe, arXiv 2601.05593; STEP3-VL-10B report,
-3.2.4). They come with the rows, or, with `synthesis.pool: online`, from the current policy.
+3.2.4). The rows contain pooled answers, or the current policy generates them (`synthesis.pool: online`).
 """
 
 import re
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 REFERENCE = re.compile(
     r"\b(?:answers?|attempts?|messages?|references?|responses?|solutions?)\W{0,3}(\d+(?:\s*(?:,|and|&)\s*\d+)*)", re.I
 )
-SHORTEST_QUOTE = 3  # characters of an answer; a single digit occurs in many texts without being a quote
+SHORTEST_QUOTE = 3  # minimum characters of a quoted answer; shorter answers, such as a digit, occur by chance
 
 
 class Pacore(Stage):
-    """See stages.base.Stage. The defaults are the report's table; critic_minibatches is a reconstruction."""
+    """Trains on pooled answers. The report gives all defaults except critic_minibatches."""
 
     name = "pacore"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -38,13 +38,13 @@ class Pacore(Stage):
         "ppo": {"minibatches": 1, "critic_minibatches": 1},
     }
     selection = "has a pool_accuracy within synthesis.accuracy_over and synthesis.accuracy_under"
-    comparable_evaluation = False  # it asks for a synthesis of pooled answers
+    comparable_evaluation = False  # held-out prompts contain pooled answers
 
     @classmethod
     def option_problems(cls, config: Config) -> Iterable[OptionError]:
-        """PaCoRe is strictly on-policy (report): each iteration is one optimizer step of the policy, on samples of the
-        same weights."""
-        why = "makes samples that other weights than the current ones drew; the stage pacore is strictly on-policy"
+        """Refuses options that make training off-policy. In the report, each iteration is one optimizer step on samples
+        of the current weights."""
+        why = "trains on samples from older weights, but the stage pacore is strictly on-policy"
         if config.ppo.minibatches != 1:
             yield OptionError("ppo.minibatches", f"= {config.ppo.minibatches} {why}, set 1")
         if config.rollout.max_staleness:
@@ -58,13 +58,13 @@ class Pacore(Stage):
         if not _cached(config) or ("difficulty" in curation.filters and curation.difficulty.rollouts >= least):
             return None
         return (
-            f"the stage pacore needs {least} messages in each row, which the filter difficulty makes: name it in "
-            "curate.filters, with as many curate.difficulty.rollouts"
+            f"the stage pacore needs {least} messages in each row, which the filter difficulty makes: add it to "
+            "curate.filters, and set curate.difficulty.rollouts to at least this number"
         )
 
     @classmethod
     def before_curation(cls, config: Config) -> Config:
-        """With `pool: online`, because the rows have no pools yet."""
+        """Returns the config with `pool: online`, because the rows have no pools before the curation."""
         return config.model_copy(update={"synthesis": config.synthesis.model_copy(update={"pool": "online"})})
 
     @classmethod
@@ -72,8 +72,8 @@ class Pacore(Stage):
         options = config.synthesis
         if trains and _cached(config) and len(prompt.messages_pool) < options.least_messages:
             return (
-                f"its messages_pool has {len(prompt.messages_pool)} messages, synthesis.least_messages is "
-                f"{options.least_messages}; python -m stages.curate makes pools, and synthesis.pool: online needs none"
+                f"its messages_pool has {len(prompt.messages_pool)} messages, but synthesis.least_messages is "
+                f"{options.least_messages}; python -m stages.curate makes pools; synthesis.pool: online needs no pools"
             )
         if _cached(config) and prompt.messages_pool:
             tokens = longest_with_messages(prompt, chat, options.most_messages)
@@ -88,7 +88,7 @@ class Pacore(Stage):
 
     @classmethod
     def plan_lines(cls, config: Config, left_out: int = 0) -> list[str]:
-        options, outside = config.synthesis, f"; {left_out} rows are outside the bounds" if left_out else ""
+        options, outside = config.synthesis, f"; {left_out} rows are outside the accuracy bounds" if left_out else ""
         source = "the rows' pools" if _cached(config) else f"{options.online_rollouts} new attempts at each prompt"
         return [f"messages   {options.least_messages} to {options.most_messages} of {source}{outside}"]
 
@@ -97,8 +97,9 @@ class Pacore(Stage):
         self.options, self.accept, self.seed = tools.config.synthesis, tools.config.accept, tools.config.seed
 
     def prompts_for_iteration(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
-        """Each prompt with pooled answers that are drawn for this iteration. With an online pool, prompts are left out
-        whose new answers are too few or outside the bounds. Raises Stop if no prompt is left."""
+        """Draws pooled answers for this iteration and adds them to each prompt. With an online pool, a prompt is left
+        out if it has too few new answers, or if their accuracy is outside the bounds. Raises Stop if no prompt
+        remains."""
         if _cached(self.tools.config):
             return [self._showing(p, f"{iteration}/{place}") for place, p in enumerate(prompts)]
         least = self.options.least_messages
@@ -109,7 +110,7 @@ class Pacore(Stage):
         ]
         if not usable:
             raise Stop(
-                f"iteration {iteration}: no prompt has {least} fresh messages whose accuracy is within "
+                f"iteration {iteration}: no prompt has {least} new messages whose accuracy is within "
                 f"synthesis.accuracy_over = {self.options.accuracy_over} and synthesis.accuracy_under = "
                 f"{self.options.accuracy_under}. The policy gives too few final answers, or the rows are too easy or "
                 "too hard for it now. Loosen the bounds, allow longer responses, or use other rows",
@@ -118,13 +119,13 @@ class Pacore(Stage):
         return [self._fitting(self._showing(p, f"{iteration}/{place}")) for place, p in enumerate(usable)]
 
     def held_out(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Each prompt with pooled answers, with a cached pool always the same ones. A row without a pool is asked as it
-        is."""
+        """Adds pooled answers to each prompt. With a cached pool, every evaluation uses the same answers. A prompt
+        without a pool stays unchanged."""
         pooled = prompts if _cached(self.tools.config) else self.with_new_pools(prompts, 0)
         return [self._fitting(self._showing(p, "held out")) for p in pooled]
 
     def with_new_pools(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
-        """The prompts with pools of new answers by the current policy."""
+        """Samples new answers with the current policy. Returns the prompts with these answers as their pools."""
         count = self.options.online_rollouts
         scored = self.tools.sample_and_score(prompts, count, iteration)
         groups = [scored[start : start + count] for start in range(0, len(scored), count)]
@@ -134,10 +135,10 @@ class Pacore(Stage):
         ]
 
     def _showing(self, prompt: Prompt, draw: str) -> Prompt:
-        """The prompt with as many pooled answers as allowed. A pool that is too small shows all of its answers.
+        """Adds pooled answers to a prompt, as many as the recipe allows. If the pool has too few answers, adds all.
 
         Args:
-            draw: names the draw; the seed comes from it.
+            draw: the name of the draw, from which the seed is made.
         """
         if not prompt.messages_pool:
             return prompt
@@ -145,7 +146,7 @@ class Pacore(Stage):
         return draw_messages(prompt, least, self.options.most_messages, f"{self.seed}/pacore/{draw}/{prompt.id}")
 
     def _fitting(self, prompt: Prompt) -> Prompt:
-        """The prompt without the last of its pooled answers, as many as it takes to leave room for a response."""
+        """Removes pooled answers from the end of the prompt's list, until the prompt leaves room for a response."""
         longest = self.tools.config.max_sequence_length
         while prompt.shown and prompt.shown.texts and self.tools.chat.length(prompt) >= longest:
             accepted = prompt.shown.accepted
@@ -158,12 +159,12 @@ class Pacore(Stage):
 
 
 def _cached(config: Config) -> bool:
-    """True if the pools come with the rows, False if the policy makes them."""
+    """True if the rows contain the pools, False if the current policy makes the pools."""
     return config.synthesis.pool == "cached"
 
 
 def within_bounds(options: SynthesisOptions, accuracy: float | None) -> bool:
-    """True if a pool's accuracy is within the recipe's bounds. If there are bounds, an unknown accuracy is not."""
+    """True if a pool's accuracy is within the recipe's bounds. An unknown accuracy is only allowed without bounds."""
     if options.accuracy_over is None and options.accuracy_under is None:
         return True
     over = -1.0 if options.accuracy_over is None else options.accuracy_over
@@ -172,10 +173,10 @@ def within_bounds(options: SynthesisOptions, accuracy: float | None) -> bool:
 
 
 def with_pool(prompt: Prompt, scored: Sequence[Scored], accept: Accept, reserved: Sequence[str]) -> Prompt:
-    """The prompt with the final answers of its attempts as its pool.
+    """Returns the prompt with the final answers of its attempts as its pool.
 
-    A response that was cut while thinking has no final answer. A response that contains a control token of the model
-    (`reserved`) would be read as one. Neither becomes a message.
+    Two kinds of responses are left out. A response that was cut while thinking has no final answer. An answer that
+    contains the text of a control token (`reserved`) would be read as that token.
     """
     usable = [s for s in scored if s.rollout.answer and not any(token in s.rollout.answer for token in reserved)]
     correct = tuple(is_accepted(s, accept) for s in usable)
@@ -188,12 +189,12 @@ def with_pool(prompt: Prompt, scored: Sequence[Scored], accept: Accept, reserved
 
 
 def is_accepted(scored: Scored, accept: Accept) -> bool:
-    """True if a response counts as correct."""
+    """True if the reward of a response is high enough to count as correct."""
     return accept.takes(scored.rollout.prompt.task, scored.reward)
 
 
 def longest_with_messages(prompt: Prompt, chat: "Chat", most: int) -> int:
-    """Tokens of the prompt with the `most` longest messages of its pool."""
+    """Returns the number of tokens of the prompt with the `most` longest messages of its pool."""
     by_length = sorted(prompt.messages_pool, key=lambda text: len(chat.tokenizer(text).input_ids), reverse=True)
     longest = replace(prompt, messages_pool=tuple(by_length[:most]), pool_accepted=())
     return chat.length(draw_messages(longest, len(longest.messages_pool), most, "all of them"))
@@ -209,7 +210,7 @@ SHARES: Mapping[str, Callable[[float], bool]] = {
 
 
 def synthesis_metrics(scored: Sequence[Scored], accept: Accept) -> dict[str, float]:
-    """The `pacore/*` metrics of responses to prompts with pooled answers. A metric without samples is left out."""
+    """Returns the `pacore/*` metrics of responses to prompts with pooled answers. Omits metrics without samples."""
     seen = [s for s in scored if s.invalid is None and s.rollout.prompt.shown and s.rollout.prompt.shown.texts]
     if not seen:
         return {}
@@ -228,20 +229,20 @@ def synthesis_metrics(scored: Sequence[Scored], accept: Accept) -> dict[str, flo
 
 
 def message_accuracy(prompt: Prompt) -> float | None:
-    """Share of the shown messages that are correct, or None if it is unknown."""
+    """Returns the share of the prompt's pooled answers that are correct, or None if this share is unknown."""
     if prompt.shown is None or not prompt.shown.accepted:
         return None
     return statistics.fmean(prompt.shown.accepted)
 
 
 def repeats_majority(rollout: Rollout) -> bool:
-    """True if the final answer is the majority vote of the shown messages."""
+    """True if the final answer equals the majority vote of the pooled answers in the prompt."""
     return vote(rollout.answer) == majority([vote(text) for text in _texts(rollout)])
 
 
 def referred_fraction(rollout: Rollout) -> float:
-    """Share of the shown messages that a response refers to: by number ("Answer 3", "references 2 and 5"), or by a
-    quote of their answer in its reasoning."""
+    """Returns the share of the prompt's pooled answers that a response refers to. A response refers to an answer by
+    number ("Answer 3", "references 2 and 5"), or by quoting the answer in the reasoning."""
     numbers = {int(n) for found in REFERENCE.findall(rollout.text) for n in re.findall(r"\d+", found)}
     thinking = " ".join(rollout.reasoning.lower().split())
     votes = [vote(text) for text in _texts(rollout)]

@@ -1,13 +1,13 @@
-"""Runs a chain: several stages one after the other, each in a folder of its own, and a table of results at the end.
+"""Runs a chain: several stages one after the other, each in its own folder. At the end, makes a table of results.
 
     RUN_DIR/recipe.yaml, recipes/    the recipe of the chain, and the resolved recipe of each step
             rlvr/, rlhf/, pacore/    the run folder of each stage
             curate/                  the rows that were curated between two stages
             metrics.jsonl            the metrics of all stages, in their order
             policy/                  the last policy
-            final/                   its answers to held-out rows, and the table (table.json)
+            final/                   answers of the last policy to held-out rows, and the table (table.json)
 
-A chain can be resumed after an interruption at any point: finished steps are skipped, the unfinished one continues.
+A chain can be resumed after an interruption at any point. Finished steps are skipped, and an unfinished step continues.
 """
 
 import hashlib
@@ -42,14 +42,14 @@ from stages.plan import device, make_plan
 from stages.train import train
 
 ATTEMPTS = 16
-COMPARED = 4  # answers to each row that a judge compares with the teacher's
-SINGLE_ANSWER = "SeRe pass@1"  # the column of single answers
+COMPARED = 4  # number of answers per row that a judge compares with the teacher's response
+SINGLE_ANSWER = "SeRe pass@1"  # the table's column for single answers
 FINAL = "final"
-WIDTH = 160  # columns of the table if the output is not a terminal
+WIDTH = 160  # width of the table in characters if the output is not a terminal
 
 
 class StageFolder(RunFolder):
-    """The folder of a stage. Its metrics are also written to the metrics.jsonl of the chain."""
+    """The run folder of a stage in a chain. The stage's metrics are also written to the chain's metrics.jsonl."""
 
     chain: Chain
 
@@ -63,12 +63,12 @@ class StageFolder(RunFolder):
 
 
 def stage_metrics(chain: Chain) -> dict[str, list[dict[str, Any]]]:
-    """The metrics of each stage so far, by the stage's name."""
+    """Returns the metrics that each stage has written so far: name of the stage -> lines of its metrics.jsonl."""
     return {step.name: RunFolder(chain.of(step)).read_metrics() for step in chain.trained()}
 
 
 def gather_metrics(chain: Chain) -> None:
-    """Rewrites the metrics.jsonl of the chain from those of its stages."""
+    """Rewrites the chain's metrics.jsonl from the metrics.jsonl files of its stages."""
     lines = (line for stage in stage_metrics(chain).values() for line in stage)
     write_file(chain.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
@@ -76,8 +76,8 @@ def gather_metrics(chain: Chain) -> None:
 def check(chain: Chain) -> list[str]:
     """Checks everything that can be checked before the first step. Returns the plans of all steps, for --dry-run.
 
-    A later step is checked with the model that the first one starts from, because its own model does not exist yet.
-    Raises: ValueError of several kinds.
+    A later step is checked with the first step's model, because the model of the later step does not exist yet.
+    Raises: ValueError or a subclass if a check fails.
     """
     lines = []
     for step in chain.steps:
@@ -93,13 +93,13 @@ def _follows_curation(step: Step, chain: Chain) -> bool:
 
 
 def _stage_lines(step: Step, checked: Config) -> dict[str, str]:
-    """Lines of the checked plan that the stage writes -> the same lines for the rows that will be curated."""
+    """Returns new texts for the plan's lines about the stage: line from the check -> line for the curated rows."""
     stage = stage_class(checked.stage)
     return dict(zip(stage.plan_lines(checked), stage.plan_lines(step.resolved.config), strict=True))
 
 
 def _linked(line: str, step: Step, chain: Chain) -> str:
-    """A line of a step's plan that names the results of earlier steps, not what stood for them in the check."""
+    """Corrects a line of a step's plan: it then names the results of earlier steps, not the files used in the check."""
     if step is chain.steps[0]:
         return line
     config, first = step.resolved.config, chain.steps[0].resolved.config
@@ -111,7 +111,7 @@ def _linked(line: str, step: Step, chain: Chain) -> str:
 
 
 def _checkable(step: Step, chain: Chain) -> Config:
-    """The config of a step in which existing files stand for the results of earlier steps."""
+    """Returns the config of a step for the check. Existing files replace the results of earlier steps."""
     config, first = step.resolved.config, chain.steps[0].resolved.config
     if step is chain.steps[0]:
         return config
@@ -128,7 +128,7 @@ def _checkable(step: Step, chain: Chain) -> Config:
 
 @contextmanager
 def _locked(chain: Chain, *, new: bool) -> Iterator[None]:
-    """Locks the folder of the chain for this process and writes its recipes. Raises InputError if it cannot."""
+    """Locks the chain's folder for this process and writes the recipes. Raises InputError if locking fails."""
     with as_input_error():
         if new:
             make_run_folder(chain.folder)
@@ -143,10 +143,10 @@ def _locked(chain: Chain, *, new: bool) -> Iterator[None]:
 
 
 def run(chain: Chain, *, new: bool, verbose: bool = False) -> bool:
-    """Runs every step that is not finished yet, then makes the table.
+    """Runs every step that is not finished yet, and then makes the table of results.
 
-    Returns: False if the run was interrupted. It has saved and can be resumed.
-    Raises: InputError if the results of a step do not fit the next one; Stop.
+    Returns: False if the run was interrupted. An interrupted run is saved and can be resumed.
+    Raises: InputError if the results of a step do not fit the next step; Stop if a step cannot continue.
     """
     with _locked(chain, new=new):
         try:
@@ -158,7 +158,7 @@ def run(chain: Chain, *, new: bool, verbose: bool = False) -> bool:
 
 
 def _run_step(chain: Chain, step: Step, *, verbose: bool) -> bool:
-    """Runs a step to its end, unless it is finished already. Returns False if it was interrupted."""
+    """Runs a step to its end, unless it is finished already. Returns False if the step was interrupted."""
     print(f"step {chain.steps.index(step) + 1} of {len(chain.steps)}: {step.name}", flush=True)
     if not step.curates:
         return _train(chain, step, verbose=verbose)
@@ -181,7 +181,7 @@ def _train(chain: Chain, step: Step, *, verbose: bool) -> bool:
         folder = StageFolder.resume(path) if begun else StageFolder.create(path, resolved.yaml())
     folder.chain, folder.resumable = chain, chain.folder
     folder.write_recipe(resolved.yaml())
-    shutil.rmtree(path / "policy", ignore_errors=True)  # of a shorter run; a stage with a policy counts as finished
+    shutil.rmtree(path / "policy", ignore_errors=True)  # left by a shorter run; would mark this stage as finished
     try:
         with Display(resolved.config) as display:
             finished = train(plan, folder, display, recipe=resolved.plain(), verbose=verbose, interrupts=interrupts)
@@ -205,20 +205,20 @@ def _finish(chain: Chain) -> bool:
 
 @dataclass(frozen=True)
 class FinalTable:
-    """Greedy held-out rewards before and after each stage, and the accuracy of the last policy by SeRe and PaCoRe."""
+    """The table of results: greedy held-out rewards before and after each stage, and the last policy's accuracy."""
 
-    stages: Mapping[str, Mapping[str, float]]  # "start" and each stage -> family -> held-out reward
-    sampled: tuple[ResultRow, ...]  # of the last policy, at the training temperature
-    win_rates: Mapping[str, float]  # "start" and each stage -> win rate against the teacher, where it was measured
-    sampled_win_rate: float | None = None  # of the last policy
+    stages: Mapping[str, Mapping[str, float]]  # "start" or stage -> task family -> held-out reward
+    sampled: tuple[ResultRow, ...]  # results of the last policy at the training temperature
+    win_rates: Mapping[str, float]  # "start" or stage -> win rate against the teacher, if measured
+    sampled_win_rate: float | None = None  # win rate of the last policy at the training temperature
 
     @property
     def families(self) -> list[str]:
-        """All families, in the order of the stages that evaluated them."""
+        """All task families, in the order in which the stages evaluated them."""
         return list(dict.fromkeys(name for found in self.stages.values() for name in found))
 
     def plain(self) -> dict[str, Any]:
-        """The table as JSON values."""
+        """Returns the table as JSON values."""
         sampled = [
             {"task": s.task, "mode": s.name, "accuracy": vars(s.accuracy), "tokens": s.tokens} for s in self.sampled
         ]
@@ -226,7 +226,7 @@ class FinalTable:
         return {"held_out": self.stages, **wins, "sampled": sampled}
 
     def show(self, console: Console) -> None:
-        """Prints one row for each family. table.json has the accuracies with their 95% intervals."""
+        """Prints one line per task family. Only table.json has the 95% intervals of the accuracies."""
         first = [SINGLE_ANSWER] if self.sampled_win_rate is not None else []
         sampled = (line.name for line in self.sampled if line.name != f"SeRe pass@{ATTEMPTS}")
         modes = list(dict.fromkeys([*first, *sampled]))
@@ -250,13 +250,13 @@ class FinalTable:
 def before_and_after(
     stages: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Held-out rewards of each family, and win rates, at the start and after each stage.
+    """Returns the held-out rewards of each task family, and the win rates, at the start and after each stage.
 
-    The evaluation before a stage's training measures the stage before it, on families that only the later stage has.
-    This does not hold for a stage whose evaluation is not comparable (Stage.comparable_evaluation).
+    The first evaluation of a stage, before its training, also measures the previous stage. The table uses it for task
+    families that the previous stage did not evaluate, unless Stage.comparable_evaluation is False.
 
     Args:
-        stages: name of a stage -> its metrics.
+        stages: name of the stage -> lines of its metrics.jsonl.
     """
     held_out: dict[str, dict[str, float]] = {}
     wins: dict[str, float] = {}
@@ -274,10 +274,10 @@ def before_and_after(
 
 
 def final_table(chain: Chain) -> FinalTable:
-    """The results of all stages, and a last evaluation of the policy, whose answers are cached."""
+    """Returns the results of all stages and of a final evaluation of the last policy. The answers are cached."""
     (chain.folder / FINAL).mkdir(exist_ok=True)
     evaluated = [config for step in chain.trained() if (config := step.resolved.config).data.eval]
-    last = {stage_class(config.stage).final_measure: config for config in evaluated}  # the last stage of each measure
+    last = {stage_class(config.stage).final_measure: config for config in evaluated}  # last stage per measure
     held_out, win_rates = before_and_after(stage_metrics(chain))
     sampled: list[ResultRow] = []
     if config := last.get("accuracy"):
@@ -289,11 +289,11 @@ def final_table(chain: Chain) -> FinalTable:
 
 
 def _measure(chain: Chain, config: Config, questions: Questions) -> EvaluationReport:
-    """Evaluates the last policy on held-out rows of a stage."""
+    """Evaluates the last policy on the held-out rows of a stage."""
     target = ModelTarget(
         str(chain.of(chain.trained()[-1]) / "policy"), device=device(config), max_length=config.max_sequence_length
     )
-    # The name of the cache changes with the policy and its place.
+    # The cache's name depends on the policy's weights and path, so another policy gets another cache.
     digest = hashlib.sha256(f"{target.model} {target.weights_digest()}".encode()).hexdigest()[:12]
     cache = chain.folder / FINAL / f"{config.stage}-{digest}.jsonl"
     options = {"limit": config.eval.sampled_rows, "seed": config.seed, "cache": cache}

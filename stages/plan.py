@@ -1,4 +1,4 @@
-"""The plan of a run: all that can be checked before any process is started, and the lines of --dry-run.
+"""Makes the plan of a run. Checks everything that can be checked before a process starts. Returns the --dry-run lines.
 
 Tested in tests/runs/test_run.py.
 """
@@ -30,8 +30,8 @@ from stages import stage_class
 from stages.base import Stage
 
 FLOAT32 = 4  # bytes
-BYTES_PER_TOKEN = 1.5  # in rollouts/, an estimate: a token has four characters, which compress to about a third
-MOST_REWARD_WORKERS = 32  # more processes rarely have work, and each holds its libraries in memory
+BYTES_PER_TOKEN = 1.5  # estimated size in rollouts/: a token has about four characters, compressed to a third
+MOST_REWARD_WORKERS = 32  # more processes rarely have work, and each process has its own libraries in memory
 
 
 @dataclass(frozen=True)
@@ -39,25 +39,25 @@ class Plan:
     """A run whose recipe, data, rewards and model files have been checked."""
 
     config: Config
-    model: Path  # local folder the policy starts from
+    model: Path  # local folder of the model that training starts from
     chat: Chat
     train: Sequence[Prompt]
-    sources: Sequence[int]  # of each training row: index of its source in data.train
-    order: Order  # in which the training rows come
+    sources: Sequence[int]  # for each training row, the index of its source in data.train
+    order: Order  # order in which the training rows are used
     held_out: Sequence[Prompt]
-    skipped: Sequence[BadRow]  # rows that cannot be used and are left out (data.on_bad_row: skip)
-    rewards: RewardRunner  # its processes are not started yet
+    skipped: Sequence[BadRow]  # unusable rows, which are left out (data.on_bad_row: skip)
+    rewards: RewardRunner  # the processes of the rewards have not been started
     checkpoint_bytes: int
-    left_out: int = 0  # training rows that the stage does not select
+    left_out: int = 0  # number of training rows that the stage does not select
 
     @property
     def stage(self) -> type[Stage]:
-        """The stage that the config names."""
+        """The class of the stage that the config names."""
         return stage_class(self.config.stage)
 
     @property
     def most_images(self) -> int:
-        """The largest number of pictures in a row."""
+        """The largest number of pictures in one row."""
         return max((len(p.images) for p in (*self.train, *self.held_out)), default=0)
 
     def lines(self) -> list[str]:
@@ -84,16 +84,16 @@ class Plan:
         ]
 
     def _mix(self) -> list[str]:
-        """Returns a line per source with its share of the prompts, if the sources have weights."""
+        """Returns one line per source with weight. The line gives the share of prompts from this source."""
         sources = self.config.data.train
         total = sum(source.weight or 0 for source in sources)
         return [f"           {100 * (s.weight or 0) / total:.3g}% from {s.path}" for s in sources] if total else []
 
     def _disk(self) -> str:
-        """Returns the largest size that the run folder can have."""
+        """Returns a text with the maximum size that the run folder can reach."""
         c = self.config
         every = c.checkpoint.keep_every
-        kept = c.checkpoint.keep + 1 + (c.iterations // every if every else 0)  # one is being written
+        kept = c.checkpoint.keep + 1 + (c.iterations // every if every else 0)  # + 1: a checkpoint that is being saved
         save = c.rollout.save
         saved = c.samples if save == "all" else 0 if save == "none" else min(save, c.samples)
         rollouts = saved * c.iterations * c.max_sequence_length * BYTES_PER_TOKEN
@@ -101,7 +101,7 @@ class Plan:
         return f"up to {kept} checkpoints of {size} = {total}, rollouts at most about {readable(round(rollouts))}"
 
     def _reward(self, task: str) -> str:
-        """Returns, for example, `chat: 0.8 genrm - citation + 0.2 format_tags`."""
+        """Returns the reward of a task as text, for example `chat: 0.8 genrm - citation + 0.2 format_tags`."""
         terms = []
         for reward in self.config.rewards[task]:
             weight = "" if reward.weight == 1 else f"{reward.weight:g} "
@@ -114,7 +114,7 @@ class Plan:
 
 
 def device(config: Config) -> str:
-    """Returns cpu or cuda. `auto` is cuda, so that no run falls back to a CPU unnoticed."""
+    """Returns cpu or cuda. `auto` means cuda, so that no run uses a CPU by mistake."""
     return "cuda" if config.learner.device == "auto" else config.learner.device
 
 
@@ -128,7 +128,7 @@ def evaluates(config: Config, iteration: int) -> bool:
 
 
 def saves(config: Config, iteration: int) -> bool:
-    """True if a checkpoint is made after this iteration."""
+    """True if a checkpoint is saved after this iteration."""
     return iteration % config.checkpoint.every == 0 or iteration == config.iterations
 
 
@@ -138,9 +138,9 @@ def make_plan(
     """Checks model, data, rewards and trackers, and returns the plan.
 
     Args:
-        row_judges: name -> judge of data rows, for curation.
-        begun: True if the run continues from a checkpoint, which has a critic.
-    Raises: ValueError or a subclass; its message says what is wrong and where.
+        row_judges: for a curation, the judges of data rows: name -> judge.
+        begun: True if the run continues from a checkpoint, whose critic replaces `model.critic`.
+    Raises: ValueError or a subclass. The message says what is wrong and where.
     """
     check_trackers(config.log.trackers)
     rewards = reward_runner(config, row_judges)
@@ -176,7 +176,7 @@ def make_plan(
 
 
 def reward_runner(config: Config, row_judges: Mapping[str, ScorerSpec] = MappingProxyType({})) -> RewardRunner:
-    """Returns the rewards of a recipe, without starting their processes. Raises ValueError if one cannot be used."""
+    """Returns the rewards of a recipe, with no processes started. Raises ValueError if a reward cannot be used."""
     return RewardRunner(
         config.rewards,
         workers=config.reward_workers or min(MOST_REWARD_WORKERS, os.cpu_count() or 1),
@@ -196,14 +196,14 @@ def _check_positions(config: Config, model: PretrainedConfig) -> None:
 
 
 def check_accept(config: Config) -> None:
-    """Raises ValueError for a threshold of a task that has no reward."""
+    """Raises ValueError if `accept.by_task` names a task without rewards."""
     if unknown := [task for task in config.accept.by_task if task not in config.rewards]:
         known = ", ".join(sorted(config.rewards))
-        raise ValueError(f"accept.by_task: {unknown[0]!r} is no task; there are {known}")
+        raise ValueError(f"accept.by_task: {unknown[0]!r} is not a task with rewards; such tasks are {known}")
 
 
 def _selected(config: Config, rows: Rows) -> tuple[Rows, int]:
-    """Returns the rows that the stage selects, and the number of other rows. Raises ValueError if it selects none."""
+    """Returns the rows that the stage selects, and the number of other rows. Raises ValueError if none is selected."""
     stage = stage_class(config.stage)
     indices = [n for n, prompt in enumerate(rows.prompts) if stage.selects(prompt, config)]
     if rows.prompts and not indices:
@@ -215,44 +215,44 @@ def _selected(config: Config, rows: Rows) -> tuple[Rows, int]:
 
 
 def checkpoint_bytes(config: Config, folder: Path) -> int:
-    """Returns the size of a checkpoint: weights of policy and critic, and two float32 moments per trained weight."""
+    """Returns the bytes of a checkpoint: weights of policy and critic, and two float32 moments per trained weight."""
     model = hf_folder.build(hf_folder.read_config(folder))
     frozen = tuple(prefix for name in config.model.freeze for prefix in model.frozen_prefixes[name])
     sizes = {name: tensor.numel() for name, tensor in hf_folder.state(model).items()}
     trained = sum(size for name, size in sizes.items() if not name.startswith(frozen))
     trunk = sum(tensor.numel() for tensor in model.model.parameters())
     itemsize = getattr(torch, config.model.dtype).itemsize
-    kept = 2 * FLOAT32 if itemsize == FLOAT32 else 3 * FLOAT32  # a smaller type also has float32 copies of its weights
+    kept = 2 * FLOAT32 if itemsize == FLOAT32 else 3 * FLOAT32  # smaller dtypes also have float32 weights
     return sum(sizes.values()) * itemsize + trained * kept + trunk * 3 * FLOAT32
 
 
 def served_here(config: Config, rewards: RewardRunner) -> dict[str, EndpointOptions]:
-    """Returns name -> options of the judges that the run has to serve."""
+    """Returns the judges that the run has to serve: name -> options."""
     names = rewards.endpoint_names()
     return {name: options for name, options in config.endpoints.items() if options.url is None and name in names}
 
 
 def check_judges(config: Config, rewards: RewardRunner) -> None:
-    """Raises ValueError if the model folder of a judge that the run has to serve does not exist."""
+    """Raises ValueError if a judge's model folder does not exist. Checks only judges that the run has to serve."""
     for name, judge in served_here(config, rewards).items():
         if Path(judge.model).is_absolute() and not Path(judge.model).is_dir():
-            raise ValueError(f"endpoints.{name}.model: there is no folder {judge.model}; name one, a hub id, or a url")
+            raise ValueError(f"endpoints.{name}.model: there is no folder {judge.model}; give a folder, hub id or url")
 
 
 def judge_gpus(judge: EndpointOptions) -> int:
-    """The number of GPUs that a judge's server takes."""
+    """Returns the number of GPUs that a judge's server needs."""
     return int(judge.serve.get("tensor-parallel-size", 1)) * int(judge.serve.get("pipeline-parallel-size", 1))
 
 
 def endpoint_spec(name: str, options: EndpointOptions) -> EndpointSpec:
-    """Returns what rewards need to know of an endpoint. Its url is empty until the run has started the server."""
+    """Returns the settings of an endpoint that rewards use. The url is empty if the run has to serve the endpoint."""
     return EndpointSpec(name=name, url=options.url or "", **options.model_dump(exclude={"url", "serve"}))
 
 
 def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: RewardRunner, *, trains: bool) -> Rows:
-    """Reads and checks rows.
+    """Reads and checks data rows.
 
-    Raises RowError for rows that cannot be used, unless the recipe skips them and other rows are left.
+    Raises RowError if some rows cannot be used. A recipe may skip unusable rows, if other rows remain.
 
     Args:
         trains: True for training rows, False for held-out ones.
@@ -271,13 +271,13 @@ def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: Reward
 
 
 def skipped_lines(bad: Sequence[BadRow]) -> list[str]:
-    """Returns a message of several lines about rows that are left out; no lines if there are none."""
+    """Returns the lines of a message about rows that are left out, or no lines if there are no such rows."""
     first = f"{len(bad)} row(s) cannot be used and are left out (data.on_bad_row: skip):"
     return [first, *listing(bad)] if bad else []
 
 
 def _order(config: Config, rows: Rows) -> Order:
-    """Returns the order of the training rows: all equally often, or each source by its weight."""
+    """Returns the order of the training rows. Sources are mixed by weight, or all rows are used equally often."""
     weights = [source.weight for source in config.data.train]
     if None in weights:
         return PromptOrder(rows.prompts, config.seed)
@@ -290,7 +290,7 @@ def _order(config: Config, rows: Rows) -> Order:
 
 
 def limited(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
-    """Returns the first `limit` prompts of each task; all if `limit` is None."""
+    """Returns the first `limit` prompts of each task, or all prompts if `limit` is None."""
     if limit is None:
         return list(prompts)
     seen: dict[str, int] = {}

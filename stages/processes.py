@@ -20,18 +20,18 @@ from stages.plan import Plan, device, judge_gpus, served_here
 
 
 class Restarts:
-    """Counts the processes that were replaced.
+    """Counts the processes that were restarted.
 
     Args:
-        limit: how many may be.
-        say: called with a message for each.
+        limit: the maximum number of restarts.
+        say: called with a message for each restart.
     """
 
     def __init__(self, limit: int, say: Callable[[str], None]) -> None:
         self.limit, self.done, self.say = limit, 0, say
 
     def count(self, reason: str) -> None:
-        """Counts one more. Raises Stop if the limit is reached."""
+        """Counts one more restart. Raises Stop if the limit is reached."""
         if self.done >= self.limit:
             raise Stop(
                 f"{reason}: no more restarts, max_restarts is {self.limit}. Find the cause, then {GO_ON}", saves=False
@@ -41,12 +41,13 @@ class Restarts:
 
 
 class Samplers:
-    """The engines and the judges of a run. They start at once, in parallel; `ready` waits for them.
+    """The engines and the judges of a run. The constructor starts all processes in parallel, and `ready` waits for
+    them.
 
     Args:
         restarts: counts the engines and judges that are replaced.
-        longest: tokens of prompt and response together, at most.
-        engines: their number.
+        longest: the maximum number of tokens of prompt and response together.
+        engines: the number of engines.
     Raises: ValueError if the cluster has too few GPUs.
     """
 
@@ -59,9 +60,9 @@ class Samplers:
         self._judges = Judges(plan.config, plan.rewards, self._device)
 
     def ready(self) -> None:
-        """Waits until all processes are ready, those of the rewards too.
+        """Waits until all processes are ready, including the processes of the rewards.
 
-        Raises: what a constructor raised; WorkerDied if a process hangs.
+        Raises: the error of a process that could not start; WorkerDied if a process hangs.
         """
         self._judges.ready()
         rewards = self._plan.rewards.start()
@@ -89,18 +90,18 @@ class Samplers:
         )
 
     def revive_judge(self, endpoint: str) -> None:
-        """Serves a judge again if the run serves it and it has died. Raises Stop after too many restarts."""
+        """Restarts a judge that the run serves, if it has died. Raises Stop after too many restarts."""
         self._judges.revive(endpoint, self._restarts.count)
 
     def close(self) -> None:
-        """Ends the judges. An error is only reported, because it must not hide why the work ends."""
+        """Ends the judges. An error is only reported, because it must not replace the error that ended the work."""
         try:
             self._judges.close()
         except RuntimeError as error:
             self._restarts.say(f"a judge's server did not shut down correctly: {error}")
 
     def replace_engine(self, number: int, died: WorkerDied) -> EngineClient:
-        """Kills an engine that died or hung, and starts another. Raises Stop after too many restarts."""
+        """Kills an engine that died or hung, and starts a new one in its place. Raises Stop after too many restarts."""
         self._restarts.count(f"engine {number} is replaced: {died}")
         self._engines[number].end()
         self._engines[number] = self._start_engine()
@@ -108,7 +109,7 @@ class Samplers:
         return EngineClient(self._engines[number])
 
     def _gpus_needed(self) -> dict[str, int]:
-        """Kind of process -> the number of GPUs that it needs."""
+        """Returns the number of GPUs that each kind of process needs."""
         judges = sum(judge_gpus(judge) for judge in served_here(self._plan.config, self._plan.rewards).values())
         return {"rollout workers": self._count, "judges": judges}
 
@@ -142,7 +143,7 @@ class Samplers:
 
 
 class Processes(Samplers):
-    """The processes of a training run: also policy and critic."""
+    """The processes of a training run: engines, judges, policy and critic."""
 
     def __init__(self, plan: Plan, restarts: Restarts, *, verbose: bool) -> None:
         config = plan.config
@@ -163,16 +164,16 @@ class Processes(Samplers):
 
     @property
     def learners(self) -> dict[str, LearnerClient[Any]]:
-        """Policy and critic by the name of their folder in a checkpoint."""
+        """Policy and critic, keyed by the names of their folders in a checkpoint."""
         return {"policy": self.policy, "critic": self.critic}
 
     def named(self) -> dict[str, RemoteObject[Any]]:
-        """All processes but the judges, by their name in the timeline."""
+        """Returns all processes except the judges, keyed by their names in the timeline."""
         ranks = {f"{name} {i}": rank for name, team in self._teams.items() for i, rank in enumerate(team.ranks)}
         return ranks | self.named_engines()
 
     def named_engines(self) -> dict[str, RemoteObject[Engine]]:
-        """The engines by their name in the timeline."""
+        """Returns the engines, keyed by their names in the timeline."""
         return {f"engine {number}": engine for number, engine in enumerate(self._engines)}
 
     def ready(self) -> None:

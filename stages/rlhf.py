@@ -1,8 +1,8 @@
-"""The stage RLHF: open-ended rows with a teacher's response, scored by a judge that compares answer and reference.
+"""The stage RLHF. A judge compares each answer to an open-ended row with the teacher's response (the reference).
 
-Its metrics show whether that reward can be trusted: the win rate, whether the two orders of a comparison agree, the
-distribution of the scores, their correlation with length, and how often each penalty applies (STEP3-VL-10B report,
-3.2.2).
+The metrics show whether the judge's reward can be trusted (STEP3-VL-10B report, 3.2.2). The metrics are the win rate,
+the agreement of the two orders of a comparison, score percentiles, the correlation of score and length, and the rate of
+each penalty.
 """
 
 import math
@@ -22,7 +22,7 @@ PERCENTILES = (10, 50, 90)
 
 
 class Rlhf(Stage):
-    """See stages.base.Stage. The defaults are the report's table; critic_minibatches is a reconstruction."""
+    """Trains with a judge. The report gives all defaults except critic_minibatches."""
 
     name = "rlhf"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -41,7 +41,7 @@ class Rlhf(Stage):
 
     @classmethod
     def final_tasks(cls, config: Config) -> Collection[str]:
-        """The tasks that are compared with a teacher."""
+        """Returns the tasks whose answers are compared with a teacher's response."""
         return config.rewards.keys() - set(config.preference.verifiable_tasks)
 
     def metrics(self, scored: Sequence[Scored]) -> Mapping[str, float]:
@@ -52,16 +52,16 @@ class Rlhf(Stage):
 
 
 def reference_problem(prompt: Prompt, preference: Preference) -> str | None:
-    """Why a row does not belong to this stage, or None."""
+    """Returns why a row does not belong to this stage, or None if it does."""
     if prompt.task in preference.verifiable_tasks:
         return None
     if prompt.ground_truth is not None:
         return (
             f"row {prompt.id!r} has a ground_truth, but RLHF is for rows that cannot be verified; keep it for RLVR, or "
-            f"mix its task in with preference.verifiable_tasks: [{prompt.task}]"
+            f"allow its task with preference.verifiable_tasks: [{prompt.task}]"
         )
     if prompt.reference is None:
-        return f"row {prompt.id!r} has no reference, the teacher's response that answers are compared with"
+        return f"row {prompt.id!r} has no reference (the teacher's response to compare answers with)"
     return None
 
 
@@ -70,14 +70,14 @@ class ComparedSample:
     """The judge's comparison of one response with the reference."""
 
     sample: Scored
-    score: float  # of the reward, before penalties
+    score: float  # score of the reward, before penalties
     lead: float  # grade of the answer minus grade of the reference
     orders_agree: bool
 
 
 def comparisons(scored: Iterable[Scored]) -> list[ComparedSample]:
-    """The comparisons in samples of the reward genrm. A sample that was not compared, such as an empty answer, has
-    none."""
+    """Returns the comparisons that the reward genrm has made. A sample without a comparison, such as an empty answer,
+    is left out."""
     found = []
     for sample in scored:
         if sample.invalid is None:
@@ -95,7 +95,7 @@ def _compared(sample: Scored) -> Iterable[tuple[float, float, bool]]:
 
 
 def preference_metrics(scored: Sequence[Scored]) -> dict[str, float]:
-    """The `genrm/*` metrics."""
+    """Returns the `genrm/*` metrics."""
     found = comparisons(scored)
     if not found:
         return {}
@@ -109,7 +109,7 @@ def preference_metrics(scored: Sequence[Scored]) -> dict[str, float]:
 
 
 def _rates(scored: Sequence[Scored]) -> dict[str, float]:
-    """Win rate and order agreement. In a task with comparisons, a sample that was not compared counts as lost."""
+    """Returns win rate and order agreement. In a task with comparisons, a sample without one is a loss."""
     found = comparisons(scored)
     if not found:
         return {}
@@ -123,7 +123,7 @@ def _rates(scored: Sequence[Scored]) -> dict[str, float]:
 
 
 def penalty_metrics(scored: Sequence[Scored], penalties: Iterable[str]) -> dict[str, float]:
-    """`penalty/<part>`: the mean value of each penalty. If its values are 0 and 1, this is a rate."""
+    """Returns `penalty/<part>`: the mean value of each penalty. With values of 0 and 1, the mean is a rate."""
     metrics: dict[str, float] = {}
     for name in sorted(penalties):
         if values := [sample.parts[name] for sample in scored if name in sample.parts]:
@@ -132,13 +132,13 @@ def penalty_metrics(scored: Sequence[Scored], penalties: Iterable[str]) -> dict[
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value such that at least `percent` percent of the values are not larger."""
+    """Returns the smallest value that at least `percent` percent of the values do not exceed."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's rho. None if one of the sequences is constant."""
-    from scipy.stats import spearmanr  # here, because scipy.stats takes a second to import
+    """Returns Spearman's rho, or None if one of the sequences is constant."""
+    from scipy.stats import spearmanr  # imported here, because the import takes a second
 
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None

@@ -1,4 +1,4 @@
-"""The stage RLVR: verifiable rewards on the rows as they are.
+"""The stage RLVR: training with verifiable rewards on unchanged rows.
 
 Tested in tests/stages/test_loop.py.
 """
@@ -10,7 +10,7 @@ from stages.base import Stage
 
 
 class Rlvr(Stage):
-    """See stages.base.Stage. The defaults are the report's table; critic_minibatches is a reconstruction."""
+    """Trains on verifiable rewards. The report gives all defaults except critic_minibatches."""
 
     name = "rlvr"
     defaults: ClassVar[Mapping[str, Any]] = {

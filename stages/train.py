@@ -1,4 +1,4 @@
-"""A training run from start to end: starts the processes, repeats the iteration, writes results, and can be resumed.
+"""Runs a training from start to end: starts the processes, repeats the iteration and writes results.
 
 Tested in tests/runs/test_run.py.
 """
@@ -33,8 +33,8 @@ from stages.loop import Clock, Diverged, LoopState, Services, catch_up, evaluate
 from stages.plan import Plan, device, evaluates, saves, skipped_lines
 from stages.processes import Processes, Restarts
 
-POLL_S = 0.2  # between two checks whether a checkpoint is written
-UNFINISHED = "begun.json"  # in a checkpoint's state: unfinished responses, if the recipe has partial rollouts
+POLL_S = 0.2  # seconds between two checks whether a checkpoint is written
+UNFINISHED = "begun.json"  # file in a checkpoint's state/; holds unfinished responses of partial rollouts
 
 
 def train(
@@ -48,12 +48,12 @@ def train(
 ) -> bool:
     """Runs the plan to its end. Continues from the newest intact checkpoint in `folder` if there is one.
 
-    If policy or critic die, all processes are started again from that checkpoint, at most `max_restarts` times.
+    If policy or critic dies, all processes are restarted from the newest checkpoint, at most `max_restarts` times.
 
     Args:
-        recipe: all values of the recipe, for trackers.
-        interrupts: give them to find out whether the run was asked to stop just before its end.
-    Returns: False if the run was interrupted. It has saved a checkpoint and can be resumed.
+        recipe: all values of the recipe, for the trackers.
+        interrupts: optional; pass it to learn whether a stop was requested just before the run ended.
+    Returns: False if the run was interrupted. An interrupted run has saved a checkpoint and can be resumed.
     """
     interrupts, restarts = interrupts or Interrupts(), Restarts(plan.config.max_restarts, display.message)
     if plan.skipped:
@@ -79,7 +79,7 @@ def train(
 
 
 class _Run:
-    """One attempt at a run: its processes, and how far it is."""
+    """One attempt at a run, with its processes and its progress."""
 
     def __init__(
         self,
@@ -105,20 +105,20 @@ class _Run:
         folder.truncate_after(self.resumed_after)
         first_step = self.resumed_after + 1
         self.trackers = Trackers(self.config.log.trackers, folder.path, recipe=recipe, first_step=first_step)
-        self.done: int | None = None  # iterations that the learner has seen; None until it is ready
-        self.saved: int | None = None  # the newest of them that has a checkpoint
+        self.done: int | None = None  # number of finished iterations; None until the run is ready
+        self.saved: int | None = None  # newest iteration that has a checkpoint
         self.state = LoopState()
-        self._processes: Processes | None = None  # None until they are started
+        self._processes: Processes | None = None  # None until the processes are started
         self._services: Services | None = None  # None until all processes are ready
         self._pool: EnginePool | None = None
         self._abandoned = False
-        self.partial: PartialRollouts | None = None  # if the recipe asks for partial rollouts
-        self.timeline: Timeline | None = None  # if the recipe asks for it
+        self.partial: PartialRollouts | None = None  # set if the recipe asks for partial rollouts
+        self.timeline: Timeline | None = None  # set if the recipe asks for a timeline
         self.outages: queue.SimpleQueue[Outage] = queue.SimpleQueue()
         plan.rewards.on_outage = self._on_outage
 
     def run(self) -> None:
-        """Runs everything to the end."""
+        """Starts the processes and runs all iterations."""
         with self.interrupts.waiting():
             self.begin()
         self.loop(max(self.resumed_after, 0))
@@ -152,16 +152,16 @@ class _Run:
             while_waiting=self._handle_outages,
         )
         sync(done, self._prompts(done + 1), self.services, self.state)
-        # The engines encode pictures at their own start, which is not reported. The learner encoded the pictures of
-        # the check, which belong to the first iteration.
+        # Pictures that engines have encoded while starting are not reported. Pictures that the learner has encoded
+        # in `sync` count for the first iteration.
         self.state.reported = replace(self.state.encodings, learner=0)
         self.done = self.saved = done if self.start else None
         resuming = f", resuming after iteration {done}" if self.start else ""
         self.display.message(f"ready: {self.folder.path}{resuming}")
 
     def _plan_to_start(self) -> Plan:
-        """The plan. In a resumed run without `model.critic`: the critic comes from the checkpoint, and the folder that
-        it began with may not exist any more."""
+        """Returns the plan that the processes start with. In a resumed run, `model.critic` is removed from the plan:
+        the critic comes from the checkpoint, and the folder `model.critic` may no longer exist."""
         if self.start is None or self.config.model.critic is None:
             return self.plan
         model = self.config.model.model_copy(update={"critic": None})
@@ -179,7 +179,7 @@ class _Run:
         return self.plan.stage(StageTools(config, self.plan.chat, rewards.penalties(), sample_and_score))
 
     def _replace_engine(self, number: int, died: WorkerDied) -> EngineClient:
-        """Starts another engine in the place of one that died or hung. Raises `died` if the run is abandoned."""
+        """Starts a new engine in the place of one that died or hung. If the run is abandoned, raises `died`."""
         if self._abandoned:
             raise died
         engine = self.processes.replace_engine(number, died)
@@ -201,7 +201,7 @@ class _Run:
         return self._services
 
     def abandon(self) -> None:
-        """Kills all processes, because one that the others need has died. Everything stays as it is saved."""
+        """Kills all processes after policy or critic has died. What is saved stays unchanged."""
         self._abandoned = True
         self.checkpoints.abandon()
         self.state.ahead.abandon()
@@ -209,20 +209,20 @@ class _Run:
             self._processes.end()
 
     def close(self) -> None:
-        """Ends the sampling thread, the judges and the trackers."""
+        """Ends the thread that samples ahead, the judges and the trackers."""
         self.state.ahead.abandon()
         if self._processes is not None:
             self._processes.close()
         self.trackers.close()
 
     def _on_outage(self, outage: Outage) -> None:
-        """Called in any thread that waits for rewards. Only the main thread knows when it may save."""
+        """Queues an outage. Any thread may call this method. Only the main thread may save and handle outages."""
         self.outages.put(outage)
         if threading.current_thread() is threading.main_thread():
             self._handle_outages()
 
     def _handle_outages(self) -> None:
-        """If an endpoint does not answer, saves and reports it. Its samples are waited for."""
+        """If an endpoint does not answer, saves the run and reports it. The run then waits for the endpoint."""
         while not self.outages.empty():
             outage = self.outages.get()
             if outage.why is None:
@@ -251,7 +251,7 @@ class _Run:
             pending.result()
 
     def _prompts(self, iteration: int) -> list[Prompt]:
-        """The rows that an iteration begins."""
+        """Returns the rows that an iteration starts to sample."""
         places = self.config.prompt_range(iteration)
         return self.plan.order.prompts_at(places.start, len(places))
 
@@ -276,8 +276,8 @@ class _Run:
         except Diverged as diverged:
             self.folder.write_rollouts(iteration, diverged.scored)
             raise Stop(
-                f"iteration {iteration}: {diverged}. Its samples are in {self.folder.rollouts}; lower the learning "
-                "rate, or look at their rewards",
+                f"iteration {iteration}: {diverged}. The samples are in {self.folder.rollouts}; lower the "
+                "learning rate, or look at the rewards of these samples",
                 saves=False,
             ) from diverged
         if evaluates(self.config, iteration) and self.plan.held_out:
@@ -336,7 +336,7 @@ class _Run:
         return {"seed": self.config.seed, **steps}, finish
 
     def _checkpoint_metrics(self) -> dict[str, float]:
-        """checkpoint/* metrics of the checkpoint that was finished in this iteration, if one was."""
+        """Returns the checkpoint/* metrics if a checkpoint was finished in this iteration."""
         self.checkpoints.check()
         metrics: dict[str, float] = {}
         for written in self.checkpoints.take_written():
@@ -348,7 +348,7 @@ class _Run:
         return metrics
 
     def stop_early(self, how: str) -> None:
-        """Saves what has been learned and says how to continue."""
+        """Saves a checkpoint and prints the command that continues the run."""
         if self.done is None:
             self.display.message(f"{how} before the first iteration; nothing to save")
             return

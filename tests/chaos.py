@@ -1,12 +1,13 @@
-"""Kills processes of a real run at random moments and checks that its results are the same as without kills.
+"""Kills processes of a real run at random moments. Checks that the results are the same as without kills.
 
     python -m tests.chaos [--faults 10] [--seed 0] [--kinds driver group Policy Critic Engine hang]
 
-A small run of the CPU profile is made twice: undisturbed, and with `faults` faults. A fault is SIGKILL for the driver
-alone (driver), for its whole process group (group), or for one worker process of the named class; or SIGSTOP for an
-engine that samples (hang). If the run ends early, it is resumed. Both runs must have every iteration exactly once, with
-all its samples. Metrics, samples and weights must be equal bit for bit, unless a fault hit an engine: the new engine
-has other batches, so the last digits of its logprobs differ.
+A small run of the CPU profile is made twice: once undisturbed, and once with `faults` faults. There are two types of
+faults. SIGKILL is sent to the driver alone (driver), to the whole process group of the driver (group), or to one worker
+process of the named class. SIGSTOP is sent to an engine that samples (hang). If the run ends early, it is resumed.
+
+Both runs must have every iteration exactly once, with all samples. Metrics, samples and weights must be equal bit for
+bit, unless a fault hit an engine. A new engine has other batches, so the last digits of its logprobs differ.
 """
 
 import argparse
@@ -29,12 +30,12 @@ from tests.support.command import ROOT, Command, metrics, named, run, samples, w
 ITERATIONS, PROMPTS, ROLLOUTS = 12, 8, 4
 KINDS = ("driver", "group", "Policy", "Critic", "Engine", "hang")
 PATIENCE_S = 1800.0
-HANGS_AFTER_S = 20.0  # without an answer, an engine counts as hung
-GAP_S = (2.0, 25.0)  # between faults
+HANGS_AFTER_S = 20.0  # an engine that does not answer for so long counts as hung
+GAP_S = (2.0, 25.0)  # seconds between two faults
 
 
 def recipe(iterations: int) -> tuple[object, ...]:
-    """The arguments of a run that is long enough for faults and saves checkpoints often."""
+    """Returns the arguments of a run that lasts long enough for faults and saves checkpoints often."""
     return (
         "rl.run", ROOT / "recipes/rlvr.yaml", "--profile", "cpu", f"iterations={iterations}",
         f"prompts_per_iteration={PROMPTS}", f"rollouts_per_prompt={ROLLOUTS}", "data.eval_limit=4", "eval.every=1000",
@@ -45,14 +46,14 @@ def recipe(iterations: int) -> tuple[object, ...]:
 
 @dataclass
 class Faults:
-    """The faults of a run, and the number of times that it was resumed."""
+    """The kinds of faults in a run, and how many times the run was resumed."""
 
     kinds: list[str] = field(default_factory=list)
     resumed: int = 0
 
 
 def run_with_faults(folder: Path, iterations: int, faults: int, kinds: Sequence[str], rng: random.Random) -> Faults:
-    """Runs from start to end with `faults` faults."""
+    """Makes a complete run with `faults` faults."""
     made = Faults()
     command = Command(*recipe(iterations), "--output", folder)
     deadline = time.monotonic() + PATIENCE_S
@@ -76,13 +77,13 @@ def run_with_faults(folder: Path, iterations: int, faults: int, kinds: Sequence[
 
 
 def strike(command: Command, kind: str) -> str | None:
-    """Kills or stops a process of this kind and returns the kind; None if no such process runs now."""
+    """Kills or stops a process of this kind and returns the kind. Returns None if no such process runs now."""
     if kind == "driver":
         command.process.kill()
     elif kind == "group":
         os.killpg(command.process.pid, signal.SIGKILL)
     else:
-        # only an engine that samples: one that hangs at its start is noticed after max_start_s, an hour
+        # stops only an engine that samples: an engine that hangs at its start is noticed after max_start_s (an hour)
         found = named(command, "Engine.stream" if kind == "hang" else kind)
         if not found:
             return None
@@ -91,7 +92,7 @@ def strike(command: Command, kind: str) -> str | None:
 
 
 def differences(calm: Path, faulty: Path, iterations: int, *, exact: bool) -> list[str]:
-    """Returns a sentence for each difference between the undisturbed run and the one with faults."""
+    """Returns a sentence for each difference between the undisturbed run and the run with faults."""
     found = []
     lines = metrics(faulty)
     if [line["iteration"] for line in lines] != list(range(iterations + 1)):

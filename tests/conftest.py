@@ -17,13 +17,13 @@ from tests.support.reward_plugins import PLUGINS, ROW_JUDGES, TASKS
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
-    """No command outlives the test that started it, however the test ended."""
+    """Ends the commands that a test has started, after the test has passed or failed."""
     end_all()
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model folder, the model that was saved there, and an engine that serves it."""
+    """A model folder, the model saved in this folder, and an engine that serves the model."""
 
     folder: Path
     model: Any
@@ -39,7 +39,7 @@ def engine_process() -> Iterator[EngineProcess]:
 
 @pytest.fixture(scope="session")
 def tied(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A Qwen3 with tied embeddings. Its engine has the weights that the last test loaded."""
+    """A Qwen3 model with tied embeddings. The engine still has the weights that the previous test loaded."""
     folder = tmp_path_factory.mktemp("tied")
     model = tiny.make_text_model(folder, tied=True)
     engine = engine_process.start(folder)
@@ -49,7 +49,7 @@ def tied(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def step_vl(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A STEP3-VL. A test that loads other weights must load the first ones again."""
+    """A STEP3-VL model. A test that loads other weights must load the original weights again."""
     folder = tmp_path_factory.mktemp("step_vl")
     model = tiny.make_step_vl(folder)
     engine = engine_process.start(folder, max_images_per_prompt=3)
@@ -59,7 +59,7 @@ def step_vl(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the file plugins.py of tests/support/reward_plugins.py."""
+    """A folder with a file plugins.py, whose text is PLUGINS in tests/support/reward_plugins.py."""
     path = tmp_path_factory.mktemp("recipe")
     path.joinpath("plugins.py").write_text(PLUGINS)
     return path
@@ -67,12 +67,12 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runner(plugins: Path) -> Iterator[RewardRunner]:
-    """Scores the tasks of tests/support/reward_plugins.py, and rows with its row judges."""
+    """A reward runner with the tasks and the row judges of tests/support/reward_plugins.py."""
     with RewardRunner(TASKS, plugins, workers=2, row_judges=ROW_JUDGES) as made:
         yield made
 
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients of endpoints retry at once."""
+    """Makes clients of endpoints retry without delay."""
     hurry(monkeypatch)

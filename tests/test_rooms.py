@@ -1,5 +1,5 @@
-"""Checks the structure of the source tree: which folder may import which, where the heavy libraries come in, and that
-each source file has a test file."""
+"""Checks which folders may import each other, which files may import heavy libraries, and that each source file has a
+test file."""
 
 import ast
 import re
@@ -21,8 +21,8 @@ MAY_IMPORT = {
     "benchmarks": ROOMS,
     "tools": set(),
 }
-COMMANDS = {"rl/run.py", "rl/evaluate.py", "rewards/__main__.py"}  # these may import every room
-ONE_DOOR = {  # the only files that may import the library; an error message names the first one
+COMMANDS = {"rl/run.py", "rl/evaluate.py", "rewards/__main__.py"}  # these files may import every folder
+ONE_DOOR = {  # library -> the only files that may import it; an error message names the first file
     "ray": ["rl/actors.py"],
     "vllm": [
         "rollout/vllm/engine.py",
@@ -31,7 +31,7 @@ ONE_DOOR = {  # the only files that may import the library; an error message nam
         "rollout/vllm/step_vl.py",
         "rollout/weights/host.py",
     ],
-    "verl": ["rl/algorithm/verl_bridge.py", "benchmarks/_verl_engine.py"],  # the second is what we are compared with
+    "verl": ["rl/algorithm/verl_bridge.py", "benchmarks/_verl_engine.py"],  # the second is the benchmark's reference
 }
 SOURCES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
@@ -41,7 +41,7 @@ SOURCES = {
 
 
 def imported_names(file: str, source: str) -> Iterator[tuple[str, str]]:
-    """(module, imported name) of every import in `source`, also inside functions and under TYPE_CHECKING.
+    """Yields (module, imported name) for every import in `source`, also inside functions and under TYPE_CHECKING.
 
     The name is "" for `import module` and `import_module("module")`.
     """
@@ -62,12 +62,12 @@ def imported_names(file: str, source: str) -> Iterator[tuple[str, str]]:
 
 
 def imported_modules(file: str, source: str) -> list[str]:
-    """Full names of the modules that `source` imports, each once."""
+    """Returns the full names of the modules that `source` imports, without duplicates."""
     return list(dict.fromkeys(module for module, _ in imported_names(file, source)))
 
 
 def breaches(file: str, source: str) -> list[str]:
-    """One sentence per import of `file` (path from the root) that the rules above forbid."""
+    """Returns one sentence for each import of `file` that is not allowed. `file` is a path from the root."""
     room = file.partition("/")[0]
     allowed = ROOMS if file in COMMANDS else MAY_IMPORT[room]
     found = []
@@ -82,13 +82,13 @@ def breaches(file: str, source: str) -> list[str]:
 
 
 def file_of(module: str, sources: Mapping[str, str]) -> str | None:
-    """Our file that `module` is, None for a module that is not ours."""
+    """Returns the source file of a module, or None if the module is not part of this repository."""
     path = module.replace(".", "/")
     return next((file for file in (f"{path}.py", f"{path}/__init__.py") if file in sources), None)
 
 
 def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
-    """For each file, our files that it imports. `from package import module` counts for the module."""
+    """Returns file -> files of this repository that it imports. `from package import module` counts as the module."""
     return {
         file: {
             imported
@@ -100,7 +100,8 @@ def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[str]:
-    """One line per circle of imports, such as `a.py -> b.py -> a.py`; a depth-first search, so not all that overlap."""
+    """Returns circles of imports, such as `a.py -> b.py -> a.py`. The search is depth-first, so it may miss circles
+    that overlap with a circle already found."""
     found, done, path = [], set(), []
 
     def visit(file: str) -> None:
@@ -118,10 +119,10 @@ def circles(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def work_in_command(file: str, source: str) -> list[str]:
-    """One sentence per public function of a command file that is not `parser`, `main` or a function of the parsed
-    arguments. Other files may need such a function, and no file may import a command."""
+    """Returns one sentence for each public function of a command file, except `parser`, `main` and functions of the
+    parsed arguments. Other files may need such a function, but no file may import a command."""
     return [
-        f"{file}: {node.name}() is work; move it to a file that others may import"
+        f"{file}: {node.name}() does not belong in a command; move it to a file that others may import"
         for node in ast.parse(source).body
         if isinstance(node, ast.FunctionDef)
         and not node.name.startswith("_")
@@ -131,8 +132,8 @@ def work_in_command(file: str, source: str) -> list[str]:
 
 
 def without_test(sources: Mapping[str, str], root: Path) -> list[str]:
-    """One sentence per source file that has no test file of its name in the same tree under tests/, and whose
-    docstring does not say "tested in tests/..."."""
+    """Returns one sentence for each missing test file. A source file needs a test file with the same name and folder
+    under tests/, or a docstring that says "tested in tests/..."."""
     found = []
     for file, source in sources.items():
         tree, path = ast.parse(source), Path(file)
@@ -145,7 +146,7 @@ def without_test(sources: Mapping[str, str], root: Path) -> list[str]:
     return found
 
 
-def test_every_import_points_inward_and_heavy_libraries_come_through_their_door() -> None:
+def test_every_import_points_inward_and_only_allowed_files_import_heavy_libraries() -> None:
     assert [breach for file, source in SOURCES.items() for breach in breaches(file, source)] == []
 
 
@@ -177,7 +178,7 @@ def test_every_source_file_has_a_test_file_of_its_name_or_says_where_it_is_teste
 def test_no_test_file_imports_from_another_test_file() -> None:
     files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
     imports = [
-        f"{file} imports {module}: move what both use to tests/support"
+        f"{file} imports {module}: move the shared code to tests/support"
         for file, source in sorted(files.items())
         for module in imported_modules(file, source)
         if module.startswith("tests.") and module.rpartition(".")[2].startswith("test_")
@@ -185,7 +186,7 @@ def test_no_test_file_imports_from_another_test_file() -> None:
     assert not imports, "\n".join(["", *imports])
 
 
-def test_a_circle_is_named_whole_wherever_its_imports_stand() -> None:
+def test_a_circle_is_reported_with_all_of_its_files() -> None:
     sources = {
         "rl/__init__.py": "",
         "rl/a.py": "import rl.b",
@@ -203,7 +204,7 @@ def test_a_command_may_have_functions_of_its_arguments_only() -> None:
     )
     assert work_in_command("rl/run.py", source) == []
     assert work_in_command("rl/run.py", "def score(rows: list): ...") == [
-        "rl/run.py: score() is work; move it to a file that others may import"
+        "rl/run.py: score() does not belong in a command; move it to a file that others may import"
     ]
 
 
@@ -250,7 +251,7 @@ def test_a_file_without_test_is_named_with_the_path_that_its_test_should_have(tm
         ("rl/types.py", "import rayon, vllm_like", []),
     ],
 )
-def test_a_breach_is_named_with_the_way_to_go(file: str, source: str, said: list[str]) -> None:
+def test_a_forbidden_import_is_reported_with_the_file_to_use(file: str, source: str, said: list[str]) -> None:
     assert breaches(file, source) == said
 
 

@@ -1,4 +1,4 @@
-"""The helpers of tests/support leave no process behind, however a test ends."""
+"""Checks that the helpers of tests/support leave no process behind, whether a test passes or fails."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ time.sleep(600)
 
 @pytest.fixture
 def family(tmp_path: Path) -> Command:
-    """A command that has started a process in another session, and ends no sooner than it."""
+    """A command that has started a second process in another session. The command runs as long as this process."""
     (tmp_path / "family.py").write_text(FAMILY)
     command = Command("family", folder=tmp_path)
     deadline = time.monotonic() + 30

@@ -1,4 +1,4 @@
-"""Answers of models, stored on disk when they arrive, so that a curation that was killed asks nothing twice.
+"""Stores every model answer on disk when it arrives. A curation that is killed and continued then asks nothing twice.
 
 Tested in tests/stages/curation/test_filters.py.
 """
@@ -12,11 +12,12 @@ from typing import Any
 
 from rl.record.disk import to_disk, writing
 
-Key = tuple[str, str, int]  # kind of answer, row id, number
+Key = tuple[str, str, int]  # kind of answer, row id, number of the answer
 
 
 class Answers:
-    """One file of JSON lines {kind, id, n, ...}. Any thread may add lines. A last line that a crash cut is dropped."""
+    """A file with one JSON line {kind, id, n, ...} per answer. Any thread may add lines. If a crash cut the last line,
+    that line is dropped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,11 +44,11 @@ class Answers:
             to_disk(self.path)
 
     def get(self, kind: str, row_id: str, number: int) -> Mapping[str, Any] | None:
-        """The stored answer, or None."""
+        """Returns the stored answer, or None if there is none."""
         return self.known.get((kind, row_id, number))
 
     def put(self, kind: str, row_id: str, number: int, record: Mapping[str, Any]) -> None:
-        """Stores an answer. Raises Stop if it cannot be written."""
+        """Stores an answer. Raises Stop if the file cannot be written."""
         line = json.dumps({"kind": kind, "id": row_id, "n": number, **record}).encode() + b"\n"
         with self._lock:
             if self._file.closed or self.known.get((kind, row_id, number)) == record:

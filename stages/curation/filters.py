@@ -1,7 +1,7 @@
-"""The filters of the report: which rows are kept, and why others are dropped.
+"""The curation filters of the STEP3-VL-10B report. The filters decide which rows are kept, and why rows are dropped.
 
-A filter gets the remaining rows of a block and returns a decision for each. Answers of models are stored in an
-`Answers`, so that nothing is asked twice.
+A filter gets the rows of a block that are not dropped yet, and returns one decision per row. Answers of models are
+stored in `Answers`, so that no question is asked twice.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,25 +28,25 @@ from stages.pacore import is_accepted, with_pool, within_bounds
 
 @dataclass(frozen=True)
 class CandidateRow:
-    """A row that passes through the filters."""
+    """A data row, with the results of the filters that it has passed."""
 
     prompt: Prompt
-    source: int  # index in data.train
-    notes: Mapping[str, Any] = field(default_factory=dict)  # results by filter; written to meta.curation
+    source: int  # index of the row's source in data.train
+    notes: Mapping[str, Any] = field(default_factory=dict)  # filter name -> result; written to meta.curation
 
     def with_note(self, filter_name: str, note: Any) -> "CandidateRow":
-        """The row with one more result."""
+        """Returns the row with the result of one more filter."""
         return replace(self, notes={**self.notes, filter_name: note})
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a filter decided about a row."""
+    """The decision of a filter about one row."""
 
     row: CandidateRow
-    dropped: str | None = None  # None: kept; otherwise the reason, in words that many rows share
-    detail: str = ""  # what is particular to this row
-    filter: str = ""  # the filter that dropped the row
+    dropped: str | None = None  # None if the row is kept, else the reason in words that many rows share
+    detail: str = ""  # details about this row only
+    filter: str = ""  # name of the filter that dropped the row; "" if it is kept
 
 
 class Filter(Protocol):
@@ -55,7 +55,7 @@ class Filter(Protocol):
 
 @dataclass(frozen=True)
 class DecontaminationFilter:
-    """Drops rows that overlap a benchmark. It calls no model."""
+    """Drops rows that overlap with a benchmark. This filter calls no model."""
 
     benchmarks: Benchmarks
 
@@ -73,7 +73,7 @@ class DecontaminationFilter:
 
 
 def row_judges(config: Config) -> dict[str, ScorerSpec]:
-    """Name of a pass -> its row judge, for the filters of the recipe."""
+    """Returns the row judges of the recipe's filters: name of the pass -> judge."""
     judges: dict[str, ScorerSpec] = {}
     if "checkability" in config.curate.filters:
         options = config.curate.checkability
@@ -93,7 +93,7 @@ class CheckabilityFilter:
 
     options: Checkability
     scorer: Scorer
-    limit: float  # the largest share of invalid judgements that is allowed
+    limit: float  # maximum allowed share of invalid judgements
 
     def __call__(self, rows: Sequence[CandidateRow], answers: Answers) -> list[Decision]:
         votes = _judge("checkability", self.options.passes, rows, self.scorer, answers, self.limit)
@@ -105,7 +105,7 @@ class CheckabilityFilter:
         if positive == len(votes):
             return Decision(noted)
         failed = [vote for vote in votes if vote.invalid is not None]
-        if len(failed) + positive == len(votes):  # no pass calls the row invalid
+        if len(failed) + positive == len(votes):  # no vote calls the row invalid, but some votes are missing
             return _not_scored(row, failed)
         negative = (vote for vote in votes if vote.invalid is None and vote.value != 1)
         reason = next((text for vote in negative if (text := _reason(vote))), "")
@@ -118,7 +118,7 @@ class RelevanceFilter:
 
     options: Relevance
     scorer: Scorer
-    limit: float  # the largest share of invalid judgements that is allowed
+    limit: float  # maximum allowed share of invalid judgements
 
     def __call__(self, rows: Sequence[CandidateRow], answers: Answers) -> list[Decision]:
         with_pictures = [row for row in rows if row.prompt.images]
@@ -138,7 +138,7 @@ class RelevanceFilter:
 def _judge(
     filter_name: str, passes: int, rows: Sequence[CandidateRow], scorer: Scorer, answers: Answers, limit: float
 ) -> list[list[RowScore]]:
-    """The score of every pass for every row."""
+    """Returns one list of scores per row, with one score per pass."""
     scores = RowScores(scorer, answers, filter_name)
     for row in rows:
         for number in range(passes):
@@ -152,12 +152,12 @@ def _judge(
 
 @dataclass(frozen=True)
 class DifficultyFilter:
-    """Keeps rows that the policy solves sometimes but not always. Its answers become the pool of the row."""
+    """Keeps rows that the policy solves sometimes but not always. The policy's answers become the pool of the row."""
 
     options: Difficulty
     accept: Accept
     policy: PolicySampler
-    longest: int  # tokens of prompt and response together, at most
+    longest: int  # maximum tokens of prompt and response together
 
     def __call__(self, rows: Sequence[CandidateRow], answers: Answers) -> list[Decision]:
         prompts = [row.prompt for row in rows]
@@ -172,7 +172,7 @@ class DifficultyFilter:
 
 @dataclass(frozen=True)
 class SynthesisFilter:
-    """Keeps rows that the policy solves sometimes but not always when it sees pooled answers."""
+    """Keeps rows that the policy solves sometimes but not always when the prompt contains pooled answers."""
 
     options: SynthesisFilterOptions
     messages: SynthesisOptions
@@ -188,7 +188,7 @@ class SynthesisFilter:
             try:
                 prompt = self.with_messages(decision.row.prompt)
                 tokens = self.policy.chat.length(prompt)
-            except ValueError as error:  # the template or the chat refuses a message
+            except ValueError as error:  # the synthesis template or the chat template refuses a message
                 decisions[index] = Decision(decision.row, "cannot be shown with its messages", str(error))
                 continue
             if tokens < self.options.max_sequence_length:
@@ -203,7 +203,7 @@ class SynthesisFilter:
         return decisions
 
     def with_messages(self, prompt: Prompt) -> Prompt:
-        """The prompt with pooled answers. The draw is always the same for a row."""
+        """Returns the prompt with pooled answers. The draw is always the same, as its seed comes from the row."""
         seed = f"{self.policy.seed}/synthesis/{prompt.id}"
         return draw_messages(prompt, self.messages.least_messages, self.messages.most_messages, seed)
 
@@ -218,14 +218,14 @@ class SynthesisFilter:
 
 
 def drop_reason(accepted: Sequence[bool]) -> str | None:
-    """Why a row is dropped, or None. Some of its responses must be accepted, but not all of them (report, 3.2.3)."""
+    """Returns why a row is dropped, or None. A kept row has accepted and also rejected responses (report, 3.2.3)."""
     if not any(accepted):
         return "never accepted"
     return "always accepted" if all(accepted) else None
 
 
 def _decide_by_accuracy(filter_name: str, row: CandidateRow, samples: Sequence[Sample], accept: Accept) -> Decision:
-    """Decides by `drop_reason`, unless invalid scores could change the result."""
+    """Decides by `drop_reason`. If invalid scores could change a drop, its reason is "could not be scored"."""
     valid = [sample for sample in samples if sample.score.invalid is None]
     failed = [sample.score for sample in samples if sample.score.invalid is not None]
     accepted = [is_accepted(sample.score, accept) for sample in valid]
@@ -237,7 +237,7 @@ def _decide_by_accuracy(filter_name: str, row: CandidateRow, samples: Sequence[S
 
 
 def _not_scored(row: CandidateRow, failed: Sequence[Scored | RowScore]) -> Decision:
-    """Drops a row that cannot be decided, because some of its scores are invalid."""
+    """Drops a row because its invalid scores could change the decision."""
     return Decision(row, "could not be scored", str(failed[0].invalid))
 
 

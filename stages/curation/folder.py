@@ -1,6 +1,6 @@
-"""The folder that a curation writes: its recipe, and the rows and decisions of every block.
+"""The output folder of a curation, with the recipe, and with the rows and decisions of every block.
 
-Files appear with all of their content or not at all. The rows of a block are written last.
+Each file is written completely or not at all. The rows file of a block is written last.
 
 Tested in tests/stages/curation/test_filters.py.
 """
@@ -43,17 +43,17 @@ class CurationFolder:
 
     @contextmanager
     def locked(self, config: Config, recipe: str, digest: str) -> Iterator[None]:
-        """Locks the folder for this process. It is new, or holds the same curation, unfinished.
+        """Locks the folder for this process. The folder must be new or hold the same curation.
 
         Args:
-            digest: of the rows and all other files that the filters use.
-        Raises: InputError if it holds something else, or if another process writes there.
+            digest: the digest of the rows and of all other files that the filters use.
+        Raises: InputError if the folder holds something else, or if another process writes there.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; give a folder as --out")
         names = {entry.name.removesuffix(".partial") for entry in self.path.iterdir()} if self.path.exists() else set()
         if names and RECIPE not in names:
-            raise InputError(f"{self.path} is not empty and holds no curation; give another --out")
+            raise InputError(f"{self.path} is not empty and holds no curation; give another folder as --out")
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with as_input_error():
@@ -70,37 +70,36 @@ class CurationFolder:
     def _check_same(self, config: Config, digest: str) -> None:
         saved, state = self.path / RECIPE, self.path / STATE
         if not saved.is_file() or not state.is_file():
-            return  # the curation ended before it called a model
+            return  # the earlier attempt ended before it called a model
         if changed := [c for c in differences(load(saved).config, config) if _changes_answers(c.key)]:
             listed = "".join(f"\n  {change}" for change in changed)
-            raise InputError(f"{self.path} was begun with another recipe:{listed}\nGive another --out for this one")
+            raise InputError(f"{self.path} was started with another recipe:{listed}\nUse another --out for this recipe")
         if json.loads(state.read_text())["rows"] != digest:
             raise InputError(
-                f"the rows (or benchmarks, or a template) are not those that {self.path} was begun with; give another "
-                "--out"
+                f"the rows, the benchmarks or a template have changed since {self.path} was started; give another --out"
             )
 
     def rows(self, block: int) -> Path:
-        """The file of a block's rows."""
+        """Returns the path of a block's rows file."""
         return self.path / "rows" / f"{block:05d}.jsonl"
 
     def decisions(self, block: int) -> Path:
-        """The file of a block's decisions."""
+        """Returns the path of a block's decisions file."""
         return self.path / "fates" / f"{block:05d}.jsonl"
 
     def unfinished(self, blocks: int) -> list[int]:
-        """The numbers of the blocks, of `blocks` in all, that are not finished."""
+        """Returns the numbers of the unfinished blocks. `blocks` is the number of all blocks."""
         return [block for block in range(blocks) if not self.rows(block).is_file()]
 
     def answers(self, block: int, filter_name: str) -> Path:
-        """The file of the answers that a filter got for a block."""
+        """Returns the path of the file with the answers that a filter got for a block."""
         return self.path / "answers" / f"{block:05d}-{filter_name}.jsonl"
 
     def finish(self, block: int, decisions: Sequence[Decision], sources: Sequence[str]) -> None:
-        """Writes a block's decisions and then its rows.
+        """Writes the decisions of a block, and then its rows.
 
         Args:
-            sources: paths of data.train, in order.
+            sources: the paths in data.train, in order.
         """
         rows = [row_record(one.row, self._picture_part) for one in decisions if one.dropped is None]
         records = [
@@ -119,8 +118,10 @@ class CurationFolder:
         write_file(self.rows(block), _lines(rows))
 
     def _picture_part(self, picture: Picture) -> dict[str, Any]:
-        """The part of a message that shows a picture, by a path that is relative to the rows' file. A picture that came
-        as bytes is written to a file."""
+        """Returns the part of a chat message that refers to the picture by a path relative to the rows file.
+
+        A picture held as bytes is first written to a file.
+        """
         if not isinstance(picture.source, bytes):
             return {"type": "image", "image": os.path.relpath(picture.source, (self.path / "rows").resolve())}
         path = self.path / "pictures" / picture.digest
@@ -130,10 +131,10 @@ class CurationFolder:
 
 
 def row_record(row: CandidateRow, part_of: Callable[[Picture], dict[str, Any]] = image_part) -> dict[str, Any]:
-    """A row as JSON values, in the format of training rows.
+    """Converts a row into JSON values, in the format of training rows.
 
     Args:
-        part_of: makes the part of a message that shows a picture.
+        part_of: converts a picture into the part of a chat message that contains it.
     """
     prompt = row.prompt
     optional = {
@@ -153,7 +154,7 @@ def row_record(row: CandidateRow, part_of: Callable[[Picture], dict[str, Any]] =
 
 
 def shortened(prompt: Prompt, most: int = 200) -> str:
-    """The text of the last turn, for the report, at most `most` characters."""
+    """Returns the text of the last chat turn for the report, cut to `most` characters."""
     content = prompt.messages[-1]["content"]
     parts = [content] if isinstance(content, str) else [p.get("text", "(picture) ") for p in content]
     text = "".join(parts)
@@ -161,7 +162,7 @@ def shortened(prompt: Prompt, most: int = 200) -> str:
 
 
 def _changes_answers(key: str) -> bool:
-    """True if an option can change answers or decisions. The name and the server of an endpoint may change."""
+    """True if an option can change answers or decisions. Of an endpoint's options, only the model can."""
     return key.startswith(RELEVANT) or (key.startswith("endpoints.") and key.endswith(".model"))
 
 

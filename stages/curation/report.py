@@ -1,4 +1,4 @@
-"""The report of a curation: rows before and after each filter, accuracies, and why rows were dropped.
+"""The report of a curation: row counts before and after each filter, acceptance rates, and reasons for dropped rows.
 
 Tested in tests/stages/curation/test_filters.py.
 """
@@ -12,10 +12,10 @@ from typing import Any
 
 from jinja2 import Environment
 
-EXAMPLES = 3  # of each reason
-BARS = 12  # of a histogram
-WIDTH = 40  # characters of its longest bar
-PAGE = Path(__file__).with_suffix(".jinja")  # the HTML page
+EXAMPLES = 3  # number of example rows for each reason
+BARS = 12  # number of bars in a histogram, besides the bars `none` and `all`
+WIDTH = 40  # length of a histogram's longest bar, in characters
+PAGE = Path(__file__).with_suffix(".jinja")  # the template of the HTML page
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class FilterCount:
 
 @dataclass(frozen=True)
 class DropReason:
-    """A reason for which a filter dropped rows."""
+    """A reason why a filter dropped rows, with examples."""
 
     filter: str
     why: str
@@ -40,7 +40,7 @@ class DropReason:
 
 @dataclass(frozen=True)
 class Histogram:
-    """The number of rows by the share of accepted responses: none, all, and equal intervals between them."""
+    """Counts rows by their share of accepted responses: one bar for none, one for all, equal-width bars in between."""
 
     filter: str
     bars: tuple[tuple[str, int], ...]
@@ -52,7 +52,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class CurationReport:
-    """The numbers and examples of a report."""
+    """The numbers and example rows of a report."""
 
     rows: int
     kept: int
@@ -61,8 +61,8 @@ class CurationReport:
     reasons: tuple[DropReason, ...]
 
     def text(self) -> str:
-        """The report for a terminal."""
-        lines = [f"{self.kept} of {self.rows} rows stay"]
+        """Returns the report as text for a terminal."""
+        lines = [f"{self.kept} of {self.rows} rows are kept"]
         for one in self.counts:
             lines.append(f"  {one.filter:<16}{one.before:>8} -> {one.after:<8}{one.source}")
         for histogram in self.histograms:
@@ -75,18 +75,18 @@ class CurationReport:
         return "\n".join(lines)
 
     def html(self) -> str:
-        """The report as one HTML file without references to others."""
+        """Returns the report as one HTML page that loads no other file."""
         page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE.read_text())
         return page.render(report=self)
 
 
 def make_report(decisions: Sequence[Path], filters: Sequence[str], sources: Sequence[str]) -> CurationReport:
-    """Makes the report of all blocks.
+    """Makes the report from the decisions about all blocks.
 
     Args:
-        decisions: the files of the blocks' decisions.
+        decisions: the decision files of all blocks.
         filters: the names of the applied filters, in order.
-        sources: the paths of data.train, in order.
+        sources: the paths in data.train, in order.
     """
     rows = [json.loads(line) for path in decisions for line in path.read_bytes().split(b"\n") if line]
     counts = []

@@ -42,8 +42,8 @@ from stages.curation.sampling import PolicySampler
 from stages.plan import Plan, make_plan, skipped_lines
 from stages.processes import Restarts, Samplers
 
-ORDER = ("decontamination", "checkability", "relevance", "difficulty", "synthesis")  # the report's
-POLICY_FILTERS = {"difficulty", "synthesis"}  # they sample the policy
+ORDER = ("decontamination", "checkability", "relevance", "difficulty", "synthesis")  # the order in the report
+POLICY_FILTERS = {"difficulty", "synthesis"}  # filters that sample responses of the policy
 SECTIONS = {"seed", "model", "data", "rewards", "endpoints", "rollout", "accept", "synthesis", "curate"}
 """The sections of a recipe that a curation uses."""
 Say = Callable[[str], None]
@@ -51,22 +51,22 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Curation:
-    """A recipe whose rows, filters and judges fit together."""
+    """A checked curation: its recipe, rows, filters and judges fit together."""
 
     plan: Plan
-    benchmarks: Benchmarks | None  # None if the recipe does not decontaminate
+    benchmarks: Benchmarks | None  # None if the recipe does not use the filter decontamination
 
     def lines(self) -> list[str]:
-        """The plan of the curation, for --dry-run."""
+        """Returns the plan of this curation as lines, for --dry-run."""
         plan, c = self.plan, self.plan.config.curate
         texts = {
-            "decontamination": f"against {self.benchmarks.rows if self.benchmarks else 0} benchmark rows, exactly and "
-            f"by {c.decontamination.ngram} words and signs",
-            "checkability": f"{c.checkability.passes} pass(es) of {c.checkability.endpoint}, all have to agree",
+            "decontamination": f"{self.benchmarks.rows if self.benchmarks else 0} benchmark rows share neither the "
+            f"question nor {c.decontamination.ngram} consecutive words and signs",
+            "checkability": f"{c.checkability.passes} pass(es) of {c.checkability.endpoint} all call the row valid",
             "relevance": f"{c.relevance.endpoint} grades at least {c.relevance.at_least:g}",
-            "difficulty": f"{c.difficulty.rollouts} responses of {plan.model}, some accepted and not all",
+            "difficulty": f"{c.difficulty.rollouts} responses of {plan.model}, of which some but not all are accepted",
             "synthesis": f"{c.synthesis.rollouts} responses with {plan.config.synthesis.least_messages} to "
-            f"{plan.config.synthesis.most_messages} messages, some accepted and not all",
+            f"{plan.config.synthesis.most_messages} messages, of which some but not all are accepted",
         }
         return [
             f"rows       {sum(map(len, blocks_of(plan)))} of {len(plan.train)}, in blocks of {c.block}",
@@ -75,7 +75,7 @@ class Curation:
         ]
 
     def run(self, path: Path, recipe: str, *, verbose: bool = False) -> None:
-        """Runs every block that is not finished yet in the folder `path`, then writes the report.
+        """Runs the unfinished blocks of the curation in `path`, then writes the report.
 
         Args:
             recipe: the text of the resolved recipe.
@@ -104,7 +104,7 @@ class Curation:
 
 
 def checked(config: Config) -> Curation:
-    """Checks a recipe. Raises InputError if it cannot be run."""
+    """Checks a recipe and returns its curation. Raises InputError if the curation cannot be run."""
     with as_input_error():
         _check_judges(config)
         plan = make_plan(config, row_judges(config))
@@ -115,34 +115,34 @@ def checked(config: Config) -> Curation:
 def _check_judges(config: Config) -> None:
     c = config.curate
     if "vote" in c.checkability.params:
-        raise InputError("curate.checkability.params: vote is the number of the pass; leave it out")
+        raise InputError("curate.checkability.params: the code sets `vote` to the number of the pass; leave it out")
     for name, options in (("checkability", c.checkability), ("relevance", c.relevance)):
         if name in c.filters and options.endpoint not in config.endpoints:
             known = ", ".join(config.endpoints) or "none"
             raise InputError(f"curate.{name}.endpoint: there is no endpoint {options.endpoint!r} (there are: {known})")
     if "relevance" in c.filters and not config.endpoints[c.relevance.endpoint].images:
-        raise InputError(f"endpoints.{c.relevance.endpoint} is shown no pictures; the rater needs `images: true`")
+        raise InputError(f"endpoints.{c.relevance.endpoint} gets no pictures; the filter relevance needs images: true")
 
 
 def _check_thresholds(plan: Plan) -> None:
-    """Raises InputError if a task's rewards are always, or never, high enough to be accepted."""
+    """Raises InputError if a task's threshold accepts every possible reward or none."""
     tasks = sorted({prompt.task for prompt in plan.train})
     for task in tasks if POLICY_FILTERS & set(plan.config.curate.filters) else ():
         least, lowest, highest = plan.config.accept.of(task), plan.rewards.lowest(task), plan.rewards.highest(task)
         if not lowest < least <= highest + ROUNDING:
             raise InputError(
-                f"accept: task {task} is accepted from a reward of {least:g}, but its rewards are between {lowest:g} "
-                f"and {highest:g}; set accept.least, or accept.by_task"
+                f"accept: responses of task {task} are accepted from a reward of {least:g}, but its rewards are "
+                f"between {lowest:g} and {highest:g}; set accept.least, or accept.by_task"
             )
 
 
 def _filter_names(config: Config) -> list[str]:
-    """The recipe's filters in the report's order."""
+    """Returns the names of the recipe's filters, in the report's order."""
     return [name for name in ORDER if name in config.curate.filters]
 
 
 def _benchmarks(config: Config) -> Benchmarks:
-    """Reads the benchmarks. Their rows need no task."""
+    """Reads the benchmark rows, which need no task."""
     sources = config.curate.decontamination.against or config.data.eval
     if not sources:
         raise InputError("curate.decontamination.against names no benchmark, and data.eval has none either")
@@ -154,7 +154,7 @@ def _benchmarks(config: Config) -> Benchmarks:
 
 
 def blocks_of(plan: Plan) -> list[list[CandidateRow]]:
-    """The rows in their order, or `curate.rows` of them at equal distances, in blocks."""
+    """Splits the rows into blocks. If `curate.rows` is set, uses only that many rows, taken at equal distances."""
     options = plan.config.curate
     rows = [CandidateRow(prompt, source) for prompt, source in zip(plan.train, plan.sources, strict=True)]
     if options.rows is not None and options.rows < len(rows):
@@ -169,7 +169,7 @@ def run_blocks(
     sources: Sequence[str],
     say: Say,
 ) -> None:
-    """Runs the unfinished blocks one after the other. Judges work on the next block while the policy works on this."""
+    """Runs the unfinished blocks in order. While the policy works on a block, judges work on the next block."""
     judge_filters = {name: run for name, run in filters.items() if name not in POLICY_FILTERS}
     policy_filters = {name: run for name, run in filters.items() if name in POLICY_FILTERS}
     ahead: Ahead[list[Decision]] = Ahead()
@@ -193,7 +193,7 @@ def run_blocks(
             decisions = apply(number, decisions, policy_filters)
             folder.finish(number, decisions, sources)
             kept = sum(decision.dropped is None for decision in decisions)
-            say(f"block {number + 1} of {len(blocks)} is done: {kept} of {len(decisions)} rows stay")
+            say(f"block {number + 1} of {len(blocks)} is done: {kept} of {len(decisions)} rows are kept")
     finally:
         ahead.abandon()
 
@@ -205,10 +205,10 @@ def _say(message: str) -> None:
 def apply_filters(
     decisions: Sequence[Decision], filters: Mapping[str, Filter], answers: Callable[[str], Answers], say: Say
 ) -> list[Decision]:
-    """Applies more filters to the rows that are not dropped yet, in order.
+    """Applies filters, in order, to the rows that are not dropped yet.
 
     Args:
-        answers: opens the stored answers of a filter, by its name.
+        answers: opens the stored answers of a filter, given the filter's name.
     """
     result = list(decisions)
     for name, run in filters.items():
@@ -221,13 +221,13 @@ def apply_filters(
             result[index] = replace(decision, filter="" if decision.dropped is None else name)
         stay = sum(decision.dropped is None for decision in decided)
         seconds = time.monotonic() - start
-        say(f"{name}: {stay} of {len(kept)} rows stay ({seconds:.0f} s, {before} answers were known)")
+        say(f"{name}: {stay} of {len(kept)} rows are kept ({seconds:.0f} s, {before} answers were stored before)")
     return result
 
 
 @contextmanager
 def _filters(plan: Plan, benchmarks: Benchmarks | None, verbose: bool) -> Iterator[Mapping[str, Filter]]:
-    """The recipe's filters in the report's order, with the processes that they need."""
+    """Starts the processes that the recipe's filters need. Yields the filters in the report's order."""
     config, c = plan.config, plan.config.curate
     limit = config.max_invalid_fraction
     filters: dict[str, Filter] = {}
@@ -245,7 +245,7 @@ def _filters(plan: Plan, benchmarks: Benchmarks | None, verbose: bool) -> Iterat
 
 @contextmanager
 def _engines(plan: Plan, verbose: bool) -> Iterator[EnginePool | None]:
-    """Starts the judges that the recipe serves, and the engines. None if no filter samples the policy."""
+    """Starts the judges that the recipe serves, and the engines. Yields None if no filter samples the policy."""
     config = plan.config
     policy_filters = POLICY_FILTERS & set(config.curate.filters)
     longest = config.max_sequence_length
@@ -270,7 +270,7 @@ def _engines(plan: Plan, verbose: bool) -> Iterator[EnginePool | None]:
 
 
 def _digest(plan: Plan) -> str:
-    """A digest of the rows and of all files that the filters use."""
+    """Returns a digest of the rows and of all files that the filters use."""
     digest = hashlib.sha256()
     for prompt, source in zip(plan.train, plan.sources, strict=True):
         content = [

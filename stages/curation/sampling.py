@@ -1,6 +1,6 @@
-"""Samples and scores responses of the policy to data rows, and has judges score rows.
+"""Samples responses of the policy to data rows, has these responses scored, and has judges score rows.
 
-Every response and every score is stored in an `Answers` when it arrives, and nothing that is stored is computed again.
+Each response and each score is stored in `Answers` when it arrives. Stored results are not computed again.
 
 Tested in tests/stages/curation/test_filters.py.
 """
@@ -19,19 +19,19 @@ from rollout.pool import seed_of
 from stages.curation.answers import Answers
 from stages.loop import AnyScore, require_valid
 
-ENOUGH_TO_JUDGE = 24  # scores; with fewer of them a few invalid ones do not show that the reward fails
+ENOUGH_TO_JUDGE = 24  # with fewer scores, a few invalid scores do not prove that the reward fails
 Record = Mapping[str, Any]
 Item = TypeVar("Item", Rollout, Prompt)
 
 
 class Engines(Protocol):
-    """rollout.pool.EnginePool, or scripted engines in tests."""
+    """The interface of rollout.pool.EnginePool, and of scripted engines in tests."""
 
     def complete(self, requests: Sequence[Sequence[Request]]) -> Iterable[tuple[int, Completion]]: ...
 
 
 class Scorer(Protocol):
-    """rewards.running.runner.RewardRunner, or a scripted one in tests."""
+    """The interface of rewards.running.runner.RewardRunner, and of scripted scorers in tests."""
 
     def is_group(self, task: str) -> bool: ...
     def submit(self, rollout: Rollout) -> Future[Scored]: ...
@@ -42,7 +42,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """A response of the policy to a row, and its score."""
+    """A response of the policy to a row, and the score of this response."""
 
     rollout: Rollout
     score: Scored
@@ -51,24 +51,25 @@ class Sample:
 
 @dataclass(frozen=True)
 class PolicySampler:
-    """Samples responses of the policy and has them scored, for the filters."""
+    """Samples responses of the policy for the filters, and has these responses scored."""
 
     engines: Engines
     chat: Chat
     scorer: Scorer
     temperature: float
     seed: int
-    limit: float  # the largest share of invalid samples that is allowed
+    limit: float  # maximum allowed share of invalid samples
 
     def samples(
         self, filter_name: str, prompts: Sequence[Prompt], count: int, longest: int, answers: Answers
     ) -> list[list[Sample]]:
-        """Returns `count` scored responses to each prompt.
+        """Returns `count` scored responses for each prompt.
 
-        All missing responses go to the engines in one call. Each is scored while others are generated.
+        All responses that are not stored yet are requested from the engines in one call. Each response is scored while
+        other responses are still generated.
 
         Args:
-            longest: tokens of prompt and response together, at most.
+            longest: the maximum number of tokens of prompt and response together.
         Raises: Stop if too many scores are invalid.
         """
         kind, scores = f"{filter_name} said", RolloutScores(self.scorer, answers, filter_name)
@@ -97,7 +98,7 @@ class PolicySampler:
         ]
 
     def requests(self, filter_name: str, prompt: Prompt, numbers: Sequence[int], longest: int) -> list[Request]:
-        """One request for each number. Seeds come from the row, so that blocks and restarts do not change them."""
+        """Returns one request per number. Seeds come from the row, so a restart does not change them."""
         ids, room = self.chat.prompt_ids(prompt), longest - self.chat.length(prompt)
         seeds = [seed_of(self.seed, filter_name, prompt.id, n) for n in numbers]
         return [Request(ids, prompt.images, room, seed, self.temperature) for seed in seeds]
@@ -105,7 +106,7 @@ class PolicySampler:
     def _score(
         self, prompt: Prompt, new: Sequence[int], count: int, kind: str, answers: Answers, scores: "RolloutScores"
     ) -> None:
-        """Scores the stored responses of a prompt that are in `new`. A group reward needs all of them together."""
+        """Scores the stored responses whose numbers are in `new`. A group reward waits for all responses."""
         group = self.scorer.is_group(prompt.task)
         records = [(n, answers.get(kind, prompt.id, n)) for n in (range(count) if group else new)]
         stored = [(n, _rollout(prompt, record)) for n, record in records if record is not None]
@@ -117,7 +118,7 @@ class PolicySampler:
 
 
 class Scores(Generic[Item, AnyScore]):
-    """Scores of one filter: stored ones, and those that are being computed."""
+    """The scores of one filter. Some scores are stored, and others are still being computed."""
 
     def __init__(self, scorer: Scorer, answers: Answers, filter_name: str) -> None:
         self.scorer, self.answers, self.filter_name, self.kind = scorer, answers, filter_name, f"{filter_name} score"
@@ -125,15 +126,15 @@ class Scores(Generic[Item, AnyScore]):
         self._waiting: dict[tuple[str, int], Future[AnyScore]] = {}
 
     def submit(self, group: Sequence[tuple[int, Item]]) -> Sequence[Future[AnyScore]]:
-        """Starts to score the numbered items."""
+        """Starts to score the numbered items. Returns one future per item."""
         raise NotImplementedError
 
     def restore(self, item: Item, record: Record) -> AnyScore:
-        """The score that a stored record holds."""
+        """Converts a stored record into a score."""
         raise NotImplementedError
 
     def request(self, row_id: str, group: Sequence[tuple[int, Item]]) -> None:
-        """Scores the numbered items of one row together, unless all their scores are stored and valid."""
+        """Scores the numbered items of one row together, unless all scores of these items are stored and valid."""
         records = {n: self.answers.get(self.kind, row_id, n) for n, _ in group}
         if all(record is not None and record["invalid"] is None for record in records.values()):
             for n, item in group:
@@ -144,7 +145,8 @@ class Scores(Generic[Item, AnyScore]):
             future.add_done_callback(lambda done, n=n: self._on_done(row_id, n, done))
 
     def _on_done(self, row_id: str, number: int, future: Future[AnyScore]) -> None:
-        """Runs in a worker thread, where an error would be lost. `wait` does the same again and raises it."""
+        """Stores a score when it arrives. An error in this worker thread is ignored, because `wait` stores the score
+        again and then raises the error."""
         if not future.cancelled() and not future.exception():
             with suppress(Stop):
                 self._store(row_id, number, future.result())
@@ -155,8 +157,8 @@ class Scores(Generic[Item, AnyScore]):
         self.answers.put(self.kind, row_id, number, {"reward": value, "invalid": score.invalid, "details": details})
 
     def wait(self, limit: float) -> dict[tuple[str, int], AnyScore]:
-        """Returns all scores by row id and number. Raises Stop if more than the share `limit` of them is invalid, which
-        means that the reward fails and not single rows."""
+        """Returns all scores: (row id, number) -> score. Raises Stop if the share of invalid scores is above `limit`.
+        In this case the reward itself fails, and not only some rows."""
         scored = self.scorer.results(list(self._waiting.values()))
         for (row_id, number), score in zip(self._waiting, scored, strict=True):
             self._store(row_id, number, score)  # the callback may not have run yet
@@ -167,7 +169,7 @@ class Scores(Generic[Item, AnyScore]):
 
 
 class RolloutScores(Scores[Rollout, Scored]):
-    """Rewards of the policy's responses."""
+    """Scores of the policy's responses."""
 
     def submit(self, group: Sequence[tuple[int, Rollout]]) -> Sequence[Future[Scored]]:
         rollouts = [rollout for _, rollout in group]
@@ -178,7 +180,7 @@ class RolloutScores(Scores[Rollout, Scored]):
 
 
 class RowScores(Scores[Prompt, RowScore]):
-    """Scores of a row judge, numbered by its passes."""
+    """Scores that a row judge gives to rows, numbered by pass."""
 
     def submit(self, group: Sequence[tuple[int, Prompt]]) -> Sequence[Future[RowScore]]:
         return [self.scorer.submit_row(prompt, pass_name(self.filter_name, number)) for number, prompt in group]
@@ -188,7 +190,7 @@ class RowScores(Scores[Prompt, RowScore]):
 
 
 def pass_name(filter_name: str, number: int) -> str:
-    """The name of the row judge of one pass."""
+    """Returns the name of the row judge for one pass."""
     return f"{filter_name}/{number}"
 
 

@@ -1,4 +1,4 @@
-"""Measures a policy on held-out rows: samples answers, scores them, and reports the figures of scores.py."""
+"""Measures a policy on held-out rows: samples answers, scores them, and reports the figures that scores.py computes."""
 
 import sys
 import tempfile
@@ -43,25 +43,25 @@ MODES = ("sere", "majority", "pacore")
 
 @dataclass(frozen=True)
 class Questions:
-    """What an evaluation asks the policy."""
+    """The settings of an evaluation: which answers are sampled, and how many."""
 
     modes: Sequence[str]  # some of MODES
     attempts: int = 16  # trajectories per row
-    syntheses: int = 1  # PaCoRe answers per row, each from all trajectories
-    limit: int | None = None  # rows of each task; None: data.eval_limit
+    syntheses: int = 1  # PaCoRe answers per row; each answer uses all trajectories
+    limit: int | None = None  # maximum rows per task; None uses data.eval_limit
     seed: int = 0
-    cache: Path | None = None  # file that stores the answers, for the same questions asked again
-    trajectories: Path | None = None  # file of an earlier evaluation, whose first rounds are used
-    blind: bool = False  # the policy sees the pictures of other rows
-    tasks: Collection[str] | None = None  # the tasks to measure; None: all
+    cache: Path | None = None  # file with stored answers, which a repeated evaluation reuses
+    trajectories: Path | None = None  # file of an earlier evaluation whose first rounds are used
+    blind: bool = False  # True: each row gets the pictures of another row
+    tasks: Collection[str] | None = None  # the tasks to measure; None means all tasks
 
 
 def measure(config: Config, target: ModelTarget, questions: Questions) -> "EvaluationReport":
     """Measures a policy on the recipe's held-out rows.
 
     Args:
-        target: serves the policy.
-    Raises: ValueError of several kinds for wrong input, and what serving and scoring raise.
+        target: the policy, which vLLM serves.
+    Raises: ValueError or a subclass if the input is wrong; also the errors of serving and scoring.
     """
     check_accept(config)
     prompts = [p for p in _rows(config, questions.limit) if questions.tasks is None or p.task in questions.tasks]
@@ -103,14 +103,14 @@ def measure(config: Config, target: ModelTarget, questions: Questions) -> "Evalu
 
 @contextmanager
 def _judges(config: Config, rewards: RewardRunner, device: str) -> Iterator[None]:
-    """Serves the judges that have no url on this machine. Raises RuntimeError if one cannot be served."""
+    """Serves on this machine the judges that have no url. Raises RuntimeError if a judge cannot be served."""
     with ExitStack() as stack:
         judges = served_here(config, rewards).items()
         servers = {name: stack.enter_context(serving(judge.model, device, judge.serve)) for name, judge in judges}
 
         def on_outage(outage: Outage) -> None:
             if outage.endpoint in servers and not servers[outage.endpoint].runs():
-                raise RuntimeError(f"judge {outage.endpoint}, which was served here, has died: {outage.why}")
+                raise RuntimeError(f"judge {outage.endpoint}, which this evaluation served, has died: {outage.why}")
             if not outage.again:
                 print(outage, file=sys.stderr)
 
@@ -120,7 +120,7 @@ def _judges(config: Config, rewards: RewardRunner, device: str) -> Iterator[None
 
 
 def _rows(config: Config, limit: int | None) -> list[Prompt]:
-    """The held-out rows. Raises RowError for rows that cannot be used."""
+    """Returns the held-out rows. Raises RowError if some rows cannot be used."""
     data = config.data
     if not data.eval:
         raise InputError("there are no rows to evaluate on; name a file with --data")
@@ -129,11 +129,11 @@ def _rows(config: Config, limit: int | None) -> list[Prompt]:
 
 
 def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Gives every row the pictures of another: of the next row of its task that has as many, but other, pictures.
+    """Gives each row the pictures of the next row of the same task with equally many, but different, pictures.
 
     Args:
         prompts: rows with pictures.
-    Raises: InputError if there are no rows, or if a row finds no other.
+    Raises: InputError if there are no rows, or if no other row fits a row.
     """
     if not prompts:
         raise InputError("--blind: no row has a picture")
@@ -157,13 +157,13 @@ def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _options(config: Config) -> dict[str, str | bool]:
-    """The recipe's options of the policy as arguments of vLLM's server."""
+    """Converts the recipe's options of the policy into arguments of vLLM's server."""
     template = config.model.chat_template
     return {"dtype": config.model.dtype, **({"chat-template": str(template)} if template else {})}
 
 
 def _first_rounds(path: Path, prompts: Sequence[Prompt]) -> dict[str, tuple[Round, ...]]:
-    """Row id -> the first round that a file holds. Raises InputError if a row is missing or was another problem."""
+    """Reads first rounds from a file: row id -> first round. Raises InputError if a row is missing or has changed."""
     rounds: dict[str, tuple[Round, ...]] = {}
     problems = {prompt.id: problem_digest(prompt) for prompt in prompts}
     data = path.read_bytes()
@@ -171,7 +171,7 @@ def _first_rounds(path: Path, prompts: Sequence[Prompt]) -> dict[str, tuple[Roun
         if "error" in record or record["id"] not in problems:
             continue
         if record["problem"] != problems[record["id"]]:
-            raise InputError(f"{path}: row {record['id']} was another problem when it was asked")
+            raise InputError(f"{path}: the problem of row {record['id']} has changed since then")
         rounds[record["id"]] = parse_record(record).rounds[:1]
     if missing := [p.id for p in prompts if p.id not in rounds]:
         raise InputError(f"{path} has no trajectories of row {missing[0]} ({len(missing)} rows are missing)")
@@ -208,8 +208,8 @@ def score_results(
 def _score_round(
     config: Config, rewards: RewardRunner, prompts: Sequence[Prompt], results: Mapping[str, PacoreResult], which: int
 ) -> dict[str, list[Scored]]:
-    """Row id -> the scored replies of its round number `which`. A group reward gets all replies of a row together, so
-    each round is scored in a call of its own."""
+    """Scores round number `which` and returns row id -> scored replies. A group reward gets all replies of a row
+    together, so each round is scored in a separate call."""
     rollouts = [
         Rollout(prompt, reply.text, reply.finish)
         for prompt in prompts
@@ -227,7 +227,7 @@ def _with_shown(
     config: Config,
     settings: Settings,
 ) -> list[Scored]:
-    """The scored syntheses with the pooled answers that each of them saw, in its prompt."""
+    """Adds to the prompt of each scored synthesis the pooled answers that this synthesis was sampled with."""
     before, last = result.rounds
     correct = [is_accepted(s, config.accept) for s, r in zip(attempts, before.replies, strict=True) if r.message]
     found = []
@@ -245,21 +245,21 @@ class EvaluationReport:
     config: Config
     modes: Sequence[str]
     rows: Sequence[EvaluatedRow]
-    left_out: int = 0  # rows without an answer or a valid score
-    penalties: Collection[str] = ()  # names of the recipe's penalties, as in `Scored.parts`
-    blind: bool = False  # the policy saw the pictures of other rows
+    left_out: int = 0  # number of rows without an answer or without a valid score
+    penalties: Collection[str] = ()  # names of the recipe's penalties, spelled as in `Scored.parts`
+    blind: bool = False  # True: each row had the pictures of another row
 
     def synthesis(self) -> dict[str, float]:
-        """pacore/* metrics (rl/record/metrics.yaml) of the syntheses."""
+        """Returns the pacore/* metrics (rl/record/metrics.yaml) of the syntheses."""
         return synthesis_metrics([s for row in self.rows for s in row.syntheses], self.config.accept)
 
     def preference(self) -> dict[str, float]:
-        """genrm/* and penalty/* metrics of the attempts, for tasks whose judge compares with a teacher."""
+        """Returns the penalty/* metrics of the attempts. Tasks with comparisons also have genrm/*."""
         attempts = [s for row in self.rows for s in row.attempts]
         return preference_metrics(attempts) | penalty_metrics(attempts, self.penalties)
 
     def json(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """Returns the report as JSON values."""
         return {
             "rows": len(self.rows),
             "left_out": self.left_out,
@@ -279,7 +279,7 @@ class EvaluationReport:
         }
 
     def show(self) -> None:
-        """Prints the table of results, then pacore/*, genrm/* and penalty/* metrics."""
+        """Prints the table of results, and then the metrics pacore/*, genrm/* and penalty/*."""
         whose = ", with pictures of other rows" if self.blind else ""
         table = Table(title=f"{len(self.rows)} rows{whose}; 95% confidence intervals over rows")
         for name in ("task", "mode", "accuracy", "mean reward", "tokens per row"):

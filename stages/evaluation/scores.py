@@ -1,4 +1,5 @@
-"""Figures of an evaluation: pass@1, pass@K, majority vote and PaCoRe, with confidence intervals. Pure functions."""
+"""Computes the figures of an evaluation: pass@1, pass@K, majority vote and PaCoRe, with confidence intervals. Pure
+functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from rollout.pacore.rounds import PacoreResult
 from stages.pacore import is_accepted
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
-ALL = "all"  # the name of the rows over all tasks
+ALL = "all"  # stands in the column `task` for results over all tasks
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,13 @@ class EvaluatedRow:
 
     prompt: Prompt
     result: PacoreResult
-    attempts: Sequence[Scored]  # of the first round
-    syntheses: Sequence[Scored]  # of the last round; none if PaCoRe is not measured
+    attempts: Sequence[Scored]  # scored replies of the first round
+    syntheses: Sequence[Scored]  # scored replies of the last round; empty without PaCoRe
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over rows with its confidence interval."""
+    """A mean over rows, with the confidence interval of this mean."""
 
     mean: float
     low: float
@@ -39,7 +40,7 @@ class Figure:
 
 
 def figure(values: Sequence[float], seed: int = 0) -> Figure:
-    """The mean and its 95% interval by resampling the rows (percentile bootstrap, Efron 1979)."""
+    """Returns the mean and its 95% confidence interval. Resamples the rows (percentile bootstrap, Efron 1979)."""
     array = np.asarray(values, dtype=float)
     draws = np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))
     tail = 50 * (1 - CONFIDENCE)
@@ -48,40 +49,40 @@ def figure(values: Sequence[float], seed: int = 0) -> Figure:
 
 
 def pass_at_one(row: EvaluatedRow, config: Config) -> float:
-    """The share of a row's attempts that are correct."""
+    """Returns the share of a row's attempts that are correct."""
     return fmean(is_accepted(scored, config.accept) for scored in row.attempts)
 
 
 def pass_at_k(row: EvaluatedRow, config: Config) -> float:
-    """1 if any attempt is correct, else 0."""
+    """Returns 1 if any attempt is correct, else 0."""
     return float(any(is_accepted(scored, config.accept) for scored in row.attempts))
 
 
 def majority_at_k(row: EvaluatedRow, config: Config) -> float:
-    """1 if the first attempt with the majority's answer is correct, else 0. Without a majority it is 0."""
+    """Returns 1 if the first attempt with the majority answer is correct. Returns 0 if not, or without a majority."""
     votes = [vote(scored.rollout.answer) for scored in row.attempts]
     winner = majority(votes)
     return float(winner is not None and is_accepted(row.attempts[votes.index(winner)], config.accept))
 
 
 def pacore_at_k(row: EvaluatedRow, config: Config) -> float:
-    """The share of a row's syntheses that are correct."""
+    """Returns the share of a row's syntheses that are correct."""
     return fmean(is_accepted(scored, config.accept) for scored in row.syntheses)
 
 
 @dataclass(frozen=True)
 class ResultRow:
-    """The figures of one mode (for example "majority@16") on one task, or on all of them."""
+    """One line of the results: the figures of one mode (for example "majority@16") on one task or on all tasks."""
 
     task: str
     name: str
     accuracy: Figure
-    reward: Figure | None  # None for a mode whose answers have no reward of their own
-    tokens: float  # sampled per data row
+    reward: Figure | None  # None for majority vote, which has no reward
+    tokens: float  # number of sampled tokens per data row
 
 
 def result_rows(rows: Sequence[EvaluatedRow], config: Config, modes: Sequence[str]) -> list[ResultRow]:
-    """The table of results: task by task, then over all rows."""
+    """Returns the table of results: first each task, then all rows together."""
     tasks = sorted({row.prompt.task for row in rows})
     table = []
     for task in (*tasks, *([ALL] if len(tasks) > 1 else [])):
@@ -98,7 +99,7 @@ def _task_rows(task: str, rows: Sequence[EvaluatedRow], config: Config, modes: S
         rewards = figure([fmean(s.reward for s in row.attempts) for row in rows])
         accuracy = figure([pass_at_one(row, config) for row in rows])
         table.append(ResultRow(task, "SeRe pass@1", accuracy, rewards, one))
-    if "sere" in modes and count > 1:  # with one attempt pass@K is pass@1
+    if "sere" in modes and count > 1:  # with one attempt, pass@K equals pass@1
         best = figure([max(s.reward for s in row.attempts) for row in rows])
         accuracy = figure([pass_at_k(row, config) for row in rows])
         table.append(ResultRow(task, f"SeRe pass@{count}", accuracy, best, every))
@@ -114,6 +115,6 @@ def _task_rows(task: str, rows: Sequence[EvaluatedRow], config: Config, modes: S
 
 
 def _tokens(result: PacoreResult) -> float:
-    """Tokens of one answer: all replies of the rounds before the last, and the mean of the last round's replies."""
+    """Returns the tokens per final answer: all replies of earlier rounds, plus the mean reply of the last round."""
     *before, last = result.rounds
     return sum(r.tokens for one in before for r in one.replies) + fmean(r.tokens for r in last.replies)

@@ -1,4 +1,4 @@
-"""The shipped chain as a command: dry runs, refusals, and a small one from start to end."""
+"""Tests rl.run with the shipped chain: dry runs, refused recipes, and a small chain from start to end."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from rl.run import main
 from tests.support.command import ROOT, Command, metrics, run, wait_for, wait_for_iteration, without_times
 
-# The whole recipe with stages of two iterations.
+# The shipped chain, with stages of two iterations.
 SMALL = (
     *("rl.run", ROOT / "recipes/step3_vl.yaml", "--profile", "cpu", "rollouts_per_prompt=4"),
     *(
@@ -21,7 +21,7 @@ SMALL = (
 )
 
 
-def test_a_dry_run_of_the_whole_recipe_tells_of_every_step_and_starts_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_of_the_whole_recipe_prints_every_step_and_starts_nothing(tmp_path: Path) -> None:
     code, out, err = run(
         "rl.run", ROOT / "recipes/step3_vl.yaml", "--profile", "cpu", "--dry-run", "--output", tmp_path / "run"
     )
@@ -39,7 +39,7 @@ def test_a_dry_run_can_begin_with_a_later_stage(tmp_path: Path, capsys: pytest.C
     assert "--- curate" in out and "stage      pacore, 100 iterations" in out and "--- rlhf" not in out
 
 
-def test_what_is_wrong_with_a_later_stage_is_told_before_the_first_begins(tmp_path: Path) -> None:
+def test_an_error_in_a_later_stage_is_reported_before_the_first_stage_starts(tmp_path: Path) -> None:
     longer = ("pacore.max_sequence_length=99999", "pacore.learner.token_budget=99999")
     code, _, err = run(*SMALL, *longer, "--output", tmp_path / "run")
     assert code == 2 and "is more than the 4096 positions" in err
@@ -48,7 +48,7 @@ def test_what_is_wrong_with_a_later_stage_is_told_before_the_first_begins(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(2700)
-def test_a_chain_that_is_broken_off_in_every_step_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+def test_a_chain_that_is_interrupted_in_every_step_ends_like_an_undisturbed_chain(tmp_path: Path) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     code, out, err = run(*SMALL, "--output", whole, timeout=900)
     assert code == 0, err

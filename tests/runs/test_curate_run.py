@@ -1,4 +1,5 @@
-"""The command stages.curate with a real engine (a slow test also has a judge): its folder, and inputs it refuses."""
+"""Tests the command stages.curate with a real engine: the folder that it writes, and inputs that it refuses. A slow
+test also uses a judge."""
 
 import json
 from collections import Counter
@@ -23,7 +24,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def curated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a small curation of the scale model's problems, and its standard output."""
+    """Curates a few problems of the scale model. Returns the output folder and the standard output."""
     out = tmp_path_factory.mktemp("curation") / "out"
     code, said, err = run(*CPU, "--out", out, *SMALL)
     assert code == 0, err
@@ -34,7 +35,7 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
 
 
-def test_rows_that_stay_are_training_rows_with_their_pools_and_why(curated: tuple[Path, str]) -> None:
+def test_kept_rows_are_training_rows_with_pools_and_results_of_filters(curated: tuple[Path, str]) -> None:
     out, _ = curated
     rows = read([Source(path=str(out / "rows"))])
     assert rows.bad == () and rows.prompts
@@ -45,16 +46,16 @@ def test_rows_that_stay_are_training_rows_with_their_pools_and_why(curated: tupl
     assert any(prompt.images for prompt in rows.prompts)
 
 
-def test_every_row_has_a_fate_and_the_report_counts_them(curated: tuple[Path, str]) -> None:
+def test_every_row_has_a_decision_and_the_report_counts_the_kept_rows(curated: tuple[Path, str]) -> None:
     out, said = curated
     fates = lines(out / "fates")
     assert len({fate["id"] for fate in fates}) == 16
     kept = sum(fate["dropped"] is None for fate in fates)
     assert kept == len(lines(out / "rows"))
-    assert f"{kept} of 16 rows stay" in said and f"{kept} of 16 rows stay" in (out / "report.html").read_text()
+    assert f"{kept} of 16 rows are kept" in said and f"{kept} of 16 rows are kept" in (out / "report.html").read_text()
 
 
-def test_everything_that_the_policy_said_is_kept(curated: tuple[Path, str]) -> None:
+def test_every_response_of_the_policy_is_stored(curated: tuple[Path, str]) -> None:
     answers = lines(curated[0] / "answers")
     said = Counter((a["kind"], a["id"], a["n"]) for a in answers)
     assert max(said.values()) == 1
@@ -70,9 +71,9 @@ def test_the_same_command_again_starts_nothing(curated: tuple[Path, str], capsys
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("curate.difficulty.rollouts=4",), "was begun with another recipe:\n  curate.difficulty.rollouts"),
-        (("synthesis.least_messages=2",), "was begun with another recipe:\n  synthesis.least_messages"),
-        (("accept.least=0.5",), "was begun with another recipe:\n  accept.least"),
+        (("curate.difficulty.rollouts=4",), "was started with another recipe:\n  curate.difficulty.rollouts"),
+        (("synthesis.least_messages=2",), "was started with another recipe:\n  synthesis.least_messages"),
+        (("accept.least=0.5",), "was started with another recipe:\n  accept.least"),
         (("curate.filters=[decontamination]", "data.eval=[]"), "names no benchmark"),
         (("synthesis.template={tmp}/none.jinja",), "none.jinja cannot be used"),
         (("synthesis.most_messages=2",), "synthesis.most_messages = 2 is less than least_messages"),
@@ -80,7 +81,7 @@ def test_the_same_command_again_starts_nothing(curated: tuple[Path, str], capsys
         (("data.train={tmp}/none.jsonl",), "none.jsonl does not exist"),
     ],
 )
-def test_what_cannot_be_done_gets_one_clear_message(
+def test_a_command_that_cannot_run_gets_one_clear_message(
     curated: tuple[Path, str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -99,14 +100,12 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path, capsys: pyt
     assert "is not empty and holds no curation" in capsys.readouterr().err
 
 
-def test_a_dry_run_says_what_would_be_done_and_starts_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*map(str, CPU[1:]), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     said = capsys.readouterr().out
     for part in (
         "512 of 2560, in blocks of 1024",
-        "against 1280 benchmark rows",
+        "1280 benchmark rows share neither",
         "1 pass(es) of checker",
         "16 to 24 messages",
     ):
@@ -119,7 +118,7 @@ def test_with_a_served_judge_and_a_kill_every_row_goes_through_all_filters_once(
     out = tmp_path / "out"
     options = (
         "curate.rows=256",
-        "curate.checkability.passes=2",  # the scale model's verdicts are random, so a quarter of the rows stays
+        "curate.checkability.passes=2",  # the scale model's verdicts are random, so 1/4 of the rows are kept
         "curate.difficulty.rollouts=8",
         "synthesis.least_messages=2",
         "synthesis.most_messages=4",
@@ -130,8 +129,8 @@ def test_with_a_served_judge_and_a_kill_every_row_goes_through_all_filters_once(
     answers = out / "answers/00000-difficulty.jsonl"
     wait_for(lambda: answers.exists() and answers.stat().st_size > 1000, command)
     command.kill()
-    assert command.left_behind(patience=90) == []  # Ray's agents may need a minute to end
-    before = len(answers.read_text().splitlines()) - 1  # the last line may be cut
+    assert command.left_behind(patience=90) == []  # Ray's processes may need a minute to end
+    before = len(answers.read_text().splitlines()) - 1  # the last line may be incomplete
     code, _, err = run(*CPU, "--out", out, *options)
     assert code == 0, err
     known = Counter((a["kind"], a["id"], a["n"]) for a in lines(out / "answers"))

@@ -1,4 +1,4 @@
-"""A normal installation: the wheel has all that the commands need, without the clone."""
+"""Tests a normal installation: the wheel contains everything that the commands need. The clone is not used."""
 
 import json
 import os
@@ -28,16 +28,16 @@ WITHOUT_CLONE = {"PYTHONPATH": "", "PIP_NO_INDEX": "1"}
 
 @dataclass(frozen=True)
 class Installation:
-    """A virtual environment with the project's wheel. The dependencies are those of the environment of the tests."""
+    """A virtual environment with the project's wheel. Its dependencies come from the tests' own environment."""
 
     python: Path
     site: Path
     wheel: Path
 
     def run(self, *arguments: object, folder: Path) -> str:
-        """Runs `python -m ...` and asserts that it succeeds; returns its standard output."""
+        """Runs `python -m ...`, asserts that it succeeds, and returns its standard output."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "executable", str(self.python))  # the interpreter that `run` starts
+            patch.setattr(sys, "executable", str(self.python))  # `run` starts this interpreter
             code, out, err = run(*arguments, folder=folder, environment=WITHOUT_CLONE)
         assert code == 0, err
         return out
@@ -53,7 +53,7 @@ def pip(*arguments: object) -> None:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installation:
     folder = tmp_path_factory.mktemp("installed")
     source, wheels, environment = folder / "source", folder / "wheels", folder / "venv"
-    # A copy, because setuptools builds inside the source folder and would ship what an earlier build left there.
+    # The source is copied, because setuptools builds inside the source folder and would ship files of earlier builds.
     for name in (*PACKAGES, "tests", "tools"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -64,7 +64,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installation:
     venv.create(environment, symlinks=True)
     [site] = environment.glob("lib/python3*/site-packages")
     pip("install", "--no-deps", "--target", site, wheel)
-    # Python runs no .pth files of a folder that a .pth file names, so the clone's editable installation has no effect.
+    # dependencies.pth adds the folder of the dependencies. Python ignores the .pth files inside an added folder, so the
+    # clone's editable installation has no effect.
     dependencies = Path(sysconfig.get_path("purelib"))
     lines = [str(dependencies)]
     if (dependencies / "torchvision_cpu_hook.py").exists():  # see tools/install.py
@@ -110,7 +111,7 @@ def test_the_whole_recipe_and_the_scale_model_are_there(installed: Installation,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_recipe_of_ones_own_starts_from_a_shipped_one(installed: Installation, tmp_path: Path) -> None:
+def test_a_users_recipe_can_start_from_a_shipped_recipe(installed: Installation, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("base: rlvr\n")
     plan = installed.run("rl.run", "mine.yaml", "--profile", "cpu", "--dry-run", folder=tmp_path)
     assert str(installed.site / "recipes/scale/model") in plan and str(ROOT) not in plan

@@ -1,4 +1,5 @@
-"""Runs whose reward calls a judge: a server that stops answering for a while or for ever, and the run's own."""
+"""Tests runs whose reward calls a judge: a server that stops answering for a while or forever, and a judge that the run
+serves."""
 
 import gzip
 import json
@@ -21,7 +22,7 @@ ALIKE = {"reasoning": "Both say so.", "grade_a": 6, "grade_b": 6}
 
 
 def rows(folder: Path, *, taught: bool = False) -> Path:
-    """A few sums of the scale model's world, with ground truths or, if `taught`, a teacher's answers."""
+    """Writes a few sums of the scale model's data with ground truths, or with a teacher's answers if `taught`."""
     lines = (ROOT / "recipes/scale/data/train.jsonl").read_text().splitlines()
     sums = [row for row in map(json.loads, lines) if row["task"] == "arithmetic"][:16]
     if taught:
@@ -32,7 +33,7 @@ def rows(folder: Path, *, taught: bool = False) -> Path:
 
 
 class Judge:
-    """Grades all responses equally. Does not answer for `away_s` seconds after the run's first iteration."""
+    """A judge that grades all responses equally. This judge fails for `away_s` seconds after the first iteration."""
 
     def __init__(self, run_folder: Path, away_s: float) -> None:
         self.run_folder, self.away_s, self.since = run_folder, away_s, float("inf")
@@ -45,7 +46,7 @@ class Judge:
 
 
 def judged(folder: Path, away_s: float, max_wait: float) -> tuple[int, str, str]:
-    """Runs the stage RLHF with this judge."""
+    """Runs the stage RLHF with the scripted judge."""
     taught = rows(folder, taught=True)
     with judge_server(Judge(folder / "run", away_s)) as server:
         return run(
@@ -56,7 +57,7 @@ def judged(folder: Path, away_s: float, max_wait: float) -> tuple[int, str, str]
         )
 
 
-def test_a_run_waits_for_a_judge_that_goes_away_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_run_waits_for_a_judge_that_stops_answering_and_loses_nothing(tmp_path: Path) -> None:
     code, out, err = judged(tmp_path, away_s=5, max_wait=120)
     assert code == 0, err
     assert "endpoint judge does not answer (HTTP 503: restarting" in out
@@ -72,7 +73,7 @@ def test_a_run_waits_for_a_judge_that_goes_away_and_loses_nothing(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_judge_that_never_comes_back_ends_the_run_with_its_name_and_everything_saved(tmp_path: Path) -> None:
+def test_a_run_whose_judge_never_answers_again_saves_and_names_the_judge(tmp_path: Path) -> None:
     code, out, err = judged(tmp_path, away_s=1e6, max_wait=3)
     assert code == 1
     assert "endpoint 'judge' has not answered for" in err and "HTTP 503: restarting" in err
@@ -96,7 +97,7 @@ def test_the_rlhf_recipe_trains_with_the_judge_that_it_serves(tmp_path: Path) ->
     assert all("A " in one and "B " in one for both in reasons for one in both)
 
 
-# otherwise the grammar allows any number of spaces, and the scale model writes many
+# Without this option the grammar allows any number of spaces, and the scale model writes many spaces.
 TERSE = '{"backend": "xgrammar", "disable_any_whitespace": true}'
 OPTIONS = f"{{max-model-len: 256, dtype: float32, structured-outputs-config: '{TERSE}'}}"
 PLUGIN = """

@@ -1,4 +1,4 @@
-"""The whole CPU profile learns with three seeds. A seed takes five minutes, so these tests are slow ones."""
+"""Tests that the whole CPU profile learns with three seeds. The tests are slow: one seed takes five minutes."""
 
 from pathlib import Path
 from statistics import fmean
@@ -21,8 +21,9 @@ def test_held_out_reward_rises_by_015_on_average_while_worksheets_stay_and_no_ot
     lines = metrics(folder)
     before, after = ({k: v for k, v in line.items() if k.startswith("eval/")} for line in (lines[0], lines[-1]))
     assert before.keys() == after.keys() and len(before) == 5
-    # A single response has no room for all lines of a worksheet, so training cannot improve it. The tolerance is one
-    # standard error of a share of 0.37 of 256 rows, measured twice: sqrt(2 * 0.37 * 0.63 / 256) = 0.043.
+    # A single response has no room for all lines of a worksheet, so training cannot improve it. The tolerance is the
+    # standard error of the difference of two shares of about 0.37, each measured on 256 rows:
+    # sqrt(2 * 0.37 * 0.63 / 256) = 0.043.
     assert abs(after["eval/worksheet"] - before["eval/worksheet"]) < 0.043, (before, after)
     others = set(before) - {"eval/worksheet"}
     assert all(after[family] >= before[family] for family in others), (before, after)

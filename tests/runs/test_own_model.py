@@ -1,4 +1,4 @@
-"""A text model and data from outside the repository: trained, evaluated, saved and resumed by one command."""
+"""Tests that rl.run trains, evaluates, saves and resumes a user's text model with the user's data."""
 
 import json
 import random
@@ -21,7 +21,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tied Qwen3 saved by transformers, its tokenizer, and two JSONL files."""
+    """A folder with two JSONL files, a tokenizer, and a Qwen3 model with tied embeddings saved by transformers."""
     folder = tmp_path_factory.mktemp("theirs")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -47,7 +47,7 @@ def _row(identity: str, digit: str) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def their_run(theirs: Path) -> Path:
-    """Two iterations, then a third after a resume, with two engines and partial rollouts."""
+    """A run with two engines and partial rollouts. The run makes two iterations, and a third one after a resume."""
     code, _, err = run(
         "rl.run", ROOT / "recipes/rlvr.yaml", "--profile", "cpu", "--output", "my_run",
         f"model.path={theirs}/model", f"data.train={theirs}/train.jsonl", f"data.eval={theirs}/heldout.jsonl",
@@ -65,14 +65,14 @@ def their_run(theirs: Path) -> Path:
     return folder
 
 
-def test_one_command_trains_evaluates_saves_and_resumes_a_strangers_text_model(their_run: Path) -> None:
+def test_one_command_trains_evaluates_saves_and_resumes_a_users_text_model(their_run: Path) -> None:
     lines = metrics(their_run)
     assert [line["iteration"] for line in lines] == [0, 1, 2, 3]
     assert all("eval/echo" in lines[i] for i in (0, 2, 3))
     assert max(line.get("rollout/logprob_gap", 0) for line in lines) < 1e-4
 
 
-def test_responses_that_one_iteration_cut_are_finished_by_later_ones_even_after_a_resume(their_run: Path) -> None:
+def test_unfinished_responses_are_finished_in_later_iterations_even_after_a_resume(their_run: Path) -> None:
     seen = []
     for iteration in (1, 2, 3):
         found = samples(their_run, iteration)
@@ -85,4 +85,4 @@ def test_responses_that_one_iteration_cut_are_finished_by_later_ones_even_after_
         assert 0.9 < line["policy/tis_mean"] < 1.1
         seen += [sample["id"] for sample in found]
     assert max(line["response/continued_fraction"] for line in metrics(their_run)[2:]) > 0
-    assert len(seen) == 3 * 8 * 4 and len(set(seen)) == 3 * 8  # every prompt once, with all of its rollouts
+    assert len(seen) == 3 * 8 * 4 and len(set(seen)) == 3 * 8  # each prompt is used once, with all rollouts

@@ -1,4 +1,4 @@
-"""A stage from a package of the user's own: registered by an entry point, run by the project's commands."""
+"""Tests a stage from a user's package. An entry point registers the stage, and the project's commands run it."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,8 @@ SMALL = ("--profile", "cpu", "prompts_per_iteration=4", "rollouts_per_prompt=4",
 
 @pytest.fixture
 def package(tmp_path: Path) -> dict[str, str]:
-    """An installed package with a stage, as an environment variable. Recipes of the stage and of a chain."""
+    """Writes a package with a stage, a recipe of this stage and a recipe of a chain. Returns the environment variable
+    that makes the package importable."""
     site = tmp_path / "site"
     (site / "mine-1.0.dist-info").mkdir(parents=True)
     (site / "mine-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
@@ -51,7 +52,7 @@ def package(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(site)}
 
 
-def test_its_plan_is_printed_and_its_name_is_listed(package: dict[str, str], tmp_path: Path) -> None:
+def test_the_plan_of_the_users_stage_is_printed_and_its_name_is_listed(package: dict[str, str], tmp_path: Path) -> None:
     given = ("rl.run", "hardest.yaml", *SMALL, "--dry-run")
     code, out, err = run(*given, folder=tmp_path, environment=package)
     assert (code, err) == (0, "") and "order      longest question first" in out
@@ -61,7 +62,7 @@ def test_its_plan_is_printed_and_its_name_is_listed(package: dict[str, str], tmp
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_chain_trains_it_and_evaluates_its_policy(package: dict[str, str], tmp_path: Path) -> None:
+def test_a_chain_trains_the_users_stage_and_evaluates_the_policy(package: dict[str, str], tmp_path: Path) -> None:
     sizes = ("iterations=1", "eval.sampled_rows=2", "--output", "run")
     code, out, err = run("rl.run", "chain.yaml", *SMALL, *sizes, folder=tmp_path, environment=package, timeout=1200)
     assert code == 0, (out, err)

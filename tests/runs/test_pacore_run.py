@@ -1,4 +1,4 @@
-"""The command rl.run for the stage PaCoRe on the scale model, with real engines and learner."""
+"""Tests rl.run with the stage PaCoRe and the scale model. Engines and learner are real."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with pooled answers of its own policy."""
+    """The folder of a run whose policy makes the pooled answers itself."""
     folder = tmp_path_factory.mktemp("runs") / "pacore"
     code, _, err = run(*SMALL, "--output", folder)
     assert code == 0, err
@@ -41,7 +41,7 @@ def test_a_run_needs_no_cached_pools_if_the_policy_makes_its_messages(finished: 
         assert line["rollout/logprob_gap"] < 0.001 and line["rollout/staleness"] == 0
     assert any(name.startswith("eval/") for name in first)
     assert (finished / "policy" / "model.safetensors").is_file()
-    assert (finished / "policy" / "pacore.jinja").is_file()  # the template that it was trained with
+    assert (finished / "policy" / "pacore.jinja").is_file()  # the template used in training
 
 
 def test_every_sample_says_which_messages_it_saw_and_its_prompt_has_room_for_them(finished: Path) -> None:
@@ -50,7 +50,7 @@ def test_every_sample_says_which_messages_it_saw_and_its_prompt_has_room_for_the
     groups = {one["id"]: one["shown"] for one in found}
     assert len(groups) == 4
     for one in found:
-        assert one["shown"] == groups[one["id"]]  # one prompt for all of its responses
+        assert one["shown"] == groups[one["id"]]  # all responses of a row share one prompt
         assert 2 <= len(one["shown"]["messages"]) == len(one["shown"]["accepted"]) <= 5
         assert all("<think>" not in message for message in one["shown"]["messages"])
         assert one["prompt_tokens"] > 25 + 5 * len(one["shown"]["messages"])
@@ -61,10 +61,10 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     return capsys.readouterr().err
 
 
-def test_rows_without_a_pool_are_refused_with_what_to_do(capsys: pytest.CaptureFixture) -> None:
+def test_rows_without_a_pool_are_refused_with_advice(capsys: pytest.CaptureFixture) -> None:
     said = refused(capsys)
     assert "2560 bad data row(s)" in said
-    assert "its messages_pool has 0 messages, synthesis.least_messages is 16; python -m stages.curate makes" in said
+    assert "its messages_pool has 0 messages, but synthesis.least_messages is 16; python -m stages.curate makes" in said
 
 
 def rows(folder: Path, size: int, accuracy: float) -> Path:
@@ -75,14 +75,12 @@ def rows(folder: Path, size: int, accuracy: float) -> Path:
     return path
 
 
-def test_the_budget_is_checked_with_the_longest_messages_in(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_length_limit_is_checked_with_the_longest_messages(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     said = refused(capsys, f"data.train={rows(tmp_path, 24, 0.5)}", "max_sequence_length=200")
     assert "tokens, pictures and 24 messages included, leave no room for a response in max_sequence_length 200" in said
 
 
-def test_bounds_that_no_pool_is_in_are_told_and_rows_outside_are_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_bounds_that_exclude_every_pool_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     train = f"data.train={rows(tmp_path, 24, 0.5)}"
     said = refused(capsys, train, "synthesis.accuracy_under=0.375")
     assert "none of the 4 rows has a pool_accuracy within synthesis.accuracy_over" in said
@@ -90,6 +88,6 @@ def test_bounds_that_no_pool_is_in_are_told_and_rows_outside_are_counted(
     assert "messages   16 to 24 of the rows' pools" in capsys.readouterr().out
 
 
-def test_more_positions_than_the_model_has_are_refused_with_what_to_do(capsys: pytest.CaptureFixture) -> None:
+def test_more_positions_than_the_model_has_are_refused_with_advice(capsys: pytest.CaptureFixture) -> None:
     said = refused(capsys, "synthesis.pool=online", "max_sequence_length=8192", "learner.token_budget=8192")
     assert "max_sequence_length = 8192 is more than the 4096 positions" in said and "model.yarn: 2" in said

@@ -1,4 +1,4 @@
-"""The command rl.run as a job of a running Ray cluster: it joins the cluster and does not stop it."""
+"""Tests rl.run as a job of a running Ray cluster. The run joins the cluster and does not stop it."""
 
 import os
 import secrets
@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.command import PATIENCE, ROOT, SMALL_RUN, Command, metrics
 
-# explicit, because otherwise a token of this machine decides whether the cluster requires one
+# The token is set here. Otherwise the cluster would require a token only if this machine has one.
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
@@ -25,12 +25,12 @@ PLUGIN = "rewards.arithmetic={use: 'examples/brief_rewards/brief_rewards/__init_
 
 @pytest.fixture
 def cluster() -> Iterator[tuple[str, Command]]:
-    """A cluster started with `ray start --head`: the address of its job server, and its process."""
+    """Starts a cluster with `ray start --head`. Returns the address of the job server, and the cluster's process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ("--head", "--block", "--port=0", f"--dashboard-port={port}", "--disable-usage-stats")
-    # a job runs the `python` of the node's PATH
+    # A job runs the first `python` in the PATH of its node.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     head = Command("ray.scripts.scripts", "start", *options, environment={"PATH": path, **TOKEN})
     address = f"http://127.0.0.1:{port}"
@@ -50,14 +50,14 @@ def _wait_for(url: str, head: Command) -> None:
             urllib.request.urlopen(url, timeout=5).close()
             return
         except urllib.error.HTTPError:
-            return  # it answers, although without a token
+            return  # the server answers, although this request has no token
         except OSError:
             assert head.process.poll() is None, head.finish()
             assert time.monotonic() < deadline
             time.sleep(0.5)
 
 
-def test_a_submitted_job_joins_the_cluster_trains_and_writes_where_it_was_told(
+def test_a_submitted_job_joins_the_cluster_trains_and_writes_to_the_given_folder(
     cluster: tuple[str, Command], tmp_path: Path
 ) -> None:
     dashboard, head = cluster
@@ -75,6 +75,6 @@ def test_a_submitted_job_joins_the_cluster_trains_and_writes_where_it_was_told(
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert [m["iteration"] for m in metrics(tmp_path / "run")] == [0, 1]
-    assert "reward/arithmetic/right_and_brief" in metrics(tmp_path / "run")[1]  # its file came with the job
+    assert "reward/arithmetic/right_and_brief" in metrics(tmp_path / "run")[1]  # the job has the reward's file
     assert (tmp_path / "run/policy/config.json").is_file()
     assert head.process.poll() is None  # the job left the cluster running

@@ -1,4 +1,5 @@
-"""docs/writing_rewards.md: its files are written, its commands run in order, and their output is compared with it."""
+"""Tests docs/writing_rewards.md: writes the guide's files, runs its commands in order, and compares their output with
+the guide."""
 
 import gzip
 import json
@@ -24,7 +25,7 @@ TRAINING, PACKAGE, JUDGE = "Train with it", "A package of rewards", "Asking a ju
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of the guide: its language, the section it is in, and the line before it."""
+    """A fenced code block of the guide, with its language, its section, and the line before it."""
 
     language: str
     section: str
@@ -33,14 +34,14 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The block's file name, if the line before it is one."""
+        """The file name of the code block, if the line before it is a file name."""
         named = re.fullmatch(r"`([\w./]+)`:", self.before)
         return named[1] if named else None
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and lines that the guide shows of its output."""
+    """A command, and the lines of its output that the guide shows."""
 
     section: str
     command: str
@@ -61,7 +62,8 @@ def blocks() -> list[Block]:
 
 
 def steps(*sections: str) -> list[Step]:
-    """The commands of these sections; without arguments, those of all sections without a test of their own."""
+    """Returns the commands of these sections. Without arguments, returns the commands of all sections that have no
+    other test."""
     found: list[Step] = []
     for block in blocks():
         if block.language == "sh":
@@ -91,14 +93,14 @@ def follow(step: Step, folder: Path, *more: object, environment: Mapping[str, st
 
 
 def plain(line: str) -> str:
-    """A line without seconds, which differ from run to run, and without the widths of columns."""
+    """Removes seconds and column widths from a line, because they differ from run to run."""
     line = re.sub(r'"seconds": [^,}]+|\b\d+\.\d{3}(?=  )', "seconds", line)
     return " ".join(line.split())
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An empty folder with the guide's files."""
+    """A folder with only the files of the guide."""
     for block in blocks():
         if block.file:
             (tmp_path / block.file).write_text(block.text)
@@ -153,7 +155,7 @@ def test_a_judge_is_asked_as_the_guide_says(folder: Path) -> None:
     assert last == "4 samples, mean 0.5750, 0 invalid"
 
 
-def test_code_that_the_guide_quotes_is_the_examples(folder: Path) -> None:
+def test_code_that_the_guide_quotes_is_code_of_the_example(folder: Path) -> None:
     sources = {
         "python": (EXAMPLE / "brief_rewards/__init__.py").read_text(),
         "yaml": (EXAMPLE / "my_recipe.yaml").read_text(),
@@ -182,7 +184,7 @@ def test_the_guides_tables_name_every_reward_that_ships() -> None:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A copy of the example's folder, and the environment in which the guide's command installed it."""
+    """A copy of the example's folder, and the environment variables that make the installed example importable."""
     copy, target = tmp_path_factory.mktemp("theirs") / "copy", tmp_path_factory.mktemp("installed")
     built = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
     shutil.copytree(EXAMPLE, copy, ignore=built)
@@ -192,7 +194,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     return copy, {"PYTHONPATH": os.pathsep.join([str(target), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
 
 
-def test_an_installed_package_is_listed_tried_and_planned_with_as_the_guide_says(
+def test_an_installed_package_works_in_every_command_of_the_guide(
     installed: tuple[Path, dict[str, str]],
 ) -> None:
     copy, environment = installed
@@ -205,7 +207,7 @@ def test_entry_points_are_found_from_any_folder(installed: tuple[Path, dict[str,
     shorter = scores(
         "right_and_brief", "samples.jsonl", "--param", "limit=31", folder=tmp_path, environment=installed[1]
     )
-    # 62, 116 and 58 characters are right, the others wrong, truncated or within the limit
+    # The right responses over the limit have 62, 116 and 58 characters. Others are wrong, truncated or short.
     assert shorter == [1.0, 0.5, round(31 / 116, 4), 0.0, 1.0, round(31 / 58, 4), 0.0, 0.0]
 
 
@@ -213,14 +215,15 @@ def test_entry_points_are_found_from_any_folder(installed: tuple[Path, dict[str,
     ("target", "expected"),
     [
         ("right_and_brief", [1, 1, 1, 0, 1, 1, 0, 0]),
-        # 7 of 23 words are filler, and 4 of 11: more than a fifth
+        # In two responses, more than a fifth of the words are filler: 7 of 23, and 4 of 11.
         ("no_filler", [1, 1, 0, 1, 1, 0, 1, 0]),
-        # three right ones, then two
+        # The first group has three right responses, the second group has two.
         ("shortest_right", [1, 0.75, 0.5, 0, 1, 0.5, 0, 0]),
-        # what is left of 1: two of the third one's five lines are repeated
+        # The score is 1 minus the penalty: in the third response, two of five lines are repeated.
         ("repeated_lines", [1, 1, 0.6, 1, 1, 1, 1, 0]),
-        # the second: 0.8 * 60/62 + 0.1 * 0.75 + 0.1; the third: 0.8 * 60/116 * (1 - 0.5 * 0.4) + 0.1 * 0.5 +
-        # 0.1 * (1 - 7/23 / 0.5); the sixth: 0.8 + 0.1 * 0.5 + 0.1 * (1 - 4/11 / 0.5)
+        # The second response: 0.8 * 60/62 + 0.1 * 0.75 + 0.1.
+        # The third response: 0.8 * 60/116 * (1 - 0.5 * 0.4) + 0.1 * 0.5 + 0.1 * (1 - 7/23 / 0.5).
+        # The sixth response: 0.8 + 0.1 * 0.5 + 0.1 * (1 - 4/11 / 0.5).
         ("my_recipe.yaml:arithmetic", [1, 0.9492, 0.4202, 0.1, 1, 0.8773, 0.1, 0]),
     ],
 )

@@ -1,6 +1,6 @@
-"""The command rl.run with real Ray, vLLM, critic, learner and pictures, in small sizes.
+"""Tests rl.run at a small size, with real Ray, vLLM, critic, policy and pictures.
 
-Most tests read the results of one undisturbed run. Others interrupt and resume a run, which must have equal results.
+Most tests read the results of one undisturbed run. Other tests interrupt and resume a run; the results must be equal.
 """
 
 import json
@@ -31,14 +31,14 @@ from tests.support.small_disk import change, small_disk
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of an undisturbed run, and its standard output."""
+    """The folder of an undisturbed run, and the standard output of this run."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     code, out, err = run(*SMALL_RUN, "--output", folder)
     assert code == 0, err
     return folder, out
 
 
-def test_a_run_leaves_the_folder_of_the_contract(finished: tuple[Path, str]) -> None:
+def test_a_run_leaves_the_documented_folder(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     assert sorted(p.name for p in folder.iterdir()) == [
         "checkpoints",
@@ -58,7 +58,7 @@ def test_held_out_rows_are_scored_before_training_and_as_often_as_the_recipe_say
     assert evaluated == [0, 2, 4]
 
 
-def test_every_iteration_has_the_metrics_of_the_contract(finished: tuple[Path, str]) -> None:
+def test_every_iteration_has_the_documented_metrics(finished: tuple[Path, str]) -> None:
     names = {
         "reward/mean", "reward/std", "reward/invalid_fraction", "reward/flat_group_fraction", "response/tokens_mean",
         "response/truncated_fraction", "policy/loss", "policy/entropy", "policy/approx_kl", "policy/clip_fraction",
@@ -76,10 +76,10 @@ def test_samples_hold_the_row_the_response_and_its_score(finished: tuple[Path, s
     found = samples(finished[0], 1)
     assert len(found) == 32
     assert {"id", "task", "messages", "ground_truth", "response", "reward", "finish"} <= found[0].keys()
-    assert any(isinstance(s["messages"][0]["content"], list) for s in found)  # pictures were shown
+    assert any(isinstance(s["messages"][0]["content"], list) for s in found)  # some prompts have pictures
 
 
-def test_tower_and_projector_stay_bit_identical_and_the_decoder_moves(finished: tuple[Path, str]) -> None:
+def test_tower_and_projector_stay_bit_identical_and_the_decoder_changes(finished: tuple[Path, str]) -> None:
     before = load_file(ROOT / "recipes/scale/model/model.safetensors")
     after = load_file(finished[0] / "policy/model.safetensors")
     frozen = {name for name in before if name.startswith(("vision_model.", "vit_large_projector."))}
@@ -94,7 +94,9 @@ def test_the_screen_shows_progress_and_what_was_learned(finished: tuple[Path, st
 
 
 @pytest.mark.slow
-def test_a_run_interrupted_and_resumed_ends_like_one_that_was_not(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_an_interrupted_and_resumed_run_ends_like_an_undisturbed_run(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
     folder = tmp_path / "broken"
     command = Command(*SMALL_RUN, "--output", folder)
     wait_for_iteration(folder, 3, command)
@@ -108,7 +110,7 @@ def test_a_run_interrupted_and_resumed_ends_like_one_that_was_not(finished: tupl
 
 
 @pytest.mark.slow
-def test_a_run_whose_learner_and_then_itself_are_killed_ends_like_one_that_was_not(
+def test_a_run_whose_policy_and_then_driver_are_killed_ends_like_an_undisturbed_run(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "struck"
@@ -116,9 +118,9 @@ def test_a_run_whose_learner_and_then_itself_are_killed_ends_like_one_that_was_n
     wait_for(lambda: (folder / "checkpoints/000002/manifest.json").exists(), command)
     before = named(command, "Policy")
     assert strike(command, "Policy") == "Policy"
-    wait_for(lambda: named(command, "Policy") not in ([], before), command)  # it starts again by itself
+    wait_for(lambda: named(command, "Policy") not in ([], before), command)  # the run restarts the policy
     command.kill()
-    # Ray's own watchdogs need a while to notice that a driver was killed
+    # Ray needs some time to notice that a driver was killed.
     assert command.left_behind(patience=90) == []
     code, _, err = run("rl.run", "--resume", folder)
     assert code == 0, err
@@ -126,7 +128,7 @@ def test_a_run_whose_learner_and_then_itself_are_killed_ends_like_one_that_was_n
 
 
 def assert_same(folder: Path, calm: Path) -> None:
-    """Compares metrics, samples, weights and optimizer state bit for bit."""
+    """Asserts that metrics, samples, weights and optimizer state are equal bit for bit."""
     assert without_times(metrics(folder)) == without_times(metrics(calm))
     for part in ("policy", "checkpoints/000004"):
         for file in sorted((calm / part).rglob("*.safetensors")):
@@ -139,7 +141,7 @@ def assert_same(folder: Path, calm: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ahead(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that samples ahead, with two ranks each for policy and critic. Its engine is killed once."""
+    """The folder of a run that samples ahead. Policy and critic have two ranks each. The engine is killed once."""
     folder = tmp_path_factory.mktemp("runs") / "ahead"
     options = "iterations=3", "data.eval=[]", "learner.ranks=2", "rollout.max_staleness=1", "log.timeline=true"
     command = Command(*SMALL_RUN, *options, "learner.threads=1", "--output", folder)
@@ -163,16 +165,17 @@ def test_sampling_ahead_lags_one_update_behind_and_engine_and_learner_still_agre
     assert all(line["rollout/logprob_gap"] < 1e-4 for line in lines)
     assert all(0.9 < line["policy/tis_mean"] < 1.1 for line in lines)
     ids = [sample["id"] for iteration in (1, 2, 3) for sample in samples(ahead, iteration)]
-    assert len(ids) == 3 * 8 * 4 and len(set(ids)) == 3 * 8  # every prompt once, with all of its rollouts
+    assert len(ids) == 3 * 8 * 4 and len(set(ids)) == 3 * 8  # each prompt is used once, with all rollouts
 
 
 def test_the_learner_encodes_each_picture_once(ahead: Path) -> None:
-    # each weight sync checks the coming iteration's prompts, so the last has seen the last iteration's pictures
+    # Each weight sync checks prompts of the coming iteration. The last sync has checked prompts of the last iteration,
+    # so no other picture was encoded.
     assert sum(line.get("time/learner_encodings", 0) for line in metrics(ahead)) == len(pictures(ahead))
 
 
 def pictures(folder: Path) -> set[str]:
-    """Returns the distinct pictures of three iterations."""
+    """Returns the distinct pictures in the samples of iterations 1 to 3."""
     found = set()
     for sample in [sample for iteration in (1, 2, 3) for sample in samples(folder, iteration)]:
         parts = [part for message in sample["messages"] for part in message["content"]]
@@ -193,7 +196,7 @@ def test_the_timeline_shows_samples_being_made_while_the_policy_learns(ahead: Pa
 
 
 @pytest.mark.slow
-def test_a_run_that_samples_ahead_loses_and_doubles_nothing_when_it_is_interrupted(tmp_path: Path) -> None:
+def test_a_run_that_samples_ahead_loses_and_repeats_no_sample_when_it_is_interrupted(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = Command(*SMALL_RUN, "iterations=8", "data.eval=[]", "rollout.max_staleness=1", "--output", folder)
     wait_for_iteration(folder, 2, command)
@@ -205,7 +208,8 @@ def test_a_run_that_samples_ahead_loses_and_doubles_nothing_when_it_is_interrupt
     code, _, err = run("rl.run", "--resume", folder)
     assert code == 0, err
     assert [line["iteration"] for line in metrics(folder)] == list(range(9))
-    # sampled by the newest weights after the resume, because what had been made ahead was not kept
+    # The samples made ahead are lost at the interruption. After the resume, these samples are made again with the
+    # newest weights.
     assert [line["rollout/staleness"] for line in metrics(folder)[1:]] == [
         0.0 if iteration in (1, broken_off) else 1.0 for iteration in range(1, 9)
     ]
@@ -214,10 +218,10 @@ def test_a_run_that_samples_ahead_loses_and_doubles_nothing_when_it_is_interrupt
 
 
 @pytest.mark.slow
-def test_a_run_whose_disk_fills_up_says_so_and_goes_on_when_there_is_room(
+def test_a_run_whose_disk_is_full_stops_with_a_message_and_can_be_resumed(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
-    with small_disk(tmp_path / "disk", mib=60) as disk:  # room for two checkpoints, or for one and the policy
+    with small_disk(tmp_path / "disk", mib=60) as disk:  # room for two checkpoints, or for a checkpoint and the policy
         folder = disk / "run"
         code, out, err = run(*SMALL_RUN, "checkpoint.every=1", "--output", folder)
         assert code == 1, out
@@ -230,7 +234,7 @@ def test_a_run_whose_disk_fills_up_says_so_and_goes_on_when_there_is_room(
 
 
 @pytest.mark.slow
-def test_responses_under_way_survive_an_interruption_bit_for_bit(tmp_path: Path) -> None:
+def test_unfinished_responses_survive_an_interruption_bit_for_bit(tmp_path: Path) -> None:
     small = (*SMALL_RUN, "iterations=5", "data.eval=[]", "rollout.partial={extra_prompts: 0.5, chunk_tokens: 8}")
     code, _, err = run(*small, "--output", tmp_path / "whole")
     assert code == 0, err
@@ -361,4 +365,4 @@ def test_the_saved_checkpoint_is_a_whole_model_folder(finished: tuple[Path, str]
     assert {path.name for path in folder.iterdir()} >= {path.name for path in start.iterdir()}
     assert (folder / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
     saved, before = hf_folder.load(folder).state_dict(), hf_folder.load(start).state_dict()  # checks every tensor
-    assert any(not torch.equal(saved[name], before[name]) for name in before)  # trained weights, not the first ones
+    assert any(not torch.equal(saved[name], before[name]) for name in before)  # the weights are trained weights

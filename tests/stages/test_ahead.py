@@ -1,4 +1,4 @@
-"""Samples of the next iteration are made while this one trains: what runs at the same time, and what stays in order."""
+"""Tests sampling of the next iteration while the current one trains: what runs in parallel, and what stays in order."""
 
 import threading
 from dataclasses import replace
@@ -58,7 +58,7 @@ def test_an_abandoned_task_ends_at_its_next_check() -> None:
     assert ended == [True]
 
 
-def test_a_second_task_cannot_start_before_the_first_was_taken() -> None:
+def test_a_second_task_cannot_start_before_the_first_result_was_taken() -> None:
     ahead: Ahead[str] = Ahead()
     ahead.start(1, str)
     with pytest.raises(RuntimeError, match="the result for 1 has not been taken yet"):
@@ -76,7 +76,7 @@ def with_staleness(services: Services, value: int) -> Services:
 
 
 class Recording(Scripted):
-    """Also records (iteration, iteration after which its sampling weights were made)."""
+    """Records for each sampled iteration: (iteration, number of updates that the sampling weights have had)."""
 
     def __init__(self, policy) -> None:
         super().__init__(policy)

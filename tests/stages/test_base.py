@@ -1,6 +1,6 @@
-"""A fourth stage, written in this file, in a plan, the loop, a chain and an evaluation.
+"""Tests a fourth stage, which this file defines, in a plan, the loop, a chain and an evaluation.
 
-tests/runs/test_own_stage.py runs it from a package of its own.
+tests/runs/test_own_stage.py runs such a stage from an installed package.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from tests.support.loop import PROMPTS, scripted_services
 
 
 class Reversed(Stage):
-    """Samples the rows in reverse order, and rejects rows whose id ends in 7."""
+    """A stage that samples rows in reverse order, and rejects rows whose id ends in 7."""
 
     name = "reversed"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -71,13 +71,13 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe(folder: Path) -> Path:
-    """The shipped RLVR recipe as a recipe of the fourth stage."""
+    """Writes a recipe of the fourth stage that is based on the shipped RLVR recipe."""
     file = folder / "mine.yaml"
     file.write_text("base: rlvr\nstage: reversed\n")
     return file
 
 
-def test_its_defaults_and_rows_make_a_plan(tmp_path: Path) -> None:
+def test_the_new_stages_defaults_and_rows_make_a_plan(tmp_path: Path) -> None:
     resolved = load(recipe(tmp_path), profile="cpu", overrides=["data.eval=[]"])
     assert resolved.provenance["stage"].endswith("mine.yaml")
     plan = make_plan(resolved.config)
@@ -86,7 +86,7 @@ def test_its_defaults_and_rows_make_a_plan(tmp_path: Path) -> None:
     assert f"order      reversed; {plan.left_out} rows left out" in plan.lines()
 
 
-def test_the_loop_uses_its_prompts_and_reports_its_metrics(tmp_path: Path) -> None:
+def test_the_loop_uses_the_new_stages_prompts_and_reports_its_metrics(tmp_path: Path) -> None:
     services = scripted_services(tmp_path)
     tools = StageTools(services.config, cast(Any, None), frozenset(), cast(Any, None))
     services = replace(services, stage=Reversed(tools))
@@ -98,7 +98,7 @@ def test_the_loop_uses_its_prompts_and_reports_its_metrics(tmp_path: Path) -> No
     assert evaluate(PROMPTS, services)["eval/rows"] == 4.0
 
 
-def test_a_chain_can_have_it_as_a_step_with_its_own_section(tmp_path: Path) -> None:
+def test_a_chain_can_have_the_new_stage_as_a_step_with_its_own_section(tmp_path: Path) -> None:
     recipe(tmp_path)
     file = tmp_path / "chain.yaml"
     file.write_text("chain: [rlvr, {curate: curate}, mine.yaml]\nreversed: {ppo: {lam: 0.5}}\n")
@@ -110,7 +110,7 @@ def test_a_chain_can_have_it_as_a_step_with_its_own_section(tmp_path: Path) -> N
         load_chain(file, tmp_path / "run", profile="cpu", overrides=["curate.block=7"])
 
 
-def test_its_evaluations_count_where_they_can_be_compared() -> None:
+def test_the_new_stages_evaluations_count_where_they_can_be_compared() -> None:
     def line(iteration: int, value: float) -> dict[str, Any]:
         return {"iteration": iteration, "eval/sums": value}
 

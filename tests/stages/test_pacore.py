@@ -1,4 +1,4 @@
-"""The stage PaCoRe: which messages a prompt shows, which options are refused, and the metrics of synthesis."""
+"""Tests the stage PaCoRe: which messages a prompt contains, which options are refused, and the metrics of synthesis."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,14 +34,14 @@ ROW = Prompt("a", "sums", ({"role": "user", "content": "2 + 2?"},), ground_truth
 
 
 class Chat:
-    """The length of a prompt is 10 and the lengths of its shown texts."""
+    """A chat in which the length of a prompt is 10 plus the lengths of its pooled answers."""
 
     reserved = ("<im_patch>",)
 
     def length(self, prompt: Prompt) -> int:
         return 10 + sum(len(text) for text in (prompt.shown.texts if prompt.shown else ()))
 
-    class tokenizer:  # stands for an instance
+    class tokenizer:  # this class replaces a tokenizer object
         def __init__(self, text: str) -> None:
             self.input_ids = text
 
@@ -138,11 +138,11 @@ def test_longest_with_messages_is_the_largest_length_that_can_be_drawn() -> None
     assert longest_with_messages(prompt, chat, 2) == 10 + 100 + 50
 
 
-# Fresh pools
+# Online pools
 
 
 def attempts_saying(*texts: str, invalid: Sequence[int] = ()) -> Any:
-    """Returns a sampler of the same attempts at every prompt; texts with "right" get the reward 1."""
+    """Returns a sampler that gives the same attempts for every prompt. A text with "right" gets the reward 1."""
 
     def made(prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
         assert per_prompt == len(texts)
@@ -180,17 +180,17 @@ def test_online_prompts_outside_the_bounds_are_left_out_of_the_iteration() -> No
 
 
 def test_an_iteration_without_any_prompt_stops_the_run_with_advice() -> None:
-    with pytest.raises(Stop, match=r"iteration 7: no prompt has 1 fresh messages .* Loosen the bounds"):
+    with pytest.raises(Stop, match=r"iteration 7: no prompt has 1 new messages .* Loosen the bounds"):
         online("wrong", "wrong", accuracy_over=0.0).prompts_for_iteration([ROW], 7)
 
 
-def test_fresh_messages_that_leave_no_room_are_not_shown() -> None:
+def test_new_messages_that_leave_no_room_are_removed_from_the_prompt() -> None:
     (prompt,) = online(*["x" * 30] * 8, longest=100, most_messages=8).prompts_for_iteration([ROW], 1)
     assert prompt.shown is not None and 10 + 30 * len(prompt.shown.texts) < 100
     assert len(prompt.shown.texts) > 0
 
 
-def test_prompts_with_too_few_fresh_messages_are_left_out_and_evaluated_without_messages() -> None:
+def test_prompts_with_too_few_new_messages_are_left_out_and_evaluated_without_messages() -> None:
     def made(prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
         return [Scored(Rollout(p, "4" if p.id == "b" else "<think>"), 1.0) for p in prompts for _ in range(per_prompt)]
 
@@ -247,11 +247,11 @@ def test_metrics_without_samples_are_left_out() -> None:
 def test_a_vote_is_the_boxed_answer_without_case_and_space() -> None:
     assert vote(r"so \boxed{ 4 }, surely") == vote(r"\boxed{4}") == "4"
     assert vote(" [0.1,  0.2]\n") == "[0.1, 0.2]"
-    assert majority(["a", "b", "b", "a", ""]) == "a"  # of two alike the first
+    assert majority(["a", "b", "b", "a", ""]) == "a"  # if two votes are equally frequent, the first one wins
     assert majority(["", ""]) is None
 
 
-def test_a_response_repeats_the_majority_if_its_vote_is_that_of_the_majority() -> None:
+def test_a_response_repeats_the_majority_if_its_vote_equals_the_majority_vote() -> None:
     messages = (r"it is \boxed{5}", False), (r"\boxed{5}", False), (r"\boxed{4}", True)
     assert repeats_majority(shown(r"<think>4?</think>\boxed{5}", 0.0, *messages).rollout)
     assert not repeats_majority(shown(r"\boxed{4}", 1.0, *messages).rollout)
@@ -263,7 +263,7 @@ def test_a_response_repeats_the_majority_if_its_vote_is_that_of_the_majority() -
         ("Answer 2 forgets to carry.", 1 / 4),
         ("References 1, 3 and 4 agree; attempt #2 does not.", 1.0),
         ("<think>one says 1200</think>4", 1 / 4),  # quoted
-        ("<think>it is 7</think>1200", 0.0),  # a single digit is no quotation, and the answer is not thinking
+        ("<think>it is 7</think>1200", 0.0),  # one digit is no quote, and quotes count only in the reasoning
         ("Answer 9", 0.0),
     ],
 )

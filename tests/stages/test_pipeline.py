@@ -1,4 +1,4 @@
-"""The final table of a chain: held-out rewards and win rates after each stage."""
+"""Tests the final table of a chain: held-out rewards and win rates after each stage."""
 
 import pytest
 from rich.console import Console
@@ -6,7 +6,7 @@ from rich.console import Console
 from stages.pipeline import FinalTable, before_and_after
 
 
-def test_the_evaluation_before_a_stage_completes_the_results_of_the_stage_before() -> None:
+def test_the_first_evaluation_of_a_stage_completes_the_results_of_the_previous_stage() -> None:
     held_out, wins = before_and_after(
         {
             "rlvr": [{"iteration": 0, "eval/sums": 0.2}, {"iteration": 1}, {"iteration": 2, "eval/sums": 0.6}],

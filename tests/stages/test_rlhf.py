@@ -1,4 +1,4 @@
-"""The stage RLHF: which rows it accepts, and metrics that show whether a judge's scores can be trusted."""
+"""Tests the stage RLHF: which rows it accepts, and the metrics that show whether a judge's scores can be trusted."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ def rlhf(*penalties: str) -> Rlhf:
 
 
 def sample(answer: float, reference: float, *, agree: bool = True, tokens: int = 5, **penalties: float) -> Scored:
-    """Returns a response with these grades of answer and reference; its score is linear in their difference."""
+    """Returns a scored response with these grades of answer and reference. The score is linear in their difference."""
     details: dict[str, Any] = {"answer": answer, "reference": reference, "orders_agree": agree}
     score = 0.5 + (answer - reference) / 20
     rollout = Rollout(ROW, "Hi", "stop", response_ids=(1,) * tokens)
@@ -68,7 +68,7 @@ def test_responses_that_cannot_be_compared_count_as_lost_and_without_comparisons
     assert rlhf().evaluation([empty, cut]) == {}
     assert preference_metrics([sample(8, 6), empty, cut, invalid])["genrm/win_rate"] == pytest.approx(1 / 3)
     sums = replace(cut, rollout=replace(cut.rollout, prompt=replace(ROW, task="sums")))
-    assert preference_metrics([sample(8, 6), sums])["genrm/win_rate"] == 1  # of a task that is not compared
+    assert preference_metrics([sample(8, 6), sums])["genrm/win_rate"] == 1  # `sums` has a task without comparisons
 
 
 def test_a_judge_that_prefers_long_answers_shows_in_length_correlation() -> None:
@@ -76,7 +76,7 @@ def test_a_judge_that_prefers_long_answers_shows_in_length_correlation() -> None
     assert preference_metrics(longer)["genrm/length_correlation"] == pytest.approx(1)
     same_length = [sample(n, 5) for n in range(1, 9)]
     assert "genrm/length_correlation" not in preference_metrics(same_length)
-    # ranks 1 2 3 against 3 1 2: 1 - 6 * (4 + 1 + 1) / (3 * 8) = -0.5
+    # The correlation of the ranks 1 2 3 and 3 1 2 is 1 - 6 * (4 + 1 + 1) / (3 * 8) = -0.5
     assert rank_correlation([1, 2, 3], [30, 10, 20]) == pytest.approx(-0.5)
 
 

@@ -1,4 +1,4 @@
-"""Runs the project's commands as a user would, and finds and ends the processes that they leave behind."""
+"""Runs the project's commands as a user would. Finds and ends processes that these commands leave behind."""
 
 import atexit
 import gzip
@@ -31,14 +31,14 @@ SMALL_RUN = (
     "checkpoint.every=2",
     "eval.every=2",
 )
-"""A run of rlvr on the CPU profile: 4 iterations of 8 prompts x 4 rollouts."""
+"""The arguments of an rlvr run with the CPU profile: 4 iterations of 8 prompts x 4 rollouts."""
 
 
 class Command:
-    """`python -m ...`, started in `folder`.
+    """Starts `python -m ...` in `folder`.
 
-    The mark, an environment variable, is inherited by every process that the command starts, directly or indirectly.
-    `end_all` (called after each test, tests/conftest.py) kills what still runs.
+    An environment variable marks the command and every process that it starts, directly or indirectly. After each test,
+    tests/conftest.py calls `end_all`, which kills all marked processes.
     """
 
     def __init__(self, *arguments: object, folder: Path = ROOT, environment: Mapping[str, str] = NOTHING) -> None:
@@ -56,7 +56,7 @@ class Command:
         _started.append(self)
 
     def finish(self, timeout: float = PATIENCE) -> tuple[int, str, str]:
-        """Waits for the end; returns exit code, standard output and standard error."""
+        """Waits until the command ends. Returns exit code, standard output and standard error."""
         try:
             out, err = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -65,18 +65,18 @@ class Command:
         return self.process.returncode, out, err
 
     def interrupt(self) -> None:
-        """Sends SIGINT to every process of the group, as a terminal does for Ctrl-C."""
+        """Sends SIGINT to every process of the process group, as a terminal does for Ctrl-C."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def kill(self) -> None:
-        """Kills this process alone with SIGKILL, as a crash would."""
+        """Kills only the command's main process with SIGKILL, as a crash would."""
         self.process.kill()
         self.process.communicate()
 
     def end(self, patience: float = 30) -> None:
         """Kills every process that carries the mark."""
         deadline = time.monotonic() + patience
-        while (found := self.marked()) and time.monotonic() < deadline:  # again, because they may start others
+        while (found := self.marked()) and time.monotonic() < deadline:  # repeated: a process may start others
             for pid, _ in found:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -87,14 +87,14 @@ class Command:
                 pipe.close()
 
     def left_behind(self, patience: float = 20) -> list[str]:
-        """Command lines of processes with the mark that still run after `patience` seconds."""
+        """Returns the command lines of the marked processes that still run after `patience` seconds."""
         deadline = time.monotonic() + patience
         while (found := [line for _, line in self.marked()]) and time.monotonic() < deadline:
             time.sleep(0.2)
         return found
 
     def marked(self) -> list[tuple[int, str]]:
-        """(process id, command line) of every running process that carries the mark."""
+        """Returns (process id, command line) of every running process that carries the mark."""
         wanted, found = f"{MARK}={self.mark}".encode(), []
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -121,7 +121,7 @@ def end_all() -> None:
 def run(
     *arguments: object, folder: Path = ROOT, timeout: float = PATIENCE, environment: Mapping[str, str] = NOTHING
 ) -> tuple[int, str, str]:
-    """Runs a command to its end and asserts that no process of it is left; returns what `finish` returns."""
+    """Runs a command to its end, asserts that it leaves no process behind, and returns the result of `finish`."""
     command = Command(*arguments, folder=folder, environment=environment)
     result = command.finish(timeout)
     assert command.left_behind() == []
@@ -129,7 +129,7 @@ def run(
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Waits until the condition is true; fails after PATIENCE seconds."""
+    """Waits until the condition is true. Fails after PATIENCE seconds."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
@@ -137,7 +137,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def wait_for(condition: Callable[[], bool], command: Command) -> None:
-    """Waits until the condition is true; fails if the command ends before."""
+    """Waits until the condition is true. Fails if the command ends earlier."""
 
     def fulfilled() -> bool:
         if condition():
@@ -149,17 +149,17 @@ def wait_for(condition: Callable[[], bool], command: Command) -> None:
 
 
 def wait_for_iteration(folder: Path, iteration: int, command: Command) -> None:
-    """Waits until metrics.jsonl has that iteration; fails if the command ends before."""
+    """Waits until metrics.jsonl has this iteration. Fails if the command ends earlier."""
     wait_for(lambda: any(line["iteration"] >= iteration for line in metrics(folder)), command)
 
 
 def named(command: Command, kind: str) -> list[int]:
-    """Ids of the command's Ray actors whose class name starts with `kind`."""
+    """Returns the process ids of the command's Ray actors whose class name starts with `kind`."""
     return [pid for pid, line in command.marked() if line.startswith(f"ray::{kind}")]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the complete lines of metrics.jsonl; a last line that is being written is skipped."""
+    """Returns the complete lines of metrics.jsonl. Skips the last line if it is still being written."""
     file = folder / "metrics.jsonl"
     whole = file.read_text().rpartition("\n")[0] if file.exists() else ""
     return [json.loads(line) for line in whole.splitlines()]
@@ -172,7 +172,7 @@ def samples(folder: Path, iteration: int) -> list[dict[str, Any]]:
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the metrics that must be equal in two runs: all but times, throughput and `checkpoint/*`."""
+    """Returns the metrics that must be equal in two runs. Removes times, throughput and `checkpoint/*`."""
     return [
         {k: v for k, v in line.items() if not k.startswith(("time/", "checkpoint/", "rollout/tokens_per_second"))}
         for line in lines

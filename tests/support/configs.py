@@ -1,4 +1,4 @@
-"""A configuration for tests that read options and start nothing."""
+"""A small config for tests that read options and start no process."""
 
 import json
 from typing import Any
@@ -19,7 +19,7 @@ SMALL: dict[str, Any] = {
 
 
 def config(**changes: Any) -> Config:
-    """SMALL with `section__option=value` changed."""
+    """Returns the config SMALL with changes, given as `section__option=value`."""
     values = json.loads(json.dumps(SMALL))
     for key, value in changes.items():
         *sections, name = key.split("__")

@@ -1,4 +1,4 @@
-"""Data rows, pictures and the files that hold them, for tests that read data."""
+"""Makes data rows, pictures and data files, for tests that read data."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def png(size: tuple[int, int] = (3, 2), color: str = "red") -> bytes:
 
 
 def jsonl(folder: Path, *rows: Any) -> Path:
-    """Writes rows, or lines that are given as str."""
+    """Writes rows to a JSONL file. A row that is a str is written unchanged."""
     path = folder / "rows.jsonl"
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in rows))
     return path
@@ -64,14 +64,14 @@ def read_rows(source: str | Path | Sequence[str | Path], **options: Any) -> list
 
 
 def only_prompt(path: Path, **options: Any) -> Prompt:
-    """The prompt of a file with one row, read with these options of its source."""
+    """Returns the prompt of a file with one row. `options` are options of the data source."""
     rows = read([Source(path=str(path), **options)])
     assert rows.bad == () and len(rows.prompts) == 1, rows.bad
     return rows.prompts[0]
 
 
 def reasons(path: Path, **options: Any) -> list[str]:
-    """Why the rows of a file cannot be used."""
+    """Returns the reasons why rows of a file cannot be used."""
     with pytest.raises(RowError) as caught:
         read_rows(path, **options)
     return [bad.reason for bad in caught.value.bad]

@@ -1,4 +1,4 @@
-"""vLLM engines for tests, all in one separate process: vLLM changes torch and the environment of its process."""
+"""Runs all vLLM engines of the tests in one separate process, because vLLM changes torch and the environment."""
 
 import multiprocessing
 import os
@@ -12,13 +12,13 @@ from typing import Any
 from rl.types import Completion, Picture, Request
 from rollout.vllm.engine import Engine
 
-PATIENCE_S = 300.0  # for one call
+PATIENCE_S = 300.0  # seconds for one call
 
-_engines: dict[int, Engine] = {}  # in the separate process
+_engines: dict[int, Engine] = {}  # exists in the separate process only
 
 
 class RemoteEngine:
-    """An Engine in the separate process, with the same methods."""
+    """Has the methods of an Engine, and calls an Engine in the separate process."""
 
     def __init__(self, process: "EngineProcess", key: int) -> None:
         self._process, self._key = process, key
@@ -40,7 +40,7 @@ class RemoteEngine:
 
 
 class EngineProcess:
-    """A process that imports vLLM once and holds several engines. Its exceptions are raised here."""
+    """A process that imports vLLM once and holds several engines. Tests get the exceptions of this process."""
 
     def __init__(self) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -54,8 +54,8 @@ class EngineProcess:
         return RemoteEngine(self, self._count)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls an importable function in the separate process. If this wait ends before the call does, by
-        PATIENCE_S or by the test's own time limit, the process is killed, so that nothing waits for it."""
+        """Calls an importable function in the separate process. If PATIENCE_S or the time limit of the test is over
+        before the call returns, the process is killed."""
         call = self._pool.submit(function, *arguments)
         try:
             return call.result(timeout=PATIENCE_S)
@@ -64,7 +64,7 @@ class EngineProcess:
                 self._kill()
 
     def close(self) -> None:
-        """Ends the process, and the processes that vLLM has started in it."""
+        """Ends the separate process, and the processes that vLLM has started there."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._kill()
 
@@ -86,5 +86,5 @@ def _get(key: int, attribute: str) -> Any:
 
 
 def shared_memory_segments() -> set[str]:
-    """Names of the shared memory segments on this machine that Python has made."""
+    """Returns the names of all shared memory segments on this machine that Python has made."""
     return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}

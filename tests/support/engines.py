@@ -1,4 +1,4 @@
-"""Scripted engines and a chat for the engine pool."""
+"""Scripted engines and a scripted chat, for tests of the engine pool."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,14 +9,14 @@ from rollout.pool import EnginePool
 
 
 class Echo:
-    """An engine that answers with the first prompt token and the request's seed."""
+    """An engine whose response is the first prompt token and the seed of the request."""
 
     def __init__(self) -> None:
         self.asked: list[Request] = []
         self.loaded: list[tuple[Any, int]] = []
 
     def stream(self, requests: Sequence[Request]) -> list[list[tuple[int, Completion]]]:
-        """The last first, two at a time."""
+        """Returns completions in pairs. The last request comes first."""
         self.asked += requests
         made = [Completion(r.prompt_ids, (r.prompt_ids[0], r.seed), (-0.5, -0.5), "stop") for r in requests]
         pairs = list(enumerate(made))[::-1]
@@ -30,7 +30,7 @@ class Echo:
 
 
 class Letters:
-    """A chat whose prompt is one token, the row's number."""
+    """A chat that converts each prompt into one token: the id of the row."""
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         return (int(prompt.id),)
@@ -43,7 +43,7 @@ class Letters:
 
 
 def in_turns(streams: Sequence[list], patience: float = 0) -> Iterator[tuple[int, Any]]:
-    """A step of each stream after the other, while there are any."""
+    """Yields one step of each stream in turn, until all streams are exhausted."""
     for step in range(max(map(len, streams))):
         yield from ((number, stream[step]) for number, stream in enumerate(streams) if step < len(stream))
 

@@ -1,4 +1,4 @@
-"""Evaluated rows with scripted answers."""
+"""Makes evaluated rows with scripted answers, for tests of evaluations."""
 
 from rl.types import Prompt, Rollout, Scored
 from rollout.pacore.rounds import PacoreResult, Reply, Round

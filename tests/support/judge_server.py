@@ -1,4 +1,4 @@
-"""A scripted judge for tests: an OpenAI-compatible server on loopback, in a thread."""
+"""A scripted judge for tests: an OpenAI-compatible server on this machine that runs in a thread."""
 
 import asyncio
 import json
@@ -17,26 +17,27 @@ from rewards import endpoint
 
 @dataclass(frozen=True)
 class Reply:
-    """How the server answers one request."""
+    """Describes how the server answers one request."""
 
-    content: str | dict[str, Any] | None = None  # the judge's message; an object is written as JSON
+    content: str | dict[str, Any] | None = None  # the judge's message; a dict is sent as JSON
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     finish: str = "stop"
     after_s: float = 0.0
-    closes: bool = False  # True: closes the connection without an answer
-    body: str | None = None  # sent unchanged, in place of a chat completion
+    closes: bool = False  # True closes the connection without an answer
+    body: str | None = None  # text that is sent instead of a chat completion
 
 
 Script = Callable[[dict[str, Any]], "Reply | dict[str, Any] | str"]
 
 
 class JudgeServer:
-    """Answers each request with `script(request)`. A list of replies is given in order; the last one is repeated.
+    """Answers each request with `script(request)`. If `script` is a list of replies, sends these replies in order and
+    repeats the last reply.
 
     requests  the bodies of the requests, in order
-    headers   their headers
-    peak      the most requests at a time
+    headers   the headers of the requests, in order
+    peak      the maximum number of requests at the same time
     """
 
     def __init__(self, script: Script | list[Any]):
@@ -54,7 +55,7 @@ class JudgeServer:
 
     @property
     def prompts(self) -> list[str]:
-        """The text of each request."""
+        """Returns the text of each request."""
         return [text_of(request) for request in self.requests]
 
     def start(self) -> None:
@@ -105,7 +106,7 @@ class JudgeServer:
 
 
 def completion(model: str, reply: Reply, count: int = 1) -> dict[str, Any]:
-    """A chat completion with `count` identical choices."""
+    """Returns a chat completion with `count` identical choices."""
     content = json.dumps(reply.content) if isinstance(reply.content, dict) else reply.content
     message = {"role": "assistant", "content": content}
     choices = [{"index": n, "message": message, "finish_reason": reply.finish} for n in range(count)]
@@ -118,7 +119,7 @@ def text_of(request: dict[str, Any]) -> str:
 
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Removes delays: retries follow at once, and clients load no certificates, because the judge uses plain HTTP."""
+    """Removes delays. Retries follow at once, and clients load no certificates (the judge uses plain HTTP)."""
     monkeypatch.setattr(endpoint, "RETRY_S", (0.01, 0.02))
     monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
 

@@ -1,4 +1,4 @@
-"""Shared by tests of rewards that ask a judge: a scripted judge, samples, and the blocks of the judge's prompt."""
+"""Helpers for tests of rewards that ask a judge: a scripted judge, samples, and a parser of the judge's prompt."""
 
 import asyncio
 import re
@@ -30,7 +30,7 @@ def judging(script: Script | list[Any], **options: Any) -> Iterator[JudgeServer]
 
 
 def score(target: str, *rollouts: Rollout | Prompt, **params: Any) -> Any:
-    """The Score of one rollout or row; a list for several, which one instance scores at the same time."""
+    """Scores rollouts or rows at the same time with one reward instance. Returns one Score, or a list for several."""
 
     async def all_of_them() -> list[Score]:
         bound = get(target, {"endpoint": "judge", **params})
@@ -41,7 +41,7 @@ def score(target: str, *rollouts: Rollout | Prompt, **params: Any) -> Any:
 
 
 def blocks(prompt: str) -> dict[str, str]:
-    """The blocks of a judge's prompt: label -> text between the real marks."""
+    """Splits a judge's prompt into its marked blocks of text. Returns label -> text between the marks."""
     nonce = re.findall(r"⟦answer ([0-9a-f]{16})⟧ and ⟦end of answer \1⟧", prompt)
     assert len(nonce) == 1
     found = re.findall(rf"⟦([a-z ]+) {nonce[0]}⟧\n(.*?)\n⟦end of \1 {nonce[0]}⟧", prompt, re.DOTALL)
@@ -50,6 +50,6 @@ def blocks(prompt: str) -> dict[str, str]:
 
 
 def honest(request: dict[str, Any]) -> dict[str, Any]:
-    """A scripted judge that compares the last word of the answer's block with the truth's block."""
+    """A script for a judge that compares the last word of the answer with the ground truth."""
     shown = blocks(text_of(request))
     return RIGHT if shown["answer"].split()[-1] == shown["truth"] else WRONG

@@ -1,4 +1,4 @@
-"""Pictures, options, groups and batches for tests of policy and critic with the models of tests/support/models.py."""
+"""Makes pictures, options, groups and batches for tests of policy and critic with small models."""
 
 import json
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ PICTURES = [picture((60, 60), seed) for seed in range(2)]
 
 
 def config(model: str, **ppo: object) -> Config:
-    """A recipe of 4 prompts x 3 rollouts on the CPU in float32; `ppo` replaces options of that section."""
+    """Returns a config with 4 prompts x 3 rollouts on the CPU in float32. `ppo` replaces options of the section ppo."""
     return Config.model_validate_json(
         json.dumps(
             {
@@ -39,7 +39,10 @@ def config(model: str, **ppo: object) -> Config:
 
 
 def options(ppo: Mapping[str, object] | None = None, **changed: Any) -> LearnerOptions:
-    """The learner's options of that recipe, with options of `ppo`, `model`, `learner` and others replaced."""
+    """Returns the learner's options of `config`. `ppo` replaces PPO options.
+
+    `changed` replaces options of the sections `model` and `learner`, and other learner options.
+    """
     made = LearnerOptions.of(config("unused", **(ppo or {})))
     sections: dict[str, Any] = {
         name: section.model_copy(update={key: changed.pop(key) for key in type(section).model_fields if key in changed})
@@ -49,14 +52,15 @@ def options(ppo: Mapping[str, object] | None = None, **changed: Any) -> LearnerO
 
 
 def group(prompt: int, *responses: int, first_row: int = 0, images: tuple[str, ...] = ()) -> Group:
-    """Token ids count up from 10; `images` put one picture's 4 tokens at the start of the prompt each."""
+    """Returns a group whose token ids count up from 10. Each image adds 4 image tokens at the start of the prompt."""
     ids = (IMAGE_TOKEN,) * 4 * len(images) + tuple(range(10, 10 + prompt))
     made = tuple(tuple(range(20 + i, 20 + i + n)) for i, n in enumerate(responses))
     return Group(ids, images, made, tuple(range(first_row, first_row + len(responses))))
 
 
 def batch_of(policy: Policy) -> Batch:
-    """Four prompts, three of them with pictures, three responses each; engine logprobs near the policy's."""
+    """Returns a batch of four prompts with three responses each. Three prompts have pictures. The engine's logprobs are
+    near the policy's logprobs."""
     generator = torch.Generator().manual_seed(1)
     scored = []
     for number, images in enumerate([(), PICTURES[:1], PICTURES, PICTURES[1:]]):

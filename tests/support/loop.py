@@ -1,4 +1,4 @@
-"""A scripted sampler and scorer for the loop, with the real policy and critic in this process."""
+"""A scripted sampler and scorer for tests of the loop. Policy and critic are real and run in this process."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,18 +23,18 @@ GOOD, BAD = 20, 30
 
 
 def policy_of(services: Services) -> Policy:
-    """The policy behind its client."""
+    """Returns the policy object that the client calls."""
     return cast(Any, services.policy.remote).target
 
 
 class Scripted:
-    """Alternates a good and a bad answer, with the policy's own logprobs, off by `lie` nats."""
+    """Samples good and bad answers in turn. The logprobs of these answers are the policy's logprobs plus `lie` nats."""
 
     def __init__(self, policy: Policy, lie: float = 0.0) -> None:
         self.policy, self.lie, self.policy_step = policy, lie, 0
 
     def sample(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> Iterator[tuple[int, Rollout]]:
-        """The last rollout first."""
+        """Yields all rollouts, the last rollout first."""
         tokens = [(p, GOOD if i % 2 else BAD) for p in prompts for i in range(per_prompt)]
         yield from reversed([(index, self.rollout(*pair)) for index, pair in enumerate(tokens)])
 
@@ -73,12 +73,12 @@ class Scores:
 
 
 def right(rollout: Rollout) -> Scored:
-    """1 for the good answer, 0 for the bad one."""
+    """Scores the good answer with 1 and the bad answer with 0."""
     return Scored(rollout, float(rollout.text == str(GOOD)), parts={"exact": 1.0})
 
 
 def scripted_services(folder: Path) -> Services:
-    """Services with a small text model, which is saved to `folder`."""
+    """Returns services with a small text model. The model is saved in `folder`."""
     hf_folder.save(text_model(), folder)
     made = config(str(folder), policy_lr=1e-2, critic_lr=1e-2)
     options = LearnerOptions.of(made)

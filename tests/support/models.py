@@ -1,4 +1,4 @@
-"""Small random models for tests: a StepVL with 112-pixel views and a Qwen3 text decoder."""
+"""Makes small random models for tests: a StepVL with 112-pixel views, and a Qwen3 text decoder."""
 
 from typing import TypeVar
 
@@ -24,8 +24,8 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 
 def step_vl(seed: int = 0) -> StepVL:
-    """A model with a 112-pixel global view (4 image tokens) and 56-pixel crops (1 token). All parameters are random,
-    those of norms too."""
+    """Returns a model with a 112-pixel global view (4 image tokens) and 56-pixel crops (1 image token). All parameters
+    are random, including the parameters of norms."""
     vision = {"image_size": 112, "width": 16, "layers": 2, "heads": 2, "mlp_ratio": 2.0}
     config = StepVLConfig(
         vision_config=vision, text_config=TEXT, image_token_id=IMAGE_TOKEN, image_token_len=4, patch_token_len=1
@@ -45,7 +45,7 @@ def text_model(seed: int = 0, *, tied: bool = False) -> TextModel:
 
 
 def randomized(model: M, seed: int) -> M:
-    """Sets random weights, large enough that every input changes every output."""
+    """Sets random weights that are large enough for every input to change every output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Processes that work together in a test, such as the ranks of a model; none of them outlives the test."""
+"""Runs processes that work together in a test, such as the ranks of a model. No process outlives the test."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -7,13 +7,14 @@ from typing import Any
 
 
 def run_together(target: Callable[..., object], arguments: Sequence[tuple[Any, ...]], *, limit_s: float) -> None:
-    """Calls `target` with each of `arguments` in a process of its own, all at once, and waits for them.
+    """Calls `target` once per entry of `arguments`. Each call runs in its own process. Waits until all calls have
+    ended.
 
-    Whatever happens here, pytest's own time limit included, the processes are killed.
+    In any case, even after a time-out of pytest, the processes are killed.
 
-    Raises: TimeoutError if one of them takes longer than `limit_s` seconds; RuntimeError if one of them fails.
+    Raises: TimeoutError if the calls take longer than `limit_s` seconds; RuntimeError if a call fails.
     """
-    # Daemonic, because an interpreter that ends waits for other kinds of processes.
+    # The processes are daemons, because an interpreter that ends waits for all other child processes.
     processes = [get_context("spawn").Process(target=target, args=given, daemon=True) for given in arguments]
     deadline = time.monotonic() + limit_s
     try:

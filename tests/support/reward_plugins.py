@@ -1,4 +1,5 @@
-"""Rewards for tests that do what the answer says (hang, die, raise), as buggy plugins might; and tasks with them."""
+"""Rewards that behave as buggy plugins might: they do what the answer says (hang, die, raise). Tasks that use these
+rewards."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Samples for tests of rewards: rollouts, pictures, hostile texts, and checks that many rewards share."""
+"""Helpers for tests of rewards: rollouts, pictures, hostile texts, and checks that many tests share."""
 
 import io
 import time
@@ -70,7 +70,7 @@ def picture(width: int, height: int) -> Picture:
 
 
 def assert_lowest_soon(target: str, truth: Any, text: str) -> None:
-    """The reward gives `text` its lowest value within two seconds of CPU time."""
+    """Asserts that the reward gives `text` its lowest value, within two seconds of CPU time."""
     bound = get(target)
     _ = bound.scorer
     start = time.process_time()
@@ -79,7 +79,7 @@ def assert_lowest_soon(target: str, truth: Any, text: str) -> None:
 
 
 def assert_truth_scores_highest(target: str, truth: Any) -> None:
-    """A response that states the ground truth, as the reward declares it, gets the highest value."""
+    """Asserts that a response with only the ground truth, as text, gets the highest value."""
     declared = get(target).reward
     assert declared.truth_as_text
     assert score(target, declared.truth_as_text(truth), truth) == declared.highest

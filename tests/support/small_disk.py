@@ -1,4 +1,4 @@
-"""A real disk of a few MiB, which can become read-only. Needs the right to mount."""
+"""Mounts a real disk of a few MiB, which can become read-only. Needs the permission to mount."""
 
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, mib: int) -> Iterator[Path]:
-    """Makes `folder` on a new disk, which is unmounted at the end. Skips the test where mounting is not allowed."""
+    """Mounts a new disk at `folder`, and unmounts it at the end. Skips the test if mounting is not allowed."""
     folder.mkdir()
     if _mount("-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", folder).returncode:
         pytest.skip("mounting a disk is not allowed here")
@@ -21,7 +21,7 @@ def small_disk(folder: Path, mib: int) -> Iterator[Path]:
 
 
 def change(folder: Path, options: str) -> None:
-    """Changes mount options of the disk: `ro`, `rw`, `size=100m`."""
+    """Changes mount options of the disk, for example `ro`, `rw` or `size=100m`."""
     done = _mount("-o", f"remount,{options}", folder)
     assert done.returncode == 0, done.stderr
 

@@ -1,4 +1,4 @@
-"""Tiny model folders that vLLM can run: a word-level tokenizer, STEP3-VL, and a text-only decoder."""
+"""Makes tiny model folders that vLLM can run: STEP3-VL or a text decoder, with a word-level tokenizer."""
 
 import io
 from pathlib import Path
@@ -19,34 +19,33 @@ IMAGE_WORDS = ("<im_patch>", "<im_start>", "<im_end>", "<patch_start>", "<patch_
 SPECIAL = ("<pad>", "<eos>", *IMAGE_WORDS)
 WORDS = tuple(f"w{i}" for i in range(40))
 EOS, IMAGE = SPECIAL.index("<eos>"), SPECIAL.index("<im_patch>")
-VOCABULARY = 56  # more than the words; not a multiple of 64, to which vLLM rounds vocabularies up
-# 6 x 6 and 5 x 5 tokens of 28 pixels. With sizes so similar, a picture can have exactly one crop.
+VOCABULARY = 56  # larger than the number of words; not a multiple of 64, because vLLM rounds up to that
+# The views have 6 x 6 and 5 x 5 tokens of 28 pixels. With such similar sizes, a picture can have exactly one crop.
 GLOBAL_SIZE, CROP_SIZE = 168, 140
 NO_CROP, ONE_CROP, FOUR_CROPS = (60, 50), (168, 150), (200, 190)  # (width, height) in pixels
 
 
 def word_ids(count: int, seed: int = 0) -> tuple[int, ...]:
-    """Returns ids of random words, none of them special."""
+    """Returns the ids of random words. Special tokens are not used."""
     first = len(SPECIAL)
     return tuple(np.random.default_rng(seed).integers(first, first + len(WORDS), count).tolist())
 
 
 def image(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """Returns an image of coarse random colours, so that different seeds differ at any size."""
+    """Returns an image of coarse random colours. Different seeds give different images at any size."""
     blocks = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Picture:
-    """Returns the image of `image` as a PNG, like a data row's picture."""
+    """Returns the result of `image` as PNG bytes, like the picture of a data row."""
     encoded = io.BytesIO()
     image(size, seed).save(encoded, "PNG")
     return Picture.of(encoded.getvalue())
 
 
 def make_text_model(folder: Path, *, tied: bool, seed: int = 0) -> Qwen3ForCausalLM:
-    """Saves a Qwen3 and returns it (float32). Tests check that nothing uses its generation config, which is nearly
-    greedy."""
+    """Saves and returns a float32 Qwen3 model. Its generation config is nearly greedy, so that tests notice its use."""
     model = Qwen3ForCausalLM(Qwen3Config(**_decoder(), tie_word_embeddings=tied)).float().eval()
     randomize(model, seed)
     model.save_pretrained(folder)
@@ -55,7 +54,7 @@ def make_text_model(folder: Path, *, tied: bool, seed: int = 0) -> Qwen3ForCausa
 
 
 def make_step_vl(folder: Path, seed: int = 0) -> StepVL:
-    """Saves a STEP3-VL and returns it. As in the 10B, its image token is also an end-of-sequence token."""
+    """Saves and returns a STEP3-VL model. As in the 10B model, the image token is also an end-of-sequence token."""
     config = StepVLConfig(
         vision_config={
             "image_size": GLOBAL_SIZE,
@@ -79,7 +78,7 @@ def make_step_vl(folder: Path, seed: int = 0) -> StepVL:
 
 
 def randomize(module: torch.nn.Module, seed: int) -> None:
-    """Sets random weights, large enough that every input changes every output: unit gain per matrix, scales near 1."""
+    """Sets random weights with unit gain per matrix and norm scales near 1. Every input changes every output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():

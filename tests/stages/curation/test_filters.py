@@ -1,4 +1,4 @@
-"""Curation with scripted judges and a scripted policy: which rows are kept, and that a kill loses nothing."""
+"""Tests curation with scripted judges and a scripted policy: which rows are kept, and that a kill loses nothing."""
 
 import json
 from collections import Counter
@@ -40,16 +40,16 @@ ROLLOUTS = 24
 
 
 class Killed(BaseException):
-    """Stands for kill -9 in a test with one process."""
+    """Simulates kill -9 in a test with one process."""
 
 
 class Chat:
-    """Every prompt is one token."""
+    """A chat that converts every prompt into one token."""
 
     reserved = ("<im_patch>",)
 
     def __init__(self) -> None:
-        self.shown: dict[str, Prompt] = {}  # row id -> its last prompt
+        self.shown: dict[str, Prompt] = {}  # row id -> last prompt of this row
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         self.shown[prompt.id] = prompt
@@ -63,7 +63,7 @@ class Chat:
 
 
 class Engines:
-    """Engines that respond by the script: (filter, row id, number of the response) -> text."""
+    """Engines whose responses come from a script: (filter, row id, number of the response) -> text."""
 
     def __init__(self, script: Callable[[str, str, int], str], rows: Sequence[str]) -> None:
         self.script, self.asked = script, Counter[tuple[str, str, int]]()
@@ -88,8 +88,8 @@ class Engines:
 
 
 class Scorer:
-    """Scores 1.0 if the answer has the word "right". The judge is a script: (pass, row id) -> number, or why there is
-    none."""
+    """Scores an answer with 1.0 if it contains the word "right". The judge is a script: (pass, row id) -> score, or the
+    reason for an invalid score."""
 
     def __init__(self, judge: Callable[[str, str], float | str] = lambda name, row: 1.0, group: bool = False) -> None:
         self.judge, self.group, self.asked = judge, group, Counter[tuple[str, str]]()
@@ -140,7 +140,7 @@ def policy(
 
 
 def right_times(counts: Mapping[str, int]) -> Callable[[str, str, int], str]:
-    """Returns the script of a policy whose first `counts[row id]` responses to a row are right."""
+    """Returns a script in which the first `counts[row id]` responses to a row are right."""
     return lambda name, identity, n: (RIGHT if n < counts[identity] else WRONG).format(n)
 
 
@@ -410,7 +410,7 @@ def blocks() -> list[list[CandidateRow]]:
 
 
 def written_files(folder: Path) -> dict[str, bytes]:
-    """Returns file name -> contents of rows and decisions."""
+    """Returns the contents of the files with rows and decisions: file name -> content."""
     return {str(f.relative_to(folder)): f.read_bytes() for part in ("rows", "fates") for f in (folder / part).glob("*")}
 
 
@@ -440,7 +440,7 @@ def test_rows_decisions_and_report_have_the_result_of_every_row(tmp_path: Path) 
     }
     assert sum(count for _, count in report.histograms[0].bars) == 5
     assert "leaked: the question of b | What is leaked?" in report.text()
-    assert "<h1>2 of 7 rows stay</h1>" in report.html()
+    assert "<h1>2 of 7 rows are kept</h1>" in report.html()
 
 
 def test_a_report_counts_each_source_separately(tmp_path: Path) -> None:
@@ -467,7 +467,7 @@ def test_texts_of_models_are_escaped_in_the_html_report(tmp_path: Path) -> None:
 
 @dataclass
 class Attempt:
-    """Curations in one folder, each killed after a given number of answers of the engines or of the judge."""
+    """Runs curations in one folder. Each run may be killed after a number of answers of the engines or of the judge."""
 
     folder: Path
     engines: list[Engines] = field(default_factory=list)
@@ -485,7 +485,7 @@ class Attempt:
 
     @property
     def most(self) -> int:
-        """The largest number of times that the same question was asked."""
+        """The maximum number of times that one question was asked."""
         asked = sum((e.asked for e in self.engines), Counter[Any]()) + sum((j.asked for j in self.judges), Counter())
         return max(asked.values())
 
@@ -532,7 +532,7 @@ def test_judges_work_on_the_next_block_while_the_policy_works_on_this_one(tmp_pa
     difficulty: Any = filters["difficulty"]
 
     def waiting(rows: Sequence[CandidateRow], answers: Answers) -> list[Decision]:
-        wait_until(lambda: any(identity == "always" for _, identity in scorer.asked))  # a row of the second block
+        wait_until(lambda: any(identity == "always" for _, identity in scorer.asked))  # a row of the next block
         return difficulty(rows, answers)
 
     run_blocks(blocks(), {**filters, "difficulty": waiting}, CurationFolder(tmp_path), ["s"], lambda message: None)

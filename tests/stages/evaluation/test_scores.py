@@ -1,4 +1,4 @@
-"""The figures of an evaluation, compared with figures computed by hand."""
+"""Compares the figures of an evaluation with figures computed by hand."""
 
 from dataclasses import replace
 
@@ -18,12 +18,14 @@ def test_pass_at_one_is_the_share_of_right_attempts_and_pass_at_k_is_one_if_any_
     [
         (SPLIT, 0.0),
         ([(boxed(4), 1.0), (boxed(5), 0.0), (r"\boxed{4}", 1.0)], 1.0),  # the same answer, written in another way
-        ([(boxed(5), 0.0), (boxed(4), 1.0)], 0.0),  # of two equally frequent answers the first
+        ([(boxed(5), 0.0), (boxed(4), 1.0)], 0.0),  # if two answers are equally frequent, the first one wins
         ([("<think>never", 0.0), (boxed(4), 1.0)], 1.0),  # an attempt without an answer has no vote
         ([("<think>never", 0.0)], 0.0),
     ],
 )
-def test_the_majority_is_right_if_its_first_voter_is(attempts: list[tuple[str, float]], right: float) -> None:
+def test_the_majority_counts_as_right_if_its_first_attempt_is_right(
+    attempts: list[tuple[str, float]], right: float
+) -> None:
     assert majority_at_k(evaluated_row("sums", attempts, []), CONFIG) == right
 
 
