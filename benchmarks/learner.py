@@ -320,7 +320,7 @@ def against_verl(name: str) -> Result:
 
 
 AGAINST = {
-    "": (against_packed, "our packing with a prompt per rollout"),
+    "": (against_packed, "one copy of the prompt per rollout"),
     "padded/": (against_padded, "rollouts padded to the longest"),
     "verl/": (against_verl, "verl 0.9.1's FSDP2 engine"),
 }
