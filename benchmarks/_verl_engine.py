@@ -59,10 +59,10 @@ class CpuPlatform(PlatformCUDA):
 
 @dataclass(frozen=True)
 class Split:
-    """How verl splits a batch into micro-batches. A micro-batch is one forward and backward pass."""
+    """Says how verl splits a batch into micro-batches. A micro-batch is one forward and backward pass."""
 
     tokens: int | None  # maximum tokens of a micro-batch, padding not counted; None: one rollout per micro-batch
-    padded: bool = False  # True: one padded row per rollout; False: all rollouts in one packed row
+    padded: bool = False  # True: one padded row per rollout; False: one packed row per micro-batch
 
     def __str__(self) -> str:
         if self.tokens is None:

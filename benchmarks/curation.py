@@ -19,7 +19,7 @@ def curation() -> Result:
 
     A real vLLM engine with the CPU profile samples 24 responses of the scale model to each of 64 problems. Nothing is
     scored. max_abs_diff is the largest difference between the lengths of a response on both sides. It is 0 if both
-    sides sampled the same tokens. Rounding in the last digits of a probability can change the tokens.
+    sides sampled the same tokens. Rounding in the last digits of a probability can change which tokens are sampled.
     """
     from rl.actors import cluster, merge_streams, place
     from rl.recipe.resolve import load

@@ -41,7 +41,7 @@ def targets() -> Result:
 
     The mask has right padding: each response takes at least half of the width. The mask also has holes: one in five
     runs of 256 tokens is masked, like text that comes from tools. The loop computes one column of the [N, R] tensors
-    per step, as the code of Open-Reasoner-Zero and verl does. It writes into one tensor instead of a list.
+    per step, as the code of Open-Reasoner-Zero and verl does. But the loop writes into one tensor instead of a list.
 
     ratio is other_s / ours_s in wall-clock seconds. The result is the case with the smallest ratio; `more` has the
     ratios of all cases. Our call takes a hundredth of the loop's time, so each of our measurements is the median of
@@ -126,7 +126,7 @@ def loop_in_place(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, l
 
 
 def by_column(x: Tensor) -> Tensor:
-    """Returns the tensor with contiguous columns. They make the float64 loop faster, whose time is not measured."""
+    """Returns the tensor with contiguous columns. This makes the float64 loop faster; its time is not measured."""
     return x.T.contiguous().T
 
 

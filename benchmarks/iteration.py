@@ -53,7 +53,7 @@ def even_words(rollout: Rollout) -> float:
 
 @benchmark("iteration/trl")
 def trl() -> Result:
-    """Compares our iteration, which also trains a critic, with one of TRL's GRPO trainer. The goal is a ratio above 1.
+    """Compares an iteration of ours, which also trains a critic, with TRL's GRPO trainer. The goal is a ratio above 1.
 
     Both sides sample 8 responses to each of 8 prompts from the same random Qwen3, score them with the same function and
     make one optimizer step. Both use float32, two threads and no KL term. The model is built so that every response

@@ -48,7 +48,7 @@ def sync() -> Result:
 
 
 class Emulated:
-    """A sampler that waits for a given time and returns random responses. Its check after a weight sync is empty."""
+    """A sampler that waits for a given time and returns random responses. The check after a weight sync is skipped."""
 
     def __init__(self, seconds: Callable[[], float], prompt: int, response: int, vocabulary: int) -> None:
         self.seconds, self.policy_step = seconds, 0
@@ -143,7 +143,7 @@ def one_step_off() -> Result:
         state, start = LoopState(), 0.0
         for iteration in range(count + 1):
             ppo_iteration(iteration + 1, asked, asked, services, state, Clock())
-            start = start or time.perf_counter()  # not measured: the first iteration, which has no samples made ahead
+            start = start or time.perf_counter()  # skips the first iteration: no samples were made ahead for it
         took = time.perf_counter() - start
         state.ahead.settle()
         return took / count

@@ -162,7 +162,7 @@ def fresh(side: str) -> tuple[float, float, list[float]]:
     """Runs one side in a new process. Returns CPU seconds, wall-clock seconds and scores."""
     start = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.rewards", side]
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # as in the workers: the order of sympy's sets depends on it
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # the same as in the workers, because sympy iterates over sets
     process = subprocess.Popen(
         command, cwd=Path(__file__).parent.parent, env=environment, stdout=subprocess.PIPE, text=True
     )

@@ -1,7 +1,8 @@
 """Draws the learning curve of a run folder: `python tools/plot_run.py RUN_DIR OUT.svg`.
 
-One panel for each task: the training reward of every iteration (points), its moving average (line), and the reward on
-held-out rows (diamonds). The same metrics give the same bytes. All colours can be read on white and on black.
+There is one panel for each task. Points are the training reward of every iteration, the line is the moving average of
+the points, and diamonds are the reward on held-out rows. The same metrics give a file with the same bytes. All colours
+can be read on white and on black.
 """
 
 import json
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-COLUMNS, WIDTH, HEIGHT = 3, 216, 116  # panels side by side; size of a panel in pixels
-LEFT, TOP, RIGHT, BOTTOM = 40, 30, 20, 26  # space around each panel
-LENGTH = "response/tokens_mean/"  # a metric that every task has, and nothing else
-WINDOW = 4  # iterations on either side that the moving average takes in
+COLUMNS, WIDTH, HEIGHT = 3, 216, 116  # panels in a row; width and height of a panel in pixels
+LEFT, TOP, RIGHT, BOTTOM = 40, 30, 20, 26  # space around each panel in pixels
+LENGTH = "response/tokens_mean/"  # prefix of a metric that exists for every task, and only for tasks
+WINDOW = 4  # number of iterations before and after a point in the moving average
 STYLE = """
 text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #787878 }
 .title { font-weight: 600; font-size: 13px }
@@ -26,7 +27,7 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-seri
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Draws RUN_DIR/metrics.jsonl to OUT.svg. Returns 0, or 2 after a message if that cannot be done."""
+    """Draws RUN_DIR/metrics.jsonl to OUT.svg. Returns 0. If this is impossible, prints a message and returns 2."""
     if len(arguments) != 2:
         print("usage: python tools/plot_run.py RUN_DIR OUT.svg", file=sys.stderr)
         return 2
@@ -36,14 +37,14 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     if len({line["stage"] for line in lines}) > 1:
-        print(f"{arguments[0]} has several stages; name the folder of one of them", file=sys.stderr)
+        print(f"{arguments[0]} has several stages; give the folder of one stage", file=sys.stderr)
         return 2
     Path(arguments[1]).write_text(drawing(lines), encoding="utf-8")
     return 0
 
 
 def drawing(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The SVG text for the metrics of one stage."""
+    """Returns the SVG text for the metrics of one stage."""
     names = {name for line in lines for name in line}
     tasks = sorted(name.removeprefix(LENGTH) for name in names if name.startswith(LENGTH))
     cells = [_panel(task, lines) for task in tasks] + [_legend()]
@@ -61,7 +62,7 @@ def drawing(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _panel(task: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """The axes of one task, its points, its line and its diamonds."""
+    """Returns the SVG of one task: title, axes, points, line and diamonds."""
     last = max(1, *(line["iteration"] for line in lines))
     training = [(line["iteration"], line[f"reward/{task}"]) for line in lines if f"reward/{task}" in line]
     held_out = [(line["iteration"], line[f"eval/{task}"]) for line in lines if f"eval/{task}" in line]
@@ -84,7 +85,7 @@ def _panel(task: str, lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _axes(last: int, span: tuple[float, float], at: Callable[[float, float], tuple[float, float]]) -> str:
-    """Grid lines at the lowest, middle and highest reward, and numbers at both axes."""
+    """Returns the SVG of grid lines at the lowest, middle and highest reward, and of the numbers at both axes."""
     parts = []
     for reward in (span[0], sum(span) / 2, span[1]):
         _, y = at(0, reward)
@@ -101,7 +102,7 @@ def _diamond(x: float, y: float) -> str:
 
 
 def _legend() -> str:
-    """What the marks mean, in the place of a panel."""
+    """Returns the SVG of the legend, which takes the place of a panel."""
     rows = (
         ('<line class="line" x1="0" x2="26" y1="-4" y2="-4"/>', f"training, mean of {2 * WINDOW + 1} iterations"),
         ('<g class="points"><circle cx="13" cy="-4" r="2"/></g>', "training, each iteration"),
@@ -115,7 +116,7 @@ def _legend() -> str:
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and of up to `window` neighbours on either side."""
+    """Returns for each value the mean of the value and up to `window` neighbours on either side."""
     around = (values[max(0, place - window) : place + window + 1] for place in range(len(values)))
     return [sum(near) / len(near) for near in around]
 

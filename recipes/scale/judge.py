@@ -121,8 +121,8 @@ def draw_pair(rng: Generator, split: world.Split, things: tuple[int, int] = THIN
 
 
 def draw_guesses(rng: Generator, split: world.Split, things: tuple[int, int] = THINGS) -> Pair:
-    """Draws a crowd and two descriptions with the right places and mostly wrong names. The judge can only get these
-    right by reading them. With good descriptions only, it would learn to copy what it sees in the picture."""
+    """Draws a crowd and two descriptions with the right places and mostly wrong names. The judge has to read such
+    descriptions. With good descriptions only, it would learn to copy what it sees in the picture."""
     crowd = world.draw_crowd(rng, split, things)
     return Pair(crowd, _guesses(crowd, rng), _guesses(crowd, rng))
 
@@ -170,7 +170,7 @@ def _any_thing(rng: Generator) -> str:
 
 
 def _slipped(described: str, rng: Generator) -> str:
-    """Replaces the place, the colour or the shape. Most often it is the shape, which is hardest to see."""
+    """Replaces the place, the colour or, most often, the shape, which is hardest to see."""
     place, color, shape = described.rsplit(" ", 2)
     which = rng.choice(3, p=[0.25, 0.25, 0.5])
     return " ".join(

@@ -256,7 +256,7 @@ def pack(prompter: Prompter, batch: Demonstrations) -> PackedDemonstrations:
 
 def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
     """Returns the mean cross-entropy (nats) of the response tokens plus that of the pooled answers in prompts. A model
-    that predicts a pooled answer from the pooled answers before it has learned their median."""
+    that can predict the next pooled answer from the earlier ones has learned their median."""
     row = pack(prompter, batch)
     with torch.no_grad():  # the vision tower is frozen
         seen = features(model, row.scenes)

@@ -60,7 +60,7 @@ PLAIN, SHEETS, WITH_MESSAGES = 3, 10, 4
 def config(words: Any) -> StepVLConfig:
     """Returns a config of 1.4 million parameters, with views of 224 pixels (16 tokens) and crops of 168 (9 tokens)."""
     ids = words.convert_tokens_to_ids
-    ends = [ids("<|endoftext|>"), ids("<|im_end|>"), ids("<im_patch>")]  # also the image token, as in the 10B
+    ends = [ids("<|endoftext|>"), ids("<|im_end|>"), ids("<im_patch>")]  # the image token too, as in the 10B
     vision = {"image_size": 224, "patch_size": 14, "width": 64, "layers": 2, "heads": 4, "mlp_ratio": 4.0}
     text = {
         "vocab_size": len(words),

@@ -34,7 +34,7 @@ LABELS = "pqrs"  # names of a worksheet's sums
 DIVISOR = 3  # worksheets ask for remainders after division by this number
 SHAPES = ("ring", "square", "triangle", "cross")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-HELDOUT_BYTES = 32  # 32 of 256 pictures and sums belong to the held-out split
+HELDOUT_BYTES = 32  # share of the held-out split: 32 of 256 pictures and sums
 SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in the shipped files
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
 OPEN_SEEDS: dict[Split, int] = {"train": 3, "heldout": 4}
@@ -147,8 +147,8 @@ class Problem:
 
 
 def split_of(content: bytes) -> Split:
-    """Returns the split of a picture or sum. A hash of the content decides. So with any seed, the problems of training
-    and of the warm start are different from the held-out problems."""
+    """Returns the split of a picture or sum. A hash of its content decides the split. So with any seed, the problems of
+    training and of the warm start are different from the held-out problems."""
     return "heldout" if hashlib.sha256(content).digest()[0] < HELDOUT_BYTES else "train"
 
 

@@ -168,14 +168,14 @@ ROUGH = Writer(
 REASONING = ("counting", "arithmetic", "worksheet")
 SLIPS = (0.0, 0.12)  # range of the standard deviation of the coordinates in pooled answers, as fractions of the picture
 ALL_SLIP = 0.02  # standard deviation of the error that all answers to a problem share
-CAREFUL = {"worksheet": (0.6, 1.0)}  # range of the share of exact answers; other tasks have (0, 1)
+CAREFUL = {"worksheet": (0.6, 1.0)}  # the share of exact answers is drawn from this range; (0, 1) for other tasks
 OTHER_THING = 0.1  # share of the answers that are about a wrong thing of the scene
 
 
 def answers_of_others(problem: Problem, number: int, rng: Generator) -> tuple[str, ...]:
     """Returns `number` final answers of unknown quality, which stand in for a policy's pooled answers.
 
-    All points or boxes for a problem have the same random spread. Other answers are from the exact or the rough writer.
+    Answers with coordinates have the same random spread for one problem. Other answers are from either writer.
     """
     if problem.task in REASONING:
         careful = rng.uniform(*CAREFUL.get(problem.task, (0.0, 1.0)))

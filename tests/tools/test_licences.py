@@ -1,4 +1,4 @@
-"""tools/licences.py: what packages state, what that means, and that this environment passes."""
+"""Tests tools/licences.py: reading the licence of a package, judging the licence, and checking this environment."""
 
 import importlib.metadata
 import runpy
@@ -19,7 +19,7 @@ def check() -> dict[str, Any]:
 
 
 def stated(**fields: str | list[str]) -> Message:
-    """Metadata: License_Expression="MIT" and so on."""
+    """Returns package metadata with these fields, for example License_Expression="MIT"."""
     message = Message()
     for name, values in fields.items():
         for value in [values] if isinstance(values, str) else values:
@@ -32,7 +32,7 @@ def test_no_dependency_has_a_licence_that_forbids_its_use(check, capsys: pytest.
     assert "pycountry: LGPL-2.1-only\n" in capsys.readouterr().out
 
 
-def test_what_the_packages_need_is_checked_too(check) -> None:
+def test_dependencies_of_the_packages_are_checked_too(check) -> None:
     checked = {canonicalize_name(name) for name in check["installed_packages"]()}
     needed = [Requirement(line) for name in checked for line in importlib.metadata.requires(name) or ()]
     active = {canonicalize_name(r.name) for r in needed if not r.marker or r.marker.evaluate({"extra": ""})}
@@ -49,7 +49,7 @@ def test_what_the_packages_need_is_checked_too(check) -> None:
      "MIT AND (MIT OR Apache-2.0)"),
     ({"Classifier": "Topic :: Software Development"}, "none stated"),
 ])  # fmt: skip
-def test_a_licence_is_read_from_whatever_field_states_it(check, fields: dict[str, Any], licence: str) -> None:
+def test_a_licence_is_read_from_the_field_that_states_it(check, fields: dict[str, Any], licence: str) -> None:
     assert check["licence_of"]("some-package", stated(**fields)) == licence
 
 
@@ -65,5 +65,5 @@ def test_a_licence_is_read_from_whatever_field_states_it(check, fields: dict[str
     ("none stated", False),
     ("Other/Proprietary License", False),
 ])  # fmt: skip
-def test_copyleft_beyond_libraries_and_unknown_licences_are_refused(check, licence: str, allowed: bool) -> None:
+def test_strong_copyleft_and_unknown_licences_are_refused(check, licence: str, allowed: bool) -> None:
     assert check["is_allowed"]("some-package", licence) is allowed
