@@ -11,7 +11,7 @@ Importing this file takes seconds. The settings are the fastest ones:
   several short rows. `VerlEngine.tune` finds the fastest size for a batch.
 - Without flash attention's kernel for logprobs, verl loops over the tokens in Python, which takes a tenth of a step.
   verl's `logprobs_from_logits_naive` replaces this loop. Nothing else is replaced. verl's fused head does not work
-  here: FSDP2 has already sharded the head's weight when the head is called, unless it is tied to the embedding.
+  here: FSDP2 has already sharded the head's weight when the head is called, unless the embedding shares this weight.
 - The loss is verl's `ppo_loss` with the policy loss "gpg", the plain policy gradient.
 
 This file has no tests; the benchmark compares its logprobs and gradients with ours. tests/benchmarks/test_harness.py
