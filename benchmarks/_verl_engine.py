@@ -187,24 +187,19 @@ class VerlEngine:
                 CheckpointConfig(),
             )
             self._engine.initialize()
-        self._logprobs: list[Tensor] = []  # logprobs of the last step, one tensor per response
 
-    def step(self, batch: VerlBatch) -> float:
+    def step(self, batch: VerlBatch) -> list[Tensor]:
         """Clears the gradients, then runs the forward and backward passes of the whole batch.
 
-        Returns: the loss: -sum(advantage * logprob) / number of response tokens.
+        The loss is -sum(advantage * logprob) / number of response tokens.
+        Returns: the logprobs of the response tokens, one tensor per row.
         """
         assign_non_tensor(batch.data, **self.split.settings())
         with self._engine.train_mode(zero_grad_on_exit=False):
             self._engine.optimizer_zero_grad()
             output: Any = self._engine.forward_backward_batch(batch.data, self._loss)
         rows = output["model_output"]["log_probs"].unbind()  # entry t is the logprob of token t + 1
-        self._logprobs = [row[-1 - length : -1] for row, length in zip(rows, batch.responses, strict=True)]
-        return sum(output["loss"])
-
-    def logprobs(self) -> list[list[float]]:
-        """Returns the logprobs of the response tokens in the last step, one list per row."""
-        return [row.tolist() for row in self._logprobs]
+        return [row[-1 - length : -1].detach() for row, length in zip(rows, batch.responses, strict=True)]
 
     def gradients(self) -> dict[str, Tensor]:
         """Returns the gradients of the last step, keyed by the names of the parameters in the checkpoint."""
@@ -214,15 +209,12 @@ class VerlEngine:
             if parameter.grad is not None
         }
 
-    def tune(self, batch: VerlBatch, repeats: int = 2) -> dict[Split, float]:
-        """Selects the fastest split for this batch: one rollout per micro-batch, or several rollouts, packed or padded.
-
-        Returns: split -> seconds of the fastest of `repeats` steps, for each split that was tried.
-        """
+    def tune(self, batch: VerlBatch) -> None:
+        """Selects the fastest split for this batch: one rollout per micro-batch, or several, packed or padded."""
 
         def measure(split: Split) -> float:
             self.split = split
-            took[split] = min(self._seconds(batch) for _ in range(repeats))
+            took[split] = min(self._seconds(batch) for _ in range(2))
             return took[split]
 
         took: dict[Split, float] = {}
@@ -235,7 +227,6 @@ class VerlEngine:
                     break
                 best = min(best, seconds)
         self.split = min(took, key=took.__getitem__)
-        return took
 
     def _seconds(self, batch: VerlBatch) -> float:
         start = time.perf_counter()

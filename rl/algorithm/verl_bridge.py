@@ -210,7 +210,6 @@ class RolloutCorrection:
     weights: Tensor | None  # [N, R] for a PolicyLoss, 0 where the given mask is False; None without rollout_is
     mask: Tensor  # [N, R] bool, the given one without the rejected tokens: the mask of the policy loss
     sums: Sums  # tis_mean and tis_capped_fraction over `mask`, as losses.tis_weights has them
-    metrics: dict[str, float]  # verl's own, named rollout_corr/...
 
 
 @torch.no_grad()
@@ -221,15 +220,12 @@ def rollout_correction(
     *,
     rollout_is: Literal["token", "sequence"] | None = None,
     rollout_is_threshold: float | str = 2.0,
-    rollout_is_batch_normalize: bool = False,
     rollout_rs: str | None = None,
     rollout_rs_threshold: float | str | None = None,
 ) -> RolloutCorrection:
     """verl's importance weights pi_old / pi_rollout and rejection masks.
 
-    Call it once per minibatch, with the whole minibatch. Collective: call on every rank if torch.distributed is used.
-    `rollout_is_batch_normalize` divides by the mean over all tokens of the call and of all ranks; other than that,
-    weights and masks depend only on their own token or response. The metrics are means over the call.
+    Call it once per minibatch, with the whole minibatch. Weights and masks depend only on their own token or response.
 
     Args:
         old_logprobs: [N, R] of the learner before the update, nats.
@@ -238,15 +234,12 @@ def rollout_correction(
         rollout_is: a weight per token, or one per response (the product over its tokens).
         rollout_is_threshold: a number caps the weights (truncated importance sampling); "low_high" sets weights
             outside of that range to 0 (IcePop). Read only with rollout_is.
-        rollout_is_batch_normalize: divide the weights by their mean.
         rollout_rs: comma-separated criteria to reject tokens (token_k1, ...) or responses (seq_mean_k1, ...).
         rollout_rs_threshold: one for all criteria or one for each, comma-separated; "low_high" ratios for k1.
     Raises:
-        ValueError: no token is chosen; neither rollout_is nor rollout_rs is set; only one of rollout_rs and its
-            threshold is set; or verl does not know a criterion or a threshold.
+        ValueError: no token is chosen, or verl does not know a criterion or a threshold.
     Source: verl.trainer.ppo.rollout_corr_helper, whose docstrings explain every criterion.
     """
-    _check_correction(rollout_is, rollout_is_batch_normalize, rollout_rs, rollout_rs_threshold)
     if not mask.any():
         raise ValueError("no token to correct: mask is False everywhere; leave such a minibatch out")
     from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
@@ -257,7 +250,6 @@ def rollout_correction(
         response_mask=mask.to(old_logprobs.dtype),
         rollout_is=rollout_is,
         rollout_is_threshold=rollout_is_threshold,
-        rollout_is_batch_normalize=rollout_is_batch_normalize,
         rollout_rs=rollout_rs,
         rollout_rs_threshold=rollout_rs_threshold,
     )
@@ -268,13 +260,4 @@ def rollout_correction(
         "tis_mean": kept.sum() * 1.0 if weights is None else torch.where(kept, weights, 0.0).sum(),
         "tis_capped_fraction": kept.sum() * high,
     }
-    return RolloutCorrection(weights, kept, sums, metrics)
-
-
-def _check_correction(kind: str | None, normalize: bool, reject: str | None, limit: float | str | None) -> None:
-    if kind is None and reject is None:
-        raise ValueError("rollout_correction asks for nothing; set rollout_is (token or sequence), rollout_rs or both")
-    if (reject is None) != (limit is None):
-        raise ValueError(f"rollout_rs is {reject} and rollout_rs_threshold {limit}; set both or neither")
-    if normalize and kind is None:
-        raise ValueError("rollout_is_batch_normalize has no weights to normalise; set rollout_is")
+    return RolloutCorrection(weights, kept, sums)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from rl.config import PPO, Config
+from rl.config import PPO, Config, Learner, Model
 
 
 @dataclass(frozen=True)
@@ -11,33 +11,15 @@ class LearnerOptions:
     """Named as in the recipe, where rl.config describes each. Policy and critic of a run share one."""
 
     ppo: PPO
+    model: Model
+    learner: Learner
     seed: int
     temperature: float  # rollout.temperature: logprobs are computed with the temperature that the engine samples with
-    token_budget: int
-    threads: int | None
-    activation_checkpointing: bool
-    dtype: str
-    yarn: float | None
-    freeze: tuple[str, ...]
-    critic: Path | None  # model.critic
-    chat_template: Path | None
     synthesis_template: Path | None  # synthesis.template
 
     @classmethod
     def of(cls, config: Config) -> "LearnerOptions":
         """The options in a whole configuration."""
-        model, learner = config.model, config.learner
         return cls(
-            ppo=config.ppo,
-            seed=config.seed,
-            temperature=config.rollout.temperature,
-            token_budget=learner.token_budget,
-            threads=learner.threads,
-            activation_checkpointing=learner.activation_checkpointing,
-            dtype=model.dtype,
-            yarn=model.yarn,
-            freeze=model.freeze,
-            critic=model.critic,
-            chat_template=model.chat_template,
-            synthesis_template=config.synthesis.template,
+            config.ppo, config.model, config.learner, config.seed, config.rollout.temperature, config.synthesis.template
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, async_save, load
 
 from rl.learner.batch import Group
@@ -33,12 +33,12 @@ class Sharded:
             device=self.ranks.device,
             prepare=self.prepare,
             local_shard=self.ranks.local_shard,
-            yarn=options.yarn,
+            yarn=options.model.yarn,
         )
         self.image_token_id, self._decoder = base.image_token_id, base.model
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: list[Any] = []
-        if options.activation_checkpointing:
+        if options.learner.activation_checkpointing:
             recompute_layers(base.model)
 
     @classmethod
@@ -46,7 +46,7 @@ class Sharded:
         cls, folder: str, options: LearnerOptions, device: str, rank: int, count: int, address: str | None
     ) -> Self:
         """Returns the model of one of `count` ranks, in the process that calls this; the ranks meet at `address`."""
-        return cls(folder, options, Ranks(device, rank, count, address, options.threads))
+        return cls(folder, options, Ranks(device, rank, count, address, options.learner.threads))
 
     optimizer: Optimizer
 
@@ -54,23 +54,10 @@ class Sharded:
         """Takes the parts to train from `base`, whose weights take no memory yet, and splits them over the ranks."""
         raise NotImplementedError
 
-    def adamw(self, trained: Mapping[str, nn.Parameter], lr: float, warmup: int) -> Optimizer:
-        """Returns the recipe's optimizer for the given parameters."""
-        ppo = self.options.ppo
-        return Optimizer(
-            trained,
-            lr=lr,
-            warmup=warmup,
-            betas=ppo.betas,
-            weight_decay=ppo.weight_decay,
-            max_grad_norm=ppo.max_grad_norm,
-            max_skipped=ppo.max_skipped_steps,
-        )
-
     @property
     def dtype(self) -> torch.dtype:
         """The type that engine and learner compute in; the learner keeps its weights in float32."""
-        return getattr(torch, self.options.dtype)
+        return getattr(torch, self.options.model.dtype)
 
     def full_state(self) -> dict[str, Tensor]:
         """Returns copies of the weights for a checkpoint, by their names on disk, on rank 0. Collective: call on every
@@ -132,7 +119,7 @@ class Sharded:
         """Returns this rank's packed rows of the groups; all ranks have the same number of rows."""
         return rows_of_rank(
             groups,
-            self.options.token_budget,
+            self.options.learner.token_budget,
             self.image_token_id,
             rank=self.ranks.rank,
             ranks=self.ranks.count,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 from rl.config import Source
 from rl.record.metrics import task_name_problem
@@ -34,6 +34,12 @@ class Rows:
     prompts: tuple[Prompt, ...]
     sources: tuple[int, ...]  # index of each prompt's source
     bad: tuple[BadRow, ...]
+
+    def checked(self, on_bad_row: Literal["stop", "skip"] = "stop") -> Self:
+        """Returns the rows. Raises RowError if some are bad, unless bad rows are skipped and other rows are left."""
+        if self.bad and (on_bad_row == "stop" or not self.prompts):
+            raise RowError(self.bad)
+        return self
 
 
 @dataclass
@@ -104,24 +110,12 @@ def read(
     return Rows(tuple(prompts), tuple(prompt_sources), tuple(bad))
 
 
-def read_rows(source: str | Path | Sequence[str | Path], **options: Any) -> list[Prompt]:
-    """Reads the rows of one or more paths, with the options of `read`. Every row must be usable.
-
-    Raises: RowError, which lists the bad rows; ValueError as `read` does.
-    """
-    paths = [source] if isinstance(source, (str, Path)) else source
-    rows = read([Source(path=str(path)) for path in paths], **options)
-    if rows.bad:
-        raise RowError(rows.bad)
-    return list(rows.prompts)
-
-
 def read_samples(source: str | Path) -> list[Rollout]:
     """Reads rows that have a response, such as a run's rollouts/ files, in file order.
 
     A sample has the columns of a row and `response`, and may have `finish` ("stop" or "length"). Several samples may
     have the same id. The other columns may be missing: a sample without an id is named after its line.
-    Raises RowError or ValueError as read_rows does.
+    Raises RowError for samples that cannot be used, and ValueError as `read` does.
     """
     reader = _Reader((), None)
     samples: list[Rollout] = []

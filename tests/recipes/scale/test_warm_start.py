@@ -100,12 +100,6 @@ def test_a_thing_is_seen_at_the_token_that_contains_its_centre() -> None:
     assert seen.places[0, 13].tolist() == pytest.approx(at + box, abs=0.01)
 
 
-def test_answers_begin_with_forced_openings(model: StepVL, prompter: Prompter) -> None:
-    problems = world.problems("heldout", seed=3, per_task=2)
-    given = practice.answers(model, prompter, problems, openings=ROUGH.opening)
-    assert all(text.startswith("<think>maybe") for text in given)
-
-
 @pytest.mark.parametrize("stopped", [2, 4])  # during the vision part, during the decoder part
 def test_an_interrupted_warm_start_ends_with_the_same_weights(tmp_path: Path, stopped: int) -> None:
     whole = warm_start.Trainer(tmp_path / "whole", STEPS)
