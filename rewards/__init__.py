@@ -1,8 +1,11 @@
-"""Rewards: Rollout -> score, one file per reward. This module has what the author of a reward imports; no torch.
+"""Rewards: each takes a Rollout and returns a score, and has a file of its own.
+
+Authors of rewards import from this module. It does not import torch.
 
 A reward is a function with `@reward("name")` above it. A recipe refers to it by that name, as `pkg.module:Name`, as
-`file.py:Name` (relative to the recipe) or by the name of an entry point of group `rl.rewards`. rewards.running.runner
-runs rewards in worker processes that can be killed. docs/writing_rewards.md explains how to write one.
+`file.py:Name` (relative to the recipe) or by the name of an entry point of the group `rl.rewards`.
+rewards.running.runner runs rewards in worker processes that can be killed. docs/writing_rewards.md explains how to
+write a reward.
 """
 
 from rewards.registry import BoundReward, Invalid, Score, get, names, penalty, reward, row_judge

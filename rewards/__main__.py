@@ -1,9 +1,10 @@
 """Tools for authors of rewards: `python -m rewards list`, and `python -m rewards try TARGET SAMPLES.jsonl [--json]`.
 
-`try` scores samples as a run would, in processes that can be killed, and prints score, details and time of each. If
-the reward compares with ground truths, it also checks that each ground truth, given as a response, scores the maximum.
-Exit codes: 0 done, 2 wrong input (or a ground truth that does not score the maximum), 1 any other error, such as an
-endpoint that does not answer. Tested in tests/runs/test_reward_guide.py.
+`try` scores samples as a run would, in processes that can be killed. It prints the score, the details and the time of
+each sample. If the reward compares responses with ground truths, `try` also scores each ground truth as a response, and
+checks that it gets the maximum. The exit code is 0 for success, and 2 for wrong input or a ground truth that does not
+get the maximum. It is 1 for any other error, such as an endpoint that does not answer. Tested in
+tests/runs/test_reward_guide.py.
 """
 
 import argparse
@@ -29,14 +30,14 @@ from rl.exits import DONE, WRONG_INPUT, run_command
 from rl.recipe.layers import find_recipe, shipped_recipes
 from rl.types import Prompt, Rollout, Scored
 
-TRIED = "tried"  # all samples are scored as samples of this task, or by the row judge of this name
-SHOWN = 10  # the most failing ground truths that are printed
-MOST_WAIT_S = 60.0  # for an endpoint that does not answer; shorter than in a run, because a person waits
+TRIED = "tried"  # name of the task, or of the row judge, that scores all samples
+SHOWN = 10  # maximum number of failing ground truths that are printed
+MOST_WAIT_S = 60.0  # maximum wait for an endpoint that does not answer; shorter than in a run, because a person waits
 
 
 @dataclass(frozen=True)
 class Target:
-    """What scores the samples: the rewards of one task, or a row judge."""
+    """The rewards of one task, or a row judge, that score the samples."""
 
     specs: Sequence[RewardSpec]
     endpoints: Mapping[str, EndpointSpec]
@@ -45,7 +46,7 @@ class Target:
 
     @property
     def verifiable(self) -> dict[str, RewardSpec]:
-        """The rewards that compare with ground truths, each as a task of its own: "0", "1", ..."""
+        """The rewards that compare responses with ground truths. Each is a task of its own: "0", "1", ..."""
         verifiable = [spec for spec in self.specs if get(spec.use, spec.params).reward.truth_as_text]
         return {str(number): spec for number, spec in enumerate(verifiable)}
 
@@ -58,13 +59,13 @@ def parser() -> argparse.ArgumentParser:
     trial.add_argument("target", help="registered name, pkg.module:Name, file.py:Name, or RECIPE:task")
     trial.add_argument("samples", help="JSONL of data rows with a `response`, such as a run's rollouts/000001.jsonl.gz")
     trial.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the reward")
-    trial.add_argument("--json", action="store_true", help="one JSON object per sample")
-    trial.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes to score in")
+    trial.add_argument("--json", action="store_true", help="print one JSON object per sample")
+    trial.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="number of scoring processes")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code."""
+    """Runs the command line and returns its exit code."""
     args = parser().parse_args(arguments)
     command = _list if args.command == "list" else partial(_try, args)
     return run_command(command, input_errors=(ValueError, OSError))
@@ -94,7 +95,7 @@ def _parameter(parameter: inspect.Parameter, annotation: Any) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """A type in words for the author of a recipe: `float > 0`, `'all' | 'majority'`, `name of an endpoint`."""
+    """Describes a type for the author of a recipe: `float > 0`, `'all' | 'majority'`, `name of an endpoint`."""
     inner = get_args(annotation)
     match get_origin(annotation):
         case typing.Annotated if is_endpoint_name(annotation):
@@ -144,7 +145,7 @@ def _target(target: str, params: Sequence[str], samples: str) -> Target:
     kind = get(target, values).reward.kind
     if kind == "row judge":
         return Target((), {}, row_judge=ScorerSpec(use=target, params=values))
-    if kind == "penalty":  # shown as a reward of 1 that it lowers
+    if kind == "penalty":  # scores a reward of 1, which the penalty lowers
         return Target([RewardSpec(use="constant", penalties=(PenaltySpec(use=target, params=values),))], {})
     return Target([RewardSpec(use=target, params=values)], {})
 
@@ -173,7 +174,7 @@ def _of_recipe(file: str, task: str, samples: str) -> Target:
 
 
 def _of_task(samples: list[Rollout], task: str | None) -> list[Rollout]:
-    """The samples of the recipe's task if there are any, else all samples."""
+    """Returns the samples of the recipe's task, or all samples if no sample has this task."""
     matching = [one for one in samples if one.prompt.task == task]
     if matching and len(matching) < len(samples):
         print(f"{len(samples) - len(matching)} samples of other tasks are left out", file=sys.stderr)
@@ -181,7 +182,7 @@ def _of_task(samples: list[Rollout], task: str | None) -> list[Rollout]:
 
 
 def _runner(target: Target, workers: int) -> RewardRunner:
-    """A runner with all of the target's rewards as the task TRIED, and with the tasks of `target.verifiable`."""
+    """Returns a runner with the tasks of `target.verifiable`, and the task TRIED with all of the target's rewards."""
     alone = {name: [one.model_copy(update={"penalties": (), "weight": 1.0})] for name, one in target.verifiable.items()}
     tasks: dict[str, Sequence[RewardSpec]] = {TRIED: target.specs, **alone}
     judges = {TRIED: target.row_judge} if target.row_judge else {}
@@ -189,7 +190,7 @@ def _runner(target: Target, workers: int) -> RewardRunner:
     runner = RewardRunner(tasks, workers=workers, endpoints=endpoints, row_judges=judges)
     if unserved := [name for name in sorted(runner.endpoint_names()) if not target.endpoints[name].url]:
         raise ValueError(
-            f"endpoint {unserved[0]!r} is served by a run; start it by hand and give its url to try it here"
+            f"endpoint {unserved[0]!r} has no url, because a run serves it; start its server and set the url to try it"
         )
     runner.on_outage = _print_outage
     return runner
@@ -238,7 +239,7 @@ def _as_table(samples: Sequence[Rollout], scored: Sequence[Scored]) -> Iterator[
 
 
 def _check_truths(runner: RewardRunner, target: Target, prompts: Sequence[Prompt]) -> int:
-    """Checks that each ground truth, as a response, scores the maximum of each reward in `target.verifiable`.
+    """Scores each ground truth as a response, and checks that each reward in `target.verifiable` gives the maximum.
 
     Returns the exit code.
     """
@@ -249,9 +250,9 @@ def _check_truths(runner: RewardRunner, target: Target, prompts: Sequence[Prompt
         line for task, spec in target.verifiable.items() for line in _failing(runner, task, spec, distinct.values())
     ]
     if not wrong:
-        print(f"ground truths: all {len(distinct)} score the maximum against themselves", file=sys.stderr)
+        print(f"ground truths: all {len(distinct)} score the maximum as responses", file=sys.stderr)
         return DONE
-    print(f"ground truths: {len(wrong)} do not score the maximum against themselves:", file=sys.stderr)
+    print(f"ground truths: {len(wrong)} do not score the maximum as responses:", file=sys.stderr)
     print(*wrong[:SHOWN], *(["  ..."] if len(wrong) > SHOWN else []), sep="\n", file=sys.stderr)
     return WRONG_INPUT
 

@@ -1,4 +1,4 @@
-"""Behaviour penalty: a judge finds that the answer claims more certainty than is justified."""
+"""Behaviour penalty `calibration`: a judge decides whether the answer claims more certainty than is justified."""
 
 from rewards import Rollout, Score, penalty
 from rewards.endpoint import EndpointName
@@ -18,13 +18,13 @@ class Calibration:
     """1.0 for an answer the judge calls overconfident, else 0.0.
 
     endpoint    the judge. It sees the question (with pictures, if it takes pictures), the reasoning and the answer
-    max_tokens  of one verdict, including the thinking of a reasoning judge
-    max_chars   characters of the answer, and of the reasoning, that are shown: a little of the beginning and most of
-                the end
+    max_tokens  maximum length of one verdict, including the thinking of a reasoning judge
+    max_chars   the judge sees at most this many characters of the answer and of the reasoning. Of a longer text, it
+                sees a short beginning and a long end
 
     An empty answer does not offend. If the judge gives no verdict on an answer, but gives one on a harmless answer to
     the same row, the answer offends. The report suppresses "unjustified certainty" and publishes neither prompt
-    nor magnitude: the prompt is a reconstruction.
+    nor magnitude. The prompt is a reconstruction.
     """
 
     def __init__(self, endpoint: EndpointName, max_tokens: MaxTokens = 2048, max_chars: MaxChars = 16_000):

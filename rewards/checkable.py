@@ -1,4 +1,4 @@
-"""A row judge: is the row's problem fit for training, with one result that can be checked and a right ground truth?"""
+"""Row judge `checkable`: decides whether a problem has one result that can be checked, and a right ground truth."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +9,7 @@ from rewards import Prompt, Score, row_judge
 from rewards.endpoint import EndpointName
 from rewards.judge import REASON_CHARS, Judge, MaxTokens, Verdict, question, truth
 
-UNLIMITED = 1_000_000  # characters; nothing shown was written by the policy, so nothing needs to be cut
+UNLIMITED = 1_000_000  # characters; the policy wrote none of the texts that the judge sees, so nothing needs to be cut
 
 
 class BareValidity(BaseModel):
@@ -26,17 +26,17 @@ class Validity(Verdict):
 class Checkable:
     """1.0 if the judge calls the row's problem and ground truth valid, else 0.0.
 
-    For `python -m stages.curate`, which asks for several passes.
+    Used by `python -m stages.curate`, which makes several passes.
 
     endpoint     the judge. It sees the question (with pictures, if it takes pictures) and the ground truth
-    vote         the number of the pass; passes have different seeds
+    vote         the number of the pass; each pass has a different seed
     reasons      True: the judge gives reasons before its verdict
     temperature  the judge's sampling temperature
-    max_tokens   of one verdict, including the thinking of a reasoning judge
-    template     a Jinja file in place of rewards/prompts/checkable.jinja, which lists the variables
+    max_tokens   maximum length of one verdict, including the thinking of a reasoning judge
+    template     a Jinja file that replaces rewards/prompts/checkable.jinja. That file lists the variables
 
-    The report has four passes of GPT-OSS-120B per prompt and does not say what they ask (the PaCoRe paper: whether
-    problem and answer are valid); the judge's prompt is a reconstruction.
+    In the report, GPT-OSS-120B makes four passes per prompt. The report does not say what is asked. The PaCoRe paper
+    asks whether problem and answer are valid. The judge's prompt is a reconstruction.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""1.0 if the answer picks the right one of the choices A to J, else 0.0."""
+"""Reward `choice`: 1.0 if the answer picks the right one of the options A to J, else 0.0."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from rewards.text import marked_answer, normalised
 
 LETTERS = "ABCDEFGHIJ"
 
-# Bounded and possessive: no text makes these patterns backtrack.
+# All quantifiers are bounded and possessive, so that no text makes these patterns backtrack.
 _DECORATION = r"(?:[\s*_(\[{\"'`$]|\\(?:text|textbf|mathbf|mathrm|boxed)\{){0,12}+"
 _CLOSING = r"[)\].:,;*_}\"'`$]"
 _WORD = r"(?:(?:option|choice|letter)\s{1,4}+)?"
@@ -18,7 +18,7 @@ _PHRASE = re.compile(
 )
 _FIRST = re.compile(rf"{_DECORATION}{_WORD}{_DECORATION}([A-J])(?![\w'\u2019-])", re.IGNORECASE)
 _LABEL_ENDS = re.compile(rf"\s{{0,8}}+(?:{_CLOSING}|$)")
-# A second choice after the first: with a word or comma between, or with marks around it such as brackets.
+# A second choice after the first: after a word or a comma, or between marks such as brackets.
 _SECOND = re.compile(
     rf"(?:{_CLOSING}|\s){{0,12}}+"
     rf"(?:(?<=,)|(?:[,;/&+]|or\b|and\b))\s{{0,8}}+{_WORD}[*_(\[{{\"'`$]{{0,8}}+([A-J])(?![\w'\u2019-]|\s{{1,4}}[a-z])"
@@ -32,15 +32,16 @@ _ANYWHERE = re.compile(
 
 @reward("choice", on_timeout="lowest", verifiable=True)
 def choice(rollout: Rollout) -> Score:
-    """1.0 for the letter, or the text, of the right option; an answer with several letters is wrong.
+    """1.0 for the letter or the text of the right option; 0.0 for a wrong option, several letters or none.
 
-    The part of the answer that counts is its last `\\boxed{...}` if there is one, else the text after its last
-    "Answer:", else the text after its last "the answer is", else all of a short answer. That part begins with the
-    letter ("B", "(b)", "**B**", "B. Paris", "option B because ...") or is the text of an option. An answer that marks
-    nothing may have a single letter anywhere ("I think it's B").
+    Only one part of the answer counts. It is the last `\\boxed{...}` if there is one, else the text after the last
+    "Answer:", else the text after the last "the answer is", else the whole answer if it is short. This part must begin
+    with the letter ("B", "(b)", "**B**", "B. Paris", "option B because ...") or be the text of an option. An answer
+    that marks no part may have a single letter anywhere ("I think it's B").
 
-    The ground truth is a letter or the text of an option. The options come from the row's `meta["options"]`, a list in
-    the order of the letters, or a mapping from letter to text. In rows without options only letters are compared.
+    The ground truth is a letter or the text of an option. The options come from the row's `meta["options"]`, which is a
+    list in the order of the letters, or a mapping from letter to text. In rows without options only letters are
+    compared.
     """
     options = _options(rollout)
     true = _true_letter(rollout, options)
@@ -57,7 +58,7 @@ def choice(rollout: Rollout) -> Score:
 
 
 def _letters(text: str, marked: bool, options: Mapping[str, str]) -> set[str]:
-    """The letters that `text` picks, the part of an answer that counts."""
+    """Returns the letters that `text` picks. `text` is the part of an answer that counts."""
     plain = normalised(text)
     if len(plain) > 1 and (matching := {letter for letter, option in options.items() if option == plain}):
         return {min(matching)}
@@ -70,14 +71,14 @@ def _letters(text: str, marked: bool, options: Mapping[str, str]) -> set[str]:
 
 
 def _options(rollout: Rollout) -> dict[str, str]:
-    """Letter -> text, normalised; {} if the row has no options."""
+    """Returns letter -> normalised text of the row's options; {} if the row has none."""
     given, row = rollout.prompt.meta.get("options"), rollout.prompt.id
     if given is None:
         return {}
     if isinstance(given, list | tuple) and len(given) <= len(LETTERS):
         given = dict(zip(LETTERS, given, strict=False))
     if not isinstance(given, Mapping) or not all(_letter(key) for key in given):
-        raise Invalid(f"the options of row {row} are a list of up to {len(LETTERS)} or a mapping with keys A to J")
+        raise Invalid(f"the options of row {row} are no list of at most {len(LETTERS)} and no mapping with keys A to J")
     return {_letter(key): normalised(str(text)) for key, text in given.items()}
 
 
@@ -93,6 +94,6 @@ def _true_letter(rollout: Rollout, options: Mapping[str, str]) -> str:
 
 
 def _letter(value: Any) -> str:
-    """The letter of a row's value such as "B", "(b)" or "B."; else ""."""
+    """Returns the letter in a value such as "B", "(b)" or "B."; "" if it has none."""
     bare = value.strip().strip("().:").upper() if isinstance(value, str) else ""
     return bare if len(bare) == 1 and bare in LETTERS else ""

@@ -1,7 +1,7 @@
 """Behaviour penalty `citation`: references and links in an answer that no known source confirms.
 
-The report "zeros the reward" on fabricated references or links, and does not say how it detects them. What counts as a
-reference here, and what confirms one, is a reconstruction.
+The report "zeros the reward" on fabricated references or links, and does not say how it detects them. The rules for
+finding and confirming references are a reconstruction.
 """
 
 # ruff: noqa: RUF001  # patterns match punctuation and headings of several scripts
@@ -17,9 +17,9 @@ from rewards import Invalid, Rollout, Score, penalty
 from rewards.registry import load_module
 from rewards.text import visible, words_of
 
-MAX_LENGTH = 2048  # characters of a URL or identifier; a longer one is an offence
-MAX_ENTRY = 500  # characters of an entry of a reference list that are compared
-MAX_ASKED = 20  # calls of the resolver per answer, so that no answer can make it run out of time
+MAX_LENGTH = 2048  # maximum length of a URL or identifier; a longer one is an offence
+MAX_ENTRY = 500  # number of characters that are compared in an entry of a reference list
+MAX_ASKED = 20  # maximum number of resolver calls per answer, so that no answer can cause a timeout
 
 _URL_CHARACTERS = r"[^\s<>\"'`^{}|\\\[\]「」『』（）《》【】“”‘’«»。，；：！？、]"
 _LINK = re.compile(rf"(?:https?|ftp)://{_URL_CHARACTERS}*+", re.IGNORECASE)
@@ -70,43 +70,47 @@ _WORD = re.compile(r"\w+")
 class Reference:
     """A reference in a text: a link, an identifier, an entry of a reference list, or a mark such as "[3]"."""
 
-    id: str  # normalised; compared, and given to the resolver ("mark:3" for a "[3]" without an entry); "" if malformed
-    host: str  # of a URL, or of the site of such identifiers
-    shown: str  # for the details
+    id: str  # normalised identifier for comparisons and the resolver; "mark:3" for "[3]" without entry; "" if malformed
+    host: str  # host of a URL; "doi.org" or "arxiv.org" for an identifier
+    shown: str  # text for the details
 
 
 @penalty("citation", timeout_s=30.0)
 class Citation:
     """1.0 if the answer has a reference or link that no known source confirms, else 0.0.
 
-    Details: the number of references, and the first five that offend.
+    The details have the number of references, and the first five that offend.
 
-    These count as references: links (with a scheme, "www.", a domain with a path, or a domain or file as a markdown
-    target), DOIs, arXiv identifiers, and entries of a reference list. Entries are lines under a heading such as
-    "References", "Sources" or "参考文献" that are numbered "[1]" or have a year and look like a publication; and "[1]"
-    lines anywhere that begin with authors and have a year. If an entry contains a link or identifier, only that is
-    checked. Any other entry counts as fabricated unless it is confirmed. Under such a heading, "[3]" after a word needs
-    an entry 3; without a heading, "[3]" is an index or a list. Links in code and formulas count like others. Books and
-    papers named in running text are not checked.
+    These count as references: links, DOIs, arXiv identifiers, and entries of a reference list. A link has a scheme,
+    "www.", or a domain with a path, or it is a domain or file as the target of a markdown link. An entry is a line
+    under a heading such as "References", "Sources" or "参考文献" that is numbered "[1]", or has a year and looks like a
+    publication. A line numbered "[1]" anywhere is also an entry if it begins with authors and has a year. If an entry
+    contains a link or identifier, only this link or identifier is checked. Any other entry counts as fabricated unless
+    it is confirmed. If there is such a heading, a mark such as "[3]" after a word needs an entry 3. Without a heading,
+    "[3]" is taken for an index or a list. Links in program code and formulas count too. Books and papers named in
+    running text are not checked.
 
-    A reference is confirmed by: the prompt's messages (every role); the row's ground truth and the teacher's response
-    (a link that a second model gave independently is not invented); `allowed`; the resolver. URLs are compared without
-    scheme, "www.", fragment, tracking parameters and a final slash; DOIs without case; arXiv identifiers without
-    version. URLs with a user name, invisible characters or a malformed host are never confirmed.
+    A reference is confirmed if it is in the prompt's messages (of any role), the row's ground truth, or the teacher's
+    response (a link that a second model gave independently is not invented). It is also confirmed by `allowed` or by
+    the resolver. URLs are compared without scheme, "www.", fragment, tracking parameters and final slash. DOIs are
+    compared without case, arXiv identifiers without version. URLs with a user name, invisible characters or a malformed
+    host are never confirmed.
 
-    allowed   domains, including their subdomains ("wikipedia.org"; "doi.org" and "arxiv.org" also allow the
-              identifiers), URLs, or DOI prefixes ("10.1038")
-    resolver  `pkg.module:function` or `file.py:function` (relative to the current folder): takes a normalised reference
-              "https://host/path", "doi:10.1000/182", "arxiv:1706.03762" or "text:<entry of a list>", in printable
-              characters and at most 2,048 long, and returns True if it exists. It is called at most 20 times per
-              answer; an answer that needs more calls offends. For example:
+    allowed   a list of domains, URLs and DOI prefixes ("10.1038"). A domain ("wikipedia.org") includes its subdomains;
+              "doi.org" and "arxiv.org" also allow all DOIs and all arXiv identifiers
+    resolver  `pkg.module:function` or `file.py:function` (relative to the current folder). The function takes a
+              normalised reference and returns True if the reference exists. References have the form
+              "https://host/path", "doi:10.1000/182", "arxiv:1706.03762" or "text:<entry of a list>". They have at most
+              2,048 characters, and all are printable. The function is called at most 20 times per answer; an answer
+              that needs more calls offends. For example:
 
                   def in_catalogue(reference: str) -> bool:
                       return reference in open("catalogue.txt").read().split("\\n")
 
-    limit     the most references of an answer, identical ones counted once; more are an offence
+    limit     maximum number of different references in an answer; more are an offence
 
-    Raises ValueError for a resolver that does not exist, and Invalid if it raises, which the policy did not cause.
+    Raises ValueError if the resolver does not exist. Raises Invalid if the resolver raises, because the policy did not
+    cause this.
     """
 
     def __init__(self, allowed: list[str] | None = None, resolver: str | None = None, limit: int = 200):
@@ -168,7 +172,7 @@ class Citation:
         return any(".".join(labels[i:]) in self.domains for i in range(len(labels)))
 
     def resolves(self, identifier: str) -> bool:
-        """True if the resolver says that a reference exists; False without a resolver."""
+        """True if the resolver says that the reference exists. Always False without a resolver."""
         argument = _resolver_argument(identifier)
         if self.resolver is None or argument is None:
             return False
@@ -179,7 +183,7 @@ class Citation:
 
 
 def references(text: str, original: str) -> Iterator[Reference]:
-    """The links, identifiers and list entries of a text; identical ones once.
+    """Yields the links, identifiers and list entries of a text. Identical ones are yielded once.
 
     `text` is `original` without invisible characters. A URL that is in `text` but not in `original` is malformed.
     """
@@ -236,7 +240,7 @@ def _arxiv(paper: str) -> Reference:
 
 
 def _trimmed(link: str) -> str:
-    """A link without punctuation at its end, and without a bracket that was opened before the link."""
+    """Removes punctuation at the end of a link, and a closing bracket that was opened before the link."""
     link = link[: MAX_LENGTH + 1]
     while link and (link[-1] in ".,;:!?*_~'\"" or (link[-1] == ")" and link.count("(") < link.count(")"))):
         link = link[:-1]
@@ -244,8 +248,8 @@ def _trimmed(link: str) -> str:
 
 
 def _listed(text: str) -> Iterator[Reference]:
-    """The entries of reference lists without a link or identifier, and marks such as "[3]" without an entry."""
-    listing, headed = False, False  # now under a heading of a list; such a heading was there
+    """Yields entries of reference lists that have no link or identifier, and marks such as "[3]" that have no entry."""
+    listing, headed = False, False  # True under a heading of a list; True after the first such heading
     numbers: set[str] = set()
     prose: list[str] = []
     for whole in text.split("\n"):
@@ -277,8 +281,8 @@ def _listed(text: str) -> Iterator[Reference]:
 def _is_entry(item: str, numbered: bool, listing: bool) -> bool:
     """True if a line is an entry of a reference list.
 
-    Under a heading, "[1]" is enough. Other lines must look like a publication, because bulleted lists of other things
-    have headings like "Sources" too, and numbered steps have no heading.
+    A line under a heading is an entry if it is numbered "[1]". Any other line must look like a publication. Lists of
+    other things may also have a heading such as "Sources", and lines numbered "[1]" without a heading may be steps.
     """
     if numbered and listing:
         return bool(item.strip())
@@ -293,13 +297,13 @@ def _words(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """`text` without invisible characters and lone surrogates, and with full-width letters and link signs as ASCII."""
+    """Removes invisible characters and lone surrogates, and makes full-width letters and link signs ASCII."""
     plain = visible(text).translate({0xFF0E: ".", 0xFF0F: "/"} | {0xFF21 + i: 0x41 + i for i in range(58)})
     return plain.replace("：//", "://")
 
 
 def _sources(rollout: Rollout) -> Iterator[str]:
-    """Texts of the row that confirm references."""
+    """Yields the texts of the row that confirm references."""
     yield from map(words_of, rollout.prompt.messages)
     yield rollout.prompt.reference or ""
     truth = rollout.prompt.ground_truth
@@ -307,7 +311,7 @@ def _sources(rollout: Rollout) -> Iterator[str]:
 
 
 def _resolver_argument(identifier: str) -> str | None:
-    """An identifier in the form that the resolver gets; None if it cannot be written in printable characters."""
+    """Converts an identifier to the resolver's argument; None if it is too long or has unprintable characters."""
     if not identifier.startswith("https://"):
         return identifier if identifier.isprintable() and len(identifier) <= MAX_LENGTH else None
     host, slash, rest = identifier.removeprefix("https://").partition("/")

@@ -1,4 +1,4 @@
-"""Counting: 1.0 for the true number, or how well the answer's points match the counted things."""
+"""Reward `count`: compares the number of things in the answer, or their points, with the ground truth."""
 
 import math
 import re
@@ -25,24 +25,26 @@ _SMALL = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 _SMALL += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _WORDS = {word: n for n, word in enumerate(_SMALL)} | {word: 10 * n for n, word in enumerate(_TENS, 2)} | {"none": 0}
-# Not a part of a power, a fraction, a name or a longer number: "9^9", "3/4", "B2" and "1.2.3" do not match.
+# A number that is not part of a power, fraction, name or longer number, as in "9^9", "3/4", "B2" and "1.2.3".
 _FIGURES = re.compile(r"(?<![\w.,^/\u2212-])\d{1,15}+(?:,\d{3})*+(?:\.\d{0,15}+)?(?![\w^/]|[-.,]\d)")
 _SPELLED = re.compile(rf"\b(?:({'|'.join(_TENS)})[- ])?({'|'.join(_WORDS)})\b")
 
 
 @reward("count", on_timeout="lowest", verifiable=True)
 class Count:
-    """1.0 for the true number, else 0.0; for a list of true points, how well the answer's points match them.
+    """1.0 for the true number, else 0.0. If the ground truth is a list of points, scores the answer's points.
 
-    Number: the last one in figures, else the last one in words, in the last `\\boxed{...}`, else in the text after
-    the last "Answer:", else in a short answer as a whole; the coordinates of points and boxes are skipped.
+    If the ground truth is a number, the answer's last number in figures counts, else its last number in words. This is
+    searched in the last `\\boxed{...}`, else in the text after the last "Answer:", else in the whole answer if it is
+    short. Coordinates of points and boxes are skipped.
 
-    Points (the answer gives the points, and by that the count, as in Perception-R1): they are matched one to one so
-    that the sum of max(0, 1 - d / radius) is the largest; the value is that sum / max(points given, true points). d is
-    the Euclidean distance in fractions of the picture. A missing point costs as much as a superfluous one. An answer
-    that only states a number earns 0.0 here: nothing in it can be checked against the picture.
+    If the ground truth is a list of points, the answer must give the points, as in Perception-R1. Given and true points
+    are matched one to one so that the sum of max(0, 1 - d / radius) is the largest. d is the Euclidean distance in
+    fractions of the picture. The value is this sum / max(number of given points, number of true points). A missing
+    point costs as much as a superfluous one. An answer that only states a number earns 0.0, because nothing in it can
+    be checked against the picture.
 
-    The report describes no reward for counting; formula and radius are a reconstruction.
+    The report describes no reward for counting. Formula and radius are a reconstruction.
     """
 
     def __init__(self, radius: Annotated[float, Field(gt=0)] = 0.1, coordinates: Coordinates = "unit") -> None:
@@ -50,7 +52,7 @@ class Count:
         self.coordinates: Coordinates = coordinates
 
     def setup(self) -> None:
-        best_pairs(np.ones((1, 1)))  # the first call imports scipy, which must not count against a sample's limits
+        best_pairs(np.ones((1, 1)))  # the first call imports scipy, which must not count against the limits of a sample
 
     def __call__(self, rollout: Rollout) -> Score:
         if isinstance(rollout.prompt.ground_truth, list | tuple):

@@ -1,7 +1,7 @@
-"""Asking a model behind an OpenAI-compatible URL: retries, a limit on concurrent requests, strictly parsed answers.
+"""Asks a model behind an OpenAI-compatible URL. Retries failed requests, limits concurrency, parses answers strictly.
 
 A reward has a parameter of type EndpointName, which names an endpoint of the recipe (`endpoints: {judge: {url: ...,
-model: ...}}`), and gets the endpoint in its `setup()`:
+model: ...}}`). The reward gets the endpoint in its `setup()`:
 
     self.judge = endpoint(self.name)
     verdict, text = await self.judge.ask(messages, answer=Verdict, max_tokens=512, temperature=1.0, seed=3)
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from openai import APIStatusError
 
 RETRY_S = (0.5, 8.0)
-"""Seconds before the first retry, and the most before any. The delay doubles each time, minus up to a quarter at
-random."""
+"""Seconds before the first retry, and the maximum before any retry. The delay doubles with each retry. Up to a quarter
+of it is subtracted at random."""
 MOST_RETRY_AFTER_S = 120.0
-"""The most seconds of a server's Retry-After header that are waited."""
+"""Maximum wait in seconds if a server sends a Retry-After header."""
 
 _FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL | re.IGNORECASE)
 _MODERATED = re.compile(r"moderation|flagged|content[ _-]?(?:filter|policy|management)", re.IGNORECASE)
@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 class Unreachable(Exception):
     """The endpoint does not answer after all retries, or refuses this run's key, model or address. A person can fix
-    either while the run waits. `status` is the HTTP status of the last answer, or None."""
+    this while the run waits. `status` is the HTTP status of the last answer, or None if there was no answer."""
 
     def __init__(self, endpoint: str, why: str, status: int | None = None):
         super().__init__(f"endpoint {endpoint}: {why}")
@@ -47,8 +47,8 @@ class Unreachable(Exception):
 
 
 class Refused(Exception):
-    """The endpoint works but refuses this request: HTTP 400, 413 or 422, a content filter, a context that is too
-    long."""
+    """The endpoint works but refuses this request: by HTTP status 400, 413 or 422, by a content filter, or because the
+    context is too long."""
 
 
 class Unparsable(Exception):
@@ -57,22 +57,23 @@ class Unparsable(Exception):
 
 @dataclass(frozen=True)
 class _NamesEndpoint:
-    """Marks a string annotation as the name of an endpoint."""
+    """Marks a parameter of type str as the name of an endpoint."""
 
 
 EndpointName = Annotated[str, _NamesEndpoint()]
-"""Annotation of a reward's parameter that names an endpoint of the recipe."""
+"""The type of a reward's parameter that names an endpoint of the recipe."""
 
 
 def is_endpoint_name(annotation: Any) -> bool:
-    """True if a parameter of this type names an endpoint; also for EndpointName | None and the like."""
+    """True if the type is EndpointName, or a type that contains it, such as EndpointName | None."""
     return any(isinstance(part, _NamesEndpoint) or is_endpoint_name(part) for part in get_args(annotation))
 
 
 class SampleClock:
-    """Measures the time that one sample uses, except the time it waits for a free slot or for an endpoint to recover.
+    """Measures the time that one sample uses. Waiting for a free slot, or for an endpoint to recover, does not count.
 
-    Set it as `clock` in the task that scores the sample. The clock stops while any part of the sample is paused.
+    Set the ContextVar `clock` to this object in the asyncio task that scores the sample. The clock stops while at least
+    one `paused` block is active.
     """
 
     def __init__(self) -> None:
@@ -99,12 +100,12 @@ class SampleClock:
             self._reschedule()
 
     def give_back(self, seconds: float) -> None:
-        """Subtracts time that the endpoint caused, such as that of a request that timed out."""
+        """Subtracts time that was lost because of the endpoint, for example by a request that timed out."""
         self._used -= min(seconds, self.elapsed)
         self._reschedule()
 
     async def limit(self, seconds: float, awaitable: Awaitable[Result]) -> Result:
-        """Returns the result of `awaitable`. Cancels it and raises TimeoutError when `elapsed` exceeds `seconds`."""
+        """Returns the result of `awaitable`. If `elapsed` exceeds `seconds`, cancels it and raises TimeoutError."""
         self._limit = seconds
         try:
             async with asyncio.timeout(None) as self._scope:
@@ -120,12 +121,12 @@ class SampleClock:
 
 
 clock: ContextVar[SampleClock | None] = ContextVar("clock", default=None)
-"""The clock of the sample that is being scored; None outside of a reward process."""
+"""The clock of the sample that is scored now; None outside of a reward process."""
 
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Time inside the with block does not count against the sample's limit."""
+    """Stops the clock of the current sample, if there is one, inside the with block."""
     if running := clock.get():
         with running.paused():
             yield
@@ -135,18 +136,18 @@ def waiting() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class EndpointSpec:
-    """An endpoint as a recipe's `endpoints.NAME` describes it."""
+    """The settings of an endpoint, from `endpoints.NAME` in a recipe."""
 
     name: str
     url: str
     model: str
     api_key_env: str | None = None
-    concurrency: int = 32  # the most requests at a time
-    timeout_s: float = 120.0  # per request
-    retries: int = 5  # of one request, after 429, 5xx, a timeout or a broken connection
-    images: bool = False  # True if the model is shown pictures
+    concurrency: int = 32  # maximum number of requests at a time
+    timeout_s: float = 120.0  # time limit of one request
+    retries: int = 5  # maximum per request, after 429, 5xx, a timeout or a broken connection
+    images: bool = False  # True if requests to the model include pictures
     structured: bool = True  # True if the server supports response_format json_schema
-    max_wait: float = 3600.0  # seconds that samples wait for an endpoint that does not answer; then the run ends
+    max_wait: float = 3600.0  # seconds that samples wait if the endpoint does not answer; then the run ends
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.timeout_s <= 0 or self.retries < 0:
@@ -161,16 +162,16 @@ _endpoints: dict[str, "Endpoint"] = {}
 
 
 def configure(specs: Mapping[str, EndpointSpec]) -> None:
-    """Sets the endpoints that rewards of this process find by name. Replaces all earlier ones."""
+    """Sets the endpoints that rewards of this process find by name. Replaces all endpoints set before."""
     _specs.clear()
     _specs.update(specs)
     _endpoints.clear()
 
 
 def endpoint(name: str) -> "Endpoint":
-    """The endpoint that the recipe calls `name`. All callers get the same object and share its `concurrency`.
+    """Returns the endpoint with this name in the recipe. All callers get the same object and share its `concurrency`.
 
-    Raises ValueError if there is no such endpoint, or if its key is not in the environment.
+    Raises ValueError if there is no such endpoint, or if the environment does not have its API key.
     """
     if name not in _specs:
         known = ", ".join(sorted(_specs)) or "none"
@@ -193,12 +194,12 @@ class Endpoint:
     """A model behind a URL. May be used in one event loop only."""
 
     def __init__(self, spec: EndpointSpec):
-        from openai import AsyncOpenAI  # imported here: takes over a second, and only runs with a judge need it
+        from openai import AsyncOpenAI  # imported here because it takes over a second and only judges need it
 
         self.spec = spec
         self._key = _key(spec)
         self._slots = asyncio.Semaphore(spec.concurrency)
-        # No retries by the client: its sleeps between them would count against the sample's time.
+        # The client must not retry, because its sleeps between retries would count against the sample's time.
         self._client = AsyncOpenAI(base_url=spec.url, api_key=self._key, timeout=spec.timeout_s, max_retries=0)
 
     async def ask(
@@ -213,12 +214,12 @@ class Endpoint:
         """Returns the model's reply as an `answer` object, and as text.
 
         messages    a chat in OpenAI's format
-        answer      class of the wanted object. The whole reply must be its JSON; one ```json fence around it is
-                    allowed
+        answer      class of the wanted object. The whole reply must be the JSON of one such object; one ```json fence
+                    around it is allowed
 
         Raises Unparsable if the reply is anything else, Refused if the endpoint refuses this request, and
-        Unreachable after the last retry. These times do not count against the sample's `clock`: waiting for a free
-        slot, waiting before a retry, and requests that failed because of the endpoint.
+        Unreachable after the last retry. The sample's `clock` does not count the wait for a free slot, the wait before
+        a retry, and requests that failed because of the endpoint.
         """
         request: dict[str, Any] = {
             "model": self.spec.model,
@@ -259,12 +260,12 @@ class Endpoint:
             self._slots.release()
 
     async def _once(self, request: Mapping[str, Any]) -> str | _Failure:
-        """Sends the request once. Returns the reply's text, or a failure after which it may be sent again."""
+        """Sends the request once. Returns the reply's text, or a failure if the request may be sent again."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAIError
         from openai.types.chat import ChatCompletion
 
         try:
-            # The client's own timeout is per read: a server that sends slowly could keep the slot forever.
+            # The client's own timeout is per read, so a server that sends slowly could keep the slot forever.
             async with asyncio.timeout(self.spec.timeout_s):
                 completion = await self._client.chat.completions.create(**request)
         except (TimeoutError, APITimeoutError):
@@ -285,7 +286,7 @@ class Endpoint:
         return choice.message.content or ""
 
     def _on_status(self, error: "APIStatusError") -> _Failure:
-        """Returns a failure if a retry may help; else raises Refused or Unreachable."""
+        """Returns a failure if a retry may help. Otherwise raises Refused or Unreachable."""
         status = error.status_code
         message = self._public(error.message.removeprefix(f"Error code: {status} - "))
         if status in (400, 413, 422) or (status == 403 and _MODERATED.search(message)):
@@ -297,18 +298,18 @@ class Endpoint:
         raise Unreachable(self.spec.name, why, status) from None
 
     def _public(self, message: object) -> str:
-        """A message, shortened and without the key, which some servers repeat in their errors."""
+        """Shortens a message and removes the API key, because some servers repeat the key in their errors."""
         text = str(message).replace(self._key, "[key]") if self.spec.api_key_env else str(message)
         return " ".join(text[:1000].split())[:300] or type(message).__name__
 
 
 def _key(spec: EndpointSpec) -> str:
-    """The key from the environment; a placeholder, which the client requires, if the endpoint has no key."""
+    """Returns the API key from the environment, or a placeholder for the client if the endpoint needs no key."""
     if spec.api_key_env is None:
         return "none"
     key = os.environ.get(spec.api_key_env, "")
     if not key:
-        raise ValueError(f"endpoint {spec.name}: the environment variable {spec.api_key_env} holds no key; export it")
+        raise ValueError(f"endpoint {spec.name}: environment variable {spec.api_key_env} has no API key; export it")
     return key
 
 
@@ -319,7 +320,7 @@ def _delay(tries: int, retry_after_s: float | None) -> float:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds from a Retry-After header, which may be a number or a date."""
+    """Returns the seconds to wait according to a Retry-After header, which is a number or a date."""
     value = headers.get("retry-after", "")
     if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):
         return float(value)
@@ -330,8 +331,8 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def parsed(text: str, answer: type[Answer]) -> Answer:
-    """Parses `text` as an `answer` object. Raises Unparsable unless all of it, except one ```json fence, is its
-    JSON."""
+    """Parses `text` as an `answer` object. Raises Unparsable unless the whole text, except one ```json fence, is the
+    JSON of such an object."""
     text = text.strip()
     fenced = _FENCED.fullmatch(text)
     try:

@@ -1,4 +1,4 @@
-"""1.0 if the answer equals the ground truth as text, after normalisation, else 0.0."""
+"""Reward `exact`: 1.0 if the answer and the ground truth are the same text after normalisation, else 0.0."""
 
 from rewards import Invalid, Rollout, Score, reward
 from rewards.text import WINDOW, marked_answer, normalised
@@ -6,10 +6,10 @@ from rewards.text import WINDOW, marked_answer, normalised
 
 @reward("exact", on_timeout="lowest", verifiable=lambda truth: str(truth))
 def exact(rollout: Rollout) -> Score:
-    """Equal text, ignoring case, runs of white space and one final period.
+    """1.0 for equal texts, else 0.0. Case, the amount of white space and one final period do not matter.
 
-    The part of the answer that counts is its last `\\boxed{...}` if there is one, else the text after its last
-    "Answer:", else all of it. The ground truth is text or a number.
+    Only one part of the answer is compared: the last `\\boxed{...}` if there is one, else the text after the last
+    "Answer:", else the whole answer. The ground truth is text or a number.
     """
     truth = rollout.prompt.ground_truth
     if not isinstance(truth, str | int | float) or not normalised(str(truth)):

@@ -1,4 +1,4 @@
-"""1.0 if a whole response, thinking included, has the agreed tags, else 0.0."""
+"""Reward `format_tags`: 1.0 if the whole response, including its thinking, has the agreed tags, else 0.0."""
 
 from typing import Annotated
 
@@ -13,20 +13,20 @@ Tag = Annotated[str, Field(pattern=r"^[A-Za-z][\w-]{0,40}$")]
 def format_tags(
     rollout: Rollout, tags: Annotated[tuple[Tag, ...], Field(min_length=1)] = ("think",), answer_tag: Tag | None = None
 ) -> Score:
-    """1.0 for `<think>...</think>` and then an answer: each tag opened and closed once, in the order of `tags`.
+    """1.0 for `<think>...</think>` and then an answer; each tag is opened and closed once, in the order of `tags`.
 
-    Only white space may stand before and between the tagged parts. The answer follows them and must not be empty. With
-    `answer_tag` the answer must be in that tag, with nothing after it. A part in one of `tags` may be empty, because a
-    model that is told not to think leaves it empty.
+    Only white space may stand before and between the tagged parts. After them comes the answer, which must not be
+    empty. With `answer_tag`, the answer must be in this tag, and nothing may follow it. A part in one of `tags` may be
+    empty, because a model that is told not to think leaves it empty.
 
-    The report mentions no format reward; this one is a reconstruction of the usual kind.
+    The report mentions no format reward. This reward is a reconstruction of a usual format reward.
     """
     why = _breach(rollout.text, tags, answer_tag)
     return Score(0.0, {"why": why}) if why else Score(1.0)
 
 
 def _breach(text: str, tags: tuple[str, ...], answer_tag: str | None) -> str:
-    """The first rule that the text breaks, or ""."""
+    """Returns the first rule that the text breaks, or "" if it breaks none."""
     end, content = 0, ""
     for tag in (*tags, *([answer_tag] if answer_tag else [])):
         opening, closing = f"<{tag}>", f"</{tag}>"

@@ -1,4 +1,4 @@
-"""A judge grades the answer and a teacher's reference side by side, in both orders; the lead becomes a value 0 to 1."""
+"""Reward `genrm`: a judge grades the answer and a teacher's reference. The difference of the grades gives the value."""
 
 import math
 from pathlib import Path
@@ -23,11 +23,11 @@ from rewards.judge import (
 )
 
 BEST = 10.0
-"""The highest grade; the lowest is 0."""
+"""The highest grade. The lowest grade is 0."""
 SCALE = 2.0
 
 SHOWN = frozenset({"question", "response_a", "response_b"})
-"""Variables of the judge's prompt, besides `rules`."""
+"""Variables of the judge's prompt, in addition to `rules`."""
 
 Grade = Annotated[float, Field(ge=0, le=BEST, allow_inf_nan=False)]
 
@@ -39,29 +39,30 @@ class Comparison(Verdict):
 
 @reward("genrm", timeout_s=600, needs="reference")
 class GenRM:
-    """A generative reward model: it compares answer and reference, gives reasons, then grades both from 0 to 10.
+    """A generative reward model compares answer and reference, gives reasons, then grades both from 0 to 10.
 
     The judge makes two comparisons, one with the answer first and one with the reference first. The two grades of
-    each text are averaged, so that a preference for the first (or second) place cancels out. With s the averaged
-    grades, and `length_control` subtracted from s_answer:
+    each text are averaged, so that a preference for the first (or second) place cancels out. s_answer and s_reference
+    are these averages. `length_control` may lower s_answer. The rules are:
 
         bradley_terry   1 / (1 + exp(-(s_answer - s_reference) / scale))     the chance that the answer wins
         linear          1/2 + (s_answer - s_reference) / 20
 
     endpoint     the judge. It sees the question (with pictures, if it takes pictures) and both texts, but not which of
                  them is the answer
-    rule, scale  see above; scale is in grades, 2 unless given, and only for bradley_terry
+    rule, scale  see above. `scale` is in units of the grades, 2 by default, and is only for bradley_terry
     temperature  the judge's sampling temperature
-    max_tokens   of one comparison, including the thinking of a reasoning judge
-    max_chars    characters of the answer and of the reference that are shown: a little of the beginning and most of
-                 the end
-    template     a Jinja file in place of rewards/prompts/genrm.jinja, which lists the variables
-    length_control  grades that an answer loses each time its length doubles over the reference's; 0 ignores length
+    max_tokens   maximum length of one comparison, including the thinking of a reasoning judge
+    max_chars    the judge sees at most this many characters of the answer and of the reference. Of a longer
+                 text, it sees a short beginning and a long end
+    template     a Jinja file that replaces rewards/prompts/genrm.jinja. That file lists the variables
+    length_control  s_answer is lowered by this number if the answer is twice as long as the reference, by two times
+                 this number if it is four times as long, and so on; 0 ignores the length
 
-    An empty answer scores 0.0. So does an answer on which the judge gives no comparison, if it gives one on a harmless
-    answer to the same row. A row without reference is invalid. The report has pairwise comparison with a teacher's
-    response, reasons and a fine-grained score; grades, criteria, both orders and the scale are reconstructions. The win
-    probability (Bradley and Terry 1952), and that length can cost confidence, follow Step 3.5 Flash.
+    An empty answer scores 0.0. If the judge gives no comparison for an answer, but gives one for a harmless answer to
+    the same row, the answer also scores 0.0. A row without reference is invalid. The report has a pairwise comparison
+    with a teacher's response, reasons and a fine-grained score. Grades, criteria, both orders and the scale are
+    reconstructions. The win probability (Bradley and Terry 1952) and the cost of length follow Step 3.5 Flash.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class GenRM:
         length_control: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
     ):
         if rule == "linear" and scale is not None:
-            raise ValueError(f"genrm: scale is {scale:g}, but rule: linear has none; leave it out")
+            raise ValueError(f"genrm: scale is {scale:g}, but rule: linear has no scale; remove it")
         self.rule, self.scale, self.max_chars = rule, scale or SCALE, max_chars
         self.length_control = length_control
         self.judge = Judge(
@@ -93,7 +94,7 @@ class GenRM:
 
     async def __call__(self, rollout: Rollout) -> Score:
         row = rollout.prompt
-        reference = clean(Rollout(row, row.reference or "").answer).strip()  # without the teacher's thinking
+        reference = clean(Rollout(row, row.reference or "").answer).strip()  # without the thinking of the teacher
         if not reference:
             raise Invalid(f"row {row.id} has no reference to compare with")
         if empty(rollout.answer):
@@ -110,7 +111,7 @@ class GenRM:
         return self._score(first, second, doublings)
 
     def _score(self, first: Comparison, second: Comparison, doublings: float) -> Score:
-        """`first` is the comparison in which the answer is A, `second` the one in which it is B."""
+        """In the comparison `first` the answer is response A, in `second` it is response B."""
         answer = (first.grade_a + second.grade_b) / 2
         reference = (first.grade_b + second.grade_a) / 2
         agreed = _sign(first.grade_a - first.grade_b) == _sign(second.grade_b - second.grade_a)
@@ -122,11 +123,11 @@ class GenRM:
     def _value(self, lead: float) -> float:
         if self.rule == "linear":
             return 0.5 + lead / (2 * BEST)
-        return 0.5 + 0.5 * math.tanh(lead / self.scale / 2)  # the logistic function, without overflow
+        return 0.5 + 0.5 * math.tanh(lead / self.scale / 2)  # the logistic function, in a form that cannot overflow
 
 
 def over_length(answer: str, reference: str) -> float:
-    """log2 of the answer's length over the reference's, in characters; 0 for a shorter answer."""
+    """Returns log2(length of the answer / length of the reference), in characters; 0 for a shorter answer."""
     return max(0.0, math.log2(len(answer.strip()) / len(reference)))
 
 

@@ -1,4 +1,4 @@
-"""Reading boxes and points from answers and data rows. Shared by the perception rewards."""
+"""Reads boxes and points from answers and data rows. Shared by the perception rewards."""
 
 import math
 import re
@@ -11,17 +11,17 @@ from rewards import Invalid, Rollout
 from rewards.text import last_boxed, marked_answer
 
 Coordinates = Literal["unit", "thousand", "pixel"]
-"""unit: fractions of the picture, 0 to 1; thousand: 0 to 1000; pixel: of the data row's picture."""
+"""unit: fractions of the picture, 0 to 1. thousand: 0 to 1000. pixel: pixels of the data row's picture."""
 
 Shape = tuple[float, ...]
 """(x1, y1, x2, y2) or (x, y)."""
 
 MOST = 500
-"""The most boxes or points of one answer or one row; matching n with n takes n^3 steps."""
+"""Maximum number of boxes or points in one answer or row. Matching n boxes with n boxes takes n^3 steps."""
 LONGEST = 1 << 16
-"""This many characters of an answer, counted from its end, are searched for boxes and points."""
+"""Boxes and points are searched in this many characters at the end of an answer."""
 
-# Possessive quantifiers and bounded blanks: no text makes these patterns backtrack.
+# Quantifiers are possessive and white space is bounded, so that no text makes these patterns backtrack.
 _NUMBER = r"([-+]?(?:\d++(?:\.\d*+)?|\.\d++|nan|inf(?:inity)?)(?:e[-+]?\d{1,6}+)?)"
 _BLANK = r"\s{0,16}+"
 _NEXT = rf"{_BLANK}[\])]?{_BLANK},?{_BLANK}[\[(]?{_BLANK}(?<![\d.])"
@@ -31,7 +31,7 @@ _POINT = _OPEN + _NUMBER + rf"{_BLANK},?{_BLANK}(?<![\d.])" + _NUMBER + _CLOSE
 
 
 def _named(*keys: str) -> str:
-    """Numbers behind their names: `"x": 1, "y": 2` (JSON), `x="1" y="2"` (a tag), `x=1, y=2` (a call)."""
+    """A pattern for numbers after their names: `"x": 1, "y": 2` (JSON), `x="1" y="2"` (a tag), `x=1, y=2` (a call)."""
     pairs = [rf"{key}[\"']?{_BLANK}[:=]{_BLANK}[\"']?{_NUMBER}[\"']?" for key in keys]
     return r"(?<![a-z_])" + rf"{_BLANK},?{_BLANK}[\"']?".join(pairs)
 
@@ -43,32 +43,32 @@ BOXES = re.compile(f"{_BOX}|{_NAMED_BOX}", re.IGNORECASE)
 POINTS = re.compile(f"{_POINT}|{_NAMED_POINT}", re.IGNORECASE)
 EITHER = re.compile(f"{_BOX}|{_NAMED_BOX}|{_POINT}|{_NAMED_POINT}", re.IGNORECASE)
 
-# The text allowed between two members of one list: punctuation, numbers, "and", quoted keys and labels, tags.
+# The text allowed between two shapes of one list: punctuation, numbers, "and", quoted keys and labels, tags.
 _GLUE = re.compile(
     r"(?:[\s,;:.\d\[\](){}]|and\b|\"[^\"\n]*+\"|'[^'\n]*+'|\w{1,20}+="
-    r"|\A/\w{1,20}+>|<\w{1,20}+\s?\Z|[\"']\Z"  # the rest of a tag or of a key that is part of the shape itself
+    r"|\A/\w{1,20}+>|<\w{1,20}+\s?\Z|[\"']\Z"  # the part of a tag or key that is outside of the shape's own match
     r"|<[^<>\n]{1,100}+>|>[^<>\n]{0,100}+</\w{1,20}+>|/?>)*+"
 )
-_GAP = 300  # characters; a label is shorter
+_GAP = 300  # maximum number of characters between two shapes of one list
 
 
 def answer_part(answer: str) -> str | None:
-    """The part of an answer whose boxes and points count: its last `\\boxed{...}`, in brackets because the content may
-    have none; else the text after its last "Answer:"; else all of it. None if it marks nothing and is longer than
-    LONGEST."""
+    """Returns the part of an answer whose boxes and points count: the content of the last `\\boxed{...}`, else the text
+    after the last "Answer:", else the whole answer. The content of `\\boxed{...}` is put in brackets, because it may
+    have no brackets. Returns None if the answer marks nothing and is longer than LONGEST."""
     boxed = last_boxed(answer[-LONGEST:])
     return marked_answer(answer, LONGEST) if boxed is None else f"[{boxed}]"
 
 
 def shapes(pattern: re.Pattern[str], answer: str, last_list: bool = False) -> list[Shape]:
-    """All shapes in `answer_part`, in order, with the numbers as written; at most MOST + 1, to show that there are too
-    many.
+    """Returns all shapes in `answer_part`, in order, with the numbers as written. If there are too many, returns the
+    first MOST + 1.
 
     Finds `[x1, y1, x2, y2]` and `[x, y]` (alone, in lists, as values in JSON), the same in round brackets,
     `(x1, y1), (x2, y2)`, numbers between tags such as `<box>` and `<point>`, and numbers with names.
 
-    With `last_list`, only the shapes in one list with the last one. Earlier shapes, with other words than labels in
-    between, are earlier thoughts and count neither for nor against the answer.
+    With `last_list`, returns only the last shape and the shapes in the same list. Shapes before this list, separated
+    from it by words other than labels, are earlier thoughts, and are ignored.
     """
     text = answer_part(answer) or ""
     found: list[Shape] = []
@@ -87,7 +87,7 @@ def _listed_together(gap: str) -> bool:
 
 
 def usable(found: Sequence[Shape], size: tuple[float, float]) -> tuple[list[Shape], str]:
-    """The usable shapes of an answer, in fractions of the picture, and why the first unusable one is not."""
+    """Returns the usable shapes of an answer as fractions of the picture, and the problem of the first other shape."""
     if len(found) > MOST:
         return [], f"more than {MOST} boxes or points"
     checked = [usable_shape(numbers, size) for numbers in found]
@@ -96,7 +96,7 @@ def usable(found: Sequence[Shape], size: tuple[float, float]) -> tuple[list[Shap
 
 
 def usable_shape(numbers: Shape, size: tuple[float, float]) -> Shape | str:
-    """A shape of an answer in fractions of the picture, or why it cannot be used."""
+    """Returns a shape of an answer as fractions of the picture, or the reason why it cannot be used."""
     if not all(map(math.isfinite, numbers)):
         return "a coordinate is not finite"
     fractions = as_fractions(numbers, size)
@@ -108,14 +108,14 @@ def usable_shape(numbers: Shape, size: tuple[float, float]) -> Shape | str:
 
 
 def for_details(found: Sequence[Shape]) -> list[list[str]]:
-    """The first 20 shapes of an answer for a Score's details, as text because JSON has no infinity."""
+    """Returns the first 20 shapes for the details of a Score. Numbers are text, because JSON has no infinity."""
     return [[repr(number) for number in numbers] for numbers in found[:20]]
 
 
 def picture_size(rollout: Rollout, coordinates: Coordinates) -> tuple[float, float]:
-    """The picture's width and height in these coordinates.
+    """Returns the picture's width and height in these coordinates.
 
-    Raises Invalid for pixels if the row has no picture.
+    Raises Invalid if the coordinates are pixels and the row has no picture.
     """
     if coordinates != "pixel":
         side = 1.0 if coordinates == "unit" else 1000.0
@@ -127,11 +127,11 @@ def picture_size(rollout: Rollout, coordinates: Coordinates) -> tuple[float, flo
 
 
 def true_shape(rollout: Rollout, value: Any, coordinates: Coordinates, lengths: Sequence[int], want: str) -> Shape:
-    """A box or point of the row's ground truth, in fractions of the picture. `lengths` are the allowed numbers of
-    coordinates: 4 for a box, 2 for a point.
+    """Returns a box or point of the row's ground truth as fractions of the picture. `lengths` has the allowed numbers
+    of coordinates: 4 for a box, 2 for a point.
 
-    Raises Invalid if `value` is anything else or does not fit `coordinates`; the message says with `want` what the
-    reward takes.
+    Raises Invalid if `value` is anything else or does not fit `coordinates`. The message contains `want`, which
+    describes the values that the reward takes.
     """
     row = rollout.prompt.id
     if not is_shape(value) or len(value) not in lengths:
@@ -148,12 +148,12 @@ def true_shape(rollout: Rollout, value: Any, coordinates: Coordinates, lengths: 
 
 
 def true_shapes(rollout: Rollout, coordinates: Coordinates, length: int, want: str) -> list[Shape]:
-    """The shapes of the row's ground truth (one, or a list), in fractions of the picture. Raises as `true_shape`."""
+    """Returns the shapes of the row's ground truth (one, or a list) as fractions of the picture. Raises Invalid."""
     value, row = rollout.prompt.ground_truth, rollout.prompt.id
     several = isinstance(value, list | tuple) and bool(value) and all(isinstance(v, list | tuple) for v in value)
     values = list(value) if several else [value]
     if len(values) > MOST:
-        raise Invalid(f"the ground truth of row {row} has {len(values)} boxes or points; the most is {MOST}")
+        raise Invalid(f"the ground truth of row {row} has {len(values)} boxes or points; at most {MOST} are allowed")
     return [true_shape(rollout, one, coordinates, [length], want) for one in values]
 
 
@@ -164,9 +164,9 @@ def as_fractions(numbers: Shape, size: tuple[float, float]) -> Shape:
 def best_pairs(scores: np.ndarray) -> np.ndarray:
     """Matches rows with columns one to one so that the sum of scores is the largest (Hungarian method).
 
-    Returns the scores of the pairs, in falling order.
+    Returns the scores of the matched pairs, in descending order.
     """
-    from scipy.optimize import linear_sum_assignment  # imported here: takes half a second and much address space
+    from scipy.optimize import linear_sum_assignment  # imported here: it takes half a second and much address space
 
     return np.sort(scores[linear_sum_assignment(scores, maximize=True)])[::-1]
 
@@ -176,27 +176,27 @@ def is_shape(value: Any) -> bool:
 
 
 def centre(shape: Shape) -> Shape:
-    """The middle of a box; a point unchanged."""
+    """Returns the middle of a box. A point is returned unchanged."""
     return shape if len(shape) == 2 else ((shape[0] + shape[2]) / 2, (shape[1] + shape[3]) / 2)
 
 
 def inside(point: Shape, box: Shape) -> bool:
-    """True if the point is in the box, edges included."""
+    """True if the point is in the box or on its edge."""
     return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
 
 
 def box_iou(a: Shape, b: Shape) -> float:
-    """Intersection over union, 0 to 1, of two boxes (x1, y1, x2, y2) with x1 < x2 and y1 < y2, same units."""
+    """Returns the intersection over union (0 to 1) of two boxes in the same units, with x1 < x2 and y1 < y2."""
     return float(box_ious([a], [b])[0, 0])
 
 
 def box_ious(a: Sequence[Shape], b: Sequence[Shape]) -> np.ndarray:
-    """[A, B] IoU of every box of `a` with every one of `b`."""
+    """Returns [A, B]: the IoU of every box in `a` with every box in `b`."""
     left, right = np.asarray(a)[:, None], np.asarray(b)[None]  # [A, 1, 4] and [1, B, 4]
     sides = np.minimum(left[..., 2:], right[..., 2:]) - np.maximum(left[..., :2], right[..., :2])
     common = np.clip(sides, 0, None).prod(-1)
     areas = (left[..., 2:] - left[..., :2]).prod(-1) + (right[..., 2:] - right[..., :2]).prod(-1)
-    # a union too small for a float counts as no overlap
+    # if the union is too small for a float, the IoU is 0
     return np.clip(common / np.maximum(areas - common, np.finfo(float).tiny), 0, 1)
 
 

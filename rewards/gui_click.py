@@ -1,4 +1,4 @@
-"""Clicks on a screen: does the answer click the right element, or rightly declare the task done?"""
+"""Reward `gui_click`: scores clicks on the elements of a screen, and declarations that the task is done."""
 
 import re
 from collections.abc import Mapping
@@ -33,19 +33,20 @@ _ACTION = re.compile(
 _BARE_DONE = re.compile(rf"\W{{0,8}}+(?:{'|'.join(_DONE)})\W{{0,8}}+", re.IGNORECASE)
 
 
-# Not verifiable: the highest value is 2, and a row with an element to click earns at most 1.
+# The reward is not `verifiable`, because the highest value is 2, but a row with an element to click earns at most 1.
 @reward("gui_click", on_timeout="lowest", lowest=MISS, highest=COMPLETED, needs="ground_truth")
 def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
-    """Hit 1, near 0.5, miss -1, task rightly declared done 2, declared too early -0.5.
+    """Hit 1, near 0.5, miss -1; task rightly declared done 2, declared done too early -0.5.
 
-    The ground truth is {"box": [x1, y1, x2, y2]} if there is an element to click; "elements" may be added, a list of
-    the boxes of all elements of the screen. It is {"done": true} if nothing is left to do.
+    If there is an element to click, the ground truth is {"box": [x1, y1, x2, y2]}. It may also have "elements", a list
+    of the boxes of all elements of the screen. If nothing is left to do, the ground truth is {"done": true}.
 
-    The answer's last action counts: a point or a box (a click on its middle) in any usual notation, `click(x, y)`,
-    {"action": "click", "point": [x, y]}; or `done()`, `DONE`, {"action": "terminate"} and the like. A hit lies in the
-    true box, edges included. A click outside of it is near if the smallest of the `elements` that contain the click
-    overlaps the true box with an IoU above 0.5. So near needs `elements`: the middle of an answer's box with that IoU
-    always lies in the true box. Anything else, unreadable text included, is a miss.
+    The last action of the answer counts. A click is a point, or a box (a click on its middle), in any usual notation,
+    such as `click(x, y)` or {"action": "click", "point": [x, y]}. The task is declared done by `done()`, `DONE`,
+    {"action": "terminate"} and similar texts. A click is a hit if it is in the true box or on its edge. Any other click
+    is near if the smallest of the `elements` that contain it overlaps the true box with an IoU above 0.5. Without
+    `elements` no click is near. (If a box in the answer has an IoU above 0.5 with the true box, its middle is in the
+    true box, which is a hit.) Anything else, such as unreadable text, is a miss.
 
     The values, the threshold, the meaning of near for a click and the reading of answers are a reconstruction.
     """
@@ -72,7 +73,7 @@ def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
 
 
 def _truth(rollout: Rollout, coordinates: Coordinates) -> tuple[Shape | None, list[Shape]]:
-    """The box to click (None if the task is done) and the boxes of all elements."""
+    """Returns the box to click (None if the task is done) and the boxes of all elements."""
     truth, row = rollout.prompt.ground_truth, rollout.prompt.id
     if isinstance(truth, Mapping) and truth.get("done") is True and truth.get("box") is None:
         return None, []
@@ -86,7 +87,7 @@ def _truth(rollout: Rollout, coordinates: Coordinates) -> tuple[Shape | None, li
 
 
 def _action(answer: str) -> Shape | str | None:
-    """The answer's last action: the clicked point or box, "done", the name of another action, or None."""
+    """Returns the answer's last action: the clicked point or box, "done", the name of another action, or None."""
     text = answer_part(answer)
     if text is None:
         return None

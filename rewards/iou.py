@@ -1,4 +1,4 @@
-"""How well the boxes of an answer overlap the true boxes."""
+"""Reward `iou`: how well the boxes of an answer overlap the true boxes."""
 
 from typing import Annotated
 
@@ -21,18 +21,19 @@ from rewards.geometry import (
 
 @reward("iou", on_timeout="lowest", verifiable=True)
 class IoU:
-    """Sum of IoU ** power over boxes matched one to one / max(boxes given, true boxes).
+    """Sum of IoU ** power over matched boxes / max(number of given boxes, number of true boxes).
 
-    The pairs are those with the largest sum of IoU (Hungarian matching). A missing box costs as much as a superfluous
-    one, so that several guesses never earn more than the best of them alone. A box that cannot be used (not finite,
-    far outside, no area) counts as superfluous.
+    Given and true boxes are matched one to one so that the sum of IoU is the largest (Hungarian method). A missing box
+    costs as much as a superfluous one, so that several guesses never earn more than the best guess alone. A box that
+    cannot be used (not finite, far outside, no area) counts as superfluous.
 
-    With one true box, the answer's last box counts, or the list of boxes that it is part of: "[...], no, [...]" gives
-    one box, "[[...], [...]]" gives two. With several true boxes, every box counts in the last `\\boxed{...}`, else in
-    the text after the last "Answer:", else in the whole answer.
+    With one true box, only the last box of the answer counts, or the whole list if this box is part of a list:
+    "[...], no, [...]" gives one box, "[[...], [...]]" gives two. With several true boxes, all boxes of one part count:
+    of the last `\\boxed{...}`, else of the text after the last "Answer:", else of the whole answer.
 
-    The report names IoU with a strict, decaying shape and gives no formula. Power 2 is a reconstruction: the paper it
-    cites, Perception-R1, describes IoU, and its released code squares it. The count term is a reconstruction too.
+    The report names IoU with a strict, decaying shape and gives no formula. Power 2 is a reconstruction: Perception-R1,
+    which the report cites, describes IoU, and its released code squares IoU. The division by the number of boxes is a
+    reconstruction too.
     """
 
     def __init__(self, power: Annotated[float, Field(gt=0)] = 2, coordinates: Coordinates = "unit") -> None:
@@ -40,7 +41,7 @@ class IoU:
         self.coordinates: Coordinates = coordinates
 
     def setup(self) -> None:
-        best_pairs(np.ones((1, 1)))  # the first call imports scipy, which must not count against a sample's limits
+        best_pairs(np.ones((1, 1)))  # the first call imports scipy, which must not count against the limits of a sample
 
     def __call__(self, rollout: Rollout) -> Score:
         true = true_shapes(rollout, self.coordinates, 4, "[x1, y1, x2, y2], or a list of such boxes")

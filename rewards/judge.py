@@ -1,10 +1,10 @@
-"""Asking a judge for verdicts on untrusted text. Shared by all rewards that ask a judge.
+"""Asks a judge for verdicts on untrusted text. Shared by all rewards that ask a judge.
 
 A Judge fills a prompt of rewards/prompts/ and asks for a verdict. The policy's text cannot pose as instructions: it
-stands between marks that it cannot guess, and chat tokens in it are replaced. Nor can the text get its sample left out
-of the loss: if there is no verdict, the same prompt is sent with a harmless response in place of the text (the
-canary). If the judge answers the canary, the text is the cause and the sample gets its lowest value; else the sample
-is invalid.
+stands between marks that it cannot guess, and chat tokens in it are replaced. The text also cannot get its sample left
+out of the loss. If there is no verdict, the same prompt is sent with a harmless response in place of the text. This
+prompt is called a canary. If the judge answers the canary, the text is the cause, and the sample gets its lowest value.
+If not, the sample is invalid.
 """
 
 import asyncio
@@ -28,14 +28,14 @@ from rl.types import Picture, Prompt
 
 PROMPTS = Path(__file__).parent / "prompts"
 ATTEMPTS = 3
-"""Times that a judge is asked for one verdict, each with another seed."""
+"""Maximum number of requests for one verdict. Each request has another seed."""
 CANARY_S = 60.0
-"""Seconds for which an answered canary shows that the judge answers its row's prompt."""
+"""A canary that was answered within this many seconds shows that the judge answers the row's prompt."""
 HARMLESS = "I looked at this for a while, and I do not know the answer."
 """The response in a canary, in place of the policy's text."""
 REASON_CHARS = 500
-"""Characters of a judge's reasons that are stored in the details."""
-CANARIES = 4096  # rows whose last canary is kept; the oldest is dropped first
+"""Maximum number of characters of a judge's reasons that are stored in the details."""
+CANARIES = 4096  # maximum number of rows whose last canary is stored; the oldest row is removed first
 
 MaxTokens = Annotated[int, Field(ge=1)]
 MaxChars = Annotated[int, Field(ge=200)]
@@ -53,11 +53,11 @@ _MARKS = str.maketrans("\u27e6\u27e7", "[]")
 
 
 class Unjudgeable(Exception):
-    """The judge gave no verdict because of the policy's text: the sample gets its lowest value."""
+    """The judge gave no verdict because of the policy's text. The sample gets its lowest value."""
 
 
 class Verdict(BaseModel):
-    """Base of the JSON objects that judges are asked for. The reasons come first, before the decision."""
+    """Base class of the JSON objects that judges return. The reasons come before the decision."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -65,7 +65,7 @@ class Verdict(BaseModel):
 
 
 class Finding(Verdict):
-    """Base of the verdicts of penalties."""
+    """Base class of the verdicts for penalties."""
 
     @property
     def offends(self) -> bool:
@@ -78,7 +78,7 @@ V = TypeVar("V", bound=BaseModel, covariant=True)
 
 @dataclass
 class _Canary:
-    """The last canary of one row, and its result."""
+    """The last canary of one row and its result."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     sent: float = float("-inf")  # time.monotonic()
@@ -89,10 +89,10 @@ class Judge(Generic[V]):
     """Asks an endpoint for verdicts on the policy's text. Create it in a reward's `__init__`, and call its `setup()`
     in the reward's `setup()`.
 
-    template   a file of rewards/prompts/, or an absolute path. Its variables are `rules` (the meaning of the marks)
-               and the texts that the reward shows, each a block between marks
-    verdict    the class of the JSON object that the judge is asked for
-    max_chars  characters of each of the policy's texts that are shown (see `cut`)
+    template   the name of a file in rewards/prompts/, or an absolute path. Its variables are `rules` (the meaning of
+               the marks) and the texts that the reward shows to the judge, each between two marks
+    verdict    the class of the JSON object that the judge returns
+    max_chars  maximum number of characters of each text by the policy; `cut` shortens longer texts
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class Judge(Generic[V]):
         self._canaries: OrderedDict[str, _Canary] = OrderedDict()
 
     def setup(self, needed: Set[str], optional: Set[str] = frozenset()) -> None:
-        """Finds the endpoint and loads the template (see `load`). Raises ValueError if one of them cannot be used."""
+        """Finds the endpoint and loads the template (see `load`). Raises ValueError if either cannot be used."""
         self.endpoint: Endpoint = endpoint(self.name)
         self.load(needed, optional)
 
     def load(self, needed: Set[str], optional: Set[str] = frozenset()) -> None:
-        """Loads the template. It must use `rules` and the variables `needed`, and may use `optional` ones."""
+        """Loads the template. It must use `rules` and the variables in `needed`, and may use those in `optional`."""
         needed = needed | {"rules"}
         environment = Environment(
             loader=FileSystemLoader(self.path.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -136,13 +136,13 @@ class Judge(Generic[V]):
         """Returns one verdict.
 
         row      the data row; its pictures are sent if the endpoint takes pictures
-        shown    template variables that the policy did not write. Strings become blocks between marks; other values
-                 are passed to the template unchanged
-        written  template variables that the policy wrote: each is cut to `max_chars` and becomes a block
-        vote     number of the verdict: several verdicts on the same text have different seeds
+        shown    template variables that the policy did not write. Strings are put between marks; other values are
+                 passed to the template unchanged
+        written  template variables that the policy wrote. Each is cut to `max_chars` and put between marks
+        vote     index of the verdict; verdicts with different indices have different seeds
 
-        Raises Unjudgeable if `written` is the reason that there is no verdict, Invalid if the judge is, and
-        Unreachable.
+        Raises Unjudgeable if there is no verdict because of `written`, Invalid if there is no verdict because of the
+        judge, and Unreachable if the endpoint does not answer.
         """
         texts = {key: cut(clean(text), self.max_chars) for key, text in written.items()}
         why = ""
@@ -157,7 +157,7 @@ class Judge(Generic[V]):
             except Unreachable as e:
                 if e.status is None or e.status < 500:
                     raise
-                # The server may fail on this text alone; then waiting for the server would hold the sample forever.
+                # The server may fail only on this text. Then waiting for the server would hold the sample forever.
                 await self._check(row, shown, texts, 0.0)
                 why = e.why
         await self._check(row, shown, texts, CANARY_S)
@@ -177,7 +177,7 @@ class Judge(Generic[V]):
         return verdict
 
     def prompt(self, row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str]) -> str:
-        """The text that the judge reads. Arguments as in `ask`; nothing is cut. Call `load` or `setup` first."""
+        """Returns the text that the judge reads, uncut. Arguments as in `ask`. Call `setup` or `load` first."""
         texts = {key: clean(value) for key, value in {**shown, **written}.items() if isinstance(value, str)}
         # The hash covers the texts themselves, so no text can contain its own marks.
         nonce = _digest(self.path.name, row.id, *texts.values())[:16]
@@ -191,17 +191,17 @@ class Judge(Generic[V]):
         return self.template.render({**shown, **blocks, "rules": rules}).strip()
 
     async def _check(self, row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str], good_s: float) -> None:
-        """Returns if the judge answers the row's canary now, or answered it at most `good_s` seconds ago.
+        """Checks that the judge answers the row's canary now, or answered it at most `good_s` seconds ago.
 
-        Raises Invalid if the judge gives no verdict on it, or Unreachable. The time does not count against the
-        sample's limit.
+        Raises Invalid if the judge gives no verdict on the canary, or Unreachable if the endpoint does not answer. The
+        time does not count against the sample's limit.
         """
         now = time.monotonic()
         canary = self._canaries.setdefault(row.id, _Canary())
         if len(self._canaries) > CANARIES:
             self._canaries.popitem(last=False)
         with waiting():
-            async with canary.lock:  # samples that waited here for another sample's canary use its result
+            async with canary.lock:  # a sample that waits here for another sample's canary uses the result
                 if canary.sent < (now if canary.failure else now - good_s):
                     sent = time.monotonic()
                     canary.failure = await self._canary(row, shown, dict.fromkeys(written, HARMLESS))
@@ -214,7 +214,7 @@ class Judge(Generic[V]):
     async def _canary(
         self, row: Prompt, shown: Mapping[str, Any], harmless: Mapping[str, str]
     ) -> Invalid | Unreachable | None:
-        """Sends a canary. Returns None if the judge answers, else the error to raise."""
+        """Sends a canary. Returns None if the judge answers it, else the error to raise."""
         why = ""
         for attempt in range(ATTEMPTS):
             try:
@@ -228,10 +228,10 @@ class Judge(Generic[V]):
 
 
 async def offence(judge: "Judge[Finding]", row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str]) -> Score:
-    """The Score of a penalty that asks a judge: 1.0 if the text offends, else 0.0. Arguments as in Judge.ask.
+    """Returns the Score of a penalty that asks a judge: 1.0 if the text offends, else 0.0. See Judge.ask for arguments.
 
-    `written` contains the policy's `answer`. An empty answer does not offend, and the judge is not asked. An answer
-    that is the reason for no verdict offends.
+    `written` must contain the policy's `answer`. An empty answer does not offend, and the judge is not asked. If the
+    judge gives no verdict because of the answer, the answer offends.
     """
     if empty(written["answer"]):
         return Score(0.0, {"why": "an empty answer"})
@@ -243,7 +243,7 @@ async def offence(judge: "Judge[Finding]", row: Prompt, shown: Mapping[str, Any]
 
 
 async def together(*verdicts: Awaitable[V]) -> list[V]:
-    """Waits for all verdicts; returns them in order. The first that fails cancels the others."""
+    """Waits for all verdicts and returns them in order. If one fails, the others are cancelled."""
     tasks = [asyncio.ensure_future(verdict) for verdict in verdicts]
     try:
         return await asyncio.gather(*tasks)
@@ -253,8 +253,8 @@ async def together(*verdicts: Awaitable[V]) -> list[V]:
 
 
 def question(row: Prompt) -> str:
-    """The row's chat as text. A picture is shown as "(picture 1)"; roles are named unless there is only one user
-    message."""
+    """Returns the row's chat as text. Pictures become "(picture 1)" and so on. Roles are named, unless the chat is a
+    single user message."""
     pictures, turns = 0, []
     for message in row.messages:
         content = message["content"]
@@ -272,7 +272,7 @@ def question(row: Prompt) -> str:
 
 
 def truth(row: Prompt) -> str:
-    """The row's ground truth as text. Raises Invalid if it has none."""
+    """Returns the row's ground truth as text. Raises Invalid if the row has none."""
     text = "" if row.ground_truth is None else as_response(row.ground_truth)
     if not clean(text).strip():
         raise Invalid(f"row {row.id} has no ground truth to judge by")
@@ -285,26 +285,26 @@ def empty(answer: str) -> bool:
 
 
 def clean(text: str) -> str:
-    """`text` without control characters and lone surrogates, which JSON or a server may reject."""
+    """Returns `text` without control characters and lone surrogates, which JSON or a server may reject."""
     return _CONTROLS.sub("", text)
 
 
 def cut(text: str, most: int) -> str:
     """Cuts `text` to at most `most` characters.
 
-    Keeps the beginning (a quarter of the room) and the end (three quarters, because answers stand there), and a note
-    between them with the number of characters left out.
+    Keeps the beginning (a quarter of the kept characters) and the end (three quarters, because it has the result).
+    A note between them gives the number of characters left out.
     """
     if len(text) <= most:
         return text
-    room = most - len(_left_out(len(text)))  # the note is longest when all characters are left out
+    room = most - len(_left_out(len(text)))  # room for the longest possible note
     head, tail = room // 4, room - room // 4
     return text[:head] + _left_out(len(text) - room) + text[-tail:]
 
 
 def defused(text: str) -> str:
-    """`text` without chat tokens and without the judge's marks: the first character of each is replaced by a similar
-    one. The length stays the same."""
+    """Disables chat tokens and the judge's marks in `text` by replacing their first character with a similar
+    character. The length stays the same."""
     return _CHAT_TOKEN.sub(lambda match: _LOOK_ALIKE[match[0]], text.translate(_MARKS))
 
 
@@ -319,7 +319,7 @@ def _block(key: str, text: str, nonce: str) -> str:
 
 
 def _digest(*parts: str) -> str:
-    # with the lengths, ("ab", "c") and ("a", "bc") have different digests
+    # includes the lengths, so that ("ab", "c") and ("a", "bc") have different digests
     return hashlib.sha256("".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -1,7 +1,7 @@
-"""Behaviour penalty `language_consistency`: an answer in another language than the question, or in two languages.
+"""Behaviour penalty `language_consistency`: the answer is in another language than the question, or in two languages.
 
 The report discourages "code-switching and question-answer language mismatch" with a model-based penalty and gives
-neither the model nor a threshold. The method (rewards.prose, rewards.languages) and all numbers are a reconstruction.
+neither the model nor a threshold. The method (rewards.prose, rewards.languages) and all numbers are reconstructions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,34 +12,34 @@ from rewards.languages import LANGUAGES, TELLING, Identifier, Languages, same_sc
 from rewards.prose import MAX_CHARS, WORD, plain, without_code_and_quotations
 from rewards.text import words_of
 
-SCRIPT_TELLING = 5  # weight of prose from which its script is known: two Han characters or a short Latin word
+SCRIPT_TELLING = 5  # minimum weight of prose to know its script, as of two Han characters or a short Latin word
 
 
 @penalty("language_consistency", on_timeout="lowest")
 class LanguageConsistency:
-    """1.0 if the answer is not in the question's language, or not in one language, else 0.0.
+    """1.0 if the answer is not in the question's language or mixes two languages, else 0.0.
 
     An answer offends if (a) it is in another language than the question, or (b) more than `tolerance` of its prose is
-    in a second language. Details: the languages, their shares and the reason.
+    in a second language. The details have the languages, their shares and the reason.
 
-    The question is the text of the last user message. These languages are allowed: those of the question; every
-    language that a user or system message names ("into French", "用英文回答"), for whatever reason; and the script of
-    the question's first and last word, because an instruction about text in another language stands there. A question
-    that is too short to identify its language fixes only the script ("Solve it" does not ask for Chinese). A question
-    without prose fixes nothing.
+    The question is the text of the last user message. The languages of the question are allowed. Every language that a
+    user or system message names ("into French", "用英文回答") is also allowed, whatever the reason. The scripts of the
+    question's first and last word are also allowed, because an instruction about text in another language is often
+    there. A question that is too short to identify its language determines only the script ("Solve it" does not ask for
+    Chinese). A question without prose determines nothing.
 
-    These parts are ignored: code, formulas, quotations up to 300 characters, blockquotes, URLs, words with digits,
-    Latin names and terms of up to three words in text of another script (unless they are over half of the prose), a
-    single foreign word, and foreign words from the question. Code fences and delimiters that never close do not hide
-    the text after them. An answer of only code or quotations is not judged; its details say so. Two languages of one
-    script are distinguished in pieces of forty letters, so a switch of one word, for example from English to Spanish,
-    is not noticed.
+    These parts of the answer are ignored: program code, formulas, quotations up to 300 characters, blockquotes, URLs,
+    words with digits, a single foreign word, and foreign words from the question. In text of another script, Latin
+    names and terms of up to three words are ignored too, unless they are over half of the prose. Code fences and
+    delimiters that never close do not hide the text after them. An answer of only code or quotations is not judged; its
+    details say so. Two languages of one script are distinguished in pieces of forty letters. So a switch for one word,
+    for example from English to Spanish, is not noticed.
 
-    languages  ISO 639-1 codes of the languages to distinguish, two or more; text in another language is taken for the
-               most similar of them
+    languages  ISO 639-1 codes of two or more languages to distinguish. Text in any other language is treated as the
+               most similar of these languages
     tolerance  the allowed share of the prose in a second language (reconstruction)
-    reasoning  True: the text before `</think>` is judged too (the report speaks of questions and answers)
-    accurate   True: lingua's large models, which take 11 s to load and 690 MB instead of 0.6 s and 40 MB
+    reasoning  True: the text before `</think>` is judged too. (The report speaks only of questions and answers.)
+    accurate   True: uses lingua's large models, which take 11 s to load and 690 MB, instead of 0.6 s and 40 MB
 
     Raises ValueError for unknown languages.
     """
@@ -53,9 +53,9 @@ class LanguageConsistency:
     ):
         self.identifier = Identifier(languages or LANGUAGES, accurate)
         if len(self.identifier.languages) < 2:
-            raise ValueError(f"language_consistency: languages is {languages}; it takes two or more to tell apart")
+            raise ValueError(f"language_consistency: languages is {languages}; it needs two or more languages")
         if not 0 <= tolerance < 1:
-            raise ValueError(f"language_consistency: tolerance is {tolerance}; it is a share from 0 to below 1")
+            raise ValueError(f"language_consistency: tolerance is {tolerance}; it must be at least 0 and below 1")
         self.tolerance, self.reasoning = tolerance, reasoning
 
     def setup(self) -> None:
@@ -79,7 +79,7 @@ class LanguageConsistency:
         return Score(offence, details)
 
     def judged(self, found: Languages, allowed: set[str]) -> str:
-        """The reason in the details; that of an offence starts with "another" or "mixed"."""
+        """Returns the reason for the details. If the text offends, the reason starts with "another" or "mixed"."""
         main = found.main
         if main is None or found.total < TELLING:
             hidden = ", and nearly all of it is code, formulas or quotations" if found.dropped > 10 * TELLING else ""
@@ -97,12 +97,12 @@ class LanguageConsistency:
         return "consistent"
 
     def allowed(self, question: str, messages: Sequence[Mapping[str, Any]]) -> set[str]:
-        """Labels of the languages and scripts that an answer may be in; empty if the question does not say."""
+        """Returns the labels of the languages and scripts allowed for the answer; empty if any language is allowed."""
         found = self.identifier.analysed(question)
         if found.total < SCRIPT_TELLING:
             return set()
         labels = {label for label, weight in found.weights.items() if weight >= max(SCRIPT_TELLING, found.total / 10)}
-        # An instruction about text of another script stands before or after that text, and may be short.
+        # A question may have a short instruction in one script before or after a long text in another.
         words = list(WORD.finditer(without_code_and_quotations(plain(question))))
         for word in (*words[:1], *words[-1:]):
             script = f"{word.lastgroup} script"
@@ -113,7 +113,7 @@ class LanguageConsistency:
 
 
 def _agrees(label: str, allowed: set[str]) -> bool:
-    """True if a label is allowed. A label that only names a script agrees with every language of that script."""
+    """True if a label is allowed. A label that names only a script agrees with every language of this script."""
     if label in allowed:
         return True
     scripts = {one for one in allowed if one.endswith(" script")}

@@ -1,6 +1,6 @@
-"""Identifies the languages of a text: by script if only one language uses it, else with lingua's identifier.
+"""Identifies the languages of a text. If several languages share a script, lingua's identifier decides.
 
-Scripts, thresholds and the list of common words are this project's own.
+Scripts, thresholds and the list of common words were made for this project.
 Tested in tests/rewards/test_language_consistency.py.
 """
 
@@ -18,27 +18,27 @@ LANGUAGES = [
     "ar", "fa", "hi", "vi", "id", "th", "sv", "cs", "he", "el", "ro", "hu", "fi", "da",
 ]  # fmt: skip
 NEAR = ({"da", "nb", "nn"}, {"id", "ms"}, {"bs", "hr", "sr"}, {"cs", "sk"})
-"""Groups of languages that cannot be distinguished in short texts. Their confidences are added up, under the first
-loaded language of the group."""
+"""Groups of languages that cannot be distinguished in short texts. The confidences of a group are added up and count
+for the first loaded language of the group."""
 
-MAX_CHUNKS = 160  # the most pieces of text that the identifier gets; of more pieces, evenly spaced ones
-CHUNK = 40  # the fewest letters in a piece: for shorter ones the identifier is often wrong
-TELLING = 20  # weight of prose (about one per Latin letter) below which no language is identified
-SURE, UNLIKELY = 0.9, 0.05  # a piece is in another language if its confidence is SURE and the main one's UNLIKELY
-TERM_WORDS = 3  # a Latin run of at most this many words inside another script is a name, an acronym or a term
+MAX_CHUNKS = 160  # maximum number of text pieces for the identifier; if there are more, some are skipped evenly
+CHUNK = 40  # minimum number of letters in a piece: the identifier is often wrong about shorter pieces
+TELLING = 20  # minimum weight of prose (about one per Latin letter) for identifying its language
+SURE, UNLIKELY = 0.9, 0.05  # a foreign piece has confidence SURE or more, and UNLIKELY or less for the main language
+TERM_WORDS = 3  # maximum number of words of a Latin name, acronym or term inside text of another script
 
 _KNOWN: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-# Each common word in a piece makes its language COMMON times likelier, at most MAX_COMMON words.
+# Each common word in a piece makes its language COMMON times likelier, up to MAX_COMMON words.
 COMMON, MAX_COMMON = 4.0, 6
 
 
 @dataclass
 class Languages:
-    """The languages of one text. A label is a language's code, or "Latin script" and the like if only the script is
+    """The languages of one text. A label is the code of a language, or "Latin script" and so on if only the script is
     known."""
 
-    weights: dict[str, float] = field(default_factory=dict)  # label -> weight of its prose, about one per Latin letter
-    dropped: float = 0.0  # letters that do not count: code, formulas, quotations
+    weights: dict[str, float] = field(default_factory=dict)  # label -> weight of prose, about 1 per Latin letter
+    dropped: float = 0.0  # number of letters in code, formulas and quotations, which are ignored
 
     @property
     def total(self) -> float:
@@ -53,10 +53,10 @@ class Languages:
 
 
 class Identifier:
-    """Identifies languages. Loading the 28 default ones takes 0.6 s and 40 MB; with `accurate`, 11 s and 690 MB.
+    """Identifies languages. Loading the 28 default languages takes 0.6 s and 40 MB; with `accurate`, 11 s and 690 MB.
 
-    languages  ISO 639-1 codes, two or more; text in another language is taken for the most similar of them
-    accurate   True: lingua's large models
+    languages  two or more ISO 639-1 codes. Text in any other language is treated as the most similar of these languages
+    accurate   True: uses lingua's large models
     """
 
     def __init__(self, languages: Sequence[str], accurate: bool = False):
@@ -70,7 +70,7 @@ class Identifier:
 
     def load(self) -> None:
         """Loads the models. Raises ValueError for unknown codes."""
-        import lingua  # imported here: only the process that scores needs it
+        import lingua  # imported here because only worker processes need it
 
         known = {language.iso_code_639_1.name.lower(): language for language in lingua.Language.all()}
         if unknown := [code for code in self.languages if code not in known]:
@@ -83,12 +83,12 @@ class Identifier:
         self.confidences("The first question starts its threads, before memory is limited.", self.languages)
 
     def named_in(self, text: str) -> set[str]:
-        """Labels of the languages whose names are in a text."""
+        """Returns the labels of the languages whose names are in a text."""
         return {self.nearest(code) for code, names in self.names.items() if names.search(text.casefold())}
 
     def analysed(self, text: str, known: str | None = None) -> Languages:
-        """The languages of a text. For an answer, `known` is the text of its question: words from the question, and one
-        other word, are not counted as a foreign script."""
+        """Returns the languages of a text. If the text is an answer, `known` is its question. Then words from the
+        question, and one other word, are not counted as a foreign script."""
         text = plain(text)
         prose = without_code_and_quotations(text)
         by_script = script_runs(prose)
@@ -98,14 +98,14 @@ class Identifier:
         for script, runs in by_script.items():
             if known is not None and script != main and _is_one_word(script, {r.text for r in runs}, known):
                 continue
-            if script == "Latin" and main != "Latin":  # names and terms in text of another script do not count
+            if script == "Latin" and main != "Latin":  # skips names and terms in text of another script
                 runs = [r for r in runs if r.words > TERM_WORDS]
             for label, letters in self.labelled(script, runs):
                 found.weights[label] = found.weights.get(label, 0.0) + letters
         return found
 
     def labelled(self, script: str, runs: Sequence[Run]) -> Iterator[tuple[str, float]]:
-        """Label and weight of each piece of the runs of one script."""
+        """Yields the label and weight of each piece of the runs of one script."""
         candidates = self.of_script.get(script, [])
         total = sum(r.weight for r in runs)
         if len(candidates) == 1 and total:
@@ -133,8 +133,8 @@ class Identifier:
                 yield (main if main and sure else f"{script} script"), weight
 
     def confidences(self, text: str, candidates: Sequence[str]) -> dict[str, float]:
-        """The identifier's confidence in each candidate, with the groups of NEAR added up. They sum to 1; {} if no
-        candidate fits."""
+        """Returns the identifier's confidence in each candidate, added up within the groups of NEAR. They sum to 1.
+        Returns {} if no candidate fits."""
         found: dict[str, float] = {}
         words = text.casefold().split()
         for one in self.detector.compute_language_confidence_values(text):
@@ -147,18 +147,18 @@ class Identifier:
         return {code: value / total for code, value in found.items()}
 
     def nearest(self, code: str) -> str:
-        """The first loaded language of the code's group in NEAR; the code itself if it is in no group."""
+        """Returns the first loaded language of the code's group in NEAR, or the code if it is in no group."""
         group = next((group for group in NEAR if code in group), {code})
         return next(c for c in self.languages if c in group)
 
 
 def same_script(label: str, others: Iterable[str]) -> bool:
-    """True if the label has the same script as one of the others."""
+    """True if `label` has the same script as one of `others`."""
     return _script(label) in {_script(one) for one in others}
 
 
 def _is_one_word(script: str, texts: set[str], known: str) -> bool:
-    """True if at most one word of `texts`, the runs in a second script, is not in the question `known`."""
+    """True if at most one word of `texts` (runs in a second script) is missing in the question `known`."""
     if len(texts) > MAX_CHUNKS:
         return False
     unknown = [text for text in texts if text not in known]
@@ -177,7 +177,7 @@ def _chunks(runs: Sequence[Run]) -> list[tuple[str, float]]:
         if weight >= CHUNK:
             chunks.append((". ".join(texts), weight))
             texts, weight = [], 0.0
-    if texts and chunks:  # a short rest cannot be identified by itself, so it is joined to the last piece
+    if texts and chunks:  # a short rest cannot be identified alone, so it is joined to the last piece
         last, before = chunks.pop()
         chunks.append((". ".join([last, *texts]), before + weight))
     elif texts:
@@ -190,8 +190,8 @@ def _script(label: str) -> str:
 
 
 def _pattern(names: str) -> re.Pattern[str]:
-    """A pattern that finds any of the names: in Latin script as whole words, in other scripts also as the beginning of
-    a word (which may have a case ending or a particle)."""
+    """Returns a pattern that finds any of the names. Names in Latin script must be whole words. Names in other scripts
+    may also begin a longer word, because a case ending or a particle may follow."""
     parts = []
     for name in names.split():
         latin = re.match(f"[{RANGES['Latin']}]", name)

@@ -1,4 +1,4 @@
-"""1.0 if the answer's last result equals the ground truth as mathematics, else 0.0; compared by Math-Verify."""
+"""Reward `math_verify`: 1.0 if the library Math-Verify finds the answer's last result equal to the ground truth."""
 
 import logging
 import math
@@ -11,18 +11,18 @@ from typing import Any
 from rewards import Invalid, Rollout, Score, reward
 from rewards.text import WINDOW, last_boxed, marked_answer, normalised
 
-LONGEST_BOX = 2000  # characters; longer than any result, and short enough for the library's slower patterns
+LONGEST_BOX = 2000  # maximum number of characters of a result; the library's patterns are slow for longer texts
 LONGEST_PROSE = 1500
 LONGEST_BARE = 200
 
-# Limits of a ground truth, so that comparing any answer with it takes a second or two at most.
-DEEPEST = 10  # brackets within brackets
-MOST_DIGITS = 30_000  # of a number that its evaluation leads to
-MOST_TERMS = 300  # of a power that is expanded
-MOST_ADDENDS = 10_000  # of a sum or product over a range
+# A ground truth beyond these limits is refused, so that comparing it with any answer takes at most a second or two.
+DEEPEST = 10  # maximum depth of nested brackets
+MOST_DIGITS = 30_000  # maximum number of digits of a number that the evaluation leads to
+MOST_TERMS = 300  # maximum number of terms of a power that is expanded
+MOST_ADDENDS = 10_000  # maximum number of terms of a sum or product over a range
 
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boldsymbol|bm)\s?\{")
-_SEPARATOR = re.compile(r"(?<=\d)(?:\\[,! ]|\{,\})+(?=\d{3}(?!\d))")  # of thousands: 1\,000
+_SEPARATOR = re.compile(r"(?<=\d)(?:\\[,! ]|\{,\})+(?=\d{3}(?!\d))")  # thousands separators: 1\,000
 _MIXED = re.compile(r"(-?\d{1,9}) +(\d{1,9})/(\d{1,9})")
 _REPEATING = re.compile(r"(?<![\d.])(\d{1,18})\.(\d{0,18})\\overline\{(\d{1,18})\}")
 _ROOT = re.compile(r"√ ?(\d{1,99}|[a-z]|\([^()]{1,99}\))")
@@ -39,15 +39,16 @@ _TOO_MUCH_FOR_EAGER = re.compile(
 
 
 def plain(result: str) -> str:
-    """Normalises a result for the library. Removes a final period, dollar signs and a `\\text{}` around all of it, and
-    rewrites notations that the library cannot read, such as blanks between thousands, and √ and ² as characters."""
+    """Normalises a result for the library. Removes a final period, dollar signs and a `\\text{}` around the whole
+    result. Rewrites notations that the library cannot read: blanks between thousands, the characters √ and ², and so
+    on."""
     text = result.replace(r"\$", "").strip("$ \n\t")
     for _ in range(4):
         if not text.endswith(".."):
             text = text.removesuffix(".").rstrip("$ ")
         opened = _WRAPPER.match(text)
         if not opened or last_boxed(rf"\boxed{{{text[opened.end() :]}") != text[opened.end() : -1].strip():
-            break  # no wrapper, or it ends before the text does
+            break  # there is no wrapper, or it ends before the text ends
         text = text[opened.end() : -1].strip()
     text = _SEPARATOR.sub("", text.translate(_SIGNS).replace(r"\varnothing", r"\emptyset"))
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1].strip('()')}}}", text)
@@ -64,20 +65,20 @@ def _fraction(repeating: re.Match[str]) -> str:
 
 
 def _based(text: str) -> tuple[str, str] | None:
-    """52_8 -> ("52", "8"); None if `text` is no number with a base."""
+    """Splits a number with a base, such as 52_8, into ("52", "8"). Returns None for other text."""
     return (match[1], match[2] or match[3]) if (match := _BASED.fullmatch(text)) else None
 
 
 class TooMuch(Exception):
-    """Evaluating an expression takes too long; the message says what it leads to."""
+    """Evaluating an expression takes too long. The message says why, as in "a number of more than 30000 digits"."""
 
 
 def digits(expression: Any) -> float:
-    """An upper estimate of the decimal digits of the numbers that evaluating a sympy expression leads to, from its form
-    alone. Raises TooMuch if there are too many digits or terms.
+    """Returns an upper estimate of the number of decimal digits that evaluating a sympy expression leads to. Looks only
+    at the form of the expression. Raises TooMuch if there are too many digits or terms.
 
-    Covers powers, factorials, sums and products, nested in any way. Integrals, limits and the like are not estimated,
-    and pass.
+    Covers powers, factorials, sums and products, nested in any way. Integrals, limits and similar expressions are
+    accepted without an estimate.
     """
     if getattr(expression, "is_Rational", False):
         return math.log10(max(abs(expression.p), expression.q) + 1)
@@ -109,8 +110,8 @@ def digits(expression: Any) -> float:
 
 
 def _value(expression: Any) -> float:
-    """The absolute value of a number, at most 10^15; 1 for an expression without a value. Call `digits` on it first:
-    the evaluation must not take long."""
+    """Returns the absolute value of a number, but at most 10^15; 1 for an expression without a value. Call `digits`
+    first, because it refuses expressions whose evaluation takes long."""
     try:
         return min(abs(complex(expression)), 1e15)
     except OverflowError:
@@ -120,13 +121,13 @@ def _value(expression: Any) -> float:
 
 
 def _addends(expression: Any) -> int:
-    """The number of terms of the factor with the most terms."""
+    """Returns the number of terms of the factor that has the most terms."""
     kind, parts = type(expression).__name__, getattr(expression, "args", ())
     return len(parts) if kind == "Add" else max([1, *map(_addends, parts)]) if kind == "Mul" else 1
 
 
 def _depth(text: str) -> int:
-    """How deep brackets of any kind are nested."""
+    """Returns how deep brackets of any kind are nested."""
     deepest = now = 0
     for character in text:
         now += (character in "([{") - (character in ")]}")
@@ -135,18 +136,18 @@ def _depth(text: str) -> int:
 
 
 def _without_percent(text: str) -> tuple[str, bool]:
-    """`text` without a percent sign at its end, and True if there was one."""
+    """Removes a percent sign at the end of `text`. Returns the text, and True if there was a percent sign."""
     rest = _PERCENT.sub("", text)
     return rest.rstrip("\\ "), rest != text
 
 
 def _readings(text: str, percent: bool) -> list[str]:
-    """The texts that the library parses for a result; with a percent sign the result / 100 is one of them."""
+    """Returns the texts that the library parses for a result. For a percentage, these include the result / 100."""
     return [f"\\boxed{{{text}}}", *([rf"\boxed{{\frac{{{text}}}{{100}}}}"] if percent else [])]
 
 
 def _boxed(truth: object) -> str:
-    """A ground truth as a response: in a box, unless it is a whole solution that has one."""
+    """Converts a ground truth into a response: puts it in a box, unless it is a whole solution that has a box."""
     return text if last_boxed(text := str(truth)) else f"\\boxed{{{text}}}"
 
 
@@ -154,31 +155,33 @@ def _boxed(truth: object) -> str:
 class Truth:
     """A ground truth, prepared for comparisons."""
 
-    text: str  # the result of `plain`, without its percent sign
+    text: str  # the result of `plain` without its percent sign
     percent: bool
-    words: str | None  # normalised, if it is no formula
-    values: Sequence[list[Any]]  # what the library parsed from each of `_readings`; empty if it is no mathematics
+    words: str | None  # the normalised text if it is no formula
+    values: Sequence[list[Any]]  # parsed from each of `_readings`; empty if the text is no mathematics
 
 
 @reward("math_verify", on_timeout="lowest", verifiable=_boxed)
 class MathVerify:
-    """Equality as mathematics: 1/2, 0.5 and \\frac{2}{4} are the same.
+    """1.0 if the answer equals the ground truth as mathematics: 1/2, 0.5 and \\frac{2}{4} are the same.
 
-    Compares the last `\\boxed{...}` of the answer. Without one, it compares the last result that the library finds in
-    the text, and the text after the last "Answer:" (or a short answer as a whole) read as a formula. Three cases are
-    not left to the library. Words are compared letter by letter, because the library reads them as products of
-    variables. Numbers with a base must also have the same base. 25% equals both 25 and 0.25 if only one side has the
-    percent sign. A ground truth that is plain text and no mathematics is compared as `exact` does. A ground truth in
-    LaTeX that does not parse makes the row invalid; so does one that takes too long to compare with any answer.
+    Compares the last `\\boxed{...}` of the answer. Without a box, it compares the last result that the library finds in
+    the text. It also reads the text after the last "Answer:" (or the whole answer if it is short) as a formula.
+    Three cases do not use the library's rules. Words are compared letter by letter, because the library reads them as
+    products of variables. Numbers with a base must have the same base too. 25% equals both 25 and 0.25 if only one of
+    the two texts has the percent sign. A ground truth that is plain text and no mathematics is compared as in `exact`.
+    A row is invalid if its ground truth is LaTeX that does not parse, or takes too long to compare with any answer.
 
-    The library's own time limits use SIGALRM, which cannot interrupt a long operation inside one bytecode and which
-    fails outside the main thread. They are off here; the runner kills the process instead.
+    The library's own time limits use SIGALRM, which cannot interrupt a long operation inside one bytecode, and which
+    fails outside the main thread. These limits are off. The runner kills the process instead.
     """
 
     def setup(self) -> None:
-        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # the library warns that its time limits are off
         self._truth = lru_cache(maxsize=256)(self._read_truth)
-        self._verify(self._parse("\\boxed{1}"), self._parse("\\boxed{1}"))  # the first call builds grammars
+        self._verify(
+            self._parse("\\boxed{1}"), self._parse("\\boxed{1}")
+        )  # the first call builds grammars, which takes long
 
     def __call__(self, rollout: Rollout) -> Score:
         ground_truth, row = rollout.prompt.ground_truth, rollout.prompt.id
@@ -202,15 +205,15 @@ class MathVerify:
         return Score(float(any(self._equal(truth, true, given) for true in values for given in parsed)), details)
 
     def _result(self, answer: str) -> tuple[str, bool, list[str]]:
-        """The part of the answer that counts, True if all of it is a formula, and texts in which the library searches
-        for one."""
+        """Returns the part of the answer that counts, True if it is a formula, and the texts in which the library
+        searches for a formula."""
         if (boxed := last_boxed(answer[-WINDOW:])) is not None:
             return boxed, True, []
         prose = answer[-LONGEST_PROSE:]
         if len(prose) < len(answer):
             prose = (
                 prose.partition("\n")[2] or prose
-            )  # starts at a line: a cut inside a formula would confuse its dollar signs
+            )  # starts at a new line: a cut inside a formula would leave a dollar sign without its partner
         bare = (marked_answer(answer) or "").strip("*$ \n")
         if ending := _ENDING.search(prose):
             return (ending[1] or ending[2]).strip(), True, [prose]
@@ -219,7 +222,7 @@ class MathVerify:
         return bare, True, [prose]
 
     def _read_truth(self, given: str, row: str) -> Truth:
-        """Raises Invalid for a ground truth that no answer can be compared with."""
+        """Prepares a ground truth. Raises Invalid if no answer can be compared with it."""
 
         def refuse(why: str) -> Invalid:
             return Invalid(f"the ground truth of row {row} {why}: {given[:200]!r}")
@@ -238,15 +241,15 @@ class MathVerify:
         try:
             _ = [digits(one) for one in mathematics]
         except TooMuch as e:
-            raise refuse(f"leads to {e}, more than there is time to work out") from None
+            raise refuse(f"leads to {e}, which takes too long to evaluate") from None
         except RecursionError:
             raise refuse("is nested too deep") from None
         words = normalised(text) if not mathematics or _WORD.fullmatch(text) else None
         return Truth(text, percent, words, values if mathematics else [])
 
     def _equal(self, truth: Truth, value: list[Any], found: list[Any]) -> bool:
-        """True if two parsed results are equal: words and numbers with a base by their text, others by the library. The
-        last item of `found` is the text that the library parsed."""
+        """True if two parsed results are equal. Words and numbers with a base are compared by their text, other results
+        by the library. The last item of `found` is the text that the library parsed."""
         text = plain(found[-1]) if isinstance(found[-1], str) else ""
         if truth.words and text.isascii() and text.isalpha():
             return normalised(text) == truth.words
@@ -255,10 +258,10 @@ class MathVerify:
         return self._verify(value, found)
 
     def _parse(self, text: str) -> list[Any]:
-        """Sympy expressions found in `text`, and the text of the first; [] if there is no mathematics."""
-        from math_verify import parse  # imported here: takes a second, and only the worker that scores needs it
+        """Returns the sympy expressions in `text` and the text of the first; [] if there is no mathematics."""
+        from math_verify import parse  # imported here because it takes a second, and only worker processes need it
 
-        return parse(text, parsing_timeout=0)  # 0: no time limit
+        return parse(text, parsing_timeout=0)  # 0 means no time limit
 
     def _verify(self, truth: list[Any], found: list[Any]) -> bool:
         from math_verify import verify

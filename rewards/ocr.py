@@ -1,4 +1,4 @@
-"""How close an answer's transcription is to the true text, by edit distance."""
+"""Reward `ocr`: how close an answer's transcription is to the true text, by edit distance."""
 
 import re
 from typing import Any
@@ -10,9 +10,10 @@ from rewards.registry import as_response
 from rewards.text import folded, marked_answer
 
 LONGEST_TRUTH = 20_000
-"""Characters; the comparison's time grows with the product of both lengths."""
+"""Maximum number of characters of a true text. The time of a comparison grows with the product of both lengths."""
 LONGEST_TIMES, LONGEST_PLUS = 4, 64
-"""An answer longer than 4 times the truth's characters + 64 could earn little more than 1/4, and is not compared."""
+"""An answer with more characters than 4 * (characters of the true text) + 64 is not compared, because it could earn
+little more than 1/4."""
 
 _FENCE = re.compile(r"```\w{0,20}+\n(.*)\n```", re.DOTALL)
 
@@ -23,13 +24,13 @@ def _first(truth: Any) -> str:
 
 @reward("ocr", on_timeout="lowest", verifiable=_first)
 def ocr(rollout: Rollout, case_sensitive: bool = True) -> Score:
-    """1 - edit distance / the longer length, after folding white space and Unicode forms.
+    """1 - (edit distance) / (length of the longer text), after normalising white space and Unicode forms.
 
-    The transcription is the answer's last `\\boxed{...}` if there is one, else the text after its last "Answer:", else
-    all of it, without a code fence around it. If the true text itself contains such a mark, the whole answer is the
-    transcription. The ground truth is text or a list of acceptable texts, of which the nearest counts.
+    The transcription is the answer's last `\\boxed{...}` if there is one, else the text after the last "Answer:", else
+    the whole answer. A code fence around it is removed. If the true text itself contains such a mark, the whole answer
+    is the transcription. The ground truth is text or a list of acceptable texts; the nearest of them counts.
 
-    The report describes no reward for reading text. Edit distance is used by the paper it cites, Perception-R1; its
+    The report describes no reward for reading text. Perception-R1, which the report cites, uses edit distance. The
     normalisation here is a reconstruction.
     """
     best = 0.0
@@ -48,14 +49,14 @@ def _true_texts(rollout: Rollout) -> list[str]:
         if not isinstance(text, str | int | float) or not folded(str(text)):
             raise Invalid(f"ocr needs text or a list of texts as ground truth; row {row} has {truth!r}"[:500])
         if len(str(text)) > LONGEST_TRUTH:
-            raise Invalid(f"the true text of row {row} has {len(str(text))} characters; ocr takes {LONGEST_TRUTH}")
+            raise Invalid(f"the true text of row {row} has {len(str(text))} characters; the limit is {LONGEST_TRUTH}")
     if not texts:
         raise Invalid(f"ocr needs text or a list of texts as ground truth; row {row} has an empty list")
     return [str(text) for text in texts]
 
 
 def _transcription(answer: str, true: str, limit: int) -> str:
-    """The part of the answer that is compared; "" if it marks nothing and is longer than `limit`."""
+    """Returns the part of the answer that is compared; "" if the answer marks nothing and is longer than `limit`."""
     marks_itself = marked_answer(true, len(true)) != true.strip()
     text = answer if marks_itself else marked_answer(answer, limit) or ""
     fenced = _FENCE.fullmatch(text) if len(text) <= limit else None

@@ -1,4 +1,4 @@
-"""How near the answer's point is to the true point; or 1.0 if it lies in the true box."""
+"""Reward `point_distance`: how near the answer's point is to the true point, or whether it is in the true box."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from rewards.geometry import (
 
 
 def _as_point(truth: Any) -> str:
-    """A right response: the middle of a true box, or the true point, as JSON."""
+    """Returns a right response: the middle of the true box, or the true point, as JSON."""
     return json.dumps(centre(truth) if is_shape(truth) else truth)
 
 
@@ -31,22 +31,22 @@ def _as_point(truth: Any) -> str:
 def point_distance(
     rollout: Rollout, radius: Annotated[float, Field(gt=0)] = 0.2, coordinates: Coordinates = "unit"
 ) -> Score:
-    """max(0, 1 - d / radius) of a point; if the ground truth is a box, 1.0 inside it and 0.0 outside.
+    """For a true point, max(0, 1 - d / radius) at the distance d. For a true box, 1.0 inside and 0.0 outside.
 
-    So a point earns 1 at the target, less the farther away it is, and exactly 0 from `radius` on. d is the Euclidean
-    distance with x in picture widths and y in picture heights, whatever `coordinates` the row and the answer use;
-    `radius` is in the same fractions. A box's edges are inside.
+    A point earns 1 at the target, less the farther away it is, and exactly 0 at the distance `radius` or more. d is the
+    Euclidean distance. It is measured with x in picture widths and y in picture heights, whatever `coordinates` the row
+    and the answer use. `radius` is in the same units. The edges of a box are inside.
 
-    The answer's last point counts, or the list of points that it is part of: "(...), no, (...)" gives one point,
-    "[[...], [...]]" gives two. A list of n points earns 1/n of what its best point earns. An answer without a usable
-    point earns 0.0.
+    Only the last point of the answer counts, or the whole list if this point is part of a list: "(...), no, (...)"
+    gives one point, "[[...], [...]]" gives two. A list of n points earns 1/n of the value of its best point. An answer
+    without a usable point earns 0.0.
 
-    The report asks for strict distance decay and gives neither formula nor radius: both are a reconstruction, as is
-    the rule for lists.
+    The report asks for strict distance decay and gives neither formula nor radius. Formula, radius and the rule for
+    lists are reconstructions.
     """
     given, row = rollout.prompt.ground_truth, rollout.prompt.id
     if isinstance(given, list | tuple) and any(isinstance(one, list | tuple | dict) for one in given):
-        raise Invalid(f"row {row} has a list of points as ground truth; point_distance takes one, count takes many")
+        raise Invalid(f"row {row} has a list of points as ground truth; point_distance takes one point, count a list")
     true = true_shape(rollout, given, coordinates, (2, 4), "[x, y], or the box [x1, y1, x2, y2] to point into")
     found = shapes(POINTS, rollout.answer, last_list=True)
     if not found:

@@ -1,6 +1,6 @@
 """Finds the prose of a text (without code, formulas and quotations) and splits it into runs of one script.
 
-Time is bounded, and linear in the text's length. Tested in tests/rewards/test_language_consistency.py.
+The time is bounded, and linear in the length of the text. Tested in tests/rewards/test_language_consistency.py.
 """
 
 # ruff: noqa: RUF001  # this file has letters of many scripts
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rewards.text import visible
 
-MAX_CHARS = 1 << 18  # of a longer text only the first and last MAX_CHARS / 2 are read
+MAX_CHARS = 1 << 18  # a longer text is cut to its first and last MAX_CHARS / 2 characters
 
 RANGES = {
     "Latin": "A-Za-zªºÀ-ÖØ-öø-ʯḀ-ỿ",
@@ -38,7 +38,7 @@ WORD = re.compile(
     "|".join(f"(?P<{s}>[{r}][{r}\u0300-\u036f]*+(?:['’][{r}\u0300-\u036f]++)*+)" for s, r in RANGES.items())
 )
 _LETTERS_PER_SIGN = {"Han": 3, "Kana": 2, "Hangul": 2}
-UNSPACED = {"Han": 4, "Kana": 8, "Thai": 12}  # scripts without blanks between words: letters of a long word
+UNSPACED = {"Han": 4, "Kana": 8, "Thai": 12}  # letters of a long word in a script without blanks
 _HIRAGANA, _HIRAGANA_OR_HAN = re.compile("[ぁ-ゖ]"), re.compile(f"[ぁ-ゖ{RANGES['Han']}]")
 
 _FENCE = re.compile(r"^[ \t>]{0,16}+(`{3,}+|~{3,}+)([^\n]*+)$", re.MULTILINE)
@@ -46,8 +46,8 @@ _ENVIRONMENT = re.compile(
     r"\\(begin|end)\{(?:equation|align|aligned|alignat|gather|gathered|multline|split|cases|array|eqnarray|math|"
     r"displaymath|tabular|verbatim|lstlisting|minted|tikzpicture|[a-zA-Z]?matrix|smallmatrix)\*?\}"
 )
-# Each alternative with an end mark searches a bounded length and stops at the next start mark of its kind. So
-# unbalanced marks cost linear time, and hide no text after them.
+# Each alternative with an end mark searches a bounded length, and stops at the next start mark of the same kind. So
+# unbalanced marks cost only linear time, and do not hide the text after them.
 _NOT_PROSE = re.compile(
     r"""
       `{1,2}+[^`\n]{1,400}+`{1,2}+
@@ -81,26 +81,26 @@ class Run:
 
 
 def script_runs(prose: str) -> dict[str, list[Run]]:
-    """Script -> its runs, found sentence by sentence. Han characters count as Japanese if hiragana come with them."""
+    """Returns script -> runs. Runs end with the sentence. Han characters beside hiragana count as Japanese."""
     found: dict[str, list[Run]] = {}
     japanese = _is_japanese(prose)
     for sentence in _SENTENCE.findall(prose):
         words = [(m.lastgroup or "", m[0]) for m in WORD.finditer(sentence)]
-        words = [(s, w) for s, w in words if not (s == "Greek" and len(w) < 3)]  # these are letters of formulas
+        words = [(s, w) for s, w in words if not (s == "Greek" and len(w) < 3)]  # letters of formulas
         han = sum(len(w) for s, w in words if s == "Han")
-        # Short Japanese phrases may be Han alone, but not sentences of a dozen characters.
+        # A short Japanese phrase may have only Han characters; a sentence of a dozen characters has kana too.
         if _is_japanese(sentence) or (japanese and han < 12):
             words = [("Kana" if s == "Han" else s, w) for s, w in words]
         korean = any(s == "Hangul" for s, _ in words)
         for run in _joined(words):
-            # Short Hanja in a Korean text explain its Korean words.
+            # A few Han characters in a Korean text explain a Korean word.
             if not (run.script == "Han" and korean and len(run.text) <= 4):
                 found.setdefault(run.script, []).append(run)
     return found
 
 
 def without_code_and_quotations(text: str) -> str:
-    """The text with code, formulas, quotations, URLs, tags and words with digits replaced by blanks."""
+    """Replaces code, formulas, quotations, URLs, tags and words with digits by blanks."""
     text = _cut(text, _fenced(text))
     text = _cut(text, _environments(text))
     return _NOT_PROSE.sub(" ", text)
@@ -137,7 +137,7 @@ def _cut(text: str, spans: Iterable[tuple[int, int]]) -> str:
 
 
 def plain(text: str) -> str:
-    """The visible characters of a text, at most MAX_CHARS, with full-width letters as ASCII."""
+    """Returns at most MAX_CHARS visible characters of a text. Full-width letters become ASCII."""
     if len(text) > MAX_CHARS:
         text = text[: MAX_CHARS // 2] + "\n" + text[-MAX_CHARS // 2 :]
     return visible(text).translate(_FULL_WIDTH)
@@ -148,7 +148,7 @@ def _joined(words: Sequence[tuple[str, str]]) -> Iterator[Run]:
     for end in range(1, len(words) + 1):
         if end == len(words) or words[end][0] != words[start][0]:
             script, texts = words[start][0], [word for _, word in words[start:end]]
-            # Single Latin letters are mostly variables: they stay in the text but have no weight.
+            # Single Latin letters are mostly variables. They stay in the text but have no weight.
             weighing = [t for t in texts if script != "Latin" or len(t) > 1]
             weight = _LETTERS_PER_SIGN.get(script, 1) * sum(len(t) for t in weighing)
             if weight:
@@ -157,5 +157,5 @@ def _joined(words: Sequence[tuple[str, str]]) -> Iterator[Run]:
 
 
 def _is_japanese(text: str) -> bool:
-    """True if hiragana come with the Han characters. Katakana do not count: a Chinese text may have a katakana name."""
+    """True if hiragana stand beside the Han characters. Katakana do not count, because Chinese texts may have some."""
     return len(_HIRAGANA.findall(text)) > 0.08 * len(_HIRAGANA_OR_HAN.findall(text))

@@ -1,4 +1,4 @@
-"""The registry of rewards: `@reward`, `@penalty` and `@row_judge` register, `get` finds and checks parameters."""
+"""The registry of rewards: decorators such as `@reward` register a reward, `get` finds it and checks its parameters."""
 
 import difflib
 import hashlib
@@ -29,12 +29,12 @@ Target = TypeVar("Target", bound=Callable[..., Any])
 
 class Invalid(Exception):
     """Raised by a reward that cannot score a sample, for a reason that the policy did not cause (a bad ground truth,
-    a dead endpoint). The sample is left out of the loss, and counted in reward/invalid_fraction."""
+    a dead endpoint). The sample is left out of the loss and counted in reward/invalid_fraction."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A reward's value, and details (JSON-able) that are stored with the sample."""
+    """A reward's value, and JSON-able details that are stored with the sample."""
 
     value: float
     details: Mapping[str, Any] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Reward:
-    """A registered reward, penalty or row judge: the function or class, and what its decorator declares."""
+    """A registered reward, penalty or row judge: its function or class, and the values that its decorator sets."""
 
     name: str
     target: Callable[..., Any]
@@ -57,26 +57,26 @@ class Reward:
 
     @property
     def asynchronous(self) -> bool:
-        """True if scoring waits for something else, such as an endpoint; then many samples are scored at once."""
+        """True for an async reward, such as a reward that asks an endpoint. One process scores many samples at once."""
         function = self.target.__call__ if inspect.isclass(self.target) else self.target
         return inspect.iscoroutinefunction(function)
 
     @property
     def source(self) -> str:
-        """The file that defines it, else the module's name."""
+        """The path of the file that defines the reward, or the module's name if there is no file."""
         return getattr(sys.modules.get(self.target.__module__), "__file__", None) or self.target.__module__
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """The parameters that a recipe may set: those of a class's `__init__`, or of a function after its first."""
+        """The parameters that a recipe may set: those of a class's `__init__`, or all but the first of a function."""
         parameters = list(inspect.signature(self.target).parameters.values())
         return {p.name: p for p in (parameters if inspect.isclass(self.target) else parameters[1:])}
 
     def annotation(self, parameter: inspect.Parameter) -> Any:
-        """The parameter's annotation as an object, evaluated if it is a string."""
+        """Returns the parameter's annotation as an object. A string annotation is evaluated."""
         if not isinstance(parameter.annotation, str):
             return parameter.annotation
-        # a string under `from __future__ import annotations`; it comes from the author's own code
+        # a string because of `from __future__ import annotations`; eval is safe, as the reward's author wrote it
         owner = self.target.__init__ if inspect.isclass(self.target) else self.target
         return eval(parameter.annotation, getattr(owner, "__globals__", {}))
 
@@ -85,8 +85,8 @@ class Reward:
 class BoundReward:
     """A reward with checked parameters.
 
-    Calling it with a rollout returns the reward's result: a number or Score, or an awaitable of one. A group reward
-    takes a list of rollouts and returns a list, a row judge takes a Prompt. The first call sets the reward up.
+    Calling it with a rollout returns the reward's result: a number, a Score, or an awaitable of one of them. A group
+    reward takes a list of rollouts and returns a list. A row judge takes a Prompt. The first call runs `setup()`.
     """
 
     reward: Reward
@@ -94,7 +94,7 @@ class BoundReward:
 
     @property
     def endpoints(self) -> list[str]:
-        """Names of the endpoints that the parameters of type EndpointName hold."""
+        """The values of the parameters of type EndpointName, which are names of endpoints."""
         accepted = self.reward.parameters
         names = [name for name, p in accepted.items() if is_endpoint_name(self.reward.annotation(p))]
         values = [self.params.get(name, accepted[name].default) for name in names]
@@ -102,7 +102,7 @@ class BoundReward:
 
     @cached_property
     def scorer(self) -> Callable[..., Any]:
-        """The function, or an instance of the class. The instance is created once, and its `setup()` runs here."""
+        """The reward's function, or an instance of its class. The first access creates it and runs its `setup()`."""
         if not inspect.isclass(self.reward.target):
             return self.reward.target
         instance: Any = self.reward.target(**self.params)
@@ -115,8 +115,8 @@ class BoundReward:
         return scorer(rollouts) if inspect.isclass(self.reward.target) else scorer(rollouts, **self.params)
 
 
-# A name maps to a list because two files outside the project may register the same name. That is an error only if a
-# recipe uses the bare name.
+# A name maps to a list because two files outside the project may register the same name. This is an error only if a
+# recipe uses the name without a file.
 _REGISTRY: dict[str, list[Reward]] = {}
 
 
@@ -131,19 +131,19 @@ def reward(
     timeout_s: float = 10.0,
     needs: Needed | None = None,
 ) -> Callable[[Target], Target]:
-    """Registers a `def`, an `async def` or a class with `__call__` (and with `setup()` if it loads something).
+    """Registers a reward: a `def`, an `async def`, or a class with `__call__` (and `setup()` if it loads something).
 
     group       True if the reward takes the list of all rollouts of one prompt, and returns a list of scores in order
-    lowest      the lowest value it can return; truncated responses and unreadable text get this value
+    lowest      the lowest value that the reward can return; truncated responses and unreadable text get this value
     highest     the value of a fully right response
-    on_timeout  a sample that runs out of time or memory becomes "invalid" (left out of the loss), or gets its "lowest"
-                value (choose that if only the policy's text can be the reason)
-    verifiable  True if a response that only states the row's ground truth gets `highest`; `python -m rewards try` then
-                checks that. A function that writes this response, if the ground truth as it stands (text) or as JSON
-                (anything else) is not such a response
-    timeout_s   seconds for one sample, unless the recipe sets them
-    needs       what each row must have: "ground_truth" (the default of a verifiable reward) or the teacher's
-                "reference". Checked before a run starts
+    on_timeout  what happens to a sample that runs out of time or memory. "invalid": it is left out of the loss.
+                "lowest": it gets the lowest value; choose this if only the policy's text can be the reason
+    verifiable  True if a response that states only the row's ground truth gets `highest`; `python -m rewards try` then
+                checks this. The response is the ground truth itself if it is text, else its JSON. If such a response
+                does not get `highest`, pass a function that turns a ground truth into a response that does
+    timeout_s   time limit of one sample in seconds; a recipe may set another limit
+    needs       the field that each row must have: "ground_truth" (the default of a verifiable reward) or "reference",
+                the teacher's response. This is checked before a run starts
     """
     return _register(
         name,
@@ -162,7 +162,7 @@ def penalty(
     name: str, *, group: bool = False, on_timeout: OnTimeout = "invalid", timeout_s: float = 10.0
 ) -> Callable[[Target], Target]:
     """Registers a behaviour penalty. It is written like a reward, and returns how badly the rollout offends, from 0
-    (not at all) to 1. A recipe lists penalties under a reward; they lower it towards its lowest value:
+    (not at all) to 1. A recipe lists penalties under a reward. They lower the reward's value towards its lowest value:
 
         lowest + (value - lowest) * product over penalties of (1 - magnitude * offence)
     """
@@ -171,7 +171,7 @@ def penalty(
 
 def row_judge(name: str, *, timeout_s: float = 10.0) -> Callable[[Target], Target]:
     """Registers a judge of data rows, for curation. It is written like a reward, but takes a Prompt instead of a
-    Rollout and returns 0 to 1. A recipe's `rewards` cannot use it."""
+    Rollout, and returns a number from 0 to 1. A recipe cannot list it under `rewards`."""
     return _register(name, kind="row judge", timeout_s=timeout_s)
 
 
@@ -190,18 +190,18 @@ def _register(name: str, **declared: Any) -> Callable[[Target], Target]:
 
 
 def as_response(truth: Any) -> str:
-    """A response that states only the ground truth: text as it stands, anything else as JSON."""
+    """Returns a response that states only the ground truth. Text stays unchanged; anything else becomes JSON."""
     return truth if isinstance(truth, str) else json.dumps(truth)
 
 
 def names() -> list[str]:
-    """All names that `get` accepts: built-in rewards, those of modules imported so far, and entry points."""
+    """Returns all names that `get` accepts: those of built-in rewards, imported rewards and entry points."""
     _import_builtin()
     return sorted({*_REGISTRY, *(e.name for e in importlib.metadata.entry_points(group=ENTRY_POINTS))})
 
 
 def all_rewards() -> list[Reward]:
-    """The rewards of all `names`, loaded, in order of name. Raises ValueError for an entry point that does not load."""
+    """Loads the rewards of all `names`, sorted by name. Raises ValueError for an entry point that does not load."""
     by_name = {reward.name: reward for name in names() for reward in _REGISTRY.get(name, []) or [_by_name(name)]}
     return [by_name[name] for name in sorted(by_name)]
 
@@ -212,11 +212,11 @@ def get(
     base_dir: str | Path | None = None,
     endpoints: Container[str] | None = None,
 ) -> BoundReward:
-    """The reward that a recipe names with `use: target`, with its parameters.
+    """Returns the reward that a recipe names with `use: target`, with its parameters.
 
-    `base_dir` is the folder that `file.py:Name` is relative to (default: the current one). Raises ValueError for a
-    target that does not exist (the message has the nearest name), for parameters that do not fit its signature, and
-    for an endpoint that is not in `endpoints`, if given.
+    `base_dir` is the folder that `file.py:Name` is relative to (default: the current folder). Raises ValueError if the
+    target does not exist (the message suggests the nearest name) or the parameters do not fit its signature. If
+    `endpoints` is given, also raises ValueError if a parameter names an endpoint that is not in it.
     """
     reward = _by_place(target, Path(base_dir or ".")) if ":" in target else _by_name(target)
     bound = BoundReward(reward, _checked(reward, dict(params or {})))
@@ -265,7 +265,7 @@ def _by_place(target: str, base_dir: Path) -> Reward:
 def load_module(place: str, base_dir: Path) -> ModuleType:
     """Imports `place`: a module's name, or a file (relative to `base_dir`) if it ends in ".py".
 
-    Raises ValueError if it does not exist or does not import.
+    Raises ValueError if the module does not exist or cannot be imported.
     """
     if not place.endswith(".py"):
         try:
@@ -285,7 +285,7 @@ def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(alias, path)
     assert spec and spec.loader, path
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # last: files beside it can be imported, but replace no other module
+        sys.path.append(str(path.parent))  # last, so that files beside the reward hide no other modules
     module = sys.modules[alias] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -296,7 +296,7 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def _member(module: ModuleType, name: str, target: str) -> Reward:
-    """The reward called `name` in `module`: its Python name or its registered name."""
+    """Returns the reward in `module` whose Python name or registered name is `name`."""
     rewards = {key: r for key, value in vars(module).items() if isinstance(r := _declaration(value), Reward)}
     rewards |= {r.name: r for r in rewards.values() if r.name not in rewards}
     if name in rewards:
@@ -310,7 +310,7 @@ def _member(module: ModuleType, name: str, target: str) -> Reward:
 
 
 def _declaration(value: Any) -> Reward | None:
-    # vars(), not getattr(): a subclass of a reward is not itself declared as one
+    # looks only in the object's own __dict__, because a subclass of a reward must not inherit the declaration
     return getattr(value, "__dict__", {}).get("__reward__")
 
 
@@ -335,7 +335,7 @@ def _checked(reward: Reward, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def _typed(reward: Reward, parameter: inspect.Parameter | None, key: str, value: Any) -> Any:
-    """Converts `value` to the parameter's annotation; parameters without one take anything."""
+    """Converts `value` to the parameter's annotated type. A parameter without annotation takes any value unchanged."""
     if parameter is None or parameter.annotation is parameter.empty:
         return value
     try:

@@ -1,4 +1,4 @@
-"""A row judge: a vision-language model grades how much the row's pictures and its question need each other."""
+"""Row judge `relevant`: a vision-language model grades how much a row's pictures and question need each other."""
 
 from pathlib import Path
 from typing import Annotated
@@ -28,16 +28,16 @@ class Grade(Verdict):
 
 @row_judge("relevant", timeout_s=600)
 class Relevant:
-    """The judge's grade, 0.0 to 1.0. For `python -m stages.curate`.
+    """The judge's grade from 0.0 to 1.0. Used by `python -m stages.curate`.
 
     endpoint     the judge, a vision-language model (`images: true` in the recipe). It sees question and pictures
     reasons      True: the judge gives reasons before its grade
     temperature  the judge's sampling temperature
-    max_tokens   of one grade
-    template     a Jinja file in place of rewards/prompts/relevant.jinja, which lists the variables
+    max_tokens   maximum length of one reply
+    template     a Jinja file that replaces rewards/prompts/relevant.jinja. That file lists the variables
 
-    The report has an early STEP3-VL-10B rate "semantic correlation and mutual contribution between images and
-    questions" and publishes neither prompt nor threshold: both are reconstructions.
+    In the report, an early STEP3-VL-10B rates "semantic correlation and mutual contribution between images and
+    questions". The report publishes neither prompt nor threshold. Both are reconstructions.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Relevant:
     def setup(self) -> None:
         self.judge.setup({"question"}, {"reasons"})
         if not self.judge.endpoint.spec.images:
-            raise ValueError(f"endpoint {self.judge.name} is shown no pictures; the rater needs `images: true`")
+            raise ValueError(f"endpoint {self.judge.name} gets no pictures; relevant needs `images: true`")
 
     async def __call__(self, row: Prompt) -> Score:
         grade = await self.judge.ask(row, {"question": question(row), "reasons": self.reasons}, {})

@@ -1,4 +1,4 @@
-"""The score of a local reward model: a Hugging Face folder with a classifier of one label."""
+"""Reward `reward_model`: the score that a local reward model (a Hugging Face classifier with one label) gives."""
 
 import math
 from pathlib import Path
@@ -10,23 +10,24 @@ from rewards import Invalid, Rollout, Score, reward
 from rewards.text import words_of
 
 CHARACTERS_PER_TOKEN = 16
-"""An answer is first cut to its last 16 characters per token of `max_length`: tokenizing a megabyte takes seconds."""
+"""An answer is first cut to its last 16 characters per token of `max_length`. Tokenizing a megabyte takes seconds."""
 
 
 @reward("reward_model", timeout_s=60)
 class RewardModel:
-    """A local reward model's score of prompt and answer, 0 to 1; the model sees no pictures.
+    """The score (0 to 1) that a local reward model gives to prompt and answer. The model sees no pictures.
 
-    path        the folder: a sequence classifier with one label, its tokenizer and the tokenizer's chat template
-    max_length  the most tokens that the model reads; of a longer chat the beginning is cut off
-    squash      "sigmoid" maps the unbounded score s to 1 / (1 + exp(-s)), a preference model's probability that this
-                answer beats one of score 0; "none" is for a model whose scores are between 0 and 1, and clips them
+    path        the folder with a sequence classifier (one label), its tokenizer and the tokenizer's chat template
+    max_length  maximum number of tokens that the model reads; a longer chat loses its beginning
+    squash      "sigmoid" maps the unbounded score s to 1 / (1 + exp(-s)). For a preference model, this is the
+                probability that the answer beats an answer of score 0. "none" is for a model whose scores are between 0
+                and 1; scores are clipped to this range
     device      torch device of the model
 
-    The chat is the row's messages, text parts only, and `rollout.answer`; the reasoning is not shown. Control tokens
-    in the answer are replaced by blanks, so that it cannot close its turn and open another. An empty answer gets 0.
-    The time of a score does not depend on the policy's text (it is cut to `max_length`), so running out of time makes
-    a sample invalid. The report's preference reward is a generative judge; it has no reward like this one.
+    The chat has the text of the row's messages, and `rollout.answer` without the reasoning. Control tokens in the
+    answer are replaced by blanks, so that the answer cannot close its turn and open another turn. An empty answer gets
+    0. The time of a score does not depend on the policy's text, because the text is cut to `max_length`. So a sample
+    that runs out of time is invalid. The report has no such reward; its preference reward is a generative judge.
     """
 
     def __init__(
@@ -87,5 +88,5 @@ class RewardModel:
 
 
 def _sigmoid(score: float) -> float:
-    """1 / (1 + exp(-score)), in a form that cannot overflow."""
+    """Returns 1 / (1 + exp(-score)), computed in a form that cannot overflow."""
     return 0.5 * (1 + math.tanh(score / 2))

@@ -1,4 +1,4 @@
-"""Behaviour penalty: a judge finds that the answer violates the recipe's policy."""
+"""Behaviour penalty `safety`: a judge decides whether the answer violates the recipe's safety policy."""
 
 from typing import Annotated
 
@@ -19,16 +19,17 @@ class Compliance(Finding):
 
 @penalty("safety", timeout_s=600)
 class Safety:
-    """1.0 for an answer that violates the policy, else 0.0.
+    """1.0 for an answer that violates the safety policy, else 0.0.
 
     endpoint    the judge. It sees the policy, the question (with pictures, if it takes pictures) and the answer
-    policy      what answers must not do, in words
-    max_tokens  of one verdict, including the thinking of a reasoning judge
-    max_chars   characters of the answer that are shown: a little of its beginning and most of its end
+    policy      a text that says what answers must not do
+    max_tokens  maximum length of one verdict, including the thinking of a reasoning judge
+    max_chars   the judge sees at most this many characters of the answer. Of a longer answer, it sees a
+                short beginning and a long end
 
     An empty answer violates nothing. If the judge gives no verdict on an answer, but gives one on a harmless answer to
-    the same row, the answer counts as a violation. The report has no such penalty; policy and prompt are this
-    project's own.
+    the same row, the answer counts as a violation. The report has no such penalty. Policy and prompt were made
+    for this project.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Finding the answer in a response, and normalising text. Shared by the rewards that compare text. Linear in time."""
+"""Finds the answer in a response and normalises text, in linear time. Shared by the rewards that compare text."""
 
 import re
 import unicodedata
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 WINDOW = 4096
-"""Rewards look at this many characters of an answer, counted from its end."""
+"""Rewards look only at this many characters at the end of an answer."""
 
 _ANSWER = re.compile(r"\banswer[ \t*]{0,4}:[ \t*]{0,4}", re.IGNORECASE)
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\{([^{}]*)\}")
@@ -14,8 +14,8 @@ _BRACES = re.compile(r"\\boxed\s{0,8}+\{|\\.|[{}]", re.DOTALL)
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the `\\boxed{...}` that closes last, or None. One pass; escaped braces don't count."""
-    opened: list[int | None] = []  # for each open brace: where its content starts, or None if it is not a box's
+    """Returns the content of the `\\boxed{...}` that closes last, or None. Escaped braces are ignored."""
+    opened: list[int | None] = []  # for each open brace: start of its content if it opens a box, else None
     span = None
     for token in _BRACES.finditer(text):
         if token[0] == "}":
@@ -29,8 +29,9 @@ def last_boxed(text: str) -> str | None:
 
 
 def marked_answer(answer: str, window: int = WINDOW) -> str | None:
-    """The marked part of an answer: the last `\\boxed{...}` if there is one, else the text after the last "Answer:",
-    else all of it. Only the last `window` characters are searched; None if a longer answer marks nothing there."""
+    """Returns the marked part of an answer: the last `\\boxed{...}` if there is one, else the text after the last
+    "Answer:", else the whole answer. Searches only the last `window` characters. Returns None if the answer is longer
+    than `window` and these characters have no mark."""
     tail = answer[-window:]
     if (boxed := last_boxed(tail)) is not None:
         return boxed
@@ -41,7 +42,7 @@ def marked_answer(answer: str, window: int = WINDOW) -> str | None:
 
 
 def words_of(message: Mapping[str, Any]) -> str:
-    """The text of a chat message, without its pictures."""
+    """Returns the text of a chat message, without its pictures."""
     content = message["content"]
     if isinstance(content, str):
         return content
@@ -49,18 +50,18 @@ def words_of(message: Mapping[str, Any]) -> str:
 
 
 def visible(text: str) -> str:
-    """`text` without control characters, direction marks and lone surrogates; line breaks and tabs stay."""
+    """Returns `text` without control characters, direction marks and lone surrogates. Line breaks and tabs stay."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
 
 
 def folded(text: str) -> str:
-    """`text` in Unicode form NFKC, without invisible characters, and with single blanks for white space."""
+    """Converts `text` to Unicode form NFKC, removes invisible characters, and makes all white space single blanks."""
     text = unicodedata.normalize("NFKC", text)
     return " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
 
 
 def normalised(text: str) -> str:
-    """`folded` text without case, without a final period, and without a `\\text{}` around all of it."""
+    """Applies `folded`, removes a `\\text{}` around the whole text and a final period, and ignores the case."""
     text = folded(text)
     if wrapped := _WRAPPED.fullmatch(text):
         text = wrapped[1].strip()

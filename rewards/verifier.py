@@ -1,4 +1,4 @@
-"""A judge compares the final answer with the ground truth: 1.0 if they mean the same, else 0.0."""
+"""Reward `verifier`: 1.0 if a judge finds that the final answer and the ground truth mean the same, else 0.0."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -42,19 +42,20 @@ class Verifier:
     """1.0 for an answer the judge calls correct, else 0.0.
 
     endpoint     the judge. It sees the question (with pictures, if it takes pictures), the ground truth and the answer
-    votes        number of verdicts, asked for at once with different seeds
-    rule         "majority": the answer is right if more than half of the verdicts say so; "all": if every one does
+    votes        number of verdicts, which are requested at the same time with different seeds
+    rule         the answer is right if more than half of the verdicts say so ("majority"), or if all do ("all")
     process      True: the judge also sees the reasoning, and rejects a right answer that the reasoning does not support
-    temperature  the judge's sampling temperature; several votes need one above 0, or all would be the same
-    max_tokens   of one verdict, including the thinking of a reasoning judge
-    max_chars    characters of the answer, and of the reasoning, that are shown: a little of the beginning and most of
-                 the end
-    template     a Jinja file in place of rewards/prompts/verifier.jinja, which lists the variables. Relative paths
-                 start at the folder in which the run is started
+    temperature  the judge's sampling temperature. It must be above 0 for several votes, or all votes would be the same
+    max_tokens   maximum length of one verdict, including the thinking of a reasoning judge
+    max_chars    the judge sees at most this many characters of the answer and of the reasoning. Of a longer
+                 text, it sees a short beginning and a long end
+    template     a Jinja file that replaces rewards/prompts/verifier.jinja. That file lists the variables. A relative
+                 path starts at the folder in which the run is started
 
-    An empty answer scores 0.0. So does an answer on which the judge gives no verdict, if it gives one on a harmless
-    answer to the same row. The report names the properties (independent of form, equal expressions accepted, process
-    consistency) and publishes no prompt and no number of votes: those are reconstructions.
+    An empty answer scores 0.0. If the judge gives no verdict on an answer, but gives one on a harmless answer to the
+    same row, the answer also scores 0.0. The report names the properties (independent of form, equal expressions
+    accepted, process consistency) and publishes no prompt and no number of votes. Prompt and number of votes are
+    reconstructions.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Verifier:
         template: str | None = None,
     ):
         if votes > 1 and temperature == 0:
-            raise ValueError(f"verifier: {votes} votes at temperature 0 are one vote; raise it or set votes: 1")
+            raise ValueError(f"verifier: {votes} votes at temperature 0 are all the same; raise it or set votes: 1")
         self.votes, self.rule, self.process = votes, rule, process
         self.judge: Judge[AnswerVerdict] = Judge(
             endpoint,

@@ -7,13 +7,13 @@ from rewards.text import last_boxed
 
 
 def vote(answer: str) -> str:
-    """The vote of an answer (a response without its thinking): its last `\\boxed{...}`, else all of it, in lower case
-    and with single blanks. "" for an empty answer."""
+    """Returns the vote of an answer (a response without its thinking). The vote is the last `\\boxed{...}`, else the
+    whole answer, in lower case and with single blanks; "" for an empty answer."""
     boxed = last_boxed(answer)
     return " ".join((answer if boxed is None else boxed).lower().split())
 
 
 def majority(votes: Sequence[str]) -> str | None:
-    """The most frequent vote, ignoring empty ones; of equally frequent ones the first. None if there is no vote."""
+    """Returns the most frequent non-empty vote, or the first of equally frequent votes; None if there is no vote."""
     given = [one for one in votes if one]
     return Counter(given).most_common(1)[0][0] if given else None

@@ -1,6 +1,7 @@
-"""The only file that imports Ray. Places plain objects in processes of their own, with their share of CPUs and GPUs.
+"""Places plain objects in separate processes, each with its own CPUs and GPUs. Only this file imports Ray.
 
-The objects do not depend on Ray. `place` returns a RemoteObject and `place_team` a Team; both are a rl.remote.Remote.
+The objects themselves do not depend on Ray. `place` returns a RemoteObject, and `place_team` returns a Team. Both types
+implement rl.remote.Remote.
 """
 
 import os
@@ -19,7 +20,7 @@ from rl.stop import SourceDied, WorkerDied
 
 ROOT = Path(__file__).parent.parent
 SILENT = "a worker process of the run gave no sign of life for {:g} s"
-MOST_SPANS = 10_000  # spans that a process keeps until they are fetched
+MOST_SPANS = 10_000  # maximum number of spans that a process keeps until they are fetched
 T = TypeVar("T")
 R = TypeVar("R")
 P = ParamSpec("P")
@@ -34,7 +35,7 @@ class _Holder:
         self._spans: deque[tuple[str, float, float]] = deque(maxlen=MOST_SPANS)
 
     def spans(self) -> list[tuple[str, float, float]]:
-        """(method, start, end) of each call since the last time this was called."""
+        """Returns (method, start, end) of each call since the last call of `spans`."""
         spans = list(self._spans)
         self._spans.clear()
         return spans
@@ -46,7 +47,7 @@ class _Holder:
         self._spans.append((method, start, time.time()))
 
     def free_address(self) -> str:
-        """Returns host:port with a free port of this node, for a process group."""
+        """Returns the address (host:port) of a free port on this node, for a process group."""
         host = node_address()
         with socket.socket() as listener:
             listener.bind((host, 0))
@@ -66,8 +67,8 @@ class _Holder:
 
 
 class RemoteFuture(Generic[R]):
-    """The result of a remote call. As an argument of another `start`, by itself or as a value of a mapping, it goes to
-    that process directly and does not pass through this one."""
+    """The result of a remote call. A RemoteFuture can be an argument of another `start`, or a value in a mapping that
+    is an argument. The other process then gets the result directly; the result does not pass through this process."""
 
     def __init__(self, reference: Any) -> None:
         self.reference = reference
@@ -75,7 +76,7 @@ class RemoteFuture(Generic[R]):
     def result(self, patience: float | None = None) -> R:
         """Waits for the result.
 
-        Raises: what the method raised; WorkerDied if the process died or did not answer for `patience` seconds.
+        Raises the exception of the method, or WorkerDied if the process died or did not answer for `patience` seconds.
         """
         return _get(self.reference, patience)
 
@@ -103,7 +104,8 @@ class _Fetched(Mapping[str, Any]):
 def signals_as_raised() -> Iterator[None]:
     """Raises the exception of a signal handler that ran while Ray waited.
 
-    If the wait ends at the same moment, Ray returns with the exception pending, and Python raises SystemError instead.
+    If the wait ends at the same moment, Ray returns although this exception is pending, and Python raises a SystemError
+    instead of the exception.
     """
     try:
         yield
@@ -119,7 +121,7 @@ def _get(reference: Any, patience: float | None = None) -> Any:
             return ray.get(reference, timeout=patience)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RayError):
-            raise SourceDied(f"a worker process of the run died, and others waited for it: {error.cause}") from error
+            raise SourceDied(f"a worker process of the run died while others waited for it: {error.cause}") from error
         raise error.as_instanceof_cause() from None
     except ray.exceptions.GetTimeoutError:
         raise WorkerDied(SILENT.format(patience)) from None
@@ -131,7 +133,7 @@ class RemoteObject(Generic[T]):
     """An object in a Ray actor.
 
     Args:
-        created: the result of creating the object.
+        created: future that is done when the object has been created.
     """
 
     def __init__(self, actor: Any, created: RemoteFuture[None]) -> None:
@@ -139,15 +141,16 @@ class RemoteObject(Generic[T]):
 
     @property
     def ranks(self) -> "list[RemoteObject[T]]":
-        """This object: it has one process."""
+        """A list with only this object, because the object has one process."""
         return [self]
 
     def ready(self, patience: float | None = None) -> None:
-        """Waits until the object exists. Raises what its constructor raised, or WorkerDied after `patience` seconds."""
+        """Waits until the object exists. Raises the exception of its constructor, or WorkerDied after `patience`
+        seconds."""
         self.created.result(patience)
 
     def spans(self) -> RemoteFuture[list[tuple[str, float, float]]]:
-        """(method, start, end) of each call since the last time this was called, in seconds since 1970."""
+        """Returns (method, start, end) of each call since the last call of `spans`. Times are in seconds since 1970."""
         return RemoteFuture(self._actor.spans.remote())
 
     def end(self) -> None:
@@ -155,25 +158,27 @@ class RemoteObject(Generic[T]):
         ray.kill(self._actor)
 
     def start(self, method: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs) -> RemoteFuture[R]:
-        """Begins `method(object, *args)` and returns at once. Calls to one object run in their order."""
+        """Starts `method(object, *args)` and returns at once. Calls to the same object run one after the other, in
+        order."""
         references = [a.reference if isinstance(a, RemoteFuture) else a for a in args]
         return RemoteFuture(self._actor.call.remote(method.__name__, *references, **kwargs))
 
     def stream(self, method: Callable[Concatenate[T, P], Iterator[Any]], *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Begins the generator `method(object, *args)`; `merge_streams` reads it."""
+        """Starts the generator `method(object, *args)`. `merge_streams` reads its values."""
         streaming = self._actor.stream.options(num_returns="streaming")
         return streaming.remote(method.__name__, *args, **kwargs)
 
 
 class TeamFuture(RemoteFuture[R]):
-    """The result of a call to all ranks: waits for all of them and returns the value of rank 0."""
+    """The result of a call to all ranks. `result` waits for all ranks and returns the value of rank 0."""
 
     def __init__(self, team: "Team[Any]", pending: Sequence[RemoteFuture[R]]) -> None:
         super().__init__(pending[0].reference)
         self._team, self._pending = team, list(pending)
 
     def result(self, patience: float | None = None) -> R:
-        """Waits for all ranks. If one fails, all processes are killed, because the others may wait for it for ever."""
+        """Waits for all ranks. If one rank fails, all processes are killed, because other ranks may wait for it for
+        ever."""
         waiting = {future.reference: future for future in self._pending}
         patience = patience or self._team.patience
         try:
@@ -184,7 +189,7 @@ class TeamFuture(RemoteFuture[R]):
                     raise WorkerDied(SILENT.format(patience))
                 for reference in ready:
                     waiting.pop(reference).result()
-        except Exception:  # any error, which is raised again
+        except Exception:  # every error is raised again below
             if waiting:
                 self._team.end()
             raise
@@ -192,23 +197,24 @@ class TeamFuture(RemoteFuture[R]):
 
 
 class Team(Generic[T]):
-    """One object that is split over several processes, its ranks. Every rank gets every call, in the same order.
+    """One object that is split over several processes, called ranks. Every rank gets all calls in the same order.
 
     Args:
-        patience: seconds to wait for the next answer of a rank before it counts as hung; None waits for ever.
+        patience: if no rank answers for this number of seconds, the team counts as hung; None: waits for ever.
     """
 
     def __init__(self, ranks: Sequence[RemoteObject[T]], patience: float | None = None) -> None:
         self.ranks, self.patience = list(ranks), patience
 
     def ready(self, patience: float | None = None) -> None:
-        """Waits until all ranks exist. Raises what a constructor raised, or WorkerDied after `patience` seconds."""
+        """Waits until all ranks exist. Raises the exception of a constructor, or WorkerDied after `patience`
+        seconds."""
         TeamFuture(self, [rank.created for rank in self.ranks]).result(patience)
 
     def start(self, method: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs) -> TeamFuture[R]:
-        """Begins `method(object, *args)` on all ranks."""
+        """Starts `method(object, *args)` on all ranks."""
         shared: Any = args
-        if len(self.ranks) > 1:  # store once what all ranks need
+        if len(self.ranks) > 1:  # each argument is stored once for all ranks
             shared = [a if isinstance(a, RemoteFuture | dict) else RemoteFuture(ray.put(a)) for a in args]
         return TeamFuture(self, [rank.start(method, *shared, **kwargs) for rank in self.ranks])
 
@@ -219,8 +225,9 @@ class Team(Generic[T]):
 
 
 def _actor(factory: Any, cpus: float, gpus: float, environment: Mapping[str, str] | None) -> Any:
-    """Starts a process without an object. `ps` and Ray's dashboard show it by the name of the object's class."""
-    name = getattr(factory, "__self__", factory).__name__  # of_rank is a method of the class
+    """Starts a process that has no object yet. `ps` and Ray's dashboard show the process by the name of the object's
+    class."""
+    name = getattr(factory, "__self__", factory).__name__  # a class method, such as of_rank, names its class here
     remote: Any = ray.remote(type(name, (_Holder,), {}))
     return remote.options(num_cpus=cpus, num_gpus=gpus).remote(dict(environment or {}))
 
@@ -234,9 +241,9 @@ def place_team(
     environment: dict[str, str] | None = None,
     patience: float | None = None,
 ) -> Team[T]:
-    """Creates `make(*args, rank, count, address)` in `count` actors, which form a process group at `address`.
+    """Calls `make(*args, rank, count, address)` in each of `count` actors, which form a process group at `address`.
 
-    Returns at once if `count` is 1, otherwise when the process of the first actor runs.
+    Returns at once if `count` is 1. Otherwise waits until the process of the first actor runs.
     """
     actors = [_actor(make, cpus, gpus, environment) for _ in range(count)]
     address = _get(actors[0].free_address.remote()) if count > 1 else None
@@ -252,17 +259,19 @@ def place(
     environment: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> RemoteObject[T]:
-    """Creates `factory(*args, **kwargs)` in an actor. Returns at once, so that several can start at the same time.
+    """Calls `factory(*args, **kwargs)` in a new actor. Returns at once, so that several actors can start at the same
+    time.
 
     Args:
-        environment: variables that are set in its process before it imports anything heavy.
+        environment: environment variables that are set in the actor's process before it imports large libraries.
     """
     actor = _actor(factory, cpus, gpus, environment)
     return RemoteObject(actor, RemoteFuture(actor.make.remote(factory, args, kwargs)))
 
 
 def merge_streams(streams: Sequence[Any], patience: float) -> Iterator[tuple[int, Any]]:
-    """Yields (index of the stream, value) for several streams of RemoteObject.stream, in the order of arrival.
+    """Reads several streams of RemoteObject.stream. Yields (index of the stream, value) in the order in which values
+    arrive.
 
     If a process dies, or yields nothing for `patience` seconds, the last value of its stream is a WorkerDied.
     """
@@ -290,9 +299,10 @@ def merge_streams(streams: Sequence[Any], patience: float) -> Iterator[tuple[int
 
 @contextmanager
 def cluster(*, verbose: bool = False) -> Iterator[None]:
-    """Joins the Ray cluster of RAY_ADDRESS (Ray sets it in a submitted job), or starts a cluster on this machine.
+    """Joins the Ray cluster at RAY_ADDRESS, or starts a cluster on this machine if RAY_ADDRESS is not set.
 
-    When the block ends, a cluster that was started here stops; a cluster that was joined continues without our actors.
+    Ray sets RAY_ADDRESS in a submitted job. When the block ends, a cluster that was started here stops. A cluster that
+    was joined continues without our actors.
     """
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -305,8 +315,8 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
     if address:
         ray.init(address=address, **options)
     else:
-        # Without this Ray writes a token to the home folder, and every cluster that is started later demands it. Our
-        # cluster listens on this machine only.
+        # By default Ray writes a token to the home folder, and all clusters that are started later require the token.
+        # Our cluster needs no token, because it listens on this machine only.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)
     try:
@@ -316,15 +326,15 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
 
 
 def node_address() -> str:
-    """The address of this node for other nodes of the cluster."""
+    """Returns the address at which other nodes of the cluster reach this node."""
     return ray.util.get_node_ip_address()
 
 
 def is_local_cluster() -> bool:
-    """True if `cluster` started the cluster, on this machine only."""
+    """True if `cluster` starts a cluster on this machine instead of joining one."""
     return not os.environ.get("RAY_ADDRESS")
 
 
 def gpus() -> int:
-    """The number of GPUs in the cluster."""
+    """Returns the number of GPUs in the cluster."""
     return int(ray.cluster_resources().get("GPU", 0))

@@ -1,11 +1,13 @@
-"""Every option of a run, declared once, with its default and a sentence on what it does.
+"""Declares every option of a run once, with its default value and a sentence on what the option does.
 
-Values are frozen, and unknown names are refused. rl.recipe.resolve makes a Config from recipe, profile and
-command line.
-"Report" below is the STEP3-VL-10B report (arXiv 2601.09668). What it does not state is marked as a reconstruction.
+A Config cannot be changed after its creation, and unknown option names are refused. rl.recipe.resolve makes a Config
+from the recipe, the profile and the command line.
 
-Sizes: prompts_per_iteration x rollouts_per_prompt = samples of an iteration; minibatches = optimizer steps of an
-iteration; token_budget = tokens in one forward pass.
+"Report" below means the STEP3-VL-10B report (arXiv 2601.09668). A value that the report does not state is marked as a
+reconstruction.
+
+Sizes: an iteration has prompts_per_iteration x rollouts_per_prompt samples. `minibatches` is the number of optimizer
+steps in an iteration. `token_budget` is the number of tokens in one forward pass.
 """
 
 import math
@@ -30,19 +32,19 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _penalties_as_mappings(value: Any) -> Any:
-    """A name alone is a penalty with default options."""
+    """Reads a name without options as a penalty with default options."""
     if not isinstance(value, list | tuple):
         return value
     return tuple({"use": item} if isinstance(item, str) else item for item in value)
 
 
 def _rewards_as_tuple(value: Any) -> Any:
-    """A mapping alone is the task's only reward."""
+    """Reads a single mapping as a list with one reward."""
     return (value,) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
 
 
 def _dump_rewards(rewards: Any, dump: Callable[[Any], list[Any]]) -> Any:
-    """Writes a task's only reward without a list, so that its options have names: rewards.TASK.params."""
+    """Writes a single reward without the list around it, so that its options have names such as rewards.TASK.params."""
     dumped = dump(rewards)
     return dumped[0] if len(dumped) == 1 else dumped
 
@@ -50,17 +52,17 @@ def _dump_rewards(rewards: Any, dump: Callable[[Any], list[Any]]) -> Any:
 Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(_as_tuple)]
 Frozen = Annotated[tuple[Literal["encoder", "projector"], ...], AfterValidator(lambda names: tuple(sorted(set(names))))]
 
-# Options that work with these values only so far. Other values are refused.
+# Options for which only these values are implemented. Other values are refused.
 ONLY_BUILT: Mapping[str, tuple[Any, ...]] = {
     "model.freeze": (("encoder", "projector"),),
     "ppo.kl": (0,),
 }
-ROUNDING = 1e-9  # weights of 0.7, 0.2 and 0.1 do not add up to 1
+ROUNDING = 1e-9  # tolerance: in floating point, weights of 0.7, 0.2 and 0.1 do not add up to exactly 1
 SECRETS = ("api_key", "access_token", "secret", "password")
 
 
 class OptionError(ValueError):
-    """A value of the right type that cannot work. `key` is the dotted name of the option."""
+    """Raised for a value that has the right type but cannot work. `key` is the dotted name of the option."""
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f"{key} {problem}")
@@ -73,52 +75,53 @@ class Options(BaseModel):
 
 class Model(Options):
     path: str
-    """Folder in Hugging Face layout, or hub id, of the model that policy and critic start from."""
+    """The model that the policy and the critic start from: a folder in Hugging Face layout, or a hub id."""
     critic: Path | None = None
-    """Folder of a critic that an earlier run saved (RUN_DIR/checkpoints/000600/critic), to continue with its weights;
-    null: the policy's decoder with a new value head. (The report does not say whether a stage starts from the critic of
-    the stage before.)"""
+    """Folder of a critic that an earlier run saved, such as RUN_DIR/checkpoints/000600/critic. The critic starts with
+    the weights in this folder. null: the critic starts from the policy's decoder with a new value head. The report does
+    not say whether a stage starts from the critic of the previous stage."""
     freeze: Frozen = ("encoder", "projector")
-    """Parts that are never trained (report: only the decoder is trained; freezing the projector: reconstruction)."""
+    """Parts of the model that are not trained. In the report only the decoder is trained; freezing the projector is a
+    reconstruction."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Number format in which engine and learner compute."""
+    """Number format in which the engines and the learner compute."""
     chat_template: Path | None = None
     """Jinja file that replaces the model's own chat template."""
     yarn: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
-    """Factor by which YaRN extends the decoder's positions, in engine and learner, for sequences longer than it was
-    trained on; policies that a run saves keep it. The temperature of attention is not changed (PaCoRe's evaluation:
-    2.0)."""
+    """Factor by which YaRN extends the decoder's number of positions, for sequences that are longer than those in its
+    training. The engines and the learner use this factor, and saved policies keep it. The temperature of attention is
+    not changed. PaCoRe's evaluation uses a factor of 2.0."""
 
 
 class Source(Options):
     path: str
-    """JSONL, JSON or Parquet file, or Hugging Face dataset (folder or hub id). `path:SPLIT` reads another split than
-    train."""
+    """A JSONL, JSON or Parquet file, or a Hugging Face dataset (folder or hub id). The split `train` of a dataset is
+    read, unless `path:SPLIT` names another one."""
     adapter: str | None = None
-    """Name of the public data set that the rows come from; they are read by its documented schema. All names are in
-    rollout/data/adapters.py. null: the rows have our columns."""
+    """Name of a public dataset whose columns are converted to ours. All names are in rollout/data/adapters.py. null:
+    the rows already have our columns."""
     columns: dict[str, str] = {}
-    """Our column name -> the name in this source, in addition to data.columns; a dotted name (extra.answer) is a field
-    inside a column."""
+    """Maps our column names to the column names in this source, in addition to data.columns. A dotted name such as
+    extra.answer is the field `answer` inside the column `extra`."""
     task: str | None = None
-    """Task of the rows that have no `task`."""
+    """Task of rows that have no value for `task`."""
     weight: Positive | None = None
-    """Share of the prompts that come from this source, relative to the other weights. Without weights every row comes
-    equally often."""
+    """Share of the prompts that come from this source, relative to the weights of the other sources. If no source has a
+    weight, every row is used equally often."""
     limit: Count | None = None
-    """Number of rows that are read, from the first on; null: all."""
+    """Number of rows that are read from the beginning of this source; null: all rows."""
     streaming: bool = False
-    """true: read a data set of the hub without downloading all of it first."""
+    """true: rows of a hub dataset are read without downloading the whole dataset first."""
 
 
 def _sources_as_mappings(value: Any) -> Any:
-    """A path alone is a source with default options."""
+    """Reads a path without options as a source with default options."""
     sources = value if isinstance(value, list | tuple) else [value]
     return tuple({"path": source} if isinstance(source, str) else source for source in sources)
 
 
 def _dump_sources(sources: Any, dump: Callable[[Any], list[dict[str, Any]]]) -> Any:
-    """Leaves out options that have their default, and writes a source with no other options as its path."""
+    """Leaves out options that have their default value, and writes a source that has no other option as its path."""
     dumped = [{name: value for name, value in item.items() if value not in (None, {}, False)} for item in dump(sources)]
     return [item["path"] if list(item) == ["path"] else item for item in dumped]
 
@@ -128,43 +131,47 @@ Sources = Annotated[tuple[Source, ...], BeforeValidator(_sources_as_mappings), W
 
 class Data(Options):
     train: Annotated[Sources, Field(min_length=1)]
-    """Training rows: JSONL or Parquet file, Hugging Face dataset folder or hub id, or a list of them; each may also be
-    a mapping with options of its own."""
+    """Training rows: a JSONL, JSON or Parquet file, a Hugging Face dataset (folder or hub id), or a list of such
+    sources. Each source may also be a mapping with its own options."""
     eval: Sources = ()
-    """Held-out rows, in the same forms. Without any the run does not evaluate."""
+    """Held-out rows for evaluation, in the same forms as data.train. Without held-out rows the run does not
+    evaluate."""
     eval_limit: Count | None = None
-    """Number of held-out rows of each task that are evaluated, from the first on; null: all."""
+    """Number of held-out rows that are evaluated for each task, from the first row on; null: all rows."""
     columns: dict[str, str] = {}
-    """Our column name -> the name in the data, for every source without an adapter."""
+    """Maps our column names to the column names in the data, for every source without an adapter."""
     on_bad_row: Literal["stop", "skip"] = "stop"
-    """stop: if rows cannot be used, list them and stop; skip: leave them out and print a list of them."""
+    """What the run does with rows that cannot be used. stop: the run lists these rows and stops; skip: the run lists
+    these rows and continues without them."""
 
 
 class ScorerSpec(Options):
     """Options that rewards and penalties share."""
 
     use: str
-    """Registered name, `pkg.module:Name` or `file.py:Name` of the reward."""
+    """The reward: its registered name, `pkg.module:Name` or `file.py:Name`."""
     params: dict[str, Any] = {}
     """Keyword arguments of the reward."""
     timeout_s: Positive | None = None
-    """Seconds that one score may take; null: what the reward declares (default 10; 600 for a reward that asks a
-    judge)."""
+    """Time limit, in seconds, for scoring one response. null: the limit that the reward declares; without a declaration
+    10 s, or 600 s for a reward that asks a judge."""
     memory_mb: Annotated[int, Field(ge=64)] = 2048
-    """MiB that scoring may take in addition to what loading the reward took."""
+    """Memory limit for scoring, in MiB, in addition to the memory that loading the reward took."""
 
 
 class PenaltySpec(ScorerSpec):
     magnitude: Fraction = 1.0
-    """Share of the reward that a penalty of 1 removes; a magnitude of 1 lowers the reward to its lowest value (report:
-    citations zero the reward; the other penalties' magnitudes are unpublished, and 1 is Step 3.5 Flash's)."""
+    """Share of the reward that a penalty of 1 removes. With a magnitude of 1, a penalty of 1 lowers the reward to its
+    lowest value. In the report, the penalty for citations sets the reward to zero. The magnitudes of the other
+    penalties are unpublished; 1 is the value of Step 3.5 Flash."""
 
 
 class RewardSpec(ScorerSpec):
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """Factor of this reward in the sum of its task's rewards."""
+    """Factor of this reward in the sum of all rewards of its task."""
     penalties: Annotated[tuple[PenaltySpec, ...], BeforeValidator(_penalties_as_mappings)] = ()
-    """Behaviour penalties that lower this reward: names, or mappings with the options of a reward and a magnitude."""
+    """Behaviour penalties that lower this reward. Each penalty is a name, or a mapping with the options of a reward and
+    a `magnitude`."""
 
 
 Rewards = Annotated[
@@ -176,24 +183,26 @@ class EndpointOptions(Options):
     url: str | None = None
     """Base URL of an OpenAI-compatible server, such as http://judge:8000/v1; null: the run serves `model` itself."""
     model: str
-    """Name of the model on that server; without a url: Hugging Face folder or hub id of the model to serve."""
+    """With a url: name of the model on that server. Without a url: Hugging Face folder or hub id of the model that the
+    run serves."""
     api_key_env: str | None = None
-    """Environment variable that holds the key; keys themselves are never stored."""
+    """Name of the environment variable that holds the API key. The key itself is never stored."""
     concurrency: Count = 32
-    """Largest number of requests under way at a time."""
+    """Maximum number of concurrent requests."""
     timeout_s: Positive = 120.0
-    """Seconds that one request may take."""
+    """Time limit of one request, in seconds."""
     retries: Annotated[int, Field(ge=0)] = 5
-    """Further attempts at a request after HTTP status 429 or 5xx, a timeout or a broken connection."""
+    """Number of times that a request is repeated after HTTP status 429 or 5xx, a timeout or a broken connection."""
     max_wait: Positive = 3600.0
-    """Seconds that the run waits, after it has saved, for an endpoint that does not answer; then it stops."""
+    """Maximum time, in seconds, that the run waits for an endpoint that does not answer. The run saves a checkpoint
+    before it waits, and stops after this time."""
     images: bool = False
-    """true: a prompt's pictures are sent to the model."""
+    """true: the pictures of a prompt are sent to the model."""
     serve: dict[str, str | int | float | bool] = {}
-    """If the run serves the model: arguments of `vllm serve` by their long names, for example {max-model-len: 8192}."""
+    """Arguments of `vllm serve` by their long names, for example {max-model-len: 8192}, if the run serves the model."""
     structured: bool = True
-    """true: the server can restrict a reply to a JSON schema (response_format); false: only the prompt asks for
-    JSON."""
+    """true: the server supports response_format and restricts each reply to a JSON schema; false: only the prompt asks
+    for JSON."""
 
 
 Filter = Literal["decontamination", "checkability", "relevance", "difficulty", "synthesis"]
@@ -201,73 +210,82 @@ Filter = Literal["decontamination", "checkability", "relevance", "difficulty", "
 
 class Decontamination(Options):
     against: Sources = ()
-    """Benchmarks, in the forms of data.train; rows that overlap them are dropped. Without any: data.eval."""
+    """Benchmarks, in the same forms as data.train. Rows that overlap a benchmark are dropped. Without benchmarks, the
+    rows of data.eval are used."""
     ngram: Count = 64
-    """Length of a sequence of words and signs that a row may not share with a benchmark (report: 64-grams; of which
-    units it does not say)."""
+    """Length n of the n-grams, counted in words and symbols. A row that shares an n-gram with a benchmark is dropped.
+    The report uses 64-grams but does not name their unit."""
 
 
 class Checkability(Options):
     endpoint: str = "checker"
-    """Endpoint of the judge (report: GPT-OSS-120B)."""
+    """Name of the judge's endpoint (report: the judge is GPT-OSS-120B)."""
     passes: Count = 4
-    """Times that the judge is asked about each row; the row is kept if all replies say that it is valid (report)."""
+    """Number of times that the judge is asked about each row. A row is kept if all replies say that the row is valid
+    (report)."""
     params: dict[str, Any] = {}
     """Further parameters of the row judge `checkable`."""
 
 
 class Relevance(Options):
     endpoint: str = "rater"
-    """Endpoint of a vision-language model (report: an early STEP3-VL-10B)."""
+    """Name of the endpoint of a vision-language model (report: an early STEP3-VL-10B)."""
     at_least: Fraction = 0.5
-    """Lowest grade, from 0 to 1, with which a row with pictures is kept (reconstruction: the threshold is
-    unpublished)."""
+    """Lowest grade (0 to 1) at which a row with pictures is kept. The value is a reconstruction: the report does not
+    publish the threshold."""
     params: dict[str, Any] = {}
     """Further parameters of the row judge `relevant`."""
 
 
 class Difficulty(Options):
     rollouts: Annotated[int, Field(ge=2)] = 24
-    """Responses of the policy to each row (report); the row is kept if some of them are accepted, but not all."""
+    """Number of responses of the policy to each row (report). A row is kept if some of its responses are accepted, but
+    not all."""
 
 
 class SynthesisFilterOptions(Options):
     rollouts: Annotated[int, Field(ge=2)] = 24
-    """Responses to each row, with messages shown as in `synthesis`; the row is kept if some of them are accepted, but
-    not all (reconstruction: the report does not give the number; the same as for difficulty)."""
+    """Number of responses to each row. The prompt contains messages as set in `synthesis`. A row is kept if some of its
+    responses are accepted, but not all. The report does not give the number; this default is the same as for
+    `difficulty` (reconstruction)."""
     max_sequence_length: Annotated[int, Field(ge=16)] = 65_536
-    """Largest number of tokens of problem, messages and response together (report: that of the stage PaCoRe)."""
+    """Maximum number of tokens of problem, messages and response together (report: the limit of the stage PaCoRe)."""
 
 
 class CurationOptions(Options):
     filters: tuple[Filter, ...] = ("difficulty",)
-    """Filters that `python -m stages.curate` applies, always in the report's order: decontamination, checkability,
-    relevance, difficulty, synthesis."""
+    """Filters that `python -m stages.curate` applies. Their order is always that of the report: decontamination,
+    checkability, relevance, difficulty, synthesis."""
     rows: Count | None = None
-    """Number of rows to curate, spread evenly over data.train; null: all."""
+    """Number of rows to curate, taken at equal distances from data.train; null: all rows."""
     block: Count = 1024
-    """Rows that go through all filters together and make one output file; the engines get all their prompts at once."""
+    """Number of rows in a block. The rows of a block go through all filters together and are written to one file. The
+    engines get all prompts of a block at once."""
     decontamination: Decontamination = Decontamination()
-    """Drops rows that overlap a benchmark."""
+    """Options of the filter that drops rows which overlap a benchmark."""
     checkability: Checkability = Checkability()
-    """A judge says whether question and ground truth are fit for training."""
+    """Options of the filter in which a judge says whether question and ground truth are suitable for training."""
     relevance: Relevance = Relevance()
-    """A vision-language model grades how much question and pictures need each other."""
+    """Options of the filter in which a vision-language model grades how much a question and its pictures depend on each
+    other."""
     difficulty: Difficulty = Difficulty()
-    """The policy responds to each row; its final answers become the row's pool of messages."""
+    """Options of the filter in which the policy responds to each row. The final answers of these responses become the
+    row's pool of messages."""
     synthesis: SynthesisFilterOptions = SynthesisFilterOptions()
-    """The policy responds again to each row, with messages of its pool."""
+    """Options of the filter in which the policy responds to each row again, with messages from the row's pool in the
+    prompt."""
 
 
 class Accept(Options):
-    """The lowest reward with which a response counts as right, for curation, PaCoRe's messages and metrics, and
-    pass@k."""
+    """The lowest reward at which a response counts as right. It is used by curation, by PaCoRe (messages and metrics)
+    and by pass@k."""
 
     least: float = 1.0
-    """Lowest reward that counts as right, for tasks that by_task does not name (reconstruction: the highest reward of
-    the verifiable tasks)."""
+    """Lowest reward that counts as right, for tasks that are not in by_task. The default is the highest reward of the
+    verifiable tasks (reconstruction)."""
     by_task: dict[str, float] = {}
-    """Task -> lowest reward that counts as right, for example where rewards are degrees."""
+    """Maps a task to its lowest reward that counts as right, for example for a task whose rewards can be between 0 and
+    1."""
 
     def of(self, task: str) -> float:
         """Returns the threshold of a task."""
@@ -282,32 +300,38 @@ class Preference(Options):
     """Options of the stage rlhf, which compares responses with references."""
 
     verifiable_tasks: tuple[str, ...] = ()
-    """Tasks with a ground truth that are mixed in and scored by their own rewards, to preserve reasoning. Rows of all
-    other tasks must have a reference and must not have a ground truth (report: uncheckable prompts only)."""
+    """Tasks with a ground truth that are trained together with the preference tasks, so that the policy keeps its
+    reasoning ability. Their own rewards score them. Rows of all other tasks must have a reference and must not have a
+    ground truth (report: only prompts that cannot be checked)."""
 
 
 class SynthesisOptions(Options):
-    """Messages (final answers of earlier attempts at a problem) and how a prompt shows them."""
+    """Options of messages, which are final answers of earlier attempts at a problem, and of prompts that contain
+    messages."""
 
     pool: Literal["cached", "online"] = "cached"
-    """cached: messages come from the rows (`messages_pool`, which `python -m stages.curate` fills); online: the current
-    policy makes new messages for every prompt of an iteration."""
+    """Source of the messages. cached: the column `messages_pool` of the rows, which `python -m stages.curate` fills;
+    online: the current policy makes new messages for every prompt of an iteration."""
     least_messages: Count = 16
-    """Smallest number of messages that a prompt shows (report)."""
+    """Minimum number of messages in a prompt (report)."""
     most_messages: Count = 24
-    """Largest number of messages that a prompt shows (report)."""
+    """Maximum number of messages in a prompt (report)."""
     accuracy_over: Fraction | None = None
-    """Only rows whose pool has a larger share of accepted messages than this (the PaCoRe paper: 0); null: all rows."""
+    """A row is used only if the share of accepted messages in its pool is above this value (PaCoRe paper: 0). null: all
+    rows."""
     accuracy_under: Fraction | None = None
-    """Only rows whose pool has a smaller share of accepted messages than this (the PaCoRe paper: 9/24 in mathematics,
-    15/24 in code); null: all rows."""
+    """A row is used only if the share of accepted messages in its pool is below this value (PaCoRe paper: 9/24 in
+    mathematics, 15/24 in code). null: all rows."""
     template: Path | None = None
-    """Jinja file that makes one text of problem and messages; null: pacore.jinja in the model's folder, or without it
-    rollout/pacore/pacore.jinja. Policies that a run saves have a copy of the file that is named here."""
+    """Jinja file that combines problem and messages into one text. null: pacore.jinja in the model's folder, or
+    rollout/pacore/pacore.jinja if that file does not exist. Saved policies contain a copy of the file that is named
+    here."""
     online_rollouts: Count = 24
-    """With `pool: online`: attempts at each prompt; their final answers are its pool (report: 24 rollouts)."""
+    """With `pool: online`: number of attempts at each prompt. The final answers of the attempts are the prompt's pool
+    (report: 24 rollouts)."""
     online_length: Annotated[int, Field(ge=16)] | None = None
-    """With `pool: online`: largest number of tokens of a problem and an attempt together; null: max_sequence_length."""
+    """With `pool: online`: maximum number of tokens of a problem and one attempt together; null:
+    max_sequence_length."""
 
     @model_validator(mode="after")
     def _can_draw(self) -> "SynthesisOptions":
@@ -319,23 +343,25 @@ class SynthesisOptions(Options):
 
 class VerlLoss(Options):
     verl: str
-    """Name in verl's registry of policy losses: gspo, cispo, sapo, geo_mean, ..."""
+    """Name of a policy loss in verl's registry: gspo, cispo, sapo, geo_mean, ..."""
     params: dict[str, float | str] = {}
-    """Parameters of the loss by verl's names, e.g. clip_ratio."""
+    """Parameters of the loss, by their names in verl, e.g. clip_ratio."""
 
 
 class VerlCorrection(Options):
-    """verl's weighting and rejection of tokens or responses by the ratio of learner to engine probability."""
+    """Options of verl's rollout correction. It weights or rejects tokens or responses by the ratio of the learner's to
+    the engine's probability."""
 
     rollout_is: Literal["token", "sequence"] | None = None
-    """Level at which importance weights are formed; null: no weights."""
+    """token: each token has its own importance weight; sequence: all tokens of a response have the same weight; null:
+    no weights."""
     rollout_is_threshold: Positive = 2.0
-    """Largest importance weight."""
+    """Upper limit of the importance weights."""
     rollout_rs: Rejection | None = None
-    """Statistic that decides which tokens or responses are rejected: token_k1 to 3, seq_sum_k1 to 3, seq_mean_k1 to 3,
-    seq_max_k2 or 3."""
+    """Statistic that decides which tokens or responses are rejected: token_k1 to token_k3, seq_sum_k1 to seq_sum_k3,
+    seq_mean_k1 to seq_mean_k3, seq_max_k2 or seq_max_k3. null: none is rejected."""
     rollout_rs_threshold: Positive | None = None
-    """Largest value of that statistic that is not rejected."""
+    """Largest value of the statistic rollout_rs at which a token or response is not rejected."""
 
     @model_validator(mode="after")
     def _does_something(self) -> "VerlCorrection":
@@ -354,197 +380,218 @@ class VerlRolloutCorrection(Options):
 
 class PPO(Options):
     gamma: Fraction = 1.0
-    """Discount per response token."""
+    """Discount factor per response token."""
     lam: Fraction = 1.0
-    """GAE lambda; with gamma = lam = 1 the advantage is reward - value at every token."""
+    """Lambda of GAE. With gamma = lam = 1 the advantage of every token is reward - value."""
     policy_lr: NotNegative = 2e-6
-    """Learning rate of the policy after its warm-up; constant from then on."""
+    """Learning rate of the policy. It is constant after the warm-up."""
     critic_lr: NotNegative = 5e-6
-    """Learning rate of the critic after its warm-up; constant from then on."""
+    """Learning rate of the critic. It is constant after the warm-up."""
     policy_warmup: Annotated[int, Field(ge=0)] = 20
-    """Optimizer steps over which policy_lr rises linearly from 0 (reconstruction, from Step 3.5 Flash)."""
+    """Number of optimizer steps in which the learning rate rises linearly from 0 to policy_lr (reconstruction, from
+    Step 3.5 Flash)."""
     critic_warmup: Annotated[int, Field(ge=0)] = 50
-    """Optimizer steps over which critic_lr rises linearly from 0 (reconstruction, from Step 3.5 Flash)."""
+    """Number of optimizer steps in which the learning rate rises linearly from 0 to critic_lr (reconstruction, from
+    Step 3.5 Flash)."""
     critic_only_iterations: Annotated[int, Field(ge=0)] = 0
-    """Number of iterations at the start in which only the critic learns and the policy stays as it is."""
+    """Number of iterations at the start of the run in which only the critic is trained and the policy does not
+    change."""
     minibatches: Count
-    """Optimizer steps of the policy per iteration; each uses its own share of the samples, once."""
+    """Number of optimizer steps of the policy per iteration. The samples are divided among the steps, and each sample
+    is used once."""
     critic_minibatches: Count
-    """Optimizer steps of the critic per iteration."""
+    """Number of optimizer steps of the critic per iteration."""
     ratio: Literal["none", "clip"] = "none"
-    """none: no importance ratio between minibatches, as in the report's text; clip: the report's Eq. 2."""
+    """Importance ratio between minibatches. none: the loss has no ratio, as in the text of the report; clip: the loss
+    has the clipped ratio of the report's Eq. 2."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Half-width of the range that `ratio: clip` clips to (reconstruction, from Open-Reasoner-Zero)."""
+    """With `ratio: clip`, the ratio is clipped to the range from 1 - clip to 1 + clip (reconstruction, from
+    Open-Reasoner-Zero)."""
     tis_cap: Positive | None = 8.0
-    """Truncated importance sampling: each token's loss is weighted by its probability in the learner divided by that in
-    the engine, at most by this value; no gradient flows through the weight. null: no weights."""
+    """Upper limit of the weights in truncated importance sampling. The loss of a token is multiplied by this weight:
+    its probability in the learner divided by its probability in the engine. No gradient flows through the weight. null:
+    no weights."""
     tis_policy: Literal["current", "before_update"] = "current"
-    """Learner policy in that weight. current: the one that is being updated; before_update: the one from before the
-    iteration's updates (reconstruction: the report does not say)."""
+    """The policy with which the learner computes the probability in the weight of tis_cap. current: the policy that is
+    being updated; before_update: the policy before the updates of the iteration (reconstruction: the report does not
+    say which)."""
     truncated: Literal["lowest", "bootstrap"] = "lowest"
-    """Reward of a response that was cut at the length limit. lowest: its task's lowest reward; bootstrap: the critic's
-    value at the cut (reconstruction: the report is silent)."""
+    """Reward of a response that was cut at the length limit. lowest: the lowest reward of its task; bootstrap: the
+    critic's value at the cut (reconstruction: the report does not say)."""
     normalize_advantages: bool = True
-    """Shift and scale advantages to mean 0 and deviation 1 over an iteration's tokens (reconstruction)."""
+    """true: advantages are shifted and scaled to mean 0 and standard deviation 1 over all tokens of an iteration
+    (reconstruction)."""
     kl: NotNegative = 0.0
-    """Weight of a penalty on the KL divergence from the starting policy (report's sister papers: none)."""
+    """Weight of a penalty on the KL divergence from the starting policy. The report's sister papers use no such
+    penalty."""
     entropy: NotNegative = 0.0
-    """Weight of an entropy bonus in the loss (report's sister papers: none)."""
+    """Weight of an entropy bonus in the loss. The report's sister papers use no such bonus."""
     betas: tuple[Rate, Rate] = (0.9, 0.95)
-    """AdamW's decay rates of its two moments, for policy and critic (reconstruction, from Open-Reasoner-Zero)."""
+    """Decay rates of AdamW's two moment estimates, for policy and critic (reconstruction, from Open-Reasoner-Zero)."""
     weight_decay: NotNegative = 0.0
-    """AdamW's decoupled weight decay, for policy and critic (reconstruction, from Open-Reasoner-Zero)."""
+    """Decoupled weight decay of AdamW, for policy and critic (reconstruction, from Open-Reasoner-Zero)."""
     max_grad_norm: Positive = 1.0
-    """Largest global norm of the gradients of policy and critic; larger gradients are scaled down to it
+    """Maximum global norm of a gradient, for policy and critic. A larger gradient is scaled down to this norm
     (reconstruction)."""
     max_skipped_steps: Count = 3
-    """Number of consecutive skipped optimizer steps at which the run stops. A step is skipped if its gradient is not
+    """The run stops after this number of consecutive skipped optimizer steps. A step is skipped if its gradient is not
     finite."""
     policy_loss: VerlLoss | None = None
-    """A policy loss of verl instead of ours, such as {verl: gspo}; needs ratio: clip."""
+    """Policy loss of verl that replaces ours, such as {verl: gspo}; needs `ratio: clip`."""
     rollout_correction: VerlRolloutCorrection | None = None
-    """verl's correction of the engine-learner mismatch, instead of tis_cap and tis_policy."""
+    """verl's correction of the mismatch between engine and learner; replaces tis_cap and tis_policy."""
 
 
 class Partial(Options):
-    """Partial rollouts: an iteration ends when enough groups are complete; responses that are cut continue in the next
-    one."""
+    """Options of partial rollouts. An iteration ends when enough groups are complete; unfinished responses continue in
+    the next iteration."""
 
     extra_prompts: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Prompts that are sampled in addition to prompts_per_iteration, as a share of that number, rounded up."""
+    """Number of additional prompts that are sampled, as a share of prompts_per_iteration; the product is rounded up."""
     chunk_tokens: Count = 1024
-    """Tokens by which all responses grow between two checks whether enough groups are complete."""
+    """Number of tokens by which each response grows between two checks. A check finds out whether enough groups are
+    complete."""
 
 
 class RolloutOptions(Options):
     temperature: Positive = 1.0
-    """Sampling temperature. There is no top_p or top_k: probability ratios need the whole distribution."""
+    """Sampling temperature. There is no top_p or top_k, because probability ratios need the whole distribution."""
     workers: Count = 1
-    """vLLM engines, each in a process of its own, and on a GPU of its own if there are GPUs."""
+    """Number of vLLM engines. Each engine has its own process, and its own GPU if there are GPUs."""
     threads: Count = 1
-    """CPU threads of each engine, if it runs on the CPU."""
+    """Number of CPU threads of each engine, if the engines run on the CPU."""
     kv_cache_gib: Count = 4
-    """GiB of key-value cache of each engine, if it runs on the CPU."""
+    """Size of each engine's key-value cache in GiB, if the engines run on the CPU."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
-    """Fraction of a GPU's memory that its engine takes."""
+    """Fraction of a GPU's memory that the engine on this GPU takes."""
     patience_s: Positive = 600.0
-    """Seconds without a sign of life after which an engine counts as hung and is replaced."""
+    """An engine that gives no sign of life for this number of seconds counts as hung and is replaced."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """Largest number of iterations by which the engines' weights may lag behind. 0: engines and learner take turns; 1:
-    the next iteration's samples are made while this iteration trains, with the weights from before it."""
+    """Maximum number of iterations by which the engines' weights may be older than the learner's weights. 0: engines
+    and learner take turns. 1: while one iteration trains, the engines make the samples of the next iteration with the
+    older weights."""
     partial: Partial | None = None
-    """{} or its options: the longest responses are cut and continue in the next iteration, with newer weights, so that
-    the others need not wait for them; each token keeps the logprob from the weights that sampled it. null: every
-    response is sampled to its end."""
+    """{} or a mapping with options turns on partial rollouts. The longest responses are then cut and continue in the
+    next iteration with newer weights. The other responses need not wait for them. Each token keeps the logprob from the
+    weights that sampled it. null: every response is sampled to its end."""
     save: Count | Literal["all", "none"] = "all"
-    """Samples per iteration that are written to rollouts/."""
+    """Number of samples per iteration that are written to rollouts/; all or none are possible too."""
     logprob_check: Count = 8
-    """Responses per weight sync whose logprobs the learner recomputes, to check that engine and learner agree."""
+    """Number of responses that are sampled after each weight sync to check that engine and learner agree; the learner
+    recomputes their logprobs."""
     logprob_check_tokens: Count = 16
-    """Largest number of tokens of such a response; the check costs as many steps of the engine."""
+    """Maximum number of tokens of a response for logprob_check. The check takes the same number of engine steps."""
     logprob_gap_limit: Positive = 0.05
-    """Mean |engine - learner| logprob (nats per token) above which the run stops. Sound bfloat16 on a GPU
-    shows 0.01 to 0.04, float32 less than 0.0001."""
+    """The run stops if the mean |engine - learner| logprob (nats per token) is above this value. Without an error, it
+    is 0.01 to 0.04 in bfloat16 on a GPU, and less than 0.0001 in float32."""
 
 
 class Learner(Options):
     ranks: Count = 1
-    """Processes that the policy is split over (FSDP2); the critic is split over as many others. Each takes a GPU."""
+    """Number of processes that the policy is split over (FSDP2). The critic is split over the same number of other
+    processes. Each process takes one GPU."""
     token_budget: Count = 32_768
-    """Tokens in one forward pass. Changes memory and speed, never the result."""
+    """Maximum number of tokens in one forward pass. This option changes memory use and speed, but never the result."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where policy and critic run; auto: on GPUs, and without any the run does not start."""
+    """Device of policy and critic. auto: GPUs; if there are no GPUs, the run does not start."""
     threads: Count | None = None
-    """CPU threads of the learner; null: torch decides."""
+    """Number of CPU threads of the learner; null: torch decides."""
     activation_checkpointing: bool = False
-    """true: keep only each layer's input for the backward pass and compute the rest again: less memory, a third more
-    work."""
+    """true: only the input of each layer is kept for the backward pass, and the other activations are computed again.
+    This takes less memory and a third more computation."""
     patience_s: Positive = 7200.0
-    """Seconds that policy or critic may take for one call, for example the update of a whole iteration, before they
-    count as hung and all processes are started again from the newest checkpoint."""
+    """Time limit, in seconds, of one call to policy or critic, for example the update of a whole iteration. A process
+    that takes longer counts as hung, and all processes are started again from the newest checkpoint."""
     features_mib: Count = 65_536
-    """MiB of image features of the frozen encoder that are kept; while there is room, each picture is encoded only
-    once. Features that do not fit in Ray's object store are moved to disk."""
+    """Size in MiB of the cache for image features of the frozen encoder. While the cache has room, each picture is
+    encoded only once. Features that do not fit in Ray's object store are moved to disk."""
 
 
 class Checkpoint(Options):
     every: Count = 20
-    """Iterations between checkpoints; the last iteration always makes one."""
+    """Number of iterations between two checkpoints. The last iteration always makes a checkpoint."""
     keep: Count = 2
     """Number of newest checkpoints that stay on disk."""
     keep_every: Count | None = None
-    """Checkpoints of iterations that are multiples of this number stay, too."""
+    """Checkpoints of iterations that are multiples of this number stay on disk too."""
 
 
 class Evaluation(Options):
     every: Count = 100
-    """Iterations between greedy evaluations; iteration 0 and the last always have one."""
+    """Number of iterations between two greedy evaluations. Iteration 0 and the last iteration always have an
+    evaluation."""
     batch: Count = 256
-    """Held-out prompts that the engines get at a time."""
+    """Number of held-out prompts that the engines get at a time."""
     sampled_rows: Count | None = None
-    """Rows of each task for which a chain's last evaluation samples 16 answers and a synthesis; null: all."""
+    """Number of rows of each task for which the last evaluation of a chain samples 16 answers and a synthesis; null:
+    all rows."""
 
 
 class Log(Options):
     trackers: Trackers = ("tensorboard",)
-    """Where metrics go besides metrics.jsonl: one or several of tensorboard, wandb and mlflow."""
+    """Trackers that get the metrics in addition to metrics.jsonl: one or several of tensorboard, wandb and mlflow."""
     timeline: bool = False
-    """Write timeline.json (Chrome trace format): what every process does and waits for. Open it in
-    ui.perfetto.dev."""
+    """true: the run writes timeline.json (Chrome trace format), which shows what every process does and waits for. Open
+    the file in ui.perfetto.dev."""
 
 
 class Config(Options):
-    """The options of a whole run. The four sizes have no default here, because each stage has its own (stages/)."""
+    """The options of a whole run.
+
+    The options from `iterations` to `max_sequence_length` have no default here, because each stage in stages/ has its
+    own defaults for them.
+    """
 
     stage: str
     """Kind of RL: rlvr (verifiable answers), rlhf (preferences) or pacore (synthesis of answers)."""
     iterations: Count
-    """Times to sample, score and update."""
+    """Number of iterations. Each iteration samples responses, scores them and updates the weights."""
     prompts_per_iteration: Count
-    """Rows that an iteration samples responses for."""
+    """Number of rows for which an iteration samples responses."""
     rollouts_per_prompt: Count
-    """Responses that are sampled for each row."""
+    """Number of responses that are sampled for each row."""
     max_sequence_length: Annotated[int, Field(ge=16)]
-    """Largest number of tokens of a prompt (its image tokens included) and its response together."""
+    """Maximum number of tokens of a prompt (with its image tokens) and its response together."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of data order, sampling and initial value head."""
+    """Seed for the order of the data, for sampling and for the initial value head."""
     model: Model
-    """The policy to start from."""
+    """The model that the run starts from."""
     data: Data
     """The rows to train and evaluate on."""
     rewards: Annotated[dict[str, Rewards], Field(min_length=1)]
-    """Task -> the reward that scores it, or a list of rewards that are weighted and added. A row's `task` says which
-    task it belongs to."""
+    """Maps each task to the reward that scores its responses, or to a list of rewards whose weighted sum is used. The
+    column `task` of a row names its task."""
     reward_workers: Count | None = None
-    """Processes that run the rewards that ask no judge; null: one per CPU core, at most 32."""
+    """Number of processes that run the rewards which do not ask a judge; null: one process per CPU core, at most 32."""
     max_invalid_fraction: Fraction = 0.1
-    """Share of an iteration's samples that may be invalid (a reward or its endpoint failed) before the run stops."""
+    """The run stops if a larger share of an iteration's samples is invalid. A sample is invalid if a reward or its
+    endpoint failed."""
     max_restarts: Annotated[int, Field(ge=0)] = 10
-    """Number of times that processes which died or hung are replaced before the run stops. An engine, or a judge that
-    the run serves, is replaced alone. If policy or critic fails, all processes are started again from the
-    newest checkpoint."""
+    """Maximum number of times that a run replaces processes which died or hung; at the next failure it stops. An
+    engine, or a judge that the run serves, is replaced alone. If policy or critic fails, all processes are started
+    again from the newest checkpoint."""
     max_start_s: Positive = 3600.0
-    """Seconds that a process of the run may take to start before it counts as hung."""
+    """Time limit, in seconds, for the start of a process. A process that takes longer counts as hung."""
     endpoints: dict[str, EndpointOptions] = {}
-    """Name -> the server of a judge, for the rewards that ask it."""
+    """Maps names to servers of judges. A reward refers to its judge by this name."""
     accept: Accept = Accept()
-    """The reward from which a response counts as right."""
+    """The lowest reward at which a response counts as right."""
     preference: Preference = Preference()
     """Options of the stage rlhf."""
     synthesis: SynthesisOptions = SynthesisOptions()
-    """Messages in the stage pacore, in curation's filter synthesis and in evaluation."""
+    """Options of prompts with messages, for the stage pacore, the curation filter `synthesis` and evaluation."""
     ppo: PPO
-    """The algorithm."""
+    """Options of the PPO algorithm."""
     rollout: RolloutOptions = RolloutOptions()
     """How responses are sampled."""
     learner: Learner = Learner()
-    """How policy and critic are computed, and where."""
+    """How and on which devices policy and critic are computed."""
     checkpoint: Checkpoint = Checkpoint()
-    """When checkpoints are made, and which stay on disk."""
+    """When checkpoints are made, and which checkpoints stay on disk."""
     eval: Evaluation = Evaluation()
     """When the policy is measured on held-out rows."""
     log: Log = Log()
-    """Trackers and timeline."""
+    """Options of trackers and timeline."""
     curate: CurationOptions = CurationOptions()
     """Options of `python -m stages.curate`; a training run does not use them."""
 
@@ -554,9 +601,10 @@ class Config(Options):
         return self.prompts_per_iteration * self.rollouts_per_prompt
 
     def prompt_range(self, iteration: int) -> range:
-        """Returns the positions, in the endless sequence of prompts, of the prompts that an iteration begins.
+        """Returns the positions of the prompts that are started in an iteration. Prompts form an endless sequence;
+        iterations count from 1.
 
-        Iterations count from 1. With partial rollouts the first one begins more prompts than it finishes.
+        With partial rollouts, the first iteration starts more prompts than it finishes.
         """
         size, partial = self.prompts_per_iteration, self.rollout.partial
         extra = math.ceil(partial.extra_prompts * size) if partial else 0
@@ -587,10 +635,10 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
         ("curate.decontamination.against", config.curate.decontamination.against),
     ):
         if any(source.weight for source in sources):
-            yield OptionError(key, "has a source with a weight; only data.train is drawn from by weight")
+            yield OptionError(key, "has a source with a weight; only sources of data.train may have one")
     weights = [source.weight for source in config.data.train]
     if None in weights and any(weights):
-        yield OptionError("data.train", "gives some of its sources a weight; give all of them one, or none")
+        yield OptionError("data.train", "gives some of its sources a weight; give all sources a weight, or none")
     if unknown := [task for task in config.preference.verifiable_tasks if task not in config.rewards]:
         yield OptionError("preference.verifiable_tasks", f"has {unknown[0]!r}, for which there is no reward")
     curation, needed = config.curate, config.synthesis.least_messages
@@ -617,8 +665,8 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
 
 
 def _stored_secrets(config: Config) -> Iterator[OptionError]:
-    """Errors for parameters that hold a secret. recipe.yaml stores every value, so a parameter may only name the
-    environment variable of a secret."""
+    """Yields an error for each parameter that holds a secret. recipe.yaml stores every value, so a parameter may
+    contain only the name of the secret's environment variable."""
     for task, rewards in config.rewards.items():
         for scorer in (scorer for reward in rewards for scorer in (reward, *reward.penalties)):
             for name in _names(scorer.params):

@@ -1,9 +1,10 @@
-"""Measures a policy on held-out rows: pass@1, pass@K, majority vote and PaCoRe, with tokens and intervals.
+"""Measures a policy on held-out rows: pass@1, pass@K, majority vote and PaCoRe, with tokens and confidence intervals.
 
     python -m rl.evaluate --model DIR --data FILE [--recipe RECIPE] [--modes sere,majority,pacore] [--json]
 
-The recipe says how tasks are scored and what counts as right (`rewards`, `accept`). With --cache, responses of the
-model are stored, and a later call with the same file does not sample them again. Exit codes are in rl/exits.py.
+The recipe's options `rewards` and `accept` say how responses are scored and which responses count as right. With
+--cache, the responses of the model are stored in a file, and a later call with the same file does not sample them
+again. Exit codes are in rl/exits.py.
 """
 
 import argparse
@@ -33,19 +34,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--recipe",
         default="rlvr",
-        help="source of rewards and accept: shipped recipe (default: rlvr) or YAML file",
+        help="recipe with the options rewards and accept: a shipped recipe's name (default: rlvr) or a YAML file",
     )
-    p.add_argument("--profile", help="as for rl.run")
+    p.add_argument("--profile", help="scale of the run, as in rl.run: a name in recipes/profiles (cpu), or a YAML file")
     p.add_argument("--modes", default=",".join(MODES), help="one or several of sere,majority,pacore (default: all)")
     p.add_argument("--attempts", type=int, default=16, metavar="K", help="chains of thought per row (default: 16)")
     p.add_argument("--syntheses", type=int, default=1, metavar="N", help="PaCoRe syntheses per row (default: 1)")
-    p.add_argument("--limit", type=int, help="number of rows of each task, from the first on (default: all)")
+    p.add_argument("--limit", type=int, help="only the first LIMIT rows of each task are used (default: all)")
     p.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
-    p.add_argument("--cache", type=Path, help="JSONL that stores the model's responses; an existing file is continued")
+    p.add_argument("--cache", type=Path, help="JSONL that stores the model's responses; an existing file is read first")
     p.add_argument("--trajectories", type=Path, metavar="FILE", help="cache of another evaluation, or OUT of "
-                   "rollout.generate: its first round is used instead of sampling one")  # fmt: skip
-    p.add_argument("--blind", action="store_true", help="only rows with pictures, each with the pictures of another "
-                   "row: measures what answers earn that do not depend on the picture")  # fmt: skip
+                   "rollout.generate; its first round is used, and no first round is sampled")  # fmt: skip
+    p.add_argument("--blind", action="store_true", help="use only rows with pictures, each with the pictures of "
+                   "another row: measures the reward of answers that do not depend on the picture")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_target_options(p)
     return p
@@ -79,9 +80,9 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def config_of(args: argparse.Namespace) -> Config:
-    """Returns the config of the recipe, with model and rows of the command line. Raises RecipeError."""
+    """Returns the config of the recipe, with the model and the rows that the command line names. Raises RecipeError."""
     rows = [f"data.train={args.data}", f"data.eval={args.data}"] if args.data else []
-    overrides = [f"model.path={args.model}", *args.overrides, *rows]  # mandatory values that a recipe may not have
+    overrides = [f"model.path={args.model}", *args.overrides, *rows]  # mandatory values that the recipe may lack
     return load(find_recipe(args.recipe), profile=args.profile, overrides=overrides).config
 
 

@@ -49,9 +49,9 @@ def run_command(
 
     Args:
         work: the command; returns its exit code.
-        input_errors: exceptions that mean exit code 2.
-        failures: exceptions that mean exit code 1, unless they are `input_errors` too.
-        resume: how to continue; printed after a failure and after an interruption.
+        input_errors: exceptions after which the exit code is 2.
+        failures: exceptions after which the exit code is 1, unless they are `input_errors` too.
+        resume: advice on how to continue, printed after a failure and after an interruption.
         interrupted: message after Ctrl-C or SIGTERM.
     """
     try:
@@ -74,6 +74,6 @@ def has_gpus() -> bool:
 
 
 def check_hardware(config: "Config", *, dry_run: bool) -> None:
-    """Raises InputError if the recipe needs GPUs and there are none. A dry run needs none."""
+    """Raises InputError if the recipe needs GPUs and there are none. A dry run does not need GPUs."""
     if config.learner.device != "cpu" and not dry_run and not has_gpus():
         raise InputError(NO_GPU.format(recipe="This recipe"))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two updates, after a checkpoint to resume from."""
+"""Ends a run after Ctrl-C or SIGTERM, between two updates, when a checkpoint has been saved."""
 
 import signal
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class Interrupts:
 
     @contextmanager
     def installed(self) -> Iterator["Interrupts"]:
-        """Handles both signals inside the block; restores the handlers of before at its end."""
+        """Handles SIGINT and SIGTERM inside the block, and restores the earlier handlers at the end of the block."""
         before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
@@ -34,7 +34,8 @@ class Interrupts:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """For a block in which no weights change: a signal raises `Interrupted` at any point of it."""
+        """Marks a block in which no weights change. A signal raises `Interrupted` at once, at any point of the
+        block."""
         self.check()
         self._waiting = True
         try:
@@ -43,7 +44,7 @@ class Interrupts:
             self._waiting = False
 
     def check(self) -> None:
-        """Raises Interrupted if a signal has come."""
+        """Raises Interrupted if a signal has arrived."""
         if self.stop_requested:
             raise Interrupted
 

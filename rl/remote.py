@@ -1,7 +1,7 @@
-"""Types of objects in other processes. rl/actors.py implements them with Ray.
+"""Defines types for objects in other processes. rl/actors.py implements these types with Ray.
 
-A method is named by the function itself, for example `remote.start(Policy.update, batch, ...)`, so that the type
-checker compares the arguments and the result with the method's signature.
+A caller passes the method itself, for example `remote.start(Policy.update, batch, ...)`, so that the type checker can
+compare the arguments and the result with the method's signature.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,21 +21,22 @@ class Future(Protocol[R_co]):
     def result(self, patience: float | None = None) -> R_co:
         """Waits for the result.
 
-        Raises: what the method raised; WorkerDied if the process died or did not answer for `patience` seconds.
+        Raises the exception of the method, or WorkerDied if the process died or did not answer for `patience` seconds.
         """
         ...
 
 
 class Remote(Protocol[T]):
-    """An object of type T in another process, or in several that act as one."""
+    """An object of type T in another process, or in several processes that act as one object."""
 
     def start(self, method: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Begins `method(object, *args)` and returns at once. Calls to one object run in their order."""
+        """Starts `method(object, *args)` and returns at once. Calls to the same object run one after the other, in
+        order."""
         ...
 
     @property
     def ranks(self) -> "Sequence[Remote[T]]":
-        """The object in each of its processes."""
+        """One Remote for each process of the object."""
         ...
 
 
@@ -43,7 +44,7 @@ class StreamingRemote(Remote[T], Protocol[T]):
     """A remote object that has generators as methods."""
 
     def stream(self, method: Callable[Concatenate[T, P], Iterator[Any]], *args: P.args, **kwargs: P.kwargs) -> Stream:
-        """Begins the generator `method(object, *args)` and returns at once."""
+        """Starts the generator `method(object, *args)` and returns at once."""
         ...
 
 

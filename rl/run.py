@@ -1,4 +1,4 @@
-"""The command `python -m rl.run RECIPE [--profile cpu] [key=value ...]`: checks the recipe, then starts the run.
+"""Implements `python -m rl.run RECIPE [--profile cpu] [key=value ...]`, which checks a recipe and then starts the run.
 
 A recipe is for one stage, or for a chain of stages (rl/recipe/chain.py). Exit codes are in rl/exits.py.
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(args: argparse.Namespace) -> int:
     if args.allow and not args.resume:
-        raise InputError("--allow is for --resume: a new run may have any value")
+        raise InputError("--allow is for --resume: in a new run, every option may have any value")
     loaded = _resumed(args) if args.resume else _new(args)
     return _run_chain(loaded, args) if isinstance(loaded, Chain) else _run_stage(loaded, args)
 
@@ -61,7 +61,8 @@ def _new(args: argparse.Namespace) -> Resolved | Chain:
 
 
 def _saved_recipe(args: argparse.Namespace) -> Path:
-    """Returns the recipe of the run that is resumed. Raises InputError for arguments that --resume does not take."""
+    """Returns the recipe file of the run that is resumed. Raises InputError for arguments that --resume does not
+    accept."""
     if args.profile or args.output or args.stage:
         raise InputError("--resume continues with the run's own recipe; leave out --profile, --output and --stage")
     if wrong := next((text for text in _overrides(args) if "=" not in text), None):
@@ -73,12 +74,12 @@ def _saved_recipe(args: argparse.Namespace) -> Path:
 
 
 def _overrides(args: argparse.Namespace) -> list[str]:
-    """With --resume all positional arguments are overrides."""
+    """Returns all positional arguments. With --resume, all of them are overrides."""
     return [text for text in (args.recipe, *args.overrides) if text]
 
 
 def _resumed(args: argparse.Namespace) -> Resolved | Chain:
-    """Returns the run's own recipe with the overrides. Raises InputError for overrides that are not allowed."""
+    """Returns the saved recipe of the run with the overrides. Raises InputError for overrides that are not allowed."""
     recipe = _saved_recipe(args)
     if is_chain(recipe):
         return _resumed_chain(recipe, args)
@@ -88,7 +89,10 @@ def _resumed(args: argparse.Namespace) -> Resolved | Chain:
 
 
 def _resumed_chain(recipe: Path, args: argparse.Namespace) -> Chain:
-    """Like `_resumed`, for a chain. The iterations of a stage cannot change after the next stage has begun."""
+    """Returns the saved chain with the overrides. Raises InputError for overrides that are not allowed.
+
+    The option `iterations` of a stage cannot change after the next stage has started.
+    """
     from rl.record.run_folder import RunFolder
 
     folder = args.resume.resolve()
@@ -122,8 +126,8 @@ def _check_changes(changed: Sequence[Change], may_change: Set[str], allowed: Seq
         listed = "".join(f"\n  {change}" for change in changes)
         named = " ".join(f"--allow {change.key}" for change in changes)
         raise InputError(
-            f"a resumed run keeps its recipe, but these would change:{listed}\nStart a new run for that, or say that "
-            f"it is meant: {named}"
+            f"a resumed run keeps its recipe, but these options would change:{listed}\nStart a new run with the "
+            f"changes, or allow them: {named}"
         )
 
 
@@ -143,7 +147,7 @@ MAY_CHANGE = frozenset(
         "learner.patience_s",
         "rollout.patience_s",
     }
-)  # options that change no weight
+)  # options that do not affect the weights
 
 
 def _run_chain(chain: Chain, args: argparse.Namespace) -> int:

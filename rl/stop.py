@@ -1,4 +1,4 @@
-"""Exceptions that end a run, or restart it from its last checkpoint. Tested in tests/stages/test_ahead.py,
+"""Defines the exceptions that end a run or restart it from its last checkpoint. Tested in tests/stages/test_ahead.py,
 tests/rollout/test_pool.py and tests/rl/record/test_checkpoints.py."""
 
 GO_ON = "continue with --resume (a curation: with the same command)"  # the advice at the end of a Stop's message
@@ -20,4 +20,4 @@ class WorkerDied(RuntimeError):
 
 
 class SourceDied(WorkerDied):
-    """The called process runs, but a process whose result it waited for has died."""
+    """The called process still runs, but it waited for the result of another process that has died."""

@@ -1,7 +1,7 @@
-"""The data types of a run: Prompt -> Rollout -> Scored -> Batch -> Targets. Values are complete when they are made.
+"""Defines the data types of a run, in the order of their creation: Prompt -> Rollout -> Scored -> Batch -> Targets.
 
-This file imports no torch, ray or vllm, so that rewards and data code can import it anywhere. Batch and Targets are in
-rl/learner.
+Objects of these types do not change after their creation. This file does not import torch, ray or vllm, so that every
+process can import it. Batch and Targets are in rl/learner.
 """
 
 import base64
@@ -18,13 +18,14 @@ from PIL import Image
 Finish = Literal["stop", "length"]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 SYNTHESIS_TEMPLATE = "pacore.jinja"
-"""The file in a model folder with the template that the model was trained with for pooled answers."""
+"""Name of a template file in a model folder. The model was trained with this template for prompts with pooled
+answers."""
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
 def answer_of(text: str) -> str:
-    """Returns a response's final answer, stripped: the text after the last `</think>`; the whole text if there is no
-    think tag; "" if the thinking was not closed."""
+    """Returns the final answer of a response, without surrounding whitespace. It is the text after the last `</think>`,
+    or the whole text if there is no think tag. Returns "" if the thinking was not closed."""
     if THINK_CLOSE in text:
         return text.rpartition(THINK_CLOSE)[2].strip()
     return "" if THINK_OPEN in text else text.strip()
@@ -32,10 +33,10 @@ def answer_of(text: str) -> str:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a prompt, by reference (a file) or by value (encoded bytes).
+    """One picture of a prompt, stored as the path of a file or as encoded bytes.
 
-    `digest` is the SHA-256 of the encoded bytes and identifies the picture: two rows that show the same picture share
-    one entry in the learner's feature cache.
+    `digest` is the SHA-256 of the encoded bytes and identifies the picture. Two rows with the same picture share one
+    entry in the learner's feature cache.
     """
 
     source: Path | bytes
@@ -43,21 +44,21 @@ class Picture:
 
     @classmethod
     def of(cls, source: str | Path | bytes) -> "Picture":
-        """Returns the picture in a file or in encoded bytes. Raises FileNotFoundError if the file does not exist."""
+        """Makes a Picture from a file or from encoded bytes. Raises FileNotFoundError if the file does not exist."""
         if not isinstance(source, bytes):
             source = Path(source).resolve()
         data = source if isinstance(source, bytes) else source.read_bytes()
         return cls(source, hashlib.sha256(data).hexdigest())
 
     def load(self) -> Image.Image:
-        """Returns the decoded picture, RGB."""
+        """Returns the decoded picture in RGB."""
         data = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
         with Image.open(data) as image:
             return image.convert("RGB")
 
     @property
     def data_url(self) -> str:
-        """The encoded picture as a data: URL, converted to PNG if servers may not read its format."""
+        """The encoded picture as a `data:` URL. It is converted to PNG if servers may not support its format."""
         data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             kind = image.format
@@ -69,7 +70,7 @@ class Picture:
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels, read from the header."""
+        """(width, height) in pixels, read from the header of the file."""
         data = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
         with Image.open(data) as image:
             return image.size
@@ -77,16 +78,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class PooledAnswers:
-    """Final answers of earlier attempts that a prompt shows to the policy, in this order."""
+    """The final answers of earlier attempts that a prompt contains, in the order of the prompt."""
 
     texts: tuple[str, ...]
-    accepted: tuple[bool, ...] | None = None  # which of them are correct; None if unknown
+    accepted: tuple[bool, ...] | None = None  # for each text: is it correct? None if unknown
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One validated data row. `messages` is a chat; its image parts are `{"type": "image"}` placeholders, in the order
-    of `images`."""
+    """One validated data row. `messages` is a chat in which `{"type": "image"}` placeholders stand for the pictures, in
+    the order of `images`."""
 
     id: str
     task: str
@@ -96,32 +97,34 @@ class Prompt:
     reference: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     messages_pool: tuple[str, ...] = ()  # final answers of earlier attempts, for PaCoRe
-    pool_accuracy: float | None = None  # share of the pool that was accepted
-    pool_accepted: tuple[bool, ...] = ()  # which of the pool were accepted; () if unknown
-    shown: PooledAnswers | None = None  # the pooled answers that the policy sees with the problem
+    pool_accuracy: float | None = None  # share of the pool's answers that were accepted
+    pool_accepted: tuple[bool, ...] = ()  # for each answer of the pool: was it accepted? () if unknown
+    shown: PooledAnswers | None = None  # pooled answers that the policy sees with the problem
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response: P prompt tokens (image slots expanded), R response tokens, all chosen by the policy."""
+    """One sampled response. P is the number of prompt tokens (with expanded image slots), R the number of response
+    tokens. The policy chose all response tokens."""
 
     prompt: Prompt
-    text: str  # response_ids decoded without special tokens; think tags are kept
+    text: str  # decoded response_ids without special tokens, but with think tags
     finish: Finish = "stop"
     prompt_ids: tuple[int, ...] = ()  # [P]
-    response_ids: tuple[int, ...] = ()  # [R]; ends in an end-of-sequence token unless finish == "length"
-    rollout_logprobs: tuple[float, ...] = ()  # [R] nats, from the engine that sampled it
-    policy_step: int = 0  # number of updates of the weights that sampled it, or its first piece
-    pieces: tuple[tuple[int, int], ...] = ()  # (policy_step, tokens) of each piece, if sampled in pieces
+    response_ids: tuple[int, ...] = ()  # [R]; the last is an end-of-sequence token, except if finish == "length"
+    rollout_logprobs: tuple[float, ...] = ()  # [R] in nats, from the engine that sampled the response
+    policy_step: int = 0  # number of updates before the response, or its first piece, was sampled
+    pieces: tuple[tuple[int, int], ...] = ()  # (policy_step, number of tokens) of each piece, if sampled in pieces
 
     @property
     def steps(self) -> tuple[tuple[int, int], ...]:
-        """(policy_step, tokens) of every piece; a response that was not sampled in pieces is one."""
+        """(policy_step, number of tokens) of every piece. A response that was not sampled in pieces is one piece."""
         return self.pieces or ((self.policy_step, len(self.response_ids)),)
 
     @property
     def reasoning(self) -> str:
-        """The stripped text before the last `</think>`, without `<think>`; "" if the response has no think tag."""
+        """The text before the last `</think>`, without `<think>` and surrounding whitespace; "" if there is no think
+        tag."""
         if THINK_CLOSE in self.text:
             before = self.text.rpartition(THINK_CLOSE)[0]
         elif THINK_OPEN in self.text:
@@ -140,14 +143,14 @@ class Rollout:
 class Scored:
     """A rollout and its reward.
 
-    `reward` is the number that PPO maximises; it is used only if `invalid` is None. `parts` has one number per
-    component reward, `details` everything else that the rewards recorded; both can be written as JSON. `seconds` is
-    the duration of the scoring.
+    `reward` is the number that PPO maximises. It is used only if `invalid` is None. `parts` has one number per
+    component of the reward, and `details` has everything else that the rewards recorded. `parts` and `details` can be
+    written as JSON. `seconds` is the duration of the scoring.
     """
 
     rollout: Rollout
     reward: float
-    invalid: str | None = None  # why the sample is not used in the loss; never because of the response's text
+    invalid: str | None = None  # why the loss does not use the sample; the response's text is never the reason
     parts: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -155,28 +158,30 @@ class Scored:
 
 @dataclass(frozen=True)
 class RowScore:
-    """A row judge's value for one data row, 0 to 1; it counts only when `invalid` is None. Fields as in Scored."""
+    """The value that a row judge gives to one data row, from 0 to 1. The value is used only if `invalid` is None. The
+    other fields mean the same as in Scored."""
 
     value: float
-    invalid: str | None = None  # why there is no value
+    invalid: str | None = None  # why the row has no value
     details: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request to an engine: a single response to a tokenised prompt with one image token per picture."""
+    """Asks an engine for a single response to a tokenised prompt. The prompt has one image token per picture."""
 
     prompt_ids: tuple[int, ...]
     images: tuple[Picture, ...]
     max_tokens: int
     seed: int
-    temperature: float = 1.0  # 0 is greedy; greedy and sampled requests never share a generate() call
+    temperature: float = 1.0  # 0: greedy decoding; greedy and sampled requests never share a generate() call
 
 
 @dataclass(frozen=True)
 class Completion:
-    """An engine's answer to a Request: expanded prompt ids, sampled ids, and the logprob of each sampled id (nats)."""
+    """The result of a Request: prompt ids with expanded image slots, sampled ids, and the logprob of each sampled id in
+    nats."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]

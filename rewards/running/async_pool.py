@@ -1,8 +1,8 @@
-"""One process for rewards that wait, such as those that ask a judge: many jobs at a time, through outages.
+"""A process for rewards that wait, such as rewards that ask a judge. It runs many jobs at a time.
 
-If a job blocks or kills the process, all jobs that were running are asked again, one at a time, to find that job. Jobs
-whose endpoint does not answer are held; the endpoint is probed with one of them until it answers or its `max_wait` is
-over.
+If a job blocks or kills the process, all jobs that were running start again, one at a time, to find the cause. If an
+endpoint does not answer, its jobs are held. One of them is sent as a probe from time to time, until the endpoint
+answers or its `max_wait` is over.
 """
 
 import atexit
@@ -23,9 +23,9 @@ from rewards.running.process import ProcessDied, SetupFailed, WorkerProcess
 from rewards.running.worker import WorkerSetup
 from rl.stop import Stop
 
-MOST_AT_ONCE = 1024  # jobs that the process has at a time; each endpoint also has its own limit, `concurrency`
-STALL_S = (2.0, 30.0)  # seconds without a message after which the process counts as blocked: least and most
-PROBE_S = (2.0, 60.0)  # seconds between probes of an endpoint that does not answer: first and most
+MOST_AT_ONCE = 1024  # maximum number of jobs in the process; each endpoint also has a limit, `concurrency`
+STALL_S = (2.0, 30.0)  # bounds (minimum, maximum) of the time limit: a process silent for longer counts as blocked
+PROBE_S = (2.0, 60.0)  # seconds between probes of an endpoint that does not answer: first pause and longest pause
 
 
 class EndpointAway(Stop):
@@ -34,10 +34,10 @@ class EndpointAway(Stop):
 
 @dataclass(frozen=True)
 class Outage:
-    """A change in whether an endpoint answers.
+    """A report that an endpoint does not answer, or that it answers again.
 
-    `why` is the error if the endpoint does not answer, and None if it answers again, after `seconds`. `again` is True
-    for a repeated report: an outage that was reported before continues.
+    If the endpoint does not answer, `why` is the error. If it answers again after `seconds`, `why` is None. `again` is
+    True if the same outage was reported before and continues.
     """
 
     endpoint: str
@@ -63,7 +63,7 @@ class _AwayEndpoint:
     probe: Job | None = None
 
     def schedule_next_probe(self) -> None:
-        """To be called when a probe has ended without an answer: the pause before the next one is longer."""
+        """Sets a longer pause before the next probe. To be called when a probe has ended without an answer."""
         self.probe = None
         self.pause_s = min(PROBE_S[1], 2 * self.pause_s)
         self.probe_at = time.monotonic() + self.pause_s * random.uniform(0.8, 1.2)
@@ -73,17 +73,17 @@ class AsyncPool(RewardPool):
     """Runs jobs of async scorers. If an outage is longer than the endpoint's `max_wait`, the jobs that wait for the
     endpoint fail with EndpointAway.
 
-    outages  outages as they begin, continue and end
+    outages  queue of reports when an outage begins, continues or ends
     """
 
     def __init__(self, setup: WorkerSetup, setup_s: float):
         super().__init__(setup, setup_s)
         self.outages: queue.SimpleQueue[Outage] = queue.SimpleQueue()
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._wake_reader, self._wake_writer = os.pipe()  # a byte wakes the thread
+        self._wake_reader, self._wake_writer = os.pipe()  # a byte in this pipe wakes the thread
         self._numbers = itertools.count()
         self._running: dict[int, Job] = {}
-        self._suspects: list[Job] = []  # ran when the process ended; each is asked again alone
+        self._suspects: list[Job] = []  # jobs that ran when the process ended; each is run again alone
         self._alone: Job | None = None  # the suspect that runs now
         self._away: dict[str, _AwayEndpoint] = {}
         self._last_message = 0.0  # time of the process's last message
@@ -101,7 +101,7 @@ class AsyncPool(RewardPool):
         os.write(self._wake_writer, b".")
 
     def close(self) -> None:
-        """Ends the process; unfinished jobs are cancelled."""
+        """Ends the process and cancels unfinished jobs."""
         with self._lock:
             self.closed = True
             if self._wake_writer < 0:
@@ -134,7 +134,7 @@ class AsyncPool(RewardPool):
                     self._step()
                 except (SetupFailed, ProcessDied) as e:
                     self._on_process_lost(e)
-        except BaseException as e:  # any error must reach the code that waits for a job
+        except BaseException as e:  # the code that waits for a job must see every error
             self.closed = True
             for job in self._unfinished():
                 _fail(job, e)
@@ -143,7 +143,7 @@ class AsyncPool(RewardPool):
             self._terminate_process()
 
     def _start_process(self) -> None:
-        """Starts a process and loads every scorer. Raises SetupFailed or ProcessDied, with no process left."""
+        """Starts a process and loads every scorer. If this fails, ends it and raises SetupFailed or ProcessDied."""
         self._process = WorkerProcess("rewards.running.async_worker", self.setup)
         try:
             for scorer in self.setup.scorers:
@@ -175,7 +175,7 @@ class AsyncPool(RewardPool):
             process.terminate()
 
     def _step(self) -> None:
-        """Sends jobs that may run, then waits for an answer, a new job or the time of a probe."""
+        """Sends the jobs that may run now. Then waits for an answer, a new job or the time of a probe."""
         self._probe_or_give_up()
         if self._process is None:
             if self._jobs.empty() and not self._suspects:
@@ -239,8 +239,8 @@ class AsyncPool(RewardPool):
         _resolve(job, outcomes)
 
     def _on_process_lost(self, error: Exception) -> None:
-        """The process has ended, or cannot be started. Its jobs are asked again, each alone; a job that ran alone
-        caused it."""
+        """Handles a process that has ended or cannot be started. If one job ran alone, it is the cause. If several jobs
+        ran, each of them is run again alone."""
         self._terminate_process()
         if isinstance(error, SetupFailed):
             for job in (*self._running.values(), *self._suspects, *self._queued()):
@@ -255,7 +255,7 @@ class AsyncPool(RewardPool):
 
     def _blame(self, job: Job, kind: str, error: Exception) -> None:
         for away in self._away.values():
-            if away.probe is job:  # its failure says nothing about the endpoint
+            if away.probe is job:  # the job's failure says nothing about the endpoint
                 away.schedule_next_probe()
         _resolve(job, job.same_outcome(kind, error))
 
@@ -272,7 +272,7 @@ class AsyncPool(RewardPool):
         away.held.append(job)
 
     def _probe_or_give_up(self) -> None:
-        """Queues a probe of each endpoint whose time has come; fails the jobs of endpoints past their `max_wait`."""
+        """Queues the probes that are due. Fails the jobs of endpoints that do not answer for longer than `max_wait`."""
         now = time.monotonic()
         for endpoint, away in list(self._away.items()):
             if now - away.since > self.setup.endpoints[endpoint].max_wait:

@@ -24,11 +24,11 @@ from rewards.running.worker import (
 )
 from rl.types import Prompt, Rollout
 
-PULSE_S = 1.0  # seconds between signs of life; if they stay away, a reward blocks the event loop
+PULSE_S = 1.0  # seconds between pulse messages; if none comes, a reward blocks the event loop
 
 
 class AsyncRewardWorker(RewardWorker):
-    """Scores many jobs at a time. All of them share one memory limit: the largest `memory_mb` of the scorers."""
+    """Scores many jobs at a time. All jobs share one memory limit, the largest `memory_mb` of the scorers."""
 
     async def answer(self, scorer: str, items: Sequence[Rollout | Prompt], timeout_s: float) -> list[dict[str, Any]]:
         """Returns one outcome per item."""
@@ -46,20 +46,20 @@ class AsyncRewardWorker(RewardWorker):
             return to_outcomes(bound, result, len(items))
         except Unreachable as e:
             outcome = {"away": e.endpoint, "why": e.why}
-        except TimeoutError as e:  # raised by the limit, or by the reward itself
+        except TimeoutError as e:  # raised by the time limit, or by the reward itself
             late = sample_clock.elapsed >= timeout_s
             outcome = {"exhausted": f"took longer than {timeout_s:g} s"} if late else {"invalid": describe_error(e)}
         except (MemoryError, RecursionError):
-            os._exit(3)  # the parent finds the sample that took the memory: it asks again, one at a time
+            os._exit(3)  # the parent runs the jobs again, one at a time, to find the one that took the memory
         except (Exception, SystemExit, asyncio.CancelledError) as e:
             outcome = {"invalid": describe_error(e)}
         return [outcome] * len(items)
 
 
 async def serve(connection: Connection) -> None:
-    """Answers jobs until the other end closes.
+    """Answers jobs until the other end closes the connection.
 
-    A job is (number, scorer, items, seconds); without items the scorer is only loaded.
+    A job is (number, scorer, items, time limit in seconds). A job without items only loads the scorer.
     """
     worker = AsyncRewardWorker(pickle.loads(connection.recv_bytes()))
     closed = asyncio.Event()
@@ -77,7 +77,7 @@ async def serve(connection: Connection) -> None:
                     running.add(task)  # the event loop keeps only weak references to its tasks
                     task.add_done_callback(running.discard)
                 else:
-                    limit_memory(None)  # removes the limit set after the scorers that were loaded before
+                    limit_memory(None)  # removes the limit that was set when the last scorer was loaded
                     start, failed = time.monotonic(), worker.load(scorer)
                     send(connection, {"failed": failed, "seconds": time.monotonic() - start})
                     limit_memory(address_space() + (max(s.memory_mb for s in worker.scorers.values()) << 20))

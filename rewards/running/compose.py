@@ -1,4 +1,4 @@
-"""From a recipe's rewards of a task to its parts, and from the parts' outcomes to one score."""
+"""Builds the parts of a task (rewards and penalties) from a recipe, and combines their outcomes into one score."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,11 @@ BELONGS: Mapping[Kind, str] = {
 class Part:
     """A reward or penalty of a task, or a row judge."""
 
-    name: str  # in metrics
-    scorer: str  # its name in PartBuilder.scorers
+    name: str  # name in metrics
+    scorer: str  # key in PartBuilder.scorers
     bound: BoundReward
     timeout_s: float
-    factor: float  # a reward's weight, a penalty's magnitude
+    factor: float  # weight of a reward, or magnitude of a penalty
     penalties: tuple["Part", ...] = ()
 
     @property
@@ -53,7 +53,7 @@ class TaskRewards:
         return any(part.bound.reward.group for part in self.parts)
 
     def bound(self, edge: Literal["lowest", "highest"]) -> float:
-        """The lowest or highest possible value of the weighted sum."""
+        """Returns the lowest or highest possible value of the weighted sum."""
         other = {"lowest": "highest", "highest": "lowest"}[edge]
         return sum(r.factor * getattr(r.bound.reward, edge if r.factor >= 0 else other) for r in self.rewards)
 
@@ -78,7 +78,7 @@ class PartBuilder:
         return self._part(f"row judge {name}", spec, "row judge", 1.0, {})
 
     def _part(self, place: str, spec: config.ScorerSpec, kind: Kind, factor: float, counts: dict[str, int]) -> Part:
-        """`counts` says how often each name was used in the task: the second exact is called exact_2."""
+        """Builds a part. `counts` has the uses of each name in the task. The second `exact` is called `exact_2`."""
         try:
             bound = get(spec.use, spec.params, self.folder, self.endpoints)
         except ValueError as e:
@@ -102,19 +102,20 @@ class PartBuilder:
 
 
 class PendingScore:
-    """A rollout whose parts are being scored. Its future is resolved when the last part's outcome is added."""
+    """A rollout that is being scored. Its future is resolved when the outcome of the last part is added."""
 
     def __init__(self, task: TaskRewards, rollout: Rollout):
         self.task, self.rollout = task, rollout
         self.future: Future[Scored] = Future()
-        self.truncated = rollout.finish == "length"  # gets the lowest value, even if a group reward gives it more
+        self.truncated = rollout.finish == "length"  # gets the lowest value, even if a group reward returns more
         self._outcomes: dict[int, Outcome] = {}
         self._lock = threading.Lock()
         if self.truncated:
             self.future.set_result(Scored(rollout, task.bound("lowest"), details={"truncated": True}))
 
     def add(self, part: int, finished: Future[list[Outcome]], index: int) -> None:
-        """Adds a part's outcome, item `index` of `finished`; or cancels or fails as `finished` did."""
+        """Adds the outcome of part number `part`: item `index` of `finished`. If `finished` failed or was cancelled,
+        the future of this rollout fails or is cancelled too."""
         if self.future.done():
             return
         if finished.cancelled():
@@ -137,7 +138,7 @@ class PendingScore:
 
 
 def row_score(judge: Part, outcome: Outcome) -> RowScore:
-    """The RowScore of a row judge's outcome."""
+    """Converts the outcome of a row judge into a RowScore."""
     value, details, why = _value_of(judge, outcome)
     invalid = f"row judge {judge.name}: {why}" if why else None
     return RowScore(value, invalid, details, outcome.get("seconds", 0.0))
@@ -167,7 +168,7 @@ def _sum(rollout: Rollout, task: TaskRewards, outcomes: Mapping[Part, Outcome]) 
 
 
 def _value_of(part: Part, outcome: Outcome) -> tuple[float, Mapping[str, Any], str | None]:
-    """The value, the details, and why the outcome is invalid, or None."""
+    """Returns the value, the details, and the reason why the outcome is invalid (None if it is valid)."""
     reward = part.bound.reward
     if "exhausted" in outcome and reward.on_timeout == "lowest":
         return (reward.lowest if reward.kind == "reward" else 1.0), {"why": outcome["exhausted"]}, None

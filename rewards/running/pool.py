@@ -1,8 +1,9 @@
-"""Worker processes for rewards that compute: a queue of jobs in, outcomes out.
+"""Worker processes for rewards that compute. They take jobs from a queue and return outcomes.
 
 `workers` processes compute at a time. A process that dies is replaced at once. A process whose job takes longer than
-usual gives its turn to a reserve process. If its job continues, it computes only on idle cores, and is killed at the
-job's time limit: a hung sample hardly slows the others down. Tested in tests/rewards/running/test_runner.py.
+usual gives its turn to a reserve process. If the job still continues, its process computes only on idle cores, and is
+killed at the job's time limit. So a hung sample hardly slows down other samples. Tested in
+tests/rewards/running/test_runner.py.
 """
 
 import atexit
@@ -19,12 +20,12 @@ from rewards.running.worker import WorkerSetup
 from rl.types import Prompt, Rollout
 
 Outcome = Mapping[str, Any]
-"""The result for one rollout or row: {"value", "details"}, {"invalid": why}, {"exhausted": what ran out} or
-{"away": endpoint, "why"}; and the "seconds" it took."""
+"""The result for one rollout or row: {"value", "details"}, {"invalid": reason}, {"exhausted": message that time or
+memory ran out} or {"away": endpoint, "why"}. It also has the "seconds" that scoring took."""
 
-SLOW_FACTOR = 3  # a job gives up its turn after this many times the usual duration of its scorer's jobs ...
-LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0  # ... but not before this; the second while no duration is known
-HUNG_S = 1.0  # after this time the process may use only idle cores; that cannot be undone, so it is replaced later
+SLOW_FACTOR = 3  # a job is slow if it takes longer than this many times the usual duration for its scorer
+LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0  # minimum time before a job is slow; the time without a known duration
+HUNG_S = 1.0  # a process that takes longer gets only idle cores; as this cannot be undone, it is replaced later
 MOST_RESERVES = 8
 
 
@@ -32,8 +33,8 @@ MOST_RESERVES = 8
 class Job:
     """Rollouts that one scorer scores together, or one data row for a row judge.
 
-    With `retry_on_death`, a job whose process dies is tried once more, and a second death counts as exhausted: a
-    death that the text causes happens again, and any other death must not cost the sample.
+    With `retry_on_death`, a job whose process dies is tried once more. A second death counts as exhausted, because the
+    text is then its likely cause. A single death must not cost the sample its value.
     """
 
     scorer: str
@@ -43,12 +44,12 @@ class Job:
     outcomes: Future[list[Outcome]] = field(default_factory=Future)
 
     def same_outcome(self, kind: str, why: object) -> list[Outcome]:
-        """The same outcome for each item."""
+        """Returns the same outcome for each item."""
         return [{kind: str(why)}] * len(self.items)
 
 
 class Countdown:
-    """Resolves a future with the seconds passed after `count` calls of `done`."""
+    """Resolves a future after `count` calls of `done`, with the seconds that passed."""
 
     def __init__(self, count: int, future: Future[float]):
         self.left, self.future, self.start = count, future, time.monotonic()
@@ -56,7 +57,7 @@ class Countdown:
         self.lock = threading.Lock()
 
     def done(self, failed: str | None) -> None:
-        """Counts one; `failed` is an error message, or None."""
+        """Counts one call. `failed` is an error message, or None."""
         with self.lock:
             self.left -= 1
             self.failed = self.failed or failed
@@ -69,7 +70,7 @@ class Countdown:
 
 
 class RewardPool:
-    """Base of both pools: processes that load scorers and score jobs. start() or the first job starts them."""
+    """Base class of both pools. Their processes load scorers and score jobs. start() or the first job starts them."""
 
     def __init__(self, setup: WorkerSetup, setup_s: float):
         self.setup, self.setup_s = setup, setup_s
@@ -78,7 +79,7 @@ class RewardPool:
         self._lock = threading.Lock()
 
     def start(self) -> Future[float]:
-        """Starts the processes and loads every scorer in each, in the background; see RewardRunner.start."""
+        """Starts the processes, which load every scorer in the background (see RewardRunner.start)."""
         with self._lock:
             if self.closed:
                 raise RuntimeError("these reward workers are closed")
@@ -92,7 +93,7 @@ class RewardPool:
             return self._started
 
     def _start(self, ready: Future[float]) -> None:
-        """Begins to load; `ready` gets the seconds that took, or RuntimeError."""
+        """Starts to load the scorers. `ready` gets the seconds that loading took, or RuntimeError."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -100,15 +101,15 @@ class RewardPool:
 
 
 class ComputePool(RewardPool):
-    """`workers` processes, and one in reserve. Each loads every scorer."""
+    """`workers` processes and one reserve process. Each loads every scorer."""
 
     def __init__(self, setup: WorkerSetup, workers: int, setup_s: float):
         super().__init__(setup, setup_s)
         self.workers = workers
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.turns = threading.Semaphore(workers)  # one for each process that computes and is not stuck
+        self.turns = threading.Semaphore(workers)  # `workers` turns; a process needs one to compute
         self._slots: list[_Slot] = []
-        self._stuck = 0  # slots whose job continues after they gave away their turn
+        self._stuck = 0  # number of slots whose job continues after they gave away their turn
         self._usual_s: dict[str, float] = {}
 
     def _start(self, ready: Future[float]) -> None:
@@ -118,12 +119,12 @@ class ComputePool(RewardPool):
         ready.add_done_callback(lambda _: self._keep_reserve())
 
     def put(self, job: Job) -> None:
-        """Queues a job. The next free process resolves its future."""
+        """Queues a job. The next free process scores it and resolves its future."""
         self.start()
         self.jobs.put(job)
 
     def close(self) -> None:
-        """Ends all processes, also those in the middle of a job. Unfinished jobs are cancelled."""
+        """Ends all processes, even in the middle of a job. Cancels unfinished jobs."""
         with self._lock:
             self.closed = True
             slots = list(self._slots)
@@ -139,7 +140,7 @@ class ComputePool(RewardPool):
                 job.outcomes.cancel()
 
     def patience_s(self, scorer: str) -> float:
-        """Seconds after which a job of this scorer counts as slow."""
+        """Returns the seconds after which a job of this scorer counts as slow."""
         usual = self._usual_s.get(scorer)
         return FIRST_PATIENCE_S if usual is None else max(LEAST_PATIENCE_S, SLOW_FACTOR * usual)
 
@@ -148,9 +149,9 @@ class ComputePool(RewardPool):
         self._usual_s[scorer] = 0.9 * usual + 0.1 * seconds
 
     def give_turn(self, *, grow: bool) -> bool:
-        """Gives the caller's turn to a reserve process if a job waits for one. Returns True if it did.
+        """Gives the caller's turn to a reserve process if a job waits. Returns True if the turn was given away.
 
-        With `grow` a reserve process is started if none is left.
+        With `grow`, starts a reserve process if there is none.
         """
         with self._lock:
             if self.closed or self.jobs.empty():
@@ -164,12 +165,12 @@ class ComputePool(RewardPool):
         return True
 
     def stuck_job_ended(self) -> None:
-        """To be called by a slot that gave away its turn, when its job has ended."""
+        """A slot that gave away its turn calls this when its job has ended."""
         with self._lock:
             self._stuck -= 1
 
     def keeps(self, slot: "_Slot") -> bool:
-        """True if `slot`, which has no process any more, should continue; else it is removed."""
+        """Returns True if a slot without a process should continue. Otherwise removes the slot."""
         with self._lock:
             if len(self._slots) - self._stuck <= self.workers + 1:
                 return True
@@ -182,7 +183,7 @@ class ComputePool(RewardPool):
                 self._add_reserve()
 
     def _add_reserve(self) -> None:
-        self._add_slot(lambda failed: None)  # a reserve that can't be set up reports it with its first job
+        self._add_slot(lambda failed: None)  # if a reserve process cannot be set up, its first job reports this
 
     def _add_slot(self, ready: Callable[[str | None], None]) -> None:
         self._slots.append(_Slot(self))
@@ -190,18 +191,18 @@ class ComputePool(RewardPool):
 
 
 class _Slot:
-    """A thread and the process that it keeps alive.
+    """A thread with its worker process.
 
-    Only this thread starts its processes, and it outlives them: the kernel kills a worker process when the thread
-    that started it ends.
+    Only this thread starts its processes, and it ends after them, because the kernel kills a worker process when the
+    thread that started it ends.
     """
 
     def __init__(self, pool: ComputePool):
         self.pool = pool
         self.process: ComputeProcess | None = None
-        self.stuck = False  # its current job is slow, and another slot has its turn
-        self.hung = False  # its job took so long that the process lost its priority
-        self.lock = threading.Lock()  # so that no process is started after close() killed them
+        self.stuck = False  # True if the current job is slow and another slot has this slot's turn
+        self.hung = False  # True if the job took so long that the process lost its priority
+        self.lock = threading.Lock()  # so that no process is started after close() has killed all
         self.thread: threading.Thread | None = None
 
     def start(self, ready: Callable[[str | None], None]) -> None:
@@ -226,7 +227,7 @@ class _Slot:
             self._terminate()
 
     def _run_next_job(self) -> bool:
-        """Runs one job in one turn. Returns False if the slot should end."""
+        """Waits for a turn and runs one job. Returns False if the slot should end."""
         self.pool.turns.acquire()
         self.stuck = self.hung = False
         try:
@@ -246,7 +247,7 @@ class _Slot:
         return job is not None
 
     def _load(self) -> str | None:
-        """Loads every scorer. Returns why that failed, or None."""
+        """Loads every scorer. Returns an error message if one cannot be loaded, else None."""
         failed: str | None = None
         for scorer in self.pool.setup.scorers:
             try:
@@ -260,7 +261,7 @@ class _Slot:
         start = time.monotonic()
         try:
             outcomes = self._outcomes(job)
-        except BaseException as e:  # any error must reach the code that waits for the job
+        except BaseException as e:  # the code that waits for the job must see every error
             job.outcomes.set_exception(e)
         else:
             seconds = time.monotonic() - start
@@ -302,7 +303,7 @@ class _Slot:
         return list(outcomes)
 
     def _on_slow(self, seconds: float) -> bool:
-        """Gives away the turn if other jobs wait. Returns True if it need not be called again for this job."""
+        """Gives away the turn if other jobs wait. Returns True if no further call is needed for this job."""
         late = seconds >= HUNG_S
         self.stuck = self.stuck or self.pool.give_turn(grow=late)
         if self.stuck and late:
@@ -311,7 +312,7 @@ class _Slot:
         return self.hung
 
     def _running_process(self) -> ComputeProcess:
-        """The slot's process, started if there is none. Raises CancelledError if the pool is closed."""
+        """Returns the slot's process; starts one if there is none. Raises CancelledError if the pool is closed."""
         with self.lock:
             if self.pool.closed:
                 raise CancelledError
@@ -320,7 +321,7 @@ class _Slot:
             return self.process
 
     def _replace(self) -> None:
-        """Ends the process and starts the next one right away, while the outcome is delivered."""
+        """Ends the process and starts a new process, which loads while the outcome is delivered."""
         self._terminate()
         if not self.hung:
             self._running_process()

@@ -1,4 +1,4 @@
-"""One worker process as its parent sees it: start it, send it jobs, kill it. Knows nothing of queues or of scores.
+"""The parent's side of one worker process: starts it, sends it jobs and kills it. Handles no queues and no scores.
 
 Tested in tests/rewards/running/test_runner.py.
 """
@@ -20,24 +20,24 @@ from rl.types import Prompt, Rollout
 
 
 class ProcessDied(Exception):
-    """The process ended while it had a job; the message says how."""
+    """The process ended while it had a job. The message says how it ended."""
 
 
 class SetupFailed(Exception):
-    """The process could not load the scorer, or not in time; the message says why."""
+    """The process could not load the scorer, or took too long. The message says why."""
 
 
 class WorkerProcess:
-    """A fresh Python interpreter that runs `main()` of `module` and receives `setup` first.
+    """A new Python interpreter that runs `main()` of `module`. The first message to it is `setup`.
 
     Its prints go to this process's stderr. It has its own process group, so that killing the group also kills the
-    children that a reward started.
+    child processes that a reward started.
     """
 
     def __init__(self, module: str, setup: WorkerSetup):
         self.connection, child_end = Pipe()
         fd = child_end.fileno()
-        # -P: imports come from the PYTHONPATH below, not from a folder called rewards in the current folder
+        # -P: imports use the PYTHONPATH below, and ignore a folder called rewards in the current folder
         command = [sys.executable, "-P", "-c", f"from {module} import main; main()"]
         command += [str(fd), str(os.getpid())]
         self.process = subprocess.Popen(
@@ -52,14 +52,14 @@ class WorkerProcess:
         self.send(setup)
 
     def send(self, message: Any) -> None:
-        """Raises ProcessDied."""
+        """Sends a message. Raises ProcessDied."""
         try:
             self.connection.send_bytes(pickle.dumps(message))
         except OSError:
             raise ProcessDied(self.exit_reason()) from None
 
     def receive(self, seconds: float) -> dict[str, Any]:
-        """The next message; waits at most `seconds`. Raises TimeoutError or ProcessDied."""
+        """Waits at most `seconds` for the next message and returns it. Raises TimeoutError or ProcessDied."""
         try:
             if not self.connection.poll(seconds):
                 raise TimeoutError(f"took longer than {seconds:g} s")
@@ -68,23 +68,23 @@ class WorkerProcess:
             raise ProcessDied(self.exit_reason()) from None
 
     def kill(self) -> None:
-        """Kills the process and its children. Safe to call while another thread waits for an answer."""
+        """Kills the process and its child processes. May be called while another thread waits for an answer."""
         with contextlib.suppress(ProcessLookupError, PermissionError):  # the process and its group have ended already
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def terminate(self) -> None:
-        """Kills the process, waits for its end and closes the connection. No other thread may use it any more."""
+        """Kills the process, waits for its end and closes the connection. Other threads must not use it after that."""
         self.kill()
         self.process.wait()
         self.connection.close()
 
     def lower_priority(self) -> None:
-        """From now on the process computes only on idle cores. This cannot be undone."""
+        """Lets the process compute only on idle cores from now on. This cannot be undone."""
         with contextlib.suppress(ProcessLookupError, PermissionError):  # the process has ended already
             os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
 
     def wait_until_loaded(self, setup_s: float) -> float:
-        """Seconds that importing and setting up took, from the answer to a job. Raises SetupFailed or ProcessDied."""
+        """Waits until the scorer is loaded. Returns the seconds this took. Raises SetupFailed or ProcessDied."""
         try:
             reply = self.receive(setup_s)
         except TimeoutError:
@@ -94,7 +94,7 @@ class WorkerProcess:
         return reply["seconds"]
 
     def exit_reason(self) -> str:
-        """How the process ended: its signal or exit code."""
+        """Says how the process ended: by which signal, or with which exit code."""
         try:
             code = self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -105,15 +105,15 @@ class WorkerProcess:
 
 
 class ComputeProcess(WorkerProcess):
-    """A process that computes one job at a time (rewards.running.worker)."""
+    """A process that runs rewards.running.worker, one job at a time."""
 
     def __init__(self, setup: WorkerSetup):
         super().__init__("rewards.running.worker", setup)
 
     def load(self, scorer: str, setup_s: float) -> float:
-        """Loads a scorer. Returns the seconds that took (about 0 if it was loaded before).
+        """Loads a scorer. Returns the seconds that loading took (about 0 if it was loaded before).
 
-        Raises SetupFailed (also if it takes longer than `setup_s` seconds) or ProcessDied.
+        Raises SetupFailed (also if loading takes longer than `setup_s` seconds) or ProcessDied.
         """
         self.send((scorer, []))
         return self.wait_until_loaded(setup_s)
@@ -127,11 +127,12 @@ class ComputeProcess(WorkerProcess):
         patience_s: float,
         on_slow: Callable[[float], bool],
     ) -> tuple[list[dict[str, Any]], bool]:
-        """Returns the outcomes in order (see rewards.running.worker.to_outcome), and True if the process asks to be
+        """Returns the outcomes in order (see rewards.running.worker.to_outcome), and True if the process must be
         replaced.
 
-        `timeout_s` counts from when the scorer is loaded. After every `patience_s` without an answer `on_slow` is
-        called with the seconds passed, until it returns True. Raises SetupFailed, TimeoutError or ProcessDied.
+        The time limit `timeout_s` starts when the scorer is loaded. After every `patience_s` seconds without an answer,
+        `on_slow` is called with the seconds passed, until it returns True. Raises SetupFailed, TimeoutError or
+        ProcessDied.
         """
         self.send((scorer, list(items)))
         self.wait_until_loaded(setup_s)
@@ -149,5 +150,5 @@ class ComputeProcess(WorkerProcess):
 
 def _environment() -> dict[str, str]:
     path = os.pathsep.join(str(Path(p or ".").resolve()) for p in sys.path)
-    # A fixed hash seed: sympy iterates over sets, and the same text must score the same in every worker.
+    # The hash seed is fixed because sympy iterates over sets, and every worker must give a text the same score.
     return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"}

@@ -1,8 +1,8 @@
-"""Runs a recipe's rewards: Rollout in, Scored out; also its row judges: Prompt in, RowScore out.
+"""Runs a recipe's rewards (from Rollout to Scored) and its row judges (from Prompt to RowScore).
 
-Rewards run in other processes, so that a reward that hangs, dies or eats memory does not hurt the run. Rewards that
-compute run in pool.py, rewards that wait for an endpoint in async_pool.py; compose.py makes one score of their
-outcomes.
+Rewards run in other processes, so that a reward that hangs, dies or uses too much memory does not harm the run.
+Rewards that compute run in pool.py. Rewards that wait for an endpoint run in async_pool.py. compose.py combines their
+outcomes into one score.
 """
 
 import hashlib
@@ -29,27 +29,27 @@ from rl.types import Prompt, Rollout, RowScore, Scored
 __all__ = ["EndpointAway", "Outage", "RewardRunner", "Scoring"]
 
 Result = TypeVar("Result")
-REMEMBERED = 100_000  # judgements kept, so that the same question about the same response is asked once
+REMEMBERED = 100_000  # maximum number of stored judgements, so that a judge gets the same question only once
 
 
 class RewardRunner:
     """Scores rollouts with the rewards of their task, in processes that can be killed.
 
-    tasks       task -> its rewards. `use` and `params` as `rewards.get` takes them; `timeout_s`, wall-clock
-                seconds for scoring one sample (a group gets that times its size; waiting for a free slot at an
-                endpoint does not count), counted from when the reward is loaded; `memory_mb`, MiB that scoring may
-                take on top of what loading took
-    endpoints   the judges' servers by name
-    base_dir    the folder `file.py:Name` is relative to
-    workers     processes for rewards that compute
-    setup_s     seconds that importing a reward and its `setup()` may take
+    tasks       task -> its rewards. `use` and `params` are arguments of `rewards.get`. `timeout_s` is the wall-clock
+                time limit in seconds for one sample. It starts when the reward is loaded. A group gets this time for
+                each rollout. The wait for a free slot at an endpoint does not count. `memory_mb` is the number of MiB
+                that scoring may take in addition to loading
+    endpoints   name -> the server of a judge
+    base_dir    the folder that `file.py:Name` is relative to
+    workers     number of processes for rewards that compute
+    setup_s     time limit in seconds for importing a reward and its `setup()`
     row_judges  name -> a judge of data rows (rewards.row_judge), for submit_row
 
-    A task's reward is the sum of weight * value over its rewards, after penalties have taken each value towards its
-    lowest (rewards.penalty). Raises ValueError, before any process is started, for a reward, parameter or endpoint
-    that does not exist. A sample is invalid, with the reason, if one of its rewards or penalties raises, dies, returns
-    no number, or runs out of time or memory. But if the reward declares on_timeout="lowest", a sample that runs out of
-    time or memory gets the lowest value (for a penalty: a full offence). Other samples are not affected.
+    A task's reward is the sum of weight * value over its rewards. Penalties first lower each value towards the lowest
+    value of its reward (rewards.penalty). Raises ValueError, before any process is started, for a reward, parameter or
+    endpoint that does not exist. A sample is invalid, with the reason, if one of its rewards or penalties raises, dies,
+    returns no number, or runs out of time or memory. But if the reward declares on_timeout="lowest", a sample that runs
+    out of time or memory gets the lowest value (for a penalty: a full offence). Other samples are not affected.
     """
 
     def __init__(
@@ -79,11 +79,11 @@ class RewardRunner:
         self._lock = threading.Lock()
 
     def lowest(self, task: str) -> float:
-        """The lowest possible reward of this task."""
+        """Returns the lowest possible reward of this task."""
         return self._task(task).bound("lowest")
 
     def highest(self, task: str) -> float:
-        """The reward of a fully right response to this task."""
+        """Returns the reward that a fully right response gets in this task."""
         return self._task(task).bound("highest")
 
     def is_group(self, task: str) -> bool:
@@ -91,15 +91,15 @@ class RewardRunner:
         return self._task(task).group
 
     def endpoint_names(self) -> set[str]:
-        """Names of the endpoints that the rewards and row judges ask."""
+        """Returns the names of the endpoints that the rewards and row judges ask."""
         return {name for part in self._parts for name in part.bound.endpoints}
 
     def penalties(self) -> frozenset[str]:
-        """Names of all penalties, as in `Scored.parts`."""
+        """Returns the names of all penalties, as in `Scored.parts`."""
         return frozenset(part.name for part in self._parts if part.bound.reward.kind == "penalty")
 
     def problem(self, prompt: Prompt) -> str | None:
-        """Why a row cannot be scored, or None: its task has no reward, or the row lacks what the reward needs."""
+        """Returns why a row cannot be scored (no reward for its task, or a missing field), or None if it can."""
         if prompt.task not in self._tasks:
             return self._no_reward(prompt.task)
         for part in self._tasks[prompt.task].parts:
@@ -109,7 +109,7 @@ class RewardRunner:
         return None
 
     def url(self, endpoint: str) -> str:
-        """An endpoint's URL; "" if the run serves the model itself and has not started the server yet."""
+        """Returns an endpoint's URL, or "" if the run serves the model itself and has not started the server yet."""
         return self._endpoints[endpoint].url
 
     def set_urls(self, urls: Mapping[str, str]) -> None:
@@ -118,9 +118,9 @@ class RewardRunner:
             self._endpoints[name] = replace(self._endpoints[name], url=url)
 
     def start(self) -> Future[float]:
-        """Starts the processes and loads every reward in each, without waiting for it.
+        """Starts the processes, which load every reward in the background.
 
-        The future gets the seconds that took, or RuntimeError if a reward's setup failed.
+        The future gets the seconds that loading took, or RuntimeError if a reward's setup failed.
         """
         both: Future[float] = Future()
         pools = [self._compute_pool.start(), self._async_pool.start()]
@@ -140,14 +140,14 @@ class RewardRunner:
         return both
 
     def submit(self, rollout: Rollout) -> Future[Scored]:
-        """Scores one rollout as soon as a process is free. Tasks with a group reward need submit_group."""
+        """Scores one rollout when a process is free. If the task has a group reward, use submit_group instead."""
         task = rollout.prompt.task
         if self.is_group(task):
             raise ValueError(f"a reward of task {task!r} scores all rollouts of a prompt: use submit_group")
         return self.submit_group([rollout])[0]
 
     def submit_group(self, rollouts: Sequence[Rollout]) -> list[Future[Scored]]:
-        """Scores all rollouts of one prompt: group rewards score them together, other rewards one by one.
+        """Scores all rollouts of one prompt. Group rewards score them together, other rewards one by one.
 
         Returns the futures in the order of the rollouts.
         """
@@ -162,7 +162,7 @@ class RewardRunner:
         return [one.future for one in pending]
 
     def submit_row(self, prompt: Prompt, judge: str) -> Future[RowScore]:
-        """Has one of `row_judges` score a data row as soon as a process is free."""
+        """Scores a data row with one of `row_judges` when a process is free."""
         part = self._row_judges[judge]
         score: Future[RowScore] = Future()
 
@@ -178,11 +178,11 @@ class RewardRunner:
         return score
 
     def begin(self, per_prompt: int) -> "Scoring":
-        """Scores a batch of `per_prompt` rollouts per prompt while it is still being sampled."""
+        """Returns a Scoring for a batch that is still being sampled, with `per_prompt` rollouts per prompt."""
         return Scoring(self, per_prompt)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        """Scores all rollouts and waits; the result is in their order. Rollouts with the same prompt id are a
+        """Scores all rollouts, waits, and returns the scores in the same order. Rollouts with the same prompt id are a
         group."""
         groups: dict[tuple[str, str], list[int]] = {}
         for i, rollout in enumerate(rollouts):
@@ -194,17 +194,17 @@ class RewardRunner:
         return self.results([futures[i] for i in range(len(rollouts))])
 
     def results(self, futures: Sequence[Future[Result]]) -> list[Result]:
-        """Waits for all futures, and calls `on_outage` meanwhile. Raises EndpointAway."""
+        """Waits for all futures, calls `on_outage` meanwhile, and returns the results. Raises EndpointAway."""
         waiting = set(futures)
         while waiting:
             _, waiting = wait(waiting, timeout=0.2)
-            with suppress(queue.Empty):  # several threads may wait, and only one of them gets each outage
+            with suppress(queue.Empty):  # several threads may wait; each outage goes to only one of them
                 while True:
                     self.on_outage(self._async_pool.outages.get_nowait())
         return [future.result() for future in futures]
 
     def close(self) -> None:
-        """Ends all processes, also those in the middle of a sample. Unfinished samples are cancelled."""
+        """Ends all processes, even in the middle of a sample. Cancels unfinished samples."""
         self._compute_pool.close()
         self._async_pool.close()
 
@@ -217,7 +217,7 @@ class RewardRunner:
         self.close()
 
     def _submit_part(self, part: Part, index: int, batch: Sequence[PendingScore]) -> None:
-        """Has a part of the task, number `index`, score a batch; each pending score gets its outcome."""
+        """Scores a batch with part number `index` of the task. Each pending score gets its outcome."""
 
         def on_outcomes(finished: Future[list[Outcome]]) -> None:
             for place, one in enumerate(batch):
@@ -226,7 +226,7 @@ class RewardRunner:
         self._outcomes(part, [one.rollout for one in batch]).add_done_callback(on_outcomes)
 
     def _outcomes(self, part: Part, items: Sequence[Rollout | Prompt]) -> Future[list[Outcome]]:
-        """The part's outcomes for the items. A judge that was asked the same before in this run is not asked again."""
+        """Returns the part's outcomes for the items. A judge is not asked the same question twice in a run."""
         if not part.bound.reward.asynchronous or part.bound.reward.group:
             return self._queue_job(part, items)
         key = _question_digest(part, items[0])
@@ -259,15 +259,15 @@ class RewardRunner:
 
 
 class Scoring:
-    """The scores of a batch whose rollouts are added as they are sampled, in any order."""
+    """The scores of a batch. Rollouts are added as soon as they are sampled, in any order."""
 
     def __init__(self, runner: RewardRunner, per_prompt: int):
         self._runner, self._per_prompt = runner, per_prompt
         self._futures: dict[int, Future[Scored]] = {}
-        self._incomplete: dict[int, dict[int, Rollout]] = {}  # for group rewards: prompts without all rollouts yet
+        self._incomplete: dict[int, dict[int, Rollout]] = {}  # for group rewards: prompts with missing rollouts
 
     def add(self, place: int, rollout: Rollout) -> None:
-        """Scores a rollout. `place` is its index in the batch, in which the rollouts of a prompt are neighbours."""
+        """Scores a rollout. `place` is its index in the batch, where a prompt's rollouts are next to each other."""
         if not self._runner.is_group(rollout.prompt.task):
             self._futures[place] = self._runner.submit(rollout)
             return
@@ -280,19 +280,19 @@ class Scoring:
             del self._incomplete[place // self._per_prompt]
 
     def results(self) -> list[Scored]:
-        """Waits for all scores; returns them in the order of their places."""
+        """Waits for all scores and returns them in the order of their places."""
         if self._incomplete:
             raise ValueError(f"{len(self._incomplete)} prompts have not all of their {self._per_prompt} rollouts yet")
         return self._runner.results([self._futures[place] for place in sorted(self._futures)])
 
 
 def _has_value(finished: Future[list[Outcome]]) -> bool:
-    """True if an outcome can be reused; a question that failed is asked again."""
+    """True if the outcome has a value and can be reused. A question that failed is asked again."""
     return not finished.cancelled() and not finished.exception() and "value" in finished.result()[0]
 
 
 def _question_digest(part: Part, item: Rollout | Prompt) -> bytes:
-    """A digest of a question to a judge: the scorer, the content of the row without its id, and the response."""
+    """Returns a digest of a question to a judge. It covers the scorer, the row without its id, and the response."""
     prompt, response = (item, None) if isinstance(item, Prompt) else (item.prompt, item.text)
     content = [prompt.task, prompt.messages, prompt.ground_truth, prompt.reference, prompt.meta, response]
     text = json.dumps([part.scorer, content, [p.digest for p in prompt.images]], sort_keys=True, default=repr)

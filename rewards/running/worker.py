@@ -1,4 +1,4 @@
-"""The child process that runs rewards that compute: loads them, scores one job at a time, answers over a pipe.
+"""The child process for rewards that compute. It loads rewards, scores one job at a time, and answers over a pipe.
 
 Only rewards.running.process starts it. Tested in tests/rewards/running/test_runner.py.
 """
@@ -28,7 +28,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class ScorerSetup:
-    """How to load a reward, penalty or row judge. Scoring may take `memory_mb` MiB on top of what loading took."""
+    """Says how to load a reward, penalty or row judge. Scoring may take `memory_mb` MiB more than loading took."""
 
     use: str
     params: Mapping[str, Any]
@@ -37,10 +37,10 @@ class ScorerSetup:
 
 @dataclass(frozen=True)
 class WorkerSetup:
-    """What a worker process receives when it starts."""
+    """The first message that a worker process receives."""
 
     scorers: Mapping[str, ScorerSetup]
-    base_dir: Path  # `file.py:Name` is relative to it
+    base_dir: Path  # `file.py:Name` is relative to this folder
     endpoints: Mapping[str, EndpointSpec]
 
 
@@ -51,10 +51,10 @@ class RewardWorker:
         self.scorers, self.base_dir = setup.scorers, setup.base_dir
         configure(setup.endpoints)
         self.loaded: dict[str, BoundReward] = {}
-        self.baseline = 0  # bytes of address space when nothing is being scored
+        self.baseline = 0  # bytes of address space while nothing is scored
 
     def load(self, scorer: str) -> str | None:
-        """Loads a scorer. Returns why that failed, or None if the scorer is ready."""
+        """Loads a scorer. Returns an error message if loading failed, or None if the scorer is ready."""
         if scorer in self.loaded:
             return None
         try:
@@ -80,12 +80,12 @@ class RewardWorker:
             outcomes = [{"invalid": describe_error(e)}] * len(items)
         finally:
             limit_memory(None)
-        # Memory that a library keeps from call to call is not available to later samples.
+        # A library may keep memory from call to call. Later samples cannot use this memory.
         return outcomes, address_space() - self.baseline > room // 2
 
 
 def to_outcomes(bound: BoundReward, result: Any, count: int) -> list[dict[str, Any]]:
-    """One outcome for each of `count` items, from the scorer's return value for all of them."""
+    """Converts a scorer's return value for `count` items into one outcome for each item."""
     if not bound.reward.group:
         return [to_outcome(bound, result)]
     if not isinstance(result, Sequence) or len(result) != count:
@@ -119,7 +119,7 @@ def to_outcome(bound: BoundReward, result: Any) -> dict[str, Any]:
 
 
 def describe_error(error: BaseException) -> str:
-    """The exception and where it was raised: "KeyError: 'x' (my_reward.py:12)"; of Invalid only the message."""
+    """Says which exception was raised and where: "KeyError: 'x' (my_reward.py:12)". For Invalid, only its message."""
     if isinstance(error, Invalid):
         return str(error) or "the reward raised Invalid"
     text = traceback.format_exception_only(error)[-1].strip()
@@ -128,7 +128,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def address_space() -> int:
-    """Bytes that this process has mapped; 0 on systems without /proc (there memory is not limited)."""
+    """Returns the bytes that this process has mapped, or 0 on systems without /proc, where memory is not limited."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
@@ -143,7 +143,7 @@ def limit_memory(size: int | None) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Has the kernel kill this process when the thread that started it ends (Linux). Call it in the child."""
+    """Asks the Linux kernel to kill this process when the thread that started it ends. To be called in the child."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # the parent died before this call
@@ -151,7 +151,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def serve(connection: Connection) -> None:
-    """Answers jobs until the other end closes. A job is (scorer, items); without items the scorer is only loaded."""
+    """Answers jobs until the other end closes. A job is (scorer, items). A job without items only loads the scorer."""
     worker = RewardWorker(pickle.loads(connection.recv_bytes()))
     while True:
         try:
@@ -171,7 +171,7 @@ def send(connection: Connection, message: dict[str, Any]) -> None:
 
 
 def connect_to_parent() -> Connection:
-    """The connection to the parent. The command line has its file descriptor and the parent's process id."""
+    """Connects to the parent. The command line has the connection's file descriptor and the parent's process id."""
     die_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     return Connection(int(sys.argv[1]))

@@ -1,5 +1,6 @@
-"""Chains: a recipe with the option `chain` runs several steps, one after the other, as one run. This module makes one
-checked recipe for each step.
+"""Makes one checked recipe for each step of a chain.
+
+A recipe with the option `chain` runs several steps, one after the other, as one run:
 
     chain:
       - rlvr.yaml
@@ -8,8 +9,9 @@ checked recipe for each step.
     seed: 1                        # for all steps
     pacore: {iterations: 100}      # for one stage
 
-Layers of a step: its own recipe < the chain's recipe < profile < key=value; each layer can have a section for that
-stage only. Each stage starts from the policy of the stage before, and from its critic, unless model.critic is set.
+The layers of a step are its own recipe < the chain's recipe < profile < key=value; later layers win. Each layer can
+have a section for one stage only. Each stage starts from the policy of the previous stage. It also starts from the
+critic of the previous stage, unless model.critic is set.
 """
 
 from collections.abc import Sequence
@@ -26,25 +28,26 @@ from rl.recipe.stages import registered
 
 CURATE = "curate"
 LINK = "chain"
-"""The source, in provenance, of values that name results of earlier steps."""
+"""Name of the layer, in provenance, whose values name results of earlier steps."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage, or the curation of rows for the next stage. `name` is also the name of its folder."""
+    """One step of a chain: a stage, or the curation of rows for the next stage. `name` is also the name of the step's
+    folder."""
 
     name: str
     resolved: Resolved
 
     @property
     def curates(self) -> bool:
-        """True for a curation."""
+        """True if the step is a curation."""
         return self.name == CURATE
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The steps of one run, in their order. Each has its own folder inside the run folder."""
+    """The steps of one run, in order. Each step has its own folder inside the run folder."""
 
     folder: Path
     steps: tuple[Step, ...]
@@ -64,7 +67,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class _Entry:
-    """An entry of the option `chain`, with the layers of its recipe."""
+    """One entry of the option `chain`, with the layers of the recipe that it names."""
 
     name: str
     layers: tuple[Layer, ...]
@@ -72,7 +75,8 @@ class _Entry:
 
 
 def is_chain(recipe: Path) -> bool:
-    """True if a recipe, or one that it is based on, has a chain. Raises RecipeError if it cannot be read."""
+    """True if a recipe, or a recipe that it is based on, has the option `chain`. Raises RecipeError if a file cannot be
+    read."""
     return any(layer.chain is not None for layer in read(recipe))
 
 
@@ -88,11 +92,11 @@ def load_chain(
     """Makes and checks the recipe of every step. Files that earlier steps will make need not exist yet.
 
     Args:
-        folder: the run folder, absolute; the steps write here what later steps read.
-        first: the stage to begin with; the steps before it are left out, except the curation of its rows.
+        folder: the absolute path of the run folder. Each step writes its results there, and later steps read them.
+        first: the stage to begin with. Earlier steps are left out, except the curation of this stage's rows.
         begun: True if `recipe` was saved by a run.
     Raises:
-        RecipeError: its message is all that the user needs to see.
+        RecipeError: the user needs to see only its message.
     """
     written = written_layers(recipe, profile, overrides)
     entries = _entries(written, begun=begun)
@@ -102,7 +106,7 @@ def load_chain(
     steps: list[Step] = []
     for number, entry in enumerate(entries):
         links = _links(entry, steps, folder, written)
-        if number == 0 and entry.name == CURATE:  # --stage: the policy that this stage starts from makes its rows
+        if number == 0 and entry.name == CURATE:  # with --stage: the stage and its curation start from one policy
             rows = {"data": {"train": str(folder / CURATE / "rows")}}
             following = _resolved(entries[1], written, rows, folder, profile)
             links = {"model": {"path": following.config.model.path}}
@@ -112,7 +116,8 @@ def load_chain(
 
 
 def saved_chain(chain: Chain) -> dict[str, str]:
-    """Returns file name -> text of all files from which `load_chain` loads the chain again; recipe.yaml is the last.
+    """Returns the files from which `load_chain` loads the chain again, as file name -> text. recipe.yaml is the last
+    file.
 
     The files do not name results of earlier steps, so that the run folder can be moved.
     """
@@ -140,7 +145,7 @@ def _entries(written: Layers, *, begun: bool) -> list[_Entry]:
     entries = [_entry(item, source) for item in items]
     names = [entry.name for entry in entries]
     if repeated := [name for name in names if names.count(name) > 1]:
-        raise RecipeError(f"{where}: chain has {repeated[0]} twice; each step has a folder of its name")
+        raise RecipeError(f"{where}: chain has {repeated[0]} twice; the names of the steps must differ")
     if names[-1] == CURATE or (names[0] == CURATE and not begun):
         raise RecipeError(f"{where}: chain: curate belongs between two stages")
     return entries
@@ -150,7 +155,7 @@ def _entry(item: Any, source: Layer) -> _Entry:
     curates = isinstance(item, dict) and list(item) == [CURATE]
     file = item[CURATE] if curates else item
     if not isinstance(file, str):
-        raise RecipeError(f"{source.where}: chain holds {item}; give a recipe's name or path, or curate: and one")
+        raise RecipeError(f"{source.where}: chain holds {item}; give a recipe's name or path, or curate: RECIPE")
     layers = tuple(read(find_recipe(file, f"{source.where}: chain: ", source.folder)))
     if any(layer.chain is not None for layer in layers):
         raise RecipeError(f"{source.where}: chain holds {file}, which is a chain itself")
@@ -176,13 +181,13 @@ def _from(entries: Sequence[_Entry], first: str, where: str) -> list[_Entry]:
         raise RecipeError(f"{where}: the chain has no stage {first} to begin with; it has {', '.join(stages)}")
     start = names.index(first)
     if start and names[start - 1] == CURATE:
-        start -= 1  # this curation makes the rows of the first stage
+        start -= 1  # this curation makes the rows of the stage to begin with
     return list(entries[start:])
 
 
 def _links(entry: _Entry, steps: Sequence[Step], folder: Path, written: Layers) -> dict[str, Any]:
-    """Returns the values that name results of earlier steps. Raises RecipeError if the recipe sets these options
-    itself."""
+    """Returns the values that name results of earlier steps. Raises RecipeError if a section for this stage sets one of
+    these options."""
     trained = [step for step in steps if not step.curates]
     links: dict[str, Any] = {}
     if trained:
@@ -197,21 +202,21 @@ def _links(entry: _Entry, steps: Sequence[Step], folder: Path, written: Layers) 
     if steps and steps[-1].curates:
         _check_not_set("data.train", entry, written, "it trains on the rows of the curation before it")
         renamed = [key.removeprefix("data.columns.") for key in _keys(entry, written, "data.columns.")]
-        columns = {name: name for name in renamed}  # curated rows have our names
+        columns = {name: name for name in renamed}  # curated rows have our column names
         rows: dict[str, Any] = {"path": str(folder / CURATE / "rows")}
         train = [rows | {"columns": columns}] if columns else rows["path"]
-        links["data"] = {"train": train, "on_bad_row": "skip"}  # a pool that is too small must not stop the run
+        links["data"] = {"train": train, "on_bad_row": "skip"}  # a row with a small pool must not stop the run
     return links
 
 
 def _sections(entry: _Entry, written: Layers) -> list[Layer]:
-    """Returns the sections for this stage only, of the chain's recipe, profile and command line."""
+    """Returns the sections for this stage only, from the chain's recipe, the profile and the command line."""
     return [part for layer in written.ordered for part in layer.for_stage(entry.stage)[1:]]
 
 
 def _sets_critic(entry: _Entry, written: Layers) -> bool:
-    """True if a layer sets the critic that this stage starts from. A critic that is set for the whole chain is for its
-    first stage only, but null is for all stages."""
+    """True if a layer sets the critic that this stage starts from. A critic that is set for the whole chain applies to
+    the first stage only, but null applies to all stages."""
     own = [part for layer in entry.layers for part in layer.for_stage(entry.stage)] + _sections(entry, written)
     return any("model.critic" in layer.flat for layer in own) or any(
         layer.flat.get("model.critic", "") is None for layer in written.ordered
@@ -236,7 +241,7 @@ def _resolved(entry: _Entry, written: Layers, links: dict[str, Any], folder: Pat
 
 
 def _check_curated_rows(steps: Sequence[Step]) -> None:
-    """Raises RecipeError if a stage cannot train on the rows that the curation before it makes."""
+    """Raises RecipeError if a stage cannot train on the rows that the previous curation makes."""
     for curation, step in pairwise(steps):
         if curation.curates:
             config = step.resolved.config

@@ -1,7 +1,7 @@
-"""Error messages for the author of a recipe: names that do not exist, and values that do not fit.
+"""Writes error messages for the author of a recipe: for unknown option names, and for values that do not fit.
 
-Every message has the file, the option, the value and what is allowed instead. This module knows the declared options
-(rl.config); rl.recipe.layers knows the files.
+Every message names the file, the option, the value and the allowed values. This module knows the options, which
+rl.config declares. rl.recipe.layers knows the files.
 
 Tested in tests/rl/recipe/test_resolve.py.
 """
@@ -35,17 +35,17 @@ class MissingOption(RecipeError):
 class Declared:
     """An option that is declared in rl.config."""
 
-    section: bool  # it has options below it, which are declared too
+    section: bool  # True if it has options below it, which are declared too
     meaning: str = ""  # its sentence in rl.config
-    is_list: bool = False  # its value may be a list of sections
+    is_list: bool = False  # True if its value may be a list of sections
 
 
 def declared(values: Mapping[str, Any]) -> dict[str, Declared]:
-    """Returns dotted name -> option for all options of a recipe with these values; options of a reward for each
-    task."""
+    """Returns all options of a recipe with these values, as dotted name -> option. The options of a reward are repeated
+    for each task in `values`."""
     files_only = {
-        "base": Declared(False, "Recipe this one starts from"),
-        "chain": Declared(False, "Recipes of stages that follow each other"),
+        "base": Declared(False, "Recipe that this recipe is based on"),
+        "chain": Declared(False, "Recipes of the steps that run one after the other"),
     }
     return {**dict(_declared(Config, values)), **files_only}
 
@@ -58,7 +58,7 @@ def _declared(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "
         if section is None:
             continue
         places = [key]
-        if get_origin(annotation) is dict:  # the names of one level are free, as in rewards.TASK.use
+        if get_origin(annotation) is dict:  # users choose the names of one level, such as TASK in rewards.TASK.use
             given = values.get(name)
             places = [f"{key}.{free}" for free in (given if isinstance(given, Mapping) else ["NAME"])]
             yield from ((place, Declared(True, is_list=_is_list(get_args(annotation)[1]))) for place in places)
@@ -73,14 +73,16 @@ def _is_list(annotation: Any) -> bool:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """Returns the class of the options below a value of this type, directly or inside a list, mapping or union."""
+    """Returns the class that declares the options below a value of this type. The type may be the class itself, or a
+    list, mapping or union that contains it."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((section for inner in get_args(annotation) if (section := _section(inner))), None)
 
 
 def check_names(values: Mapping[str, Any], where: str) -> None:
-    """Raises RecipeError if `values`, read from the file `where`, use names that are not declared."""
+    """Raises RecipeError if `values`, which were read from the file `where`, contain option names that are not
+    declared."""
     if problems := [f"{where}: {problem}" for problem in _name_problems(values, declared(values))]:
         raise RecipeError("\n".join(problems))
 
@@ -101,9 +103,10 @@ def _name_problems(values: Mapping[Any, Any], names: Mapping[str, Declared], pre
 
 
 def _advice(key: str, names: Mapping[str, Declared]) -> str:
-    """Suggests a name: a similar one in the same section, else the same word in another, else a similar one there."""
+    """Suggests an option for an unknown name. Searches a similar name in the same section, then the same word in other
+    sections, then a similar word in other sections."""
     if key in names:
-        return "in a file it is written nested, one level of indentation for each dot"
+        return "in a file it is written nested, with one level of indentation for each dot"
     section, _, word = key.rpartition(".")
     siblings = [name for name in names if name.rpartition(".")[0] == section]
     for candidates, cutoff in ((siblings, 0.6), (list(names), 1.0), (list(names), 0.75)):
@@ -132,21 +135,22 @@ def comment_beside(file: Path, key: str) -> str:
 
 
 def explain(details: Sequence[ErrorDetails], values: dict[str, Any], where: Callable[[str], str]) -> str:
-    """Returns pydantic's errors as text: one line per option, with the file that `where` returns for it."""
+    """Returns pydantic's errors as text, with one line per option. `where` returns the file that a line names for its
+    option."""
     problems: dict[str, list[str]] = {}
     for detail in details:
         key, text = _problem(detail, values)
         problems.setdefault(key, []).append(text)
     names = declared(values)
     lines = []
-    for key, (text, *others) in problems.items():  # others: problems with the other forms that its type allows
+    for key, (text, *others) in problems.items():  # others: problems with other types that the option allows
         choices = " or ".join([text, *(other.split(" should be ", 1)[-1] for other in others)])
         lines.append(_line(key, choices, names, where))
     return "\n".join(lines)
 
 
 def explain_option(problem: OptionError, values: dict[str, Any], where: Callable[[str], str]) -> str:
-    """Returns the same line as `explain` for a value that a stage refuses."""
+    """Returns the message for a value that a stage refuses, in the same form as `explain`."""
     return _line(problem.key, str(problem), declared(values), where)
 
 
@@ -156,7 +160,7 @@ def _line(key: str, text: str, names: Mapping[str, Declared], where: Callable[[s
 
 
 def _problem(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, str]:
-    """Returns the dotted key, and a text that starts with it."""
+    """Returns the dotted key of an error, and a message that starts with this key."""
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, OptionError):
         return cause.key, str(cause)
@@ -170,12 +174,13 @@ def _problem(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, str]:
 
 
 def _place(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, Any]:
-    """Returns dotted key and value of an error, without the names that pydantic adds for the branches of a union."""
+    """Returns the dotted key of an error and the value of this key. The key does not contain the names that pydantic
+    adds for the branches of a union."""
     parts: list[str] = []
     value: Any = values
     for part in detail["loc"]:
         items = dict(enumerate(value)) if isinstance(value, list) else value
-        if part == 0 and isinstance(value, dict):  # a single mapping is checked as a list of one
+        if part == 0 and isinstance(value, dict):  # a single mapping is checked as a list with one item
             continue
         if isinstance(items, dict) and part in items:
             value = items[part]

@@ -1,6 +1,6 @@
-"""The layers of a run: base recipes, the recipe, a profile, the command line. Finds, reads and merges them.
+"""Finds, reads and merges the layers of a run: base recipes, the recipe, a profile and the command line.
 
-A layer keeps its file, so that the source of every value is known and relative paths can be made absolute.
+A layer stores the name of its file, so that the source of every value is known and relative paths can be made absolute.
 """
 
 import os
@@ -27,58 +27,60 @@ COMMAND_LINE = "command line"
 class Layer:
     """The values of one source, for example of one file, before they are merged."""
 
-    label: str  # its name in provenance
-    where: str  # its name in error messages: the file
-    folder: Path  # its relative paths start here
+    label: str  # name of this layer in provenance
+    where: str  # name of this layer in error messages: its file
+    folder: Path  # relative paths in the values start here
     values: DictConfig
     file: Path | None = None
-    stages: Mapping[str, DictConfig] = field(default_factory=dict)  # values for single stages
+    stages: Mapping[str, DictConfig] = field(default_factory=dict)  # stage -> values for this stage only
     chain: Any = None  # value of the option `chain` (rl/recipe/chain.py)
 
     @cached_property
     def flat(self) -> dict[str, Any]:
-        """Dotted name -> value."""
+        """The values, as dotted name -> value."""
         return flatten(plain(self.values))
 
     def for_stage(self, stage: str) -> tuple["Layer", ...]:
-        """Returns the layer, and a second one with its values for this stage only, if it has some."""
+        """Returns this layer, and a second layer with its values for this stage only, if it has such values."""
         if stage not in self.stages:
             return (self,)
         return self, replace(self, label=f"{self.label}, {stage}", values=self.stages[stage], stages={})
 
     @cached_property
     def resets(self) -> frozenset[str]:
-        """Sections whose values from earlier layers are dropped: a reward, if this layer sets its `use`, and the
-        `serve` of an endpoint, if this layer sets its `model` or `url`."""
+        """Sections whose values from earlier layers are dropped. A reward is dropped if this layer sets its `use`. The
+        section `serve` of an endpoint is dropped if this layer sets the endpoint's `model` or `url`."""
         rewards = {key.removesuffix(".use") for key in self.flat if re.fullmatch(r"rewards\.[^.]+(\.use)?", key)}
         judges = (re.fullmatch(r"(endpoints\.[^.]+)\.(model|url)", key) for key, value in self.flat.items() if value)
         return frozenset({*rewards, *(f"{judge[1]}.serve" for judge in judges if judge)})
 
     def touches(self, key: str) -> bool:
-        """True if the layer sets `key`, an option below it, or an option above it (to a list or null)."""
+        """True if the layer sets `key`, an option below `key`, or an option above `key` (to a list or null)."""
         return any(f"{own}.".startswith(f"{key}.") or f"{key}.".startswith(f"{own}.") for own in self.flat)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """All layers of a run. Later layers win."""
+    """All layers of a run. Values of later layers win."""
 
     ordered: tuple[Layer, ...]
-    main: str  # the file that messages name for a value that no layer sets
+    main: str  # for values that no layer sets, messages name this file
 
     def origin(self, key: str) -> Layer | None:
-        """Returns the last layer that sets exactly this key, else the last one that touches it."""
+        """Returns the last layer that sets exactly this key. If there is none, returns the last layer that touches the
+        key."""
         later_first = self._since_reset(key)[::-1]
         exact = (layer for layer in later_first if key in layer.flat)
         return next(exact, None) or next((layer for layer in later_first if layer.touches(key)), None)
 
     def where(self, key: str) -> str:
-        """Returns the file that sets `key`, for error messages."""
+        """Returns the name of the file that sets `key`, for error messages."""
         origin = self.origin(key)
         return origin.where if origin else self.main
 
     def _since_reset(self, key: str) -> tuple[Layer, ...]:
-        """Returns the layers that can set `key`: the last one that resets it and all later ones, or all layers."""
+        """Returns the layers that can set `key`: the last layer that resets `key` and all later layers. If no layer
+        resets `key`, returns all layers."""
         resetting = [
             index
             for index, layer in enumerate(self.ordered)
@@ -87,8 +89,8 @@ class Layers:
         return self.ordered[resetting[-1] if resetting else 0 :]
 
     def merged(self) -> DictConfig:
-        """Merges the layers with OmegaConf, with two additions: the sections in `Layer.resets` are emptied first, and a
-        ??? removes the value that its option had."""
+        """Merges the layers with OmegaConf. Two rules are added: a layer first empties the sections in its `resets`,
+        and the value ??? removes the value that the option had in earlier layers."""
         merged = OmegaConf.create({})
         for layer in self.ordered:
             for key in layer.resets:
@@ -100,13 +102,14 @@ class Layers:
                 for key in (key for key, value in layer.flat.items() if value == "???"):  # OmegaConf.merge ignores ???
                     OmegaConf.update(merged, key, "???")
             except (TypeError, OmegaConfBaseException) as error:
-                problem = f"a list stands where others have options, or the reverse: {first_line(error)}"
+                problem = f"a list stands where other layers have options, or the reverse: {first_line(error)}"
                 raise RecipeError(f"{layer.where}: {problem}") from None
         return merged
 
 
 def written_layers(recipe: Path | None, profile: str | None, overrides: Sequence[str]) -> Layers:
-    """Reads the recipe with its bases, the profile and the command line. Raises RecipeError for unknown names."""
+    """Reads the recipe with its base recipes, the profile and the command line. Raises RecipeError for unknown
+    names."""
     files = read(recipe) if recipe else []
     main = files[-1].where if files else COMMAND_LINE
     if profile:
@@ -116,16 +119,16 @@ def written_layers(recipe: Path | None, profile: str | None, overrides: Sequence
 
 
 def read(file: Path, label: str | None = None, derived: tuple[Path, ...] = ()) -> list[Layer]:
-    """Returns the layers of the recipes that a YAML file is based on, then its own layer.
+    """Reads a YAML file. Returns the layers of the recipes that it is based on, and then the layer of the file itself.
 
     Args:
-        label: name of the file's layer in provenance; None: the file.
-        derived: the files that are based on this one, to notice circles.
+        label: the name of the file's layer in provenance; None: the name of the file.
+        derived: the files that are based on this file. They are used to find circles.
     """
     where = shown(file)
     if (real := file.resolve()) in derived:
         circle = " -> ".join(map(shown, (*derived[derived.index(real) :], real)))
-        raise RecipeError(f"{where}: base recipes go in a circle: {circle}")
+        raise RecipeError(f"{where}: base recipes form a circle: {circle}")
     values = _parse(file, where)
     written = plain(values)
     bases: list[Layer] = []
@@ -146,12 +149,12 @@ def _layer(label: str, where: str, folder: Path, values: DictConfig, file: Path 
 
 
 def _section(values: DictConfig, stage: str, where: str) -> DictConfig:
-    """Returns the section of a stage: values of options that are for this stage only."""
+    """Returns the section of a stage, which has values for this stage only."""
     section = plain(values)[stage]
     if not isinstance(section, dict):
-        raise RecipeError(f"{where}: {stage} holds the options of that stage, such as {stage}.iterations")
+        raise RecipeError(f"{where}: the section {stage} must have options of that stage, such as {stage}.iterations")
     if "stage" in section:
-        raise RecipeError(f"{where}: {stage}.stage cannot be; the section is for the stage {stage}")
+        raise RecipeError(f"{where}: {stage}.stage cannot be set; the section is for the stage {stage}")
     return OmegaConf.create(section)
 
 
@@ -174,17 +177,18 @@ def find_recipe(written: str, where: str = "", folder: Path | None = None) -> Pa
     """Returns the file of a recipe that a command line or another recipe names. The first rule that applies decides:
 
     1. A shipped recipe's name without folder and suffix (`rlvr`) is the shipped recipe, even beside a file `rlvr`.
-       A file of that name is meant by `./rlvr`.
+       `./rlvr` means the file with that name.
     2. Everything else is a path: if the file exists, it is the recipe.
-    3. A shipped recipe's file name (`rlvr.yaml`) is the shipped recipe; on a command line also its path in a clone
-       (`recipes/rlvr.yaml`).
+    3. A shipped recipe's file name (`rlvr.yaml`) is the shipped recipe. On a command line, its path in a clone
+       (`recipes/rlvr.yaml`) is the shipped recipe too.
 
     Args:
         written: a name or a path.
         where: prefix of the error message.
-        folder: the folder of the recipe file that names the recipe, where paths start; None for a command line.
+        folder: the folder of the file that names the recipe. Relative paths start there. None for a command line.
     Raises:
-        RecipeError: no such recipe. The message lists the shipped recipes and the nearest name.
+        RecipeError: if there is no such recipe. The message has the names of all shipped recipes and the most similar
+            name.
     """
     shipped = shipped_recipes()
     if written in shipped:
@@ -206,7 +210,7 @@ def find_recipe(written: str, where: str = "", folder: Path | None = None) -> Pa
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of each shipped recipe."""
+    """Returns the shipped recipes, as name -> file."""
     return {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
 
 
@@ -217,7 +221,7 @@ def _find_profile(profile: str, beside: Path) -> Path:
     if file := next((path for folder in folders if (path := folder / f"{profile}.yaml").is_file()), None):
         return file
     names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    raise RecipeError(f"no profile {profile}; there is {', '.join(names)}, or give the path of a YAML file")
+    raise RecipeError(f"no profile {profile}; choose from {', '.join(names)}, or give the path of a YAML file")
 
 
 def _command_line(overrides: Sequence[str]) -> Layer:
@@ -235,7 +239,8 @@ def _command_line(overrides: Sequence[str]) -> Layer:
 
 
 def _unwrap_rewards(values: DictConfig) -> None:
-    """Replaces a list of one reward by the reward, so that its options have names: rewards.TASK.params."""
+    """Replaces a list with one reward by the reward itself, so that its options have names such as
+    rewards.TASK.params."""
     rewards = plain(values).get("rewards")
     for task, given in rewards.items() if isinstance(rewards, dict) else ():
         if isinstance(given, list) and len(given) == 1:
@@ -243,13 +248,14 @@ def _unwrap_rewards(values: DictConfig) -> None:
 
 
 def plain(values: DictConfig) -> dict[str, Any]:
-    """Returns the values as Python's own dicts and lists; interpolations stay text."""
+    """Returns the values as Python dicts and lists. Interpolations are not replaced by their values."""
     container: Any = OmegaConf.to_container(values)
     return container
 
 
 def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """{"ppo": {"gamma": 1}} -> {"ppo.gamma": 1}. Lists and empty mappings stay as they are."""
+    """Returns the values under dotted names: {"ppo": {"gamma": 1}} -> {"ppo.gamma": 1}. Lists and empty mappings are
+    not changed."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         nested = isinstance(value, Mapping) and value
@@ -258,7 +264,7 @@ def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shown(file: Path) -> str:
-    """Returns the path relative to the working directory if it is inside, else absolute."""
+    """Returns the path relative to the working directory if the file is inside it, otherwise the absolute path."""
     path = Path(os.path.abspath(file))
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 

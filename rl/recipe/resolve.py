@@ -1,8 +1,9 @@
-"""Makes one checked Config from recipe, profile and command line, with the source of each value.
+"""Makes one checked Config from the recipe, the profile and the command line, and records the source of each value.
 
-Later layers win: stage defaults < `base:` recipe < recipe < profile < key=value. OmegaConf reads and merges them, and
-the classes of rl.config check the result. Paths are relative to the file that names them (key=value: to the working
-directory) and become absolute, so that a saved recipe means the same in every working directory.
+Later layers win: stage defaults < `base:` recipe < recipe < profile < key=value. OmegaConf reads and merges the layers,
+and the classes of rl.config check the result. A relative path starts at the folder of the file that contains it; in
+key=value, it starts at the working directory. All paths become absolute, so that a saved recipe means the same in every
+working directory.
 """
 
 import json
@@ -39,15 +40,18 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")  # [owner/]name, and [
 
 @dataclass(frozen=True)
 class Resolved:
-    """A config and, for each dotted key, the layer that set it: "recipes/rlvr.yaml", "profile cpu", "command
-    line", "default of stage rlvr" or "default"."""
+    """A checked config with the source of its values.
+
+    `provenance` maps each dotted key to the layer that set it: "recipes/rlvr.yaml", "profile cpu", "command line",
+    "default of stage rlvr" or "default".
+    """
 
     config: Config
     provenance: Mapping[str, str]
 
     def plain(self) -> dict[str, Any]:
-        """Returns every value, ready for JSON. Paths are absolute; of secrets there are only the names of their
-        variables. Loads again as the same config."""
+        """Returns every value in a form that JSON can store. Paths are absolute. Secrets are only names of environment
+        variables. A recipe with these values loads as the same config."""
         return self.config.model_dump(mode="json")
 
     def yaml(self) -> str:
@@ -56,7 +60,7 @@ class Resolved:
 
 
 def yaml_of(values: Mapping[str, Any]) -> str:
-    """Returns the text of a recipe. Loads again as the same values."""
+    """Returns the text of a recipe with these values. The recipe loads again as the same values."""
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(dict(values))))
 
 
@@ -81,17 +85,19 @@ def load(
     """Merges all layers and checks the result.
 
     Args:
-        recipe: YAML file; None if the overrides have all values.
+        recipe: the YAML file; None if the overrides have all values.
         profile: name of a file in `profiles/` (beside the recipe, or shipped), or the path of a file.
-        overrides: `key=value`, values in YAML.
+        overrides: texts `key=value` with values in YAML.
         stage: the stage to run; a recipe of another stage is refused.
     Raises:
-        RecipeError: its message is all that the user needs to see. Unknown names come first, then
-            mandatory values that are missing (MissingOption), then values that do not fit.
+        RecipeError: the user needs to see only its message. Unknown names are reported first, then mandatory values
+            that are missing (MissingOption), then values that do not fit.
     """
     written = written_layers(Path(recipe) if recipe else None, profile, overrides)
     if chained := [layer for layer in written.ordered if layer.chain is not None]:
-        raise RecipeError(f"{chained[-1].where}: has a chain of recipes, which only rl.run takes; name one of them")
+        raise RecipeError(
+            f"{chained[-1].where}: has a chain of recipes, which only rl.run can run; name one of its recipes"
+        )
     chosen = stage_of(written, stage)
     if unused := [name for name in written.ordered[-1].stages if name != chosen]:
         raise RecipeError(f"command line: {unused[0]}.* is for the stage {unused[0]}, but this one is {chosen}")
@@ -115,7 +121,7 @@ def describe(resolved: Resolved, section: Callable[[str], bool] = lambda name: T
     """Returns one line per option: name, value, and source of the value.
 
     Args:
-        section: True for the sections (first part of the dotted name) that are shown.
+        section: returns True for each section to show. A section is the first part of the dotted name.
     """
     flat = flatten(resolved.plain())
     values = {key: _short(value) for key, value in flat.items() if section(key.partition(".")[0])}
@@ -136,8 +142,8 @@ def stage_of(layers: Layers, required: str | None = None) -> str:
     """Returns the stage that the layers name.
 
     Args:
-        required: the stage that --stage names; None without that option.
-    Raises: RecipeError if there is no stage, an unknown one, or another than `required`.
+        required: the stage that --stage names; None without --stage.
+    Raises: RecipeError if no layer names a stage, if the stage is unknown, or if it is not `required`.
     """
     naming = [layer for layer in layers.ordered if "stage" in layer.values]
     stage = str(naming[-1].values.stage) if naming else required
@@ -171,10 +177,10 @@ def _check_nothing_missing(merged: DictConfig, layers: Layers, profile: str | No
 
 
 def _profile_advice(key: str) -> str:
-    """Names the shipped profiles that set `key`."""
+    """Returns advice with the names of the shipped profiles that set `key`."""
     files = sorted((SHIPPED / "profiles").glob("*.yaml"))
     names = [file.stem for file in files if read(file)[-1].touches(key)]
-    return f", or try the small stand-in of --profile {' or '.join(names)}" if names else ""
+    return f", or try the small example of --profile {' or '.join(names)}" if names else ""
 
 
 def _interpolated(merged: DictConfig, layers: Layers) -> dict[str, Any]:
@@ -209,13 +215,13 @@ def _make_paths_absolute(values: dict[str, Any], layers: Layers) -> None:
         origin = layers.origin(f"endpoints.{name}.model")
         if (
             isinstance(endpoint, dict) and endpoint.get("url") is None and origin
-        ):  # its model is then a folder or hub id
+        ):  # without a url, the model is a folder or hub id
             endpoint["model"] = _absolute(endpoint.get("model"), origin.folder)
 
 
 def _make_reward_absolute(reward: Any, key: str, layers: Layers) -> None:
-    """Makes paths absolute, in place: the file in `use`, and parameters that begin with ./, ../ or ~/ or name a
-    file."""
+    """Makes the paths of a reward absolute, in place. Paths are the file in `use`, and parameters that begin with ./,
+    ../ or ~/ or that name a file."""
     if not isinstance(reward, dict):
         return
 
@@ -241,7 +247,7 @@ def _absolute_if_path(value: Any, folder: Path) -> Any:
 
 
 def _absolute(value: Any, folder: Path, *, always: bool = False) -> Any:
-    """Returns paths as absolute paths. Hub ids, and values that are not text, are returned as they are."""
+    """Returns an absolute path if the value is a path. Other values, such as hub ids, are returned unchanged."""
     if isinstance(value, list):
         return [_absolute(item, folder, always=always) for item in value]
     if isinstance(value, dict) and "path" in value:
@@ -258,9 +264,9 @@ def _is_path(text: str, folder: Path) -> bool:
 
 
 def _validated(values: dict[str, Any], layers: Layers) -> Config:
-    """Checks the values as JSON: in strict mode pydantic then reads lists as tuples and text as paths, but no text as a
-    number."""
-    sections = {"model": {}, "data": {}}  # so that a message names the missing option inside them
+    """Checks the values as JSON. From JSON, pydantic's strict mode reads lists as tuples and text as paths, but does
+    not read text as a number."""
+    sections = {"model": {}, "data": {}}  # so that a message names the option that is missing in a section
     try:
         config = Config.model_validate_json(json.dumps(sections | values, default=str))
     except ValidationError as error:
@@ -282,5 +288,5 @@ def _escaped(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    """Returns text as it is, and other values as JSON."""
+    """Returns text unchanged, and other values as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

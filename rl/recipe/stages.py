@@ -1,4 +1,4 @@
-"""The stages as recipes see them: names, default values and rules.
+"""Gives recipes access to the registered stages: their names, default values and rules.
 
 The stages themselves are in stages/, which rl may not import. Installed packages register their stages in the entry
 point group `rl.stages`: each entry point names a mapping from stage names to classes like stages.base.Stage.

@@ -1,10 +1,11 @@
-"""Checkpoints of a run: one folder per iteration, which is complete or absent. No file is pickled.
+"""Writes and reads the checkpoints of a run. Each is a folder that is complete or absent. No file is pickled.
 
-    000020/policy/, critic/  whole weights in Hugging Face layout; policy/ loads in vLLM
+    000020/policy/, critic/  complete weights in Hugging Face layout; policy/ loads in vLLM
            state/            run.json: counters; policy/, critic/: optimizer state of each rank (safetensors)
            manifest.json     size and SHA-256 of every other file; written last
 
-Every random choice of a run is drawn from (seed, iteration, place), so the counters replace a saved random state.
+Every random choice of a run is drawn from (seed, iteration, position). The counters are therefore enough to resume, and
+no random state is saved.
 """
 
 import hashlib
@@ -26,21 +27,22 @@ Finish = Callable[[], None]
 
 @dataclass(frozen=True)
 class Written:
-    """Time and size of one finished checkpoint."""
+    """The time and size of one finished checkpoint."""
 
-    seconds: float  # from the start until everything was on disk
-    blocked: float  # seconds of these in which the run waited
+    seconds: float  # seconds from the start until everything was on disk
+    blocked: float  # the part of `seconds` in which the run waited
     bytes: int
 
 
 class Checkpoints:
-    """The checkpoints of one run. A thread writes one at a time while training continues.
+    """The checkpoints of one run. A thread writes one checkpoint at a time while training continues.
 
     Args:
-        folder: the folder that holds them.
+        folder: the folder that contains the checkpoints.
         keep: the number of newest checkpoints to keep.
         keep_every: checkpoints of iterations that are multiples of this number are kept too.
-        expected: estimated bytes of a checkpoint, for the check of free disk space before the first one.
+        expected: the estimated size of a checkpoint in bytes. It is used to check the free disk space before the first
+            checkpoint.
     """
 
     def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None, expected: int = 0) -> None:
@@ -50,12 +52,13 @@ class Checkpoints:
         self._written: list[Written] = []
 
     def begin(self, iteration: int, save: Callable[[Path], tuple[Mapping[str, Any], Finish]]) -> None:
-        """Starts to write the checkpoint of `iteration`, after the one before is finished.
+        """Waits until the previous checkpoint is finished, then starts to write the checkpoint of `iteration`.
 
         Args:
-            save: gets the folder to write into, copies everything that training will change, and starts to write it.
-                Returns the counters for run.json and a function that waits until everything is written.
-        Raises: Stop if the disk has too little room, or if the checkpoint before could not be written.
+            save: a function that gets the folder to write into. It copies everything that training will change and
+                starts to write the copy. It returns the counters for run.json, and a function that waits until
+                everything is written.
+        Raises: Stop if the disk has too little free space, or if the previous checkpoint could not be written.
         """
         self.settle()
         start = time.monotonic()
@@ -100,7 +103,7 @@ class Checkpoints:
             raise failed
 
     def settle(self) -> None:
-        """Waits for the checkpoint that is being written. Raises Stop if that failed."""
+        """Waits for the checkpoint that is being written. Raises Stop if it could not be written."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -118,10 +121,10 @@ class Checkpoints:
         return written
 
     def newest(self, report: Callable[[str], None] = lambda message: None) -> Path | None:
-        """Returns the newest undamaged checkpoint, None if the run has no checkpoint.
+        """Returns the newest undamaged checkpoint, or None if the run has no checkpoint.
 
-        Calls `report` with a message for each damaged checkpoint. Raises Stop if all are damaged: a start from
-        iteration 0 would throw away the finished iterations.
+        Calls `report` with a message for each damaged checkpoint. Raises Stop if all checkpoints are damaged, because a
+        start from iteration 0 would throw away the finished iterations.
         """
         problems = []
         for path in reversed(_numbered(self.folder)):
@@ -131,21 +134,22 @@ class Checkpoints:
             report(problems[-1])
         if problems:
             raise Stop(
-                f"no checkpoint in {self.folder} can be used, the newest because: {problems[0]}. Bring one back, or "
-                "start a new run with another --output.",
+                f"no checkpoint in {self.folder} can be used. The newest: {problems[0]}. Restore one of them, or start "
+                "a new run with another --output.",
                 saves=False,
             )
         return None
 
     def _delete_old(self) -> Stop | None:
-        """Returns the Stop to raise if an old checkpoint cannot be deleted: they would fill the disk."""
+        """Deletes old checkpoints. If one cannot be deleted, returns a Stop to raise, because old checkpoints would
+        fill the disk."""
         for old in finished(self.folder)[: -self.keep]:
             if not self.keep_every or int(old.name) % self.keep_every:
                 try:
                     shutil.rmtree(old)
                 except OSError as error:
                     reason = f"the old checkpoint {old} could not be removed: {error}"
-                    return Stop(f"{reason}. Mend that and continue with --resume.", saves=False)
+                    return Stop(f"{reason}. Repair this and continue with --resume.", saves=False)
         return None
 
 
@@ -159,7 +163,8 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Returns what is wrong with a checkpoint's files, None if nothing is. Reads all files."""
+    """Returns a description of the first damaged file of a checkpoint, or None if no file is damaged. Reads all
+    files."""
     try:
         expected = json.loads((checkpoint / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError) as error:
@@ -181,13 +186,13 @@ def counters(checkpoint: Path) -> dict[str, Any]:
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Replaces `target` by a copy of a finished folder. Raises Stop if it cannot be written."""
+    """Replaces `target` by a copy of a finished folder. Raises Stop if the copy cannot be written."""
     with writing(target), replacing_folder(target) as partial:
         shutil.copytree(folder, partial, dirs_exist_ok=True)
 
 
 def _write_manifest(folder: Path) -> int:
-    """Writes the manifest; returns the size of all other files in bytes."""
+    """Writes the manifest. Returns the total size of all other files in bytes."""
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _digest(file)}
         for file in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Writes files and folders that are complete or absent, and on disk (fsync) before they get their name.
+"""Writes files and folders so that each is complete or absent. It is on disk (fsync) before it gets its final name.
 
 Tested in tests/rl/record/test_checkpoints.py and tests/rl/record/test_run_folder.py.
 """
@@ -20,7 +20,7 @@ class NoRoom(OSError):
 
 
 def check_room(folder: Path, wanted: int, what: str) -> None:
-    """Raises NoRoom if the folder's disk has less than `wanted` bytes free. `what` is for the message."""
+    """Raises NoRoom if the folder's disk has less than `wanted` bytes of free space. The message names `what`."""
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise NoRoom(f"{folder} has {readable(free)} free, and {what} takes about {readable(wanted)}")
@@ -36,12 +36,12 @@ def writing(what: object) -> Generator[None, None, None]:
 
 
 def not_written(what: object, error: Exception) -> Stop:
-    """Returns the Stop to raise for something that cannot be written."""
-    return Stop(f"{what} could not be written: {error}. Make room or mend the folder, and {GO_ON}.", saves=False)
+    """Returns the Stop to raise if `what` cannot be written."""
+    return Stop(f"{what} could not be written: {error}. Make room or repair the folder, and {GO_ON}.", saves=False)
 
 
 def readable(size: int) -> str:
-    """Returns a number of bytes with a unit: `3.2 GiB`."""
+    """Returns a number of bytes with a unit, such as `3.2 GiB`."""
     number, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while number >= 1024 and len(units) > 1:
         number, units = number / 1024, units[1:]
@@ -75,7 +75,8 @@ def hold(folder: Path) -> int | None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Generator[IO[bytes], None, None]:
-    """Yields a file to write. It replaces `path` when the block ends without an error, complete and on disk."""
+    """Yields a file to write. If the block ends without an error, the file replaces `path` when all of it is on
+    disk."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
@@ -97,16 +98,17 @@ def write_file(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Generator[Path, None, None]:
-    """Yields a new folder to fill. It replaces `path` when the block ends without an error, complete and on disk."""
+    """Yields a new folder to fill. If the block ends without an error, the folder replaces `path` when all of it is on
+    disk."""
     partial = begin_folder(path)
     yield partial
     finish_folder(partial, path)
 
 
 def begin_folder(path: Path) -> Path:
-    """Returns an empty folder to fill, `.NAME.partial`; `finish_folder` renames it to `path`.
+    """Makes and returns an empty folder `.NAME.partial` to fill. `finish_folder` renames it to `path`.
 
-    After an error or a crash it stays, and the next call with the same path deletes it.
+    After an error or a crash this folder still exists. The next call with the same path deletes it.
     """
     partial = path.with_name(f".{path.name}.partial")
     if partial.exists():
@@ -116,7 +118,7 @@ def begin_folder(path: Path) -> Path:
 
 
 def finish_folder(partial: Path, path: Path) -> None:
-    """Replaces `path` by the folder `partial`, after everything in it is on disk."""
+    """Replaces `path` by the folder `partial`, after everything in `partial` is on disk."""
     for inside in sorted(partial.rglob("*")):
         to_disk(inside)
     to_disk(partial)

@@ -1,6 +1,7 @@
-"""Shows a run's progress: a live panel in a terminal, plain lines elsewhere. Its errors never end a run.
+"""Shows the progress of a run: a live panel in a terminal, plain lines elsewhere. Its errors never end the run.
 
-It shows numbers of metrics.jsonl (explained in rl/record/metrics.yaml), moving averages of them, and the time left.
+The display shows metrics from metrics.jsonl, their moving averages, and the remaining time. rl/record/metrics.yaml
+explains the metrics.
 """
 
 import functools
@@ -25,7 +26,7 @@ TREND = 30  # iterations in a sparkline
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=*#"
 SHARES = {"rollout": "cyan", "reward": "yellow", "critic": "magenta", "policy": "green", "sync": "blue"}
-NARROW = 72  # columns; a narrower panel shows fewer columns of the table
+NARROW = 72  # width in characters; a narrower panel shows fewer columns of the table
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 
@@ -54,7 +55,8 @@ def _harmless(method: Callable[Concatenate["Display", P], None]) -> Callable[Con
 
 
 class _Console(Console):
-    """A console that goes silent when its output pipe is closed (`| head`). rich's own ends the process."""
+    """A console that goes silent when its output pipe is closed (`| head`). rich's own console would end the
+    process."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -78,7 +80,7 @@ class Display:
         self._live: Live | None = None
         self._began = time.monotonic()
         self._phase, self._phase_began = "", self._began
-        self._seconds: deque[float] = deque(maxlen=WINDOW)  # per iteration, of this process only
+        self._seconds: deque[float] = deque(maxlen=WINDOW)  # duration of each iteration that this process ran
         self._history: dict[str, deque[float]] = {}  # reward/* -> recent values
         self._metrics: Mapping[str, Any] = {}
         self._first_held_out: dict[str, float] = {}
@@ -100,7 +102,7 @@ class Display:
 
     @_harmless
     def message(self, text: str) -> None:
-        """Prints one permanent line, such as that a checkpoint was saved."""
+        """Prints one permanent line, for example after a checkpoint was saved."""
         self._print(Text(text))
 
     @_harmless
@@ -119,7 +121,8 @@ class Display:
 
     @_harmless
     def evaluation(self, metrics: Mapping[str, Any]) -> None:
-        """Shows `eval/*`, if there are any: as a table the first time, then as a line with the changes since then."""
+        """Shows the metrics `eval/*`, if there are any. The first evaluation is shown as a table. Later evaluations are
+        lines with the changes since the first one."""
         found = families(metrics)
         if not found:
             return
@@ -136,7 +139,8 @@ class Display:
 
     @_harmless
     def summary(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        """Shows each family's held-out reward before and after training, from two dicts with `eval/*`."""
+        """Shows the held-out reward of each task before and after training. `before` and `after` are metrics with
+        `eval/*`."""
         self._stop()
         self._print(Text("held-out reward before and after training", style="bold"))
         self._print(_before_after(families(before), families(after)))
@@ -150,7 +154,7 @@ class Display:
             self._live.start()
 
     def _stop(self) -> None:
-        """Stops the panel, also after an error: otherwise it would overwrite later output."""
+        """Stops the panel, even after an error. Otherwise the panel would overwrite later output."""
         live, self._live = self._live, None
         try:
             if live:
@@ -159,18 +163,19 @@ class Display:
             logger.warning("the progress display did not stop cleanly: %r", problem)
 
     def _print(self, shown: RenderableType) -> None:
-        # not wrapped: a log file has no width, but rich assumes one
+        # text in a log file is not wrapped: the file has no width, but rich assumes one
         self._console.print(shown, soft_wrap=isinstance(shown, Text) and not self._console.is_terminal)
 
     # Numbers
 
     def _task_names(self) -> list[str]:
-        """Returns the reward/<task> names of the last iteration: the tasks that have a response length."""
+        """Returns the names reward/<task> of all tasks in the last iteration. A task has a metric of its response
+        length."""
         prefix = "response/tokens_mean/"
         return [f"reward/{name.removeprefix(prefix)}" for name in self._metrics if name.startswith(prefix)]
 
     def _recent(self, name: str) -> list[float]:
-        """Returns as many of the last values as fit beside the other columns."""
+        """Returns the last values of a metric, as many as fit beside the other columns of the table."""
         room = max(1, self._console.width - NARROW + 10)
         return list(self._history.get(name, ()))[-room:]
 
@@ -179,7 +184,8 @@ class Display:
         return sum(recent) / len(recent) if recent else None
 
     def _left(self) -> float | None:
-        """Returns the seconds left at the mean time of the last iterations; None before the first has ended."""
+        """Estimates the remaining seconds from the mean duration of the last iterations. Returns None before the first
+        iteration has ended."""
         if not self._seconds:
             return None
         to_go = self._run.iterations - int(self._metrics.get("iteration", 0))
@@ -190,7 +196,7 @@ class Display:
         return "" if first is None else f" ({_with_average(self._held_out)[family] - first:+.3f})"
 
     def _shares(self) -> dict[str, float]:
-        """Returns each phase's share of the iteration's time, and the rest as `other`; they sum to 1."""
+        """Returns each phase's share of the iteration's time, and the rest as `other`. The shares sum to 1."""
         total = self._metrics.get("time/total", 0)
         if not total:
             return {}
@@ -216,7 +222,7 @@ class Display:
     def _panel(self) -> RenderableType:
         try:
             return Panel(Group(*self._panel_rows()), title=f"{self._run.stage}", title_align="left")
-        except Exception as problem:  # rich calls this in its own thread and would hide the error
+        except Exception as problem:  # rich calls this method in its own thread and would hide the error
             return Text(f"(the progress display cannot draw: {problem!r})")
 
     def _panel_rows(self) -> list[RenderableType]:
@@ -263,7 +269,7 @@ class Display:
         ]
 
     def _time_bar(self, wide: bool) -> list[RenderableType]:
-        """Returns each phase's share of the last iteration's time as a bar, and the bar's legend."""
+        """Returns a bar with each phase's share of the last iteration's time, and the legend of the bar."""
         shares = self._shares()
         width = max(10, self._console.width - 6)
         bar, legend = Text(no_wrap=True, overflow="crop"), Text()
@@ -307,7 +313,7 @@ def _held_out_table(families: Mapping[str, float]) -> Table:
 
 
 def _before_after(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """Returns the table of families that were evaluated both times, and their averages."""
+    """Returns a table with the rewards of all tasks that were evaluated both times, and with their averages."""
     both = [name for name in before if name in after]
     first, last = (_with_average({name: one[name] for name in both}) for one in (before, after))
     table = Table()
@@ -331,7 +337,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _clock(seconds: float | None) -> str:
-    """`1:02:03`, `2:03`; `-:--` if unknown."""
+    """Returns a duration as `1:02:03` or `2:03`, and an unknown duration as `-:--`."""
     if seconds is None:
         return "-:--"
     minutes, rest = divmod(round(seconds), 60)

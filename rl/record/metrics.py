@@ -1,4 +1,4 @@
-"""Looks up and checks metrics, and computes those of rewards and responses.
+"""Looks up and checks metrics, and computes the metrics of rewards and responses.
 
 metrics.yaml, beside this file, says what each metric means and whether higher or lower is better. A metric without an
 entry there, or in `own_metrics` of a stage, cannot be written to a run folder.
@@ -22,7 +22,7 @@ Better = Literal["higher", "lower", "neither"]
 
 @dataclass(frozen=True)
 class Metric:
-    """Meaning of one metric. In `name`, `<task>` and `<part>` stand for one word, a name that the recipe chooses."""
+    """The meaning of one metric. In `name`, `<task>` and `<part>` each stand for one name from the recipe."""
 
     name: str
     better: Better
@@ -37,7 +37,7 @@ _TEXT = ("stage",)
 
 
 def describe(name: str) -> Metric:
-    """Returns the entry for a name such as `reward/counting`. Raises ValueError if there is none."""
+    """Returns the entry for a name such as `reward/counting`. Raises ValueError if there is no entry."""
     fitting = [metric for metric in METRICS if _fits(name.split("/"), metric.name.split("/"))]
     if name in _BY_NAME or fitting:
         return _BY_NAME.get(name) or fitting[0]
@@ -59,7 +59,7 @@ def _fits(words: list[str], pattern: list[str]) -> bool:
 
 
 def check(metrics: Mapping[str, Any]) -> None:
-    """Raises ValueError for a metric that is not in metrics.yaml or is not a finite number (`stage`: a text)."""
+    """Raises ValueError for a metric that has no entry, or whose value is not a finite number (for `stage`: a text)."""
     for name, value in metrics.items():
         describe(name)
         wanted = "a text" if name in _TEXT else "a finite number"
@@ -76,7 +76,7 @@ def is_finite_number(value: Any) -> bool:
 
 
 def task_name_problem(task: str) -> str | None:
-    """Returns why `task` cannot be a task's name, which becomes part of metric names; None if it can."""
+    """Returns why `task` cannot be the name of a task, or None if it can. Metric names contain the names of tasks."""
     if "/" in task:
         return f"task {task!r} has a '/', which metric names use to separate a task from its parts"
     if any(f"{room}/{task}" in _BY_NAME for room in ("reward", "eval")):
@@ -88,11 +88,12 @@ def rollout_metrics(scored: Sequence[Scored], rollouts_per_prompt: int) -> dict[
     """Returns the `reward/*` and `response/*` metrics of an iteration.
 
     Args:
-        scored: the iteration's samples, those of one prompt next to each other.
+        scored: the samples of the iteration. Samples of the same prompt are next to each other.
         rollouts_per_prompt: samples per prompt; must divide the number of samples.
     Returns:
-        Rewards are means over valid samples, lengths over all samples. Means without any sample, such as the reward of
-        a task whose samples are all invalid, are left out. `reward/std` is the population's standard deviation.
+        Rewards are means over valid samples, and lengths are means over all samples. A mean over no samples is left
+        out, such as the reward of a task whose samples are all invalid. `reward/std` is the population standard
+        deviation.
     """
     if not scored or len(scored) % rollouts_per_prompt:
         raise ValueError(f"{len(scored)} samples do not split into groups of {rollouts_per_prompt}")
@@ -119,7 +120,7 @@ def _reward_metrics(valid: Sequence[Scored]) -> dict[str, float]:
 
 
 def _flat_groups(groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
-    """Ignores groups without a valid sample."""
+    """Returns the share of groups whose valid samples have equal rewards. Ignores groups without a valid sample."""
     rewards = [{sample.reward for sample in group if sample.invalid is None} for group in groups]
     flat = [len(distinct) == 1 for distinct in rewards if distinct]
     return {"reward/flat_group_fraction": statistics.fmean(flat)} if flat else {}
@@ -138,7 +139,7 @@ def _mean_tokens(scored: Iterable[Scored]) -> float:
 
 
 def _by_task(scored: Iterable[Scored]) -> dict[str, list[Scored]]:
-    """Samples by task, in alphabetical order of tasks, so that runs can be compared line by line."""
+    """Returns the samples of each task. Tasks are in alphabetical order, so that runs can be compared line by line."""
     tasks: dict[str, list[Scored]] = {}
     for sample in scored:
         tasks.setdefault(sample.rollout.prompt.task, []).append(sample)

@@ -1,7 +1,7 @@
-"""A run's folder with recipe, metrics and samples. After a crash it has complete lines and files only.
+"""Reads and writes a run's folder with recipe, metrics and samples. Incomplete lines or files of a crash are ignored.
 
-RUN_DIR/recipe.yaml, metrics.jsonl, rollouts/000001.jsonl.gz, checkpoints/, policy/. Imports no torch. Raises
-Stop, which names the file, if a file cannot be written (full or read-only disk).
+RUN_DIR contains recipe.yaml, metrics.jsonl, rollouts/000001.jsonl.gz, checkpoints/ and policy/. This module does not
+import torch. If a file cannot be written (full or read-only disk), it raises a Stop that names the file.
 """
 
 import gzip
@@ -28,16 +28,16 @@ class RunFolder:
         self.rollouts = self.path / "rollouts"
         self.checkpoints = self.path / "checkpoints"
         self.policy = self.path / "policy"
-        self.timeline = self.path / "timeline.json"  # exists with log.timeline
-        self.resumable = self.path  # the argument of --resume; of a stage in a chain, the chain's folder
+        self.timeline = self.path / "timeline.json"  # exists if log.timeline is true
+        self.resumable = self.path  # the argument of --resume; for a stage of a chain, the folder of the chain
         self._lock: int | None = None  # file descriptor, while this process has the lock
         self._last = max((line["iteration"] for line in self.read_metrics()), default=-1)
 
     @classmethod
     def create(cls, path: str | Path, recipe: str) -> Self:
-        """Makes the folder of a new run with `recipe` (YAML text) in it.
+        """Makes the folder of a new run and writes `recipe` (YAML text) to it.
 
-        Raises ValueError if there is anything at `path`.
+        Raises ValueError if something exists at `path`, as `make_run_folder` does.
         """
         make_run_folder(Path(path))
         folder = cls(path)
@@ -64,13 +64,13 @@ class RunFolder:
         self._lock = hold(self.path)
 
     def release(self) -> None:
-        """Gives the lock back."""
+        """Releases the lock."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def write_recipe(self, recipe: str) -> None:
-        """Replaces recipe.yaml. `recipe` is the resolved recipe, in which secrets stand by name only."""
+        """Replaces recipe.yaml. `recipe` is the resolved recipe, which contains only the names of secrets."""
         write_file(self.recipe, recipe.encode())
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
@@ -97,7 +97,7 @@ class RunFolder:
         return [json.loads(line) for line in whole.splitlines()]
 
     def write_rollouts(self, iteration: int, scored: Sequence[Scored], save: Save = "all") -> None:
-        """Writes an iteration's samples: all, none, or `save` of them at equal distances.
+        """Writes the samples of an iteration: all, none, or a number of samples at equal distances.
 
         The file is complete or absent. The same samples give the same bytes.
         """
@@ -111,11 +111,11 @@ class RunFolder:
             gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0) as packed,
         ):
             for sample in chosen:
-                # a lone surrogate, which UTF-8 cannot encode, becomes its JSON escape
+                # UTF-8 cannot encode a lone surrogate, so its JSON escape is written instead
                 packed.write(_json_line(sample_record(sample)).encode("utf-8", "backslashreplace"))
 
     def truncate_after(self, iteration: int) -> None:
-        """Deletes metrics and samples of later iterations, so that a resumed run has each exactly once."""
+        """Deletes metrics and samples of later iterations, so that a resumed run has every iteration exactly once."""
         kept = [line for line in self.read_metrics() if line["iteration"] <= iteration]
         with writing(self.path):
             if self.metrics.exists():
@@ -147,7 +147,8 @@ def _is_empty(entry: Path) -> bool:
 
 
 def sample_record(sample: Scored) -> dict[str, Any]:
-    """Returns one line of rollouts/: data row, response and score. The reward of an invalid sample is None."""
+    """Returns one line for a file in rollouts/, with data row, response and score. The reward of an invalid sample is
+    None."""
     rollout, prompt = sample.rollout, sample.rollout.prompt
     answers = {"ground_truth": prompt.ground_truth, "reference": prompt.reference}
     return {
@@ -186,14 +187,15 @@ def _chosen(scored: Sequence[Scored], save: Save) -> Sequence[Scored]:
 
 
 def image_part(picture: Picture) -> dict[str, Any]:
-    """Returns the part of a message that names a picture: by its path, or by its digest if it came as bytes."""
+    """Returns the message part for a picture. It contains the path of the picture, or the digest if the picture came as
+    bytes."""
     if isinstance(picture.source, bytes):
         return {"type": "image", "digest": picture.digest}
     return {"type": "image", "image": str(picture.source)}
 
 
 def messages_of(prompt: Prompt, part_of: Callable[[Picture], dict[str, Any]] = image_part) -> list[dict[str, Any]]:
-    """Returns the chat with `part_of(picture)` in place of each image placeholder."""
+    """Returns the chat of a prompt, with `part_of(picture)` in place of each image placeholder."""
     pictures = iter(prompt.images)
 
     def content(given: str | Sequence[Mapping[str, Any]]) -> Any:
@@ -209,8 +211,8 @@ def _json_line(record: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Returns `value` with everything that JSON cannot hold (NaN, a set, ...) as text: an unusual detail of a reward
-    must not end a run."""
+    """Returns `value` with text in place of everything that JSON cannot represent (NaN, a set, ...). An unusual detail
+    of a reward must not end a run."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

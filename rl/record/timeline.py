@@ -1,6 +1,6 @@
-"""Writes timeline.json: what each process of a run did when, in Chrome's trace format.
+"""Writes timeline.json, which says when each process of a run did what, in Chrome's trace format.
 
-ui.perfetto.dev and chrome://tracing show it.
+ui.perfetto.dev and chrome://tracing display the file.
 """
 
 import json
@@ -13,7 +13,7 @@ Span = tuple[str, float, float]  # name, start and end in seconds since 1970
 
 
 class SpanSource(Protocol):
-    """A process that records its spans. `spans()` returns a future of those since the last call."""
+    """A process that records its spans. `spans()` returns a future of the spans since the last call of `spans`."""
 
     def spans(self) -> Any: ...
 
@@ -23,7 +23,7 @@ class Timeline:
 
     Args:
         path: the file; events are appended if it exists.
-        sources: process name in the timeline -> process.
+        sources: name of a process in the timeline -> the process.
     """
 
     def __init__(self, path: Path, sources: Mapping[str, SpanSource]) -> None:
@@ -33,11 +33,12 @@ class Timeline:
         self._named: set[str] = set()
 
     def add(self, process: str, name: str, start: float, end: float) -> None:
-        """Records something that this process did or waited for; `process` names one of its threads."""
+        """Records a span in which a thread of this process did something or waited. `process` is the name of the
+        thread."""
         self._own.append((process, (name, start, end)))
 
     def replaced(self, name: str, source: SpanSource) -> None:
-        """A new process takes over this name; spans of the old one that were not read are lost."""
+        """Gives this name to a new process. Spans of the old process that were not read yet are lost."""
         self._sources[name] = source
         self._pending.pop(name, None)
 
@@ -45,7 +46,7 @@ class Timeline:
         """Appends the spans since the last call.
 
         The processes named in `busy` may be inside a long call. Their spans are requested now and read by a later
-        `write`, so that this one does not wait for them.
+        `write`, so that this `write` does not wait for these processes.
         """
         self._pending |= {name: source.spans() for name, source in self._sources.items() if name not in self._pending}
         spans, self._own = self._own, []
@@ -61,12 +62,13 @@ class Timeline:
 
 
 def _event(kind: str, process: str, name: str, **more: Any) -> dict[str, Any]:
-    """The process id is a hash of the name, so that a resumed run continues the same line of the timeline."""
+    """Returns one event. Its process id is a hash of the process name, so that a resumed run continues the same line of
+    the timeline."""
     return {"ph": kind, "pid": zlib.crc32(process.encode()) >> 1, "tid": 0, "name": name, **more}
 
 
 def _append(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
-    """Appends to a JSON list in a file without reading the file."""
+    """Appends events to the JSON list in a file, without reading the file."""
     if not events:
         return
     if not path.exists():

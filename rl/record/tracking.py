@@ -21,9 +21,9 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in RUN_DIR/tracking/tensorboard.
+    """Writes event files to RUN_DIR/tracking/tensorboard.
 
-    After a resume, TensorBoard hides what was logged before from `first_step` on.
+    After a resume, TensorBoard hides older values of the steps from `first_step` on.
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any], first_step: int) -> None:
@@ -41,9 +41,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of wandb, configured by wandb's environment variables (WANDB_PROJECT, WANDB_MODE, ...).
+    """Logs to a run of wandb, which wandb's environment variables (WANDB_PROJECT, WANDB_MODE, ...) configure.
 
-    A resumed run has the same id; wandb ignores steps that it already has.
+    A resumed run keeps its wandb id, and wandb ignores steps that it already has.
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any], first_step: int) -> None:
@@ -63,7 +63,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow, configured by MLflow's environment variables (MLFLOW_TRACKING_URI, ...)."""
+    """Logs to a run of MLflow, which MLflow's environment variables (MLFLOW_TRACKING_URI, ...) configure."""
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any], first_step: int) -> None:
         import mlflow
@@ -93,7 +93,7 @@ TRACKERS: dict[str, tuple[str, str, Callable[[Path, Mapping[str, Any], int], Tra
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises ValueError for a tracker that does not exist or whose package is missing. Imports none of them."""
+    """Raises ValueError for a tracker that does not exist or whose package is missing. Does not import the packages."""
     for name in names:
         if name not in TRACKERS:
             raise ValueError(f"log.trackers: there is no {name!r}; choose from {', '.join(TRACKERS)}")
@@ -105,7 +105,7 @@ def check_trackers(names: Sequence[str]) -> None:
 class Trackers:
     """All trackers of a run.
 
-    A tracker that fails is closed with a warning, and the run continues: its metrics are in metrics.jsonl anyway.
+    A tracker that fails is removed with a warning, and the run continues, because metrics.jsonl has all metrics anyway.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class Trackers:
     ) -> None:
         """Starts the named trackers for the run in `folder`.
 
-        `recipe` is stored with the curves; `first_step` is the first iteration to be logged (0: a new run).
-        Raises ValueError as check_trackers does, and what a library raises if it cannot start.
+        `recipe` is stored with the metrics. `first_step` is the first iteration to be logged (0: a new run). Raises
+        ValueError as check_trackers does, or the exception of a library that cannot start.
         """
         check_trackers(names)
         self._open = {name: TRACKERS[name][2](folder, recipe or {}, first_step) for name in names}
@@ -139,7 +139,7 @@ class Trackers:
     def _guarded(self, name: str, act: Callable[[Tracker], None]) -> None:
         try:
             act(self._open[name])
-        except Exception as problem:  # a tracker may raise anything, and no failure of it may end the run
+        except Exception as problem:  # a tracker may raise any exception, and none of them may end the run
             del self._open[name]
             logger.warning("log.trackers: %s failed and is left out from now on: %r", name, problem)
 

@@ -1,4 +1,4 @@
-"""The penalty `calibration`: what it shows the judge, and how findings count."""
+"""Tests the penalty `calibration`: the texts that the judge sees, and the value of its findings."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def test_the_offence_is_the_judges_finding_and_the_judge_sees_the_reasoning() ->
     assert blocks(server.prompts[0])["reasoning"] == "no idea"
 
 
-def test_an_empty_answer_does_not_offend_and_one_that_keeps_the_judge_from_a_verdict_does() -> None:
+def test_an_empty_answer_does_not_offend_but_an_answer_that_prevents_a_verdict_does() -> None:
     fine = {"reasoning": "", "overconfident": False}
     with judging(lambda request: fine if HARMLESS in text_of(request) else "gladly!") as server:
         assert score("calibration", rollout("<think>hm</think>")).value == 0.0

@@ -1,4 +1,4 @@
-"""The row judge `checkable`: what it shows the judge, and how verdicts count."""
+"""Tests the row judge `checkable`: the texts that the judge sees, and the value of its verdicts."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The reward `choice`: letters and texts of options."""
+"""Tests the reward `choice`: letters and texts of options."""
 
 from typing import Any
 

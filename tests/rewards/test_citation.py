@@ -1,4 +1,4 @@
-"""The penalty `citation`: which references and links count as fabricated."""
+"""Tests the penalty `citation`: which references and links count as fabricated."""
 
 # ruff: noqa: RUF001  # look-alikes and headings in several scripts
 
@@ -13,7 +13,7 @@ from rewards import Invalid, Rollout, Score, get
 from rewards.citation import MAX_ASKED
 from rl.types import Prompt
 
-HALF = 1 << 19  # characters of hostile text: half a million
+HALF = 1 << 19  # number of characters of a hostile text
 QUESTION = "Compare with https://Example.org/Report?id=7, doi:10.1000/ABC.5 and arXiv:1706.03762v2, please."
 
 
@@ -144,7 +144,7 @@ def test_allowed_domains_urls_and_prefixes_do_not_offend(answer: str) -> None:
         "https://wikipedia.org@evil.com/wiki",
         "https://evil.com@wikipedia.org/wiki",
         "https://evilwikipedia.org",
-        "https://wikipediа.org",  # its last letter is Cyrillic
+        "https://wikipediа.org",  # the last letter of "wikipedia" is Cyrillic
         "https://xn--wikipedi-86g.org",
         "https://wiki\u200bpedia.org/wiki",
         "https://wikipedia.org\u200b.evil.com",

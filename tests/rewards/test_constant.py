@@ -1,4 +1,4 @@
-"""The reward `constant`."""
+"""Tests the reward `constant`."""
 
 from rewards import get
 from tests.support.reward_samples import rollout

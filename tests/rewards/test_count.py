@@ -1,4 +1,4 @@
-"""The reward `count`: numbers in figures and words, and counting by points."""
+"""Tests the reward `count`: numbers in figures and words, and counting by points."""
 
 import json
 from typing import Any
@@ -51,9 +51,9 @@ def test_larger_numbers_in_words_and_none_are_read(text: str, number: int) -> No
     assert score("count", text, number) == 1.0
 
 
-def test_points_score_by_distance_over_the_larger_count() -> None:
+def test_points_score_by_distance_divided_by_the_larger_count() -> None:
     truth = [[0.2, 0.2], [0.8, 0.8]]
-    # one exact, one 0.05 away of radius 0.1: (1 + 0.5) / 2; a third point: / 3
+    # with radius 0.1, one point is exact and one is 0.05 away: (1 + 0.5) / 2. With a third point: (1 + 0.5) / 3
     assert score("count", "[[0.8, 0.85], [0.2, 0.2]]", truth) == pytest.approx(0.75)
     assert score("count", "[[0.8, 0.85], [0.2, 0.2], [0.5, 0.5]]", truth) == pytest.approx(0.5)
     assert score("count", "[[0.2, 0.2]]", truth) == 0.5

@@ -1,4 +1,4 @@
-"""Endpoints: requests to servers that are slow, absent, strict, wrong or busy; and the sample's clock."""
+"""Tests endpoints (requests to servers that are slow, absent, strict, wrong or busy) and the sample's clock."""
 
 import asyncio
 import email.utils
@@ -47,7 +47,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def judge(script: Any, **options: Any) -> Iterator[JudgeServer]:
-    """A server, configured as the endpoint called judge."""
+    """Starts a server and configures it as the endpoint `judge`."""
     with judge_server(script) as server:
         configure({"judge": EndpointSpec("judge", server.url, "some-model", **options)})
         yield server
@@ -102,7 +102,7 @@ def test_a_request_that_fails_at_first_is_sent_again(trouble: Reply) -> None:
 
 @pytest.mark.parametrize("as_date", [False, True])
 def test_a_retry_waits_as_retry_after_says_in_seconds_or_as_a_date(as_date: bool) -> None:
-    # a date has whole seconds: two from now is at least one away
+    # a date has whole seconds, so a date two seconds from now is at least one second away
     wait = email.utils.formatdate(time.time() + 2, usegmt=True) if as_date else "0.6"
     with judge([Reply(status=429, headers={"Retry-After": wait}), RED]):
         start = time.monotonic()
@@ -238,7 +238,7 @@ def test_an_endpoint_without_a_key_gets_no_other_key_from_the_environment(monkey
 def test_a_missing_key_is_an_error_at_setup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     configure({"judge": EndpointSpec("judge", "http://127.0.0.1:1/v1", "m", api_key_env="JUDGE_KEY")})
-    with pytest.raises(ValueError, match="endpoint judge: the environment variable JUDGE_KEY holds no key"):
+    with pytest.raises(ValueError, match="endpoint judge: environment variable JUDGE_KEY has no API key"):
         endpoint("judge")
 
 
@@ -269,7 +269,7 @@ def test_the_client_library_is_imported_only_when_an_endpoint_is_created() -> No
 
 
 async def limited(seconds: float, awaitable: Any) -> float:
-    """The seconds that count against a sample, scored as the process for async rewards does it."""
+    """Scores a sample as the async worker does. Returns the seconds that count against the sample."""
     running = SampleClock()
     clock.set(running)
     await running.limit(seconds, awaitable)
@@ -311,7 +311,7 @@ def test_the_rest_of_the_limit_applies_after_a_pause() -> None:
 
 def test_waiting_for_a_slot_does_not_count_against_a_sample() -> None:
     async def queue() -> list[float]:
-        # one at a time, 0.1 s each: the last starts after 0.5 s
+        # each request takes 0.1 s and they run one at a time, so the last starts after 0.5 s
         return await asyncio.gather(*(asyncio.create_task(limited(0.3, ask(seed))) for seed in range(6)))
 
     with judge([Reply(RED, after_s=0.1)], concurrency=1):

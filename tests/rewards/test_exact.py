@@ -1,4 +1,4 @@
-"""The reward `exact`: equal text after normalisation."""
+"""Tests the reward `exact`: equal text after normalisation."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The reward `format_tags`: responses with and without the agreed tags."""
+"""Tests the reward `format_tags`: responses with and without the agreed tags."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The reward `genrm`: comparisons in both orders, and the value of their grades."""
+"""Tests the reward `genrm`: comparisons in both orders, and the value of the grades."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("hurried")
 
 
 def grades(answer: float, reference: float, first_place: float = 0.0) -> Script:
-    """A judge that gives answer and reference these grades, and `first_place` more to the response that comes first."""
+    """Returns a judge that grades answer and reference so. The first response gets `first_place` points more."""
 
     def script(request: dict[str, Any]) -> dict[str, Any]:
         shown = blocks(text_of(request))
@@ -49,7 +49,7 @@ def test_a_win_probability_comes_from_the_difference_of_the_grades() -> None:
 def test_the_linear_rule_spans_zero_to_one() -> None:
     values = [compared(grades(*pair), rule="linear").value for pair in ((10, 0), (0, 10), (7, 7), (8, 6))]
     assert values == [1.0, 0.0, 0.5, 0.6]
-    with pytest.raises(ValueError, match="rule: linear has none"):
+    with pytest.raises(ValueError, match="rule: linear has no scale"):
         score("genrm", rollout("x"), rule="linear", scale=3)
 
 
@@ -61,7 +61,7 @@ def test_both_orders_are_asked_and_a_preference_for_the_first_place_cancels_out(
 
 
 def test_an_answer_longer_than_the_reference_loses_grades_only_with_length_control() -> None:
-    # "The teacher says 42." has 20 characters; an answer of 40 has doubled once, one of 20 or less not at all
+    # The reference has 20 characters. An answer of 40 characters is longer by one factor of two.
     def value(answer: str, **params: Any) -> float:
         def script(request: dict[str, Any]) -> dict[str, Any]:
             return {"reasoning": "", "grade_a": 6, "grade_b": 6}
@@ -73,7 +73,7 @@ def test_an_answer_longer_than_the_reference_loses_grades_only_with_length_contr
     assert value("x" * 40, length_control=2) == pytest.approx(0.5 - 2 / 20)
     assert value("x" * 80, length_control=2) == pytest.approx(0.5 - 4 / 20)
     assert value("x" * 20, length_control=2) == value("4", length_control=2) == 0.5
-    assert value("x" * 20 * 2**9, length_control=2) == pytest.approx(0.5 - 6 / 20)  # a grade does not go below 0
+    assert value("x" * 20 * 2**9, length_control=2) == pytest.approx(0.5 - 6 / 20)  # a grade cannot be below 0
 
 
 def test_a_recipe_may_set_another_prompt_template(tmp_path: Path) -> None:

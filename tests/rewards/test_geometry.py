@@ -1,4 +1,4 @@
-"""Reading boxes and points from answers, and matching them one to one."""
+"""Tests reading boxes and points from answers, and matching them one to one."""
 
 import numpy as np
 import pytest
@@ -62,6 +62,6 @@ def test_boxes_that_touch_or_lie_apart_have_iou_zero_and_tiny_ones_do_not_divide
 
 
 def test_pairs_have_the_largest_sum_and_are_not_chosen_greedily() -> None:
-    # taking the best pair first leaves 0.9 + 0; the largest sum is 0.8 + 0.8
+    # a greedy choice takes the best pair first and gets 0.9 + 0; the largest sum is 0.8 + 0.8
     assert best_pairs(np.array([[0.9, 0.8], [0.8, 0.0]])).tolist() == [0.8, 0.8]
     assert best_pairs(np.array([[0.2, 0.7, 0.1]])).tolist() == [0.7]

@@ -1,4 +1,4 @@
-"""The reward `gui_click`: clicks that hit, come near or miss, and declaring the task done."""
+"""Tests the reward `gui_click`: clicks that hit, are near or miss, and declaring the task done."""
 
 from typing import Any
 
@@ -42,7 +42,7 @@ def test_a_click_into_the_element_is_a_hit(text: str) -> None:
         "click(0.5, 0.5)\nAction: STOP",
     ],
 )
-def test_declaring_the_task_done_scores_two_if_it_is_and_minus_a_half_if_not(text: str) -> None:
+def test_declaring_the_task_done_scores_two_if_right_and_minus_a_half_if_wrong(text: str) -> None:
     assert score("gui_click", text, DONE) == 2.0
     assert score("gui_click", text, BUTTON) == -0.5
 
@@ -56,7 +56,7 @@ def test_text_without_a_right_click_is_a_miss(text: str) -> None:
 
 
 def test_a_click_into_an_element_that_mostly_overlaps_the_true_one_is_near() -> None:
-    # [0.4, 0.4, 0.6, 0.7] has 2/3 of its area in common with the button
+    # 2/3 of the area of [0.4, 0.4, 0.6, 0.7] is in the button
     screen = BUTTON | {"elements": [[0.4, 0.4, 0.6, 0.7], [0, 0, 1, 1], BUTTON["box"]]}
     assert score("gui_click", "click(0.5, 0.65)", screen) == 0.5
     assert score("gui_click", "click(0.9, 0.9)", screen) == -1.0

@@ -1,4 +1,4 @@
-"""Asking a judge: text that tries to influence it, and the reasons for no verdict."""
+"""Tests asking a judge: texts that try to influence the judge, and the reasons for no verdict."""
 
 import asyncio
 import json
@@ -90,11 +90,11 @@ def test_a_cut_text_has_the_exact_number_of_characters_left_out() -> None:
     assert text.count("y") > 2 * text.count("x") > 0
 
 
-# No verdict: because of the text, or because of the judge
+# No verdict, because of the text or because of the judge
 
 
 def score_with_failing_judge(fails: Callable[[str], bool], reply: Any, **params: Any) -> Any:
-    """Scores with a judge that gives `reply` to prompts for which `fails` is true, else a proper verdict."""
+    """Scores with a judge that replies `reply` to prompts for which `fails` returns True, and RIGHT to others."""
     with judging(lambda request: reply if fails(text_of(request)) else RIGHT):
         return score("verifier", rollout("a poisonous 42"), **params)
 

@@ -1,4 +1,4 @@
-"""The penalty `language_consistency`: answers in another language than the question, or in two."""
+"""Tests the penalty `language_consistency`: answers in another language than the question, or in two."""
 
 # ruff: noqa: RUF001  # texts in many scripts
 
@@ -45,7 +45,7 @@ SAME = {
     "mươi chín.",
     "tr": "En uzun kenar hipotenüstür ve uzunluğu on üçtür, çünkü diğer iki kenarın karelerinin toplamı yüz altmış "
     "dokuzdur.",
-}  # one text in nineteen languages
+}  # the same text in nineteen languages
 CHINESE, GERMAN, ENGLISH = SAME["zh"], SAME["de"], SAME["en"]
 
 # Solutions as models write them. None of them mixes languages.
@@ -109,7 +109,7 @@ def judged(bound: BoundReward, answer: str, question: str = QUESTION, system: st
 
 
 @pytest.mark.parametrize("language", SAME)
-def test_an_answer_offends_exactly_if_its_language_is_not_the_questions(penalty: BoundReward, language: str) -> None:
+def test_an_answer_offends_if_and_only_if_it_is_in_another_language(penalty: BoundReward, language: str) -> None:
     for other, text in SAME.items():
         score = judged(penalty, text, SAME[language])
         assert score.value == float(other != language), (other, score)

@@ -1,4 +1,4 @@
-"""The reward `math_verify` with ground truths as data sets write them: equal, in other notations, and wrong."""
+"""Tests the reward `math_verify` with ground truths from data sets, and answers that are equal or wrong."""
 
 import time
 from collections.abc import Iterator
@@ -210,7 +210,7 @@ def runner() -> Iterator[RewardRunner]:
         yield made
 
 
-def test_an_answer_that_takes_too_long_scores_zero_and_a_truth_that_does_makes_the_row_invalid(
+def test_an_answer_that_takes_too_long_scores_zero_and_such_a_ground_truth_makes_the_row_invalid(
     runner: RewardRunner,
 ) -> None:
     tower = "9^{9^{9^9}}"

@@ -1,4 +1,4 @@
-"""The reward `ocr`: edit distance of a transcription."""
+"""Tests the reward `ocr`: the edit distance of a transcription."""
 
 import time
 from typing import Any

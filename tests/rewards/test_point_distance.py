@@ -1,4 +1,4 @@
-"""The reward `point_distance`: reading points, and the value by distance or by box."""
+"""Tests the reward `point_distance`: reading points, and the value for a true point or a true box."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def test_text_without_a_usable_point_scores_zero(text: str) -> None:
 
 
 def test_pixel_distances_are_fractions_of_width_and_of_height() -> None:
-    # 10 pixels right in a picture 100 wide is 0.1; 10 down in one 50 high is 0.2
+    # the picture is 100 pixels wide and 50 high: 10 pixels to the right are 0.1, 10 pixels down are 0.2
     bound = get("point_distance", {"coordinates": "pixel", "radius": 0.4})
     right, down = (rollout(text, [50, 25], (picture(100, 50),)) for text in ("[60, 25]", "[50, 35]"))
     assert (bound(right).value, bound(down).value) == (pytest.approx(0.75), pytest.approx(0.5))
@@ -52,13 +52,13 @@ def test_a_point_scores_one_inside_a_true_box_or_on_its_edge_and_else_zero(point
 
 
 def test_a_list_of_points_scores_its_best_value_divided_by_their_number() -> None:
-    # 0.1 away of radius 0.2, and far off
+    # with radius 0.2, the first point is 0.1 away and the second is too far away
     assert score("point_distance", "[[0.5, 0.6], [0, 0]]", [0.5, 0.5]) == pytest.approx(0.5 / 2)
     assert score("point_distance", "[[0.5, 0.3], [0, 0], [1, 1]]", [0.4, 0.2, 0.6, 0.4]) == pytest.approx(1 / 3)
 
 
 def test_a_list_of_true_points_is_refused_and_count_is_named_instead() -> None:
-    with pytest.raises(Invalid, match=r"row-1 .*count takes many"):
+    with pytest.raises(Invalid, match=r"row-1 .*count a list"):
         score("point_distance", "[0.5, 0.5]", [[0.5, 0.5], [0.1, 0.1]])
 
 

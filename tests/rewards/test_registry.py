@@ -1,4 +1,4 @@
-"""The registry: finding rewards by name, file, module and entry point, and checking parameters."""
+"""Tests the registry: finding rewards by name, file, module and entry point, and checking parameters."""
 
 import asyncio
 import subprocess

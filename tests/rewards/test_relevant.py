@@ -1,4 +1,4 @@
-"""The row judge `relevant`: grades, and what it is shown."""
+"""Tests the row judge `relevant`: grades, and the texts and pictures that the judge sees."""
 
 import pytest
 
@@ -23,5 +23,5 @@ def test_without_reasons_only_the_grade_is_asked_for() -> None:
 
 
 def test_a_judge_that_sees_no_pictures_is_refused() -> None:
-    with judging([]), pytest.raises(ValueError, match="is shown no pictures; the rater needs `images: true`"):
+    with judging([]), pytest.raises(ValueError, match="gets no pictures; relevant needs `images: true`"):
         score("relevant", rollout("").prompt)

@@ -1,4 +1,4 @@
-"""The reward `reward_model`: a classifier's score of question and answer."""
+"""Tests the reward `reward_model`: a classifier's score of question and answer."""
 
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.support.tiny import make_text_model, randomize
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen3 classifier with one label over forty words, and a template of one word per turn."""
+    """The folder of a Qwen3 classifier with one label, a vocabulary of forty words and a simple chat template."""
     folder = tmp_path_factory.mktemp("reward_model")
     make_text_model(folder, tied=True)
     _save_classifier(folder, folder, labels=1)

@@ -1,4 +1,4 @@
-"""The penalty `safety`: what it shows the judge, and how findings count."""
+"""Tests the penalty `safety`: the texts that the judge sees, and the value of its findings."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def test_the_judge_sees_the_policy_and_a_recipe_must_have_one() -> None:
         get("safety", {"endpoint": "judge", "policy": " "})
 
 
-def test_an_empty_answer_does_not_offend_and_one_that_keeps_the_judge_from_a_verdict_does() -> None:
+def test_an_empty_answer_does_not_offend_but_an_answer_that_prevents_a_verdict_does() -> None:
     fine = {"reasoning": "", "violation": False}
     with judging(lambda request: fine if HARMLESS in text_of(request) else "gladly!") as server:
         assert score("safety", rollout("<think>hm</think>"), policy="Be kind.").value == 0.0

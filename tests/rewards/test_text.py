@@ -1,4 +1,4 @@
-"""Finding and normalising answers in text."""
+"""Tests finding and normalising answers in text."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The reward `verifier`: what it shows the judge, and how verdicts and votes count."""
+"""Tests the reward `verifier`: the texts that the judge sees, and the value of verdicts and votes."""
 
 import base64
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_the_verifier_shows_question_truth_and_answer_and_counts_the_verdict() -
     shown = blocks(server.prompts[0])
     assert shown["question"] == "(picture 1)\nWhat is 6 times 7?"
     assert shown["truth"] == "42"
-    assert "6 * 7" not in server.prompts[0]  # the reasoning is for process only
+    assert "6 * 7" not in server.prompts[0]  # the reasoning is sent only with process=True
 
 
 def test_an_empty_answer_is_wrong_and_the_judge_is_not_asked() -> None:

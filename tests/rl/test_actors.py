@@ -1,4 +1,4 @@
-"""Processes that hang are noticed after `patience` seconds; the processes of a team are killed."""
+"""Tests that processes which hang are noticed after `patience` seconds, and that a team which hangs is killed."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Options are frozen, strictly typed and have a sentence each; values that are not implemented are refused."""
+"""Tests that options are frozen and strictly typed, that each has a sentence, and that contradictions are refused."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def test_values_cannot_be_changed():
         setattr(config().ppo, "gamma", 0.5)  # noqa: B010 (the type checker refuses the plain form)
 
 
-def test_defaults_are_those_of_the_report():
+def test_the_defaults_are_the_values_of_the_report():
     ppo = config().ppo
     assert (ppo.gamma, ppo.lam, ppo.policy_lr, ppo.critic_lr) == (1, 1, 2e-6, 5e-6)
     assert (ppo.ratio, ppo.tis_cap, ppo.tis_policy, ppo.kl, ppo.entropy) == ("none", 8, "current", 0, 0)
@@ -99,7 +99,7 @@ def test_a_loss_of_verl_needs_the_ratio_it_clips():
         config(ppo__policy_loss={"verl": "gspo"})
 
 
-def test_a_correction_without_effect_is_refused():
+def test_a_rollout_correction_without_effect_is_refused():
     with pytest.raises(ValidationError, match="neither weighs nor rejects"):
         config(ppo__rollout_correction={"verl": {}})
     with pytest.raises(ValidationError, match="go together"):

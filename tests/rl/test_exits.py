@@ -1,4 +1,4 @@
-"""How commands end: with an exit code, and with one message instead of a traceback."""
+"""Tests that commands end with an exit code, and with one message instead of a traceback."""
 
 from collections.abc import Callable
 
@@ -46,13 +46,13 @@ def test_an_unexpected_error_keeps_its_traceback() -> None:
         run_command(raises(ZeroDivisionError()))
 
 
-def test_a_command_can_name_more_errors_and_wrong_input_has_precedence() -> None:
+def test_a_command_can_add_expected_errors_and_wrong_input_has_precedence() -> None:
     named = {"input_errors": (FileNotFoundError,), "failures": (OSError,)}
     assert run_command(raises(FileNotFoundError("x")), **named) == WRONG_INPUT
     assert run_command(raises(PermissionError("x")), **named) == FAILED
 
 
-def test_a_recipe_for_gpus_is_refused_without_them_but_a_dry_run_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_for_gpus_is_refused_without_gpus_but_a_dry_run_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     made = config()

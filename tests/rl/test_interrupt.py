@@ -1,4 +1,4 @@
-"""When a signal ends a run: at once while it waits, else at the next `check`."""
+"""Tests when a signal ends a run: at once while the run waits, otherwise at the next `check`."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def test_the_former_signal_handlers_are_restored() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_an_interrupt_inside_a_system_error_of_ray_is_raised_itself() -> None:
+def test_an_interrupt_is_raised_in_place_of_the_system_error_of_ray() -> None:
     with pytest.raises(Interrupted), signals_as_raised():
         raise SystemError("wait returned a result with an exception set") from Interrupted()
     with pytest.raises(SystemError, match="bad call"), signals_as_raised():

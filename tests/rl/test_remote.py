@@ -1,4 +1,4 @@
-"""Local runs calls at once; a client passes calls on unchanged."""
+"""Tests that Local runs calls at once, and that an engine client passes calls on unchanged."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def test_a_local_object_runs_calls_at_once_and_in_their_order() -> None:
     assert local.ranks == [local]
 
 
-def test_a_method_of_the_base_class_calls_the_override_of_the_object() -> None:
+def test_a_base_class_method_calls_the_objects_override() -> None:
     assert Local(Doubler()).start(Counter.add, 2).result() == 4
 
 
@@ -36,7 +36,7 @@ def test_an_engine_client_calls_the_engines_methods_by_their_names() -> None:
     calls = []
 
     class Recorder:
-        """Stands for the process of an engine."""
+        """Replaces the process of an engine."""
 
         def start(self, method: Any, *args: Any) -> Any:
             calls.append((method.__name__, args))

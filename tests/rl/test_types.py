@@ -1,4 +1,4 @@
-"""Pictures, and the parts of a response."""
+"""Tests pictures and the parts of a response."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ def test_the_digest_of_a_picture_depends_on_its_content_only(tmp_path):
     assert Picture.of(tmp_path / "a.png").digest == PICTURES[0].digest != PICTURES[1].digest
 
 
-def test_a_data_url_has_the_picture_in_a_format_that_servers_read():
+def test_a_data_url_has_the_picture_in_a_format_that_servers_can_read():
     tiff = io.BytesIO()
     Image.new("RGB", (3, 2), "red").save(tiff, "TIFF")
     kind, _, data = Picture.of(tiff.getvalue()).data_url.partition(",")
@@ -30,8 +30,8 @@ def test_a_data_url_has_the_picture_in_a_format_that_servers_read():
     ("text", "reasoning", "answer"),
     [
         ("<think> a </think> b ", "a", "b"),
-        ("a</think>b</think>c", "a</think>b", "c"),  # the last tag counts
-        ("<think>cut", "cut", ""),  # thinking was not closed
+        ("a</think>b</think>c", "a</think>b", "c"),  # the text is split at the last tag
+        ("<think>cut", "cut", ""),  # the thinking was not closed
         (" no tag ", "", "no tag"),
     ],
 )
@@ -40,6 +40,6 @@ def test_a_response_is_split_into_reasoning_and_answer(text, reasoning, answer):
     assert (rollout.reasoning, rollout.answer) == (reasoning, answer)
 
 
-def test_steps_are_the_pieces_of_a_response_or_one_for_all_of_it():
+def test_steps_are_the_pieces_of_a_response_or_one_piece_for_all_of_it():
     assert Rollout(Prompt("p", "t", ()), "", response_ids=(1, 2), policy_step=3).steps == ((3, 2),)
     assert Rollout(Prompt("p", "t", ()), "", response_ids=(1, 2), pieces=((3, 1), (4, 1))).steps == ((3, 1), (4, 1))

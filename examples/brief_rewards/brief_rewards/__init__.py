@@ -1,7 +1,7 @@
-"""Rewards for answers that are right and brief: an example of a package whose entry points recipes can name.
+"""Rewards for answers that are right and brief. An example of a package of rewards that recipes find by entry points.
 
 It has one reward of each kind: a function, a class that loads something once, a reward that compares the responses to
-one prompt, and a penalty. Their names for recipes are in pyproject.toml.
+one prompt, and a penalty. The names that recipes use are in pyproject.toml.
 """
 
 import re
@@ -27,9 +27,9 @@ def right_and_brief(rollout: Rollout, limit: Annotated[int, Field(gt=0)] = 200) 
 
 @reward("no_filler", on_timeout="lowest")
 class NoFiller:
-    """1.0 without filler words, falling evenly to 0.0 where they are `share` of all words; 0.0 for an empty text.
+    """1.0 for a text without filler words, 0.0 if their share of all words is `share` or more, linear in between.
 
-    The words and phrases are those of filler.txt, in any case.
+    An empty text gets 0.0. filler.txt lists the filler words and phrases; upper and lower case count the same.
     """
 
     def __init__(self, share: Share = 0.2):
@@ -51,9 +51,9 @@ class NoFiller:
 
 @reward("shortest_right", group=True, on_timeout="lowest")
 def shortest_right(rollouts: list[Rollout], least: Annotated[float, Field(ge=0, le=1)] = 0.5) -> list[Score]:
-    """1.0 for the shortest right response to a prompt, `least` for the longest, evenly by rank between; wrong ones 0.0.
+    """1.0 for the shortest right response to a prompt, `least` for the longest, linear in the rank in between.
 
-    Responses of equal length share the better rank. Truncated ones are not ranked.
+    Responses of equal length share the better rank. Wrong and truncated responses are not ranked and get 0.0.
     """
     lengths = [len(one.text) if one.finish == "stop" and is_right(one) else None for one in rollouts]
     right = [length for length in lengths if length is not None]
@@ -69,19 +69,19 @@ def _ranked(length: int | None, right: list[int], least: float) -> Score:
 
 @penalty("repeated_lines", on_timeout="lowest")
 def repeated_lines(rollout: Rollout) -> Score:
-    """The share of lines that say again what an earlier line said, empty ones left out."""
+    """The share of the non-empty lines that repeat an earlier line."""
     lines = [" ".join(line.split()) for line in rollout.text.splitlines() if line.strip()]
     repeated = len(lines) - len(set(lines))
     return Score(repeated / max(len(lines), 1), {"lines": len(lines), "repeated": repeated})
 
 
 def is_right(rollout: Rollout) -> bool:
-    """True if the result that an answer marks (`\\boxed{...}`, or after "Answer:") is the ground truth.
+    """True if the marked result of an answer (in `\\boxed{...}`, or after "Answer:") is the ground truth.
 
     Raises Invalid for a row whose ground truth is neither text nor a number.
     """
     truth = rollout.prompt.ground_truth
     if not isinstance(truth, str | int | float):
-        raise Invalid(f"row {rollout.prompt.id} has the ground truth {truth!r}; text or a number is needed")
+        raise Invalid(f"row {rollout.prompt.id} has the ground truth {truth!r}; it must be text or a number")
     found = marked_answer(rollout.answer)
     return found is not None and normalised(found) == normalised(str(truth))

@@ -1,4 +1,4 @@
-"""Async rewards run concurrently; an endpoint that does not answer delays only its own samples."""
+"""Tests async rewards: they run concurrently, and an endpoint that does not answer delays only its own samples."""
 
 import time
 from pathlib import Path
@@ -18,7 +18,7 @@ def test_async_rewards_run_concurrently_in_one_process(runner: RewardRunner) -> 
     start = time.monotonic()
     scored = runner.score([rollout("sleep 0.5", task="waits", truth=str(i)) for i in range(40)])
     assert {one.reward for one in scored} == {0.25} and len({one.details["pid"] for one in scored}) == 1
-    assert time.monotonic() - start < 5.0  # one after the other they would take 20 s
+    assert time.monotonic() - start < 5.0  # they would take 20 s one after the other
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_the_same_question_about_the_same_response_is_asked_once(runner: RewardR
 
 
 def asking(url: str, max_wait_s: float) -> RewardRunner:
-    """A runner whose task `t` asks a judge; after one failed request the judge counts as away."""
+    """Returns a runner whose task `t` asks a judge. After one failed request, an outage of the judge begins."""
     judge = EndpointSpec("judge", url, "m", retries=0, max_wait=max_wait_s)
     specs = {"t": [spec("verifier", {"endpoint": "judge"}, timeout_s=None)]}
     return RewardRunner(specs, endpoints={"judge": judge})

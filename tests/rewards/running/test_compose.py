@@ -1,4 +1,4 @@
-"""One score from several rewards and penalties of a task; scoring a batch while it is sampled."""
+"""Tests one score from several rewards and penalties of a task, and scoring a batch while it is sampled."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ def test_a_task_sums_weighted_rewards_and_each_penalty_lowers_only_its_own_rewar
 ) -> None:
     calm, rude = [rollout("5", task="sum"), rollout("5!", task="sum")]
     first, second = runner.score([calm, rude])
-    # 0.8 * 0.5 + 0.2 * 1 - 0.1 * 0 (shortest); then "5!" is half an offence, of which half counts: 0.8 * 0.5 * 0.75,
-    # is not exactly 5, and second in length
+    # "5" gets 0.8 * 0.5 (obey) + 0.2 * 1 (exact) - 0.1 * 0 (rank: it is the shortest response).
+    # "5!" gets 0.8 * 0.5 * 0.75 (half an offence with magnitude 0.5) + 0 (not exact) - 0.1 * 1 (second in length).
     assert first.reward == pytest.approx(0.6)
     assert first.parts == {"obey": 0.5, "rude": 0.0, "exact": 1.0, "rank": 0.0}
     assert second.reward == pytest.approx(0.3 - 0.1)
@@ -35,26 +35,26 @@ def test_a_full_offence_takes_a_reward_to_its_lowest_value_even_below_zero(runne
     assert [one.reward for one in scored] == [1.0, 0.0, -1.0]
 
 
-def test_a_sample_is_invalid_if_any_of_its_parts_is(runner: RewardRunner) -> None:
+def test_a_sample_is_invalid_if_any_of_its_parts_is_invalid(runner: RewardRunner) -> None:
     dead, offended = runner.score([rollout("die", task="sum", prompt="a"), rollout("!!!", task="sum", prompt="b")])
     assert dead.invalid == "reward obey: its process was killed by SIGKILL"
     assert offended.invalid == "penalty rude: returned 1.5; a penalty is between 0 (no offence) and 1"
 
 
 @pytest.mark.parametrize("given", [spec("plugins.py:rude"), spec("exact", penalties=(penalty_spec("exact"),))])
-def test_a_penalty_is_no_reward_and_a_reward_no_penalty(plugins: Path, given: RewardSpec) -> None:
+def test_a_penalty_cannot_be_used_as_a_reward_or_a_reward_as_a_penalty(plugins: Path, given: RewardSpec) -> None:
     with pytest.raises(ValueError, match=r"is a (penalty|reward) and belongs under (penalties|rewards)"):
         RewardRunner({"t": [given]}, plugins)
 
 
-def test_a_task_takes_no_row_judge_and_a_row_judge_is_no_reward(plugins: Path) -> None:
+def test_a_task_cannot_use_a_row_judge_and_a_reward_cannot_judge_rows(plugins: Path) -> None:
     with pytest.raises(ValueError, match="'judge_row' is a row judge and scores data rows, not responses"):
         RewardRunner({"t": [spec("plugins.py:judge_row")]}, plugins)
     with pytest.raises(ValueError, match="row judge j: 'exact' is a reward and belongs under rewards"):
         RewardRunner({}, row_judges={"j": spec("exact")})
 
 
-def test_endpoints_that_only_row_judges_ask_are_among_those_that_are_asked() -> None:
+def test_endpoint_names_include_the_endpoints_of_row_judges() -> None:
     judge = spec("checkable", {"endpoint": "judge"})
     runner = RewardRunner({}, row_judges={"j": judge}, endpoints={"judge": EndpointSpec("judge", "", "m")})
     assert runner.endpoint_names() == {"judge"}

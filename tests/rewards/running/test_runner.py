@@ -1,4 +1,4 @@
-"""The runner: rewards that hang, die or eat memory in their worker processes do not affect other samples."""
+"""Tests the runner: rewards that hang, die or use too much memory do not affect other samples."""
 
 import os
 import signal
@@ -88,7 +88,7 @@ def test_hostile_mathematics_scores_the_lowest_value_in_bounded_time(runner: Rew
     assert time.monotonic() - start < 6.0
 
 
-def test_nested_mathematics_that_is_right_is_right(runner: RewardRunner) -> None:
+def test_right_nested_mathematics_scores_one(runner: RewardRunner) -> None:
     (scored,) = runner.score([rollout(r"\boxed{\frac{10}{2}}", task="math")])
     assert scored.reward == 1.0
 
@@ -125,7 +125,7 @@ def test_a_group_reward_cannot_be_submitted_one_by_one(runner: RewardRunner) -> 
 
 
 def test_setup_does_not_count_against_the_time_limit(runner: RewardRunner) -> None:
-    (scored,) = runner.score([rollout("", task="slow")])  # its setup takes 1.5 s, its limit is 1 s
+    (scored,) = runner.score([rollout("", task="slow")])  # the setup takes 1.5 s, the time limit is 1 s
     assert (scored.reward, scored.invalid) == (0.75, None)
 
 
@@ -177,7 +177,7 @@ def test_an_unknown_reward_or_parameter_is_refused_before_any_process_starts(giv
     assert workers() == before
 
 
-def test_starting_returns_its_seconds_or_the_setup_that_failed(plugins: Path) -> None:
+def test_start_returns_the_seconds_or_names_the_reward_whose_setup_failed(plugins: Path) -> None:
     with RewardRunner({"slow": [spec("plugins.py:slow_to_set_up")]}, plugins, workers=1) as slow:
         assert 1.5 < slow.start().result() < 10.0
     with RewardRunner({"t": [spec("plugins.py:never_set_up")]}, plugins, workers=1) as broken:
@@ -188,13 +188,13 @@ def test_starting_returns_its_seconds_or_the_setup_that_failed(plugins: Path) ->
         assert "OSError: no model there (plugins.py:" in scored.invalid
 
 
-def test_closing_ends_all_processes_also_hung_ones_and_their_children(plugins: Path) -> None:
+def test_closing_ends_all_processes_including_hung_ones_and_their_children(plugins: Path) -> None:
     before = workers()
     made = RewardRunner({"obey": TASKS["obey"]}, plugins, workers=2)
     child = made.score([rollout("child")])[0].details["pid"]
     hung, queued = made.submit(rollout("hang")), [made.submit(rollout("hang")) for _ in range(5)]
     time.sleep(0.1)
-    assert len(workers()) - len(before) in (2, 3)  # the reserve comes a little later
+    assert len(workers()) - len(before) in (2, 3)  # the reserve process starts a little later
     made.close()
     assert workers() == before
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
@@ -224,7 +224,7 @@ def test_workers_end_with_their_parent_even_when_they_hang(plugins: Path, end: s
     assert int(parent.stdout.readline())
     time.sleep(0.3)
     children = psutil.Process(parent.pid).children(recursive=True)
-    assert len(children) in (2, 3)  # the reserve comes a little later
+    assert len(children) in (2, 3)  # the reserve process starts a little later
     if end == "kill":
         os.kill(parent.pid, signal.SIGKILL)
     assert parent.wait(timeout=20) == (0 if end == "exit" else -signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Recipes of chains: how their steps are linked, which options can be overridden, and which chains are refused."""
+"""Tests recipes of chains: the links between steps, the options of single stages, and the chains that are refused."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def refusal(*overrides: str, text: str = MINE, first: str | None = None) -> str:
     return str(caught.value)
 
 
-def test_every_stage_starts_from_the_policy_and_critic_of_the_one_before() -> None:
+def test_every_stage_starts_from_the_policy_and_critic_of_the_previous_stage() -> None:
     chain = mine()
     rlvr, curate, pacore = (step.resolved.config for step in chain.steps)
     assert [step.name for step in chain.steps] == ["rlvr", "curate", "pacore"]
@@ -53,7 +53,7 @@ def test_every_stage_starts_from_the_policy_and_critic_of_the_one_before() -> No
     assert curate.data.train[0].path == str(Path("rows.jsonl").absolute())
 
 
-def test_an_option_of_the_chain_is_for_all_stages_or_in_a_section_for_one() -> None:
+def test_an_option_applies_to_all_stages_or_in_a_section_to_one_stage() -> None:
     chain = mine("rlvr.ppo.policy_lr=1e-3", "rollouts_per_prompt=2")
     rlvr, _, pacore = (step.resolved.config for step in chain.steps)
     assert (rlvr.seed, pacore.seed, pacore.iterations, rlvr.iterations) == (5, 5, 7, 600)
@@ -92,7 +92,7 @@ def test_a_saved_chain_loads_as_the_same_chain(first: str | None, critic: str | 
     assert longer.steps[-1].resolved.config.iterations == 9
 
 
-def test_a_critic_of_the_whole_chain_is_for_its_first_stage_and_null_for_all() -> None:
+def test_a_critic_of_the_whole_chain_applies_to_the_first_stage_but_null_to_all() -> None:
     first, _, last = (step.resolved.config.model.critic for step in mine("model.critic=./own").steps)
     assert first == Path("own").absolute() and str(last).endswith("rlvr/checkpoints/000600/critic")
     assert mine("model.critic=null").steps[2].resolved.config.model.critic is None
@@ -106,7 +106,7 @@ def test_options_that_name_results_of_earlier_steps_cannot_be_set() -> None:
     assert "the recipes in a chain name their stages, the chain itself has none" in refusal(text=MINE + "stage: rlvr\n")
 
 
-def test_curated_rows_have_our_column_names_even_if_the_problems_have_others() -> None:
+def test_curated_rows_have_our_column_names_even_if_the_rows_of_problems_do_not() -> None:
     config = mine("data.columns.ground_truth=answer").steps[2].resolved.config
     assert config.data.train[0].columns == {"ground_truth": "ground_truth"}
 

@@ -1,4 +1,4 @@
-"""How a recipe is found by its name or path. tests/rl/recipe/test_resolve.py tests how layers are merged."""
+"""Tests how a recipe is found by its name or path. tests/rl/recipe/test_resolve.py tests how layers are merged."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_paths_in_a_recipe_are_relative_to_its_folder_and_never_to_the_clone() -
     Path("mine/rlvr.yaml").write_text("seed: 1")
     assert find_recipe("rlvr.yaml", folder=Path("mine")) == Path("mine/rlvr.yaml")
     assert find_recipe("rlhf.yaml", folder=Path("mine")) == SHIPPED / "rlhf.yaml"
-    # A run's folder keeps the recipes of its chain in recipes/; one that is lost must not be replaced.
+    # A run folder has the recipes of its chain in recipes/. A shipped recipe must not replace a lost file there.
     with pytest.raises(RecipeError, match=r"^run/recipe.yaml: chain: no recipe recipes/rlvr.yaml"):
         find_recipe("recipes/rlvr.yaml", "run/recipe.yaml: chain: ", Path("mine"))
 

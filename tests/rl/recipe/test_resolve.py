@@ -1,4 +1,4 @@
-"""Layers are merged in order, every value has its source, paths are relative to their file, mistakes are reported."""
+"""Tests how layers are merged, where values come from, how paths become absolute, and how mistakes are reported."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ data: {train: train.jsonl}
 rewards:
   math: {use: math_verify}
 """
-ROWS = "data.train=rows.jsonl"  # the user has to set this for the full-size recipe
+ROWS = "data.train=rows.jsonl"  # the full-size recipe does not set this option
 
 
 @pytest.fixture(autouse=True)
@@ -68,13 +68,13 @@ def test_every_shipped_chain_loads(recipe: Path, profile: str | None):
         assert sum(config.iterations * config.samples for config in configs) == 6_656_000
 
 
-def test_the_rlvr_recipe_repeats_the_defaults_and_changes_none():
+def test_the_rlvr_recipe_repeats_the_defaults_without_a_change():
     full = load(SHIPPED / "rlvr.yaml", overrides=[ROWS]).config
     bare = load(None, stage="rlvr", overrides=["model.path=stepfun-ai/Step3-VL-10B", ROWS, "rewards.x.use=exact"])
     assert [change.key for change in differences(bare.config, full) if not change.key.startswith("rewards.")] == []
 
 
-def test_the_cpu_profile_only_scales():
+def test_the_cpu_profile_only_changes_options_of_scale():
     full = load(SHIPPED / "rlvr.yaml", overrides=[ROWS]).config
     small = load(SHIPPED / "rlvr.yaml", profile="cpu").config
     sizes = {"iterations", "prompts_per_iteration", "rollouts_per_prompt", "max_sequence_length"}
@@ -93,7 +93,7 @@ def test_the_cpu_profile_only_scales():
     assert "rollout.temperature" not in changed
 
 
-def test_the_message_for_missing_data_says_what_fits_and_which_profile_has_some():
+def test_the_message_for_missing_rows_names_their_columns_and_a_profile_with_rows():
     with pytest.raises(MissingOption) as caught:
         load(SHIPPED / "rlvr.yaml")
     message = str(caught.value)
@@ -148,7 +148,7 @@ def test_a_new_reward_does_not_inherit_the_parameters_of_the_old_one():
     assert (rewards["dot"][0].use, rewards["dot"][0].timeout_s, rewards["dot"][0].memory_mb) == ("exact", 3, 100)
 
 
-def test_a_list_of_one_reward_is_that_reward():
+def test_a_list_with_one_reward_equals_that_reward():
     resolved = mine("  box: [{use: iou}]", "rewards.box.params.power=1")
     assert resolved.config.rewards["box"][0].use == "iou"
     assert resolved.plain()["rewards"]["box"]["params"] == {"power": 1}
@@ -196,7 +196,7 @@ def test_a_section_named_after_a_stage_is_for_that_stage_only():
     assert small.provenance["max_sequence_length"] == "profile cpu, pacore"
     with pytest.raises(RecipeError, match=r"pacore\.\* is for the stage pacore, but this one is rlvr"):
         load(SHIPPED / "rlvr.yaml", profile="cpu", overrides=["pacore.iterations=7"])
-    assert "pacore holds the options of that stage" in refusal("pacore: 5")
+    assert "the section pacore must have options of that stage" in refusal("pacore: 5")
     assert "pacore.stage cannot be" in refusal("pacore: {stage: rlvr}")
 
 
@@ -286,14 +286,14 @@ def test_an_unknown_name_is_reported_before_a_missing_value():
 
 
 @pytest.mark.parametrize("written, message", [
-    ("iterations: many", 'mine.yaml: iterations = "many" should be a valid integer (Times to sample'),
+    ("iterations: many", 'mine.yaml: iterations = "many" should be a valid integer (Number of iterations'),
     ("ppo: {gamma: 2}", "mine.yaml: ppo.gamma = 2 should be less than or equal to 1 (Discount"),
     ("rollout: {save: some}", "should be a valid integer or 'all' or 'none'"),
     ("ppo: 3", "mine.yaml: ppo = 3 should be a mapping of options"),
     ("ppo: [3]", "mine.yaml: ppo is a list; it should be a mapping of options"),
     ("  box: {params: {power: 2}}", "mine.yaml: rewards.box.use is missing"),
     ("ppo: {kl: 0.1}", "mine.yaml: ppo.kl = 0.1 is not built yet; it can only be 0"),
-    ("chain: [rlvr.yaml]", "mine.yaml: has a chain of recipes, which only rl.run takes"),
+    ("chain: [rlvr.yaml]", "mine.yaml: has a chain of recipes, which only rl.run can run"),
 ])  # fmt: skip
 def test_a_value_that_does_not_fit_is_reported_with_its_file_and_what_is_allowed(written: str, message: str):
     assert message in refusal(written)
@@ -317,7 +317,7 @@ def test_the_message_for_a_missing_value_has_its_name():
         load(write("r.yaml", "seed: 1"))
 
 
-def test_another_stage_than_the_recipes_is_refused():
+def test_a_stage_other_than_the_recipes_is_refused():
     file = write("mine.yaml", MINE)
     assert load(file, stage="rlvr").config.stage == "rlvr"
     with pytest.raises(RecipeError, match=r"mine.yaml: its stage is rlvr, so --stage rlhf is not in it"):
@@ -342,7 +342,7 @@ def test_a_file_that_is_no_recipe_is_reported_with_the_line(text: str, message: 
 def test_the_message_for_a_file_that_does_not_exist_names_it():
     with pytest.raises(RecipeError, match=r"^none.yaml: no such file$"):
         load(Path("none.yaml"))
-    assert refusal(profile="gpu-9") == "no profile gpu-9; there is cpu, or give the path of a YAML file"
+    assert refusal(profile="gpu-9") == "no profile gpu-9; choose from cpu, or give the path of a YAML file"
     assert refusal(profile="./none.yaml") == "none.yaml: no such file"
 
 

@@ -1,4 +1,4 @@
-"""The registered stages, and options that do not fit a config's stage."""
+"""Tests the registered stages, and options that do not fit the stage of a config."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from rl.recipe.stages import option_problems, registered
 from tests.support.configs import config
 
 
-def test_the_stages_of_the_report_are_registered_and_make_its_number_of_rollouts() -> None:
+def test_the_stages_of_the_report_are_registered_with_its_number_of_rollouts() -> None:
     assert list(registered()) == ["rlvr", "rlhf", "pacore"]
     sizes = ("iterations", "prompts_per_iteration", "rollouts_per_prompt")
     totals = [

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, written while training continues, old ones deleted, damaged ones not used."""
+"""Tests that checkpoints are complete or absent, old ones are deleted, and damaged ones are not used."""
 
 import json
 import threading
@@ -26,7 +26,7 @@ def saver(text: str, finish: Callable[[], None] = lambda: None) -> Saver:
 
 
 def written(folder: Path, *iterations: int, keep: int = 2, keep_every: int | None = None) -> list[str]:
-    """Saves these iterations; returns the names of the checkpoints that exist afterwards."""
+    """Saves these iterations. Returns the names of the checkpoints that exist afterwards."""
     folder.mkdir(exist_ok=True)
     made = Checkpoints(folder, keep=keep, keep_every=keep_every)
     for iteration in iterations:
@@ -35,7 +35,7 @@ def written(folder: Path, *iterations: int, keep: int = 2, keep_every: int | Non
     return [path.name for path in checkpoints.finished(folder)]
 
 
-def test_a_checkpoint_has_its_counters_what_was_saved_and_a_manifest(tmp_path: Path) -> None:
+def test_a_checkpoint_has_counters_saved_files_and_a_manifest(tmp_path: Path) -> None:
     assert written(tmp_path, 20) == ["000020"]
     made = tmp_path / "000020"
     assert checkpoints.counters(made) == {"iteration": 20, "policy_steps": 8}
@@ -46,12 +46,12 @@ def test_a_checkpoint_has_its_counters_what_was_saved_and_a_manifest(tmp_path: P
     assert damage(made) is None
 
 
-def test_the_newest_are_kept_and_those_of_every_so_many_iterations(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_and_those_of_every_nth_iteration_are_kept(tmp_path: Path) -> None:
     assert written(tmp_path / "a", 10, 20, 30) == ["000020", "000030"]
     assert written(tmp_path / "b", 10, 20, 30, 40, 50, keep=1, keep_every=20) == ["000020", "000040", "000050"]
 
 
-def test_training_continues_while_a_checkpoint_is_written_and_it_appears_when_it_is_complete(tmp_path: Path) -> None:
+def test_training_continues_while_a_checkpoint_is_written_and_only_complete_ones_are_listed(tmp_path: Path) -> None:
     done = threading.Event()
 
     def finish() -> None:
@@ -68,9 +68,7 @@ def test_training_continues_while_a_checkpoint_is_written_and_it_appears_when_it
 
 
 @pytest.mark.parametrize("when", ["while copying", "while writing"])
-def test_a_checkpoint_that_cannot_be_written_stops_the_run_is_not_listed_and_can_be_written_again(
-    tmp_path: Path, when: str
-) -> None:
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_can_be_written_again(tmp_path: Path, when: str) -> None:
     def full() -> None:
         raise OSError(28, "No space left on device")
 
@@ -113,7 +111,7 @@ def broken(file: Path, how: str) -> None:
     ("cut", "policy/weights has 2 bytes instead of 3"),
     ("flipped", "policy/weights is not what was written"),
 ])  # fmt: skip
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, how: str, said: str) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(tmp_path: Path, how: str, said: str) -> None:
     written(tmp_path, 10, 20)
     broken(tmp_path / "000020/policy/weights", how)
     heard: list[str] = []
@@ -132,11 +130,11 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_iteration_0
         Checkpoints(tmp_path, keep=2).newest()
 
 
-def test_a_run_that_has_not_saved_yet_has_no_newest(tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_has_no_newest_checkpoint(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path, keep=2).newest() is None
 
 
-def test_a_disk_that_becomes_read_only_is_named_and_its_checkpoints_stay_valid(tmp_path: Path) -> None:
+def test_a_disk_that_becomes_read_only_is_reported_and_its_checkpoints_stay_valid(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", mib=1) as folder:
         written(folder, 1)
         change(folder, "ro")
@@ -146,7 +144,7 @@ def test_a_disk_that_becomes_read_only_is_named_and_its_checkpoints_stay_valid(t
         assert Checkpoints(folder, keep=2).newest() == folder / "000001"
 
 
-def test_a_disk_that_fills_up_during_a_checkpoint_keeps_the_checkpoints_before(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_during_a_checkpoint_keeps_the_earlier_checkpoints(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", mib=1) as folder:
         written(folder, 1)
         made = Checkpoints(folder, keep=1)

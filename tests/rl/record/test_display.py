@@ -1,4 +1,4 @@
-"""The progress display in a terminal and in a log file, and its errors."""
+"""Tests the progress display in a terminal and in a log file, and its errors."""
 
 import io
 import logging
@@ -64,7 +64,7 @@ def test_a_terminal_gets_a_panel_with_tasks_trend_and_time() -> None:
     with Display(ShownRun(), screen) as display:
         display.evaluation({"iteration": 0, "eval/counting": 0.125, "eval/pointing": 0.375})
         display.iteration(line(1))
-        display.evaluation(line(1))  # without eval/*: the last evaluation stays
+        display.evaluation(line(1))  # has no eval/*: the last evaluation stays on the screen
         display.phase("critic")
         display.iteration(line(2))
     text = shown(screen)
@@ -79,11 +79,11 @@ def test_a_terminal_gets_a_panel_with_tasks_trend_and_time() -> None:
     ):
         assert words in text
     assert "0.125" in text.rpartition("iteration 2/20")[2]
-    assert "exact" not in text  # parts of a reward are not shown
+    assert "exact" not in text  # components of a reward are not shown
 
 
 @pytest.mark.parametrize("width", [1, 5, 20, 60, 300])
-def test_any_width_can_be_drawn(width: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_panel_can_be_drawn_at_any_width(width: int, caplog: pytest.LogCaptureFixture) -> None:
     screen = console(terminal=True, width=width)
     with Display(ShownRun(), screen) as display:
         display.iteration(line(1))
@@ -92,7 +92,7 @@ def test_any_width_can_be_drawn(width: int, caplog: pytest.LogCaptureFixture) ->
     assert not caplog.records and "cannot draw" not in shown(screen)
 
 
-def test_a_stages_own_figures_on_held_out_rows_are_no_task_and_not_in_the_average() -> None:
+def test_other_eval_metrics_are_not_shown_as_tasks_or_averaged() -> None:
     screen = console()
     display = Display(ShownRun(), screen)
     before = {"eval/chat": 0.25, "eval/win_rate": 0.9, "eval/order_agreement": 1.0}
@@ -100,7 +100,7 @@ def test_a_stages_own_figures_on_held_out_rows_are_no_task_and_not_in_the_averag
     assert "win_rate" not in shown(screen) and "0.250" in shown(screen)
 
 
-def test_evaluations_are_a_table_first_and_then_a_line_with_the_change() -> None:
+def test_the_first_evaluation_is_a_table_and_later_ones_are_a_line_with_the_change() -> None:
     screen = console()
     display = Display(ShownRun(), screen)
     display.evaluation({"iteration": 0, "eval/counting": 0.25, "eval/pointing": 0.75})
@@ -133,7 +133,7 @@ def test_task_names_are_shown_as_they_are_and_never_read_as_markup() -> None:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_numbers_it_does_not_understand_warn_and_do_not_end_the_run(
+def test_values_that_are_not_numbers_cause_a_warning_and_do_not_end_the_run(
     terminal: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     screen = console(terminal)
@@ -143,14 +143,16 @@ def test_numbers_it_does_not_understand_warn_and_do_not_end_the_run(
 
 
 class Closed(io.StringIO):
-    """An output whose reader has closed it."""
+    """An output that its reader has closed."""
 
     def write(self, text: str) -> int:
         raise OSError("broken")
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_closed_output_warns_and_does_not_end_the_run(terminal: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_closed_output_causes_a_warning_but_not_the_end_of_the_run(
+    terminal: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     screen = Console(file=Closed(), force_terminal=terminal, width=80, _environ={"TERM": "xterm"})
     with caplog.at_level(logging.WARNING), Display(ShownRun(), screen) as display:
         display.iteration(line(1))
@@ -158,9 +160,9 @@ def test_a_closed_output_warns_and_does_not_end_the_run(terminal: bool, caplog: 
     assert "the run continues" in caplog.text
 
 
-def test_an_error_in_the_run_passes_through_and_the_panel_is_gone() -> None:
+def test_an_error_in_the_run_is_raised_and_the_panel_is_removed() -> None:
     screen = console(terminal=True)
     with pytest.raises(KeyboardInterrupt), Display(ShownRun(), screen) as display:
         display.phase("rollout")
         raise KeyboardInterrupt
-    assert shown(screen).endswith("\x1b[?25h")  # shows the cursor again
+    assert shown(screen).endswith("\x1b[?25h")  # this code shows the cursor again

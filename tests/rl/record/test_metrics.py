@@ -1,4 +1,4 @@
-"""Metrics: each has a meaning, and those of an iteration's samples have the right values."""
+"""Tests that every metric has a meaning, and that the metrics of samples have the right values."""
 
 import math
 import re
@@ -22,7 +22,7 @@ def sample(
     return Scored(rollout, reward, invalid, parts)
 
 
-def test_every_metric_says_how_to_read_it_and_which_way_is_good() -> None:
+def test_every_metric_has_a_meaning_and_says_which_values_are_better() -> None:
     table = (ROOT / "rl/record/metrics.yaml").read_text()
     names = re.findall(r"^(\S+):$", table, flags=re.MULTILINE)
     assert len(names) == len(set(names)) and names == [metric.name for metric in METRICS]
@@ -42,7 +42,7 @@ def test_every_metric_says_how_to_read_it_and_which_way_is_good() -> None:
         ("time/total", "time/total"),
     ],
 )
-def test_a_name_finds_its_sentence(name: str, entry: str) -> None:
+def test_describe_returns_the_entry_of_a_metric(name: str, entry: str) -> None:
     assert describe(name).name == entry
 
 
@@ -52,13 +52,13 @@ def test_a_name_without_a_sentence_is_refused(name: str) -> None:
         describe(name)
 
 
-def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+def test_the_message_for_an_unknown_metric_has_the_nearest_name() -> None:
     with pytest.raises(ValueError, match="the nearest is policy/loss"):
         check({"iteration": 1, "policy/los": 0.5})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "0.5", True])
-def test_a_value_that_is_no_finite_number_is_refused_with_its_iteration(value: object) -> None:
+def test_a_value_that_is_not_a_finite_number_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match=f"policy/loss of iteration 3 is {value!r}"):
         check({"iteration": 3, "stage": "rlvr", "policy/loss": value})
 
@@ -73,14 +73,14 @@ def test_rewards_are_averaged_over_all_samples_tasks_and_parts() -> None:
     check(metrics)
 
 
-def test_invalid_samples_count_as_invalid_and_nowhere_else_in_rewards() -> None:
+def test_invalid_samples_count_only_in_the_invalid_fraction() -> None:
     scored = [sample("a", 1.0), sample("a", math.nan, invalid="endpoint down")]
     metrics = rollout_metrics(scored, rollouts_per_prompt=2)
     assert (metrics["reward/mean"], metrics["reward/invalid_fraction"]) == (1.0, 0.5)
-    assert metrics["reward/flat_group_fraction"] == 1.0  # the one valid reward equals itself
+    assert metrics["reward/flat_group_fraction"] == 1.0  # only one reward is valid
 
 
-def test_a_mean_over_nothing_is_left_out() -> None:
+def test_a_mean_over_no_samples_is_left_out() -> None:
     metrics = rollout_metrics([sample("a", math.nan, invalid="x")] * 2, rollouts_per_prompt=2)
     assert metrics["reward/invalid_fraction"] == 1.0
     assert not {"reward/mean", "reward/a", "reward/flat_group_fraction"} & metrics.keys()
@@ -99,6 +99,6 @@ def test_lengths_and_truncation_are_over_all_samples() -> None:
     assert metrics["response/truncated_fraction"] == 0.25
 
 
-def test_samples_that_are_no_whole_groups_are_refused() -> None:
+def test_samples_that_do_not_form_whole_groups_are_refused() -> None:
     with pytest.raises(ValueError, match="3 samples do not split into groups of 2"):
         rollout_metrics([sample("a", 0)] * 3, rollouts_per_prompt=2)

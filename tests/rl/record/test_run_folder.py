@@ -1,4 +1,4 @@
-"""The run folder: its files, the inputs that it refuses, and its content after a resume."""
+"""Tests the run folder: its files, the inputs that it refuses, and its content after a resume."""
 
 import gzip
 import json
@@ -49,10 +49,10 @@ def test_a_folder_in_which_a_run_is_writing_is_refused_until_it_ends(tmp_path: P
         RunFolder.resume(run.path)
     run.release()
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "mine\n"
-    RunFolder.resume(run.path)  # that process has ended
+    RunFolder.resume(run.path)  # works, because that process has ended
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten_but_pointed_to(tmp_path: Path) -> None:
+def test_a_folder_that_holds_a_run_is_refused_with_advice_to_resume(tmp_path: Path) -> None:
     run = folder(tmp_path)
     with pytest.raises(ValueError, match=f"already holds a run; continue it with --resume {run.path}"):
         RunFolder.create(run.path, "")
@@ -84,7 +84,7 @@ def test_metrics_are_one_line_per_iteration(tmp_path: Path) -> None:
         ({"iteration": 1, "policy/loss": 1.0}, "already has iteration 1, so 1 cannot follow"),
     ],
 )
-def test_a_line_that_cannot_be_right_is_refused_and_not_written(
+def test_an_invalid_line_of_metrics_is_refused_and_not_written(
     tmp_path: Path, metrics: dict[str, Any], message: str
 ) -> None:
     run = folder(tmp_path)
@@ -95,7 +95,7 @@ def test_a_line_that_cannot_be_right_is_refused_and_not_written(
     assert run.metrics.read_bytes() == before
 
 
-def test_a_saved_sample_is_the_data_row_and_what_became_of_it(tmp_path: Path) -> None:
+def test_a_saved_sample_has_the_data_row_the_response_and_the_score(tmp_path: Path) -> None:
     run = folder(tmp_path)
     run.write_rollouts(1, [sample(parts={"right": 1.0}, details={"parsed": "2"})])
     assert saved(run) == [
@@ -145,7 +145,7 @@ def test_odd_details_and_broken_text_are_saved_as_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("save", "ids"), [("all", "012345"), (3, "024"), (9, "012345"), (1, "0")])
-def test_a_number_of_samples_is_spread_over_the_iteration(tmp_path: Path, save: Save, ids: str) -> None:
+def test_saved_samples_are_spread_evenly_over_the_iteration(tmp_path: Path, save: Save, ids: str) -> None:
     run = folder(tmp_path)
     run.write_rollouts(1, [sample(n) for n in range(6)], save)
     assert [record["id"] for record in saved(run)] == [f"p{n}" for n in ids]
@@ -166,7 +166,7 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path, monkeypatch: pytes
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_full_disk_is_named_and_what_was_written_before_stays(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_earlier_files_stay(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", mib=1) as disk:
         folder, line = RunFolder.create(disk / "run", "seed: 0\n"), {"iteration": 1, "reward/mean": 0.5}
         folder.write_metrics(line)
@@ -186,7 +186,7 @@ def test_a_full_disk_is_named_and_what_was_written_before_stays(tmp_path: Path) 
         assert list(resumed.rollouts.iterdir()) == []
 
 
-def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "kept"
     path.write_text("old")
     with pytest.raises(RuntimeError), replacing(path) as file:
@@ -196,13 +196,13 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
     assert path.read_text() == "old"
 
 
-def test_truncating_forgets_later_iterations_and_leftovers(tmp_path: Path) -> None:
+def test_truncating_deletes_later_iterations_and_partial_files(tmp_path: Path) -> None:
     run = folder(tmp_path)
     for n in range(4):
         run.write_metrics({"iteration": n, "policy/loss": 0.1})
         run.write_rollouts(n, [sample()])
     with run.metrics.open("ab") as file:
-        file.write(b'{"iteration": 4, "pol')  # killed in the middle of a line
+        file.write(b'{"iteration": 4, "pol')  # the process was killed in the middle of a line
     (run.rollouts / "000004.jsonl.gz.partial").write_bytes(b"")
     run.release()
     resumed = RunFolder.resume(run.path)

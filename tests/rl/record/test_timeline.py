@@ -1,4 +1,4 @@
-"""timeline.json: complete after every write, and no write waits for a busy process."""
+"""Tests that timeline.json is complete after every write, and that no write waits for a busy process."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ from rl.record.timeline import Span, Timeline
 
 
 class ScriptedSource:
-    """A process with these spans; counts the calls that read them."""
+    """A process with the given spans. Counts the calls that read its spans."""
 
     def __init__(self, *spans: Span) -> None:
         self.unread, self.waited = list(spans), 0
@@ -36,7 +36,7 @@ def test_spans_of_all_processes_are_in_one_file_in_microseconds(tmp_path):
     ]
 
 
-def test_the_spans_of_a_busy_process_are_requested_now_and_read_later(tmp_path):
+def test_the_spans_of_a_busy_process_are_requested_at_once_and_read_later(tmp_path):
     busy = ScriptedSource(("stream", 1.0, 2.0))
     timeline = Timeline(tmp_path / "t.json", {"engine 0": busy})
     timeline.write(busy=["engine 0"])

@@ -1,4 +1,4 @@
-"""Trackers: metrics reach the trackers of the recipe, and a tracker that fails does not end the run."""
+"""Tests that metrics reach the trackers of the recipe, and that a tracker that fails does not end the run."""
 
 import importlib.util
 import logging
@@ -13,7 +13,7 @@ from rl.record.tracking import Trackers, check_trackers
 
 
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:
-    """Returns (step, value) of one scalar, read by TensorBoard's own code."""
+    """Returns all (step, value) of one scalar, as TensorBoard's own code reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tracking" / "tensorboard"))
@@ -30,7 +30,7 @@ def test_tensorboard_shows_each_number_at_its_iteration(tmp_path: Path) -> None:
 
 
 def test_after_a_resume_tensorboard_shows_each_iteration_once(tmp_path: Path) -> None:
-    for first_step, value in ((0, 1.0), (2, 2.0)):  # the first run got to 3, its checkpoint was at 1
+    for first_step, value in ((0, 1.0), (2, 2.0)):  # the first run reached step 3; its checkpoint was at step 1
         trackers = Trackers(["tensorboard"], tmp_path, first_step=first_step)
         for step in range(first_step, 4):
             trackers.log(step, {"reward/mean": value})
@@ -56,7 +56,7 @@ def test_wandb_gets_each_number_and_a_resumed_run_keeps_its_id(tmp_path: Path, m
     assert found == [1, 1]
 
 
-def test_an_unknown_tracker_and_a_missing_package_are_named_before_anything_starts(
+def test_an_unknown_tracker_and_a_missing_package_are_reported_before_a_tracker_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(ValueError, match="there is no 'tensorbord'; choose from tensorboard, wandb, mlflow"):
@@ -79,7 +79,7 @@ class Away:
         raise ConnectionError("no route")
 
 
-def test_a_tracker_that_fails_is_named_once_and_left_out(
+def test_a_tracker_that_fails_is_reported_once_and_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(tracking.TRACKERS, "away", ("json", "json", Away))
