@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 RUFF = $(RUN) -m ruff
-# All folders that have Python files.
+# All folders with Python files.
 FOLDERS = $(wildcard rl rewards rollout stages recipes benchmarks examples tools tests)
 
 .DEFAULT_GOAL := help
@@ -10,12 +10,12 @@ FOLDERS = $(wildcard rl rewards rollout stages recipes benchmarks examples tools
 
 help:
 	@echo "make demo       train the scale model on the CPU of this machine: recipes/rlvr.yaml --profile cpu"
-	@echo "make test       ruff, the type checker, and all tests that are not slow"
-	@echo "make test-slow  the slow tests: complete training runs"
-	@echo "make lint       ruff and the type checker only"
-	@echo "make format     ruff corrects what it can"
+	@echo "make test       run ruff, the type checker, and all tests that are not slow"
+	@echo "make test-slow  run the slow tests, which are complete training runs"
+	@echo "make lint       run only ruff and the type checker"
+	@echo "make format     let ruff format the code and fix simple errors"
 	@echo "make env        create or complete the environment .venv (GPU=1: CUDA builds)"
-	@echo "make lock       write tools/constraints-*.txt again from pyproject.toml (needs uv)"
+	@echo "make lock       update tools/constraints-*.txt from pyproject.toml (needs uv)"
 
 env:
 	@$(PYTHON) tools/install.py $(if $(GPU),--gpu)

@@ -1,1 +1,1 @@
-"""Measurements behind figures and limits in the docs. `python -m benchmarks` runs all of them."""
+"""Benchmarks that measure the figures and limits stated in the docs. `python -m benchmarks` runs all of them."""

@@ -1,6 +1,7 @@
-"""`python -m benchmarks [NAME ...]`: runs the named entries (default: all), prints a table, updates results.jsonl.
+"""Runs the named benchmarks, prints a table and updates results.jsonl: `python -m benchmarks [NAME ...]`.
 
-Exit codes: 0 done, 1 an entry failed (the others ran), 2 an unknown name. Tested in tests/benchmarks/test_harness.py.
+Without a name, all benchmarks run. Exit codes: 0 if no benchmark failed, 1 if a benchmark failed (the others still
+ran), 2 if a name is unknown. Tested in tests/benchmarks/test_harness.py.
 """
 
 import argparse
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="\n".join(f"{name}: {(entry.__doc__ or '').splitlines()[0]}" for name, entry in known.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="entries to run (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file to update (default: %(default)s)")
     options = parser.parse_args(arguments)
     for name in options.names:
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             records.append(known[name]().record(name))
-        except Exception:  # one entry may need a missing package; the others still run
+        except Exception:  # one benchmark may need a package that is missing; the others still run
             traceback.print_exc()
             failed.append(name)
         else:

@@ -1,7 +1,7 @@
-"""TRL's side of benchmarks.iteration, in its own process: `python -m benchmarks._trl_side FOLDER`.
+"""Runs TRL's side of benchmarks.iteration in its own process: `python -m benchmarks._trl_side FOLDER`.
 
-FOLDER is the folder of iteration.make. Writes FOLDER/trl.json. Not tested, because TRL is not installed; the
-registration of iteration/trl is tested in tests/benchmarks/test_harness.py.
+`iteration.make` has filled FOLDER. The results are written to FOLDER/trl.json. This file is not tested, because TRL is
+not installed. tests/benchmarks/test_harness.py only tests that the benchmark iteration/trl is registered.
 """
 
 import json
@@ -24,16 +24,16 @@ from benchmarks.iteration import (
     share_of_even,
 )
 
-os.environ["OMP_NUM_THREADS"] = str(THREADS)  # read when torch is imported
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # torch reads this when it is imported
 
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, __version__  # pyrefly: ignore[missing-import] (not installed with ours)
+from trl import GRPOConfig, GRPOTrainer, __version__  # pyrefly: ignore[missing-import] (our environment does not install TRL)
 
 
 class Stopwatch(TrainerCallback):
-    """Measures the seconds of every step: generation, scoring and the update."""
+    """Measures the seconds of every step. A step is generation, scoring and the update."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -68,11 +68,11 @@ def main(folder: Path) -> None:
 
 
 def settings(folder: Path) -> Any:
-    """Returns settings with one optimizer step per generation of the whole batch, and no other work that takes time.
+    """Returns TRL's settings. A step generates the whole batch and makes one optimizer step. Other slow work is off.
 
-    transformers' plain generation is the fastest that works: TRL's continuous batching took twice as long here, a
-    static cache a fifth longer, and its vLLM mode fails at the first weight update, because vLLM has repacked the
-    weights for the CPU. The compiled update is faster from the second step on.
+    The plain generation of transformers is the fastest mode that works here. Compared with it, TRL's continuous
+    batching took twice as long, and a static cache took 20% longer. TRL's vLLM mode fails at the first weight update,
+    because vLLM has repacked the weights for the CPU. The compiled update is faster from the second step on.
     """
     return GRPOConfig(
         output_dir=str(folder / "trl"),

@@ -1,20 +1,21 @@
-"""The other side of the learner's benchmarks: a step in verl 0.9.1's training engine. Importing it takes seconds.
+"""Runs the learner's step in verl 0.9.1's training engine, which benchmarks.learner compares with our learner.
 
-`FSDPEngineWithLMHead` is the class that verl's trainers run, here with FSDP2 in one process on the CPU. Its settings
-are the fastest ones:
-- float32 everywhere, as on our side. verl's default is bfloat16.
-- No gradient checkpointing (it recomputes every layer), no entropy, no offloading. Weights are not resharded between
-  forward and backward, which saves copies. verl's torch.compile is for the entropy, so it is off.
-- transformers' SDPA: without a GPU there is no flash attention, and FlexAttention has no backward. A mask separates
-  the rollouts of a packed row, but SDPA also computes the masked pairs, so a long row is slower than several short
-  ones. `VerlEngine.tune` finds the fastest size for a batch.
+`FSDPEngineWithLMHead` is the class that verl's trainers run. Here it runs with FSDP2 in one process on the CPU.
+Importing this file takes seconds. The settings are the fastest ones:
+- Everything is float32, as on our side. verl's default is bfloat16.
+- Gradient checkpointing is off, because it recomputes every layer. Entropy and offloading are off. torch.compile is
+  off, because verl uses it only for the entropy. Weights are not resharded between forward and backward, which saves
+  copies.
+- Attention is transformers' SDPA. Without a GPU there is no flash attention, and FlexAttention has no backward. A mask
+  separates the rollouts of a packed row. SDPA also computes the masked pairs of tokens, so one long row is slower than
+  several short rows. `VerlEngine.tune` finds the fastest size for a batch.
 - Without flash attention's kernel for logprobs, verl loops over the tokens in Python, which takes a tenth of a step.
-  `logprobs_from_logits_naive` of verl replaces that loop; nothing else is replaced. verl's fused head does not work
-  here: FSDP2 has sharded the head when it is called, unless it is tied to the embedding.
-- verl's `ppo_loss` with its loss "gpg", the plain policy gradient.
+  verl's `logprobs_from_logits_naive` replaces this loop. Nothing else is replaced. verl's fused head does not work
+  here: FSDP2 has already sharded the head's weight when the head is called, unless the embedding shares this weight.
+- The loss is verl's `ppo_loss` with the policy loss "gpg", the plain policy gradient.
 
-Not tested: the benchmark compares its logprobs and gradients with ours. Its registration is tested in
-tests/benchmarks/test_harness.py.
+This file has no tests; the benchmark compares its logprobs and gradients with ours. tests/benchmarks/test_harness.py
+only tests that the benchmark is registered.
 """
 
 import sys
@@ -36,12 +37,12 @@ from verl.plugin.platform.platform_cuda import PlatformCUDA
 from verl.utils.tensordict_utils import assign_non_tensor
 from verl.utils.torch_functional import logprobs_from_logits_naive
 
-ROWS = (2, 4, 8)  # sizes of micro-batches that `tune` tries, in longest rollouts
-SLOWER = 1.2  # `tune` tries no larger size if one is slower than the best by this factor
+ROWS = (2, 4, 8)  # micro-batch sizes that `tune` tries, as multiples of the longest rollout
+SLOWER = 1.2  # `tune` stops trying larger sizes when a step takes this many times the best time
 
 
 class CpuPlatform(PlatformCUDA):
-    """Adds the CPU to verl's devices. The engine calls no other method."""
+    """Makes the CPU a device of verl. The engine needs only these methods."""
 
     @property
     def device_name(self) -> str:
@@ -52,16 +53,16 @@ class CpuPlatform(PlatformCUDA):
         return torch.cpu
 
     def current_device(self) -> Any:
-        """Returns the device that verl moves tensors to. A number would mean an accelerator."""
+        """Returns the name of the device that verl moves tensors to. A number would be the index of an accelerator."""
         return "cpu"
 
 
 @dataclass(frozen=True)
 class Split:
-    """How verl splits a batch into micro-batches, one forward and backward pass each."""
+    """Says how verl splits a batch into micro-batches. A micro-batch is one forward and backward pass."""
 
-    tokens: int | None  # most tokens without padding; None: one rollout
-    padded: bool = False  # a row per rollout instead of one packed row
+    tokens: int | None  # maximum tokens of a micro-batch, padding not counted; None: one rollout per micro-batch
+    padded: bool = False  # True: one padded row per rollout; False: one packed row per micro-batch
 
     def __str__(self) -> str:
         if self.tokens is None:
@@ -69,7 +70,7 @@ class Split:
         return f"{'padded' if self.padded else 'packed'}, {self.tokens} tokens"
 
     def settings(self) -> dict[str, Any]:
-        """Returns the split as verl's options."""
+        """Returns verl's options for this split."""
         if self.tokens is None:
             size = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1}
         else:
@@ -79,17 +80,17 @@ class Split:
 
 @dataclass(frozen=True)
 class VerlBatch:
-    """Rollouts in the form that verl's trainers give to the engine, and their lengths in tokens."""
+    """Rollouts in the form that verl's trainers give to the engine, and the lengths of the rollouts in tokens."""
 
     data: TensorDict
     responses: tuple[int, ...]
-    longest: int  # prompt and response
+    longest: int  # tokens of the longest rollout, prompt included
 
 
 def verl_batch(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], advantages: Sequence[Sequence[float]]
 ) -> VerlBatch:
-    """Makes a batch whose row i is prompts[i] + responses[i], with an advantage for every response token."""
+    """Makes a batch. Row i is prompts[i] + responses[i]; advantages[i] has one value for each response token."""
     rows = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses, strict=True)]
     ones = nested([torch.ones(len(response), dtype=torch.int64) for response in responses])
     data = TensorDict(
@@ -101,7 +102,8 @@ def verl_batch(
             "response_mask": ones,
             "loss_mask": ones,
             "advantages": nested([torch.tensor(row, dtype=torch.float32) for row in advantages]),
-            "old_log_probs": nested([torch.zeros(len(response)) for response in responses]),  # required, but not read
+            # verl requires this field but does not read it.
+            "old_log_probs": nested([torch.zeros(len(response)) for response in responses]),
         },
         batch_size=[len(rows)],
     )
@@ -117,28 +119,29 @@ def verl_batch(
 
 
 def nested(rows: Sequence[Tensor]) -> Tensor:
-    """Returns rows of different lengths as one jagged tensor, verl's form of a batch without padding."""
+    """Returns rows of different lengths as one jagged tensor, which is verl's form of a batch without padding."""
     return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
 
 def whole_logprobs(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    """Replaces verl's `logprobs_from_logits`: all tokens at once, for which it copies the logits."""
+    """Replaces verl's `logprobs_from_logits`. Computes all tokens at once, which copies the logits."""
     return logprobs_from_logits_naive(logits, labels)
 
 
 class VerlEngine:
-    """Forward and backward of a policy, without optimizer steps, in verl's FSDP2 engine on one CPU rank.
+    """Runs forward and backward passes of a policy in verl's FSDP2 engine on one CPU rank, without optimizer steps.
 
-    Starts torch.distributed for this process alone, unless it runs already.
+    Initializes torch.distributed for this process alone, unless it is already initialized.
 
     Args:
-        folder: a Hugging Face causal language model; computed in float32.
-        token_budget: most tokens in one micro-batch. Without `tune`, verl makes as few micro-batches as it can.
+        folder: folder of a Hugging Face causal language model, which is computed in float32.
+        token_budget: maximum tokens of one micro-batch. Before `tune` is called, verl makes as few micro-batches as
+            this limit allows.
     """
 
     def __init__(self, folder: Path, token_budget: int) -> None:
-        set_platform(CpuPlatform())  # before the import of the engine, which reads it
-        with warnings.catch_warnings(action="ignore"):  # a warning for every engine that is not installed
+        set_platform(CpuPlatform())  # must come before the import of the engine, which reads the platform
+        with warnings.catch_warnings(action="ignore"):  # verl warns about every engine that is not installed
             from verl.workers.engine.fsdp import FSDPEngineWithLMHead, transformer_impl
         from verl.trainer.config import CheckpointConfig
         from verl.workers.config import (
@@ -186,8 +189,11 @@ class VerlEngine:
             self._engine.initialize()
 
     def step(self, batch: VerlBatch) -> list[Tensor]:
-        """Clears the gradients, then runs forward and backward over the whole batch with the loss
-        -sum(advantage * logprob) / response tokens. Returns the logprobs of the response tokens, per row."""
+        """Clears the gradients, then runs the forward and backward passes of the whole batch.
+
+        The loss is -sum(advantage * logprob) / number of response tokens.
+        Returns: the logprobs of the response tokens, one tensor per row.
+        """
         assign_non_tensor(batch.data, **self.split.settings())
         with self._engine.train_mode(zero_grad_on_exit=False):
             self._engine.optimizer_zero_grad()
@@ -196,7 +202,7 @@ class VerlEngine:
         return [row[-1 - length : -1].detach() for row, length in zip(rows, batch.responses, strict=True)]
 
     def gradients(self) -> dict[str, Tensor]:
-        """Returns the last step's gradients by the parameters' names on disk."""
+        """Returns the gradients of the last step, keyed by the names of the parameters in the checkpoint."""
         return {
             name: parameter.grad.full_tensor()
             for name, parameter in self._engine.module.named_parameters()
@@ -204,7 +210,7 @@ class VerlEngine:
         }
 
     def tune(self, batch: VerlBatch) -> None:
-        """Selects the fastest split for this batch: one rollout, or several, packed or padded."""
+        """Selects the fastest split for this batch: one rollout per micro-batch, or several, packed or padded."""
 
         def measure(split: Split) -> float:
             self.split = split

@@ -1,6 +1,6 @@
-"""Curation's throughput: all prompts in one queue, against one prompt after the other.
+"""Compares the throughput of curation with all prompts in one queue and with one prompt after the other.
 
-Its registration is tested in tests/benchmarks/test_harness.py.
+Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered).
 """
 
 import time
@@ -15,11 +15,11 @@ ROWS, REPEATS = 64, 3
 
 @benchmark("curation")
 def curation() -> Result:
-    """The policy's responses for the difficulty filter: all rows in one queue (ours_s), against row by row (other_s).
+    """Samples responses for the difficulty filter: all rows in one queue (ours_s), compared with row by row (other_s).
 
-    24 responses of the scale model to each of 64 of its problems, by a real vLLM engine of the CPU profile, without
-    scoring. max_abs_diff is the largest difference of response lengths: 0 if both sides sampled the same tokens. The
-    last digits of a probability can change them.
+    A real vLLM engine with the CPU profile samples 24 responses of the scale model to each of 64 problems. Nothing is
+    scored. max_abs_diff is the largest difference between the lengths of a response on both sides. It is 0 if both
+    sides sampled the same tokens. Rounding in the last digits of a probability can change which tokens are sampled.
     """
     from rl.actors import cluster, merge_streams, place
     from rl.recipe.resolve import load

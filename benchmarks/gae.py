@@ -1,6 +1,7 @@
-"""Time to compute advantages of a large batch, compared with a loop over time.
+"""Compares the time to compute the advantages of a large batch with a loop over time steps.
 
-Its registration is tested in tests/benchmarks/test_harness.py, `gae` in tests/rl/algorithm/test_gae.py.
+Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered). The function `gae` is tested in
+tests/rl/algorithm/test_gae.py.
 """
 
 import statistics
@@ -21,7 +22,7 @@ Targets = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class CaseResult:
-    """Seconds of one case, and the largest difference of each side from the loop in float64."""
+    """The seconds of each side in one case, and the largest difference of each side from a float64 loop."""
 
     ours_s: float
     loop_s: float
@@ -36,17 +37,18 @@ class CaseResult:
 
 @benchmark("gae")
 def targets() -> Result:
-    """Advantages and returns of 1,024 x 65,536 tokens, against a torch loop over time: at least 50 times faster.
+    """Computes advantages and returns of 1,024 x 65,536 tokens; the goal is to be 50 times faster than a torch loop.
 
-    The mask has right padding (responses take at least half of the width) and holes (one in five runs of 256 tokens,
-    like text of tools). The other side processes a column of the [N, R] tensors per step, like the code of
-    Open-Reasoner-Zero and verl, but writes into one tensor instead of a list.
+    The mask has right padding: each response takes at least half of the width. The mask also has holes: one in five
+    runs of 256 tokens is masked, like text that comes from tools. The loop computes one column of the [N, R] tensors
+    per step, as the code of Open-Reasoner-Zero and verl does. But the loop writes into one tensor instead of a list.
 
-    ours_s and other_s are wall-clock seconds of the case with the smallest ratio = other_s / ours_s; `more` has the
-    ratio of every case. Our call takes a hundredth of the loop's time, so our turn is the median of five calls. The
-    first call of the process, which compiles, is `first_call_s`. `ratio_in_place` is the smallest ratio for a loop that
-    allocates nothing per step, run once. max_abs_diff is our largest difference from the loop in float64, over all
-    cases; `loop_max_abs_diff` is that of the float32 loop.
+    ratio is other_s / ours_s in wall-clock seconds. The result is the case with the smallest ratio; `more` has the
+    ratios of all cases. Our call takes a hundredth of the loop's time, so each of our measurements is the median of
+    five calls. `first_call_s` is the time of the first call in the process, which compiles. `ratio_in_place` is the
+    smallest ratio for a loop that allocates nothing per step; this loop runs once. max_abs_diff is the largest
+    difference between our results and a float64 loop in all cases. `loop_max_abs_diff` is the same difference for the
+    float32 loop.
     """
     small = batch(1, 256)
     first_call_s, _ = timed(lambda: gae(*small, gamma=1, lam=1))
@@ -88,7 +90,7 @@ def compare(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: fl
 
 
 def batch(responses: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards, values and a mask with holes and right padding."""
+    """Draws rewards, values and a mask with holes and right padding."""
     draw = torch.Generator().manual_seed(seed)
     rewards, values = (torch.randn(responses, tokens, generator=draw) for _ in range(2))
     lengths = torch.randint(tokens // 2, tokens + 1, (responses, 1), generator=draw)
@@ -97,7 +99,7 @@ def batch(responses: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, T
 
 
 def loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Targets:
-    """Generalized advantage estimation, one column per step."""
+    """Computes generalized advantage estimation with one column of the tensors per step."""
     advantages = torch.zeros_like(values)
     a_next = v_next = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
@@ -110,7 +112,7 @@ def loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 
 
 def loop_in_place(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Targets:
-    """Generalized advantage estimation, one column per step, without allocations in the loop."""
+    """Computes the same as `loop`, but allocates nothing in the loop."""
     advantages = torch.empty_like(values)
     a_next, v_next, step = (torch.zeros_like(values[:, 0]) for _ in range(3))
     for t in reversed(range(values.shape[1])):
@@ -124,12 +126,12 @@ def loop_in_place(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, l
 
 
 def by_column(x: Tensor) -> Tensor:
-    """Returns the tensor with contiguous columns, which makes the untimed float64 loop faster."""
+    """Returns the tensor with contiguous columns. This makes the float64 loop faster; its time is not measured."""
     return x.T.contiguous().T
 
 
 def difference(got: Targets, truth: Targets) -> float:
-    """Returns the largest difference, computed in parts to save memory."""
+    """Returns the largest difference. Compares 64 rows at a time to save memory."""
     return max(
         float((one - other).abs().max())
         for mine, exact in zip(got, truth, strict=True)

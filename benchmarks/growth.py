@@ -1,6 +1,6 @@
-"""Time of an iteration as a function of its size, one dimension at a time, plotted to growth.svg.
+"""Measures how the time of an iteration grows with each dimension of its size, and plots the result to growth.svg.
 
-Tested in tests/benchmarks/test_harness.py (its registration only).
+Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered).
 """
 
 import itertools
@@ -19,13 +19,13 @@ from rl.types import Prompt
 PLOT = Path(__file__).with_name("growth.svg")
 STEPS = (1, 2, 4, 8)
 REPEATS = 3
-PHASES = {"rollout": "rollout", "learner": "critic + policy", "sync": "weights"}  # and their names in the plot
-LIMIT = 1.5  # of the ratio
+PHASES = {"rollout": "rollout", "learner": "critic + policy", "sync": "weights"}  # phase -> its name in the plot
+LIMIT = 1.5  # upper limit of the ratio
 
 
 @dataclass(frozen=True)
 class Size:
-    """Size of an iteration: prompts, rollouts per prompt, tokens of each prompt and of each response."""
+    """Size of an iteration: prompts, rollouts per prompt, tokens of a prompt, tokens of a response."""
 
     prompts: int = 2
     rollouts: int = 4
@@ -34,11 +34,11 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Distinct tokens: a prompt counts once for all its rollouts."""
+        """Number of distinct tokens: the tokens of a prompt count once for all rollouts of the prompt."""
         return self.prompts * (self.prompt + self.rollouts * self.response)
 
     def times(self, name: str, factor: int) -> "Size":
-        """Returns the size with one dimension multiplied."""
+        """Returns this size with the dimension `name` multiplied by `factor`."""
         return replace(self, **{name: factor * getattr(self, name)})
 
 
@@ -51,7 +51,7 @@ DIMENSIONS = {
 
 
 class Tokens:
-    """A chat with random prompts, of as many tokens as the row says."""
+    """Stands in for the chat template: a prompt has random tokens, and `meta["tokens"]` of its row says how many."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
@@ -69,14 +69,15 @@ class Tokens:
 
 @benchmark("growth")
 def growth() -> Result:
-    """Seconds per distinct token when one dimension of an iteration is 8 times as large, over those at the base size.
+    """Measures how the seconds per distinct token grow if one dimension of an iteration is 8 times as large.
 
-    Real iterations (a vLLM engine, the critic, the policy, new weights; scoring is free) of a decoder with hidden size
-    256, at 1, 2, 4 and 8 times each dimension of 2 prompts of 128 tokens x 4 responses of 64. Sizes run in turns;
-    seconds are medians and are plotted to growth.svg. `ratio` is the largest of the four dimensions; `more` has all of
-    them. The cost of more prompts or rollouts is proportional to their distinct tokens; longer prompts or responses
-    also have the quadratic cost of attention. ours_s is the iteration of the base size, other_s the one at 8 times the
-    dimension with the largest ratio.
+    Runs real iterations (vLLM engine, critic, policy, weight update; scoring costs nothing) with a decoder of hidden
+    size 256. The base size is 2 prompts of 128 tokens, with 4 responses of 64 tokens to each prompt. Each of these four
+    numbers is multiplied by 1, 2, 4 and 8, while the other three stay. All sizes run once per repeat, and growth.svg
+    shows the median seconds. `ratio` is the largest ratio of the four dimensions; `more` has all four ratios. The cost
+    of more prompts or rollouts is proportional to the distinct tokens. Longer prompts or responses also have the
+    quadratic cost of attention. ours_s is the time at the base size. other_s is the time at 8 times the dimension with
+    the largest ratio.
     """
     sizes = {(name, factor): Size().times(name, factor) for name in DIMENSIONS for factor in STEPS}
     took: dict[Size, list[Mapping[str, float]]] = {}
@@ -104,8 +105,11 @@ def growth() -> Result:
 
 @contextmanager
 def processes() -> Iterator[Callable[[Size], dict[str, float]]]:
-    """Starts an engine, a policy and a critic, each in its own process. Yields a function that runs one iteration of a
-    size and returns its seconds, in total and by phase."""
+    """Starts an engine, a policy and a critic, each in its own process.
+
+    Yields: a function that runs one iteration of a given size. It returns the seconds of each phase, and of the whole
+    iteration as "total".
+    """
     from benchmarks.learner import SIZES, model_folder
     from benchmarks.loop import Rewards
     from rl.actors import cluster, merge_streams, place, place_team
@@ -124,7 +128,7 @@ def processes() -> Iterator[Callable[[Size], dict[str, float]]]:
     recipe = Path(__file__).parent.parent / "recipes/rlvr.yaml"
     base = load(recipe, profile="cpu", overrides=["max_sequence_length=2048"]).config
     chat: Any = Tokens(SIZES["vocab_size"])
-    stage = STAGES["rlvr"](cast(Any, None))  # RLVR uses no tools
+    stage = STAGES["rlvr"](cast(Any, None))  # RLVR does not use the tools
     numbers = itertools.count(1)
 
     def iteration(size: Size) -> dict[str, float]:
@@ -155,7 +159,7 @@ def processes() -> Iterator[Callable[[Size], dict[str, float]]]:
 
 
 def servable(model: Path, folder: Path, vocabulary: int) -> str:
-    """Copies the model and adds a tokenizer, from which the engine gets the token that ends a response."""
+    """Copies the model and adds a tokenizer, from which the engine reads the end token of a response."""
     import shutil
 
     from tokenizers import Tokenizer, models
@@ -168,7 +172,7 @@ def servable(model: Path, folder: Path, vocabulary: int) -> str:
 
 
 def draw(curves: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]) -> None:
-    """Plots one panel per dimension. `curves`: dimension -> (distinct tokens, seconds by phase) at every step."""
+    """Plots one panel per dimension. `curves`: dimension -> its points, each (distinct tokens, phase -> seconds)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: the registry, repeats in turns, and the record of a result."""
+"""Code that all benchmarks share: the registry, the timing of two sides in turns, and the record of a result."""
 
 import importlib
 import inspect
@@ -17,17 +17,17 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one entry. `more` has further keys of its record, such as "goal", a text."""
+    """The result of one benchmark. `more` has further fields of the results file, for example the text "goal"."""
 
-    ours_s: float  # seconds, or CPU seconds if the entry says so
-    other_s: float  # the same of the other side of the comparison
-    ratio: float  # other_s / ours_s, unless the entry says otherwise
-    ceiling: float | None = None  # the limit or goal for the ratio
-    max_abs_diff: float = 0.0  # between the results of both sides
+    ours_s: float  # seconds of our side; CPU seconds if the benchmark says so
+    other_s: float  # the same for the other side of the comparison
+    ratio: float  # other_s / ours_s, unless the benchmark says otherwise
+    ceiling: float | None = None  # the limit or goal of the ratio
+    max_abs_diff: float = 0.0  # largest difference between the results of both sides
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self, name: str) -> dict[str, Any]:
-        """Returns a line of the results file."""
+        """Returns the fields of one line of the results file."""
         values = {**vars(self), **self.more}
         return {"name": name, **{key: rounded(value) for key, value in values.items() if key != "more"}}
 
@@ -37,7 +37,7 @@ _ENTRIES: dict[str, Entry] = {}
 
 
 def benchmark(name: str) -> Callable[[Entry], Entry]:
-    """Registers an entry under the name of its file, or "file/name". Its docstring says what is compared and what the
+    """Registers a function as the benchmark `name`. The docstring of the function says what is compared and what the
     ratio means."""
 
     def register(entry: Entry) -> Entry:
@@ -52,7 +52,7 @@ def benchmark(name: str) -> Callable[[Entry], Entry]:
 
 
 def entries() -> dict[str, Entry]:
-    """Imports every file of this package; returns all entries, sorted by name."""
+    """Imports every file of this package and returns all registered benchmarks, sorted by name."""
     package = importlib.import_module(__package__ or "benchmarks")
     for module in pkgutil.iter_modules(package.__path__):
         if not module.name.startswith("_"):
@@ -61,8 +61,8 @@ def entries() -> dict[str, Entry]:
 
 
 def interleaved(ours: Callable[[], float], other: Callable[[], float], repeats: int) -> tuple[float, float]:
-    """Runs both sides in turns and returns the medians of the seconds that they return. The side that runs first
-    alternates, so that other load on the machine affects both."""
+    """Calls both sides in turns. Each call returns seconds, and the result is the median of each side. The side that
+    runs first alternates, so that other load on the machine affects both sides."""
     took: dict[Callable[[], float], list[float]] = {ours: [], other: []}
     for turn in range(repeats):
         for side in (ours, other) if turn % 2 == 0 else (other, ours):
@@ -71,7 +71,7 @@ def interleaved(ours: Callable[[], float], other: Callable[[], float], repeats: 
 
 
 def max_abs_diff(ours: Sequence[float], other: Sequence[float]) -> float:
-    """Returns the largest difference between two lists of results."""
+    """Returns the largest absolute difference between two lists of results."""
     return max((abs(a - b) for a, b in zip(ours, other, strict=True)), default=0.0)
 
 
@@ -81,7 +81,7 @@ def rounded(value: Any) -> Any:
 
 
 def save(records: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Rewrites the results file, sorted by name; entries that are not among `records` keep their lines."""
+    """Updates the results file, sorted by name. Benchmarks that are not in `records` keep their lines."""
     lines = path.read_text().splitlines() if path.exists() else []
     known = {line["name"]: line for line in map(json.loads, filter(str.strip, lines))}
     known |= {record["name"]: record for record in records}
@@ -89,7 +89,7 @@ def save(records: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Formats the records as text, one line each."""
+    """Formats the records as a text table with one line per record."""
     heads = ("name", "ours_s", "other_s", "ratio", "ceiling", "max_abs_diff")
     rows = [heads, *(["-" if record[head] is None else str(record[head]) for head in heads] for record in records)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]

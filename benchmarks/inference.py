@@ -1,6 +1,6 @@
-"""PaCoRe at inference, with the scale model in vLLM's server: problems in parallel, prefix cache, speculation.
+"""Measures PaCoRe at inference, with the scale model in vLLM's server: parallel problems, prefix cache, speculation.
 
-Its registration is tested in tests/benchmarks/test_harness.py.
+Tested in tests/benchmarks/test_harness.py (only that the benchmarks are registered).
 """
 
 import asyncio
@@ -28,7 +28,7 @@ FIELDS = {"temperature": 1.0, "max_tokens": 64}
 
 
 def problems() -> list[Prompt]:
-    """Returns held-out problems, equally many of each family."""
+    """Returns PROBLEMS held-out problems, spread evenly over all families."""
     rows = read_problems(str(SCALE / "data/heldout.jsonl"))
     return rows[:: len(rows) // PROBLEMS][:PROBLEMS]
 
@@ -45,7 +45,7 @@ def answer_all(
     answers: int = 1,
     given: dict[str, tuple[Round, ...]] | None = None,
 ) -> list[PacoreResult]:
-    """Answers groups of problems, one group after another."""
+    """Answers the problems of a group in parallel, and the groups one after another."""
     results: dict[str, PacoreResult] = {}
     settings = Settings(target.model, plan, answers=answers)
 
@@ -66,10 +66,11 @@ def answer_all(
 
 @benchmark("inference/parallel")
 def parallel() -> Result:
-    """64 problems x 16 trajectories and their syntheses: all at once, against one problem after another.
+    """Answers 64 problems with 16 trajectories and a synthesis each: all problems at once, compared with one by one.
 
-    Both sides sample the 16 trajectories of a problem at the same time. max_abs_diff is the largest difference of a
-    problem's token counts: 0 if both sides sampled the same tokens. The last digits of a probability can change them.
+    Both sides sample the 16 trajectories of a problem at the same time. max_abs_diff is the largest difference between
+    the token counts of a problem on both sides. It is 0 if both sides sampled the same tokens. Rounding in the last
+    digits of a probability can change the tokens.
     """
     target, rows = serving(), problems()
     counted: dict[str, list[float]] = {}
@@ -90,17 +91,17 @@ def parallel() -> Result:
 
 @benchmark("inference/prefix_cache")
 def prefix_cache() -> Result:
-    """16 trajectories of problems with long prompts: with vLLM's prefix cache, against without.
+    """Compares 16 trajectories of problems with long prompts with and without vLLM's prefix cache.
 
-    `hit_rate` is the share of prompt tokens whose keys and values were in the cache (at most 15/16 of whole blocks of
-    128 tokens).
+    `hit_rate` is the share of prompt tokens whose keys and values were in the cache. The cache stores whole blocks of
+    128 tokens, and at most 15/16 of the tokens in these blocks can be hits.
     """
     rows = [_long(row) for row in problems() if not row.images][:16]
     cached, plain = serving(), serving({"no-enable-prefix-caching": True})
     rates: list[float] = []
 
     def side(target: ModelTarget, name: str, url: str) -> float:
-        # Every repeat has new questions, which are not in the cache yet.
+        # Every repeat has new questions, which are not yet in the cache.
         numbered = [replace(row, messages=_numbered(row, f"{name} {len(rates)}")) for row in rows]
         before, start = _cache(url), time.perf_counter()
         answer_all(target, url, [numbered], answers=0)
@@ -117,7 +118,7 @@ def prefix_cache() -> Result:
 
 
 def _long(row: Prompt) -> Prompt:
-    """Returns the row with 60 other questions before its own, so that it has some hundred tokens."""
+    """Returns the row with 60 other questions before its question, so that the prompt has several hundred tokens."""
     (turn,) = row.messages
     return replace(row, messages=({**turn, "content": "What is 3 + 4 - 5? " * 60 + str(turn["content"])},))
 
@@ -128,7 +129,7 @@ def _numbered(row: Prompt, number: str) -> tuple[dict[str, str], ...]:
 
 
 def _cache(url: str) -> tuple[float, float]:
-    """Returns the numbers of prompt tokens that were looked up in the prefix cache and that were found there."""
+    """Returns how many prompt tokens were looked up in the prefix cache, and how many of them were found."""
     with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as reply:
         text = reply.read().decode()
     names = ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")
@@ -138,10 +139,10 @@ def _cache(url: str) -> tuple[float, float]:
 
 @benchmark("inference/ngram")
 def ngram() -> Result:
-    """Syntheses, which quote pooled answers: with vLLM's n-gram speculation, against without.
+    """Compares syntheses, which quote pooled answers, with and without vLLM's n-gram speculation.
 
-    16 syntheses of each problem at temperature 1, from the same trajectories on both sides. The mean tokens of both
-    sides would differ if speculation did not sample from the model's distribution.
+    Both sides sample 16 syntheses of each problem at temperature 1, from the same trajectories. If speculation did not
+    sample from the model's distribution, the mean numbers of tokens of both sides would differ.
     """
     rows = problems()
     plain, speculating = serving(), serving({"speculative-config": json.dumps(SPECULATION)})

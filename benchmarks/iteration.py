@@ -1,6 +1,6 @@
-"""A whole training iteration, compared with one of TRL's GRPO trainer on the same model and prompts.
+"""Compares a whole training iteration with an iteration of TRL's GRPO trainer on the same model and prompts.
 
-Its registration is tested in tests/benchmarks/test_harness.py.
+Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered).
 """
 
 import importlib.util
@@ -19,26 +19,26 @@ from typing import Any
 from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
 
 ROOT = Path(__file__).resolve().parent.parent
-TRL = "1.16.0"  # the version that this file supports; the result has the version that ran
+TRL = "1.16.0"  # the version that this file supports; the result contains the version that ran
 
 PROMPTS, GROUP = 8, 8
 PROMPT_TOKENS, RESPONSE_TOKENS = 64, 128
-LIMIT = RESPONSE_TOKENS + 8  # responses end before this limit
-WARM_UP, MEASURED, RUNS = 2, 6, 2  # iterations left out (TRL compiles in its first), iterations that count; runs
+LIMIT = RESPONSE_TOKENS + 8  # maximum tokens of a response; all responses end before this limit
+WARM_UP, MEASURED, RUNS = 2, 6, 2  # iterations before the measurement (TRL compiles), measured iterations, runs
 THREADS = 2
 LEARNING_RATE = 1e-6
 BETAS = (0.9, 0.95)
-PATIENCE_S = 1800.0  # time limit of a run, with compilation
+PATIENCE_S = 1800.0  # time limit of a run, compilation included
 
 HIDDEN, LAYERS, HEAD = 256, 4, 64
 SPECIAL = ("<eos>", "<pad>", "<|im_start|>", "<|im_end|>")
 ROLES = ("user", "assistant")
-CHOICES = 32  # possible words at each place of a response
+CHOICES = 32  # number of possible words at each position of a response
 TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"
 )
-AROUND = 5  # tokens that the template adds to a prompt
+AROUND = 5  # number of tokens that the chat template adds to a prompt
 
 REWARD = """
 from benchmarks.iteration import share_of_even
@@ -53,21 +53,21 @@ def even_words(rollout: Rollout) -> float:
 
 @benchmark("iteration/trl")
 def trl() -> Result:
-    """Time of an iteration of TRL's GRPO trainer over ours, which also trains a critic: the goal is more than 1.
+    """Compares an iteration of ours, which also trains a critic, with TRL's GRPO trainer. The goal is a ratio above 1.
 
     Both sides sample 8 responses to each of 8 prompts from the same random Qwen3, score them with the same function and
-    make one optimizer step, in float32 with two threads and without a KL term. The model is built so that every
-    response ends after exactly 128 tokens. Our side is `python -m rl.run` with the CPU profile: vLLM, scoring in
-    separate processes, the critic's values and update, the policy's update, weight sync to vLLM and its check. TRL's
-    side has the fastest settings on a CPU: transformers' generation of the whole batch and a compiled update without
-    gradient checkpointing; its vLLM mode cannot load new weights on a CPU.
+    make one optimizer step. Both use float32, two threads and no KL term. The model is built so that every response
+    ends after exactly 128 tokens. Our side is `python -m rl.run` with the CPU profile. It includes vLLM, scoring in
+    separate processes, the critic's values and update, the policy's update, and the weight sync to vLLM with its check.
+    TRL's side has the fastest settings on a CPU: transformers generates the whole batch, and the update is compiled and
+    without gradient checkpointing. TRL's vLLM mode cannot load new weights on a CPU.
 
-    ours_s and other_s are medians over the iterations of all runs after the first two of each, ratio =
-    other_s / ours_s, and max_abs_diff is the difference of the mean response lengths.
+    ours_s and other_s are medians over the iterations of all runs, without the first two iterations of each run. ratio
+    is other_s / ours_s. max_abs_diff is the difference between the mean response lengths.
     """
     if importlib.util.find_spec("trl") is None:
         raise ModuleNotFoundError(
-            f"TRL is not installed, because only this benchmark needs it: pip install trl=={TRL} --no-deps"
+            f"TRL is not installed. Only this benchmark needs it. Install it with: pip install trl=={TRL} --no-deps"
         )
     seconds: dict[str, list[dict[str, float]]] = {"ours": [], "other": []}
     tokens: dict[str, float] = {}
@@ -105,18 +105,18 @@ def median(iterations: Sequence[Mapping[str, float]], name: str) -> float:
 
 
 def share_of_even(text: str) -> float:
-    """The reward on both sides: the share of the response's words whose number is even."""
+    """Returns the reward of both sides: the share of words in the response whose number is even."""
     words = text.split()
     return sum(int(word.partition(".")[0]) % 2 == 0 for word in words) / max(1, len(words))
 
 
 def make(folder: Path) -> int:
-    """Writes model/, its tokenizer, train.jsonl and reward.py. Returns the number of the model's parameters.
+    """Writes model/ with its tokenizer, train.jsonl and reward.py. Returns the number of the model's parameters.
 
-    The model itself must end responses after the same length, because our side does not score cut responses and cannot
-    ignore the end token. So each word belongs to one place, and two parts of the weights are not random: a word's
-    embedding encodes its place, and the head predicts the words of the next place. After the last place it predicts the
-    end token.
+    The model itself must end every response after the same number of tokens, because our side does not score cut
+    responses and cannot ignore the end token. So each word of the vocabulary belongs to one position of a response, and
+    two parts of the weights are not random. The embedding of a word encodes its position, and the head predicts the
+    words of the next position. After the last position, the head predicts the end token.
     """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -140,13 +140,14 @@ def make(folder: Path) -> int:
         pad_token_id=vocabulary["<pad>"], bos_token_id=None,
     )  # fmt: skip
     model: Any = Qwen3ForCausalLM(config)
-    directions = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN))[0]  # one per place, orthogonal
+    directions = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN))[0]  # one orthogonal direction per position
     first = len(SPECIAL) + len(ROLES)
     places = torch.arange(1, RESPONSE_TOKENS).repeat_interleave(CHOICES)
     with torch.no_grad():
         model.model.embed_tokens.weight[vocabulary["assistant"]] += HIDDEN**0.5 * directions[0]
-        model.model.embed_tokens.weight[first:] += HIDDEN**0.5 * directions[places]  # much longer than the random part
-        model.lm_head.weight[first:] += 2 * directions[places - 1]  # logits 32 above all others
+        # The added vectors are much longer than the random embeddings.
+        model.model.embed_tokens.weight[first:] += HIDDEN**0.5 * directions[places]
+        model.lm_head.weight[first:] += 2 * directions[places - 1]  # adds 32 to the logits of the next position's words
         model.lm_head.weight[vocabulary["<eos>"]] += 2 * directions[RESPONSE_TOKENS - 1]
     model.save_pretrained(folder / "model")
 
@@ -162,7 +163,7 @@ def make(folder: Path) -> int:
 
 
 def ours(folder: Path) -> tuple[list[dict[str, float]], float]:
-    """Returns the seconds of each iteration, in total and by phase, and the mean response length."""
+    """Runs our side. Returns the seconds of each iteration (total and by phase) and the mean response length."""
     with tempfile.TemporaryDirectory(dir=folder) as run:
         start(
             "rl.run", "recipes/rlvr.yaml", "--profile", "cpu", "--output", f"{run}/run",
@@ -183,7 +184,7 @@ def ours(folder: Path) -> tuple[list[dict[str, float]], float]:
 
 
 def other(folder: Path) -> tuple[list[dict[str, float]], float]:
-    """Returns the total seconds of each iteration of TRL, and the mean response length."""
+    """Runs TRL's side. Returns the total seconds of each iteration and the mean response length."""
     start("benchmarks._trl_side", str(folder), TORCHINDUCTOR_CACHE_DIR=str(folder / "compiled"))
     found = json.loads((folder / "trl.json").read_text())
     return [{"total": one} for one in found["seconds"]], statistics.fmean(found["lengths"])
@@ -193,7 +194,7 @@ SIDES = {"ours": ours, "other": other}
 
 
 def start(module: str, *arguments: str, **environment: str) -> None:
-    """Runs a module in a new process. Raises RuntimeError with the end of its standard error if it fails."""
+    """Runs a module in a new process. If the process fails, raises RuntimeError with the end of its standard error."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "VLLM_", "OMP_"))}
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],

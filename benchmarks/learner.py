@@ -1,9 +1,9 @@
-"""Time of the learner's step (forward and backward) with shared prompts, against every rollout with its own prompt.
+"""Compares the time of the learner's step with shared prompts and with a copy of the prompt for every rollout.
 
-The other sides are our packing, padding, and verl; there are four shapes of a group. All sides have the same decoder,
-rollouts and advantages in float32; the results contain the differences of their logprobs and gradients. A step
-processes all rows of a minibatch, without an optimizer step. Its registration is tested in
-tests/benchmarks/test_harness.py.
+A step is the forward and backward pass of all rows of a minibatch, without an optimizer step. Three other sides copy
+the prompt: our packing, padded batches, and verl. Each of them is measured with four shapes of a group. All sides have
+the same decoder, rollouts and advantages in float32. The results contain the differences between the logprobs and
+gradients of both sides. Tested in tests/benchmarks/test_harness.py (only that the benchmarks are registered).
 """
 
 import random
@@ -29,8 +29,8 @@ from rl.model.logprobs import token_logprobs
 from rl.model.packed import PolicyModel, pairs_per_token
 from rl.model.text import TextModel
 
-BUDGET = 8192  # tokens in one forward pass
-SPREAD = 0.5  # standard deviation of the logarithm of a response's length
+BUDGET = 8192  # maximum tokens in one forward pass
+SPREAD = 0.5  # standard deviation of log(response length)
 GOAL, SEQUENCE_GOAL = 0.8, 1.25
 SIZES = {
     "vocab_size": 2048,
@@ -46,30 +46,30 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a minibatch: groups of one prompt and its responses, in tokens."""
+    """A minibatch of `groups` groups, each with one prompt of `prompt` tokens and `responses` responses."""
 
     groups: int
     prompt: int
     responses: int
-    mean: int  # of response lengths
+    mean: int  # mean number of tokens in a response
     repeats: int
     why: str
 
 
 SHAPES = {
-    "demo": Shape(12, 181, 8, 20, repeats=5, why="A small picture and short answers (181 + 8 x 20)"),
-    "rlvr": Shape(1, 150, 16, 375, repeats=5, why="The report's proportions at 1/8 (150 + 16 x 375)"),
-    "pacore": Shape(1, 1000, 16, 375, repeats=3, why="A problem with messages at 1/16 (1,000 + 16 x 375)"),
-    "judge": Shape(1, 3000, 16, 64, repeats=3, why="A long text and short verdicts (3,000 + 16 x 64)"),
+    "demo": Shape(12, 181, 8, 20, repeats=5, why="A small picture and short answers: 181 + 8 x 20 tokens"),
+    "rlvr": Shape(1, 150, 16, 375, repeats=5, why="The report's proportions at 1/8: 150 + 16 x 375 tokens"),
+    "pacore": Shape(1, 1000, 16, 375, repeats=3, why="A problem with messages at 1/16: 1,000 + 16 x 375 tokens"),
+    "judge": Shape(1, 3000, 16, 64, repeats=3, why="A long text and short verdicts: 3,000 + 16 x 64 tokens"),
 }
 
 
 @dataclass(frozen=True)
 class Work:
-    """A minibatch and the decoder."""
+    """A minibatch and the decoder that processes it."""
 
     groups: list[Group]
-    advantages: list[Tensor]  # per row of the batch, [response length]
+    advantages: list[Tensor]  # one tensor [response length] per row of the batch
     repeats: int  # timed steps of each side
     model: PolicyModel
     config: PretrainedConfig
@@ -79,7 +79,7 @@ class Work:
         return MinibatchSize(sum(map(len, self.advantages)), len(self.advantages))
 
     def rollouts(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Returns (prompt, response) of every row, in order."""
+        """Returns (prompt token ids, response token ids) of every row, in order."""
         return [(group.prompt_ids, response) for group in self.groups for response in group.responses]
 
     def lengths(self) -> list[int]:
@@ -88,14 +88,14 @@ class Work:
 
 
 def lengths(shape: Shape, rng: random.Random) -> list[int]:
-    """Draws response lengths: log-normal around the mean, at least 1."""
+    """Draws response lengths from a log-normal distribution with the shape's mean. Each length is at least 1."""
     drawn = [exp(rng.gauss(0, SPREAD)) for _ in range(shape.responses)]
     return [max(1, round(x * shape.mean * shape.responses / sum(drawn))) for x in drawn]
 
 
 @cache
 def model_folder() -> TemporaryDirectory[str]:
-    """Returns a folder with a random decoder, which is deleted when this process ends."""
+    """Returns a folder with a random decoder. The folder is deleted when this process ends."""
     torch.manual_seed(0)
     folder = TemporaryDirectory()
     Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=False)).float().save_pretrained(folder.name)
@@ -123,11 +123,11 @@ def work(shape: Shape) -> Work:
 
 @dataclass(eq=False)
 class Side:
-    """One implementation of the step. Calling it returns seconds and keeps the logprobs."""
+    """One implementation of the step. A call runs the step, stores its logprobs and returns its seconds."""
 
-    step: Callable[[], list[Tensor]]  # computes gradients, returns logprobs per row
-    gradients: Callable[[], dict[str, Tensor]]  # of the last step, by parameter
-    zero: Callable[[], None] = lambda: None  # clears the gradients, if `step` adds to them
+    step: Callable[[], list[Tensor]]  # computes the gradients and returns the logprobs of each row
+    gradients: Callable[[], dict[str, Tensor]]  # returns the gradients of the last step by parameter name
+    zero: Callable[[], None] = lambda: None  # clears the gradients; does nothing if `step` clears them
     logprobs: Sequence[Tensor] = ()
 
     def __call__(self) -> float:
@@ -138,7 +138,7 @@ class Side:
 
 
 def side(made: Work, step: Callable[[], list[Tensor]]) -> Side:
-    """Returns the Side of a step on the model of `made`."""
+    """Returns a Side that runs `step` on the model of `made`."""
 
     def gradients() -> dict[str, Tensor]:
         return {name: p.grad.clone() for name, p in made.model.named_parameters() if p.grad is not None}
@@ -147,14 +147,14 @@ def side(made: Work, step: Callable[[], list[Tensor]]) -> Side:
 
 
 def backward(made: Work, logprobs: Sequence[Tensor], rows: Sequence[int]) -> None:
-    """Backpropagates the policy-gradient loss of some rows, as their part of the minibatch's loss."""
+    """Backpropagates the policy-gradient loss of `rows`, which is normalized by the size of the whole minibatch."""
     flat, gains = torch.cat(list(logprobs))[None], torch.cat([made.advantages[row] for row in rows])[None]
     everything = torch.ones(flat.shape, dtype=torch.bool)
     policy_gradient_loss(flat, flat.detach(), gains, everything, size=made.size)[0].backward()
 
 
 def packed(made: Work, rows: Sequence[PackedRow]) -> Side:
-    """Returns the Side of our learner: a pass over packed rows."""
+    """Returns the Side of our learner, which processes packed rows."""
 
     def step() -> list[Tensor]:
         found: dict[int, Tensor] = {}
@@ -169,7 +169,7 @@ def packed(made: Work, rows: Sequence[PackedRow]) -> Side:
 
 
 def unshared(made: Work) -> list[PackedRow]:
-    """Packs each rollout with its own prompt as one causal sequence, without padding."""
+    """Packs each rollout as one causal sequence with its own copy of the prompt, without padding."""
     singles = [
         replace(group, responses=(response,), rows=(row,))
         for group in made.groups
@@ -180,7 +180,7 @@ def unshared(made: Work) -> list[PackedRow]:
 
 
 def padded(made: Work) -> Side:
-    """Returns the Side of padded batches: as many whole rollouts at a time as the budget allows, transformers' SDPA."""
+    """Returns the Side of padded batches, with transformers' SDPA. A batch has as many rollouts as BUDGET allows."""
     rollouts = made.rollouts()
     longest = max(made.lengths())
     trunk, head = made.model.model, made.model.lm_head
@@ -208,7 +208,7 @@ def padded(made: Work) -> Side:
 
 
 def sequence(made: Work, tokens: int) -> Callable[[], float]:
-    """Returns a function that measures forward and backward over one causal sequence, with as many logits as ours."""
+    """Returns a function that measures forward and backward of one causal sequence with as many logits as our side."""
     trunk = made.model.model
     ids = torch.randint(0, SIZES["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
     chosen = slice(tokens - made.size.tokens, tokens)
@@ -227,9 +227,9 @@ def sequence(made: Work, tokens: int) -> Callable[[], float]:
 
 
 def cost(made: Work, tokens: int, pairs: int) -> float:
-    """Floating-point operations of a forward pass, in units of one token's cost in a layer's matrices: of the tokens,
-    the pairs in attention, and the head for the responses' tokens."""
-    per_layer = pairs_per_token(made.config) * 2 * SIZES["num_attention_heads"] * SIZES["head_dim"]  # weights
+    """Returns the floating-point operations of a forward pass for the tokens, for the token pairs in attention, and for
+    the head on the response tokens. The unit is the cost of one token in the matrices of a layer."""
+    per_layer = pairs_per_token(made.config) * 2 * SIZES["num_attention_heads"] * SIZES["head_dim"]  # weights per layer
     head = SIZES["vocab_size"] * SIZES["hidden_size"] / (per_layer * SIZES["num_hidden_layers"])
     return tokens + pairs / pairs_per_token(made.config) + made.size.tokens * head
 
@@ -237,11 +237,11 @@ def cost(made: Work, tokens: int, pairs: int) -> float:
 def compare(made: Work, other: Side, sequences: Sequence[int]) -> Result:
     """Times shared prompts and another side in turns, and compares their logprobs and gradients.
 
-    `sequences` are the lengths of the causal sequences that the other side computes: the ceiling of the ratio is their
-    cost over that of each prompt once per group.
+    `sequences`: the lengths of the causal sequences that the other side computes. The ceiling of the ratio is the cost
+    of these sequences, divided by the cost if each prompt is computed once per group.
     """
     ours = packed(made, pack(made.groups, BUDGET, None))
-    ours()  # also a warm-up
+    ours()  # computes the gradients and is a warm-up
     gradients = ours.gradients()
     other()
     gradient_diff = max(float((x - gradients[name]).abs().max()) for name, x in other.gradients().items())
@@ -255,7 +255,7 @@ def compare(made: Work, other: Side, sequences: Sequence[int]) -> Result:
 
 
 def against_packed(made: Work) -> Result:
-    """Shared prompts against one rollout per row, both with our packing."""
+    """Compares shared prompts with one copy of the prompt per rollout. Both use our packing."""
     found = compare(made, packed(made, unshared(made)), made.lengths())
     rows = pack(made.groups, BUDGET, None)
     plain = sequence(made, sum(len(row.token_ids) for row in rows))
@@ -266,14 +266,15 @@ def against_packed(made: Work) -> Result:
 
 
 def against_padded(made: Work) -> Result:
-    """Shared prompts against rollouts padded to the longest of the minibatch."""
+    """Compares shared prompts with rollouts that are padded to the longest rollout of the minibatch."""
     return compare(made, padded(made), [max(made.lengths())] * len(made.advantages))
 
 
 def against_verl(made: Work) -> Result:
-    """Shared prompts against verl's FSDP2 engine with its fastest split for this minibatch.
+    """Compares shared prompts with verl's FSDP2 engine, which uses its fastest split for this minibatch.
 
-    The ceiling is that of one rollout per row: verl does not share prompts, and packs or pads, whichever is faster.
+    The ceiling is the same as in `against_packed`, because verl does not share prompts. verl packs or pads the
+    rollouts, whichever is faster.
     """
     from benchmarks._verl_engine import VerlEngine, verl_batch
 
@@ -286,20 +287,20 @@ def against_verl(made: Work) -> Result:
 
 
 AGAINST = {
-    "": (against_packed, "one rollout per row, packed"),
-    "padded/": (against_padded, "padding the minibatch to its longest"),
+    "": (against_packed, "one copy of the prompt per rollout"),
+    "padded/": (against_padded, "rollouts padded to the longest"),
     "verl/": (against_verl, "verl 0.9.1's FSDP2 engine"),
 }
 
 
 def register(shape: str, prefix: str) -> None:
-    """Registers the entry learner/<prefix><shape>."""
+    """Registers the benchmark learner/<prefix><shape>."""
     run, other = AGAINST[prefix]
 
     def entry() -> Result:
         return run(work(SHAPES[shape]))
 
-    entry.__doc__ = f"{SHAPES[shape].why}, against {other}."
+    entry.__doc__ = f"{SHAPES[shape].why}. Compares shared prompts with {other}."
     benchmark(f"learner/{prefix}{shape}")(entry)
 
 

@@ -1,6 +1,7 @@
-"""Peak memory of logprobs and entropies over a large vocabulary: a few tokens at a time against all logits at once.
+"""Compares the peak memory of logprobs and entropies, computed for a few tokens at a time and with all logits at once.
 
-Its registration is tested in tests/benchmarks/test_harness.py, `token_logprobs` in tests/rl/model/test_logprobs.py.
+Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered). The function `token_logprobs` is
+tested in tests/rl/model/test_logprobs.py.
 """
 
 import json
@@ -17,15 +18,16 @@ from rl.model.logprobs import token_logprobs
 
 TOKENS, VOCABULARY, HIDDEN = 4096, 151_936, 256
 GOAL = 8.0
-KIB = 1024 if sys.platform == "linux" else 1  # ru_maxrss counts KiB on Linux, bytes elsewhere
+KIB = 1024 if sys.platform == "linux" else 1  # ru_maxrss is in KiB on Linux and in bytes elsewhere
 
 
 @benchmark("logits")
 def logits() -> Result:
-    """Extra peak memory of plain logits over ours: ratio at least 8. 4,096 tokens, vocabulary of 151,936, float32.
+    """Compares the peak memory of our logprobs with that of plain logits. The goal is a ratio of at least 8.
 
-    Forward and backward of the sum of logprobs and entropies, each side in its own process. Memory is the growth of the
-    process's peak. ours_s and other_s are seconds.
+    The input has 4,096 tokens, a vocabulary of 151,936 and float32 values. Each side runs in its own process the
+    forward and backward pass of the mean logprob plus the mean entropy. ratio is the growth of the process's peak
+    memory on the other side, divided by the growth on our side. ours_s and other_s are seconds.
     """
     found = {}
     for side in ("ours", "plain"):
@@ -45,13 +47,13 @@ def logits() -> Result:
 
 
 def at_once(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Computes the same as `token_logprobs`, with all logits at once."""
+    """Computes the same as `token_logprobs`, but with all logits at once."""
     logs = (hidden @ head.T / temperature).log_softmax(-1)
     return logs.gather(-1, targets[:, None])[:, 0], -(logs.exp() * logs).sum(-1)
 
 
 def measure(side: str) -> dict[str, object]:
-    """Returns seconds, growth of peak memory in bytes, and means of the results and of the gradients."""
+    """Returns the seconds, the growth of peak memory in bytes, and mean absolute values of results and gradients."""
     torch.manual_seed(0)
     hidden = torch.randn(TOKENS, HIDDEN).requires_grad_()
     head = (torch.randn(VOCABULARY, HIDDEN) / HIDDEN**0.5).requires_grad_()

@@ -1,6 +1,7 @@
-"""Time of weight transfer in a real run, and gain from sampling ahead with emulated generation.
+"""Measures the time of weight transfer in a real run, and the gain from sampling ahead with emulated generation.
 
-Its registration is tested in tests/benchmarks/test_harness.py, the loop in tests/stages/test_loop.py.
+Tested in tests/benchmarks/test_harness.py (only that the benchmarks are registered). The loop is tested in
+tests/stages/test_loop.py.
 """
 
 import json
@@ -22,11 +23,11 @@ SHARE_GOAL, SPEED_GOAL = 0.03, 1.2
 
 @benchmark("sync")
 def sync() -> Result:
-    """Share of weight transfer in an iteration of the CPU profile: ratio at most 0.03.
+    """Measures the share of weight transfer in an iteration of the CPU profile. The goal is a ratio of at most 0.03.
 
-    A real run of the shipped recipe. ours_s is the time in which the policy returns its weights and the engine loads
-    them, from the run's timeline; other_s is the whole iteration. Both are medians without the first two iterations.
-    The check after a weight sync is not included.
+    Runs the shipped recipe. ours_s is the time in which the policy returns its weights and the engine loads them,
+    measured in the run's timeline. other_s is the time of the whole iteration, and ratio is ours_s / other_s. Both
+    times are medians without the first two iterations. The check after a weight sync is not included.
     """
     from benchmarks.iteration import start
 
@@ -41,14 +42,14 @@ def sync() -> Result:
     spans = {
         name: [e["dur"] / 1e6 for e in events if e["ph"] == "X" and e["name"] == name] for name in ("weights", "load")
     }
-    travel = sum(statistics.median(spans[name][1 + WARM_UP :]) for name in spans)  # the first is before training
+    travel = sum(statistics.median(spans[name][1 + WARM_UP :]) for name in spans)  # the first sync is before training
     whole = statistics.median(totals[1 + WARM_UP :])
     return Result(travel, whole, travel / whole, SHARE_GOAL, more={"goal": f"ratio at most {SHARE_GOAL}"})
 
 
 class Emulated:
-    """A sampler that waits a given time and returns random responses of 60 tokens to prompts of 150; the check after a
-    weight sync returns at once."""
+    """A sampler that waits for a given time and returns random responses of 60 tokens to prompts of 150 tokens. The
+    check after a weight sync is skipped."""
 
     def __init__(self, seconds: float, vocabulary: int) -> None:
         self.seconds, self.vocabulary, self.policy_step = seconds, vocabulary, 0
@@ -60,7 +61,7 @@ class Emulated:
             ids = tuple(rng.randrange(self.vocabulary) for _ in range(150))
             for _ in range(per_prompt):
                 response = tuple(rng.randrange(self.vocabulary) for _ in range(60))
-                # logprobs of a uniform policy, which are close to those of random weights
+                # These logprobs of a uniform policy are close to the logprobs of random weights.
                 logprobs = (-math.log(self.vocabulary),) * len(response)
                 made.append(Rollout(prompt, "", "stop", ids, response, logprobs, self.policy_step))
         time.sleep(self.seconds)
@@ -80,7 +81,7 @@ class Emulated:
 
 
 class Rewards:
-    """Scores every rollout at once with 0 or 1."""
+    """Scores every rollout with 0 or 1, without a delay."""
 
     def __init__(self) -> None:
         self.found: dict[int, Scored] = {}
@@ -97,11 +98,11 @@ class Rewards:
 
 @benchmark("async/one_step_off")
 def one_step_off() -> Result:
-    """Emulated generation that takes 80% of an iteration: sampling ahead, against sampling and training in turns.
+    """Compares sampling ahead with sampling and training in turns. Emulated generation takes 80% of an iteration.
 
-    The loop, the critic and the policy are real and run in this process; generation is a pause. ours_s has
-    rollout.max_staleness 1, other_s 0; both are mean seconds per iteration over 4 iterations after the first. The best
-    possible ratio is 1 / 0.8 = 1.25; the goal is at least 1.2.
+    The loop, the critic and the policy are real and run in this process. Generation is a pause. ours_s is measured with
+    rollout.max_staleness 1 and other_s with 0. Both are mean seconds per iteration over the 4 iterations after the
+    first. The best possible ratio is 1 / 0.8 = 1.25; the goal is at least 1.2.
     """
     from benchmarks.learner import SIZES, model_folder
     from rl.learner.clients import CriticClient, PolicyClient
@@ -126,7 +127,7 @@ def one_step_off() -> Result:
     pause = 0.0
 
     class UncheckedPolicy(PolicyClient):
-        """There are no engines whose logprobs could be compared."""
+        """Skips the comparison of logprobs with the engine, because no engine runs."""
 
         def logprob_gap(self, rollouts: Any, features: Any) -> float:
             return 0.0
@@ -137,12 +138,12 @@ def one_step_off() -> Result:
         options = recipe.rollout.model_copy(update={"max_staleness": staleness})
         config = recipe.model_copy(update={"rollout": options})
         sampler = Emulated(pause, SIZES["vocab_size"])
-        stage = STAGES["rlvr"](cast(Any, None))  # RLVR uses no tools
+        stage = STAGES["rlvr"](cast(Any, None))  # RLVR does not use the tools
         services = Services(config, sampler, Rewards(), *clients, FeatureStore([], 1), stage)
         state, start = LoopState(), 0.0
         for iteration in range(count + 1):
             ppo_iteration(iteration + 1, asked, asked, services, state, Clock())
-            start = start or time.perf_counter()  # no samples are made ahead for the first iteration
+            start = start or time.perf_counter()  # skips the first iteration: no samples were made ahead for it
         took = time.perf_counter() - start
         state.ahead.settle()
         return took / count

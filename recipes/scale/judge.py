@@ -1,11 +1,11 @@
-"""Supervised training of the scale model's judge, a small generative reward model, on generated pairs.
+"""Supervised training of the scale model's judge, a small generative reward model, on generated pairs of descriptions.
 
     python -m recipes.scale.judge --out runs/judge
 
-starts from the scale model's weights and trains them to compare two descriptions of a picture: for each thing in the
-picture, what each response has in its place and whether that is right; then the number of right things and a grade of
-each response. The judge reads the prompt of the reward `genrm` (with genrm.jinja beside this file) and answers in that
-reward's JSON. Writes OUT/model (a Hugging Face folder) and OUT/report.json.
+Training starts from the scale model's weights. The judge learns to compare two descriptions of a picture. For each
+thing in the picture, it says what each response has in the thing's place and whether that is right. Then it gives the
+number of right things and the grade of each response. The judge reads the prompt of the reward `genrm` (with the file
+genrm.jinja) and answers in that reward's JSON. The results are OUT/model (a Hugging Face folder) and OUT/report.json.
 """
 
 import argparse
@@ -38,9 +38,9 @@ from rl.types import Prompt
 TEMPLATE = Path(__file__).parent / "genrm.jinja"
 START = Path(__file__).parent / "model"
 BATCH = 16  # pairs per step
-THINGS = (world.CROWD[0], world.OPEN_CROWD[1])  # fewest and most things in a picture
+THINGS = (world.CROWD[0], world.OPEN_CROWD[1])  # minimum and maximum number of things in a picture
 PEAK_LR, WARM_UP = 1.5e-3, 50
-READING = 0.375  # first share of the steps, in which 3 of 4 pairs are guesses; later 1 of 2
+READING = 0.375  # in this first share of the steps, 3 of 4 pairs are guesses; later 1 of 2 is a guess
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,20 @@ class Pair:
 
 @dataclass(frozen=True)
 class Correctness:
-    """`right` things of a description, out of `of`: the larger of the numbers of named and of existing things."""
+    """`right` is the number of right things in a description. `of` is the number of named things or of existing things,
+    whichever is larger."""
 
     right: int
     of: int
 
     @property
     def grade(self) -> int:
-        """0 to BEST."""
+        """Grade of the description, from 0 to BEST."""
         return round(BEST * self.right / self.of)
 
 
 def correctness(response: str, crowd: Scene) -> Correctness:
-    """Counts the first thing that a description has in a place. Wrong and repeated things count as named."""
+    """Counts the right things of a description. In each place, only the first thing can be right."""
     named = _by_place(response)
     right = sum(named.get(thing.place) == thing.name for thing in crowd.things)
     return Correctness(right, max(len(crowd.things), len(_items(response))))
@@ -81,7 +82,7 @@ def _items(response: str) -> list[str]:
 
 
 def _by_place(response: str) -> dict[str, str]:
-    """Returns place -> first thing that the description has there."""
+    """Returns place -> first thing that the response names there."""
     names: dict[str, str] = {}
     for item in _items(response):
         place, *name = item.rsplit(" ", 2)
@@ -91,8 +92,8 @@ def _by_place(response: str) -> dict[str, str]:
 
 
 def verdict(pair: Pair) -> Comparison:
-    """Returns the right verdict on a pair: each thing, what each response has in its place and whether that is right;
-    the number of right things of each response; both grades."""
+    """Returns the correct verdict on a pair. For each thing, it says what each response has in the thing's place and
+    whether that is right. Then it gives the number of right things and the grade of each response."""
     named = {"A": _by_place(pair.first), "B": _by_place(pair.second)}
     compared = ", ".join(
         thing.described + "".join(_compared(side, named[side].get(thing.place), thing.name) for side in named)
@@ -108,21 +109,21 @@ def _compared(side: str, name: str | None, truth: str) -> str:
 
 
 def verdict_json(comparison: Comparison) -> str:
-    """Returns JSON without spaces, with integer grades."""
+    """Returns the verdict as JSON without spaces, with integer grades."""
     grades = {"grade_a": int(comparison.grade_a), "grade_b": int(comparison.grade_b)}
     values = {"reasoning": comparison.reasoning, **grades}
     return json.dumps(values, separators=(",", ":"))
 
 
 def draw_pair(rng: Generator, split: world.Split, things: tuple[int, int] = THINGS) -> Pair:
-    """Draws a crowd and two descriptions of random quality; each is equally often the better one."""
+    """Draws a crowd and two descriptions of random quality. Each description is equally often the better one."""
     crowd = world.draw_crowd(rng, split, things)
     return Pair(crowd, draw_response(crowd, rng), draw_response(crowd, rng))
 
 
 def draw_guesses(rng: Generator, split: world.Split, things: tuple[int, int] = THINGS) -> Pair:
-    """Draws a crowd and two descriptions with the right places and mostly wrong names. The judge must read these: with
-    good descriptions only, it would learn to copy what it sees in the picture."""
+    """Draws a crowd and two descriptions with the right places and mostly wrong names. The judge has to read such
+    descriptions. With good descriptions only, it would learn to copy what it sees in the picture."""
     crowd = world.draw_crowd(rng, split, things)
     return Pair(crowd, _guesses(crowd, rng), _guesses(crowd, rng))
 
@@ -147,8 +148,8 @@ def draw_preference(rng: Generator, split: world.Split, things: tuple[int, int] 
 
 
 def draw_response(crowd: Scene, rng: Generator) -> str:
-    """Draws a description: a teacher's, an unrelated text, or the things in order with random mistakes in shape, colour
-    or place and some things left out, repeated or invented."""
+    """Draws a description. It is a teacher's answer, an unrelated text, or a list of the things with random mistakes:
+    wrong shapes, colours or places, and things that are left out, repeated or invented."""
     kind = rng.random()
     if kind < 0.2:
         return world.teachers_words(crowd, rng)
@@ -170,7 +171,7 @@ def _any_thing(rng: Generator) -> str:
 
 
 def _slipped(described: str, rng: Generator) -> str:
-    """Replaces place, colour or shape; most often the shape, which is hardest to see."""
+    """Replaces the place, the colour or, most often, the shape, which is hardest to see."""
     place, color, shape = described.rsplit(" ", 2)
     which = rng.choice(3, p=[0.25, 0.25, 0.5])
     return " ".join(
@@ -180,7 +181,7 @@ def _slipped(described: str, rng: Generator) -> str:
 
 
 def _beside_the_point(rng: Generator) -> str:
-    """Draws the answer to another task, a colour, or one thing repeated."""
+    """Draws an unrelated text: the answer to another task, a colour, or one thing repeated."""
     thing = _any_thing(rng)
     texts = [
         f"\\boxed{{{rng.integers(10)}}}",
@@ -192,29 +193,29 @@ def _beside_the_point(rng: Generator) -> str:
 
 @cache
 def _judge() -> Judge[Comparison]:
-    """The judge of the reward `genrm`, without an endpoint: it only renders prompts."""
+    """Returns the judge of the reward `genrm`. It has no endpoint, because it only renders prompts."""
     judge = GenRM("judge", template=str(TEMPLATE)).judge
     judge.load(SHOWN)
     return judge
 
 
 def problem_of(pair: Pair) -> Problem:
-    """Renders a pair as the judge's prompt, with the code of the reward `genrm`."""
-    row = Prompt(pair.first, "describing", ())  # the reward makes its text marks from the id
+    """Renders a pair as a prompt of the judge, with the code of the reward `genrm`."""
+    row = Prompt(pair.first, "describing", ())  # the reward derives the marks around each text from the id
     shown = f"(picture 1)\n{world.describe(pair.crowd).question}"
     text = _judge().prompt(row, {"question": shown}, {"response_a": pair.first, "response_b": pair.second})
     return Problem("judging", text, "", pair.crowd)
 
 
 def vocabulary() -> list[str]:
-    """Returns the words of the judge's prompt and verdict, which become tokens of their own."""
+    """Returns the words of the judge's prompt and verdict. Each word becomes a token of its own."""
     pair = Pair(Scene((255, 255, 255), ()), "", "")
     text = problem_of(pair).question + " picture response end of reasoning grade A B"
     return sorted(set(re.findall(r"[^\W\d_]{2,}", re.sub(r"[0-9a-f]{16}", "", text))) | {"A", "B", "yes", "no"})
 
 
 def with_new_tokens(start: Path, words: Any) -> StepVL:
-    """Loads the model in `start` for the tokenizer `words`. New tokens get random vectors; the others keep theirs."""
+    """Loads the model in `start` for the tokenizer `words`. New tokens get random vectors; known tokens keep theirs."""
     old: Any = hf_folder.load(start)
     old_tokenizer: Any = AutoTokenizer.from_pretrained(start)
     before = old_tokenizer.get_vocab()
@@ -235,8 +236,8 @@ def with_new_tokens(start: Path, words: Any) -> StepVL:
 def train(
     model: StepVL, prompter: Prompter, steps: int, seed: int, every: int, things: tuple[int, int] = THINGS
 ) -> None:
-    """Trains on `steps` batches of pairs and their verdicts, with tower and projector frozen; reports every `every`
-    steps."""
+    """Trains on `steps` batches of pairs and their verdicts. Vision tower and projector are frozen. Prints a report
+    every `every` steps."""
     optimizer = warm_start.decoder_optimizer(model)
     losses, started = [], time.monotonic()
     for step in range(steps):
@@ -257,7 +258,7 @@ def train(
 
 
 def grades(model: StepVL, prompter: Prompter, pairs: Sequence[Pair]) -> list[tuple[float, float] | None]:
-    """Returns the judge's greedy grades of both responses of each pair; None for an invalid verdict."""
+    """Returns for each pair the judge's greedy grades of both responses, or None if the verdict is invalid."""
     given = practice.answers(model, prompter, [problem_of(pair) for pair in pairs])
     return [_read(text) for text in given]
 
@@ -273,8 +274,9 @@ def _read(text: str) -> tuple[float, float] | None:
 def report(
     model: StepVL, prompter: Prompter, number: int, seed: int = 0, things: tuple[int, int] = THINGS
 ) -> dict[str, float]:
-    """Returns how often, in `number` held-out preferences, the better response gets the better grade: when it is shown
-    first, when it is shown second, and by the mean of both orders, which the reward uses."""
+    """Returns in which share of `number` held-out preferences the better response gets the better grade: if it is shown
+    first, if it is shown second, and by the mean of both orders, which the reward uses. Also returns the share of
+    invalid verdicts."""
     rng = np.random.default_rng([seed, 1 << 20])
     pairs = [draw_preference(rng, "heldout", things) for _ in range(number)]
     first, second = grades(model, prompter, pairs), grades(model, prompter, [pair.swapped for pair in pairs])
@@ -295,14 +297,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the scale model's judge.")
     parser.add_argument("--out", type=Path, required=True, help="folder for model/ and report.json")
     parser.add_argument(
-        "--start", type=Path, default=START, help="scale model to start from (default: the shipped one)"
+        "--start", type=Path, default=START, help="scale model to start from (default: the shipped model)"
     )
     parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
     allowed = range(THINGS[0], len(PLACES) + 1)
-    parser.add_argument("--most", type=int, default=THINGS[1], choices=allowed, help="most things in a picture")
+    parser.add_argument(
+        "--most", type=int, default=THINGS[1], choices=allowed, help="maximum number of things in a picture"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=100, help="steps between reports on held-out preferences")
-    parser.add_argument("--heldout", type=int, default=512, help="held-out preferences for the report")
+    parser.add_argument("--heldout", type=int, default=512, help="number of held-out preferences for the report")
     given = parser.parse_args()
     register()
     folder = given.out / "model"

@@ -1,4 +1,4 @@
-"""Supervised training of the scale model: batches of demonstrations, their losses, and answers of the model.
+"""Supervised training of the scale model: batches of demonstrations, losses, and the model's answers.
 
 Tested in tests/recipes/scale/test_warm_start.py and tests/recipes/scale/test_world.py.
 """
@@ -29,15 +29,15 @@ from rl.model.step_vl import StepVL
 from rl.types import PooledAnswers, Prompt
 from rollout.pacore.prompt import SynthesisPrompt
 
-LONGEST = 176  # tokens of a response, more than any writer or judge uses
+LONGEST = 176  # maximum tokens of a response; writers and the judge use fewer
 TEMPLATE = Path(__file__).parent / "pacore.jinja"
 SYNTHESIS = SynthesisPrompt(TEMPLATE)
-MESSAGES = (4, 24)  # fewest and most pooled answers that a synthesis problem shows
+MESSAGES = (4, 24)  # minimum and maximum number of pooled answers in a synthesis problem
 COPIES = 0.5  # share of the syntheses that repeat a pooled answer
 
 
 class Prompter:
-    """Renders problems as token ids with the tokenizer's chat template and the picture's image tokens."""
+    """Renders problems as token ids, with the tokenizer's chat template and the image tokens of the picture."""
 
     def __init__(self, tokenizer: Any, image_tokens: int) -> None:
         self.tokenizer = tokenizer
@@ -48,7 +48,7 @@ class Prompter:
         self._cached = lru_cache(maxsize=4096)(self._prompt)
 
     def prompt(self, problem: Problem) -> list[int]:
-        """Returns a cached list; do not change it."""
+        """Returns the prompt's token ids. The list is cached, so callers must not change it."""
         return self._cached(problem.question, problem.scene is not None, problem.messages)
 
     def _prompt(self, question: str, pictured: bool, shown: tuple[str, ...]) -> list[int]:
@@ -71,7 +71,7 @@ class Prompter:
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """A batch of problems and the response to imitate for each."""
+    """A batch of problems, and for each problem the response to imitate."""
 
     problems: list[Problem]
     responses: list[str]
@@ -80,8 +80,9 @@ class Demonstrations:
 def draw_demonstrations(
     rng: Generator, pictures: int, things: tuple[int, int], rough_share: Callable[[Problem], float], sheets: int
 ) -> Demonstrations:
-    """Draws `pictures` scenes to point at and box, twice as many crowds to count and describe, four times as many sums,
-    and `sheets` worksheets; `rough_share` says how often the rough writer answers a problem."""
+    """Draws problems and their demonstrations. There are `pictures` scenes for pointing and grounding, twice as many
+    crowds for counting and describing, four times as many sums, and `sheets` worksheets. `rough_share` returns the
+    probability that the rough writer answers a problem."""
     scenes = [world.draw_scene(rng, "train", things) for _ in range(pictures)]
     crowds = [world.draw_crowd(rng, "train") for _ in range(2 * pictures)]
     problems = [p for scene in scenes for p in world.point_and_box(scene)]
@@ -94,11 +95,11 @@ def draw_demonstrations(
 
 
 def draw_synthesis_demonstrations(rng: Generator, number: int) -> Demonstrations:
-    """Draws `number` problems of each task (of worksheets twice as many) with pooled answers. The responses compare or
-    repeat these."""
+    """Draws `number` problems of each task (twice as many worksheets) with pooled answers. The responses compare or
+    repeat the pooled answers."""
     plain: list[Problem] = []
     for _ in range(number):
-        plain += list(world.point_and_box(world.draw_scene(rng, "train", (2, 3))))[:2]  # of the first thing
+        plain += list(world.point_and_box(world.draw_scene(rng, "train", (2, 3))))[:2]  # for one thing only
         plain.append(next(world.count_colors(world.draw_crowd(rng, "train"))))
         plain.append(world.draw_sum(rng, "train"))
         plain += [world.draw_worksheet(rng, "train"), world.draw_worksheet(rng, "train")]
@@ -115,30 +116,31 @@ def draw_pictures(rng: Generator, pictures: int) -> list[Scene]:
 
 @dataclass(frozen=True)
 class Sightings:
-    """The thing at each of the N image tokens of S scenes. The other fields are valid only where `seen` is True."""
+    """Says where things are on the N image tokens of S scenes. `seen` is True where a thing has its centre. The other
+    fields are valid only there."""
 
     seen: Tensor  # [S, N] bool
     color: Tensor  # [S, N] int64, index into COLORS
     form: Tensor  # [S, N] int64, index into SHAPES
-    places: Tensor  # [S, N, 6] centre and box, fractions of the picture
+    places: Tensor  # [S, N, 6] centre and box, as fractions of the picture
 
 
 def scenes_of(problems: Sequence[Problem]) -> list[Scene]:
-    """Returns each scene once, in order of first use."""
+    """Returns each scene of the problems once, in the order of first use."""
     return list({id(p.scene): p.scene for p in problems if p.scene is not None}.values())
 
 
 def pixels(model: StepVL, scenes: Sequence[Scene]) -> Tensor:
-    """Returns the global views of many scenes, [scenes, 3, side, side]; equal to `model.views` of each image."""
+    """Returns the global views of all scenes, [scenes, 3, side, side]. They equal `model.views` of each image."""
     colors = (torch.from_numpy(np.stack([s.palette for s in scenes])).float() / 255 - MEAN.flatten()) / STD.flatten()
     canvas = torch.from_numpy(np.stack([s.pixels for s in scenes])).long()  # [S, P, P]
     image = colors[torch.arange(len(canvas))[:, None, None], canvas].permute(0, 3, 1, 2)
-    side = (model.config.global_size,) * 2  # larger than the pictures, so antialiasing would change nothing
+    side = (model.config.global_size,) * 2  # a view is larger than a picture, so antialiasing would change nothing
     return F.interpolate(image, size=side, mode="bilinear", align_corners=False)
 
 
 def features(model: StepVL, scenes: Sequence[Scene]) -> dict[int, Tensor]:
-    """Returns image features by `id(scene)`, each [image tokens, hidden]."""
+    """Returns `id(scene)` -> image features [image tokens, hidden]."""
     if not scenes:
         return {}
     encoded = model.vit_large_projector(model.vision_model(pixels(model, scenes)))
@@ -146,7 +148,7 @@ def features(model: StepVL, scenes: Sequence[Scene]) -> dict[int, Tensor]:
 
 
 def sightings(scenes: Sequence[Scene], grid: int) -> Sightings:
-    """Returns where the things are on the grid of the tower's output tokens."""
+    """Returns where the things are on the grid of the vision tower's output tokens."""
     shape = (len(scenes), grid * grid)
     seen = torch.zeros(shape, dtype=torch.bool)
     color, form = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
@@ -162,7 +164,7 @@ def sightings(scenes: Sequence[Scene], grid: int) -> Sightings:
 
 
 class SightHead(nn.Module):
-    """Linear heads on one image token: whether it holds a thing's centre, the thing's place, and its name.
+    """Linear heads that predict from an image token whether a thing's centre is there, and the thing's place and name.
 
     Names are scored by similarity to the decoder's word embeddings. So the token of a red ring is similar to the
     words "red" and "ring" before the decoder is trained.
@@ -180,11 +182,11 @@ class SightHead(nn.Module):
             self.register_buffer(kind, LIKENESS * embeddings, persistent=False)
 
 
-LIKENESS = 5.0  # scales the word embeddings, which are short; image tokens would have to be long without it
+LIKENESS = 5.0  # scales up the word embeddings, which are short; otherwise image tokens would have to be long
 
 
 def sight_loss(model: StepVL, head: SightHead, scenes: Sequence[Scene]) -> Tensor:
-    """Loss of the head's predictions. Places are predicted as numbers and as their first digits."""
+    """Returns the loss of the head's predictions. Places are predicted as numbers and as the numbers' digits."""
     tokens = model.vit_large_projector(model.vision_model(pixels(model, scenes)))
     truth = sightings(scenes, math.isqrt(tokens.shape[1]))
     exists = F.binary_cross_entropy_with_logits(head.exists(tokens)[..., 0], truth.seen.float())
@@ -197,7 +199,7 @@ def sight_loss(model: StepVL, head: SightHead, scenes: Sequence[Scene]) -> Tenso
 
 
 def decoder_inputs(model: StepVL, ids: Tensor, problems: Sequence[Problem], seen: dict[int, Tensor]) -> Tensor:
-    """Returns decoder inputs [B, T, hidden] of `ids` [B, T], with the picture's features at the image tokens."""
+    """Returns decoder inputs [B, T, hidden] for `ids` [B, T], with the pictures' features at the image tokens."""
     words = model.model.embed_tokens(ids)
     shown = [seen[id(p.scene)] for p in problems if p.scene is not None]
     return words.masked_scatter((ids == model.config.image_token_id)[..., None], torch.cat(shown)) if shown else words
@@ -205,18 +207,19 @@ def decoder_inputs(model: StepVL, ids: Tensor, problems: Sequence[Problem], seen
 
 @dataclass(frozen=True)
 class PackedDemonstrations:
-    """Demonstrations as one packed row: each picture's tokens once, then each of its questions with its response."""
+    """Demonstrations in one packed row. A picture's tokens are there once, followed by all questions about the picture
+    with their responses."""
 
     token_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64
-    is_response: Tensor  # [T] bool; True on the responses' tokens
-    is_message: Tensor  # [T] bool; True on the messages that a prompt shows
+    is_response: Tensor  # [T] bool; True on the tokens of responses
+    is_message: Tensor  # [T] bool; True on the tokens of prompts with messages, after the picture
     layout: Layout
-    scenes: list[Scene]  # in the order of their image slots
+    scenes: list[Scene]  # in the order of their image tokens in the row
 
 
 def pack(prompter: Prompter, batch: Demonstrations) -> PackedDemonstrations:
-    """Packs demonstrations: questions about one scene share its tokens; a problem without picture stands alone."""
+    """Packs demonstrations. Questions about the same scene share the scene's tokens."""
     groups: dict[int, list[tuple[list[int], list[int], bool]]] = defaultdict(list)
     scenes: dict[int, Scene] = {}
     for number, (problem, response) in enumerate(zip(batch.problems, batch.responses, strict=True)):
@@ -240,8 +243,8 @@ def pack(prompter: Prompter, batch: Demonstrations) -> PackedDemonstrations:
 
 
 def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
-    """Mean cross-entropy (nats) of the responses' tokens, plus that of the pooled answers in prompts: a model that
-    predicts the next pooled answer from those before it has learned their median."""
+    """Returns the mean cross-entropy (nats) of the response tokens plus that of the pooled answers in prompts. A model
+    that can predict the next pooled answer from the earlier ones has learned their median."""
     row = pack(prompter, batch)
     with torch.no_grad():  # the vision tower is frozen
         seen = features(model, row.scenes)
@@ -250,7 +253,7 @@ def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
     hidden = model.model(
         inputs_embeds=inputs[None], position_ids=row.position_ids[None], use_cache=False, layout=row.layout
     ).last_hidden_state[0]
-    # Responses and messages follow their question in the row, so the token before predicts each of their tokens.
+    # A response or message follows its own question in the row, so the token before each of its tokens predicts it.
     total = torch.zeros(())
     for mask in (row.is_response, row.is_message):
         if len(places := mask.nonzero()[:, 0]):
@@ -262,13 +265,13 @@ def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
 def answers(
     model: StepVL, prompter: Prompter, problems: Sequence[Problem], generator: torch.Generator | None = None
 ) -> list[str]:
-    """Returns the model's responses, greedy, or sampled at temperature 1 if `generator` is given."""
+    """Returns the model's responses. They are greedy, or sampled at temperature 1 if `generator` is given."""
     seen = features(model, scenes_of(problems))
-    groups: dict[int, list[int]] = defaultdict(list)  # equal prompt lengths decode together without padding
+    groups: dict[int, list[int]] = defaultdict(list)  # prompts of equal length decode together without padding
     for i, problem in enumerate(problems):
         groups[len(prompter.prompt(problem))].append(i)
     result = [""] * len(problems)
-    model.model.set_attn_implementation("sdpa")  # packed attention has no cache
+    model.model.set_attn_implementation("sdpa")  # packed attention does not support a cache
     for members in groups.values():
         chosen = [problems[i] for i in members]
         ids = torch.tensor([prompter.prompt(problem) for problem in chosen])

@@ -1,4 +1,4 @@
-"""The scale model's tokenizer: a token per word of the world, per digit, and per byte of any other text.
+"""The scale model's tokenizer: one token for each word of the world, each digit, and each byte of any other text.
 
 Tested in tests/recipes/scale/test_world.py.
 """
@@ -22,19 +22,19 @@ SPECIAL = (
     "<patch_end>",
     "<patch_newline>",
 )
-THINK = ("<think>", "</think>")  # one token each, but not special: skip_special_tokens keeps them
+THINK = ("<think>", "</think>")  # each is one token, but no special token, so skip_special_tokens keeps it
 WORDS = [
     *("Point", "at", "the", "Box", "How", "many", "What", "is", "maybe", "at", "first"),
     *("then", "system", "user", "assistant", "and", "in", "of", "there", "are", "I", "a", "things", "one", "by"),
 ]
-# A coordinate's "0." and the opening of a boxed answer are one token each; words include the space before them.
+# The "0." of a coordinate is one token, and so is "\boxed{". The token of a word includes the space before the word.
 PIECES = r"\\boxed\{| ?0\.(?=\d)|\d| ?\p{L}+|, | [+-] |\n"
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat.jinja").read_text()
 
 
 def words(more: Sequence[str] = ()) -> list[str]:
-    """Returns every token of more than one byte; `more` are words that the world does not have."""
+    """Returns all tokens of more than one byte. `more`: further words, which the world does not have."""
     places = sorted({word for place in PLACES for word in place.split()})
     plain = dict.fromkeys([*WORDS, *COLORS, *SHAPES, *places, *more])
     marks = ["\\boxed{", "0.", " 0.", ", ", " + ", " - "]
@@ -42,7 +42,7 @@ def words(more: Sequence[str] = ()) -> list[str]:
 
 
 def build(more: Sequence[str] = ()) -> Tokenizer:
-    """A byte-level BPE without merges: a piece is a known word, or it is split into bytes."""
+    """Builds a byte-level BPE tokenizer without merges. A piece of text that is no known word is split into bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     known = [as_bytes.pre_tokenize_str(word)[0][0] for word in words(more)]
@@ -57,7 +57,7 @@ def build(more: Sequence[str] = ()) -> Tokenizer:
 
 
 def save(folder: Path, more: Sequence[str] = ()) -> Tokenizer:
-    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja, which AutoTokenizer loads."""
+    """Writes tokenizer.json and tokenizer_config.json (with the chat template), which AutoTokenizer loads."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build(more)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -1,11 +1,11 @@
-"""Supervised warm start of the scale model: from random weights to one that answers, not yet well.
+"""Supervised warm start of the scale model: trains random weights until the model answers, but not yet well.
 
     python -m recipes.scale.warm_start --out runs/scale
 
-trains in three parts. First the vision tower and the projector learn to recognise things and their places in pictures.
-Then, with these frozen, the decoder learns to answer as the two writers of writers.py do. Last, it learns to answer
-with pooled answers in the prompt. Writes OUT/model (a Hugging Face folder; model/ beside this file was made this way)
-and OUT/report.json. After an interruption the same command continues from OUT/state.safetensors.
+Training has three parts. First, the vision tower and the projector learn to recognise things and their places in
+pictures. Then both are frozen, and the decoder learns to answer like the two writers of writers.py. Last, the decoder
+learns to answer prompts with pooled answers. The results are OUT/model (a Hugging Face folder; model/ beside this file
+was made this way) and OUT/report.json. After an interruption the same command continues from OUT/state.safetensors.
 """
 
 import argparse
@@ -39,27 +39,28 @@ from rl.model.config import StepVLConfig, register
 from rl.model.step_vl import StepVL
 from rl.types import SYNTHESIS_TEMPLATE, Prompt, Rollout
 
-REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # as in recipes/rlvr.yaml
+REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # the same rewards as in recipes/rlvr.yaml
     "pointing": ("point_distance", {}),
     "grounding": ("iou", {"power": 1}),
     "counting": ("exact", {}),
     "arithmetic": ("math_verify", {}),
     "worksheet": ("exact", {}),
 }
-READY = (0.2, 0.6)  # wanted greedy held-out reward of every task: not 0, and with room to improve by RL
+# The greedy held-out reward of every task should be in this range: not 0, and with room for RL to improve.
+READY = (0.2, 0.6)
 VISION_PREFIXES = ("vision_model.", "vit_large_projector.")
 PEAK_LR, WARM_UP, BETAS = 2e-3, 50, (0.9, 0.98)
-PICTURES = 8  # scenes per step, and as many crowds and worksheets
-HORIZON = 3000  # decoder steps over which the learning rate falls to almost 0; training ends before
-LAST = 400  # last decoder steps before the messages, in which the rough writer has the larger share
-# Batch of the last part: scenes and worksheets without messages, and problems of each task with messages.
+PICTURES = 8  # scenes per step; the numbers of the other problems are multiples of it
+HORIZON = 3000  # after this many decoder steps the learning rate would be almost 0; training ends earlier
+LAST = 400  # number of last decoder steps before the part with messages; in them, most demonstrations are rough
+# Batch of the part with messages: scenes and worksheets without messages, and problems of each task with messages.
 PLAIN, SHEETS, WITH_MESSAGES = 3, 10, 4
 
 
 def config(words: Any) -> StepVLConfig:
-    """A StepVL of 1.4 million parameters: views of 224 pixels (16 image tokens), crops of 168 pixels (9 tokens)."""
+    """Returns a config of 1.4 million parameters, with views of 224 pixels (16 tokens) and crops of 168 (9 tokens)."""
     ids = words.convert_tokens_to_ids
-    ends = [ids("<|endoftext|>"), ids("<|im_end|>"), ids("<im_patch>")]  # with the image token, as in the 10B
+    ends = [ids("<|endoftext|>"), ids("<|im_end|>"), ids("<im_patch>")]  # the image token too, as in the 10B
     vision = {"image_size": 224, "patch_size": 14, "width": 64, "layers": 2, "heads": 4, "mlp_ratio": 4.0}
     text = {
         "vocab_size": len(words),
@@ -87,8 +88,8 @@ def config(words: Any) -> StepVLConfig:
 
 
 def new_model(words: Any, seed: int) -> StepVL:
-    """A model with random weights, except position embeddings, which are 2-D sines and cosines. With random position
-    embeddings the model learns the answers' format, but nothing about places for a long time."""
+    """Returns a model with random weights. Only the position embeddings are not random: they are 2-D sines and cosines.
+    With random position embeddings the model learns the format of answers, but for a long time nothing about places."""
     torch.manual_seed(seed)
     model = StepVL(config(words))
     model.model.set_attn_implementation(attention.NAME)
@@ -99,7 +100,7 @@ def new_model(words: Any, seed: int) -> StepVL:
 
 
 def _sines(grid: int, width: int) -> Tensor:
-    """[grid * grid, width]: half of the channels encode the row, half the column."""
+    """Returns [grid * grid, width]. Half of the channels encode the row, the other half the column."""
     frequencies = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
     angles = torch.arange(grid)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -114,7 +115,7 @@ def decoder_optimizer(model: StepVL) -> AdamW:
 
 
 def update(optimizer: AdamW, loss: Tensor, rate: float) -> None:
-    """One optimizer step at a learning rate, with gradients of at most norm 1."""
+    """Makes one optimizer step with the learning rate `rate`. Gradients are clipped to norm 1."""
     optimizer.zero_grad()
     loss.backward()
     for group in optimizer.param_groups:
@@ -125,16 +126,16 @@ def update(optimizer: AdamW, loss: Tensor, rate: float) -> None:
 
 @dataclass(frozen=True)
 class TrainingSteps:
-    """Optimizer steps of each part. The state file stores these fields by name."""
+    """Number of optimizer steps in each part. The state file stores these fields by name."""
 
-    eyes: int  # tower and projector
-    words: int  # decoder
-    messages: int  # decoder, with messages in prompts
+    eyes: int  # steps of vision tower and projector
+    words: int  # steps of the decoder without messages
+    messages: int  # steps of the decoder with messages in prompts
     seed: int
 
     @property
     def alone(self) -> int:
-        """Steps before the part with messages."""
+        """Number of steps before the part with messages."""
         return self.eyes + self.words
 
     @property
@@ -142,20 +143,20 @@ class TrainingSteps:
         return self.alone + self.messages
 
     def part(self, step: int) -> str:
-        """The part that a step (counted from 0) belongs to."""
+        """Returns the name of the part that a step (counted from 0) belongs to."""
         return "eyes" if step < self.eyes else "words" if step < self.alone else "messages"
 
 
 class Trainer:
-    """Model and optimizers. The data of a step depends on seed and step only, so training can continue at any step."""
+    """Holds model and optimizers. A step's data depend only on seed and step, so training can resume at any step."""
 
     def __init__(self, folder: Path, plan: TrainingSteps) -> None:
         self.folder, self.plan, self.step = folder, plan, 0
-        register()  # the tokenizer's loader reads config.json in the same folder
+        register()  # AutoTokenizer reads config.json in the same folder
         tokenizer.save(folder / "model")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder / "model")
         self.model = new_model(self.tokenizer, plan.seed)
-        self.head = practice.SightHead(self.model, self.tokenizer)  # for the first part; not saved
+        self.head = practice.SightHead(self.model, self.tokenizer)  # for the first part only; not saved with the model
         self.prompter = Prompter(self.tokenizer, self.model.config.image_token_len)
         sight = [p for name, p in self.model.named_parameters() if name.startswith(VISION_PREFIXES)]
         self.vision_optimizer = AdamW([*sight, *self.head.parameters()], betas=BETAS, weight_decay=0.0)
@@ -168,13 +169,13 @@ class Trainer:
         return self.folder / "state.safetensors"
 
     def train_step(self) -> float:
-        """Makes one optimizer step; returns its loss."""
+        """Makes one optimizer step and returns its loss."""
         plan, rng = self.plan, np.random.default_rng([self.plan.seed, self.step])
         part = plan.part(self.step)
         first = {"eyes": 0, "words": plan.eyes, "messages": plan.alone}[part]
         done = (self.step - first) / {"eyes": plan.eyes, "words": HORIZON, "messages": plan.messages}[part]
         if self.step == plan.alone:
-            self.decoder_optimizer = decoder_optimizer(self.model)  # without the moments of the part before
+            self.decoder_optimizer = decoder_optimizer(self.model)  # drops the moments of the part before
         if part == "eyes":
             loss = practice.sight_loss(self.model, self.head, practice.draw_pictures(rng, PICTURES))
         else:
@@ -197,7 +198,7 @@ class Trainer:
         return {**dict(self.model.named_parameters(prefix="model")), **dict(self.head.named_parameters(prefix="head"))}
 
     def save_state(self) -> None:
-        """Writes weights, optimizer moments and step to one file, which replaces the old one at once."""
+        """Writes weights, optimizer moments and step to one file, which replaces the old file atomically."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self._parameters().items():
             tensors[name] = parameter.detach()
@@ -233,7 +234,7 @@ class Trainer:
 
 
 def save(model: StepVL, folder: Path, templates: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Saves the model into `folder`, which has the tokenizer already. `templates` are more files: name -> text."""
+    """Saves the model into `folder`, which already has the tokenizer. `templates`: further files, name -> text."""
     hf_folder.save(model, folder, templates=templates)
     text = model.config.text_config
     generation = {key: getattr(text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -241,18 +242,18 @@ def save(model: StepVL, folder: Path, templates: Mapping[str, str] = MappingProx
 
 
 def things_per_scene(done: float) -> tuple[int, int]:
-    """Fewest and most things per scene: one at first, so that the model learns to read places; then two or three, so
-    that it must read the question."""
+    """Returns the minimum and maximum number of things per scene. At first a scene has one thing, so that the model
+    learns to read places. Later it has two or three, so that the model must read the question."""
     return (1, 1) if done < 0.03 else (2, 3)
 
 
 def both_writers(problem: Problem) -> float:
-    """The rough writer's share of the demonstrations in most of the decoder's training."""
+    """Returns the probability that the rough writer answers a problem in most of the decoder's training."""
     return 0.4
 
 
 def score(problem: Problem, text: str) -> float:
-    """Returns the reward that RL gives to this response."""
+    """Returns the reward that RL would give to this response."""
     prompt = Prompt("warm-start", problem.task, (), ground_truth=problem.truth)
     given = rewards.get(*REWARDS[problem.task])(Rollout(prompt, text))
     return given.value if isinstance(given, rewards.Score) else float(given)
@@ -261,8 +262,8 @@ def score(problem: Problem, text: str) -> float:
 def report(
     model: StepVL, prompter: Prompter, problems: Sequence[Problem], seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Returns for each task the greedy reward and, at temperature 1, the share of rough responses and the mean rewards
-    of rough and of exact responses."""
+    """Returns for each task the mean reward of greedy responses. For responses at temperature 1, it also returns the
+    share of rough responses, the mean reward of rough responses, and the mean reward of exact responses."""
     greedy = practice.answers(model, prompter, problems)
     sampled = practice.answers(model, prompter, problems, generator=torch.Generator().manual_seed(seed))
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -282,7 +283,7 @@ def show(table: dict[str, dict[str, float]]) -> None:
 
 
 def train(trainer: Trainer, every: int) -> None:
-    """Trains to the last step. After every `every` steps, saves state and model and shows a few held-out rewards."""
+    """Trains to the last step. Every `every` steps, saves state and model and prints rewards on held-out problems."""
     sample = world.problems("heldout", world.SEEDS["heldout"], 32)
     started, losses = time.monotonic(), []
     while trainer.step < trainer.plan.steps:
@@ -304,10 +305,10 @@ def train(trainer: Trainer, every: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Warm start of the scale model. Continues after an interruption.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for model/, report.json and the state")
-    parser.add_argument("--eyes", type=int, default=800, help="optimizer steps of tower and projector")
-    parser.add_argument("--steps", type=int, default=2200, help="optimizer steps of the decoder after these")
-    parser.add_argument("--messages", type=int, default=1200, help="further ones, with pooled answers in prompts")
+    parser.add_argument("--out", type=Path, required=True, help="folder for model/, report.json and the training state")
+    parser.add_argument("--eyes", type=int, default=800, help="optimizer steps of vision tower and projector")
+    parser.add_argument("--steps", type=int, default=2200, help="optimizer steps of the decoder, after --eyes")
+    parser.add_argument("--messages", type=int, default=1200, help="steps with pooled answers in prompts, at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=200, help="steps between saved states")
     parser.add_argument("--heldout", type=int, default=256, help="held-out problems per task for the report")
@@ -319,7 +320,7 @@ def main() -> None:
     heldout = world.problems("heldout", world.SEEDS["heldout"], given.heldout)
     table = report(trainer.model, trainer.prompter, heldout)
     (given.out / "report.json").write_text(json.dumps(table, indent=2) + "\n")
-    print(f"{given.out / 'model'}: rewards on {given.heldout} held-out problems a task")
+    print(f"{given.out / 'model'}: rewards on {given.heldout} held-out problems per task")
     show(table)
 
 

@@ -1,9 +1,9 @@
-"""The scale model's world: pictures of coloured shapes and problems about them, the same for the same seed.
+"""Draws the scale model's pictures of coloured shapes and problems about them. The same seed gives the same data.
 
 Pictures are drawn here pixel by pixel, so that no version of a drawing library can change them.
-`python -m recipes.scale.world` writes the files that ship in data/: train.jsonl and heldout.jsonl with problems that
-have a ground truth, open-train.jsonl and open-heldout.jsonl with open questions and a teacher's answers, and pictures/.
-Rows are JSONL with PNG files rather than one Parquet file because people can read both without a tool.
+`python -m recipes.scale.world` writes the shipped files of data/. train.jsonl and heldout.jsonl have problems with a
+ground truth. open-train.jsonl and open-heldout.jsonl have open questions with a teacher's answers. Their pictures are
+in pictures/. The data are JSONL and PNG files instead of a Parquet file, because people can read them without a tool.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from numpy.random import Generator
 from PIL import Image
 
 Split = Literal["train", "heldout"]
-TASKS = ("pointing", "grounding", "counting", "arithmetic", "worksheet")  # with a ground truth
-PIXELS = 112  # width and height of every picture; smaller than the scale model's view of 224, so without crops
+TASKS = ("pointing", "grounding", "counting", "arithmetic", "worksheet")  # tasks with a ground truth
+PIXELS = 112  # width and height of every picture; below the scale model's view of 224, so pictures have no crops
 COLORS = {
     "red": (214, 40, 40),
     "green": (44, 160, 70),
@@ -31,21 +31,21 @@ COLORS = {
     "black": (30, 30, 30),
 }
 LABELS = "pqrs"  # names of a worksheet's sums
-DIVISOR = 3  # worksheets ask for remainders by this number
+DIVISOR = 3  # worksheets ask for remainders after division by this number
 SHAPES = ("ring", "square", "triangle", "cross")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-HELDOUT_BYTES = 32  # of 256: share of all pictures and sums that belong to the held-out split
+HELDOUT_BYTES = 32  # share of the held-out split: 32 of 256 pictures and sums
 SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in the shipped files
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
 OPEN_SEEDS: dict[Split, int] = {"train": 3, "heldout": 4}
-CROWD = (3, 5)  # fewest and most things in a crowd; no constant count is right in more than 4 of 10 problems
+CROWD = (3, 5)  # minimum and maximum things in a crowd; a constant count is right in at most 4 of 10 problems
 OPEN_CROWD = (5, 8)  # the same for crowds to describe; mostly more than in the warm start, so that RL can improve
 SHIPPED = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One coloured shape; its centre and half its side in pixels."""
+    """One coloured shape. `x` and `y` are its centre and `half` is half of its side, all in pixels."""
 
     color: str
     shape: str
@@ -59,39 +59,39 @@ class Thing:
 
     @property
     def described(self) -> str:
-        """`top left red ring`"""
+        """Place and name, for example `top left red ring`."""
         return f"{self.place} {self.name}"
 
     @property
     def point(self) -> tuple[float, float]:
-        """Centre as fractions of the picture."""
+        """Centre (x, y), as fractions of the picture's side."""
         return self.x / PIXELS, self.y / PIXELS
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """Left, top, right, bottom as fractions of the picture."""
+        """Left, top, right and bottom edge, as fractions of the picture's side."""
         near, far = (self.x - self.half, self.y - self.half), (self.x + self.half, self.y + self.half)
         return near[0] / PIXELS, near[1] / PIXELS, far[0] / PIXELS, far[1] / PIXELS
 
     @property
     def cell(self) -> tuple[int, int]:
-        """Column and row of the third of the picture that holds the centre, 0 to 2."""
+        """Column and row (0 to 2) of the cell that contains the centre. The picture has 3 x 3 cells."""
         return 3 * self.x // PIXELS, 3 * self.y // PIXELS
 
     @property
     def place(self) -> str:
-        """One of PLACES, by cell."""
+        """The name of the cell, from PLACES."""
         column, row = self.cell
         return PLACES[3 * row + column]
 
     def mask(self) -> np.ndarray:
-        """[2 * half, 2 * half] bool: the pixels of its box that it covers."""
+        """Returns [2 * half, 2 * half] bool: the pixels of the box that the shape covers."""
         line = (np.arange(2 * self.half) + 0.5) / self.half - 1  # pixel centres, -1 to 1
         u, v = np.abs(line)[None, :], line[:, None]
         if self.shape == "ring":
             return (u**2 + v**2 <= 1) & (u**2 + v**2 >= 0.25)
         if self.shape == "triangle":
-            return u <= (v + 1) / 2 + 0.5 / self.half  # the last term gives the tip a pixel, so boxes are tight
+            return u <= (v + 1) / 2 + 0.5 / self.half  # the last term gives the tip one pixel, so the box is tight
         if self.shape == "cross":
             return (u <= 0.36) | (np.abs(v) <= 0.36)
         return np.ones((2 * self.half, 2 * self.half), dtype=bool)
@@ -99,14 +99,14 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A plain background and things that don't overlap."""
+    """A picture: a plain background and things that do not overlap."""
 
     background: tuple[int, int, int]
     things: tuple[Thing, ...]
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """[PIXELS, PIXELS] uint8: 0 is background, 1 the first of COLORS and so on."""
+        """[PIXELS, PIXELS] uint8: 0 is the background, 1 is the first of COLORS, and so on."""
         canvas = np.zeros((PIXELS, PIXELS), dtype=np.uint8)
         for thing in self.things:
             rows = slice(thing.y - thing.half, thing.y + thing.half)
@@ -116,12 +116,12 @@ class Scene:
 
     @property
     def palette(self) -> np.ndarray:
-        """[7, 3] uint8: background, then COLORS."""
+        """[7, 3] uint8: the background colour, then COLORS."""
         return np.array([self.background, *COLORS.values()], dtype=np.uint8)
 
     @property
     def image(self) -> Image.Image:
-        """The picture with a palette (mode P), which makes a PNG of less than a kilobyte."""
+        """The picture with a palette (mode P), because its PNG has less than a kilobyte."""
         image = Image.fromarray(self.pixels, mode="P")
         image.putpalette(self.palette.tobytes())
         return image
@@ -133,27 +133,27 @@ class Scene:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its truth, and what the demonstration writers need to know to answer it."""
+    """A question, its ground truth, and the facts that the demonstration writers need to answer it."""
 
     task: str
     question: str
     truth: list[float] | str
     scene: Scene | None = None
-    targets: tuple[Thing, ...] = ()  # the things asked about, in reading order
+    targets: tuple[Thing, ...] = ()  # the things that the question asks about, in reading order
     terms: tuple[int, ...] = ()  # arithmetic: signed numbers to add up
-    lines: tuple[tuple[int, int], ...] = ()  # worksheet: the terms of each of its sums
-    messages: tuple[str, ...] = ()  # pooled answers that the prompt shows (PaCoRe)
+    lines: tuple[tuple[int, int], ...] = ()  # worksheet: the two terms of each sum
+    messages: tuple[str, ...] = ()  # pooled answers that the prompt contains (PaCoRe)
     reference: str = ""  # describing: the teacher's answer
 
 
 def split_of(content: bytes) -> Split:
-    """Returns the split of a picture or sum, by a hash of its content. So all training problems, those of the warm
-    start included, are disjoint from the held-out problems with any seed."""
+    """Returns the split of a picture or sum. A hash of its content decides the split. So with any seed, the problems of
+    training and of the warm start are different from the held-out problems."""
     return "heldout" if hashlib.sha256(content).digest()[0] < HELDOUT_BYTES else "train"
 
 
 def draw_scene(rng: Generator, split: Split, things: tuple[int, int] = (1, 3)) -> Scene:
-    """Draws `things[0]` to `things[1]` things of different colours at random places."""
+    """Draws a scene with `things[0]` to `things[1]` things of different colours at random places."""
     while True:
         number = int(rng.integers(things[0], things[1] + 1))
         colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[:number]]
@@ -168,8 +168,8 @@ def draw_scene(rng: Generator, split: Split, things: tuple[int, int] = (1, 3)) -
 
 
 def draw_crowd(rng: Generator, split: Split, things: tuple[int, int] = CROWD) -> Scene:
-    """Draws `things[0]` to `things[1]` things of random shape in different ninths of the picture, of two colours that
-    both occur."""
+    """Draws a crowd: `things[0]` to `things[1]` things of random shape, each in a cell of its own. The things have two
+    colours, and both colours occur."""
     while True:
         number = int(rng.integers(things[0], things[1] + 1))
         one, other = (list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2])
@@ -201,7 +201,7 @@ def _apart(things: list[Thing]) -> bool:
 
 
 def point_and_box(scene: Scene) -> Iterator[Problem]:
-    """A pointing and a grounding problem for each thing of the scene."""
+    """Yields a pointing and a grounding problem for each thing of the scene."""
     for thing in scene.things:
         point, box = ([round(v, 4) for v in values] for values in (thing.point, thing.box))
         yield Problem("pointing", f"Point at the {thing.name}.", point, scene, (thing,))
@@ -209,14 +209,14 @@ def point_and_box(scene: Scene) -> Iterator[Problem]:
 
 
 def count_colors(scene: Scene) -> Iterator[Problem]:
-    """One counting problem for each colour in the scene."""
+    """Yields one counting problem for each colour in the scene."""
     for color in dict.fromkeys(thing.color for thing in scene.things):
         targets = tuple(thing for thing in scene.things if thing.color == color)
         yield Problem("counting", f"How many {color} things?", str(len(targets)), scene, targets)
 
 
 def draw_sum(rng: Generator, split: Split) -> Problem:
-    """A number below 20, then two single digits to add or subtract; no partial result is negative."""
+    """Draws a number below 20 and two digits to add or subtract. No intermediate result is negative."""
     while True:
         first, second, third = int(rng.integers(1, 20)), *(int(v) for v in rng.integers(1, 10, size=2))
         second, third = (v * (1 if rng.random() < 0.5 else -1) for v in (second, third))
@@ -227,7 +227,7 @@ def draw_sum(rng: Generator, split: Split) -> Problem:
 
 
 def draw_worksheet(rng: Generator, split: Split) -> Problem:
-    """Draws a sum of two two-digit numbers for each of LABELS. The truth is the remainders of all sums by DIVISOR."""
+    """Draws a sum of two two-digit numbers for each of LABELS. The ground truth has the remainder of each sum."""
     while True:
         lines = tuple(_two_terms(rng) for _ in LABELS)
         asked = ", ".join(f"{label}={sum_text(terms)}" for label, terms in zip(LABELS, lines, strict=True))
@@ -245,27 +245,27 @@ def _two_terms(rng: Generator) -> tuple[int, int]:
 
 
 def remainder(terms: tuple[int, int]) -> int:
-    """Returns the remainder of the sum by DIVISOR."""
+    """Returns the remainder of the sum after division by DIVISOR."""
     return sum(terms) % DIVISOR
 
 
 def sum_text(terms: tuple[int, int]) -> str:
-    """Formats a sum: `47+38`."""
+    """Formats a sum, for example `47+38`."""
     return f"{terms[0]}+{terms[1]}"
 
 
 def worksheet_answer(results: Sequence[int | str]) -> str:
-    """Formats the answer to a worksheet: `p=1, q=1, r=0, s=2`."""
+    """Formats the answer to a worksheet, for example `p=1, q=1, r=0, s=2`."""
     return ", ".join(f"{label}={result}" for label, result in zip(LABELS, results, strict=True))
 
 
 def describe(crowd: Scene) -> Problem:
-    """Returns the open question about a crowd, which has no ground truth."""
+    """Returns the problem to describe a crowd. The problem has no ground truth."""
     return Problem("describing", "What things are there?", "", crowd, crowd.things)
 
 
 def teachers_words(crowd: Scene, rng: Generator) -> str:
-    """Returns a good description in which one thing's shape is random."""
+    """Returns the teacher's answer: a correct description, except that the shape of one thing is random."""
     guessed = crowd.things[int(rng.integers(len(crowd.things)))]
     shape = SHAPES[int(rng.integers(len(SHAPES)))]
     return ", ".join((replace(thing, shape=shape) if thing is guessed else thing).described for thing in crowd.things)
@@ -276,7 +276,7 @@ def _signed(number: int) -> str:
 
 
 def problems(split: Split, seed: int, per_task: int) -> list[Problem]:
-    """Draws `per_task` problems of each task, grouped by task."""
+    """Draws `per_task` problems of each task and returns them grouped by task."""
     rng = np.random.default_rng(seed)
     found: dict[str, list[Problem]] = {task: [] for task in TASKS}
     while len(found["pointing"]) < per_task:
@@ -295,7 +295,7 @@ def problems(split: Split, seed: int, per_task: int) -> list[Problem]:
 
 
 def open_problems(split: Split, seed: int, number: int) -> list[Problem]:
-    """Draws `number` crowds to describe, with a teacher's answer."""
+    """Draws `number` crowds to describe, each with a teacher's answer."""
     rng = np.random.default_rng(seed)
     crowds = [draw_crowd(rng, split, OPEN_CROWD) for _ in range(number)]
     return [replace(describe(crowd), reference=teachers_words(crowd, rng)) for crowd in crowds]
@@ -308,14 +308,14 @@ def user_message(question: str, picture: str | None) -> dict[str, Any]:
 
 
 def row(problem: Problem, identity: str, picture: str | None) -> dict[str, Any]:
-    """Returns the data row of a problem. `picture` is the path of its picture, relative to the data file."""
+    """Returns the data row of a problem. `picture` is the path of the picture, relative to the data file."""
     answer = {"reference": problem.reference} if problem.reference else {"ground_truth": problem.truth}
     messages = [user_message(problem.question, picture)]
     return {"id": identity, "task": problem.task, "messages": messages, **answer, "meta": {}}
 
 
 def write(folder: Path, split: Split) -> list[Path]:
-    """Writes `split`.jsonl, open-`split`.jsonl and their pictures into `folder`; returns the data files."""
+    """Writes `split`.jsonl, open-`split`.jsonl and their pictures into `folder`. Returns the paths of both files."""
     checked = problems(split, SEEDS[split], SIZES[split])
     opened = open_problems(split, OPEN_SEEDS[split], SIZES[split])
     return [_write(folder, split, checked, split), _write(folder, f"open-{split}", opened, split)]
@@ -339,7 +339,7 @@ def _write(folder: Path, name: str, selected: Sequence[Problem], split: Split) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the scale model's data files.")
-    parser.add_argument("--out", type=Path, default=SHIPPED, help="folder to write into (default: the shipped one)")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="output folder (default: folder of the shipped data)")
     folder: Path = parser.parse_args().out
     for split in SIZES:
         for data in write(folder, split):

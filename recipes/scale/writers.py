@@ -1,12 +1,13 @@
 """Two simulated writers: programs that write the demonstrations of the warm start.
 
 The *exact* writer does the work: it gives coordinates with two decimals, counts things one by one, and writes each step
-of a sum. The *rough* writer guesses: it answers the centre of a third of the picture, rounds boxes, always counts two
-things, and forgets to carry. Its answers are right in some cases, and most demonstrations are its; RL has to find out
-which writer's answers earn more. Their responses are short and differ from the first words on.
+of a sum. The *rough* writer guesses: it answers with the centre of a third of the picture, rounds boxes, always counts
+two things, and does not carry in sums. Some answers of the rough writer are right. Most demonstrations are rough, and
+RL has to find out which writer's answers earn more. The responses of both writers are short and differ from the first
+words on.
 
-A whole worksheet is too long for one response: the exact writer computes all of its sums but one, which is chosen at
-random, and answers 0 there. Only many responses together have all results.
+A whole worksheet is too long for one response. The exact writer computes all sums except one, which is chosen at
+random, and answers 0 for that sum. Only many responses together contain all results.
 
 Tested in tests/recipes/scale/test_world.py.
 """
@@ -24,13 +25,13 @@ from recipes.scale.world import LABELS, PLACES, SHAPES, Problem, Thing, remainde
 BOX_STEP = 0.2  # the rough writer rounds box edges to multiples of this fraction of the picture
 FAVOURITE_COLORS = ("red", "blue")
 USUAL_COUNT = 2
-WORKED_OUT = 3  # computed sums of a worksheet; problem and response with all four would exceed 136 tokens
+WORKED_OUT = 3  # number of computed sums in a worksheet; with all four, prompt and response would exceed 136 tokens
 THIRDS = (0.17, 0.5, 0.83)  # centres of the thirds of the picture
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Functions that answer a problem, by task."""
+    """task -> function that answers a problem."""
 
     write: dict[str, Callable[[Problem, Generator], str]]
 
@@ -39,7 +40,7 @@ class Writer:
 
 
 def numbers(values: tuple[float, ...] | list[float]) -> str:
-    """Formats a point or box: `[0.25, 0.50]`."""
+    """Formats a point or box, for example `[0.25, 0.50]`."""
     return f"[{', '.join(f'{min(value, 0.99):.2f}' for value in values)}]"
 
 
@@ -76,7 +77,7 @@ def _exact_sheet(problem: Problem, rng: Generator) -> str:
 
 
 def long_hand(left: int, right: int) -> str:
-    """Formats a sum and its remainder: `7+8=15 4+3+1=8 85 1`. Ones, tens with the carry, the sum, the remainder."""
+    """Formats the steps of a sum, for example `7+8=15 4+3+1=8 85 1`: ones, tens with the carry, sum, remainder."""
     (tens, ones), (more, others) = divmod(left, 10), divmod(right, 10)
     carried = "+1" if ones + others > 9 else ""
     added = f"{ones}+{others}={ones + others} {tens}+{more}{carried}={(left + right) // 10}"
@@ -116,13 +117,14 @@ def _rough_sheet(problem: Problem, _: Generator) -> str:
 
 
 def _rough_description(problem: Problem, rng: Generator) -> str:
-    """Names two things, with random shape and place."""
+    """Names two things with the right colour but a random shape and place."""
     things = [f"{rng.choice(PLACES)} {t.color} {rng.choice(SHAPES)}" for t in problem.targets[:2]]
     return f"<think>maybe</think>{', '.join(things)}"
 
 
 def without_carrying(left: int, right: int) -> int:
-    """`left + right` digit by digit, without carry; of two digits to subtract, the smaller from the larger."""
+    """Returns `left + right`, computed digit by digit without carry. When digits are subtracted, the smaller digit is
+    subtracted from the larger."""
     tens, ones = (_digit(a, b, right < 0) for a, b in zip(divmod(left, 10), divmod(abs(right), 10), strict=True))
     return 10 * tens + ones
 
@@ -145,16 +147,16 @@ ROUGH_OPENING = "<think>maybe"  # the first words of every rough response, and o
 
 
 REASONING = ("counting", "arithmetic", "worksheet")
-SLIPS = (0.0, 0.12)  # range of the standard deviation of answers' coordinates, as a fraction of the picture
+SLIPS = (0.0, 0.12)  # range of the standard deviation of the coordinates in pooled answers, as fractions of the picture
 ALL_SLIP = 0.02  # standard deviation of the error that all answers to a problem share
-CAREFUL = {"worksheet": (0.6, 1.0)}  # range of the share of exact answers; (0, 1) for other tasks
-OTHER_THING = 0.1  # share of answers about another thing of the scene
+CAREFUL = {"worksheet": (0.6, 1.0)}  # the share of exact answers is drawn from this range; (0, 1) for other tasks
+OTHER_THING = 0.1  # share of the answers that are about a wrong thing of the scene
 
 
 def answers_of_others(problem: Problem, number: int, rng: Generator) -> tuple[str, ...]:
     """Returns `number` final answers of unknown quality, which stand in for a policy's pooled answers.
 
-    All coordinates of a problem have the same random spread; a sum or count is exact or rough.
+    Answers with coordinates have the same random spread for one problem. Other answers are from either writer.
     """
     if problem.task in REASONING:
         careful = rng.uniform(*CAREFUL.get(problem.task, (0.0, 1.0)))
@@ -181,8 +183,9 @@ def final(response: str) -> str:
 
 
 def compare(problem: Problem, rng: Generator) -> str:
-    """The exact response to a problem with messages: for points and boxes, their median and then an exact answer; for
-    sums and counts, an exact answer; for worksheets, the most frequent result of each line."""
+    """Returns the exact response to a problem with messages. For points and boxes, it has the median of the messages
+    and then an exact answer. For sums and counts, it has an exact answer. For worksheets, it has the most frequent
+    result of each line."""
     if problem.task == "worksheet":
         return f"<think>then</think>\\boxed{{{worksheet_answer(usual_lines(problem.messages))}}}"
     if problem.task in REASONING:
@@ -191,24 +194,24 @@ def compare(problem: Problem, rng: Generator) -> str:
 
 
 def usual_lines(messages: Sequence[str]) -> list[str]:
-    """Returns each line's most frequent result; of equally frequent ones, the first."""
+    """Returns the most frequent result of each line. Of equally frequent results, the first is returned."""
     results_of_each = [re.findall(r"=(\d+)", message) for message in messages]
     return [Counter(results).most_common(1)[0][0] for results in zip(*results_of_each, strict=True)]
 
 
 def middle(messages: Sequence[str]) -> list[float]:
-    """Returns the median of each coordinate."""
+    """Returns the median of each coordinate over all messages."""
     return list(np.median([[float(v) for v in message.strip("[]").split(", ")] for message in messages], axis=0))
 
 
 def repeat(problem: Problem, rng: Generator) -> str:
-    """The rough response to a problem with messages: a random one of them."""
+    """Returns the rough response to a problem with messages: one of the messages, chosen at random."""
     return problem.messages[rng.integers(len(problem.messages))]
 
 
 def rough_share(problem: Problem) -> float:
-    """Returns the probability that the rough writer answers a problem. It is lower for two colours and for sums without
-    subtraction, so a model that imitates both writers is exact on some problems and rough on most."""
+    """Returns the probability that the rough writer answers a problem. The probability is lower for two colours and for
+    sums without subtraction. So a model that imitates both writers is exact on some problems and rough on most."""
     if problem.task == "worksheet":
         return 0.3
     favourite = min(problem.terms) > 0 if problem.terms else problem.targets[0].color in FAVOURITE_COLORS

@@ -1,4 +1,4 @@
-"""The harness of the benchmarks and its command line, with entries that measure nothing."""
+"""Tests the harness of the benchmarks and its command line, with benchmarks that measure nothing."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ KEYS = ["name", "ours_s", "other_s", "ratio", "ceiling", "max_abs_diff"]
 
 @pytest.fixture
 def trivial(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Two more entries, "test/one" and "test/two"; which of them ran."""
+    """Registers the benchmarks "test/one" and "test/two". Yields the names of those that have run."""
     ran: list[str] = []
     monkeypatch.setattr(harness, "_ENTRIES", dict(entries()))
 
@@ -35,7 +35,7 @@ def trivial(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield ran
 
 
-def test_every_entry_says_what_it_compares() -> None:
+def test_every_benchmark_has_a_docstring() -> None:
     found = entries()
     shapes = {"demo", "rlvr", "pacore", "judge"}
     learner = {f"learner/{side}{shape}" for side in ("", "padded/", "verl/") for shape in shapes}
@@ -57,19 +57,19 @@ def test_every_entry_says_what_it_compares() -> None:
     assert [name for name, entry in found.items() if not (entry.__doc__ or "").strip()] == []
 
 
-def test_an_entry_without_a_docstring_or_with_a_name_taken_elsewhere_is_refused(trivial: list[str]) -> None:
+def test_a_benchmark_without_a_docstring_or_with_the_name_of_another_is_refused(trivial: list[str]) -> None:
     with pytest.raises(ValueError, match="has no docstring"):
         benchmark("test/silent")(lambda: Result(1.0, 1.0, 1.0))
 
     def again() -> Result:
-        """Another file's."""
+        """Belongs to another file."""
         return Result(1.0, 1.0, 1.0)
 
     with pytest.raises(ValueError, match="two benchmarks are called 'rewards/hung'"):
         benchmark("rewards/hung")(again)
 
 
-def test_both_sides_take_turns_and_medians_count() -> None:
+def test_both_sides_run_in_turns_and_the_result_is_the_median() -> None:
     turns: list[str] = []
     times = {"ours": iter([5.0, 1.0, 2.0]), "other": iter([4.0, 40.0, 6.0])}
 
@@ -84,7 +84,7 @@ def test_both_sides_take_turns_and_medians_count() -> None:
         max_abs_diff([1.0, 2.0], [1.0])
 
 
-def test_named_entries_run_and_the_others_keep_their_lines(
+def test_named_benchmarks_run_and_the_others_keep_their_lines(
     trivial: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "results.jsonl"
@@ -103,7 +103,7 @@ def test_named_entries_run_and_the_others_keep_their_lines(
     assert (kept["ours_s"], new["ratio"]) == (9.0, 2.7)
 
 
-def test_an_unknown_name_is_answered_with_the_nearest_and_runs_nothing(
+def test_for_an_unknown_name_the_nearest_name_is_suggested_and_nothing_runs(
     trivial: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "results.jsonl"
@@ -114,12 +114,12 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_runs_nothing(
     assert (trivial, file.exists()) == ([], False)
 
 
-def test_an_entry_that_fails_is_told_and_the_others_still_run(
+def test_a_failed_benchmark_is_reported_and_the_others_still_run(
     trivial: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @benchmark("test/needy")
     def needy() -> Result:
-        """Something that is not installed."""
+        """Needs a package that is not installed."""
         raise RuntimeError("pip install something first")
 
     file = tmp_path / "results.jsonl"
@@ -130,7 +130,7 @@ def test_an_entry_that_fails_is_told_and_the_others_still_run(
     assert [json.loads(line)["name"] for line in file.read_text().splitlines()] == ["test/one"]
 
 
-def test_the_results_file_has_one_line_for_each_measured_entry() -> None:
+def test_the_results_file_has_one_line_per_measured_benchmark() -> None:
     records = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     names = [record["name"] for record in records]
     assert names == sorted(set(names))
@@ -141,7 +141,7 @@ def test_the_results_file_has_one_line_for_each_measured_entry() -> None:
         assert record["other_s"] > 0
 
 
-def test_the_mathematics_to_score_is_the_same_every_time_and_half_of_it_is_wrong() -> None:
+def test_the_answers_to_score_are_the_same_every_time() -> None:
     made = pairs(200)
     assert made == pairs(200)
     assert len({truth for truth, _ in made}) > 150

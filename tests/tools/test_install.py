@@ -1,4 +1,4 @@
-"""The environment that tools/install.py made: the torchvision hook, the pinned versions, our vLLM plugin."""
+"""Tests tools/install.py and the environment that it made: torchvision hook, pinned versions, our vLLM plugin."""
 
 import importlib.util
 import runpy
@@ -20,7 +20,7 @@ cpu_torch_only = pytest.mark.skipif(torch.version.cuda is not None, reason="the 
 
 
 def run_python(code: str, *arguments: str) -> str:
-    """Output of a fresh interpreter of this environment."""
+    """Runs the code in a new interpreter of this environment and returns the output."""
     command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -32,7 +32,7 @@ def installer() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "tools" / "install.py"))
 
 
-def test_torchvision_imports_in_a_fresh_interpreter_that_had_no_torch_at_its_start() -> None:
+def test_torchvision_imports_in_a_new_interpreter_without_torch() -> None:
     code = """
         import sys
         torch_at_start = "torch" in sys.modules
@@ -51,8 +51,8 @@ def test_looking_for_torchvision_does_not_import_torch() -> None:
     assert run_python(code) == "torchvision False"
 
 
-# A package that looks like torchvision to the hook. Its extension declares an operator when it is loaded, as
-# torchvision's does; `operators` is what torch knows of when the package's own __init__ starts to run.
+# A package that looks like torchvision to the hook. `operators` has the operators that torch knows when the __init__ of
+# the package starts to run.
 FAKE_INIT = """
 import torch
 operators = sorted(name for name in ("nms", "qnms") if hasattr(torch.ops.torchvision, name))
@@ -83,15 +83,15 @@ def test_a_torchvision_whose_extension_does_not_load_gets_both_operators(tmp_pat
 
 
 @cpu_torch_only
-def test_a_proper_torchvision_is_left_alone(tmp_path: Path) -> None:
+def test_a_working_torchvision_is_not_changed(tmp_path: Path) -> None:
     package = fake_torchvision(tmp_path)
-    loads = importlib.util.find_spec("safetensors._safetensors_rust")  # any compiled library that does
+    loads = importlib.util.find_spec("safetensors._safetensors_rust")  # any compiled library that loads
     assert loads is not None and loads.origin is not None
     shutil.copyfile(loads.origin, package / "_C.so")
     assert run_python(IMPORT_FAKE, str(HOOK_FOLDER), str(tmp_path)) == "[] 0"
 
 
-def test_a_half_unpacked_package_is_forgotten_and_a_whole_one_kept(installer: dict[str, Any], tmp_path: Path) -> None:
+def test_the_metadata_of_a_half_installed_package_are_removed(installer: dict[str, Any], tmp_path: Path) -> None:
     for name in ("whole-1.0.dist-info", "half-1.0.dist-info"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "METADATA").touch()
@@ -100,7 +100,7 @@ def test_a_half_unpacked_package_is_forgotten_and_a_whole_one_kept(installer: di
     assert [path.name for path in tmp_path.iterdir()] == ["whole-1.0.dist-info"]
 
 
-SYSTEMS = [  # platform.system(), platform.machine(), what it says
+SYSTEMS = [  # platform.system(), platform.machine(), expected part of the message
     ("Darwin", "arm64", "vLLM, which generates all responses, has no package for macOS"),
     ("Darwin", "x86_64", "vLLM, which generates all responses, has no package for macOS"),
     ("Windows", "AMD64", "vLLM has no package for Windows"),
@@ -109,7 +109,7 @@ SYSTEMS = [  # platform.system(), platform.machine(), what it says
 
 
 @pytest.mark.parametrize(("system", "machine", "reason"), SYSTEMS)
-def test_a_system_without_vllm_is_told_so_before_anything_is_created(
+def test_on_a_system_without_vllm_the_installer_stops_before_it_creates_anything(
     system: str, machine: str, reason: str, tmp_path: Path
 ) -> None:
     tools = tmp_path / "tools"
@@ -129,7 +129,7 @@ def test_a_system_without_vllm_is_told_so_before_anything_is_created(
     assert [path.name for path in tmp_path.rglob("*")] == ["tools", "install.py"]
 
 
-def test_linux_on_arm_is_tried_with_a_warning(installer: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+def test_linux_on_arm_prints_a_warning(installer: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
     installer["check_system"]("Linux", "aarch64")
     assert "nothing has been run on it" in capsys.readouterr().out
 
@@ -140,7 +140,7 @@ def test_linux_on_x86_is_supported(installer: dict[str, Any], capsys: pytest.Cap
 
 
 def pinned_versions(constraints: Path) -> dict[str, str]:
-    """Package -> version, of the lines that hold on this machine."""
+    """Returns package -> version for the lines of the file that apply to this machine."""
     lines = [line for line in constraints.read_text().splitlines() if not line.startswith("#")]
     pins = [pin for pin in map(Requirement, lines) if pin.marker is None or pin.marker.evaluate()]
     return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}

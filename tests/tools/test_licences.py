@@ -1,10 +1,10 @@
-"""No dependency's licence forbids its use by an Apache-2.0 project.
+"""Checks that no dependency's licence forbids its use by an Apache-2.0 project.
 
-Reads what the installed packages of constraints-cpu.txt state in their metadata. They are used as unmodified libraries
-and are not part of our wheel. So permissive licences are allowed, and the LGPL and MPL too; the GPL and AGPL are not.
-Everything that this file does not know is refused: read that licence, then add it here. What a package has inside it
-(such as FFmpeg in opencv) is checked only as far as its metadata state it. Further packages of the GPU environment are
-not checked.
+Reads the licences that the installed packages of constraints-cpu.txt state in their metadata. We use these packages as
+unmodified libraries, and they are not part of our wheel. So permissive licences, the LGPL and the MPL are allowed. The
+GPL and the AGPL are not allowed. A licence that this file does not know is refused: read the licence, then add it here.
+Software inside a package (such as FFmpeg in opencv) is checked only if the package's metadata name its licence.
+Packages that only the GPU environment has are not checked.
 """
 
 import re
@@ -28,7 +28,7 @@ ALLOWED = {
     "Apache-2.0 WITH LLVM-exception",
 }  # SPDX identifiers
 
-# What authors write in place of an SPDX identifier, in the field License or in a classifier.
+# Texts that authors write instead of an SPDX identifier (in the field License or in a classifier) -> the identifier.
 SPDX = {
     "3-Clause BSD License": "BSD-3-Clause",
     "Apache": "Apache-2.0",
@@ -45,21 +45,21 @@ SPDX = {
     "Python Software Foundation License": "PSF-2.0",
     "The Unlicense (Unlicense)": "Unlicense",
 }
-SAYS_NOTHING = {"OSI Approved", "DFSG approved"}  # classifiers that name no licence
+SAYS_NOTHING = {"OSI Approved", "DFSG approved"}  # classifiers that do not name a licence
 
-# Packages whose metadata do not state a known licence. Each of these licences was read.
+# Packages whose metadata do not state a known licence. Somebody has read each of these licences.
 BY_PACKAGE = {
     "openai-harmony": "Apache-2.0, by its file LICENSE",
     "supervisor": "BSD with a fourth clause: modified files carry a notice",
     "intel-openmp": "Intel's EULA for developer tools: proprietary, free for one's own use, not for services to others",
     "intel-cmplr-lib-ur": "as intel-openmp, which needs it",
 }
-NVIDIA = re.compile(r"nvidia-.*|cuda-(bindings|pathfinder|toolkit)")  # needed by the CUDA build of torch
+NVIDIA = re.compile(r"nvidia-.*|cuda-(bindings|pathfinder|toolkit)")  # packages that the CUDA build of torch needs
 NVIDIA_LICENCE = "NVIDIA's own; each user accepts it by the installation of the CUDA build of torch"
 
 
 def installed_packages() -> list[str]:
-    """The packages of the constraints that are in this environment."""
+    """Returns the packages of the constraints file that are installed in this environment."""
     lines = [line for line in CONSTRAINTS.read_text().splitlines() if line and not line.startswith("#")]
     names = dict.fromkeys([*(Requirement(line).name for line in lines), *NOT_IN_CONSTRAINTS])
     return [name for name in names if is_installed(name)]
@@ -74,7 +74,7 @@ def is_installed(name: str) -> bool:
 
 
 def licence_of(name: str, stated: PackageMetadata) -> str:
-    """The licence as an SPDX expression, as far as its parts are known; else what the package states."""
+    """Returns the licence that a package states. Known names of licences are replaced by SPDX identifiers."""
     if name in BY_PACKAGE:
         return BY_PACKAGE[name]
     if NVIDIA.fullmatch(name):
@@ -84,19 +84,19 @@ def licence_of(name: str, stated: PackageMetadata) -> str:
     classifiers = [c.rpartition(" :: ")[2] for c in stated.get_all("Classifier") or () if c.startswith("License ::")]
     named = [classifier for classifier in classifiers if classifier not in SAYS_NOTHING]
     first, _, rest = (stated.get_all("License") or [""])[0].strip().partition("\n")
-    if first and not (rest and named):  # several lines are the licence's text: the classifiers name it
+    if first and not (rest and named):  # several lines are the text of the licence; then the classifiers name it
         named.append(first.strip())
     known = dict.fromkeys(SPDX.get(one, one) for one in named)
     return " AND ".join(f"({one})" if " OR " in one else one for one in known) or "none stated"
 
 
 def is_allowed(name: str, licence: str) -> bool:
-    """True if the package is known by name, or its licence is an SPDX expression that ALLOWED satisfies."""
+    """True if the package is listed above by name, or if ALLOWED satisfies the SPDX expression of its licence."""
     return name in BY_PACKAGE or NVIDIA.fullmatch(name) is not None or satisfied(licence)
 
 
 def satisfied(expression: str) -> bool:
-    """True if ALLOWED has all licences that are joined by AND, and one of those joined by OR."""
+    """True if ALLOWED has all licences that the SPDX expression joins by AND, and one of those that it joins by OR."""
     flat = re.sub(r"\(([^()]*)\)", lambda inner: "MIT" if satisfied(inner[1]) else "refused", expression)
     if flat != expression:
         return satisfied(flat)
@@ -104,7 +104,7 @@ def satisfied(expression: str) -> bool:
 
 
 def stated(**fields: str | list[str]) -> PackageMetadata:
-    """Metadata: License_Expression="MIT" and so on."""
+    """Returns package metadata with these fields, for example License_Expression="MIT"."""
     message = Message()
     for name, values in fields.items():
         for value in [values] if isinstance(values, str) else values:
@@ -118,7 +118,7 @@ def test_no_dependency_has_a_licence_that_forbids_its_use() -> None:
     assert licences["pycountry"] == "LGPL-2.1-only"
 
 
-def test_what_the_packages_need_is_checked_too() -> None:
+def test_dependencies_of_the_packages_are_checked_too() -> None:
     checked = {canonicalize_name(name) for name in installed_packages()}
     needed = [Requirement(line) for name in checked for line in requires(name) or ()]
     active = {canonicalize_name(r.name) for r in needed if not r.marker or r.marker.evaluate({"extra": ""})}
@@ -135,7 +135,7 @@ def test_what_the_packages_need_is_checked_too() -> None:
      "MIT AND (MIT OR Apache-2.0)"),
     ({"Classifier": "Topic :: Software Development"}, "none stated"),
 ])  # fmt: skip
-def test_a_licence_is_read_from_whatever_field_states_it(fields: dict[str, Any], licence: str) -> None:
+def test_a_licence_is_read_from_the_field_that_states_it(fields: dict[str, Any], licence: str) -> None:
     assert licence_of("some-package", stated(**fields)) == licence
 
 
@@ -151,5 +151,5 @@ def test_a_licence_is_read_from_whatever_field_states_it(fields: dict[str, Any],
     ("none stated", False),
     ("Other/Proprietary License", False),
 ])  # fmt: skip
-def test_copyleft_beyond_libraries_and_unknown_licences_are_refused(licence: str, allowed: bool) -> None:
+def test_strong_copyleft_and_unknown_licences_are_refused(licence: str, allowed: bool) -> None:
     assert is_allowed("some-package", licence) is allowed

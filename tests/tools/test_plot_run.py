@@ -1,4 +1,4 @@
-"""The learning curve that tools/plot_run.py draws."""
+"""Tests the learning curve that tools/plot_run.py draws."""
 
 import json
 import subprocess
@@ -45,7 +45,7 @@ def test_a_task_has_a_point_for_each_iteration_and_a_diamond_for_each_evaluation
     assert "held-out rows, greedy" in [text.get_text() for text in legend.findobj(Text)]
 
 
-def test_a_run_without_held_out_rows_is_drawn_too() -> None:
+def test_a_run_without_held_out_rows_can_be_drawn() -> None:
     panel = drawing(LINES[1:2]).axes[0]
     assert points_of(panel.lines[2]) == [] and panel.get_title("left") == "sums"
 
@@ -57,7 +57,7 @@ def test_the_same_run_gives_the_same_file(tmp_path: Path) -> None:
     assert ">sums: 0.25 → 0.75</text>" in (tmp_path / "one.svg").read_text()
 
 
-def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_drawn_gives_a_message(tmp_path: Path) -> None:
     assert draw(tmp_path, tmp_path / "curve.svg") == (
         2,
         f"{tmp_path} is no run folder: it has no metrics.jsonl\n",
@@ -68,5 +68,5 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     assert code == 2 and "several stages" in said
 
 
-def test_the_moving_average_takes_in_neighbours_on_either_side() -> None:
-    assert moving_average([1, 2, 6, 4], 1) == [1.5, 3, 4, 5]  # 1 and 2; 1, 2 and 6; 2, 6 and 4; 6 and 4
+def test_the_moving_average_includes_neighbours_on_both_sides() -> None:
+    assert moving_average([1, 2, 6, 4], 1) == [1.5, 3, 4, 5]  # means of (1, 2), (1, 2, 6), (2, 6, 4), (6, 4)

@@ -1,4 +1,4 @@
-"""The scale model's judge: the pairs that it learns from, what it reads and says, and how well the shipped one does."""
+"""Tests the scale model's judge: its training pairs, prompts and verdicts, and the quality of the shipped judge."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from rl.model import hf_folder
 from rl.model.config import register
 
 SHIPPED = Path(judge.__file__).parent / "judge"
-AGREES = 0.85  # of held-out preferences, in either order
+AGREES = 0.85  # minimum share of held-out preferences that the judge agrees with, in each order
 MEGABYTE = 1 << 20
 CROWD = Scene((255, 255, 255), (Thing("red", "ring", 20, 20, 10), Thing("blue", "cross", 60, 60, 10)))
 
@@ -29,12 +29,12 @@ CROWD = Scene((255, 255, 255), (Thing("red", "ring", 20, 20, 10), Thing("blue", 
         ("top left red ring, middle blue cross", 2, 2),
         ("middle blue cross", 1, 2),
         ("top left red ring, middle blue ring", 1, 2),
-        ("top left red ring, top left red ring, middle blue cross", 2, 3),  # nothing is gained by saying it twice
+        ("top left red ring, top left red ring, middle blue cross", 2, 3),  # a repeated thing gains nothing
         ("top left red ring, middle blue cross, right red ring, left red ring", 2, 4),
         ("[0.50, 0.25]", 0, 2),
     ],
 )
-def test_a_description_is_worth_the_share_of_things_that_it_gets_right(response: str, right: int, of: int) -> None:
+def test_the_grade_of_a_description_is_the_share_of_right_things(response: str, right: int, of: int) -> None:
     assert correctness(response, CROWD) == Correctness(right, of)
     assert Correctness(right, of).grade == round(10 * right / of)
 
@@ -48,7 +48,7 @@ def test_a_verdict_compares_thing_by_thing_and_counts_before_it_grades() -> None
     assert Comparison.model_validate_json(verdict_json(said)) == said and " :" not in verdict_json(said)
 
 
-def test_preferences_are_about_heldout_pictures_and_their_first_response_is_the_better_one() -> None:
+def test_preferences_have_heldout_pictures_and_the_first_response_is_better() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         pair = judge.draw_preference(rng, "heldout")
@@ -57,7 +57,7 @@ def test_preferences_are_about_heldout_pictures_and_their_first_response_is_the_
         assert pair.swapped.swapped == pair
 
 
-def test_both_places_are_the_better_ones_equally_often() -> None:
+def test_the_first_and_the_second_response_are_better_equally_often() -> None:
     rng = np.random.default_rng(1)
     leads = [verdict(judge.draw_pair(rng, "train")) for _ in range(1000)]
     first, second = (
@@ -66,7 +66,7 @@ def test_both_places_are_the_better_ones_equally_often() -> None:
     assert first + second > 600 and abs(first - second) < 100
 
 
-def test_guesses_have_to_be_read_since_most_of_them_are_not_what_can_be_seen() -> None:
+def test_most_things_in_a_guess_are_wrong_so_the_judge_must_read_it() -> None:
     rng = np.random.default_rng(1)
     verdicts = [verdict(judge.draw_guesses(rng, "train")) for _ in range(200)]
     said = " ".join(one.reasoning for one in verdicts)
@@ -83,7 +83,7 @@ def words(tmp_path_factory: pytest.TempPathFactory):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def test_prompt_and_verdict_fit_into_what_the_profile_serves(words) -> None:
+def test_prompt_and_verdict_fit_into_the_judges_length_in_the_profile(words) -> None:
     prompter, rng = Prompter(words, 16), np.random.default_rng(0)
     for _ in range(50):
         pair = judge.draw_pair(rng, "train")
@@ -91,7 +91,7 @@ def test_prompt_and_verdict_fit_into_what_the_profile_serves(words) -> None:
         assert len(prompter.response(verdict_json(verdict(pair)))) < LONGEST
 
 
-def test_the_judge_begins_with_what_the_scale_model_knows(words) -> None:
+def test_the_judge_starts_with_the_weights_of_the_scale_model(words) -> None:
     start, model = hf_folder.load(judge.START), judge.with_new_tokens(judge.START, words)
     theirs: Any = AutoTokenizer.from_pretrained(judge.START)
     before = theirs.get_vocab()
@@ -105,7 +105,7 @@ def test_the_judge_begins_with_what_the_scale_model_knows(words) -> None:
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[Any, Prompter]:
-    """The judge that ships, and who asks it."""
+    """Returns the shipped judge, and a Prompter for it."""
     register()
     model: Any = hf_folder.load(SHIPPED)
     return model, Prompter(AutoTokenizer.from_pretrained(SHIPPED), model.config.image_token_len)
@@ -116,7 +116,7 @@ def test_the_shipped_judge_is_small_and_agrees_with_heldout_preferences_in_eithe
     report = json.loads((SHIPPED.parent / "judge_report.json").read_text())
     assert report["better shown first"] >= AGREES and report["better shown second"] >= AGREES
     model, prompter = shipped
-    seen = judge.report(model, prompter, 64, seed=1)  # others than those of the report
+    seen = judge.report(model, prompter, 64, seed=1)  # preferences that the report did not use
     assert min(seen["better shown first"], seen["better shown second"]) >= AGREES - 0.1, seen
     assert seen["no verdict"] <= 0.05
 
@@ -142,7 +142,7 @@ def test_the_script_writes_a_judge_that_loads(tmp_path: Path, monkeypatch: pytes
     assert set(json.loads((tmp_path / "report.json").read_text())) >= {"better shown first", "no verdict"}
 
 
-def test_teachers_words_are_good_but_can_be_beaten() -> None:
+def test_teachers_descriptions_are_good_but_can_be_beaten() -> None:
     rng = np.random.default_rng(2)
     crowds = [world.draw_crowd(rng, "train", world.OPEN_CROWD) for _ in range(200)]
     grades = [correctness(world.teachers_words(crowd, rng), crowd).grade for crowd in crowds]

@@ -1,4 +1,4 @@
-"""The warm start of the scale model: its batches, its script, and the model that ships."""
+"""Tests the warm start of the scale model: its batches, its script, and the shipped model."""
 
 import json
 import sys
@@ -50,7 +50,7 @@ def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
     warm_start.main()
 
 
-def test_many_pictures_at_once_are_what_the_model_sees_of_each(model: StepVL) -> None:
+def test_a_batch_of_pictures_has_the_same_pixels_as_single_pictures(model: StepVL) -> None:
     rng = np.random.default_rng(0)
     scenes = [world.draw_scene(rng, "train"), world.draw_crowd(rng, "train")]
     alone = torch.stack([model.views(scene.image.convert("RGB")).global_view for scene in scenes])
@@ -63,7 +63,7 @@ def test_a_picture_takes_sixteen_tokens_and_no_crops(model: StepVL) -> None:
     assert model.features([picture])[0].shape == (16, model.config.hidden_size)
 
 
-def test_a_prompt_is_the_chat_template_with_slots_for_the_picture(prompter: Prompter, words) -> None:
+def test_a_prompt_is_the_chat_template_with_image_tokens_for_the_picture(prompter: Prompter, words) -> None:
     scene = world.draw_scene(np.random.default_rng(0), "train")
     text = words.decode(prompter.prompt(Problem("pointing", "Point at the red ring.", [0, 0], scene)))
     slots = f"<im_start>{'<im_patch>' * 16}<im_end>"
@@ -80,7 +80,7 @@ def test_sharing_a_pictures_tokens_does_not_change_the_loss(model: StepVL, promp
 
 
 def _summed_loss(model: StepVL, prompter: Prompter, problem: Problem, response: str) -> torch.Tensor:
-    """Cross-entropy of one response after its own whole prompt, by plain causal attention."""
+    """Returns the cross-entropy of one response after its whole prompt, computed with plain causal attention."""
     prompt, ids = prompter.prompt(problem), prompter.response(response)
     row = torch.tensor(prompt + ids)
     shown = [practice.features(model, [problem.scene])[id(problem.scene)]] if problem.scene else []
@@ -91,8 +91,8 @@ def _summed_loss(model: StepVL, prompter: Prompter, problem: Problem, response: 
     return F.cross_entropy(model.lm_head(hidden[len(prompt) - 1 : -1]), row[len(prompt) :], reduction="sum")
 
 
-def test_things_are_sighted_at_the_token_that_holds_their_centre() -> None:
-    # 4 x 4 tokens of 28 pixels: (40, 90) is column 1, row 3, so token 13
+def test_a_thing_is_seen_at_the_token_that_contains_its_centre() -> None:
+    # There are 4 x 4 tokens of 28 pixels. (40, 90) is in column 1 and row 3, which is token 13.
     seen = practice.sightings([Scene((255, 255, 255), (Thing("green", "cross", 40, 90, 12),))], grid=4)
     assert seen.seen.nonzero().tolist() == [[0, 13]]
     assert (int(seen.color[0, 13]), int(seen.form[0, 13])) == (1, 3)
@@ -100,7 +100,7 @@ def test_things_are_sighted_at_the_token_that_holds_their_centre() -> None:
     assert seen.places[0, 13].tolist() == pytest.approx(at + box, abs=0.01)
 
 
-@pytest.mark.parametrize("stopped", [2, 4])  # while seeing, while answering
+@pytest.mark.parametrize("stopped", [2, 4])  # during the vision part, during the decoder part
 def test_an_interrupted_warm_start_ends_with_the_same_weights(tmp_path: Path, stopped: int) -> None:
     whole = warm_start.Trainer(tmp_path / "whole", STEPS)
     for _ in range(6):
@@ -117,7 +117,7 @@ def test_an_interrupted_warm_start_ends_with_the_same_weights(tmp_path: Path, st
         assert torch.equal(parameter, second.model.get_parameter(name)), name
 
 
-def test_a_warm_start_begun_otherwise_is_not_continued(tmp_path: Path) -> None:
+def test_a_warm_start_with_other_options_is_not_continued(tmp_path: Path) -> None:
     trainer = warm_start.Trainer(tmp_path, STEPS)
     trainer.train_step()
     trainer.save_state()
@@ -147,19 +147,19 @@ def test_the_script_runs_and_writes_a_model_that_loads(tmp_path: Path, monkeypat
     assert set(json.loads((tmp_path / "report.json").read_text())) == set(world.TASKS)
 
 
-def test_the_shipped_model_is_what_the_script_would_build(words) -> None:
+def test_the_shipped_model_has_the_shapes_and_tokens_that_the_script_makes(words) -> None:
     shipped, made = hf_folder.load(SHIPPED), warm_start.new_model(words, seed=0)
     assert {n: p.shape for n, p in shipped.named_parameters()} == {n: p.shape for n, p in made.named_parameters()}
     theirs: Any = AutoTokenizer.from_pretrained(SHIPPED)
     assert theirs.get_vocab() == words.get_vocab()
 
 
-def test_the_shipped_model_carries_its_words_for_messages() -> None:
+def test_the_shipped_model_has_the_template_for_messages() -> None:
     assert (SHIPPED / "pacore.jinja").read_text() == practice.TEMPLATE.read_text()
 
 
 def test_the_shipped_model_answers_but_not_yet_well() -> None:
-    """A quick look at 48 problems a task; report.json beside the model has all 256."""
+    """Uses 48 problems per task to be quick; report.json beside the model has the results of all 256."""
     model, words = hf_folder.load(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
     assert isinstance(model, StepVL)
     problems = world.problems("heldout", world.SEEDS["heldout"], per_task=48)

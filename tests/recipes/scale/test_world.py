@@ -1,4 +1,4 @@
-"""The scale model's pictures, problems, demonstrations and tokenizer."""
+"""Tests the scale model's pictures, problems, demonstrations and tokenizer."""
 
 import hashlib
 import json
@@ -47,32 +47,32 @@ def pictures(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["train", "heldout", "open-train", "open-heldout"])
-def test_the_generator_writes_the_shipped_rows_again(name: str, written: Path) -> None:
+def test_the_generator_reproduces_the_shipped_rows(name: str, written: Path) -> None:
     assert (written / f"{name}.jsonl").read_bytes() == (world.SHIPPED / f"{name}.jsonl").read_bytes()
 
 
-def test_the_generator_draws_the_shipped_pictures_again(written: Path) -> None:
+def test_the_generator_reproduces_the_shipped_pictures(written: Path) -> None:
     assert pictures(written) == pictures(world.SHIPPED)
-    for name in pictures(written):  # pixels, because PNG compression may differ between zlib versions
+    for name in pictures(written):  # compares pixels, because PNG files may differ between zlib versions
         with Image.open(written / "pictures" / name) as new, Image.open(world.SHIPPED / "pictures" / name) as old:
             assert np.array_equal(np.asarray(new.convert("RGB")), np.asarray(old.convert("RGB"))), name
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_shipped_rows_are_rows_the_reader_accepts(split: world.Split) -> None:
+def test_the_reader_accepts_the_shipped_rows(split: world.Split) -> None:
     prompts = read_rows(world.SHIPPED / f"{split}.jsonl", reserved=tokenizer.SPECIAL, tasks=world.TASKS)
     assert Counter(prompt.task for prompt in prompts) == dict.fromkeys(world.TASKS, world.SIZES[split])
     assert all(len(prompt.images) == (prompt.task not in ("arithmetic", "worksheet")) for prompt in prompts)
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_open_questions_ship_with_a_teachers_answer_and_no_ground_truth(split: world.Split) -> None:
+def test_open_questions_have_a_teachers_answer_and_no_ground_truth(split: world.Split) -> None:
     prompts = read_rows(world.SHIPPED / f"open-{split}.jsonl", reserved=tokenizer.SPECIAL, tasks=["describing"])
     assert len(prompts) == world.SIZES[split]
     assert all(prompt.reference and prompt.ground_truth is None and len(prompt.images) == 1 for prompt in prompts)
 
 
-def test_the_teacher_describes_all_but_one_shape_rightly() -> None:
+def test_the_teachers_description_is_right_except_for_one_shape() -> None:
     rng = np.random.default_rng(0)
     crowds = [world.draw_crowd(rng, "train", world.OPEN_CROWD) for _ in range(200)]
     assert {len(crowd.things) for crowd in crowds} == {5, 6, 7, 8}
@@ -82,7 +82,7 @@ def test_the_teacher_describes_all_but_one_shape_rightly() -> None:
         wrong = [(s, t) for s, t in zip(said, crowd.things, strict=True) if s != t.described]
         assert all(s.rpartition(" ")[0] == t.described.rpartition(" ")[0] for s, t in wrong)
         slips.append(len(wrong))
-    assert max(slips) == 1 and 0.6 < fmean(slips) < 0.9  # a guess of four shapes is right in a quarter
+    assert max(slips) == 1 and 0.6 < fmean(slips) < 0.9  # the guessed shape is right in a quarter of the cases
 
 
 def test_there_are_256_heldout_problems_of_each_task() -> None:
@@ -107,7 +107,7 @@ def test_no_seed_draws_a_heldout_problem_for_training(heldout: list[Problem]) ->
     assert all(p.scene.split == "train" for p in drawn if p.scene)
 
 
-def test_the_same_seed_gives_the_same_problems_and_another_seed_others() -> None:
+def test_the_same_seed_gives_the_same_problems_and_another_seed_different_problems() -> None:
     first, again, other = (world.problems("train", seed, 8) for seed in (5, 5, 6))
     assert first == again
     assert not {p.question for p in first if p.task == "arithmetic"} & {p.question for p in other}
@@ -117,7 +117,7 @@ def test_the_same_seed_gives_the_same_problems_and_another_seed_others() -> None
 def test_a_box_touches_its_shape_on_all_four_sides(shape: str) -> None:
     scene = Scene((255, 255, 255), (Thing("red", shape, x=40, y=60, half=12),))
     rows, columns = np.nonzero(scene.pixels)
-    # 40 - 12 = 28 to 40 + 12 = 52 across, 48 to 72 down; the last pixel of a box is one before its edge
+    # The box goes from x = 40 - 12 = 28 to 52 and from y = 48 to 72. Its last pixel is one before the edge.
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == (28, 48, 51, 71)
     assert scene.things[0].box == (28 / 112, 48 / 112, 52 / 112, 72 / 112)
 
@@ -128,14 +128,14 @@ def test_a_described_thing_is_the_only_one_of_its_kind_in_the_picture(heldout: l
             assert [t.name for t in problem.scene.things].count(problem.targets[0].name) == 1
 
 
-def test_counts_are_of_colour_whatever_the_shape(heldout: list[Problem]) -> None:
+def test_counting_is_by_colour_and_ignores_the_shape(heldout: list[Problem]) -> None:
     for problem in heldout:
         if problem.task == "counting" and problem.scene:
             colors = [thing.color for thing in problem.scene.things]
             assert problem.truth == str(colors.count(problem.targets[0].color))
 
 
-def test_no_constant_is_the_right_count_more_than_four_times_in_ten(heldout: list[Problem]) -> None:
+def test_a_constant_count_is_right_in_at_most_four_of_ten_problems(heldout: list[Problem]) -> None:
     counts = Counter(problem.truth for problem in heldout if problem.task == "counting")
     assert max(counts.values()) <= 0.4 * counts.total()
 
@@ -148,8 +148,8 @@ def test_counting_goes_through_the_things_one_by_one() -> None:
     assert EXACT(problem, np.random.default_rng(0)) == f"<think>one by one</think>{steps}, \\boxed{{2}}"
 
 
-def test_the_exact_writer_is_nearly_always_right_where_one_can_do_it_alone(heldout: list[Problem]) -> None:
-    for task in set(world.TASKS) - {"worksheet"}:  # two decimals cost a box a little
+def test_the_exact_writer_is_nearly_always_right_except_on_worksheets(heldout: list[Problem]) -> None:
+    for task in set(world.TASKS) - {"worksheet"}:  # below 1, because boxes are rounded to two decimals
         assert mean_score(heldout, task, EXACT) > 0.9, task
 
 
@@ -163,7 +163,7 @@ def test_the_rough_writer_is_right_often_enough_to_learn_from(heldout: list[Prob
         assert 0.3 < mean_score(heldout, task, ROUGH) < 0.6, task
 
 
-def test_one_writer_rarely_gets_a_whole_worksheet_right_and_many_together_mostly_do(heldout: list[Problem]) -> None:
+def test_one_answer_to_a_worksheet_is_rarely_right_but_many_answers_compared_mostly_are(heldout: list[Problem]) -> None:
     rng = np.random.default_rng(0)
     assert 0.2 < mean_score(heldout, "worksheet", EXACT) < 0.4
     sheets = [p for p in heldout if p.task == "worksheet"][:100]
@@ -171,7 +171,7 @@ def test_one_writer_rarely_gets_a_whole_worksheet_right_and_many_together_mostly
     assert fmean(score(p, compare(p, rng)) for p in shown) > 0.9
 
 
-def test_all_lines_of_a_worksheet_but_one_are_worked_out_and_that_one_is_guessed() -> None:
+def test_all_lines_of_a_worksheet_except_one_are_worked_out_and_one_is_guessed() -> None:
     lines = ((47, 38), (12, 21), (36, 27), (53, 19))
     problem = Problem("worksheet", "What is left of ...?", "p=1, q=0, r=0, s=0", lines=lines)
     worked = {"p 7+8=15 4+3+1=8 85 1", "q 2+1=3 1+2=3 33 0", "r 6+7=13 3+2+1=6 63 0", "s 3+9=12 5+1+1=7 72 0"}
@@ -186,19 +186,19 @@ def test_all_lines_of_a_worksheet_but_one_are_worked_out_and_that_one_is_guessed
     assert len(answers) == 2
 
 
-def test_the_lines_of_worksheets_are_compared_one_by_one() -> None:
+def test_answers_to_worksheets_are_compared_line_by_line() -> None:
     votes = ("p=1, q=2, r=0, s=1", "p=2, q=2, r=1, s=0", "p=1, q=0, r=1, s=0")
     assert usual_lines(votes) == ["1", "2", "1", "0"]
 
 
-def test_no_guess_of_a_worksheets_line_is_right_more_often_than_others(heldout: list[Problem]) -> None:
+def test_all_guesses_for_a_worksheets_line_are_right_equally_often(heldout: list[Problem]) -> None:
     lines = [terms for problem in heldout for terms in problem.lines]
     assert len(lines) == 4 * world.SIZES["heldout"] and all(9 < sum(terms) < 100 for terms in lines)
     shares = Counter(world.remainder(terms) for terms in lines)
     assert all(abs(shares[left] / len(lines) - 1 / 3) < 0.05 for left in range(3))
 
 
-def test_a_worksheet_of_which_some_sums_are_worked_out_fits_into_the_cpu_profiles_sequence(words) -> None:
+def test_a_worksheet_with_its_exact_answer_fits_into_the_cpu_profiles_sequence(words) -> None:
     longest = load(SHIPPED / "rlvr.yaml", profile="cpu").config.max_sequence_length
     prompter, rng = Prompter(words, 16), np.random.default_rng(0)
     for _ in range(100):
@@ -207,14 +207,14 @@ def test_a_worksheet_of_which_some_sums_are_worked_out_fits_into_the_cpu_profile
 
 
 def test_descriptions_name_the_things_in_reading_order() -> None:
-    things = (Thing("blue", "cross", 60, 20, 10), Thing("red", "ring", 90, 90, 10))  # a crowd's come in this order
+    things = (Thing("blue", "cross", 60, 20, 10), Thing("red", "ring", 90, 90, 10))  # the order of things in a crowd
     problem = world.describe(Scene((255, 255, 255), things))
     rng = np.random.default_rng(0)
     assert EXACT(problem, rng) == "<think>one by one</think>top blue cross, bottom right red ring"
     assert " blue " in ROUGH(problem, rng) and " red " in ROUGH(problem, rng)
 
 
-def test_the_writers_differ_from_their_first_words_on(heldout: list[Problem]) -> None:
+def test_the_responses_of_both_writers_begin_differently(heldout: list[Problem]) -> None:
     rng = np.random.default_rng(0)
     described = [world.describe(problem.scene) for problem in heldout if problem.task == "counting" and problem.scene]
     for problem in heldout + described:
@@ -222,7 +222,7 @@ def test_the_writers_differ_from_their_first_words_on(heldout: list[Problem]) ->
         assert not EXACT(problem, rng).startswith(ROUGH_OPENING)
 
 
-def test_reasoning_answers_show_their_work_after_the_thinking() -> None:
+def test_answers_to_sums_repeat_the_steps_after_the_thinking() -> None:
     problem = Problem("arithmetic", "What is 27 + 15 - 8?", "34", terms=(27, 15, -8))
     thinking, answer = EXACT(problem, np.random.default_rng(0)).split("</think>")
     assert thinking == "<think>first 27+15=42, then 42-8=34"
@@ -231,7 +231,8 @@ def test_reasoning_answers_show_their_work_after_the_thinking() -> None:
 
 @pytest.mark.parametrize(
     ("left", "right", "guess"),
-    [(12, 35, 47), (27, 15, 32), (42, -8, 46), (85, 20, 5)],  # 7 + 5 loses its ten; |2 - 8| is 6; 80 + 20 its hundred
+    # 27 + 15 loses the carry of 7 + 5. In 42 - 8, the ones are |2 - 8| = 6. 85 + 20 loses the carry of 8 + 2.
+    [(12, 35, 47), (27, 15, 32), (42, -8, 46), (85, 20, 5)],
 )
 def test_the_rough_writer_forgets_to_carry(left: int, right: int, guess: int) -> None:
     assert without_carrying(left, right) == guess
@@ -272,7 +273,7 @@ def test_a_coordinate_is_three_tokens(words) -> None:
     assert words.tokenize("[0.37, 0.52]") == ["[", "0.", "3", "7", ",Ġ", "0.", "5", "2", "]"]
 
 
-def test_the_chat_template_has_one_mark_per_picture(words) -> None:
+def test_the_chat_template_has_one_image_token_per_picture(words) -> None:
     content = [{"type": "image"}, {"type": "text", "text": "Box the red ring."}]
     text = words.apply_chat_template(
         [{"role": "system", "content": "Be exact."}, {"role": "user", "content": content}],
@@ -290,7 +291,7 @@ def test_think_tags_are_single_tokens_that_decoding_keeps(words) -> None:
     assert len(ids) == 5 and words.decode(ids, skip_special_tokens=True) == "<think>maybe</think>4"
 
 
-def test_policy_and_data_that_ship_are_below_ten_megabytes() -> None:
+def test_shipped_policy_and_data_are_below_ten_megabytes() -> None:
     folder, other = world.SHIPPED.parent, {"__pycache__", "judge"}
     files = (path for path in folder.rglob("*") if path.is_file() and not other & {*path.relative_to(folder).parts})
     assert 5 * MEGABYTE < sum(path.stat().st_size for path in files) < 10 * MEGABYTE
