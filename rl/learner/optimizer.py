@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and gradient clipping. Its whole state is named tensors and the number of steps."""
+"""AdamW with linear warm-up and gradient clipping. Its whole state is a set of named tensors and the step count."""
 
 import math
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ class Optimizer:
 
     Args:
         parameters: name -> parameter.
-        lr: learning rate after the warm-up, constant.
-        warmup: the number of steps over which the rate rises linearly from 0.
-        max_skipped: the number of skipped steps in a row at which `step` raises; a step is skipped if its gradient is
-            not finite.
+        lr: the constant learning rate after the warm-up.
+        warmup: the number of steps over which the learning rate rises linearly from 0.
+        max_skipped: `step` raises after this many skipped steps in a row. A step is skipped if its gradient is not
+            finite.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Optimizer:
     ) -> None:
         self.parameters = dict(parameters)
         self.lr, self.warmup, self.max_grad_norm, self.max_skipped = lr, warmup, max_grad_norm, max_skipped
-        self.steps, self.skipped = 0, 0  # steps made; steps skipped since the last one made
+        self.steps, self.skipped = 0, 0  # number of steps made; number of steps skipped since the last step made
         self.adamw = torch.optim.AdamW(
             self.parameters.values(), lr=lr, betas=betas, weight_decay=weight_decay, eps=1e-8, fused=True
         )
@@ -47,7 +47,7 @@ class Optimizer:
     def step(self) -> float | None:
         """Applies the accumulated gradients and clears them.
 
-        Returns: the norm of the gradients before clipping; None if it is not finite and the step was skipped.
+        Returns: the norm of the gradients before clipping, or None if the norm is not finite and the step was skipped.
         Raises: FloatingPointError if `max_skipped` steps in a row were skipped.
         """
         total = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
@@ -70,7 +70,8 @@ class Optimizer:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Returns `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` of every parameter; {} before the first step."""
+        """Returns the tensors `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` of every parameter. Returns {} before
+        the first step."""
         return {
             f"{name}.{moment}": self.adamw.state[parameter][moment]
             for name, parameter in self.parameters.items()
@@ -79,7 +80,7 @@ class Optimizer:
         }
 
     def continue_after(self, steps: int) -> None:
-        """Sets the number of steps made; the caller then fills in the moments that `state` returns."""
+        """Sets the number of steps made. The caller must then fill in the moments that `state` returns."""
         self.steps = steps
         if not steps:
             return

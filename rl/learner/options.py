@@ -8,11 +8,12 @@ from rl.config import PPO, Config
 
 @dataclass(frozen=True)
 class LearnerOptions:
-    """Named as in the recipe, where rl.config describes each. Policy and critic of a run share one."""
+    """Options with the names that they have in the recipe; rl.config describes them. Policy and critic of a run share
+    one LearnerOptions."""
 
     ppo: PPO
     seed: int
-    temperature: float  # rollout.temperature: logprobs are computed with the temperature that the engine samples with
+    temperature: float  # rollout.temperature: the learner computes logprobs with the engine's sampling temperature
     token_budget: int
     threads: int | None
     activation_checkpointing: bool
@@ -25,7 +26,7 @@ class LearnerOptions:
 
     @classmethod
     def of(cls, config: Config) -> "LearnerOptions":
-        """The options in a whole configuration."""
+        """Returns the learner's options of a whole configuration."""
         model, learner = config.model, config.learner
         return cls(
             ppo=config.ppo,
