@@ -1,7 +1,7 @@
 """Answers a file of problems with SeRe or PaCoRe: `python -m rollout.generate --model DIR IN.jsonl OUT.jsonl`.
 
-Each line of OUT has all rounds of one problem. It is written as soon as the problem is answered. After an interruption,
-the same command continues and answers no problem twice. Exit codes are in rl/exits.py.
+Each line of OUT has all rounds of one problem. A line is written as soon as its problem is answered. After an
+interruption, the same command continues and answers no problem twice. Exit codes are in rl/exits.py.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def make_settings(target: ModelTarget, template: Path | None, **others: Any) -> 
 
 
 def problem_digest(problem: Prompt) -> str:
-    """Returns a digest of messages and pictures. It shows whether a problem with the same id is the same problem."""
+    """Returns a digest of messages and pictures, which shows whether a problem with the same id is the same problem."""
     content = json.dumps([problem.messages, [picture.digest for picture in problem.images]], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -105,14 +105,14 @@ async def generate(
 ) -> None:
     """Answers many problems at once.
 
-    The synthesis of a problem starts when its own trajectories are done. It is sent before waiting trajectories of
-    other problems.
+    The synthesis of a problem starts when its own trajectories are done. Its request is sent before the waiting
+    requests for trajectories of other problems.
 
     Args:
-        sample: sends the requests. It must limit how many it sends at a time, as EndpointClient does.
+        sample: sends the requests. It must limit how many requests it sends at a time, as EndpointClient does.
         on_result: is called once per problem with the problem's rounds, or with the reason why it has no answer.
         first_rounds: problem id -> rounds from an earlier run. They replace the first rounds of the settings.
-        under_way: maximum number of problems at a time. Their pictures are in memory.
+        under_way: maximum number of problems at a time. The pictures of these problems are in memory.
     """
 
     semaphore = asyncio.Semaphore(under_way)
@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lambda: _main(args),
         input_errors=(ValueError, FileNotFoundError),
         failures=(RuntimeError, OSError, TemplateError),
-        resume=f"The same command continues from what is in {args.out}",
+        resume=f"The same command continues from the answers in {args.out}",
     )
 
 

@@ -95,8 +95,8 @@ class EnginePool:
         return self._rollouts(requests, prompts)
 
     def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]:
-        """Samples one short response to each prompt. Its logprobs are compared with the learner's after a weight
-        sync."""
+        """Samples one short response to each prompt. After a weight sync, the logprobs of these responses are compared
+        with the learner's."""
         requests = [self.requests(prompt, [(-iteration - 1, place, 0)]) for place, prompt in enumerate(prompts)]
         short = [[replace(r, max_tokens=min(r.max_tokens, self.check_tokens)) for r in group] for group in requests]
         return in_order(self._rollouts(short, prompts))

@@ -88,7 +88,7 @@ class PacoreProxy:
         except PromptTooLong as error:
             return _error(BAD_REQUEST, str(error))
         except TemplateError as error:
-            return _error(BAD_REQUEST, f"the template of messages fails: {error}")
+            return _error(BAD_REQUEST, f"the synthesis template fails: {error}")
         except RequestRefused as error:  # the endpoint's own text is forwarded
             return web.Response(status=error.status, text=error.body, content_type="application/json")
         except (EndpointUnreachable, aiohttp.ClientError, OSError, ValueError) as error:
@@ -176,8 +176,8 @@ class PacoreProxy:
                 yield self._rewrite_line(line, body, rounds)
 
     def _rewrite_line(self, line: bytes, body: Mapping[str, Any], rounds: Sequence[Round]) -> bytes:
-        """Changes a line of the endpoint's stream. It gets the model's name from the request, and the usage of all
-        trajectories."""
+        """Puts the model's name from the request, and the usage of all trajectories, into a line of the endpoint's
+        stream."""
         if not line.startswith(b"data: {"):
             return line
         chunk = json.loads(line.removeprefix(b"data: "))

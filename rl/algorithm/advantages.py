@@ -1,4 +1,4 @@
-"""Estimators compute the advantages and returns that PPO learns from. They are pure functions of tensors.
+"""Estimators compute the advantages and returns that PPO learns from. Estimators are pure functions of tensors.
 
 To add an estimator, such as one without a critic, add a function here.
 """

@@ -66,9 +66,9 @@ def gae(
 def _check(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None) -> None:
     shapes = {"rewards": tuple(rewards.shape), "values": tuple(values.shape), "mask": tuple(mask.shape)}
     if values.dim() != 2 or len(set(shapes.values())) > 1:
-        raise ValueError(f"gae wants rewards, values and mask of one shape [N, R], got {shapes}")
+        raise ValueError(f"rewards, values and mask must have the same shape [N, R], but are {shapes}")
     if bootstrap is not None and bootstrap.shape != values.shape[:1]:
-        raise ValueError(f"bootstrap is {tuple(bootstrap.shape)} but there are {len(values)} responses; pass one each")
+        raise ValueError(f"bootstrap is {tuple(bootstrap.shape)} for {len(values)} responses; pass one value each")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype}; pass a bool tensor (mask.bool())")
     for name, value in (("gamma", gamma), ("lam", lam)):
@@ -130,8 +130,8 @@ def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
 
     Raises:
         ValueError: no token is chosen.
-    Source: reconstruction. The report does not say whether it normalises. It follows Open-Reasoner-Zero, which
-    normalises over the batch with this floor.
+    Source: reconstruction. The report does not say whether it normalises. The report follows Open-Reasoner-Zero,
+    which normalises over the batch with this floor.
     """
     chosen = advantages[mask].double()
     if not len(chosen):

@@ -4,8 +4,8 @@ Each loss is a sum over tokens, divided by the number of tokens in the whole min
 parts, and the gradients of the parts are added.
 
 `mask` (bool) is True where the policy chose the token. Where it is False, the other tensors are not used. In addition
-to its loss, a function may return `Sums`: statistics summed over tokens. They are added over the parts (`add_sums`) and
-divided once at the end (`finish_sums`).
+to its loss, a function may return `Sums`: statistics summed over tokens. `add_sums` adds the sums of the parts, and
+`finish_sums` divides the totals once at the end.
 """
 
 import math
@@ -177,8 +177,8 @@ def entropy_loss(entropies: Tensor, mask: Tensor, *, tokens: int) -> tuple[Tenso
 
 
 def kl_sum(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Returns the sum over tokens of rho - 1 - log rho, without gradient. It estimates KL(old || now) and is never
-    negative (John Schulman's k3)."""
+    """Returns the sum over tokens of rho - 1 - log rho, without gradient. This sum estimates KL(old || now) and is
+    never negative (John Schulman's k3)."""
     log_ratio = _log_ratio(logprobs.detach(), old_logprobs, mask)
     # In a healthy run log ratios are small. expm1(x) is exact for small x, where exp(x) - 1 loses digits.
     return (log_ratio.expm1() - log_ratio).sum()
@@ -195,10 +195,10 @@ def finish_sums(sums: Mapping[str, Tensor], tokens: int) -> dict[str, float]:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """Returns 1 - Var(G - V) / Var(G) over chosen tokens. It is 1 for a perfect critic, and 0 for a critic that is no
-    better than a constant.
+    """Returns 1 - Var(G - V) / Var(G) over chosen tokens.
 
-    It is NaN if the returns do not vary or no token is chosen.
+    The result is 1 for a perfect critic, and 0 for a critic that is no better than a constant. The result is NaN if the
+    returns do not vary or no token is chosen.
     """
     target, error = returns[mask].double(), (returns - values)[mask].double()
     if target.numel() == 0 or not (spread := target.var(correction=0)) > 0:

@@ -5,8 +5,8 @@ verl is imported inside the functions, because its import takes ten seconds and 
 Differences between verl and our gae.py and losses.py (test_verl_bridge.py shows each):
 - verl's "vanilla" policy loss clips twice if the advantage is negative (dual clip, c = 3). Here c is so large that the
   second clip has no effect, and the loss equals losses.clipped_policy_loss. A recipe can set c with `clip_ratio_c`.
-- verl's GAE always whitens the advantages, with the sample variance. Its advantages of masked tokens are not 0. Its
-  returns equal ours. Its advantages equal ours if ours are whitened in the same way.
+- verl's GAE always whitens the advantages, with the sample variance. verl's advantages of masked tokens are not 0.
+  verl's returns equal ours. verl's advantages equal ours if ours are whitened in the same way.
 - verl's value loss clips the change of the value. If the clip range is so large that it has no effect, the loss equals
   losses.value_loss.
 """
@@ -29,7 +29,7 @@ _CLIP = ("clip_ratio", "clip_ratio_low", "clip_ratio_high")
 _SUM = ("loss_agg_mode", "loss_scale_factor")
 _AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
-# The parameters that each of verl's losses reads. A loss that a user has registered accepts all of them.
+# The parameters that each of verl's losses reads. A loss that a user has registered accepts all parameters.
 _PARAMETERS: dict[str, tuple[str, ...]] = {
     "vanilla": (*_CLIP, "clip_ratio_c", *_SUM),
     "dppo_tv": (*_CLIP, "clip_ratio_c", *_SUM),
@@ -120,7 +120,7 @@ class VerlPolicyLoss:
         """Returns the loss (scalar) and the sums approx_kl and clip_fraction, as in rl.algorithm.losses. All arguments
         that are tensors are [n, R]."""
         logprobs, old_logprobs, advantages = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, advantages))
-        if self.name == "geo_mean":  # the only loss whose ratio could overflow
+        if self.name == "geo_mean":  # geo_mean is the only loss whose ratio could overflow
             now = logprobs.detach()
             old_logprobs = now - (now - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         loss, metrics = self.compute(
@@ -242,7 +242,7 @@ def rollout_correction(
         mask: [N, R] bool. Every row is a whole response.
         rollout_is: "token" for a weight per token, "sequence" for a weight per response (the product over its tokens).
         rollout_is_threshold: a number caps the weights (truncated importance sampling). "low_high" sets weights
-            outside of that range to 0 (IcePop). It is read only with rollout_is.
+            outside of that range to 0 (IcePop). The threshold is read only with rollout_is.
         rollout_is_batch_normalize: whether to divide the weights by their mean.
         rollout_rs: comma-separated criteria to reject tokens (token_k1, ...) or responses (seq_mean_k1, ...).
         rollout_rs_threshold: one threshold for all criteria, or one for each, comma-separated. For k1 criteria it is a
@@ -279,7 +279,7 @@ def rollout_correction(
 
 def _check_correction(kind: str | None, normalize: bool, reject: str | None, limit: float | str | None) -> None:
     if kind is None and reject is None:
-        raise ValueError("rollout_correction asks for nothing; set rollout_is (token or sequence), rollout_rs or both")
+        raise ValueError("rollout_correction has no effect; set rollout_is (token or sequence), rollout_rs or both")
     if (reject is None) != (limit is None):
         raise ValueError(f"rollout_rs is {reject} and rollout_rs_threshold {limit}; set both or neither")
     if normalize and kind is None:

@@ -1,4 +1,4 @@
-"""The critic in plain torch. It is the policy's decoder with a value head, and has its own weights and optimizer."""
+"""The critic in plain torch: the policy's decoder with a value head. It has its own weights and its own optimizer."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,7 +54,7 @@ class _LastGraph:
 class Critic(Sharded):
     """Computes the values that advantages need, and makes the critic's update.
 
-    It is a plain object. Ray creates it, in one process or in one process per rank.
+    A critic is a plain object. Ray creates it, in one process or in one process per rank.
 
     Args:
         folder: model folder with the decoder that the critic starts from, unless `options.critic` names a critic.

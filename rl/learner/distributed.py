@@ -70,7 +70,7 @@ class Ranks:
         return torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
 
     def local_shard(self, full: Tensor, like: Tensor) -> Tensor:
-        """Returns this rank's shard of `full`, a tensor that every rank has. It is split like the tensor `like`."""
+        """Returns this rank's shard of `full`, which every rank has. `full` is split in the same way as `like`."""
         if not isinstance(like, DTensor):
             return full.to(self.device)
         # With src_data_rank=None every rank cuts its shard from its own copy, and nothing is sent.

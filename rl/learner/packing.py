@@ -19,8 +19,8 @@ from rl.model.attention import Layout, Span
 class PackedRow:
     """The input of one forward pass: T tokens. Of these, n tokens belong to k responses, the others to prompts.
 
-    A packed row with `counts` False is a filler: it makes every rank run the same number of forward and backward
-    passes. Its results and its gradient are ignored.
+    A packed row with `counts` False only makes every rank run the same number of forward and backward passes. The
+    results and the gradient of such a packed row are ignored.
     """
 
     token_ids: Tensor  # [T] int64

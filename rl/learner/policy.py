@@ -1,4 +1,4 @@
-"""The policy in plain torch, without Ray. It makes optimizer steps for a batch and its targets.
+"""The policy in plain torch, without Ray. The policy makes optimizer steps for a batch and its targets.
 
 Only the decoder is trained. The vision encoder and the projector have no gradients and no optimizer state. Their
 features are computed once per picture, cached, and used as constants.
@@ -50,18 +50,18 @@ def policy_loss(ppo: PPO) -> PolicyLoss:
 
 
 def needs_old_logprobs(ppo: PPO) -> bool:
-    """True if an update needs the logprobs of the policy before that update. They cost a forward pass over the
-    batch."""
+    """True if an update needs the logprobs of the policy before that update. These logprobs cost a forward pass over
+    the batch."""
     return ppo.ratio == "clip" or ppo.tis_policy == "before_update" or ppo.rollout_correction is not None
 
 
 class Policy(Sharded):
     """Computes logprobs and makes the PPO update of the decoder.
 
-    It is a plain object. Ray creates it, in one process or in one process per rank.
+    A policy is a plain object. Ray creates it, in one process or in one process per rank.
 
     Args:
-        folder: model folder to start from. Its tokenizer is copied into checkpoints.
+        folder: model folder to start from. The folder's tokenizer is copied into checkpoints.
     """
 
     def __init__(self, folder: str, options: LearnerOptions, ranks: Ranks | None = None) -> None:

@@ -71,7 +71,8 @@ class Segments:
 
 @dataclass(frozen=True)
 class Layout:
-    """Defines which tokens of a packed row each token sees. It is made once per packed row and used by every layer."""
+    """Defines which tokens of a packed row each token sees. One Layout is made per packed row, and all layers use
+    it."""
 
     spans: tuple[Span, ...]
 

@@ -63,8 +63,8 @@ class StepVLVisionConfig(PretrainedConfig):
         }.items():
             if getattr(self, name) != built:
                 raise ValueError(
-                    f"vision_config.{name} is {getattr(self, name)!r}; STEP3-VL's encoder has {built!r} and "
-                    "nothing else is built"
+                    f"vision_config.{name} is {getattr(self, name)!r}; STEP3-VL's encoder has {built!r}, and "
+                    "no other value is supported"
                 )
 
 
@@ -171,7 +171,7 @@ def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfi
     text = getattr(config, "text_config", config)
     rope = dict(text.rope_parameters)
     if (kind := rope.get("rope_type", "default")) not in ("default", "yarn"):
-        raise ValueError(f"its positions are extended by {kind} already, which YaRN cannot be put on top of")
+        raise ValueError(f"its positions are extended by {kind} already; YaRN cannot extend them again")
     trained = trained_positions(config)
     text.rope_parameters = {
         "rope_theta": rope["rope_theta"],

@@ -41,7 +41,7 @@ def local_folder(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path)))
     except Exception as error:  # the hub client raises many types of errors, which all mean the same to the user
-        raise CheckpointError(f"model.path {path}: no such folder, and the hub did not give it ({error})") from error
+        raise CheckpointError(f"model.path {path}: no such folder, and the hub download failed ({error})") from error
 
 
 def read_config(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
@@ -80,7 +80,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def check(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
-    """Checks a model folder and returns its config. It does not read the weights, so a dry run can use it.
+    """Checks a model folder without reading the weights, and returns its config. A dry run can use this check.
 
     Raises: CheckpointError with the names of missing or extra tensors and wrong shapes.
     """

@@ -79,7 +79,7 @@ def crop_grid(size: Size, global_size: int, crop_size: int) -> CropGrid:
 
 
 def _rounded(length: int, window: int) -> int:
-    """Rounds `length` to a multiple of `window`. It rounds up if the remainder is more than a fifth of a window, else
+    """Rounds `length` to a multiple of `window`: up if the remainder is more than a fifth of a window, otherwise
     down."""
     if length < window:
         return length

@@ -46,7 +46,7 @@ def hidden_states(trunk: Any, row: PackedRow, features: Mapping[str, Tensor]) ->
 
 
 def recompute_layers(trunk: Any) -> None:
-    """Makes the trunk keep only the inputs of its layers. It computes all other activations again in the backward
+    """Makes the trunk keep only the inputs of its layers. All other activations are computed again in the backward
     pass."""
     trunk.gradient_checkpointing_enable({"use_reentrant": False})
     trunk.train()  # transformers recomputes only in training mode, which changes nothing else: there is no dropout

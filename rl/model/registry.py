@@ -11,6 +11,6 @@ FAMILIES: dict[str, type[Architecture]] = {StepVLConfig.model_type: StepVL}
 
 
 def family(config: PretrainedConfig) -> type[Architecture]:
-    """Returns the class for a config's `model_type`. It is TextModel if the type is not listed; TextModel then checks
-    the type when it is built."""
+    """Returns the class for a config's `model_type`. The class for all unlisted types is TextModel, which checks the
+    type when the model is built."""
     return FAMILIES.get(config.model_type, TextModel)

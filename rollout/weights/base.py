@@ -30,8 +30,8 @@ class Sender(Protocol):
 
         Args:
             weights: names on disk -> full tensors.
-            update: is called once per batch with the fields of Receiver.update_info_cls. It returns when every worker
-                has loaded the batch.
+            update: is called once per batch with the fields of Receiver.update_info_cls. The call returns when every
+                worker has loaded the batch.
         """
         ...
 

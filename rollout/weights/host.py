@@ -52,7 +52,7 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
 
 
 class Receiver(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
-    """The part of the backend in the worker. It attaches to segments and loads their tensors, layer by layer."""
+    """The part of the backend in the worker, which attaches to segments and loads their tensors, layer by layer."""
 
     init_info_cls = HostInitInfo
     update_info_cls = HostUpdateInfo

@@ -194,13 +194,13 @@ def test_an_empty_batch_has_empty_advantages(shape: tuple[int, int]) -> None:
 
 def test_wrong_arguments_say_what_to_do() -> None:
     x, mask = row(1, 2), row(1, 1).bool()
-    with pytest.raises(ValueError, match=r"one shape \[N, R\]"):
+    with pytest.raises(ValueError, match=r"same shape \[N, R\]"):
         gae(x, row(1, 2, 3), mask, gamma=1, lam=1)
     with pytest.raises(ValueError, match=r"mask\.bool\(\)"):
         gae(x, x, x, gamma=1, lam=1)
     with pytest.raises(ValueError, match=r"gamma is 1\.5"):
         gae(x, x, mask, gamma=1.5, lam=1)
-    with pytest.raises(ValueError, match="one each"):
+    with pytest.raises(ValueError, match="one value each"):
         gae(x, x, mask, gamma=1, lam=1, bootstrap=torch.zeros(2))
 
 
