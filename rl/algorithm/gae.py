@@ -32,7 +32,7 @@ def gae(
     Args:
         rewards: [N, R] float, the reward of emitting token t.
         values: [N, R] float, the critic's estimate before token t is emitted.
-        mask: [N, R] bool. Where it is False, the other tensors are not read.
+        mask: [N, R] bool. The other tensors are not read where the mask is False.
         gamma, lam: discount per token and GAE's lambda, both in [0, 1].
         bootstrap: [N] float. For a response that was cut before its end: the value of the state after its last token.
             For a response that ended: 0. None means 0 for all responses.

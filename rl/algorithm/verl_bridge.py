@@ -166,7 +166,7 @@ def _actor_config(name: str, given: Parameters, compute: Callable[..., Any]) -> 
     from verl.workers.config import ActorConfig, PolicyLossConfig
 
     values = {"loss_agg_mode": _default_aggregation(compute), **_DEFAULTS.get(name, {}), **given}
-    if "clip_ratio" in values:  # verl reads clip_ratio only if the two sides are None
+    if "clip_ratio" in values:  # verl reads clip_ratio only if clip_ratio_low and _high are None
         values = {"clip_ratio_low": values["clip_ratio"], "clip_ratio_high": values["clip_ratio"], **values}
     loss = PolicyLossConfig(loss_mode=name, **_fields_of(PolicyLossConfig, values))
     return ActorConfig(

@@ -98,7 +98,7 @@ class Sharded:
 
     def save(self, model: Path, state: Path) -> int:
         """Copies weights and training state, and writes the copies in the background. `written` then tells whether
-        they are on disk.
+        the copies are on disk.
 
         Args:
             model: folder for the weights, written by rank 0.
