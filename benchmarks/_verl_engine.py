@@ -184,24 +184,16 @@ class VerlEngine:
                 CheckpointConfig(),
             )
             self._engine.initialize()
-        self._logprobs: list[Tensor] = []  # of the last step, per response
 
-    def step(self, batch: VerlBatch) -> float:
-        """Clears the gradients, then runs forward and backward over the whole batch.
-
-        Returns: the loss, -sum(advantage * logprob) / response tokens.
-        """
+    def step(self, batch: VerlBatch) -> list[Tensor]:
+        """Clears the gradients, then runs forward and backward over the whole batch with the loss
+        -sum(advantage * logprob) / response tokens. Returns the logprobs of the response tokens, per row."""
         assign_non_tensor(batch.data, **self.split.settings())
         with self._engine.train_mode(zero_grad_on_exit=False):
             self._engine.optimizer_zero_grad()
             output: Any = self._engine.forward_backward_batch(batch.data, self._loss)
         rows = output["model_output"]["log_probs"].unbind()  # entry t is the logprob of token t + 1
-        self._logprobs = [row[-1 - length : -1] for row, length in zip(rows, batch.responses, strict=True)]
-        return sum(output["loss"])
-
-    def logprobs(self) -> list[list[float]]:
-        """Returns the last step's logprobs of the response tokens, per row."""
-        return [row.tolist() for row in self._logprobs]
+        return [row[-1 - length : -1].detach() for row, length in zip(rows, batch.responses, strict=True)]
 
     def gradients(self) -> dict[str, Tensor]:
         """Returns the last step's gradients by the parameters' names on disk."""
@@ -211,15 +203,12 @@ class VerlEngine:
             if parameter.grad is not None
         }
 
-    def tune(self, batch: VerlBatch, repeats: int = 2) -> dict[Split, float]:
-        """Selects the fastest split for this batch: one rollout, or several, packed or padded.
-
-        Returns: for each split that was tried, the seconds of its fastest step of `repeats`.
-        """
+    def tune(self, batch: VerlBatch) -> None:
+        """Selects the fastest split for this batch: one rollout, or several, packed or padded."""
 
         def measure(split: Split) -> float:
             self.split = split
-            took[split] = min(self._seconds(batch) for _ in range(repeats))
+            took[split] = min(self._seconds(batch) for _ in range(2))
             return took[split]
 
         took: dict[Split, float] = {}
@@ -232,7 +221,6 @@ class VerlEngine:
                     break
                 best = min(best, seconds)
         self.split = min(took, key=took.__getitem__)
-        return took
 
     def _seconds(self, batch: VerlBatch) -> float:
         start = time.perf_counter()

@@ -3,8 +3,10 @@
 Tested in tests/benchmarks/test_harness.py (its registration only).
 """
 
+import itertools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -78,11 +80,11 @@ def growth() -> Result:
     """
     sizes = {(name, factor): Size().times(name, factor) for name in DIMENSIONS for factor in STEPS}
     took: dict[Size, list[Mapping[str, float]]] = {}
-    with Processes() as processes:
-        processes.iteration(Size())  # warm up
+    with processes() as iteration:
+        iteration(Size())  # warm up
         for _ in range(REPEATS):
             for size in dict.fromkeys(sizes.values()):
-                took.setdefault(size, []).append(processes.iteration(size))
+                took.setdefault(size, []).append(iteration(size))
     seconds = {size: {name: median(one[name] for one in runs) for name in runs[0]} for size, runs in took.items()}
     grown = {
         name: (seconds[large]["total"] / large.tokens) / (seconds[Size()]["total"] / Size().tokens)
@@ -100,63 +102,56 @@ def growth() -> Result:
     )
 
 
-class Processes:
-    """An engine, a policy and a critic, each in its own process, which run iterations of any size."""
+@contextmanager
+def processes() -> Iterator[Callable[[Size], dict[str, float]]]:
+    """Starts an engine, a policy and a critic, each in its own process. Yields a function that runs one iteration of a
+    size and returns its seconds, in total and by phase."""
+    from benchmarks.learner import SIZES, model_folder
+    from benchmarks.loop import Rewards
+    from rl.actors import cluster, merge_streams, place, place_team
+    from rl.learner.clients import CriticClient, PolicyClient
+    from rl.learner.critic import Critic
+    from rl.learner.features import FeatureStore
+    from rl.learner.options import LearnerOptions
+    from rl.learner.policy import Policy
+    from rl.recipe.resolve import load
+    from rollout.pool import EnginePool
+    from rollout.vllm.client import EngineClient
+    from rollout.vllm.engine import Engine
+    from stages import STAGES
+    from stages.loop import Clock, LoopState, Services, ppo_iteration
 
-    def __enter__(self) -> "Processes":
-        from benchmarks.learner import SIZES, model_folder
-        from rl.actors import cluster, place, place_team
-        from rl.learner.critic import Critic
-        from rl.learner.options import LearnerOptions
-        from rl.learner.policy import Policy
-        from rl.recipe.resolve import load
-        from rollout.vllm.engine import Engine
+    recipe = Path(__file__).parent.parent / "recipes/rlvr.yaml"
+    base = load(recipe, profile="cpu", overrides=["max_sequence_length=2048"]).config
+    chat: Any = Tokens(SIZES["vocab_size"])
+    stage = STAGES["rlvr"](cast(Any, None))  # RLVR uses no tools
+    numbers = itertools.count(1)
 
-        self._folder, self._cluster = TemporaryDirectory(), cluster()
-        self._cluster.__enter__()
-        self.config = load(
-            Path(__file__).parent.parent / "recipes/rlvr.yaml", profile="cpu", overrides=["max_sequence_length=2048"]
-        ).config
-        path = servable(Path(model_folder().name), Path(self._folder.name), SIZES["vocab_size"])
-        self.engine = place(Engine, path, max_sequence_length=2048, dtype="float32", kv_cache_gib=2)
-        options = LearnerOptions.of(self.config)
-        self.policy = place_team(Policy.of_rank, path, options, "cpu", count=1)
-        self.critic = place_team(Critic.of_rank, path, options, "cpu", count=1)
-        self.chat: Any = Tokens(SIZES["vocab_size"])
-        for part in (self.engine, self.policy, self.critic):
-            part.ready()
-        self.number = 0
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._cluster.__exit__(None, None, None)
-        self._folder.cleanup()
-
-    def iteration(self, size: Size) -> dict[str, float]:
-        """Runs one iteration; returns its seconds, in total and by phase."""
-        from benchmarks.loop import Rewards
-        from rl.actors import merge_streams
-        from rl.learner.clients import CriticClient, PolicyClient
-        from rl.learner.features import FeatureStore
-        from rollout.pool import EnginePool
-        from rollout.vllm.client import EngineClient
-        from stages import STAGES
-        from stages.loop import Clock, LoopState, Services, ppo_iteration
-
+    def iteration(size: Size) -> dict[str, float]:
         longest = size.prompt + size.response
-        limits: dict[str, Any] = {"max_sequence_length": longest, "temperature": 1.0, "seed": 0}
-        pool = EnginePool([EngineClient(self.engine)], merge_streams, self.chat, **limits)
-        numbers = {"prompts_per_iteration": size.prompts, "rollouts_per_prompt": size.rollouts}
-        config = self.config.model_copy(update=numbers)
-        clients = PolicyClient(self.policy), CriticClient(self.critic)
-        stage = STAGES["rlvr"](cast(Any, None))  # RLVR uses no tools
+        pool = EnginePool(
+            [EngineClient(engine)], merge_streams, chat, max_sequence_length=longest, temperature=1.0, seed=0
+        )
+        sizes = {"prompts_per_iteration": size.prompts, "rollouts_per_prompt": size.rollouts}
+        config = base.model_copy(update=sizes)
+        clients = PolicyClient(policy), CriticClient(critic)
         services = Services(config, pool, Rewards(), *clients, FeatureStore([], 1), stage)
-        self.number += 1
-        asked = [Prompt(f"{self.number} {i}", "t", (), meta={"tokens": size.prompt}) for i in range(size.prompts)]
-        found, _ = ppo_iteration(self.number, asked, [], services, LoopState(), clock := Clock())
-        took = {name.removeprefix("time/"): value for name, value in (found | clock.metrics()).items()}
+        number = next(numbers)
+        prompts = [Prompt(f"{number} {i}", "t", (), meta={"tokens": size.prompt}) for i in range(size.prompts)]
+        metrics, _ = ppo_iteration(number, prompts, [], services, LoopState(), clock := Clock())
+        took = {name.removeprefix("time/"): value for name, value in (metrics | clock.metrics()).items()}
         learner = took["critic"] + took["policy"]
         return {"rollout": took["rollout"], "learner": learner, "sync": took["sync"], "total": took["total"]}
+
+    with TemporaryDirectory() as folder, cluster():
+        path = servable(Path(model_folder().name), Path(folder), SIZES["vocab_size"])
+        engine = place(Engine, path, max_sequence_length=2048, dtype="float32", kv_cache_gib=2)
+        options = LearnerOptions.of(base)
+        policy = place_team(Policy.of_rank, path, options, "cpu", count=1)
+        critic = place_team(Critic.of_rank, path, options, "cpu", count=1)
+        for part in (engine, policy, critic):
+            part.ready()
+        yield iteration
 
 
 def servable(model: Path, folder: Path, vocabulary: int) -> str:

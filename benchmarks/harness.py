@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import os
 import pkgutil
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+CORES = len(os.sched_getaffinity(0))
 RESULTS = Path(__file__).parent / "results.jsonl"
 
 
@@ -26,15 +28,8 @@ class Result:
 
     def record(self, name: str) -> dict[str, Any]:
         """Returns a line of the results file."""
-        return {
-            "name": name,
-            "ours_s": rounded(self.ours_s),
-            "other_s": rounded(self.other_s),
-            "ratio": rounded(self.ratio),
-            "ceiling": rounded(self.ceiling),
-            "max_abs_diff": rounded(self.max_abs_diff),
-            **{key: rounded(value) for key, value in self.more.items()},
-        }
+        values = {**vars(self), **self.more}
+        return {"name": name, **{key: rounded(value) for key, value in values.items() if key != "more"}}
 
 
 Entry = Callable[[], Result]

@@ -38,34 +38,30 @@ def serving(options: Mapping[str, str | bool] = MappingProxyType({})) -> ModelTa
 
 
 def answer_all(
-    who: ModelTarget,
+    target: ModelTarget,
     url: str,
-    asked: Sequence[Sequence[Prompt]],
+    groups: Sequence[Sequence[Prompt]],
     plan: tuple[int, ...] = (TRAJECTORIES,),
     answers: int = 1,
     given: dict[str, tuple[Round, ...]] | None = None,
 ) -> list[PacoreResult]:
     """Answers groups of problems, one group after another."""
-    found: dict[str, PacoreResult] = {}
-    settings = Settings(who.model, plan, answers=answers)
+    results: dict[str, PacoreResult] = {}
+    settings = Settings(target.model, plan, answers=answers)
 
-    def finished(problem: Prompt, thought: PacoreResult | str) -> None:
-        if isinstance(thought, str):
-            raise RuntimeError(f"problem {problem.id} has no answer: {thought}")
-        found[problem.id] = thought
+    def on_finished(problem: Prompt, result: PacoreResult | str) -> None:
+        if isinstance(result, str):
+            raise RuntimeError(f"problem {problem.id} has no answer: {result}")
+        results[problem.id] = result
 
     async def work() -> None:
-        async with who.client(url, FIELDS) as client:
-            for group in asked:
+        async with target.client(url, FIELDS) as client:
+            for group in groups:
                 synthesis = SynthesisPrompt(SCALE / "pacore.jinja")
-                await generate(group, settings, client, synthesis, finished, first_rounds=given or {})
+                await generate(group, settings, client, synthesis, on_finished, first_rounds=given or {})
 
     asyncio.run(work())
-    return [found[problem.id] for group in asked for problem in group]
-
-
-def tokens(found: Sequence[PacoreResult]) -> list[float]:
-    return [float(one.tokens) for one in found]
+    return [results[problem.id] for group in groups for problem in group]
 
 
 @benchmark("inference/parallel")
@@ -75,15 +71,16 @@ def parallel() -> Result:
     Both sides sample the 16 trajectories of a problem at the same time. max_abs_diff is the largest difference of a
     problem's token counts: 0 if both sides sampled the same tokens. The last digits of a probability can change them.
     """
-    who, rows = serving(), problems()
+    target, rows = serving(), problems()
     counted: dict[str, list[float]] = {}
 
     def side(name: str, url: str) -> float:
         start = time.perf_counter()
-        counted[name] = tokens(answer_all(who, url, [rows] if name == "ours" else [[row] for row in rows]))
+        results = answer_all(target, url, [rows] if name == "ours" else [[row] for row in rows])
+        counted[name] = [float(result.tokens) for result in results]
         return time.perf_counter() - start
 
-    with who.serve() as url:
+    with target.serve() as url:
         side("ours", url)  # warm up
         ours_s, other_s = interleaved(lambda: side("ours", url), lambda: side("other", url), REPEATS)
     more = {"goal": "ratio at least 3", "problems": len(rows), "tokens": sum(counted["ours"])}
@@ -102,11 +99,11 @@ def prefix_cache() -> Result:
     cached, plain = serving(), serving({"no-enable-prefix-caching": True})
     rates: list[float] = []
 
-    def side(who: ModelTarget, name: str, url: str) -> float:
+    def side(target: ModelTarget, name: str, url: str) -> float:
         # Every repeat has new questions, which are not in the cache yet.
-        asked = [replace(row, messages=_numbered(row, f"{name} {len(rates)}")) for row in rows]
+        numbered = [replace(row, messages=_numbered(row, f"{name} {len(rates)}")) for row in rows]
         before, start = _cache(url), time.perf_counter()
-        answer_all(who, url, [asked], answers=0)
+        answer_all(target, url, [numbered], answers=0)
         took = time.perf_counter() - start
         if name == "ours":
             wanted, hit = (after - was for after, was in zip(_cache(url), before, strict=True))
@@ -150,17 +147,17 @@ def ngram() -> Result:
     plain, speculating = serving(), serving({"speculative-config": json.dumps(SPECULATION)})
     counted: dict[str, list[float]] = {}
 
-    def side(who: ModelTarget, name: str, url: str, given: dict[str, tuple[Round, ...]]) -> float:
+    def side(target: ModelTarget, name: str, url: str, given: dict[str, tuple[Round, ...]]) -> float:
         start = time.perf_counter()
-        found = answer_all(who, url, [rows], (), SYNTHESES, given)
-        counted[name] = [float(r.tokens) for one in found for r in one.rounds[-1].replies]
+        results = answer_all(target, url, [rows], (), SYNTHESES, given)
+        counted[name] = [float(reply.tokens) for result in results for reply in result.rounds[-1].replies]
         return time.perf_counter() - start
 
     with speculating.serve() as ours, plain.serve() as other:
         first = answer_all(plain, other, [rows], answers=0)
-        given = {row.id: one.rounds for row, one in zip(rows, first, strict=True)}
-        for name, who, url in (("ours", speculating, ours), ("other", plain, other)):
-            side(who, name, url, given)  # warm up
+        given = {row.id: result.rounds for row, result in zip(rows, first, strict=True)}
+        for name, target, url in (("ours", speculating, ours), ("other", plain, other)):
+            side(target, name, url, given)  # warm up
         ours_s, other_s = interleaved(
             lambda: side(speculating, "ours", ours, given), lambda: side(plain, "other", other, given), REPEATS
         )

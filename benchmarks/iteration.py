@@ -81,7 +81,7 @@ def trl() -> Result:
             return median(found[WARM_UP:], "total")
 
         interleaved(lambda: side("ours"), lambda: side("other"), RUNS)
-        trl_version = (folder / "trl_version").read_text()
+        trl_version = json.loads((folder / "trl.json").read_text())["version"]
     ours_s, other_s = (median(seconds[which], "total") for which in ("ours", "other"))
     more = {
         "goal": "more than 1",
@@ -186,7 +186,6 @@ def other(folder: Path) -> tuple[list[dict[str, float]], float]:
     """Returns the total seconds of each iteration of TRL, and the mean response length."""
     start("benchmarks._trl_side", str(folder), TORCHINDUCTOR_CACHE_DIR=str(folder / "compiled"))
     found = json.loads((folder / "trl.json").read_text())
-    (folder / "trl_version").write_text(found["version"])
     return [{"total": one} for one in found["seconds"]], statistics.fmean(found["lengths"])
 
 

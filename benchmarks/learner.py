@@ -6,7 +6,6 @@ processes all rows of a minibatch, without an optimizer step. Its registration i
 tests/benchmarks/test_harness.py.
 """
 
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
+from benchmarks.harness import CORES, Result, benchmark, interleaved, max_abs_diff
 from rl.algorithm.losses import MinibatchSize, policy_gradient_loss
 from rl.learner.batch import Group
 from rl.learner.packing import PackedRow, pack
@@ -30,7 +29,6 @@ from rl.model.logprobs import token_logprobs
 from rl.model.packed import PolicyModel, pairs_per_token
 from rl.model.text import TextModel
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 BUDGET = 8192  # tokens in one forward pass
 SPREAD = 0.5  # standard deviation of the logarithm of a response's length
 GOAL, SEQUENCE_GOAL = 0.8, 1.25
@@ -72,6 +70,7 @@ class Work:
 
     groups: list[Group]
     advantages: list[Tensor]  # per row of the batch, [response length]
+    repeats: int  # timed steps of each side
     model: PolicyModel
     config: PretrainedConfig
 
@@ -82,6 +81,10 @@ class Work:
     def rollouts(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Returns (prompt, response) of every row, in order."""
         return [(group.prompt_ids, response) for group in self.groups for response in group.responses]
+
+    def lengths(self) -> list[int]:
+        """Returns the tokens of every row, prompt and response."""
+        return [len(prompt) + len(response) for prompt, response in self.rollouts()]
 
 
 def lengths(shape: Shape, rng: random.Random) -> list[int]:
@@ -115,7 +118,7 @@ def work(shape: Shape) -> Work:
     advantages = [torch.tensor([rng.gauss(0, 1) for _ in response]) for group in groups for response in group.responses]
     model = hf_folder.load(model_folder().name)
     assert isinstance(model, TextModel)
-    return Work(groups, advantages, PolicyModel(model.model, model.lm_head), model.config)
+    return Work(groups, advantages, shape.repeats, PolicyModel(model.model, model.lm_head), model.config)
 
 
 @dataclass(eq=False)
@@ -165,11 +168,6 @@ def packed(made: Work, rows: Sequence[PackedRow]) -> Side:
     return side(made, step)
 
 
-def shared(made: Work) -> list[PackedRow]:
-    """Packs rows as the learner does, each prompt once."""
-    return pack(made.groups, BUDGET, None)
-
-
 def unshared(made: Work) -> list[PackedRow]:
     """Packs each rollout with its own prompt as one causal sequence, without padding."""
     singles = [
@@ -184,7 +182,7 @@ def unshared(made: Work) -> list[PackedRow]:
 def padded(made: Work) -> Side:
     """Returns the Side of padded batches: as many whole rollouts at a time as the budget allows, transformers' SDPA."""
     rollouts = made.rollouts()
-    longest = max(len(prompt) + len(response) for prompt, response in rollouts)
+    longest = max(made.lengths())
     trunk, head = made.model.model, made.model.lm_head
     batches = [range(i, min(i + BUDGET // longest, len(rollouts))) for i in range(0, len(rollouts), BUDGET // longest)]
 
@@ -236,85 +234,54 @@ def cost(made: Work, tokens: int, pairs: int) -> float:
     return tokens + pairs / pairs_per_token(made.config) + made.size.tokens * head
 
 
-def shared_cost(made: Work) -> float:
-    """Returns the cost with each prompt computed once per group."""
-    return cost(made, sum(g.tokens for g in made.groups), sum(g.pairs for g in made.groups))
+def compare(made: Work, other: Side, sequences: Sequence[int]) -> Result:
+    """Times shared prompts and another side in turns, and compares their logprobs and gradients.
 
-
-def sequences_cost(made: Work, totals: Sequence[int]) -> float:
-    """Returns the cost of causal sequences of these lengths."""
-    return cost(made, sum(totals), sum(n * (n + 1) // 2 for n in totals))
-
-
-def compare(made: Work, ours: Side, other: Side, ceiling: float, repeats: int) -> Result:
-    """Times both sides in turns and compares their logprobs and gradients."""
+    `sequences` are the lengths of the causal sequences that the other side computes: the ceiling of the ratio is their
+    cost over that of each prompt once per group.
+    """
+    ours = packed(made, pack(made.groups, BUDGET, None))
     ours()  # also a warm-up
     gradients = ours.gradients()
     other()
     gradient_diff = max(float((x - gradients[name]).abs().max()) for name, x in other.gradients().items())
-    ours_s, other_s = interleaved(ours, other, repeats)
+    ours_s, other_s = interleaved(ours, other, made.repeats)
     difference = max(max_abs_diff(a.tolist(), b.tolist()) for a, b in zip(ours.logprobs, other.logprobs, strict=True))
     ratio = other_s / ours_s
-    return Result(
-        ours_s,
-        other_s,
-        ratio,
-        ceiling,
-        difference,
-        {
-            "of_ceiling": ratio / ceiling,
-            "goal": f"of_ceiling at least {GOAL}",
-            "cores": CORES,
-            "max_abs_gradient_diff": gradient_diff,
-        },
-    )
+    others_cost = cost(made, sum(sequences), sum(n * (n + 1) // 2 for n in sequences))
+    ceiling = others_cost / cost(made, sum(g.tokens for g in made.groups), sum(g.pairs for g in made.groups))
+    more = {"of_ceiling": ratio / ceiling, "goal": f"of_ceiling at least {GOAL}", "cores": CORES}
+    return Result(ours_s, other_s, ratio, ceiling, difference, more | {"max_abs_gradient_diff": gradient_diff})
 
 
-def against_packed(name: str) -> Result:
+def against_packed(made: Work) -> Result:
     """Shared prompts against one rollout per row, both with our packing."""
-    shape = SHAPES[name]
-    made = work(shape)
-    rows = shared(made)
-    ours, other = packed(made, rows), packed(made, unshared(made))
-    totals = [len(prompt) + len(response) for prompt, response in made.rollouts()]
-    found = compare(made, ours, other, sequences_cost(made, totals) / shared_cost(made), shape.repeats)
+    found = compare(made, packed(made, unshared(made)), made.lengths())
+    rows = pack(made.groups, BUDGET, None)
     plain = sequence(made, sum(len(row.token_ids) for row in rows))
     plain()
-    ours_s, plain_s = interleaved(ours, plain, shape.repeats)
+    ours_s, plain_s = interleaved(packed(made, rows), plain, made.repeats)
     more = {"sequence_s": plain_s, "over_sequence": ours_s / plain_s, "sequence_goal": f"at most {SEQUENCE_GOAL}"}
     return replace(found, more={**found.more, **more})
 
 
-def against_padded(name: str) -> Result:
+def against_padded(made: Work) -> Result:
     """Shared prompts against rollouts padded to the longest of the minibatch."""
-    made = work(SHAPES[name])
-    totals = [len(prompt) + len(response) for prompt, response in made.rollouts()]
-    ceiling = sequences_cost(made, [max(totals)] * len(totals)) / shared_cost(made)
-    return compare(made, packed(made, shared(made)), padded(made), ceiling, SHAPES[name].repeats)
+    return compare(made, padded(made), [max(made.lengths())] * len(made.advantages))
 
 
-def against_verl(name: str) -> Result:
+def against_verl(made: Work) -> Result:
     """Shared prompts against verl's FSDP2 engine with its fastest split for this minibatch.
 
     The ceiling is that of one rollout per row: verl does not share prompts, and packs or pads, whichever is faster.
     """
     from benchmarks._verl_engine import VerlEngine, verl_batch
 
-    made = work(SHAPES[name])
-    rollouts = made.rollouts()
-    prompts, responses = zip(*rollouts, strict=True)
+    prompts, responses = zip(*made.rollouts(), strict=True)
     batch = verl_batch(prompts, responses, [gains.tolist() for gains in made.advantages])
     engine = VerlEngine(Path(model_folder().name), BUDGET)
     engine.tune(batch)
-
-    def step() -> list[Tensor]:
-        engine.step(batch)
-        return [torch.tensor(row) for row in engine.logprobs()]
-
-    totals = [len(prompt) + len(response) for prompt, response in rollouts]
-    ceiling = sequences_cost(made, totals) / shared_cost(made)
-    ours = packed(made, shared(made))
-    found = compare(made, ours, Side(step, engine.gradients), ceiling, SHAPES[name].repeats)
+    found = compare(made, Side(lambda: engine.step(batch), engine.gradients), made.lengths())
     return replace(found, more={**found.more, "verl_split": str(engine.split)})
 
 
@@ -330,7 +297,7 @@ def register(shape: str, prefix: str) -> None:
     run, other = AGAINST[prefix]
 
     def entry() -> Result:
-        return run(shape)
+        return run(work(SHAPES[shape]))
 
     entry.__doc__ = f"{SHAPES[shape].why}, against {other}."
     benchmark(f"learner/{prefix}{shape}")(entry)

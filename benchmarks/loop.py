@@ -8,7 +8,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -47,23 +47,23 @@ def sync() -> Result:
 
 
 class Emulated:
-    """A sampler that waits a given time and returns random responses; the check after a weight sync returns at once."""
+    """A sampler that waits a given time and returns random responses of 60 tokens to prompts of 150; the check after a
+    weight sync returns at once."""
 
-    def __init__(self, seconds: Callable[[], float], prompt: int, response: int, vocabulary: int) -> None:
-        self.seconds, self.policy_step = seconds, 0
-        self.prompt, self.response, self.vocabulary = prompt, response, vocabulary
+    def __init__(self, seconds: float, vocabulary: int) -> None:
+        self.seconds, self.vocabulary, self.policy_step = seconds, vocabulary, 0
 
     def sample(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> Iterator[tuple[int, Rollout]]:
         rng = random.Random(iteration)
         made = []
         for prompt in prompts:
-            ids = tuple(rng.randrange(self.vocabulary) for _ in range(self.prompt))
+            ids = tuple(rng.randrange(self.vocabulary) for _ in range(150))
             for _ in range(per_prompt):
-                response = tuple(rng.randrange(self.vocabulary) for _ in range(self.response))
+                response = tuple(rng.randrange(self.vocabulary) for _ in range(60))
                 # logprobs of a uniform policy, which are close to those of random weights
-                logprobs = (-math.log(self.vocabulary),) * self.response
+                logprobs = (-math.log(self.vocabulary),) * len(response)
                 made.append(Rollout(prompt, "", "stop", ids, response, logprobs, self.policy_step))
-        time.sleep(self.seconds())
+        time.sleep(self.seconds)
         yield from enumerate(made)
 
     def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]:
@@ -136,7 +136,7 @@ def one_step_off() -> Result:
     def per_iteration(staleness: int) -> float:
         options = recipe.rollout.model_copy(update={"max_staleness": staleness})
         config = recipe.model_copy(update={"rollout": options})
-        sampler = Emulated(lambda: pause, prompt=150, response=60, vocabulary=SIZES["vocab_size"])
+        sampler = Emulated(pause, SIZES["vocab_size"])
         stage = STAGES["rlvr"](cast(Any, None))  # RLVR uses no tools
         services = Services(config, sampler, Rewards(), *clients, FeatureStore([], 1), stage)
         state, start = LoopState(), 0.0

@@ -6,6 +6,7 @@ Tested in tests/benchmarks/test_harness.py.
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -17,14 +18,13 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
+from benchmarks.harness import CORES, Result, benchmark, interleaved, max_abs_diff
 from rewards.running.runner import RewardRunner
 from rl.config import RewardSpec
 from rl.types import Prompt, Rollout, Scored
 
 SAMPLES, ANSWERS = 64, 2000
 TIMEOUT_S = 6.0
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 PLUGIN = '''
 import time
@@ -160,18 +160,14 @@ def mathematics() -> Result:
 def fresh(side: str) -> tuple[float, float, list[float]]:
     """Runs one side in a new process; returns CPU seconds, wall-clock seconds and scores."""
     start = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.rewards", side]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}  # like the workers, because sympy iterates over sets
-    process = subprocess.Popen(
-        command, cwd=Path(__file__).parent.parent, env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout
-    output = process.stdout.read()
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{side} ended with exit code {process.returncode}")
-    return used.ru_utime + used.ru_stime, time.monotonic() - start, json.loads(output)
+    command = [sys.executable, "-m", "benchmarks.rewards", side]
+    root = Path(__file__).parent.parent
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, check=True)
+    wall_s, used = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    return cpu_s, wall_s, json.loads(done.stdout)
 
 
 def ours(pairs: Sequence[tuple[str, str]]) -> list[float]:

@@ -7,6 +7,9 @@ Tested in tests/rewards/test_language_consistency.py.
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
 
 from rewards.prose import RANGES, UNSPACED, Run, plain, script_runs, without_code_and_quotations
 
@@ -24,69 +27,8 @@ TELLING = 20  # weight of prose (about one per Latin letter) below which no lang
 SURE, UNLIKELY = 0.9, 0.05  # a piece is in another language if its confidence is SURE and the main one's UNLIKELY
 TERM_WORDS = 3  # a Latin run of at most this many words inside another script is a name, an acronym or a term
 
-_SCRIPT_OF = {
-    **dict.fromkeys(["ru", "uk", "be", "bg", "mk", "kk", "mn"], "Cyrillic"),
-    **dict.fromkeys(["ar", "fa", "ur"], "Arabic"),
-    **dict.fromkeys(["hi", "mr"], "Devanagari"),
-    **{"zh": "Han", "ja": "Kana", "ko": "Hangul", "th": "Thai", "el": "Greek", "he": "Hebrew", "hy": "Armenian"},
-    **{"ka": "Georgian", "bn": "Bengali", "pa": "Gurmukhi", "gu": "Gujarati", "ta": "Tamil", "te": "Telugu"},
-}  # any other language: Latin
-
-# Names of languages, by which a question may ask for one: its English name, its own, the Chinese and Japanese ones, and
-# for English the names in the languages that most often ask for it.
-_NAMES = {
-    "en": "english englisch englische englischen anglais inglés inglês inglese engels engelska angielski ingilizce "
-    "английск англійськ 英文 英语 英語 영어 الإنجليزية انگلیسی अंग्रेज़ी अंग्रेजी tiếng_anh inggris ภาษาอังกฤษ",
-    "zh": "chinese mandarin 中文 汉语 漢語 中国語 普通话 华语 中国话 китайск chinois chino chinesisch 중국어",
-    "ja": "japanese 日本語 日语 日文 日語 японск japonais japonés japanisch 일본어",
-    "ko": "korean 한국어 한국말 韩语 韩文 韓語 韓国語 корейск coréen coreano koreanisch",
-    "fr": "french français française 法语 法文 法語 フランス語 французск francés französisch 프랑스어",
-    "de": "german deutsch deutsche 德语 德文 德語 ドイツ語 немецк allemand alemán 독일어",
-    "es": "spanish español castellano 西班牙语 西班牙文 スペイン語 испанск espagnol spanisch 스페인어",
-    "pt": "portuguese português 葡萄牙语 葡萄牙文 ポルトガル語 португальск portugais",
-    "it": "italian italiano 意大利语 意大利文 イタリア語 итальянск italien italienisch",
-    "nl": "dutch nederlands 荷兰语 オランダ語 нидерландск niederländisch néerlandais",
-    "pl": "polish polski polsku 波兰语 ポーランド語 польск polnisch polonais",
-    "ru": "russian русск 俄语 俄文 俄語 ロシア語 russe ruso russisch",
-    "uk": "ukrainian українськ 乌克兰语 украинск",
-    "tr": "turkish türkçe 土耳其语 トルコ語 турецк",
-    "ar": "arabic العربية 阿拉伯语 アラビア語 арабск arabe árabe arabisch",
-    "fa": "persian farsi فارسی 波斯语 персидск",
-    "hi": "hindi हिन्दी हिंदी 印地语",
-    "vi": "vietnamese tiếng_việt 越南语 越南文 베트남어",
-    "id": "indonesian indonesia 印尼语 印度尼西亚语",
-    "th": "thai ภาษาไทย 泰语 泰文",
-    "sv": "swedish svenska 瑞典语",
-    "cs": "czech čeština česky 捷克语",
-    "he": "hebrew עברית 希伯来语",
-    "el": "greek ελληνικά 希腊语",
-    "ro": "romanian română 罗马尼亚语",
-    "hu": "hungarian magyar magyarul 匈牙利语",
-    "fi": "finnish suomi suomeksi 芬兰语",
-    "da": "danish dansk 丹麦语",
-}
-
-# The most frequent words of a language. The identifier's small models know only letters, and identify "the longest side
-# is the hypotenuse" as French; each of these words makes its language COMMON times likelier, at most MAX_COMMON words.
-_COMMON = {
-    "en": "the of is and to that we are this it by with from for so which be in",
-    "fr": "le la les des est et une un dans que qui pour du on donc sur par avec ce nous",
-    "de": "der die das und ist den dem ein eine nicht mit von auf für wir also zu wird dann im",
-    "es": "el la los las es y una un en que por del para con se como entonces su al son",
-    "pt": "o os as é e uma um em que por do da para com se como então não na no são",
-    "it": "il lo gli è e una un di che per del della con si come quindi sono nel i",
-    "nl": "de het een en is van dat op voor met zijn niet dus wij we te door ook dan",
-    "pl": "jest i w na się z że to nie do są więc przez dla jak oraz od ma",
-    "tr": "ve bir bu için ile olarak olan ise değil çok o da de dir",
-    "vi": "là và của các một có cho trong được với không này khi ta bằng",
-    "id": "yang dan di ini itu dari adalah dengan untuk pada ke kita jadi tidak sama",
-    "sv": "och är det en ett att som på för med av den inte så vi till har",
-    "cs": "je a v na se že to s z pro jsou tedy není do jako od by",
-    "ro": "este și în o un pe la cu din că de sunt pentru deci nu se",
-    "hu": "a az és egy hogy nem is van ez tehát meg azt ha ezért",
-    "fi": "on ja se ei että joten joka ovat niin kun siis sen tämä",
-    "da": "og er det en et at som på for med af den ikke så vi til har",
-}
+_KNOWN: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+# Each common word in a piece makes its language COMMON times likelier, at most MAX_COMMON words.
 COMMON, MAX_COMMON = 4.0, 6
 
 
@@ -121,9 +63,10 @@ class Identifier:
         self.languages, self.accurate = list(dict.fromkeys(code.lower() for code in languages)), accurate
         self.of_script: dict[str, list[str]] = {}
         for code in self.languages:
-            self.of_script.setdefault(_SCRIPT_OF.get(code, "Latin"), []).append(code)
-        self.common = {code: frozenset(words.split()) for code, words in _COMMON.items()}
-        self.names = {code: _pattern(_NAMES[code]) for code in self.languages if code in _NAMES}
+            self.of_script.setdefault(_script(code), []).append(code)
+        self.common = {code: frozenset(known.get("common", "").split()) for code, known in _KNOWN.items()}
+        named = [code for code in self.languages if "names" in _KNOWN.get(code, {})]
+        self.names = {code: _pattern(_KNOWN[code]["names"]) for code in named}
 
     def load(self) -> None:
         """Loads the models. Raises ValueError for unknown codes."""
@@ -197,7 +140,7 @@ class Identifier:
         for one in self.detector.compute_language_confidence_values(text):
             code = one.language.iso_code_639_1.name.lower()
             if code in candidates and one.value > 0:
-                common = min(MAX_COMMON, sum(word in self.common[code] for word in words)) if code in self.common else 0
+                common = min(MAX_COMMON, sum(word in self.common.get(code, ()) for word in words))
                 label = self.nearest(code)
                 found[label] = found.get(label, 0.0) + one.value * COMMON**common
         total = sum(found.values())
@@ -243,7 +186,7 @@ def _chunks(runs: Sequence[Run]) -> list[tuple[str, float]]:
 
 
 def _script(label: str) -> str:
-    return label.removesuffix(" script") if label.endswith(" script") else _SCRIPT_OF.get(label, "Latin")
+    return label.removesuffix(" script") if label.endswith(" script") else _KNOWN.get(label, {}).get("script", "Latin")
 
 
 def _pattern(names: str) -> re.Pattern[str]:

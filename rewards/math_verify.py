@@ -178,7 +178,7 @@ class MathVerify:
     def setup(self) -> None:
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
         self._truth = lru_cache(maxsize=256)(self._read_truth)
-        self._verify(self._formula("1"), self._formula("1"))  # the first call builds grammars
+        self._verify(self._parse("\\boxed{1}"), self._parse("\\boxed{1}"))  # the first call builds grammars
 
     def __call__(self, rollout: Rollout) -> Score:
         ground_truth, row = rollout.prompt.ground_truth, rollout.prompt.id
@@ -253,9 +253,6 @@ class MathVerify:
         if (ours := _based(truth.text)) and (theirs := _based(text)):
             return ours == theirs
         return self._verify(value, found)
-
-    def _formula(self, latex: str) -> list[Any]:
-        return self._parse(f"\\boxed{{{latex}}}")
 
     def _parse(self, text: str) -> list[Any]:
         """Sympy expressions found in `text`, and the text of the first; [] if there is no mathematics."""

@@ -320,7 +320,7 @@ def node_address() -> str:
     return ray.util.get_node_ip_address()
 
 
-def alone() -> bool:
+def is_local_cluster() -> bool:
     """True if `cluster` started the cluster, on this machine only."""
     return not os.environ.get("RAY_ADDRESS")
 

@@ -19,9 +19,7 @@ from rl.exits import DONE, InputError, run_command
 from rl.recipe.layers import find_recipe
 from rl.recipe.resolve import load
 from rollout.pacore.target import add_target_options, target_of
-from stages.evaluation.measure import Questions, measure
-
-MODES = ("sere", "majority", "pacore")
+from stages.evaluation.measure import MODES, Questions, measure
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--attempts", type=int, default=16, metavar="K", help="chains of thought per row (default: 16)")
     p.add_argument("--syntheses", type=int, default=1, metavar="N", help="PaCoRe syntheses per row (default: 1)")
     p.add_argument("--limit", type=int, help="number of rows of each task, from the first on (default: all)")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
     p.add_argument("--cache", type=Path, help="JSONL that stores the model's responses; an existing file is continued")
     p.add_argument("--trajectories", type=Path, metavar="FILE", help="cache of another evaluation, or OUT of "
                    "rollout.generate: its first round is used instead of sampling one")  # fmt: skip

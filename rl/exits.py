@@ -5,7 +5,8 @@ Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 130 interrupted after
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rl.interrupt import Interrupted
@@ -24,6 +25,15 @@ NO_GPU = (
 
 class InputError(ValueError):
     """The user's input is wrong. The command prints the message and no traceback."""
+
+
+@contextmanager
+def as_input_error() -> Iterator[None]:
+    """Turns a ValueError or an OSError in the block, such as a file that cannot be read, into an InputError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
 
 
 def run_command(

@@ -7,27 +7,21 @@ Tested in tests/runs/test_run.py.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
 
-from rl.exits import DONE, INTERRUPTED, NO_GPU, InputError, check_hardware, has_gpus, run_command
+from rl.exits import DONE, INTERRUPTED, NO_GPU, InputError, as_input_error, check_hardware, has_gpus, run_command
 from rl.recipe.chain import LINK, Chain, is_chain, load_chain
 from rl.recipe.layers import find_recipe
 from rl.recipe.resolve import Change, MissingOption, Resolved, describe, differences, load
-
-if TYPE_CHECKING:
-    from stages.plan import Plan
-
-T = TypeVar("T")
 
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     p = argparse.ArgumentParser(prog="python -m rl.run", description="RL post-training: run a recipe, or resume a run.")
     p.add_argument("recipe", nargs="?", help="a shipped recipe's name, e.g. rlvr, or a YAML file")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. ppo.policy_lr=1e-6")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="options of the recipe, e.g. ppo.policy_lr=1e-6")
     p.add_argument("--profile", help="scale of the run: a name in recipes/profiles (cpu), or a YAML file")
     p.add_argument("--output", type=Path, help="new run folder (default: runs/<recipe>-<time>)")
     p.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue a run from its newest checkpoint")
@@ -47,36 +41,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace) -> int:
     if args.allow and not args.resume:
         raise InputError("--allow is for --resume: a new run may have any value")
-    if args.resume:
-        if is_chain(_saved_recipe(args)):
-            return _run_chain(_resumed_chain(args), args)
-        resolved = _resumed(args)
-    elif args.recipe is None or "=" in args.recipe:
+    loaded = _resumed(args) if args.resume else _new(args)
+    return _run_chain(loaded, args) if isinstance(loaded, Chain) else _run_stage(loaded, args)
+
+
+def _new(args: argparse.Namespace) -> Resolved | Chain:
+    """Returns the recipe of the command line, with profile and overrides."""
+    if args.recipe is None or "=" in args.recipe:
         raise InputError("name a recipe, e.g. python -m rl.run rlvr --profile cpu")
-    elif is_chain(find_recipe(args.recipe)):
-        return _run_chain(_fresh(args, _new_chain), args)
-    else:
-        resolved = _fresh(args, _new)
-    check_hardware(resolved.config, dry_run=args.dry_run)
-    plan = _checked_plan(resolved, begun=args.resume is not None)
-    if args.dry_run:
-        print(describe(resolved, lambda section: section != "curate"), *plan.lines(), sep="\n")
-        return DONE
-    return _start(resolved, plan, args)
-
-
-def _new(args: argparse.Namespace) -> Resolved:
-    return load(find_recipe(args.recipe), profile=args.profile, overrides=args.overrides, stage=args.stage)
-
-
-def _new_chain(args: argparse.Namespace) -> Chain:
-    recipe, folder = find_recipe(args.recipe), _output(args).resolve()
-    return load_chain(recipe, folder, profile=args.profile, overrides=args.overrides, first=args.stage)
-
-
-def _fresh(args: argparse.Namespace, read: Callable[[argparse.Namespace], T]) -> T:
+    recipe, layers = find_recipe(args.recipe), {"profile": args.profile, "overrides": args.overrides}
     try:
-        return read(args)
+        if is_chain(recipe):
+            return load_chain(recipe, _output(args).resolve(), first=args.stage, **layers)
+        return load(recipe, stage=args.stage, **layers)
     except MissingOption as missing:
         if args.profile is None and not has_gpus():
             raise InputError(f"{NO_GPU.format(recipe=args.recipe)}\nThen: {missing}") from missing
@@ -100,19 +77,21 @@ def _overrides(args: argparse.Namespace) -> list[str]:
     return [text for text in (args.recipe, *args.overrides) if text]
 
 
-def _resumed(args: argparse.Namespace) -> Resolved:
+def _resumed(args: argparse.Namespace) -> Resolved | Chain:
     """Returns the run's own recipe with the overrides. Raises InputError for overrides that are not allowed."""
     recipe = _saved_recipe(args)
+    if is_chain(recipe):
+        return _resumed_chain(recipe, args)
     saved, wanted = load(recipe), load(recipe, overrides=_overrides(args))
     _check_changes(differences(saved.config, wanted.config), MAY_CHANGE, args.allow)
     return wanted
 
 
-def _resumed_chain(args: argparse.Namespace) -> Chain:
+def _resumed_chain(recipe: Path, args: argparse.Namespace) -> Chain:
     """Like `_resumed`, for a chain. The iterations of a stage cannot change after the next stage has begun."""
     from rl.record.run_folder import RunFolder
 
-    recipe, folder = _saved_recipe(args), args.resume.resolve()
+    folder = args.resume.resolve()
     saved = load_chain(recipe, folder, begun=True)
     wanted = load_chain(recipe, folder, overrides=_overrides(args), begun=True)
     changes, may_change = [], set()
@@ -167,24 +146,13 @@ MAY_CHANGE = frozenset(
 )  # options that change no weight
 
 
-def _checked_plan(resolved: Resolved, *, begun: bool) -> "Plan":
-    from stages.plan import make_plan
-
-    try:
-        return make_plan(resolved.config, begun=begun)
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from error
-
-
 def _run_chain(chain: Chain, args: argparse.Namespace) -> int:
     from stages import pipeline
 
     for step in chain.steps:
         check_hardware(step.resolved.config, dry_run=args.dry_run)
-    try:
+    with as_input_error():
         lines = pipeline.check(chain)
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from error
     if args.dry_run:
         values = [f"--- {step.name}\n{describe(step.resolved)}" for step in chain.steps]
         print(*values, *lines, sep="\n")
@@ -195,15 +163,21 @@ def _run_chain(chain: Chain, args: argparse.Namespace) -> int:
     return DONE if finished else INTERRUPTED
 
 
-def _start(resolved: Resolved, plan: "Plan", args: argparse.Namespace) -> int:
+def _run_stage(resolved: Resolved, args: argparse.Namespace) -> int:
     from rl.record.display import Display
     from rl.record.run_folder import RunFolder
-    from stages.train import train
+    from stages.plan import make_plan
 
-    try:
+    check_hardware(resolved.config, dry_run=args.dry_run)
+    with as_input_error():
+        plan = make_plan(resolved.config, begun=args.resume is not None)
+    if args.dry_run:
+        print(describe(resolved, lambda section: section != "curate"), *plan.lines(), sep="\n")
+        return DONE
+    from stages.train import train  # imports Ray
+
+    with as_input_error():
         folder = RunFolder.resume(args.resume) if args.resume else RunFolder.create(_output(args), resolved.yaml())
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from error
     if args.resume:
         folder.write_recipe(resolved.yaml())
     with Display(resolved.config) as display:

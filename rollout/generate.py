@@ -22,7 +22,6 @@ from jinja2 import TemplateError
 from rl.config import Source
 from rl.exits import DONE, FAILED, run_command
 from rl.types import Prompt
-from rollout.data.errors import RowError
 from rollout.data.rows import read
 from rollout.pacore.client import RequestRefused
 from rollout.pacore.prompt import Chat, SynthesisPrompt
@@ -249,10 +248,7 @@ def parse_record(record: Mapping[str, Any]) -> PacoreResult:
 def read_problems(path: str, limit: int | None = None) -> list[Prompt]:
     """Reads the rows of IN. Every source that data.train accepts is possible, and rows need no task. Raises RowError,
     ValueError."""
-    rows = read([Source(path=path, task="problem", limit=limit)])
-    if rows.bad:
-        raise RowError(rows.bad)
-    return list(rows.prompts)
+    return list(read([Source(path=path, task="problem", limit=limit)]).checked().prompts)
 
 
 def parser() -> argparse.ArgumentParser:

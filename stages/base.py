@@ -41,6 +41,9 @@ class Stage:
     """Default values of options: at least the four sizes and the minibatches."""
     own_options: ClassVar[tuple[str, ...]] = ()
     """Options of this stage only; other stages refuse them."""
+    own_metrics: ClassVar[Mapping[str, str]] = {}
+    """Metrics that only this stage has, by name, each with a sentence. Stages of this project have theirs in
+    rl/record/metrics.yaml."""
     selection: ClassVar[str] = ""
     """The rule of `selects`, as the end of the sentence "none of the rows ..."."""
     comparable_evaluation: ClassVar[bool] = True

@@ -8,7 +8,7 @@ from contextlib import suppress
 from urllib.parse import urlsplit
 
 from rewards.running.runner import RewardRunner
-from rl.actors import RemoteObject, alone, place
+from rl.actors import RemoteObject, is_local_cluster, place
 from rl.config import Config
 from rl.stop import GO_ON, Stop, WorkerDied
 from rollout.vllm.server import Server
@@ -91,7 +91,7 @@ class Judges:
         return place(
             Server,
             judge.model,
-            host=known.hostname or ("127.0.0.1" if alone() else None),
+            host=known.hostname or ("127.0.0.1" if is_local_cluster() else None),
             port=known.port,
             device=self._device,
             options=judge.serve,

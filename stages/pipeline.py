@@ -25,23 +25,22 @@ from rich.console import Console
 from rich.table import Table
 
 from rl.config import Config
-from rl.exits import InputError
+from rl.exits import as_input_error
 from rl.interrupt import Interrupted, Interrupts
 from rl.recipe.chain import LINK, Chain, Step, saved_chain
 from rl.record.checkpoints import publish
-from rl.record.disk import hold, replacing, writing
+from rl.record.disk import hold, write_file
 from rl.record.display import Display, families
 from rl.record.run_folder import RunFolder, make_run_folder
 from rl.stop import GO_ON, Stop, WorkerDied
 from rollout.pacore.target import ModelTarget
 from stages import stage_class
 from stages.curation.run import checked as checked_curation
-from stages.evaluation.measure import EvaluationReport, Questions, measure
+from stages.evaluation.measure import MODES, EvaluationReport, Questions, measure
 from stages.evaluation.scores import ALL, ResultRow, result_rows
-from stages.plan import Plan, device, make_plan
+from stages.plan import device, make_plan
 from stages.train import train
 
-MODES = ("sere", "majority", "pacore")
 ATTEMPTS = 16
 COMPARED = 4  # answers to each row that a judge compares with the teacher's
 SINGLE_ANSWER = "SeRe pass@1"  # the column of single answers
@@ -70,10 +69,8 @@ def stage_metrics(chain: Chain) -> dict[str, list[dict[str, Any]]]:
 
 def gather_metrics(chain: Chain) -> None:
     """Rewrites the metrics.jsonl of the chain from those of its stages."""
-    target = chain.folder / "metrics.jsonl"
-    with writing(target), replacing(target) as file:
-        for lines in stage_metrics(chain).values():
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+    lines = (line for stage in stage_metrics(chain).values() for line in stage)
+    write_file(chain.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def check(chain: Chain) -> list[str]:
@@ -132,19 +129,13 @@ def _checkable(step: Step, chain: Chain) -> Config:
 @contextmanager
 def _locked(chain: Chain, *, new: bool) -> Iterator[None]:
     """Locks the folder of the chain for this process and writes its recipes. Raises InputError if it cannot."""
-    try:
+    with as_input_error():
         if new:
             make_run_folder(chain.folder)
         held = hold(chain.folder)
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from error
     try:
         for name, text in saved_chain(chain).items():
-            target = chain.folder / name
-            with writing(target):
-                target.parent.mkdir(exist_ok=True)
-                with replacing(target) as file:
-                    file.write(text.encode())
+            write_file(chain.folder / name, text.encode())
         yield
     finally:
         if held is not None:
@@ -185,11 +176,9 @@ def _train(chain: Chain, step: Step, *, verbose: bool) -> bool:
     if (path / "policy").is_dir() and lines and lines[-1]["iteration"] >= resolved.config.iterations:
         print(f"{step.name} is done already: {path}", flush=True)
         return True
-    try:
-        plan: Plan = make_plan(resolved.config, begun=begun)
+    with as_input_error():
+        plan = make_plan(resolved.config, begun=begun)
         folder = StageFolder.resume(path) if begun else StageFolder.create(path, resolved.yaml())
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from error
     folder.chain, folder.resumable = chain, chain.folder
     folder.write_recipe(resolved.yaml())
     shutil.rmtree(path / "policy", ignore_errors=True)  # of a shorter run; a stage with a policy counts as finished
@@ -209,9 +198,7 @@ def _finish(chain: Chain) -> bool:
         table = final_table(chain)
     except (RuntimeError, ValueError, OSError, TemplateError) as error:
         raise Stop(f"all stages are done, but the last evaluation failed: {error}; {GO_ON}", saves=False) from error
-    target = chain.folder / FINAL / "table.json"
-    with writing(target), replacing(target) as file:
-        file.write(json.dumps(table.plain(), indent=2).encode() + b"\n")
+    write_file(chain.folder / FINAL / "table.json", json.dumps(table.plain(), indent=2).encode() + b"\n")
     table.show(Console(width=None if sys.stdout.isatty() else WIDTH))
     return True
 

@@ -22,7 +22,7 @@ from rl.record.disk import readable
 from rl.record.tracking import check_trackers
 from rl.types import Prompt
 from rollout.chat import Chat
-from rollout.data.errors import BadRow, RowError, listing
+from rollout.data.errors import BadRow, listing
 from rollout.data.order import MixedOrder, Order, PromptOrder
 from rollout.data.rows import Rows, read
 from rollout.pacore.prompt import SynthesisPrompt, synthesis_template
@@ -72,7 +72,7 @@ class Plan:
             f"updates    {c.ppo.minibatches} policy and {c.ppo.critic_minibatches} critic steps per iteration",
             f"train      {len(self.train)} rows, {pictures} with pictures; tasks {', '.join(tasks(self.train))}",
             *self._mix(),
-            *(["skipped    " + line.strip() for line in skipped_lines(self.skipped)] if self.skipped else []),
+            *(f"skipped    {line.strip()}" for line in skipped_lines(self.skipped)),
             *self.stage.plan_lines(c, self.left_out),
             f"held out   {len(self.held_out)} rows, evaluated {evals} times",
             f"rewards    {'; '.join(self._reward(task) for task in tasks((*self.train, *self.held_out)))}",
@@ -267,14 +267,13 @@ def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: Reward
         return why or rewards.problem(prompt)
 
     rows = read(sources, columns=data.columns, reserved=chat.reserved, tasks=config.rewards.keys(), problem=problem)
-    if rows.bad and (data.on_bad_row == "stop" or not rows.prompts):
-        raise RowError(rows.bad)
-    return rows
+    return rows.checked(data.on_bad_row)
 
 
 def skipped_lines(bad: Sequence[BadRow]) -> list[str]:
-    """Returns a message of several lines about rows that are left out."""
-    return [f"{len(bad)} row(s) cannot be used and are left out (data.on_bad_row: skip):", *listing(bad)]
+    """Returns a message of several lines about rows that are left out; no lines if there are none."""
+    first = f"{len(bad)} row(s) cannot be used and are left out (data.on_bad_row: skip):"
+    return [first, *listing(bad)] if bad else []
 
 
 def _order(config: Config, rows: Rows) -> Order:

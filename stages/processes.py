@@ -6,12 +6,13 @@ Tested in tests/runs/test_run.py.
 from collections.abc import Callable
 from typing import Any
 
-from rl.actors import RemoteObject, Team, gpus, place, place_team
+from rl.actors import RemoteObject, Team, gpus, merge_streams, place, place_team
 from rl.learner.clients import CriticClient, LearnerClient, PolicyClient
 from rl.learner.critic import Critic
 from rl.learner.options import LearnerOptions
 from rl.learner.policy import Policy
-from rl.stop import GO_ON, Stop
+from rl.stop import GO_ON, Stop, WorkerDied
+from rollout.pool import EnginePool
 from rollout.vllm.client import EngineClient
 from rollout.vllm.engine import Engine
 from stages.judges import Judges
@@ -27,7 +28,7 @@ class Restarts:
     """
 
     def __init__(self, limit: int, say: Callable[[str], None]) -> None:
-        self.limit, self.done, self._say = limit, 0, say
+        self.limit, self.done, self.say = limit, 0, say
 
     def count(self, reason: str) -> None:
         """Counts one more. Raises Stop if the limit is reached."""
@@ -36,43 +37,71 @@ class Restarts:
                 f"{reason}: no more restarts, max_restarts is {self.limit}. Find the cause, then {GO_ON}", saves=False
             )
         self.done += 1
-        self._say(f"{reason} (restart {self.done} of {self.limit})")
+        self.say(f"{reason} (restart {self.done} of {self.limit})")
 
 
 class Samplers:
     """The engines and the judges of a run. They start at once, in parallel; `ready` waits for them.
 
     Args:
+        restarts: counts the engines and judges that are replaced.
         longest: tokens of prompt and response together, at most.
         engines: their number.
     Raises: ValueError if the cluster has too few GPUs.
     """
 
-    def __init__(self, plan: Plan, *, longest: int, engines: int, verbose: bool) -> None:
-        self._plan, self._longest, self._count = plan, longest, engines
+    def __init__(self, plan: Plan, restarts: Restarts, *, longest: int, engines: int, verbose: bool) -> None:
+        self._plan, self._restarts, self._longest, self._count = plan, restarts, longest, engines
         self._verbose, self._device = verbose, device(plan.config)
         self._check_gpus()
         self._gpu_share: dict[str, Any] = {"gpus": 1} if self._device == "cuda" else {}
         self._engines = [self._start_engine() for _ in range(engines)]
-        self.judges = Judges(plan.config, plan.rewards, self._device)
-
-    @property
-    def engines(self) -> list[EngineClient]:
-        return [EngineClient(engine) for engine in self._engines]
+        self._judges = Judges(plan.config, plan.rewards, self._device)
 
     def ready(self) -> None:
         """Waits until all processes are ready, those of the rewards too.
 
         Raises: what a constructor raised; WorkerDied if a process hangs.
         """
-        self.judges.ready()
+        self._judges.ready()
         rewards = self._plan.rewards.start()
         for engine in self._engines:
             engine.ready(self._plan.config.max_start_s)
         rewards.result()
 
-    def replace_engine(self, number: int) -> EngineClient:
-        """Kills an engine and starts another."""
+    def pool(self, replacement: Callable[[int, WorkerDied], EngineClient]) -> EnginePool:
+        """Returns the engines as one sampler.
+
+        Args:
+            replacement: called with the number of an engine that died or hung and the error; returns a new engine.
+        """
+        config = self._plan.config
+        return EnginePool(
+            [EngineClient(engine) for engine in self._engines],
+            merge_streams,
+            self._plan.chat,
+            max_sequence_length=self._longest,
+            temperature=config.rollout.temperature,
+            seed=config.seed,
+            check_tokens=config.rollout.logprob_check_tokens,
+            patience=config.rollout.patience_s,
+            replacement=replacement,
+        )
+
+    def revive_judge(self, endpoint: str) -> None:
+        """Serves a judge again if the run serves it and it has died. Raises Stop after too many restarts."""
+        self._judges.revive(endpoint, self._restarts.count)
+
+    def close(self) -> None:
+        """Ends the judges. An error is only reported, because it must not hide why the work ends."""
+        try:
+            self._judges.close()
+        except RuntimeError as error:
+            self._restarts.say(f"a judge's server did not shut down correctly: {error}")
+
+    def replace_engine(self, number: int, died: WorkerDied) -> EngineClient:
+        """Kills an engine that died or hung, and starts another. Raises Stop after too many restarts."""
+        self._restarts.count(f"engine {number} is replaced: {died}")
         self._engines[number].end()
         self._engines[number] = self._start_engine()
         self._engines[number].ready(self._plan.config.max_start_s)
@@ -115,9 +144,10 @@ class Samplers:
 class Processes(Samplers):
     """The processes of a training run: also policy and critic."""
 
-    def __init__(self, plan: Plan, *, verbose: bool) -> None:
+    def __init__(self, plan: Plan, restarts: Restarts, *, verbose: bool) -> None:
         config = plan.config
-        super().__init__(plan, longest=config.max_sequence_length, engines=config.rollout.workers, verbose=verbose)
+        longest, engines = config.max_sequence_length, config.rollout.workers
+        super().__init__(plan, restarts, longest=longest, engines=engines, verbose=verbose)
         threads = {"OMP_NUM_THREADS": str(config.learner.threads)} if config.learner.threads else {}
         arguments = str(plan.model), LearnerOptions.of(config), self._device
         options: dict[str, Any] = {

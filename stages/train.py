@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.running.runner import Outage
-from rl.actors import cluster, merge_streams
+from rl.actors import cluster
 from rl.interrupt import Interrupted, Interrupts
 from rl.learner.features import FeatureStore
 from rl.record import checkpoints
@@ -126,21 +126,11 @@ class _Run:
     def begin(self) -> None:
         """Starts all processes in parallel and restores the newest checkpoint."""
         config, cores, done = self.config, os.cpu_count() or 1, max(self.resumed_after, 0)
-        self._processes = processes = Processes(self._plan_to_start(), verbose=self.verbose)
+        self._processes = processes = Processes(self._plan_to_start(), self.restarts, verbose=self.verbose)
         processes.ready()
         if self.start:
             self._restore(self.start)
-        self._pool = EnginePool(
-            processes.engines,
-            merge_streams,
-            self.plan.chat,
-            max_sequence_length=config.max_sequence_length,
-            temperature=config.rollout.temperature,
-            seed=config.seed,
-            check_tokens=config.rollout.logprob_check_tokens,
-            patience=config.rollout.patience_s,
-            replacement=self._replace_engine,
-        )
+        self._pool = processes.pool(self._replace_engine)
         if partial := config.rollout.partial:
             self.partial = PartialRollouts(self._pool, wanted=config.prompts_per_iteration, chunk=partial.chunk_tokens)
             if self.start:
@@ -192,8 +182,7 @@ class _Run:
         """Starts another engine in the place of one that died or hung. Raises `died` if the run is abandoned."""
         if self._abandoned:
             raise died
-        self.restarts.count(f"engine {number} is replaced: {died}")
-        engine = self.processes.replace_engine(number)
+        engine = self.processes.replace_engine(number, died)
         if self.timeline:
             name = f"engine {number}"
             self.timeline.replaced(name, self.processes.named_engines()[name])
@@ -222,11 +211,8 @@ class _Run:
     def close(self) -> None:
         """Ends the sampling thread, the judges and the trackers."""
         self.state.ahead.abandon()
-        try:
-            if self._processes is not None:
-                self._processes.judges.close()
-        except RuntimeError as error:  # must not hide why the run ends
-            self.display.message(f"a judge's server did not shut down correctly: {error}")
+        if self._processes is not None:
+            self._processes.close()
         self.trackers.close()
 
     def _on_outage(self, outage: Outage) -> None:
@@ -238,15 +224,13 @@ class _Run:
     def _handle_outages(self) -> None:
         """If an endpoint does not answer, saves and reports it. Its samples are waited for."""
         while not self.outages.empty():
-            self._handle_outage(self.outages.get())
-
-    def _handle_outage(self, outage: Outage) -> None:
-        if outage.why is None:
-            self.display.message(f"endpoint {outage.endpoint} is back after {outage.seconds:.0f} s")
-            return
-        if not outage.again:
-            self._save_and_report(outage)
-        self.processes.judges.revive(outage.endpoint, self.restarts.count)
+            outage = self.outages.get()
+            if outage.why is None:
+                self.display.message(str(outage))
+                continue
+            if not outage.again:
+                self._save_and_report(outage)
+            self.processes.revive_judge(outage.endpoint)
 
     def _save_and_report(self, outage: Outage) -> None:
         if self.done is not None and self.saved != self.done:
@@ -254,7 +238,7 @@ class _Run:
         self.checkpoints.settle()
         wait = self.config.endpoints[outage.endpoint].max_wait
         self.display.message(
-            f"endpoint {outage.endpoint} does not answer ({outage.why}); waiting for up to {wait:.0f} s"
+            f"{outage}; waiting for up to {wait:.0f} s"
             + (f", everything up to iteration {self.saved} is saved" if self.saved is not None else "")
         )
 

@@ -6,23 +6,24 @@ held-out rows (diamonds). The same metrics give the same bytes. All colours can 
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
-COLUMNS, WIDTH, HEIGHT = 3, 216, 116  # panels side by side; size of a panel in pixels
-LEFT, TOP, RIGHT, BOTTOM = 40, 30, 20, 26  # space around each panel
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+COLUMNS, WIDTH, HEIGHT = 3, 2.9, 1.8  # panels side by side; size of a panel in inches
 LENGTH = "response/tokens_mean/"  # a metric that every task has, and nothing else
 WINDOW = 4  # iterations on either side that the moving average takes in
-STYLE = """
-text { font: 12px system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; fill: #787878 }
-.title { font-weight: 600; font-size: 13px }
-.axis { stroke: #787878; stroke-opacity: .45 }
-.points { fill: #3a86d8; fill-opacity: .5 }
-.line { stroke: #3a86d8; stroke-width: 2.2; stroke-linejoin: round; fill: none }
-.held-out { fill: #d9730d }
-"""
+BLUE, LIGHT_BLUE, ORANGE, GREY = "#3a86d8", "#85b5e8", "#d9730d", "#787878"
+STYLE = {
+    **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], GREY),
+    **{"axes.titleweight": "bold", "axes.titlesize": 10, "font.size": 9},
+    **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": GREY, "grid.alpha": 0.3, "axes.spines.left": False},
+    **{"axes.spines.top": False, "axes.spines.right": False, "ytick.left": False, "savefig.transparent": True},
+    **{"svg.fonttype": "none", "svg.hashsalt": "learning curve", "font.sans-serif": ["DejaVu Sans", "sans-serif"]},
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,80 +39,39 @@ def main(arguments: Sequence[str]) -> int:
     if len({line["stage"] for line in lines}) > 1:
         print(f"{arguments[0]} has several stages; name the folder of one of them", file=sys.stderr)
         return 2
-    Path(arguments[1]).write_text(drawing(lines), encoding="utf-8")
+    with rc_context(STYLE):
+        drawing(lines).savefig(arguments[1], format="svg", metadata={"Date": None})
     return 0
 
 
-def drawing(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The SVG text for the metrics of one stage."""
-    names = {name for line in lines for name in line}
-    tasks = sorted(name.removeprefix(LENGTH) for name in names if name.startswith(LENGTH))
-    cells = [_panel(task, lines) for task in tasks] + [_legend()]
-    across, down = WIDTH + LEFT + RIGHT, HEIGHT + TOP + BOTTOM
-    parts = [
-        f'<g transform="translate({place % COLUMNS * across + LEFT} {place // COLUMNS * down + TOP})">\n{cell}</g>\n'
-        for place, cell in enumerate(cells)
-    ]
-    size = f"{COLUMNS * across} {-(-len(cells) // COLUMNS) * down}"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" role="img">\n'
-        f"<title>Reward of each task over the iterations of a run</title>\n<style>{STYLE}</style>\n"
-        f"{''.join(parts)}</svg>\n"
-    )
+def drawing(lines: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws the metrics of one stage: a panel for each task, and the legend in the place of a last panel."""
+    tasks = sorted(name.removeprefix(LENGTH) for name in set().union(*lines) if name.startswith(LENGTH))
+    rows = 1 + len(tasks) // COLUMNS
+    figure = Figure(figsize=(COLUMNS * WIDTH, rows * HEIGHT), layout="constrained")
+    panels = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
+    marks = {"mew": 0, "clip_on": False}
+    for panel, task in zip(panels, tasks, strict=False):
+        iterations, rewards = curve(lines, f"reward/{task}")
+        evaluated, held_out = curve(lines, f"eval/{task}")
+        panel.plot(iterations, rewards, ".", color=LIGHT_BLUE, label="training, each iteration", **marks)
+        panel.plot(iterations, moving_average(rewards, WINDOW), color=BLUE, lw=2, label="training, moving average")
+        panel.plot(evaluated, held_out, "D", color=ORANGE, ms=5, label="held-out rows, greedy", **marks)
+        change = f": {held_out[0]:.2f} → {held_out[-1]:.2f}" if held_out else ""
+        panel.set_title(task + change, loc="left")
+        panel.set_ylim(min(0, *rewards), max(1, *rewards))
+        panel.locator_params(nbins=4)
+    for panel in panels[len(tasks) :]:
+        panel.set_axis_off()
+    handles, labels = panels[0].get_legend_handles_labels()
+    panels[len(tasks)].legend(handles, labels, title="reward over iterations", loc="center", frameon=False)
+    return figure
 
 
-def _panel(task: str, lines: Sequence[Mapping[str, Any]]) -> str:
-    """The axes of one task, its points, its line and its diamonds."""
-    last = max(1, *(line["iteration"] for line in lines))
-    training = [(line["iteration"], line[f"reward/{task}"]) for line in lines if f"reward/{task}" in line]
-    held_out = [(line["iteration"], line[f"eval/{task}"]) for line in lines if f"eval/{task}" in line]
-
-    iterations, rewards = zip(*training, strict=True)
-    low, high = min(0, *rewards), max(1, *rewards)
-
-    def at(iteration: float, reward: float) -> tuple[float, float]:
-        return round(WIDTH * iteration / last, 1), round(HEIGHT * (high - reward) / (high - low), 1)
-
-    curve = zip(iterations, moving_average(rewards, WINDOW), strict=True)
-    points = "".join('<circle cx="{}" cy="{}" r="2"/>'.format(*at(*point)) for point in training)
-    diamonds = "".join(_diamond(*at(*point)) for point in held_out)
-    path = " ".join("{},{}".format(*at(*point)) for point in curve)
-    change = f": {held_out[0][1]:.2f} → {held_out[-1][1]:.2f}" if held_out else ""
-    return (
-        f'<text class="title" x="0" y="-12">{escape(task)}{change}</text>\n{_axes(last, (low, high), at)}'
-        f'<g class="points">{points}</g>\n<polyline class="line" points="{path}"/>\n{diamonds}\n'
-    )
-
-
-def _axes(last: int, span: tuple[float, float], at: Callable[[float, float], tuple[float, float]]) -> str:
-    """Grid lines at the lowest, middle and highest reward, and numbers at both axes."""
-    parts = []
-    for reward in (span[0], sum(span) / 2, span[1]):
-        _, y = at(0, reward)
-        parts.append(f'<line class="axis" x1="0" x2="{WIDTH}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="-10" y="{y + 4}" text-anchor="end">{reward:.3g}</text>')
-    for iteration in (0, last // 2, last):
-        x, y = at(iteration, 0)
-        parts.append(f'<text x="{x}" y="{y + 17}" text-anchor="middle">{iteration}</text>')
-    return "".join(parts) + "\n"
-
-
-def _diamond(x: float, y: float) -> str:
-    return f'<path class="held-out" d="M{x} {y - 5.5:.1f}l5.5 5.5-5.5 5.5-5.5-5.5z"/>'
-
-
-def _legend() -> str:
-    """What the marks mean, in the place of a panel."""
-    rows = (
-        ('<line class="line" x1="0" x2="26" y1="-4" y2="-4"/>', f"training, mean of {2 * WINDOW + 1} iterations"),
-        ('<g class="points"><circle cx="13" cy="-4" r="2"/></g>', "training, each iteration"),
-        (_diamond(13, -4), "held-out rows, greedy"),
-        ("", "reward over iterations"),
-    )
-    return "".join(
-        f'<g transform="translate(0 {24 + 24 * row})">{mark}<text x="36" y="0">{text}</text></g>\n'
-        for row, (mark, text) in enumerate(rows)
-    )
+def curve(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Returns the iterations that have a metric, and its values."""
+    found = [line for line in lines if name in line]
+    return [line["iteration"] for line in found], [line[name] for line in found]
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:

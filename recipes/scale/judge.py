@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.random import Generator
-from torch.optim import AdamW
 from transformers import AutoTokenizer
 
 from recipes.scale import practice, tokenizer, warm_start, world
 from recipes.scale.practice import Demonstrations, Prompter
 from recipes.scale.world import COLORS, PLACES, SHAPES, Problem, Scene
 from rewards.genrm import BEST, SHOWN, Comparison, GenRM
+from rewards.judge import Judge
 from rl.model import attention, hf_folder
 from rl.model.config import register
 from rl.model.step_vl import StepVL
@@ -38,7 +39,7 @@ TEMPLATE = Path(__file__).parent / "genrm.jinja"
 START = Path(__file__).parent / "model"
 BATCH = 16  # pairs per step
 THINGS = (world.CROWD[0], world.OPEN_CROWD[1])  # fewest and most things in a picture
-PEAK_LR, WARM_UP, BETAS = 1.5e-3, 50, (0.9, 0.98)
+PEAK_LR, WARM_UP = 1.5e-3, 50
 READING = 0.375  # first share of the steps, in which 3 of 4 pairs are guesses; later 1 of 2
 
 
@@ -189,25 +190,26 @@ def _beside_the_point(rng: Generator) -> str:
     return str(rng.choice([*texts, ", ".join([thing] * int(rng.integers(2, 7)))]))
 
 
-class PairRenderer:
-    """Renders pairs as the judge's prompts, with the code of the reward `genrm`."""
+@cache
+def _judge() -> Judge[Comparison]:
+    """The judge of the reward `genrm`, without an endpoint: it only renders prompts."""
+    judge = GenRM("judge", template=str(TEMPLATE)).judge
+    judge.load(SHOWN)
+    return judge
 
-    def __init__(self) -> None:
-        self.judge = GenRM("judge", template=str(TEMPLATE)).judge
-        self.judge.load(SHOWN)
 
-    def problem(self, pair: Pair) -> Problem:
-        question = world.describe(pair.crowd).question
-        row = Prompt(pair.first, "describing", ())  # the reward makes its text marks from the id
-        shown = f"(picture 1)\n{question}"
-        text = self.judge.prompt(row, {"question": shown}, {"response_a": pair.first, "response_b": pair.second})
-        return Problem("judging", text, "", pair.crowd)
+def problem_of(pair: Pair) -> Problem:
+    """Renders a pair as the judge's prompt, with the code of the reward `genrm`."""
+    row = Prompt(pair.first, "describing", ())  # the reward makes its text marks from the id
+    shown = f"(picture 1)\n{world.describe(pair.crowd).question}"
+    text = _judge().prompt(row, {"question": shown}, {"response_a": pair.first, "response_b": pair.second})
+    return Problem("judging", text, "", pair.crowd)
 
 
 def vocabulary() -> list[str]:
     """Returns the words of the judge's prompt and verdict, which become tokens of their own."""
     pair = Pair(Scene((255, 255, 255), ()), "", "")
-    text = PairRenderer().problem(pair).question + " picture response end of reasoning grade A B"
+    text = problem_of(pair).question + " picture response end of reasoning grade A B"
     return sorted(set(re.findall(r"[^\W\d_]{2,}", re.sub(r"[0-9a-f]{16}", "", text))) | {"A", "B", "yes", "no"})
 
 
@@ -235,18 +237,14 @@ def train(
 ) -> None:
     """Trains on `steps` batches of pairs and their verdicts, with tower and projector frozen; reports every `every`
     steps."""
-    optimizer = AdamW(
-        [p for name, p in model.named_parameters() if not name.startswith(warm_start.VISION_PREFIXES)],
-        betas=BETAS,
-        weight_decay=0.0,
-    )
-    renderer, losses, started = PairRenderer(), [], time.monotonic()
+    optimizer = warm_start.decoder_optimizer(model)
+    losses, started = [], time.monotonic()
     for step in range(steps):
         rng = np.random.default_rng([seed, step])
         guesses = BATCH * 3 // 4 if step < READING * steps else BATCH // 2
         pairs = [(draw_guesses if i < guesses else draw_pair)(rng, "train", things) for i in range(BATCH)]
         responses = [verdict_json(verdict(pair)) for pair in pairs]
-        loss = practice.loss(model, prompter, Demonstrations([renderer.problem(pair) for pair in pairs], responses))
+        loss = practice.loss(model, prompter, Demonstrations([problem_of(pair) for pair in pairs], responses))
         rate = PEAK_LR * min(1, (step + 1) / WARM_UP) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
         warm_start.update(optimizer, loss, rate)
         losses.append(float(loss.detach()))
@@ -260,8 +258,7 @@ def train(
 
 def grades(model: StepVL, prompter: Prompter, pairs: Sequence[Pair]) -> list[tuple[float, float] | None]:
     """Returns the judge's greedy grades of both responses of each pair; None for an invalid verdict."""
-    renderer = PairRenderer()
-    given = practice.answers(model, prompter, [renderer.problem(pair) for pair in pairs])
+    given = practice.answers(model, prompter, [problem_of(pair) for pair in pairs])
     return [_read(text) for text in given]
 
 
@@ -301,13 +298,8 @@ def main() -> None:
         "--start", type=Path, default=START, help="scale model to start from (default: the shipped one)"
     )
     parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
-    parser.add_argument(
-        "--most",
-        type=int,
-        default=THINGS[1],
-        choices=range(THINGS[0], len(PLACES) + 1),
-        help="most things in a picture",
-    )
+    allowed = range(THINGS[0], len(PLACES) + 1)
+    parser.add_argument("--most", type=int, default=THINGS[1], choices=allowed, help="most things in a picture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=100, help="steps between reports on held-out preferences")
     parser.add_argument("--heldout", type=int, default=512, help="held-out preferences for the report")

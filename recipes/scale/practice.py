@@ -224,31 +224,19 @@ def pack(prompter: Prompter, batch: Demonstrations) -> PackedDemonstrations:
         groups[key].append((prompter.prompt(problem), prompter.response(response), bool(problem.messages)))
         if problem.scene is not None:
             scenes[key] = problem.scene
-    ids: list[int] = []
-    positions: list[int] = []
-    is_response: list[bool] = []
-    is_message: list[bool] = []
+    tokens: list[tuple[int, int, bool, bool]] = []  # as the first four fields of PackedDemonstrations
     spans = []
     for key, members in groups.items():
         shared = prompter.picture_end(members[0][0]) if key in scenes else 0
         spans.append(Span(shared, tuple(len(p) + len(r) - shared for p, r, _ in members)))
-        ids += members[0][0][:shared]
-        positions += range(shared)
-        is_response += [False] * shared
-        is_message += [False] * shared
+        tokens += [(token, position, False, False) for position, token in enumerate(members[0][0][:shared])]
         for prompt, response, shows in members:
-            ids += prompt[shared:] + response
-            positions += range(shared, len(prompt) + len(response))
-            is_response += [False] * (len(prompt) - shared) + [True] * len(response)
-            is_message += [shows] * (len(prompt) - shared) + [False] * len(response)
-    return PackedDemonstrations(
-        torch.tensor(ids),
-        torch.tensor(positions),
-        torch.tensor(is_response),
-        torch.tensor(is_message),
-        Layout(tuple(spans)),
-        list(scenes.values()),
-    )
+            for position, token in enumerate((prompt + response)[shared:], shared):
+                in_prompt = position < len(prompt)
+                tokens.append((token, position, not in_prompt, shows and in_prompt))
+    ids, positions, is_response, is_message = (torch.tensor(column) for column in zip(*tokens, strict=True))
+    layout = Layout(tuple(spans))
+    return PackedDemonstrations(ids, positions, is_response, is_message, layout, list(scenes.values()))
 
 
 def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
@@ -272,33 +260,21 @@ def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
 
 @torch.no_grad()
 def answers(
-    model: StepVL,
-    prompter: Prompter,
-    problems: Sequence[Problem],
-    *,
-    openings: dict[str, str] | None = None,
-    generator: torch.Generator | None = None,
+    model: StepVL, prompter: Prompter, problems: Sequence[Problem], generator: torch.Generator | None = None
 ) -> list[str]:
-    """Returns the model's responses, greedy, or sampled at temperature 1 if `generator` is given.
-
-    `openings` forces the first words of each task's responses.
-    """
+    """Returns the model's responses, greedy, or sampled at temperature 1 if `generator` is given."""
     seen = features(model, scenes_of(problems))
     groups: dict[int, list[int]] = defaultdict(list)  # equal prompt lengths decode together without padding
-    starts = []
-    for i, p in enumerate(problems):
-        forced = prompter.response(openings[p.task])[:-1] if openings else []
-        starts.append(prompter.prompt(p) + forced)
-        groups[len(starts[-1])].append(i)
+    for i, problem in enumerate(problems):
+        groups[len(prompter.prompt(problem))].append(i)
     result = [""] * len(problems)
     model.model.set_attn_implementation("sdpa")  # packed attention has no cache
     for members in groups.values():
         chosen = [problems[i] for i in members]
-        ids = torch.tensor([starts[i] for i in members])
+        ids = torch.tensor([prompter.prompt(problem) for problem in chosen])
         tokens = _decode(model, ids, decoder_inputs(model, ids, chosen, seen), prompter.end, generator)
         for i, row in zip(members, tokens.tolist(), strict=True):
-            whole = starts[i][len(prompter.prompt(problems[i])) :] + row
-            result[i] = prompter.text(whole[: whole.index(prompter.end)] if prompter.end in whole else whole)
+            result[i] = prompter.text(row[: row.index(prompter.end)] if prompter.end in row else row)
     model.model.set_attn_implementation(attention.NAME)
     return result
 

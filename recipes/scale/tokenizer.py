@@ -30,20 +30,7 @@ WORDS = [
 # A coordinate's "0." and the opening of a boxed answer are one token each; words include the space before them.
 PIECES = r"\\boxed\{| ?0\.(?=\d)|\d| ?\p{L}+|, | [+-] |\n"
 
-CHAT_TEMPLATE = """\
-{%- macro show(content) -%}
-{%- if content is string -%}{{ content }}
-{%- else -%}
-{%- for part in content -%}
-{%- if part.type == 'image' -%}<im_patch>{%- else -%}{{ part.text }}{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-{{ '<|im_start|>' + message.role + '\\n' + show(message.content) + '<|im_end|>' + '\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
-"""
+CHAT_TEMPLATE = Path(__file__).with_name("chat.jinja").read_text()
 
 
 def words(more: Sequence[str] = ()) -> list[str]:

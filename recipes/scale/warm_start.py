@@ -33,7 +33,7 @@ import rewards
 from recipes.scale import practice, tokenizer, world
 from recipes.scale.practice import Prompter
 from recipes.scale.world import Problem
-from recipes.scale.writers import ROUGH, rough_share
+from recipes.scale.writers import ROUGH_OPENING, rough_share
 from rl.model import attention, hf_folder
 from rl.model.config import StepVLConfig, register
 from rl.model.step_vl import StepVL
@@ -107,6 +107,12 @@ def _sines(grid: int, width: int) -> Tensor:
     return 0.5 * torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
+def decoder_optimizer(model: StepVL) -> AdamW:
+    """A new optimizer of all parameters but those of tower and projector."""
+    decoder = [p for name, p in model.named_parameters() if not name.startswith(VISION_PREFIXES)]
+    return AdamW(decoder, betas=BETAS, weight_decay=0.0)
+
+
 def update(optimizer: AdamW, loss: Tensor, rate: float) -> None:
     """One optimizer step at a learning rate, with gradients of at most norm 1."""
     optimizer.zero_grad()
@@ -153,13 +159,9 @@ class Trainer:
         self.prompter = Prompter(self.tokenizer, self.model.config.image_token_len)
         sight = [p for name, p in self.model.named_parameters() if name.startswith(VISION_PREFIXES)]
         self.vision_optimizer = AdamW([*sight, *self.head.parameters()], betas=BETAS, weight_decay=0.0)
-        self.decoder_optimizer = self._new_decoder_optimizer()
+        self.decoder_optimizer = decoder_optimizer(self.model)
         if self.state_file.exists():
             self._resume()
-
-    def _new_decoder_optimizer(self) -> AdamW:
-        rest = [p for name, p in self.model.named_parameters() if not name.startswith(VISION_PREFIXES)]
-        return AdamW(rest, betas=BETAS, weight_decay=0.0)
 
     @property
     def state_file(self) -> Path:
@@ -172,7 +174,7 @@ class Trainer:
         first = {"eyes": 0, "words": plan.eyes, "messages": plan.alone}[part]
         done = (self.step - first) / {"eyes": plan.eyes, "words": HORIZON, "messages": plan.messages}[part]
         if self.step == plan.alone:
-            self.decoder_optimizer = self._new_decoder_optimizer()  # without the moments of the part before
+            self.decoder_optimizer = decoder_optimizer(self.model)  # without the moments of the part before
         if part == "eyes":
             loss = practice.sight_loss(self.model, self.head, practice.draw_pictures(rng, PICTURES))
         else:
@@ -265,7 +267,7 @@ def report(
     sampled = practice.answers(model, prompter, problems, generator=torch.Generator().manual_seed(seed))
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for problem, first, second in zip(problems, greedy, sampled, strict=True):
-        rough = second.startswith(ROUGH.opening[problem.task])
+        rough = second.startswith(ROUGH_OPENING)
         found[problem.task]["greedy"].append(score(problem, first))
         found[problem.task]["rough share"].append(rough)
         found[problem.task]["rough" if rough else "exact"].append(score(problem, second))

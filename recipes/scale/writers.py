@@ -30,10 +30,9 @@ THIRDS = (0.17, 0.5, 0.83)  # centres of the thirds of the picture
 
 @dataclass(frozen=True)
 class Writer:
-    """Functions that answer a problem, by task, and the first words of their answers (`opening`), by task."""
+    """Functions that answer a problem, by task."""
 
     write: dict[str, Callable[[Problem, Generator], str]]
-    opening: dict[str, str]
 
     def __call__(self, problem: Problem, rng: Generator) -> str:
         return self.write[problem.task](problem, rng)
@@ -132,35 +131,17 @@ def _digit(left: int, right: int, minus: bool) -> int:
     return abs(left - right) if minus else (left + right) % 10
 
 
-EXACT = Writer(
-    {
-        "pointing": _exact_point,
-        "grounding": _exact_box,
-        "counting": _exact_count,
-        "arithmetic": _exact_sum,
-        "worksheet": _exact_sheet,
-        "describing": _exact_description,
-    },
-    {
-        "pointing": "[",
-        "grounding": "[",
-        "counting": "<think>one",
-        "arithmetic": "<think>first",
-        "worksheet": "<think>",
-        "describing": "<think>one",
-    },
-)
-ROUGH = Writer(
-    {
-        "pointing": _rough_point,
-        "grounding": _rough_box,
-        "counting": _rough_count,
-        "arithmetic": _rough_sum,
-        "worksheet": _rough_sheet,
-        "describing": _rough_description,
-    },
-    dict.fromkeys(EXACT.write, "<think>maybe"),
-)
+_BY_TASK = {  # the exact and the rough function
+    "pointing": (_exact_point, _rough_point),
+    "grounding": (_exact_box, _rough_box),
+    "counting": (_exact_count, _rough_count),
+    "arithmetic": (_exact_sum, _rough_sum),
+    "worksheet": (_exact_sheet, _rough_sheet),
+    "describing": (_exact_description, _rough_description),
+}
+EXACT = Writer({task: exact for task, (exact, _) in _BY_TASK.items()})
+ROUGH = Writer({task: rough for task, (_, rough) in _BY_TASK.items()})
+ROUGH_OPENING = "<think>maybe"  # the first words of every rough response, and of no exact one
 
 
 REASONING = ("counting", "arithmetic", "worksheet")

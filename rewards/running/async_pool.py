@@ -45,6 +45,11 @@ class Outage:
     seconds: float = 0.0
     again: bool = False
 
+    def __str__(self) -> str:
+        if self.why is None:
+            return f"endpoint {self.endpoint} is back after {self.seconds:.0f} s"
+        return f"endpoint {self.endpoint} does not answer ({self.why})"
+
 
 @dataclass
 class _AwayEndpoint:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import signal
 import sys
 import time
@@ -21,12 +22,6 @@ from typing import Any
 from rewards.endpoint import EndpointSpec, configure
 from rewards.registry import BoundReward, Invalid, Score, get
 from rl.types import Prompt, Rollout
-
-try:
-    import resource
-except ImportError:  # Windows: time limits only
-    resource = None
-
 
 PR_SET_PDEATHSIG = 1
 
@@ -140,7 +135,7 @@ def address_space() -> int:
 
 def limit_memory(size: int | None) -> None:
     """Limits this process's address space to `size` bytes; None removes the limit."""
-    if resource is None or not Path("/proc/self/statm").exists():
+    if not Path("/proc/self/statm").exists():
         return
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     soft = hard if size is None else size if hard == resource.RLIM_INFINITY else min(size, hard)

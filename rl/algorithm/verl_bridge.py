@@ -215,7 +215,6 @@ class RolloutCorrection:
     weights: Tensor | None  # [N, R] for a PolicyLoss, 0 where the given mask is False; None without rollout_is
     mask: Tensor  # [N, R] bool, the mask for the policy loss: the given mask without the rejected tokens
     sums: Sums  # tis_mean and tis_capped_fraction over `mask`, as in losses.tis_weights
-    metrics: dict[str, float]  # verl's metrics, named rollout_corr/...
 
 
 @torch.no_grad()
@@ -226,15 +225,13 @@ def rollout_correction(
     *,
     rollout_is: Literal["token", "sequence"] | None = None,
     rollout_is_threshold: float | str = 2.0,
-    rollout_is_batch_normalize: bool = False,
     rollout_rs: str | None = None,
     rollout_rs_threshold: float | str | None = None,
 ) -> RolloutCorrection:
     """Computes verl's importance weights pi_old / pi_rollout and rejection masks.
 
-    Call it once per minibatch, with the whole minibatch. Collective: call on every rank if torch.distributed is used.
-    `rollout_is_batch_normalize` divides by the mean over all tokens of the call and of all ranks. Apart from that,
-    each weight and each rejection depends only on its own token or response. The metrics are means over the call.
+    Call it once per minibatch, with the whole minibatch. Each weight and each rejection depends only on its own token
+    or response.
 
     Args:
         old_logprobs: [N, R] nats, of the learner before the update.
@@ -243,16 +240,13 @@ def rollout_correction(
         rollout_is: "token" for a weight per token, "sequence" for a weight per response (the product over its tokens).
         rollout_is_threshold: a number caps the weights (truncated importance sampling). "low_high" sets weights
             outside of that range to 0 (IcePop). The threshold is read only with rollout_is.
-        rollout_is_batch_normalize: whether to divide the weights by their mean.
         rollout_rs: comma-separated criteria to reject tokens (token_k1, ...) or responses (seq_mean_k1, ...).
         rollout_rs_threshold: one threshold for all criteria, or one for each, comma-separated. For k1 criteria it is a
             range of ratios, "low_high".
     Raises:
-        ValueError: no token is chosen; neither rollout_is nor rollout_rs is set; only one of rollout_rs and
-            rollout_rs_threshold is set; or verl does not know a criterion or a threshold.
+        ValueError: no token is chosen, or verl does not know a criterion or a threshold.
     Source: verl.trainer.ppo.rollout_corr_helper, whose docstrings explain every criterion.
     """
-    _check_correction(rollout_is, rollout_is_batch_normalize, rollout_rs, rollout_rs_threshold)
     if not mask.any():
         raise ValueError("no token to correct: mask is False everywhere; leave such a minibatch out")
     from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
@@ -263,7 +257,6 @@ def rollout_correction(
         response_mask=mask.to(old_logprobs.dtype),
         rollout_is=rollout_is,
         rollout_is_threshold=rollout_is_threshold,
-        rollout_is_batch_normalize=rollout_is_batch_normalize,
         rollout_rs=rollout_rs,
         rollout_rs_threshold=rollout_rs_threshold,
     )
@@ -274,13 +267,4 @@ def rollout_correction(
         "tis_mean": kept.sum() * 1.0 if weights is None else torch.where(kept, weights, 0.0).sum(),
         "tis_capped_fraction": kept.sum() * high,
     }
-    return RolloutCorrection(weights, kept, sums, metrics)
-
-
-def _check_correction(kind: str | None, normalize: bool, reject: str | None, limit: float | str | None) -> None:
-    if kind is None and reject is None:
-        raise ValueError("rollout_correction has no effect; set rollout_is (token or sequence), rollout_rs or both")
-    if (reject is None) != (limit is None):
-        raise ValueError(f"rollout_rs is {reject} and rollout_rs_threshold {limit}; set both or neither")
-    if normalize and kind is None:
-        raise ValueError("rollout_is_batch_normalize has no weights to normalise; set rollout_is")
+    return RolloutCorrection(weights, kept, sums)

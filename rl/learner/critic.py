@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rl.algorithm.losses import explained_variance, value_loss
 from rl.learner.batch import Batch, Group, minibatches
 from rl.learner.distributed import Ranks
+from rl.learner.optimizer import Optimizer
 from rl.learner.options import LearnerOptions
 from rl.learner.packing import PackedRow
 from rl.learner.sharded import Sharded
@@ -57,7 +58,7 @@ class Critic(Sharded):
     A critic is a plain object. Ray creates it, in one process or in one process per rank.
 
     Args:
-        folder: model folder with the decoder that the critic starts from, unless `options.critic` names a critic.
+        folder: model folder with the decoder that the critic starts from, unless `options.model.critic` names a critic.
     """
 
     def __init__(self, folder: str, options: LearnerOptions, ranks: Ranks | None = None) -> None:
@@ -66,10 +67,10 @@ class Critic(Sharded):
         weight = self.ranks.local_shard(initial_head(head.in_features, options.seed), head.weight)
         self.model.load_state_dict({VALUE_HEAD: weight}, strict=False, assign=True)
         self._last_graph: _LastGraph | None = None
-        trained = dict(self.model.named_parameters())
-        self.optimizer = self.adamw(trained, options.ppo.critic_lr, options.ppo.critic_warmup)
-        if options.critic is not None:
-            self.read_model(options.critic)
+        trained, ppo = dict(self.model.named_parameters()), options.ppo
+        self.optimizer = Optimizer(trained, ppo, lr=ppo.critic_lr, warmup=ppo.critic_warmup)
+        if options.model.critic is not None:
+            self.read_model(options.model.critic)
 
     def prepare(self, base: Any) -> None:
         """Replaces the language head with a value head, and splits the parameters over the ranks."""

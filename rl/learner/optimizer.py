@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from rl.config import PPO
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -15,28 +17,17 @@ class Optimizer:
 
     Args:
         parameters: name -> parameter.
+        ppo: the options of AdamW, the maximum norm of the gradients, and the number of skipped steps in a row after
+            which `step` raises. A step is skipped if its gradient is not finite.
         lr: the constant learning rate after the warm-up.
         warmup: the number of steps over which the learning rate rises linearly from 0.
-        max_skipped: `step` raises after this many skipped steps in a row. A step is skipped if its gradient is not
-            finite.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        *,
-        lr: float,
-        warmup: int,
-        betas: tuple[float, float],
-        weight_decay: float,
-        max_grad_norm: float,
-        max_skipped: int,
-    ) -> None:
-        self.parameters = dict(parameters)
-        self.lr, self.warmup, self.max_grad_norm, self.max_skipped = lr, warmup, max_grad_norm, max_skipped
+    def __init__(self, parameters: Mapping[str, nn.Parameter], ppo: PPO, *, lr: float, warmup: int) -> None:
+        self.parameters, self.ppo, self.lr, self.warmup = dict(parameters), ppo, lr, warmup
         self.steps, self.skipped = 0, 0  # number of steps made; number of steps skipped since the last step made
         self.adamw = torch.optim.AdamW(
-            self.parameters.values(), lr=lr, betas=betas, weight_decay=weight_decay, eps=1e-8, fused=True
+            self.parameters.values(), lr=lr, betas=ppo.betas, weight_decay=ppo.weight_decay, eps=1e-8, fused=True
         )
 
     @property
@@ -48,14 +39,14 @@ class Optimizer:
         """Applies the accumulated gradients and clears them.
 
         Returns: the norm of the gradients before clipping, or None if the norm is not finite and the step was skipped.
-        Raises: FloatingPointError if `max_skipped` steps in a row were skipped.
+        Raises: FloatingPointError if `ppo.max_skipped_steps` steps in a row were skipped.
         """
-        total = nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        total = nn.utils.clip_grad_norm_(self.parameters.values(), self.ppo.max_grad_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         if not math.isfinite(norm):
             self.adamw.zero_grad(set_to_none=True)
             self.skipped += 1
-            if self.skipped >= self.max_skipped:
+            if self.skipped >= self.ppo.max_skipped_steps:
                 raise FloatingPointError(
                     f"the gradient norm is {norm} at optimizer step {self.steps + 1}, for the {self.skipped}. time in "
                     "a row (ppo.max_skipped_steps)"

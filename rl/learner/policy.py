@@ -27,6 +27,7 @@ from rl.algorithm.losses import (
 from rl.config import PPO
 from rl.learner.batch import Batch, Group, collate, minibatches
 from rl.learner.distributed import Ranks
+from rl.learner.optimizer import Optimizer
 from rl.learner.options import LearnerOptions
 from rl.learner.packing import PackedRow
 from rl.learner.sharded import Sharded
@@ -66,17 +67,18 @@ class Policy(Sharded):
 
     def __init__(self, folder: str, options: LearnerOptions, ranks: Ranks | None = None) -> None:
         super().__init__(folder, options, ranks)
-        self.optimizer = self.adamw(self.trained, options.ppo.policy_lr, options.ppo.policy_warmup)
-        self.loss = policy_loss(options.ppo)
+        ppo = options.ppo
+        self.optimizer = Optimizer(self.trained, ppo, lr=ppo.policy_lr, warmup=ppo.policy_warmup)
+        self.loss = policy_loss(ppo)
         self._encoded_bytes: dict[str, int] = {}
-        files = {"chat_template.jinja": options.chat_template, SYNTHESIS_TEMPLATE: options.synthesis_template}
+        files = {"chat_template.jinja": options.model.chat_template, SYNTHESIS_TEMPLATE: options.synthesis_template}
         self.templates = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file is not None}
 
     def prepare(self, base: Any) -> None:
-        """Splits the decoder over the ranks, and freezes the parts that `options.freeze` names."""
+        """Splits the decoder over the ranks, and freezes the parts that `options.model.freeze` names."""
         self.model, self.decoder = base, PolicyModel(base.model, base.lm_head)
         self.ranks.shard(self.decoder, base.model.layers, self.dtype)
-        frozen = tuple(p for name in self.options.freeze for p in base.frozen_prefixes[name])
+        frozen = tuple(p for name in self.options.model.freeze for p in base.frozen_prefixes[name])
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(not name.startswith(frozen))
 

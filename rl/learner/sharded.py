@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, async_save, load
 
 from rl.learner.batch import Group
@@ -33,12 +33,12 @@ class Sharded:
             device=self.ranks.device,
             prepare=self.prepare,
             local_shard=self.ranks.local_shard,
-            yarn=options.yarn,
+            yarn=options.model.yarn,
         )
         self.image_token_id, self._decoder = base.image_token_id, base.model
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: list[Any] = []
-        if options.activation_checkpointing:
+        if options.learner.activation_checkpointing:
             recompute_layers(base.model)
 
     @classmethod
@@ -46,7 +46,7 @@ class Sharded:
         cls, folder: str, options: LearnerOptions, device: str, rank: int, count: int, address: str | None
     ) -> Self:
         """Returns this process's part of a model that is split over `count` ranks. The ranks connect at `address`."""
-        return cls(folder, options, Ranks(device, rank, count, address, options.threads))
+        return cls(folder, options, Ranks(device, rank, count, address, options.learner.threads))
 
     optimizer: Optimizer
 
@@ -55,23 +55,10 @@ class Sharded:
         yet."""
         raise NotImplementedError
 
-    def adamw(self, trained: Mapping[str, nn.Parameter], lr: float, warmup: int) -> Optimizer:
-        """Returns the recipe's optimizer for the given parameters."""
-        ppo = self.options.ppo
-        return Optimizer(
-            trained,
-            lr=lr,
-            warmup=warmup,
-            betas=ppo.betas,
-            weight_decay=ppo.weight_decay,
-            max_grad_norm=ppo.max_grad_norm,
-            max_skipped=ppo.max_skipped_steps,
-        )
-
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that engine and learner compute in. The learner keeps its weights in float32."""
-        return getattr(torch, self.options.dtype)
+        return getattr(torch, self.options.model.dtype)
 
     def full_state(self) -> dict[str, Tensor]:
         """Returns copies of the weights for a checkpoint on rank 0, keyed by their names on disk. Collective: call on
@@ -135,7 +122,7 @@ class Sharded:
         """Returns this rank's share of the packed rows of `groups`. All ranks get the same number of packed rows."""
         return rows_of_rank(
             groups,
-            self.options.token_budget,
+            self.options.learner.token_budget,
             self.image_token_id,
             rank=self.ranks.rank,
             ranks=self.ranks.count,

@@ -19,41 +19,24 @@ class StepVLVisionConfig(PretrainedConfig):
 
     model_type = "step_vl_vision"
 
-    def __init__(
-        self,
-        image_size: int = 728,
-        patch_size: int = 14,
-        width: int = 1536,
-        layers: int = 47,
-        heads: int = 16,
-        mlp_ratio: float = 8960 / 1536,
-        ls_init_value: float | None = 0.1,
-        hidden_act: str = "quick_gelu",
-        output_dim: int | None = None,
-        pool_type: str = "none",
-        use_cls_token: bool = False,
-        use_ln_pre: bool = True,
-        use_ln_post: bool = False,
-        use_abs_posemb: bool = True,
-        use_rope2d: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.width = width
-        self.layers = layers
-        self.heads = heads
-        self.mlp_ratio = mlp_ratio
-        self.ls_init_value = ls_init_value
-        self.hidden_act = hidden_act
-        self.output_dim = output_dim
-        self.pool_type = pool_type
-        self.use_cls_token = use_cls_token
-        self.use_ln_pre = use_ln_pre
-        self.use_ln_post = use_ln_post
-        self.use_abs_posemb = use_abs_posemb
-        self.use_rope2d = use_rope2d
-        super().__init__(**kwargs)
+    image_size: int = 728
+    patch_size: int = 14
+    width: int = 1536
+    layers: int = 47
+    heads: int = 16
+    mlp_ratio: float = 8960 / 1536
+    ls_init_value: float | None = 0.1
+    hidden_act: str = "quick_gelu"
+    output_dim: int | None = None
+    pool_type: str = "none"
+    use_cls_token: bool = False
+    use_ln_pre: bool = True
+    use_ln_post: bool = False
+    use_abs_posemb: bool = True
+    use_rope2d: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:  # transformers makes a dataclass of the class
+        super().__post_init__(**kwargs)
         for name, built in {
             "use_cls_token": False,
             "use_abs_posemb": True,

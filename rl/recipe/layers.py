@@ -128,12 +128,10 @@ def read(file: Path, label: str | None = None, derived: tuple[Path, ...] = ()) -
         raise RecipeError(f"{where}: base recipes go in a circle: {circle}")
     values = _parse(file, where)
     written = plain(values)
-    base = written.get("base")
-    bases = (
-        [] if base is None else read(find_recipe(str(base), f"{where}: base: ", file.parent), derived=(*derived, real))
-    )
-    values = OmegaConf.create({key: value for key, value in written.items() if key != "base"})
-    return [*bases, _layer(label or where, where, file.resolve().parent, values, file)]
+    bases: list[Layer] = []
+    if (base := written.pop("base", None)) is not None:
+        bases = read(find_recipe(str(base), f"{where}: base: ", file.parent), derived=(*derived, real))
+    return [*bases, _layer(label or where, where, file.resolve().parent, OmegaConf.create(written), file)]
 
 
 def _layer(label: str, where: str, folder: Path, values: DictConfig, file: Path | None = None) -> Layer:

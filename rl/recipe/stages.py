@@ -21,6 +21,7 @@ class StageRules(Protocol):
     name: str
     defaults: Mapping[str, Any]
     own_options: tuple[str, ...]
+    own_metrics: Mapping[str, str]
 
     def option_problems(self, config: Config) -> Iterable[OptionError]: ...
     def curation_problem(self, config: Config, curation: CurationOptions) -> str | None: ...

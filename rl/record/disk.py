@@ -87,6 +87,14 @@ def replacing(path: Path) -> Generator[IO[bytes], None, None]:
     to_disk(path.parent)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file, and its folder if it is missing, completely or not at all. Raises Stop if it cannot."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(content)
+
+
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Generator[Path, None, None]:
     """Yields a new folder to fill. It replaces `path` when the block ends without an error, complete and on disk."""

@@ -1,6 +1,6 @@
 """Shows a run's progress: a live panel in a terminal, plain lines elsewhere. Its errors never end a run.
 
-It shows numbers of metrics.jsonl (explained in rl/record/metrics.py), moving averages of them, and the time left.
+It shows numbers of metrics.jsonl (explained in rl/record/metrics.yaml), moving averages of them, and the time left.
 """
 
 import functools
@@ -53,19 +53,6 @@ def _harmless(method: Callable[Concatenate["Display", P], None]) -> Callable[Con
     return guarded
 
 
-class _Phase:
-    """Context of `Display.phase`, which ends the phase. Used without `with`, the phase lasts until the next one."""
-
-    def __init__(self, display: "Display") -> None:
-        self._display = display
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        self._display._set_phase("")
-
-
 class _Console(Console):
     """A console that goes silent when its output pipe is closed (`| head`). rich's own ends the process."""
 
@@ -80,7 +67,7 @@ class Display:
 
         with Display(config) as display:
             display.evaluation(metrics_of_iteration_0)
-            with display.phase("rollout"): ...
+            display.phase("rollout")
             display.iteration(metrics)
         display.summary(first_evaluation, last_evaluation)
     """
@@ -106,10 +93,10 @@ class Display:
     ) -> None:
         self._stop()
 
-    def phase(self, name: str) -> _Phase:
-        """Shows what the run does now, such as "rollout", until the returned context is left."""
-        self._set_phase(name)
-        return _Phase(self)
+    @_harmless
+    def phase(self, name: str) -> None:
+        """Shows what the run does from now on, such as "rollout"."""
+        self._phase, self._phase_began = name, time.monotonic()
 
     @_harmless
     def message(self, text: str) -> None:
@@ -170,10 +157,6 @@ class Display:
                 live.stop()
         except Exception as problem:  # no failure of the display may end the run
             logger.warning("the progress display did not stop cleanly: %r", problem)
-
-    @_harmless
-    def _set_phase(self, name: str) -> None:
-        self._phase, self._phase_began = name, time.monotonic()
 
     def _print(self, shown: RenderableType) -> None:
         # not wrapped: a log file has no width, but rich assumes one

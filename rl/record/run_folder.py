@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from rl.record import metrics as meaning
-from rl.record.disk import hold, replacing, to_disk, writing
+from rl.record.disk import hold, replacing, to_disk, write_file, writing
 from rl.types import Picture, Prompt, Scored
 
 Save = Literal["all", "none"] | int
@@ -71,14 +71,13 @@ class RunFolder:
 
     def write_recipe(self, recipe: str) -> None:
         """Replaces recipe.yaml. `recipe` is the resolved recipe, in which secrets stand by name only."""
-        with writing(self.recipe), replacing(self.recipe) as file:
-            file.write(recipe.encode())
+        write_file(self.recipe, recipe.encode())
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Appends one iteration's line and waits until it is on disk.
 
-        Raises ValueError, and writes nothing, for a metric that is not in rl/record/metrics.py, for a NaN or infinity,
-        and for an iteration that is not later than the last one.
+        Raises ValueError, and writes nothing, for a metric that is not in rl/record/metrics.yaml, for a NaN or
+        infinity, and for an iteration that is not later than the last one.
         """
         meaning.check(metrics)
         iteration = metrics["iteration"]
@@ -120,8 +119,7 @@ class RunFolder:
         kept = [line for line in self.read_metrics() if line["iteration"] <= iteration]
         with writing(self.path):
             if self.metrics.exists():
-                with replacing(self.metrics) as file:
-                    file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+                write_file(self.metrics, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self.rollouts.mkdir(exist_ok=True)
             for entry in sorted(self.rollouts.iterdir()):
                 number = entry.name.partition(".")[0]

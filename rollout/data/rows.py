@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 from rl.config import Source
 from rl.record.metrics import task_name_problem
@@ -34,6 +34,12 @@ class Rows:
     prompts: tuple[Prompt, ...]
     sources: tuple[int, ...]  # for each prompt, the index of its source
     bad: tuple[BadRow, ...]
+
+    def checked(self, on_bad_row: Literal["stop", "skip"] = "stop") -> Self:
+        """Returns the rows. Raises RowError if some are bad, unless bad rows are skipped and other rows are left."""
+        if self.bad and (on_bad_row == "stop" or not self.prompts):
+            raise RowError(self.bad)
+        return self
 
 
 @dataclass
@@ -104,24 +110,12 @@ def read(
     return Rows(tuple(prompts), tuple(prompt_sources), tuple(bad))
 
 
-def read_rows(source: str | Path | Sequence[str | Path], **options: Any) -> list[Prompt]:
-    """Reads the rows of one or more paths, with the options of `read`. Every row must be usable.
-
-    Raises: a RowError that lists the bad rows; ValueError for the same reasons as `read`.
-    """
-    paths = [source] if isinstance(source, (str, Path)) else source
-    rows = read([Source(path=str(path)) for path in paths], **options)
-    if rows.bad:
-        raise RowError(rows.bad)
-    return list(rows.prompts)
-
-
 def read_samples(source: str | Path) -> list[Rollout]:
     """Reads rows with a response (samples), such as a run's rollouts/ files, in file order.
 
     A sample has the column `response` and may have `finish` ("stop" or "length"). All columns of a row are optional. A
     sample without an id gets an id made of its line number. Several samples may have the same id.
-    Raises RowError or ValueError, like read_rows.
+    Raises: a RowError that lists the samples that cannot be used; ValueError for the same reasons as `read`.
     """
     reader = _Reader((), None)
     samples: list[Rollout] = []

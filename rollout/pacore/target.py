@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from rl.model import hf_folder
 from rl.model.config import overrides, positions
 from rollout.pacore.client import EndpointClient
 from rollout.pacore.prompt import synthesis_template
-from rollout.vllm.server import Server
+from rollout.vllm.server import serving
 
 
 @dataclass(frozen=True)
@@ -52,17 +51,9 @@ class ModelTarget:
             yield self.url
             return
         folder = hf_folder.local_folder(self.model)
-        server = Server(
-            str(folder),
-            host="127.0.0.1",
-            device="cuda" if self.device == "cuda" else "cpu",
-            options=serve_options(folder, self.max_length, self.yarn, self.options or {}),
-            threads=os.cpu_count() or 1,
-        )
-        try:
+        options = serve_options(folder, self.max_length, self.yarn, self.options or {})
+        with serving(str(folder), self.device, options) as server:
             yield server.url()
-        finally:
-            server.close()
 
     @asynccontextmanager
     async def client(self, url: str, fields: Mapping[str, Any]) -> AsyncIterator[EndpointClient]:

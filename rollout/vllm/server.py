@@ -13,8 +13,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Literal
 
 from rollout.vllm.engine import cpu_variables, offline, whole_prompts
@@ -130,6 +130,22 @@ class Server:
     def _last_lines(self) -> str:
         self._log.seek(0)
         return "\n".join(self._log.read().decode("utf-8", "replace").splitlines()[-LAST_LINES:])
+
+
+@contextmanager
+def serving(model: str, device: str, options: Mapping[str, str | int | float | bool] | None = None) -> Iterator[Server]:
+    """Context with a server on this machine, which may use all CPU cores. It may not be ready yet."""
+    server = Server(
+        model,
+        host="127.0.0.1",
+        device="cuda" if device == "cuda" else "cpu",
+        options=options,
+        threads=os.cpu_count() or 1,
+    )
+    try:
+        yield server
+    finally:
+        server.close()
 
 
 def _node_address() -> str:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rl.config import Config
-from rl.exits import InputError
+from rl.exits import InputError, as_input_error
 from rl.recipe.resolve import differences, load
-from rl.record.disk import hold, replacing, writing
+from rl.record.disk import hold, write_file, writing
 from rl.record.run_folder import image_part, messages_of
 from rl.types import Picture, Prompt
 from stages.curation.filters import CandidateRow, Decision
@@ -56,14 +56,12 @@ class CurationFolder:
             raise InputError(f"{self.path} is not empty and holds no curation; give another --out")
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        try:
+        with as_input_error():
             held = hold(self.path)
-        except ValueError as error:
-            raise InputError(str(error)) from None
         try:
             self._check_same(config, digest)
-            self.write(self.path / RECIPE, recipe.encode())
-            self.write(self.path / STATE, json.dumps({"rows": digest}).encode())
+            write_file(self.path / RECIPE, recipe.encode())
+            write_file(self.path / STATE, json.dumps({"rows": digest}).encode())
             yield
         finally:
             if held is not None:
@@ -81,13 +79,6 @@ class CurationFolder:
                 f"the rows (or benchmarks, or a template) are not those that {self.path} was begun with; give another "
                 "--out"
             )
-
-    def write(self, path: Path, content: bytes) -> None:
-        """Writes a file completely or not at all. Raises Stop if it cannot be written."""
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
-                file.write(content)
 
     def rows(self, block: int) -> Path:
         """The file of a block's rows."""
@@ -111,8 +102,7 @@ class CurationFolder:
         Args:
             sources: paths of data.train, in order.
         """
-        pictures = PictureFiles(self)
-        rows = [row_record(one.row, pictures.part) for one in decisions if one.dropped is None]
+        rows = [row_record(one.row, self._picture_part) for one in decisions if one.dropped is None]
         records = [
             {
                 "id": one.row.prompt.id,
@@ -125,24 +115,17 @@ class CurationFolder:
             }
             for one in decisions
         ]
-        self.write(self.decisions(block), _lines(records))
-        self.write(self.rows(block), _lines(rows))
+        write_file(self.decisions(block), _lines(records))
+        write_file(self.rows(block), _lines(rows))
 
-
-class PictureFiles:
-    """Names the pictures of rows by paths that are relative to the rows' file. Pictures that came as bytes are written
-    to files."""
-
-    def __init__(self, folder: CurationFolder) -> None:
-        self._folder = folder
-
-    def part(self, picture: Picture) -> dict[str, Any]:
-        """The part of a message that shows a picture."""
+    def _picture_part(self, picture: Picture) -> dict[str, Any]:
+        """The part of a message that shows a picture, by a path that is relative to the rows' file. A picture that came
+        as bytes is written to a file."""
         if not isinstance(picture.source, bytes):
-            return {"type": "image", "image": os.path.relpath(picture.source, (self._folder.path / "rows").resolve())}
-        path = self._folder.path / "pictures" / picture.digest
+            return {"type": "image", "image": os.path.relpath(picture.source, (self.path / "rows").resolve())}
+        path = self.path / "pictures" / picture.digest
         if not path.is_file():
-            self._folder.write(path, picture.source)
+            write_file(path, picture.source)
         return {"type": "image", "image": f"../pictures/{picture.digest}"}
 
 

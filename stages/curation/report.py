@@ -15,6 +15,7 @@ from jinja2 import Environment
 EXAMPLES = 3  # of each reason
 BARS = 12  # of a histogram
 WIDTH = 40  # characters of its longest bar
+PAGE = Path(__file__).with_suffix(".jinja")  # the HTML page
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Histogram:
     filter: str
     bars: tuple[tuple[str, int], ...]
 
+    @property
+    def widest(self) -> int:
+        return max((count for _, count in self.bars), default=0) or 1
+
 
 @dataclass(frozen=True)
 class CurationReport:
@@ -62,8 +67,8 @@ class CurationReport:
             lines.append(f"  {one.filter:<16}{one.before:>8} -> {one.after:<8}{one.source}")
         for histogram in self.histograms:
             lines += ["", f"accepted responses per row ({histogram.filter})"]
-            most = max((count for _, count in histogram.bars), default=0) or 1
-            lines += [f"  {name:>10} {count:>7} {'#' * round(WIDTH * count / most)}" for name, count in histogram.bars]
+            bars = [(name, count, "#" * round(WIDTH * count / histogram.widest)) for name, count in histogram.bars]
+            lines += [f"  {name:>10} {count:>7} {bar}" for name, count, bar in bars]
         for reason in self.reasons:
             lines += ["", f"{reason.filter}: {reason.why} ({reason.count})"]
             lines += [f"  {row}: {' | '.join(filter(None, (detail, shown)))}" for row, detail, shown in reason.examples]
@@ -71,7 +76,8 @@ class CurationReport:
 
     def html(self) -> str:
         """The report as one HTML file without references to others."""
-        return _PAGE.render(report=self, widest=lambda histogram: max((n for _, n in histogram.bars), default=0) or 1)
+        page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE.read_text())
+        return page.render(report=self)
 
 
 def make_report(decisions: Sequence[Path], filters: Sequence[str], sources: Sequence[str]) -> CurationReport:
@@ -118,55 +124,3 @@ def _histogram(name: str, rows: Sequence[dict[str, Any]]) -> Histogram:
     bars = [("none", sum(right == 0 for right, _ in shares))]
     bars += [(f"to {100 * bar // BARS}%", between[bar]) for bar in range(1, BARS + 1)]
     return Histogram(name, (*bars, ("all", sum(right == of for right, of in shares))))
-
-
-_PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>Curation: {{ report.kept }} of {{ report.rows }} rows</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; }
-td, th { padding: 0.15rem 0.8rem 0.15rem 0; text-align: left; vertical-align: top; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.bar { width: 24rem; }
-td.bar div { background: #4a7ab5; height: 0.9rem; }
-tr.all td { border-top: 1px solid #ccc; font-weight: 600; }
-code { color: #555; }
-</style>
-</head>
-<body>
-<h1>{{ report.kept }} of {{ report.rows }} rows stay</h1>
-<table>
-<tr><th>filter</th><th>source</th><th class="number">in</th><th class="number">out</th></tr>
-{% for one in report.counts %}
-<tr{% if not one.source %} class="all"{% endif %}><td>{{ one.filter if not one.source }}</td>\
-<td>{{ one.source or "all" }}</td>\
-<td class="number">{{ one.before }}</td><td class="number">{{ one.after }}</td></tr>
-{% endfor %}
-</table>
-{% for histogram in report.histograms %}
-<h2>Accepted responses per row: {{ histogram.filter }}</h2>
-<table>
-{% for name, count in histogram.bars %}
-<tr><td>{{ name }}</td><td class="number">{{ count }}</td>\
-<td class="bar"><div style="width: {{ 100 * count / widest(histogram) }}%"></div></td></tr>
-{% endfor %}
-</table>
-{% endfor %}
-{% if report.reasons %}
-<h2>Why rows were dropped</h2>
-{% for reason in report.reasons %}
-<h3>{{ reason.filter }}: {{ reason.why }} ({{ reason.count }})</h3>
-<table>
-{% for row, detail, question in reason.examples %}
-<tr><td><code>{{ row }}</code></td><td>{{ detail }}</td><td>{{ question }}</td></tr>
-{% endfor %}
-</table>
-{% endfor %}
-{% endif %}
-</body>
-</html>
-""")

@@ -14,16 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rewards.running.async_pool import Outage
-from rl.actors import cluster, merge_streams
+from rl.actors import cluster
 from rl.config import ROUNDING, Config
-from rl.exits import InputError
+from rl.exits import InputError, as_input_error
 from rl.interrupt import Interrupts
-from rl.stop import WorkerDied
+from rl.record.disk import write_file
 from rollout.data.decontamination import Benchmarks
 from rollout.data.rows import read
 from rollout.pacore.prompt import synthesis_template
 from rollout.pool import EnginePool
-from rollout.vllm.client import EngineClient
 from stages.ahead import Ahead
 from stages.curation.answers import Answers
 from stages.curation.filters import (
@@ -59,28 +58,58 @@ class Curation:
 
     def lines(self) -> list[str]:
         """The plan of the curation, for --dry-run."""
-        return lines(self.plan, self.benchmarks)
+        plan, c = self.plan, self.plan.config.curate
+        texts = {
+            "decontamination": f"against {self.benchmarks.rows if self.benchmarks else 0} benchmark rows, exactly and "
+            f"by {c.decontamination.ngram} words and signs",
+            "checkability": f"{c.checkability.passes} pass(es) of {c.checkability.endpoint}, all have to agree",
+            "relevance": f"{c.relevance.endpoint} grades at least {c.relevance.at_least:g}",
+            "difficulty": f"{c.difficulty.rollouts} responses of {plan.model}, some accepted and not all",
+            "synthesis": f"{c.synthesis.rollouts} responses with {plan.config.synthesis.least_messages} to "
+            f"{plan.config.synthesis.most_messages} messages, some accepted and not all",
+        }
+        return [
+            f"rows       {sum(map(len, blocks_of(plan)))} of {len(plan.train)}, in blocks of {c.block}",
+            *(f"skipped    {line.strip()}" for line in skipped_lines(plan.skipped)),
+            *(f"filter     {name}: {texts[name]}" for name in _filter_names(plan.config)),
+        ]
 
     def run(self, path: Path, recipe: str, *, verbose: bool = False) -> None:
-        """Does everything that is not finished yet in the folder `path`. Raises InputError if it holds something else.
+        """Runs every block that is not finished yet in the folder `path`, then writes the report.
 
         Args:
             recipe: the text of the resolved recipe.
+        Raises: InputError if the folder holds something else.
         """
-        folder = CurationFolder(path)
-        with folder.locked(self.plan.config, recipe, _digest(self.plan)):
-            curate(self.plan, folder, self.benchmarks, verbose=verbose)
+        folder, plan, blocks = CurationFolder(path), self.plan, blocks_of(self.plan)
+        sources = [source.path for source in plan.config.data.train]
+        with folder.locked(plan.config, recipe, _digest(plan)):
+            for line in skipped_lines(plan.skipped):
+                _say(line)
+            if unfinished := folder.unfinished(len(blocks)):
+                _say(f"{len(blocks) - len(unfinished)} of {len(blocks)} blocks are done already")
+                with (
+                    plan.rewards,
+                    Interrupts().installed() as interrupts,
+                    interrupts.waiting(),
+                    _filters(plan, self.benchmarks, verbose) as filters,
+                ):
+                    run_blocks(blocks, filters, folder, sources, _say)
+            decisions = [folder.decisions(number) for number in range(len(blocks))]
+            report = make_report(decisions, _filter_names(plan.config), sources)
+            write_file(path / "report.txt", report.text().encode("utf-8", "backslashreplace"))
+            write_file(path / "report.html", report.html().encode("utf-8", "backslashreplace"))
+            _say(report.text())
+            _say(f"rows: {path / 'rows'}, report: {path / 'report.html'}")
 
 
 def checked(config: Config) -> Curation:
     """Checks a recipe. Raises InputError if it cannot be run."""
-    try:
+    with as_input_error():
         _check_judges(config)
         plan = make_plan(config, row_judges(config))
         _check_thresholds(plan)
         return Curation(plan, _benchmarks(config) if "decontamination" in config.curate.filters else None)
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from error
 
 
 def _check_judges(config: Config) -> None:
@@ -107,25 +136,6 @@ def _check_thresholds(plan: Plan) -> None:
             )
 
 
-def lines(plan: Plan, benchmarks: Benchmarks | None) -> list[str]:
-    """The plan of a curation, for --dry-run."""
-    c = plan.config.curate
-    texts = {
-        "decontamination": f"against {benchmarks.rows if benchmarks else 0} benchmark rows, exactly and by "
-        f"{c.decontamination.ngram} words and signs",
-        "checkability": f"{c.checkability.passes} pass(es) of {c.checkability.endpoint}, all have to agree",
-        "relevance": f"{c.relevance.endpoint} grades at least {c.relevance.at_least:g}",
-        "difficulty": f"{c.difficulty.rollouts} responses of {plan.model}, some accepted and not all",
-        "synthesis": f"{c.synthesis.rollouts} responses with {plan.config.synthesis.least_messages} to "
-        f"{plan.config.synthesis.most_messages} messages, some accepted and not all",
-    }
-    return [
-        f"rows       {sum(map(len, blocks_of(plan)))} of {len(plan.train)}, in blocks of {c.block}",
-        *(["skipped    " + line.strip() for line in skipped_lines(plan.skipped)] if plan.skipped else []),
-        *(f"filter     {name}: {texts[name]}" for name in _filter_names(plan.config)),
-    ]
-
-
 def _filter_names(config: Config) -> list[str]:
     """The recipe's filters in the report's order."""
     return [name for name in ORDER if name in config.curate.filters]
@@ -141,29 +151,6 @@ def _benchmarks(config: Config) -> Benchmarks:
     if rows.bad:
         raise InputError("\n".join(["benchmarks:", *map(str, rows.bad[:20])]))
     return Benchmarks(rows.prompts, config.curate.decontamination.ngram)
-
-
-def curate(plan: Plan, folder: CurationFolder, benchmarks: Benchmarks | None, *, verbose: bool = False) -> None:
-    """Runs every block that is not finished yet, then writes the report."""
-    blocks = blocks_of(plan)
-    for line in skipped_lines(plan.skipped) if plan.skipped else ():
-        _say(line)
-    sources = [source.path for source in plan.config.data.train]
-    if unfinished := folder.unfinished(len(blocks)):
-        _say(f"{len(blocks) - len(unfinished)} of {len(blocks)} blocks are done already")
-        with (
-            plan.rewards,
-            Interrupts().installed() as interrupts,
-            interrupts.waiting(),
-            _filters(plan, benchmarks, verbose) as filters,
-        ):
-            run_blocks(blocks, filters, folder, sources, _say)
-    decisions = [folder.decisions(number) for number in range(len(blocks))]
-    report = make_report(decisions, _filter_names(plan.config), sources)
-    folder.write(folder.path / "report.txt", report.text().encode("utf-8", "backslashreplace"))
-    folder.write(folder.path / "report.html", report.html().encode("utf-8", "backslashreplace"))
-    _say(report.text())
-    _say(f"rows: {folder.path / 'rows'}, report: {folder.path / 'report.html'}")
 
 
 def blocks_of(plan: Plan) -> list[list[CandidateRow]]:
@@ -265,44 +252,21 @@ def _engines(plan: Plan, verbose: bool) -> Iterator[EnginePool | None]:
     if "synthesis" in policy_filters:
         longest = max(longest, config.curate.synthesis.max_sequence_length)
     engines = config.rollout.workers if policy_filters else 0
-    samplers = Samplers(plan, longest=longest, engines=engines, verbose=verbose)
     restarts = Restarts(config.max_restarts, _say)
-
-    def replace_engine(number: int, died: WorkerDied) -> EngineClient:
-        restarts.count(f"engine {number} is replaced: {died}")
-        return samplers.replace_engine(number)
+    samplers = Samplers(plan, restarts, longest=longest, engines=engines, verbose=verbose)
 
     def on_outage(outage: Outage) -> None:
         if not outage.again:
-            _say(_outage_message(outage))
+            _say(f"{outage}; waiting" if outage.why else str(outage))
         if outage.why is not None:
-            samplers.judges.revive(outage.endpoint, restarts.count)
+            samplers.revive_judge(outage.endpoint)
 
     plan.rewards.on_outage = on_outage
     try:
         samplers.ready()
-        pool = EnginePool(
-            samplers.engines,
-            merge_streams,
-            plan.chat,
-            max_sequence_length=longest,
-            temperature=config.rollout.temperature,
-            seed=config.seed,
-            patience=config.rollout.patience_s,
-            replacement=replace_engine,
-        )
-        yield pool if policy_filters else None
+        yield samplers.pool(samplers.replace_engine) if policy_filters else None
     finally:
-        try:
-            samplers.judges.close()
-        except RuntimeError as error:  # must not hide why the work ends
-            _say(f"a judge's server did not shut down correctly: {error}")
-
-
-def _outage_message(outage: Outage) -> str:
-    if outage.why is None:
-        return f"endpoint {outage.endpoint} is back after {outage.seconds:.0f} s"
-    return f"endpoint {outage.endpoint} does not answer ({outage.why}); waiting"
+        samplers.close()
 
 
 def _digest(plan: Plan) -> str:

@@ -1,6 +1,5 @@
 """Measures a policy on held-out rows: samples answers, scores them, and reports the figures of scores.py."""
 
-import os
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from rl.config import Config
 from rl.exits import InputError
 from rl.stop import Stop
 from rl.types import PooledAnswers, Prompt, Rollout, Scored
-from rollout.data.errors import RowError
 from rollout.data.rows import read
 from rollout.generate import (
     AnswerFile,
@@ -33,19 +31,21 @@ from rollout.generate import (
 from rollout.pacore.prompt import SynthesisPrompt
 from rollout.pacore.rounds import PacoreResult, Round, draw_order
 from rollout.pacore.target import ModelTarget
-from rollout.vllm.server import Server
+from rollout.vllm.server import serving
 from stages.evaluation.scores import EvaluatedRow, result_rows
 from stages.loop import require_valid
 from stages.pacore import is_accepted, synthesis_metrics
 from stages.plan import check_accept, check_judges, limited, reward_runner, served_here
 from stages.rlhf import penalty_metrics, preference_metrics
 
+MODES = ("sere", "majority", "pacore")
+
 
 @dataclass(frozen=True)
 class Questions:
     """What an evaluation asks the policy."""
 
-    modes: Sequence[str]
+    modes: Sequence[str]  # some of MODES
     attempts: int = 16  # trajectories per row
     syntheses: int = 1  # PaCoRe answers per row, each from all trajectories
     limit: int | None = None  # rows of each task; None: data.eval_limit
@@ -105,22 +105,14 @@ def measure(config: Config, target: ModelTarget, questions: Questions) -> "Evalu
 def _judges(config: Config, rewards: RewardRunner, device: str) -> Iterator[None]:
     """Serves the judges that have no url on this machine. Raises RuntimeError if one cannot be served."""
     with ExitStack() as stack:
-        servers = {}
-        for name, judge in served_here(config, rewards).items():
-            servers[name] = Server(
-                judge.model,
-                host="127.0.0.1",
-                device="cuda" if device == "cuda" else "cpu",
-                options=judge.serve,
-                threads=os.cpu_count() or 1,
-            )
-            stack.callback(servers[name].close)
+        judges = served_here(config, rewards).items()
+        servers = {name: stack.enter_context(serving(judge.model, device, judge.serve)) for name, judge in judges}
 
         def on_outage(outage: Outage) -> None:
             if outage.endpoint in servers and not servers[outage.endpoint].runs():
                 raise RuntimeError(f"judge {outage.endpoint}, which was served here, has died: {outage.why}")
             if not outage.again:
-                print(f"endpoint {outage.endpoint}: {outage.why or 'is back'}", file=sys.stderr)
+                print(outage, file=sys.stderr)
 
         rewards.on_outage = on_outage
         rewards.set_urls({name: server.url() for name, server in servers.items()})
@@ -133,9 +125,7 @@ def _rows(config: Config, limit: int | None) -> list[Prompt]:
     if not data.eval:
         raise InputError("there are no rows to evaluate on; name a file with --data")
     rows = read(data.eval, columns=data.columns, tasks=config.rewards.keys(), problem=reward_runner(config).problem)
-    if rows.bad and (data.on_bad_row == "stop" or not rows.prompts):
-        raise RowError(rows.bad)
-    return limited(rows.prompts, limit or data.eval_limit)
+    return limited(rows.checked(data.on_bad_row).prompts, limit or data.eval_limit)
 
 
 def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -260,7 +250,7 @@ class EvaluationReport:
     blind: bool = False  # the policy saw the pictures of other rows
 
     def synthesis(self) -> dict[str, float]:
-        """pacore/* metrics (rl/record/metrics.py) of the syntheses."""
+        """pacore/* metrics (rl/record/metrics.yaml) of the syntheses."""
         return synthesis_metrics([s for row in self.rows for s in row.syntheses], self.config.accept)
 
     def preference(self) -> dict[str, float]:

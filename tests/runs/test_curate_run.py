@@ -96,7 +96,7 @@ def test_what_cannot_be_done_gets_one_clear_message(
 def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     assert main([*map(str, CPU[1:]), "--out", str(tmp_path), *SMALL]) == 2
-    assert "is not empty and no curation" in capsys.readouterr().err
+    assert "is not empty and holds no curation" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_would_be_done_and_starts_nothing(

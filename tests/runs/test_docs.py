@@ -1,7 +1,7 @@
 """README, CONTRIBUTING and docs/: their commands work, and the files, options, metrics and messages they name exist.
 
-Every command is followed here, as a dry run where it would train. Commands that a dry run cannot follow are covered by
-tests of their own, which ELSEWHERE names. docs/writing_rewards.md has a test file of its own, test_reward_guide.py.
+Each command runs here; a command that would train runs as a dry run. ELSEWHERE names the tests of commands that have no
+dry run. docs/writing_rewards.md has its own test file, test_reward_guide.py.
 """
 
 import ast
@@ -30,13 +30,13 @@ from rl.record.metrics import describe
 from tests.support.command import ROOT, run
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
-OURS = [page for page in PAGES if page != "docs/writing_rewards.md"]  # whose commands are followed here
+TESTED_HERE = [page for page in PAGES if page != "docs/writing_rewards.md"]
 PROGRAMS = ("python", ".venv/bin/python", "make", "ray", "zcat")
-FREE = ("rewards.NAME.params", "endpoints.NAME.serve")  # options below these have any name
+FREE = ("rewards.NAME.params", "endpoints.NAME.serve")  # the options below these may have any name
 SCALE = ROOT / "recipes/scale"
 DRY_RUNS = ("rl.run", "stages.curate")
 
-ELSEWHERE = {  # first words of a command -> the tests that run it; they name each of its options
+ELSEWHERE = {  # first words of a command -> the tests that run it, with each of its options
     "ray": ["tests/runs/test_ray_job.py"],
     "python -m benchmarks": ["tests/benchmarks/test_harness.py"],
     "python -m rl.evaluate": ["tests/rollout/test_generate.py", "tests/stages/evaluation/test_scores.py"],
@@ -55,8 +55,8 @@ class Block:
 
 
 def blocks(page: str) -> list[Block]:
-    found = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", (ROOT / page).read_text(), re.M | re.S)
-    return [Block(language, text) for language, text in found]
+    pairs = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", (ROOT / page).read_text(), re.M | re.S)
+    return [Block(language, text) for language, text in pairs]
 
 
 def prose(page: str) -> str:
@@ -67,20 +67,20 @@ def prose(page: str) -> str:
 def commands(page: str) -> Iterator[str]:
     """The lines of a page's shell blocks, without comments."""
     for block in blocks(page):
-        if block.language in ("", "sh"):
+        if block.language == "sh":
             for line in re.sub(r" *\\\n +", " ", block.text).splitlines():
                 if line.lstrip().startswith(PROGRAMS):
                     yield re.sub(r"\s+#.*", "", line).strip()
 
 
 def spans(page: str) -> list[str]:
-    """What stands between single backticks in the prose, line breaks removed."""
+    """The texts between single backticks in the prose, without line breaks."""
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
 
 
 ROOMS = ("rl", "rewards", "rollout", "stages", "recipes", "tests", "tools", "docs")
-COMMANDS = sorted({command for page in OURS for command in commands(page)})
-MENTIONED = sorted({span for page in OURS for span in spans(page) if span.startswith(("python -m ", "make "))})
+COMMANDS = sorted({command for page in TESTED_HERE for command in commands(page)})
+MENTIONED = sorted({span for page in TESTED_HERE for span in spans(page) if span.startswith(("python -m ", "make "))})
 
 
 # Commands
@@ -88,14 +88,14 @@ MENTIONED = sorted({span for page in OURS for span in spans(page) if span.starts
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all that the commands name: recipes, models, rows, a run, a chain, and the README's reward."""
+    """A folder with everything that the commands name: recipes, models, rows, a run, a chain, the README's reward."""
     folder = tmp_path_factory.mktemp("desk")
     for name in ("recipes", "tools"):
         (folder / name).symlink_to(ROOT / name)
     for name in ("rlvr", "pacore"):
         (folder / name).mkdir()
         (folder / name / "policy").symlink_to(SCALE / "model")
-    critic(folder / "rlvr/checkpoints/000600/critic")
+    write_critic(folder / "rlvr/checkpoints/000600/critic")
     chats = rows("open-train.jsonl", "describing")
     for chat in chats:
         picture = chat["messages"][0]["content"][0]
@@ -111,8 +111,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (reward,) = (block.text for block in blocks("README.md") if block.language == "python")
     (folder / "my_reward.py").write_text(reward)
     (folder / "my_recipe.yaml").write_text("base: rlvr\nrewards: {arithmetic: {use: my_reward.py:right_and_short}}\n")
-    finished_run(folder / "RUN_DIR", sums)
-    chain = load_chain(ROOT / "recipes/step3_vl.yaml", folder / "all", profile="cpu", overrides=[])
+    write_run(folder / "RUN_DIR", sums)
+    rows_of = {"rlvr": folder / "sums.jsonl", "rlhf": folder / "chats.jsonl"}
+    overrides = ["data.eval=[]", *(f"{stage}.data.train={path}" for stage, path in rows_of.items())]
+    chain = load_chain(ROOT / "recipes/step3_vl.yaml", folder / "all", profile="cpu", overrides=overrides)
     for name, text in saved_chain(chain).items():
         (folder / "all" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "all" / name).write_text(text)
@@ -121,12 +123,12 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(file: str, task: str) -> list[dict]:
     """The first two rows of a task in the scale model's data."""
-    found = map(json.loads, (SCALE / "data" / file).read_text().splitlines())
-    return [row for row in found if row["task"] == task][:2]
+    all_rows = map(json.loads, (SCALE / "data" / file).read_text().splitlines())
+    return [row for row in all_rows if row["task"] == task][:2]
 
 
-def critic(folder: Path) -> None:
-    """The scale model's decoder with a value head."""
+def write_critic(folder: Path) -> None:
+    """Writes the scale model's decoder with a value head."""
     tensors = load_file(SCALE / "model/model.safetensors")
     trunk = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
     folder.mkdir(parents=True)
@@ -139,10 +141,11 @@ def write(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def finished_run(folder: Path, rows: list[dict]) -> None:
-    """The folder of a run: recipe, metrics, and samples of which one is invalid."""
+def write_run(folder: Path, rows: list[dict]) -> None:
+    """Writes the folder of a run: recipe, metrics, and samples of which one is invalid."""
     (folder / "rollouts").mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(load(ROOT / "recipes/rlvr.yaml", profile="cpu").yaml())
+    few_rows = [f"data.train={folder.parent / 'sums.jsonl'}", "data.eval=[]"]
+    (folder / "recipe.yaml").write_text(load(ROOT / "recipes/rlvr.yaml", profile="cpu", overrides=few_rows).yaml())
     numbers = {"reward/arithmetic": 0.5, "response/tokens_mean/arithmetic": 9.0}
     write(folder / "metrics.jsonl", [{"iteration": 1, "stage": "rlvr", **numbers}])
     samples = [{**row, "response": "7", "invalid": why} for row, why in zip(rows, (None, "KeyError: 'x'"), strict=True)]
@@ -151,7 +154,7 @@ def finished_run(folder: Path, rows: list[dict]) -> None:
 
 
 def filled_in(command: str) -> str:
-    """The command with values for what its reader has to fill in."""
+    """The command with values in place of the names that its reader replaces."""
     for name, value in {
         "POLICY": SCALE / "model", "GENRM": SCALE / "judge", "TASK": "arithmetic", "/my/model": SCALE / "model",
         "/my/train.jsonl": "sums.jsonl", "/my/heldout.jsonl": "sums.jsonl",
@@ -160,7 +163,7 @@ def filled_in(command: str) -> str:
     return command
 
 
-@pytest.mark.parametrize("command", [one for one in COMMANDS if not one.startswith(tuple(ELSEWHERE))])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(tuple(ELSEWHERE))])
 def test_a_command_works(
     command: str, desk: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -169,7 +172,7 @@ def test_a_command_works(
     if words[0] == "make":
         shell(f"{command} --dry-run", ROOT)
     elif words[1:3] == ["-m", "pytest"]:
-        shell(command.replace(".venv/bin/python", f"{sys.executable}") + " --collect-only", ROOT)
+        assert (ROOT / words[-1]).is_file()
     elif words[:2] == ["python", "-m"]:
         module, arguments = words[2], words[3:]
         if module in DRY_RUNS:
@@ -177,7 +180,7 @@ def test_a_command_works(
             arguments += [] if {"--profile", "--resume"} & set(arguments) else ["--profile", "cpu"]
         assert entry(module).main(arguments) == 0, capfd.readouterr().err
     else:
-        shell(filled_in(command).replace("python ", f"{sys.executable} "), desk)
+        shell(filled_in(command).replace("python ", f"{sys.executable} ", 1), desk)
 
 
 def shell(command: str, folder: Path) -> None:
@@ -186,18 +189,18 @@ def shell(command: str, folder: Path) -> None:
 
 
 def entry(module: str) -> Any:
-    """What `python -m` runs."""
+    """The module that `python -m` runs."""
     return importlib.import_module(f"{module}.__main__" if (ROOT / module).is_dir() else module)
 
 
-@pytest.mark.parametrize("command", [one for one in COMMANDS if one.startswith(tuple(ELSEWHERE))])
-def test_a_command_that_no_dry_run_can_follow_has_a_test_that_runs_it(command: str) -> None:
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(tuple(ELSEWHERE))])
+def test_a_command_without_a_dry_run_has_a_test_that_runs_it(command: str) -> None:
     (tests,) = (tests for start, tests in ELSEWHERE.items() if command.startswith(start))
     source = "".join((ROOT / test).read_text() for test in tests)
-    own, _, inner = command.partition(" -- ")  # a job's command, which is one of the others
+    own, _, inner = command.partition(" -- ")  # `inner` is the command of a job, which is one of the others
     for option in re.findall(r"(?<= )--[a-z][a-z-]*", own):
         assert f'"{option}"' in source, f"{option} is in no test of {tests}"
-    assert not inner or inner.partition(" --output")[0] in COMMANDS
+    assert any(c.startswith(inner.partition(" --output")[0]) for c in COMMANDS)
     if own.startswith("python -m") and hasattr(entry(own.split()[2]), "parser"):
         entry(own.split()[2]).parser().parse_intermixed_args(shlex.split(own)[3:])
 
@@ -227,7 +230,12 @@ def test_a_run_survives_a_killed_driver_bit_for_bit() -> None:
     assert json.loads(out.splitlines()[-1])["differences"] == []
 
 
-# Links, files, options, metrics, messages
+# Blocks, links, files, options, metrics, messages
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_fenced_block_has_a_language(page: str) -> None:
+    assert all(block.language for block in blocks(page))
 
 
 @pytest.mark.parametrize("page", [*PAGES, "recipes/README.md", "recipes/scale/README.md"])
@@ -241,7 +249,7 @@ def test_every_file_and_heading_that_a_page_links_to_is_there(page: str) -> None
 
 
 def anchors(file: Path) -> set[str]:
-    """Names by which GitHub links to the headings of a page."""
+    """The names of a page's headings in links on GitHub."""
     headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -255,8 +263,8 @@ def test_a_link_to_a_file_shows_the_files_path(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_a_page_names_is_there(page: str) -> None:
-    named = [span for span in spans(page) if re.fullmatch(rf"({'|'.join(ROOMS)})/[\w/.]+", span)]
-    missing = [name for name in named if not (ROOT / name).exists() and not is_metric(name) and "NAME" not in name]
+    paths = [span for span in spans(page) if re.fullmatch(rf"({'|'.join(ROOMS)})/[\w/.]+", span)]
+    missing = [path for path in paths if not (ROOT / path).exists() and not is_metric(path) and "NAME" not in path]
     assert missing == [], page
 
 
@@ -267,7 +275,7 @@ def is_metric(name: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("page", OURS)
+@pytest.mark.parametrize("page", TESTED_HERE)
 def test_every_option_and_metric_that_a_page_names_exists(page: str) -> None:
     sections = "|".join(Config.model_fields)
     options = declared({"rewards": {"NAME": {}}, "endpoints": {"NAME": {}}}).keys() | {"rewards.NAME"}
@@ -281,7 +289,7 @@ def test_every_option_and_metric_that_a_page_names_exists(page: str) -> None:
 
 
 def messages() -> str:
-    """Every text in the source, with `...` for values that are filled in."""
+    """Every text in the source, with `...` for the values in f-strings."""
     texts = []
     for room in ("rl", "rewards", "rollout", "stages"):
         for file in (ROOT / room).rglob("*.py"):
@@ -307,6 +315,9 @@ def test_the_glossary_is_sorted_and_has_each_term_once() -> None:
     assert len(terms) > 50 and terms == sorted(set(terms), key=str.lower)
 
 
-def test_the_readme_is_short_and_its_picture_is_small() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+def test_the_readme_is_short_and_its_picture_is_small_and_it_gives_the_size_of_the_wheel() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 160
+    (size,) = re.findall(r"The wheel is\s+(\d+ MB) large", text)
+    assert f"the wheel is {size} large" in (ROOT / "recipes/README.md").read_text()  # test_installed.py measures it
     assert (ROOT / "docs/learning_curve.svg").stat().st_size < 60_000

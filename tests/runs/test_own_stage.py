@@ -13,6 +13,7 @@ from stages.base import Stage
 
 class Hardest(Stage):
     name = "hardest"
+    own_metrics = {"hardest/tokens": "Tokens of the longest prompt."}
     defaults = {
         "iterations": 2,
         "prompts_per_iteration": 4,

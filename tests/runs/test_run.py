@@ -256,7 +256,7 @@ def test_the_final_policy_gives_the_same_logprobs_in_vllm_and_in_our_code(
     from rl.recipe.resolve import load
     from rl.types import Request, Rollout
     from rollout.chat import Chat
-    from rollout.data.rows import read_rows
+    from tests.support.data_rows import read_rows
 
     folder = str(finished[0] / "policy")
     chat, rows = Chat(folder), read_rows(ROOT / "recipes/scale/data/heldout.jsonl")[::200]

@@ -14,6 +14,7 @@ from rl.config import Config, CurationOptions
 from rl.recipe.chain import load_chain
 from rl.recipe.layers import SHIPPED
 from rl.recipe.resolve import RecipeError, load
+from rl.record.metrics import check as check_metrics
 from rl.types import Prompt, Scored
 from stages import STAGES
 from stages.base import Stage, StageTools
@@ -35,6 +36,10 @@ class Reversed(Stage):
         "ppo": {"minibatches": 1, "critic_minibatches": 1},
     }
     own_options = ("preference.verifiable_tasks",)
+    own_metrics: ClassVar[Mapping[str, str]] = {
+        "reversed/first": "Id of the first row.",
+        "eval/rows": "Held-out rows.",
+    }
     selection = "has an id that does not end in 7"
     comparable_evaluation = False
 
@@ -87,6 +92,9 @@ def test_the_loop_uses_its_prompts_and_reports_its_metrics(tmp_path: Path) -> No
     services = replace(services, stage=Reversed(tools))
     metrics, _ = ppo_iteration(1, PROMPTS, PROMPTS, services, LoopState(), Clock())
     assert metrics["reversed/first"] == 3.0
+    check_metrics({"reversed/first": 3.0, "iteration": 1, "stage": "reversed"})
+    with pytest.raises(ValueError, match="metric 'reversed/last' has no sentence"):
+        check_metrics({"reversed/last": 3.0})
     assert evaluate(PROMPTS, services)["eval/rows"] == 4.0
 
 

@@ -50,7 +50,7 @@ def test_after_repeated_non_finite_gradients_the_error_has_reason_and_samples(se
     policy = policy_of(services)
     with torch.no_grad():
         policy.trained["model.norm.weight"].fill_(float("nan"))
-    policy.optimizer.max_skipped = 1
+    policy.optimizer.ppo = policy.optimizer.ppo.model_copy(update={"max_skipped_steps": 1})
     with pytest.raises(Diverged, match="gradient norm is nan") as diverged:
         ppo_iteration(1, PROMPTS, PROMPTS, services, LoopState(), Clock())
     assert len(diverged.value.scored) == 12

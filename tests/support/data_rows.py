@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from rl.config import Source
 from rl.types import Prompt
 from rollout.data.errors import RowError
-from rollout.data.rows import read, read_rows
+from rollout.data.rows import read
 
 CHAT = [{"role": "user", "content": "1 + 1?"}]
 
@@ -54,6 +55,12 @@ def json_array(folder: Path, *rows: Any) -> Path:
     path = folder / "rows.json"
     path.write_text(json.dumps(rows))
     return path
+
+
+def read_rows(source: str | Path | Sequence[str | Path], **options: Any) -> list[Prompt]:
+    """Reads the rows of one or more paths, with the options of `read`. Raises RowError if a row cannot be used."""
+    paths = [source] if isinstance(source, (str, Path)) else source
+    return list(read([Source(path=str(path)) for path in paths], **options).checked().prompts)
 
 
 def only_prompt(path: Path, **options: Any) -> Prompt:

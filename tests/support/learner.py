@@ -39,8 +39,13 @@ def config(model: str, **ppo: object) -> Config:
 
 
 def options(ppo: Mapping[str, object] | None = None, **changed: Any) -> LearnerOptions:
-    """The learner's options of that recipe, with options of PPO and of the learner replaced."""
-    return replace(LearnerOptions.of(config("unused", **(ppo or {}))), **changed)
+    """The learner's options of that recipe, with options of `ppo`, `model`, `learner` and others replaced."""
+    made = LearnerOptions.of(config("unused", **(ppo or {})))
+    sections: dict[str, Any] = {
+        name: section.model_copy(update={key: changed.pop(key) for key in type(section).model_fields if key in changed})
+        for name, section in (("model", made.model), ("learner", made.learner))
+    }
+    return replace(made, **sections, **changed)
 
 
 def group(prompt: int, *responses: int, first_row: int = 0, images: tuple[str, ...] = ()) -> Group:

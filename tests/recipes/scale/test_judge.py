@@ -84,10 +84,10 @@ def words(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_prompt_and_verdict_fit_into_what_the_profile_serves(words) -> None:
-    prompter, renderer, rng = Prompter(words, 16), judge.PairRenderer(), np.random.default_rng(0)
+    prompter, rng = Prompter(words, 16), np.random.default_rng(0)
     for _ in range(50):
         pair = judge.draw_pair(rng, "train")
-        assert len(prompter.prompt(renderer.problem(pair))) < 600
+        assert len(prompter.prompt(judge.problem_of(pair))) < 600
         assert len(prompter.response(verdict_json(verdict(pair)))) < LONGEST
 
 

@@ -100,12 +100,6 @@ def test_things_are_sighted_at_the_token_that_holds_their_centre() -> None:
     assert seen.places[0, 13].tolist() == pytest.approx(at + box, abs=0.01)
 
 
-def test_forced_openings_begin_the_answers(model: StepVL, prompter: Prompter) -> None:
-    problems = world.problems("heldout", seed=3, per_task=2)
-    given = practice.answers(model, prompter, problems, openings=ROUGH.opening)
-    assert all(text.startswith("<think>maybe") for text in given)
-
-
 @pytest.mark.parametrize("stopped", [2, 4])  # while seeing, while answering
 def test_an_interrupted_warm_start_ends_with_the_same_weights(tmp_path: Path, stopped: int) -> None:
     whole = warm_start.Trainer(tmp_path / "whole", STEPS)

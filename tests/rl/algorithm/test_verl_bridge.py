@@ -245,7 +245,6 @@ def test_rejection_removes_tokens_or_whole_responses_from_the_mask() -> None:
     assert token.weights is None and token.sums["tis_mean"] == 4
     response = correct(rollout_rs="seq_max_k3", rollout_rs_threshold=0.5)  # 3 - 1 - log 3 = 0.9
     assert response.mask.tolist() == [[False] * 3, [True, True, False]]
-    assert response.metrics["rollout_corr/rollout_rs_masked_fraction"] == pytest.approx(3 / 5)
 
 
 RS = [f"token_k{k}" for k in (1, 2, 3)] + [f"seq_{s}_k{k}" for s in ("sum", "mean", "max") for k in (1, 2, 3)]
@@ -267,15 +266,6 @@ def test_corrections_of_a_response_do_not_depend_on_the_others(
         assert torch.equal(alone.mask, whole.mask[i : i + 1])
 
 
-def test_batch_normalised_weights_have_mean_one_over_all_tokens_of_the_call() -> None:
-    case = Case()
-    found = verl_bridge.rollout_correction(
-        case.old, case.rollout, case.mask, rollout_is="token", rollout_is_batch_normalize=True
-    )
-    assert found.weights is not None
-    assert float(found.weights[case.mask].mean()) == pytest.approx(1)
-
-
 @pytest.mark.parametrize("gap", [-1e4, 1e4])
 @pytest.mark.parametrize("rollout_is", ["token", "sequence"])
 def test_extreme_gaps_give_finite_weights(gap: float, rollout_is: Literal["token", "sequence"]) -> None:
@@ -292,14 +282,6 @@ def test_extreme_gaps_give_finite_weights(gap: float, rollout_is: Literal["token
 
 def test_corrections_that_make_no_sense_are_refused() -> None:
     x, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
-    with pytest.raises(ValueError, match="rollout_correction has no effect"):
-        verl_bridge.rollout_correction(x, x, mask)
-    with pytest.raises(ValueError, match="set both or neither"):
-        verl_bridge.rollout_correction(x, x, mask, rollout_rs="token_k1")
-    with pytest.raises(ValueError, match="no weights to normalise"):
-        verl_bridge.rollout_correction(
-            x, x, mask, rollout_rs="token_k1", rollout_rs_threshold=2, rollout_is_batch_normalize=True
-        )
     with pytest.raises(ValueError, match="Invalid rollout_rs option"):
         verl_bridge.rollout_correction(x, x, mask, rollout_rs="token_k9", rollout_rs_threshold=2)
     with pytest.raises(ValueError, match="no token to correct"):

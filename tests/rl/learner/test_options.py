@@ -25,16 +25,11 @@ def test_every_option_has_the_value_from_the_recipe():
     recipe = Config.model_validate_json(json.dumps(config("m", gamma=0.5).model_dump(mode="json") | changes))
     assert LearnerOptions.of(recipe) == LearnerOptions(
         ppo=recipe.ppo,
+        model=recipe.model,
+        learner=recipe.learner,
         seed=5,
         temperature=0.7,
-        token_budget=128,
-        threads=3,
-        activation_checkpointing=True,
-        dtype="bfloat16",
-        yarn=2.0,
-        freeze=("encoder", "projector"),
-        critic=Path("critic"),
-        chat_template=Path("chat.jinja"),
         synthesis_template=Path("shown.jinja"),
     )
+    assert (recipe.model.critic, recipe.model.yarn, recipe.learner.threads) == (Path("critic"), 2.0, 3)
     assert recipe.ppo.gamma == 0.5

@@ -19,7 +19,8 @@ def targets_of(batch: Batch, policy: Policy) -> Targets:
 
 def gradients(policy: Policy, batch: Batch, budget: int, old: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Returns the gradients of a minibatch with the whole batch, in packed rows of at most `budget` tokens."""
-    policy.options = replace(policy.options, token_budget=budget)
+    learner = policy.options.learner.model_copy(update={"token_budget": budget})
+    policy.options = replace(policy.options, learner=learner)
     policy._accumulate(batch.groups, batch, targets_of(batch, policy), features_of(policy), old)
     found = {name: p.grad.clone() for name, p in policy.trained.items() if p.grad is not None}
     policy.optimizer.adamw.zero_grad()

@@ -48,7 +48,8 @@ def shown(console: Console) -> str:
 
 def test_without_a_terminal_each_iteration_is_one_plain_line() -> None:
     screen = console(width=40)
-    with Display(ShownRun(), screen) as display, display.phase("rollout"):
+    with Display(ShownRun(), screen) as display:
+        display.phase("rollout")
         display.iteration(line(1, counting=0.5))
         display.iteration(line(2, counting=1.0))
     first, second = shown(screen).splitlines()

@@ -1,11 +1,13 @@
 """Metrics: each has a meaning, and those of an iteration's samples have the right values."""
 
 import math
+import re
 
 import pytest
 
 from rl.record.metrics import METRICS, check, describe, rollout_metrics
 from rl.types import Finish, Prompt, Rollout, Scored
+from tests.support.command import ROOT
 
 
 def sample(
@@ -21,8 +23,9 @@ def sample(
 
 
 def test_every_metric_says_how_to_read_it_and_which_way_is_good() -> None:
-    names = [metric.name for metric in METRICS]
-    assert len(names) == len(set(names))
+    table = (ROOT / "rl/record/metrics.yaml").read_text()
+    names = re.findall(r"^(\S+):$", table, flags=re.MULTILINE)
+    assert len(names) == len(set(names)) and names == [metric.name for metric in METRICS]
     for metric in METRICS:
         assert metric.meaning.endswith(".") and metric.better in ("higher", "lower", "neither")
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rollout.data.rows import read_rows
-from tests.support.data_rows import jsonl, only_prompt, parquet, png, reasons, row, text, user
+from tests.support.data_rows import jsonl, only_prompt, parquet, png, read_rows, reasons, row, text, user
 
 
 def test_content_without_a_picture_becomes_one_text(tmp_path: Path) -> None:

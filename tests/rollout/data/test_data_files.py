@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from rl.config import Source
-from rollout.data.rows import read, read_rows
-from tests.support.data_rows import jsonl, parquet, png, reasons, row
+from rollout.data.rows import read
+from tests.support.data_rows import jsonl, parquet, png, read_rows, reasons, row
 
 
 def test_a_hugging_face_folder_gives_the_same_prompts_as_a_file_with_its_rows(tmp_path: Path) -> None:

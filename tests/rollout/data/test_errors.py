@@ -6,10 +6,9 @@ import pytest
 
 from rl.recipe.resolve import load
 from rollout.data.errors import RowError
-from rollout.data.rows import read_rows
 from stages.plan import Plan, make_plan
 from tests.support.command import ROOT
-from tests.support.data_rows import jsonl, row
+from tests.support.data_rows import jsonl, read_rows, row
 
 RECIPE = ROOT / "recipes/rlvr.yaml"
 

@@ -11,9 +11,9 @@ from rl.config import Source
 from rl.recipe.resolve import load
 from rl.types import Prompt
 from rollout.data.errors import RowError
-from rollout.data.rows import read, read_rows, read_samples
+from rollout.data.rows import read, read_samples
 from tests.support.command import ROOT
-from tests.support.data_rows import CHAT, jsonl, only_prompt, parquet, png, reasons, row, sums, text, user
+from tests.support.data_rows import CHAT, jsonl, only_prompt, parquet, png, read_rows, reasons, row, sums, text, user
 
 RECIPE = ROOT / "recipes/rlvr.yaml"
 
