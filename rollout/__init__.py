@@ -1,1 +1,1 @@
-"""Samples rollouts: data rows, vLLM engines, the pool of engines, weight transfer, PaCoRe at inference."""
+"""Everything to sample rollouts: data rows, vLLM engines, the pool of engines, weight transfer, PaCoRe at inference."""

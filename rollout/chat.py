@@ -14,12 +14,12 @@ from rollout.pacore.prompt import SynthesisPrompt
 
 
 class Chat:
-    """Tokenizer and chat template of a model folder.
+    """The tokenizer and the chat template of a model folder.
 
     Args:
         folder: a local Hugging Face folder.
         template: Jinja file that replaces the folder's chat template.
-        synthesis: renders the prompts that show messages; None is the default template.
+        synthesis: the template for prompts that contain messages of earlier attempts. None uses the default template.
     Raises: ValueError if there is no chat template, or if a model with vision has no image token.
     """
 
@@ -41,7 +41,7 @@ class Chat:
 
         self._control = frozenset(self.tokenizer.all_special_ids)
         self._think = frozenset(self.tokenizer.convert_tokens_to_ids([THINK_OPEN, THINK_CLOSE]))
-        self._last: tuple[Prompt, tuple[int, ...]] | None = None  # the prompt that was tokenized last, and its ids
+        self._last: tuple[Prompt, tuple[int, ...]] | None = None  # the last tokenized prompt, and its ids
 
     @property
     def reserved(self) -> tuple[str, ...]:
@@ -49,14 +49,14 @@ class Chat:
         return tuple(self.tokenizer.all_special_tokens)
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """Returns the token ids up to the start of the response, with one image token per picture. The messages that
-        the prompt shows are included.
+        """Returns the token ids of the whole prompt, with one image token per picture. If the prompt contains messages
+        of earlier attempts, their tokens are included.
 
-        The same Prompt object again is not tokenized again: the responses of a group follow one another.
-        Raises: ValueError with the row's id if it has pictures and the model is a text model, or if the template drops
-            a picture or fails.
+        The last result is kept, because the responses of a group ask for the same Prompt object one after another.
+        Raises: ValueError with the row's id if the row has pictures and the model is a text model, or if the template
+            drops a picture or fails.
         """
-        last = self._last  # read once: threads may share this object
+        last = self._last  # read only once, because several threads may use this object
         if last is None or last[0] is not prompt:
             self._last = last = (prompt, self._tokenize(prompt))
         return last[1]
@@ -82,7 +82,7 @@ class Chat:
         return tuple(ids)
 
     def length(self, prompt: Prompt) -> int:
-        """Returns the number of tokens of the prompt, with all tokens of each picture."""
+        """Returns the number of tokens of the prompt, including all tokens of each picture."""
         return len(self.prompt_ids(prompt)) + sum(self.picture_tokens(p.size) - 1 for p in prompt.images)
 
     def picture_tokens(self, size: tuple[int, int]) -> int:
@@ -90,17 +90,17 @@ class Chat:
         return self.image.expansion(size) if self.image else 0
 
     def text(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
-        """Returns the text of sampled ids, without control tokens but with think tags.
+        """Returns the text of the sampled ids. Control tokens are removed, think tags are kept.
 
-        Some chat templates end with the opening think tag. The text then begins with that tag, so that a response that
-        was cut during its thinking has no answer.
+        Some chat templates end with the opening think tag. That tag is then put before the text. Otherwise a response
+        that was cut during its thinking would look like an answer.
         """
         visible = [i for i in response_ids if i in self._think or i not in self._control]
         opened = self.tokenizer.decode(prompt_ids[-4:]).rstrip().endswith(THINK_OPEN)
         return (THINK_OPEN if opened else "") + self.tokenizer.decode(visible)
 
     def _plain(self, message: Any) -> dict[str, Any]:
-        """A message whose image parts are replaced by the image token: every chat template supports text."""
+        """Replaces the image parts of a message with the image token, because every chat template supports text."""
         content = message["content"]
         if not isinstance(content, str):
             image = self.image.text if self.image else ""

@@ -1,7 +1,7 @@
-"""Answers a file of problems by SeRe or PaCoRe: `python -m rollout.generate --model DIR IN.jsonl OUT.jsonl`.
+"""Answers a file of problems with SeRe or PaCoRe: `python -m rollout.generate --model DIR IN.jsonl OUT.jsonl`.
 
-Each line of OUT has all rounds of one problem and is written as soon as the problem is answered. After an interruption
-the same command continues and answers no problem twice. Exit codes are in rl/exits.py.
+Each line of OUT has all rounds of one problem. A line is written as soon as its problem is answered. After an
+interruption, the same command continues and answers no problem twice. Exit codes are in rl/exits.py.
 """
 
 import argparse
@@ -28,22 +28,22 @@ from rollout.pacore.prompt import Chat, SynthesisPrompt
 from rollout.pacore.rounds import PacoreResult, PromptTooLong, Reply, Round, Sampler, parse_plan, run_rounds
 from rollout.pacore.target import ModelTarget, add_target_options, target_of
 
-REPORT_S = 10.0  # between two lines of progress
+REPORT_S = 10.0  # minimum seconds between two lines of progress
 BAD_REQUEST = 400
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options that the answers depend on. Every line of OUT has them, under these names."""
+    """The options that the answers depend on. Every line of OUT contains them, under these names."""
 
     model: str
-    trajectories: tuple[int, ...]  # in each round before the last; () is SeRe
+    trajectories: tuple[int, ...]  # number of trajectories in each round before the last; () is SeRe
     temperature: float = 1.0
     seed: int = 0
-    max_tokens: int | None = None  # of one reply; None: limited by the context only
-    answers: int = 1  # replies of the last round
-    given: str | None = None  # the file that has the first rounds
-    wording: str | None = None  # digest of the synthesis template; None: the default template
+    max_tokens: int | None = None  # maximum tokens of one reply; None means that only the context limits a reply
+    answers: int = 1  # number of replies in the last round
+    given: str | None = None  # the file that contains the first rounds
+    wording: str | None = None  # digest of the synthesis template; None means the default template
     weights: str | None = None  # ModelTarget.weights_digest
     max_length: int | None = None
     yarn: float | None = None
@@ -67,13 +67,13 @@ def make_settings(target: ModelTarget, template: Path | None, **others: Any) -> 
 
 
 def problem_digest(problem: Prompt) -> str:
-    """Returns a digest of messages and pictures, which detects another problem with the same id."""
+    """Returns a digest of messages and pictures, which shows whether a problem with the same id is the same problem."""
     content = json.dumps([problem.messages, [picture.digest for picture in problem.images]], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def openai_chat(prompt: Prompt) -> Chat:
-    """Returns a row's chat in OpenAI's form, with its pictures as data: URLs."""
+    """Returns a row's chat in the format of OpenAI's API, with pictures as data: URLs."""
     pictures = iter(prompt.images)
 
     def openai_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -102,14 +102,16 @@ async def generate(
     first_rounds: Mapping[str, Sequence[Round]] = MappingProxyType({}),
     under_way: int = 64,
 ) -> None:
-    """Answers many problems at once. A problem's synthesis starts when its own trajectories are done, before waiting
-    trajectories of other problems.
+    """Answers many problems at once.
+
+    The synthesis of a problem starts when its own trajectories are done. Its request is sent before the waiting
+    requests for trajectories of other problems.
 
     Args:
-        sample: must limit its requests, as EndpointClient does.
-        on_result: called once per problem, with its rounds, or with the reason why it has no answer.
-        first_rounds: problem id -> rounds from an earlier run, used instead of those of the settings.
-        under_way: the most problems at a time, whose pictures are in memory.
+        sample: sends the requests. It must limit how many requests it sends at a time, as EndpointClient does.
+        on_result: is called once per problem with the problem's rounds, or with the reason why it has no answer.
+        first_rounds: problem id -> rounds from an earlier run. They replace the first rounds of the settings.
+        under_way: maximum number of problems at a time. The pictures of these problems are in memory.
     """
 
     semaphore = asyncio.Semaphore(under_way)
@@ -140,20 +142,20 @@ async def generate(
         async with asyncio.TaskGroup() as tasks:
             for problem in problems:
                 tasks.create_task(answer(problem))
-    except BaseExceptionGroup as group:  # one error is enough for the message
+    except BaseExceptionGroup as group:  # the message shows only the first error
         raise _first_error(group) from group
 
 
 def _first_error(error: BaseException) -> BaseException:
-    """The first error of a group that is not itself a group."""
+    """Returns the first error in a group, also from groups inside the group."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
 def read_records(path: Path, data: bytes) -> Iterator[dict[str, Any]]:
-    """Parses complete lines of an OUT file. Raises ValueError if they are not of an OUT file."""
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # texts may contain other line separators
+    """Parses the complete lines of an OUT file. Raises ValueError if a line is not from an OUT file."""
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # splitlines() would also split inside texts
         try:
             record = json.loads(line)
             if not {"id", "problem", "settings"} <= record.keys():
@@ -164,9 +166,9 @@ def read_records(path: Path, data: bytes) -> Iterator[dict[str, Any]]:
 
 
 class AnswerFile:
-    """An OUT file: the results that it has, and new results appended to it.
+    """Reads the results in an OUT file, and appends new results.
 
-    Raises: ValueError if it was written with other settings or by another program.
+    Raises: ValueError if the file was written with other settings or by another program.
     """
 
     def __init__(self, path: Path, settings: Settings) -> None:
@@ -188,12 +190,13 @@ class AnswerFile:
                     f"{self.path} was begun with {key} = {settings.get(key)!r}, not {self._settings[key]!r}; give "
                     "another OUT file"
                 )
-            self.records[record["id"]] = record  # the last line of a problem counts
+            self.records[record["id"]] = record  # if a problem has several lines, the last one counts
         if len(complete) < len(data):
             os.truncate(self.path, len(complete))
 
     def unanswered(self, problems: Sequence[Prompt]) -> list[Prompt]:
-        """Returns the problems that have no record, an error, or a record of another problem with the same id."""
+        """Returns the problems without an answer: no record, a record with an error, or a record of another problem
+        with the same id."""
         return [problem for problem in problems if not self._has_answer(problem)]
 
     def _has_answer(self, problem: Prompt) -> bool:
@@ -201,7 +204,7 @@ class AnswerFile:
         return record is not None and "error" not in record and record["problem"] == problem_digest(problem)
 
     def add(self, problem: Prompt, result: PacoreResult | str) -> None:
-        """Appends the result of a problem: its rounds, or the reason why it has no answer."""
+        """Appends the result of a problem: the rounds, or the reason why the problem has no answer."""
         record = {
             "id": problem.id, "problem": problem_digest(problem), **_record(result), "settings": self._settings
         }  # fmt: skip
@@ -243,38 +246,39 @@ def parse_record(record: Mapping[str, Any]) -> PacoreResult:
 
 
 def read_problems(path: str, limit: int | None = None) -> list[Prompt]:
-    """Reads the rows of IN, which may be any source of data.train, without tasks. Raises RowError, ValueError."""
+    """Reads the rows of IN. Every source that data.train accepts is possible, and rows need no task. Raises RowError,
+    ValueError."""
     return list(read([Source(path=path, task="problem", limit=limit)]).checked().prompts)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     p = argparse.ArgumentParser(
         prog="python -m rollout.generate",
-        description="Answers problems by SeRe (one trajectory) or PaCoRe (many, then a synthesis).",
+        description="Answers problems with SeRe (one trajectory) or PaCoRe (many trajectories, then a synthesis).",
     )
-    p.add_argument("problems", metavar="IN", help="problems: JSONL, Parquet or data set, with rows as for training")
+    p.add_argument("problems", metavar="IN", help="JSONL, Parquet or data set with the problems (as for data.train)")
     p.add_argument("out", metavar="OUT", type=Path, help="JSONL file to write, or to continue")
-    p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url the model's name there")
+    p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url: the model's name there")
     p.add_argument("--mode", choices=("sere", "pacore"), default="sere", help="one trajectory, or many and a synthesis")
-    p.add_argument("--trajectories", default="16", metavar="PLAN", help="of each round, as in 16 (default) or 32,4")
+    p.add_argument("--trajectories", default="16", metavar="PLAN", help="trajectories per round: 16 (default) or 32,4")
     p.add_argument("--template", type=Path, help="Jinja file of the synthesis prompt; default: the model's, or ours")
     p.add_argument("--temperature", type=float, default=1.0)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--max-tokens", type=int, help="the most tokens of a reply; default: limited by the context only")
-    p.add_argument("--limit", type=int, help="answer only this many problems, the first ones")
+    p.add_argument("--max-tokens", type=int, help="maximum tokens of a reply; default: only the context limits a reply")
+    p.add_argument("--limit", type=int, help="answer only the first LIMIT problems")
     add_target_options(p)
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code."""
+    """Runs the command and returns its exit code."""
     args = parser().parse_args(arguments)
     return run_command(
         lambda: _main(args),
         input_errors=(ValueError, FileNotFoundError),
         failures=(RuntimeError, OSError, TemplateError),
-        resume=f"The same command continues from what is in {args.out}",
+        resume=f"The same command continues from the answers in {args.out}",
     )
 
 
@@ -315,7 +319,7 @@ def run(
     *,
     first_rounds: Mapping[str, Sequence[Round]] = MappingProxyType({}),
 ) -> None:
-    """Answers the problems that have no answer in the file yet; see `generate`."""
+    """Answers the problems that have no answer in the file yet, with `generate`."""
     unanswered = answers.unanswered(problems)
     trajectories = max(settings.trajectories, default=settings.answers)
     under_way = max(2, 2 * target.concurrency // max(1, trajectories))

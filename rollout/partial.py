@@ -1,9 +1,9 @@
-"""Partial rollouts: an iteration ends when enough groups are complete; unfinished responses continue in the next one.
+"""Partial rollouts: sampling stops when enough groups are complete; unfinished responses continue next iteration.
 
 More prompts are in progress than an iteration needs. All their responses grow by the same number of tokens at a time.
-When enough groups are complete, these are the iteration's samples, and the other groups are kept as they are. The
-longest responses then delay no iteration, and their tokens keep the logprobs of the weights that sampled them. The
-same recipe and seed select the same groups again, because tokens are counted, not seconds.
+When enough groups are complete, these groups are the iteration's samples. All other groups are kept unchanged. So the
+longest responses do not delay an iteration. Every token keeps the logprob of the weights that sampled it. The same
+recipe and seed select the same groups again, because sampling stops after a number of tokens, not after a time.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,16 +16,17 @@ from rollout.pool import EnginePool, in_order
 
 @dataclass(frozen=True)
 class Draft:
-    """One response as far as it is sampled."""
+    """One response, which may be unfinished."""
 
     response_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
-    pieces: tuple[tuple[int, int], ...] = ()  # (policy_step, tokens) of each part, in order
-    prompt_ids: tuple[int, ...] = ()  # image slots expanded; known from the first part on
+    pieces: tuple[tuple[int, int], ...] = ()  # (policy_step, number of tokens) of each piece, in order
+    prompt_ids: tuple[int, ...] = ()  # image slots expanded; empty before the first piece
     finish: Finish | None = None  # None: unfinished
 
     def extended(self, completion: Completion, policy_step: int, room: int) -> Self:
-        """The draft with more tokens. `room` is the most tokens that the whole response may have."""
+        """Returns the draft with the completion's tokens added. `room` is the maximum number of tokens of the whole
+        response."""
         ids = self.response_ids + completion.response_ids
         ended = completion.finish == "stop" or len(ids) >= room
         return replace(
@@ -43,7 +44,7 @@ class DraftGroup:
     """A prompt and its responses, some of which may be unfinished."""
 
     prompt: Prompt
-    name: tuple[int, int]  # iteration and place where it began; its seeds come from it
+    name: tuple[int, int]  # the group's first iteration and its place there; the seeds are derived from both
     drafts: tuple[Draft, ...]
 
     @property
@@ -52,12 +53,12 @@ class DraftGroup:
         return all(draft.finish for draft in self.drafts)
 
     def record(self) -> dict[str, Any]:
-        """The group as JSON values."""
+        """Returns the group as JSON values."""
         return {"id": self.prompt.id, "name": self.name, "drafts": [asdict(draft) for draft in self.drafts]}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> Self:
-        """The group that `record` returned. Raises ValueError if no row has its id any more.
+        """Restores a group from the result of `record`. Raises ValueError if no row has the group's id any more.
 
         Args:
             prompts: row id -> row.
@@ -72,36 +73,37 @@ class DraftGroup:
 
 
 class PartialRollouts:
-    """A sampler whose iterations end with `wanted` complete groups. It keeps what each iteration left unfinished.
+    """A sampler whose iterations end when `wanted` groups are complete. It keeps the unfinished groups.
 
     Args:
-        chunk: tokens by which all responses grow at a time.
+        chunk: the number of tokens that are added to every unfinished response at a time.
     """
 
     def __init__(self, pool: EnginePool, *, wanted: int, chunk: int) -> None:
         self.pool, self.wanted, self.chunk = pool, wanted, chunk
         self.check, self.greedy, self.load, self.encodings = pool.check, pool.greedy, pool.load, pool.encodings
-        self._unfinished: dict[int, list[DraftGroup]] = {}  # iteration -> groups; the newest two iterations
+        self._unfinished: dict[int, list[DraftGroup]] = {}  # iteration -> groups, for the newest two iterations
 
     @property
     def policy_step(self) -> int:
-        """The updates that the engines' weights have seen."""
+        """The number of updates that the engines' weights have had."""
         return self.pool.policy_step
 
     def unfinished(self, iteration: int) -> list[dict[str, Any]]:
-        """The groups that an iteration left unfinished, as JSON values."""
+        """Returns the groups that were unfinished at the end of an iteration, as JSON values."""
         return [group.record() for group in self._unfinished.get(iteration, ())]
 
     def resume(self, iteration: int, unfinished: Iterable[Mapping[str, Any]], prompts: Sequence[Prompt]) -> None:
-        """Continues after `iteration` with the groups that `unfinished` returned then."""
+        """Continues after `iteration` with the groups that `unfinished` returned for it."""
         by_id = {prompt.id: prompt for prompt in prompts}
         self._unfinished = {iteration: [DraftGroup.from_record(record, by_id) for record in unfinished]}
 
     def sample(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> Iterator[tuple[int, Rollout]]:
-        """Begins `prompts` and continues the groups of the iteration before, until `wanted` groups are complete.
+        """Starts responses to `prompts` and continues the unfinished groups of the iteration before, until `wanted`
+        groups are complete.
 
-        Yields (index, rollout) when a group is complete. Of groups that become complete at the same time, those that
-        began first are taken.
+        Yields (index, rollout) for each response of a complete group. If too many groups become complete at the same
+        time, those that started first are yielded.
         """
         groups = list(self._unfinished.get(iteration - 1, ()))
         groups += [DraftGroup(prompt, (iteration, n), (Draft(),) * per_prompt) for n, prompt in enumerate(prompts)]
@@ -121,7 +123,7 @@ class PartialRollouts:
         self._unfinished = {iteration - 1: self._unfinished.get(iteration - 1, []), iteration: groups}
 
     def _extended(self, groups: Sequence[DraftGroup]) -> list[DraftGroup]:
-        """The groups with every unfinished response longer by one chunk."""
+        """Returns the groups after sampling one more chunk of every unfinished response."""
         unfinished = [[n for n, draft in enumerate(group.drafts) if not draft.finish] for group in groups]
         requests = [self._requests(group, indices) for group, indices in zip(groups, unfinished, strict=True)]
         completions = iter(in_order(self.pool.complete(requests)))
@@ -134,7 +136,7 @@ class PartialRollouts:
         return extended
 
     def _requests(self, group: DraftGroup, indices: Sequence[int]) -> list[Request]:
-        """The requests that continue the drafts with these indices."""
+        """Returns requests that continue the drafts at `indices`."""
         sampled = [group.drafts[index].response_ids for index in indices]
         names = [(*group.name, n, *([len(ids)] if ids else [])) for n, ids in zip(indices, sampled, strict=True)]
         return [
@@ -150,7 +152,7 @@ def _rollout(prompt: Prompt, draft: Draft, pool: EnginePool) -> Rollout:
 
 
 def _with_piece(pieces: tuple[tuple[int, int], ...], new: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """The pieces with one more, which is added to the last one if the same weights sampled both."""
+    """Appends a piece. If the same weights sampled the last piece, the two become one piece."""
     if pieces and pieces[-1][0] == new[0]:
         return (*pieces[:-1], (new[0], pieces[-1][1] + new[1]))
     return (*pieces, new)

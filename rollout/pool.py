@@ -1,7 +1,7 @@
-"""All vLLM engines as one sampler: prompts in, rollouts out.
+"""Uses all vLLM engines as one sampler, which returns rollouts for prompts.
 
-The work is distributed by a fixed rule (prompt i goes to engine i mod n) and every request has its own seed. The same
-recipe therefore gives the same samples again.
+The work is distributed by a fixed rule (prompt i goes to engine i mod n), and every request has its own seed. So the
+same recipe gives the same samples again.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 class EngineHandle(Protocol):
-    """One engine in its process (rollout.vllm.client.EngineClient)."""
+    """The calls to one engine in another process (rollout.vllm.client.EngineClient)."""
 
     def stream(self, requests: Sequence[Request]) -> Stream: ...
     def load(self, weights: Any, step: int) -> Future[None]: ...
@@ -26,25 +26,28 @@ class EngineHandle(Protocol):
 
 
 def seed_of(*parts: object) -> int:
-    """A sampling seed, 0 <= seed < 2^31, made from what identifies a sample. It is the same on every machine."""
+    """Returns a sampling seed, 0 <= seed < 2^31, derived from the values that identify a sample.
+
+    The seed is the same on every machine.
+    """
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
 class EnginePool:
-    """All engines behind `sample`, `greedy`, `check` and `load`.
+    """Distributes the calls of `sample`, `greedy`, `check` and `load` over all engines.
 
-    A method that samples yields (index, rollout) pairs when the responses arrive; the index counts the responses in
-    the order of the prompts. The caller has to read the pairs to the end.
+    A method that samples yields (index, rollout) pairs when the responses arrive. The index counts the responses in
+    the order of the prompts. The caller must read the pairs to the end.
 
     Args:
-        engines: in any processes.
-        merge_streams: called with the streams of several engines and `patience`; yields (index of the stream, value)
-            in the order of arrival, and a WorkerDied as the last value of an engine that died or hung.
-        max_sequence_length: tokens of prompt and response together, at most.
-        temperature: of `sample`.
-        check_tokens: tokens of a response of `check`, at most.
-        patience: seconds without a sign of life after which an engine counts as dead.
-        replacement: called with the number of a dead engine and the error; returns a new engine, or raises.
+        engines: the engines, which may run in any processes.
+        merge_streams: a function of the streams of several engines and `patience`. It yields (index of the stream,
+            value) in the order of arrival. If an engine died or hung, its last value is a WorkerDied.
+        max_sequence_length: maximum number of tokens of prompt and response together.
+        temperature: the temperature of `sample`.
+        check_tokens: maximum number of tokens of a response of `check`.
+        patience: an engine that sends nothing for this many seconds counts as dead.
+        replacement: a function of the number of a dead engine and the error. It returns a new engine, or raises.
     """
 
     def __init__(
@@ -64,9 +67,9 @@ class EnginePool:
         self.max_sequence_length, self.temperature, self.seed = max_sequence_length, temperature, seed
         self.check_tokens, self.patience, self.replacement = check_tokens, patience, replacement
         self.policy_step = 0
-        self.replaced = 0  # engines so far
-        self._weights: Any = None  # what all engines have loaded; a replacement loads it too
-        self._encoded: dict[int, int] = {}  # engine -> pictures encoded, when it was asked last
+        self.replaced = 0  # number of engines replaced so far
+        self._weights: Any = None  # the weights that all engines have loaded; a replacement loads them too
+        self._encoded: dict[int, int] = {}  # engine -> number of pictures it had encoded when it was last asked
         self._encoded_by_dead = 0
 
     def sample(
@@ -78,11 +81,11 @@ class EnginePool:
         purpose: str = "",
         longest: int | None = None,
     ) -> Iterator[tuple[int, Rollout]]:
-        """Samples `per_prompt` responses to each prompt; those of one prompt have consecutive indices.
+        """Samples `per_prompt` responses to each prompt. The responses to one prompt have consecutive indices.
 
         Args:
-            purpose: keeps the seeds of samples that are not the iteration's own apart.
-            longest: tokens of prompt and response together, if they have to be fewer than usual.
+            purpose: gives samples for another purpose other seeds than the iteration's own samples.
+            longest: maximum number of tokens of prompt and response together. None is `max_sequence_length`.
         """
         named = (purpose,) if purpose else ()
         requests = [
@@ -92,7 +95,8 @@ class EnginePool:
         return self._rollouts(requests, prompts)
 
     def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]:
-        """Samples one short response to each prompt, to compare the logprobs after a weight sync."""
+        """Samples one short response to each prompt. After a weight sync, the logprobs of these responses are compared
+        with the learner's."""
         requests = [self.requests(prompt, [(-iteration - 1, place, 0)]) for place, prompt in enumerate(prompts)]
         short = [[replace(r, max_tokens=min(r.max_tokens, self.check_tokens)) for r in group] for group in requests]
         return in_order(self._rollouts(short, prompts))
@@ -103,18 +107,23 @@ class EnginePool:
         return self._rollouts([[replace(r, seed=0, temperature=0.0) for r in g] for g in requests], prompts)
 
     def load(self, weights: Any, policy_step: int) -> None:
-        """Loads new weights into all engines: a mapping from tensor names on disk, or the Future of one."""
+        """Loads new weights into all engines.
+
+        Args:
+            weights: a mapping from tensor names on disk to tensors, or the Future of such a mapping.
+        """
         self._weights, self.policy_step = weights, policy_step
         for number, pending in enumerate([engine.load(weights, policy_step) for engine in self.engines]):
             try:
                 pending.result(self.patience)
-            except SourceDied:  # the policy died, not the engine; a new engine could not load the weights either
+            except SourceDied:  # the policy died, not the engine, so a new engine could not load the weights either
                 raise
             except WorkerDied as died:
                 self._replace(number, died)
 
     def encodings(self) -> int:
-        """The number of pictures that the engines have encoded so far. What a dead engine did not report is missing."""
+        """Returns the number of pictures that the engines have encoded so far. Pictures that a dead engine had not yet
+        reported are missing."""
         for number, pending in enumerate([engine.encodings() for engine in self.engines]):
             try:
                 self._encoded[number] = pending.result(self.patience)
@@ -123,7 +132,7 @@ class EnginePool:
         return sum(self._encoded.values()) + self._encoded_by_dead
 
     def _replace(self, number: int, died: WorkerDied) -> None:
-        """Puts a new engine with the current weights in the place of a dead one."""
+        """Replaces a dead engine with a new engine, which loads the current weights."""
         if self.replacement is None:
             raise died
         self.engines[number] = engine = self.replacement(number, died)
@@ -133,7 +142,7 @@ class EnginePool:
         self.replaced += 1
 
     def room(self, prompt: Prompt, longest: int | None = None) -> int:
-        """The number of tokens that a response may have. Raises ValueError if it is 0."""
+        """Returns the maximum number of tokens of a response. Raises ValueError if no token fits."""
         longest, length = longest or self.max_sequence_length, self.chat.length(prompt)
         if length >= longest:
             raise ValueError(
@@ -145,15 +154,16 @@ class EnginePool:
     def requests(
         self, prompt: Prompt, names: Sequence[Sequence[int | str]], longest: int | None = None
     ) -> list[Request]:
-        """One request for each name. The name identifies the sample in the run, and the seed comes from it."""
+        """Returns one request for each name. A name identifies the sample in the run, and the seed is derived from
+        it."""
         ids, room = self.chat.prompt_ids(prompt), self.room(prompt, longest)
         return [Request(ids, prompt.images, room, seed_of(self.seed, *name), self.temperature) for name in names]
 
     def complete(self, requests: Sequence[Sequence[Request]]) -> Iterator[tuple[int, Completion]]:
         """Yields (index of the request, completion) in the order of arrival.
 
-        The requests of one inner list go to the same engine, which computes their prompt once. Requests that an engine
-        had not answered when it died go to its replacement.
+        The requests of one inner list are sent to the same engine, which computes their prompt once. If an engine
+        dies, the requests that it has not answered are sent to its replacement.
         """
         owners = [row for row, group in enumerate(requests) for _ in group]
         flat = [request for group in requests for request in group]
@@ -178,7 +188,7 @@ class EnginePool:
                 raise RuntimeError(f"the engines returned {len(flat) - len(missing)} of {len(flat)} responses")
 
     def rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
-        """A completion by the current weights as a rollout."""
+        """Converts a completion, sampled with the current weights, into a Rollout."""
         return Rollout(
             prompt=prompt,
             text=self.chat.text(completion.prompt_ids, completion.response_ids),
@@ -198,6 +208,6 @@ class EnginePool:
 
 
 def in_order(pairs: Iterable[tuple[int, Result]]) -> list[Result]:
-    """The values of (index, value) pairs, sorted by index."""
+    """Returns the values of (index, value) pairs, sorted by index."""
     found = dict(pairs)
     return [found[index] for index in sorted(found)]

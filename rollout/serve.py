@@ -1,10 +1,10 @@
-"""An OpenAI-compatible endpoint in front of any vLLM endpoint, with SeRe and PaCoRe as modes of the same model.
+"""An OpenAI-compatible proxy for any vLLM endpoint, which adds SeRe and PaCoRe as modes of the same model.
 
     python -m rollout.serve --url http://host:8000/v1 --model NAME --port 9000
 
-Clients choose the mode by the model's name: `NAME:sere` is one trajectory, `NAME:pacore` many trajectories and a
-synthesis, and NAME is the mode of --mode. Everything else of a chat completion, streaming included, is that of the
-vLLM endpoint; `usage` counts the tokens of all trajectories.
+Clients choose the mode with the model's name. `NAME:sere` samples one trajectory. `NAME:pacore` samples many
+trajectories and a synthesis. NAME uses the mode given by --mode. Everything else in a chat completion, including
+streaming, works as at the vLLM endpoint. `usage` counts the tokens of all trajectories.
 """
 
 import argparse
@@ -29,16 +29,16 @@ from rollout.pacore.rounds import PromptTooLong, Reply, Round, draw_order, fit_m
 from rollout.pacore.target import add_target_options, target_of
 
 MODES = ("sere", "pacore")
-COMMENT_INTERVAL_S = 10.0  # between comments to a client that waits for the first tokens of a stream
+COMMENT_INTERVAL_S = 10.0  # seconds between keep-alive comments to a client that waits for the first tokens of a stream
 ANSWER_FIELDS = {"stream", "stream_options", "n", "model", "messages", "seed", "logprobs", "top_logprobs"}
-"""Fields of a request that its trajectories do not have, or have with another value."""
+"""Fields of the client's request that are not copied into the requests for trajectories."""
 UNSUPPORTED_FIELDS = ("tools", "tool_choice", "functions", "function_call")
 SHUTDOWN_S = 2.0
 BAD_REQUEST, NOT_FOUND, BAD_GATEWAY = 400, 404, 502
 
 
 class InvalidRequest(Exception):
-    """A request that cannot be answered: the reason and the HTTP status."""
+    """A request cannot be answered. The error has the reason and the HTTP status."""
 
     def __init__(self, reason: str, status: int = BAD_REQUEST) -> None:
         super().__init__(reason)
@@ -46,13 +46,13 @@ class InvalidRequest(Exception):
 
 
 class PacoreProxy:
-    """The web application.
+    """The web application of the proxy.
 
     Args:
-        client: client of the vLLM endpoint.
+        client: the client that calls the vLLM endpoint.
         name: the model's name for clients of the proxy.
-        plan: the number of trajectories of each round before the synthesis.
-        mode: mode of requests that name the model without a mode.
+        plan: the number of trajectories in each round before the synthesis.
+        mode: the mode of requests whose model name has no mode.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class PacoreProxy:
         except PromptTooLong as error:
             return _error(BAD_REQUEST, str(error))
         except TemplateError as error:
-            return _error(BAD_REQUEST, f"the template of messages fails: {error}")
-        except RequestRefused as error:  # forwarded with the endpoint's own text
+            return _error(BAD_REQUEST, f"the synthesis template fails: {error}")
+        except RequestRefused as error:  # the endpoint's own text is forwarded
             return web.Response(status=error.status, text=error.body, content_type="application/json")
         except (EndpointUnreachable, aiohttp.ClientError, OSError, ValueError) as error:
             return _error(BAD_GATEWAY, str(error))
@@ -117,8 +117,8 @@ class PacoreProxy:
         return response
 
     async def _report_in_stream(self, response: web.StreamResponse, error: Exception) -> None:
-        """Sends an error as an event of the stream. Raises it if the stream has not begun: the answer then gets an HTTP
-        status."""
+        """Sends an error as an event of the stream. If the stream has not begun, raises the error instead, so that the
+        answer gets an HTTP status."""
         if not response.prepared:
             raise error
         await response.write(_event({"error": {"message": str(error), "type": type(error).__name__}}))
@@ -139,7 +139,7 @@ class PacoreProxy:
         return web.json_response({**answer, "model": body.get("model", self.name), "usage": usage, "pacore": pacore})
 
     async def _stream_synthesis(self, request: web.Request, body: Mapping[str, Any]) -> web.StreamResponse:
-        """Streams the synthesis. Until it begins, comments keep the client's connection alive."""
+        """Streams the synthesis. Before its first token, comments keep the client's connection alive."""
         seed, response = _seed(body), _event_stream()
         trajectories = asyncio.create_task(self._sample_trajectories(body, seed))
         try:
@@ -176,7 +176,8 @@ class PacoreProxy:
                 yield self._rewrite_line(line, body, rounds)
 
     def _rewrite_line(self, line: bytes, body: Mapping[str, Any], rounds: Sequence[Round]) -> bytes:
-        """A line of the endpoint's stream, with the model's name of the request and the usage of all trajectories."""
+        """Puts the model's name from the request, and the usage of all trajectories, into a line of the endpoint's
+        stream."""
         if not line.startswith(b"data: {"):
             return line
         chunk = json.loads(line.removeprefix(b"data: "))
@@ -212,7 +213,7 @@ async def _parse_body(request: web.Request) -> dict[str, Any]:
 
 
 def _check_pacore(body: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest for a request that a synthesis cannot answer."""
+    """Raises InvalidRequest if PaCoRe cannot answer the request."""
     last = body["messages"][-1]
     if not isinstance(last, dict) or last.get("role") != "user":
         raise InvalidRequest("the last message must be from the user: PaCoRe adds final answers to it")
@@ -227,17 +228,17 @@ def _check_pacore(body: Mapping[str, Any]) -> None:
 
 
 def _is_part(part: Any) -> bool:
-    """True for a part of a message's content; a part of type text must have a text."""
+    """True if `part` is a valid part of a message's content. A part of type text must have a text."""
     return isinstance(part, dict) and "type" in part and (part["type"] != "text" or isinstance(part.get("text"), str))
 
 
 def _seed(body: Mapping[str, Any]) -> str:
-    """The seed of the request, or a random one."""
+    """Returns the seed of the request, or a random seed if the request has none."""
     return f"{body['seed']}" if body.get("seed") is not None else f"{random.SystemRandom().getrandbits(64)}"
 
 
 def _usage(rounds: Sequence[Round], final: Mapping[str, Any]) -> dict[str, Any]:
-    """The endpoint's usage of the synthesis, with the tokens of all trajectories added."""
+    """Adds the tokens of all trajectories to the usage that the endpoint reported for the synthesis."""
     replies = [reply for one_round in rounds for reply in one_round.replies]
     prompt = int(final.get("prompt_tokens") or 0) + sum(reply.prompt_tokens for reply in replies)
     completion = int(final.get("completion_tokens") or 0) + sum(reply.tokens for reply in replies)
@@ -267,10 +268,10 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m rollout.serve", description="Serves a model with two modes, SeRe and PaCoRe."
     )
-    p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url the model's name there")
+    p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url: the model's name there")
     p.add_argument("--name", help="the model's name for clients; default: the value of --model")
-    p.add_argument("--mode", choices=MODES, default="pacore", help="mode of requests that name none (default: pacore)")
-    p.add_argument("--trajectories", default="16", metavar="PLAN", help="of each round, as in 16 (default) or 32,4")
+    p.add_argument("--mode", choices=MODES, default="pacore", help="mode of requests without a mode (default: pacore)")
+    p.add_argument("--trajectories", default="16", metavar="PLAN", help="trajectories per round: 16 (default) or 32,4")
     p.add_argument("--template", type=Path, help="Jinja file of the synthesis prompt; default: the model's, or ours")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     p.add_argument("--port", type=int, default=9000)
@@ -279,7 +280,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code."""
+    """Runs the command and returns its exit code."""
     args = parser().parse_args(arguments)
     return run_command(
         lambda: _main(args), input_errors=(ValueError, FileNotFoundError), failures=(RuntimeError, OSError)
@@ -303,9 +304,9 @@ async def _serve(
     async with connection as client:
         proxy = PacoreProxy(client, args.name or args.model, plan, args.mode, synthesis)
         stopped = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):  # explicitly, as background commands of a shell ignore SIGINT
+        for number in (signal.SIGINT, signal.SIGTERM):  # explicit, because a shell's background commands ignore SIGINT
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-        # The trajectories of a request end when its client disconnects or the server ends.
+        # With handler_cancellation, the trajectories of a request end when its client disconnects or the server ends.
         runner = web.AppRunner(proxy.app(), handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
         try:

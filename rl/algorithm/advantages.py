@@ -1,6 +1,6 @@
-"""Estimators: from rewards to the advantages and returns that PPO learns from. Pure functions of tensors.
+"""Estimators compute the advantages and returns that PPO learns from. Estimators are pure functions of tensors.
 
-A second estimator, such as one without a critic, is a second function here.
+To add an estimator, such as one without a critic, add a function here.
 """
 
 from torch import Tensor
@@ -19,19 +19,19 @@ def gae_advantages(
     bootstrapped: Tensor | None = None,
     normalized: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages by GAE, and the returns for the critic (STEP3-VL-10B report, Eq. 1; V_target of Eq. 3).
+    """Computes advantages with GAE, and the returns for the critic (STEP3-VL-10B report, Eq. 1; V_target of Eq. 3).
 
     Args:
-        rewards: [N, R], paid on each token.
+        rewards: [N, R], the reward of each token.
         values: [N, R], the critic's values before each token.
         mask: [N, R] bool, True where the policy chose the token.
         gamma, lam: as for `gae`.
         final_values: [N], the critic's values after the last token.
-        bootstrapped: [N] bool. The rewards of these responses are replaced by their final values, as Step 3.5 Flash
-            does for responses that were cut. None: no response.
-        normalized: whether the advantages get mean 0 and standard deviation 1 over all chosen tokens.
+        bootstrapped: [N] bool. Where it is True, the response's reward is replaced by its final value, as Step 3.5
+            Flash does for responses that were cut. None means False for all responses.
+        normalized: if True, the advantages get mean 0 and standard deviation 1 over all chosen tokens.
     Returns:
-        advantages [N, R]; returns [N, R], which are the advantages before normalisation plus `values`.
+        advantages [N, R] and returns [N, R]. The returns are the advantages before normalisation plus `values`.
     """
     bootstrap = None
     if bootstrapped is not None:

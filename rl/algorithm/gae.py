@@ -1,7 +1,7 @@
-"""Advantages and returns along the tokens a policy chose: pure functions of tensors.
+"""Computes advantages and returns for the tokens that the policy chose, with pure functions of tensors.
 
-Every tensor is [N, R]: N responses, padded to R columns; `mask` (bool) is True where the policy chose the token.
-A row may have holes (text that a tool wrote) as well as padding.
+Every tensor is [N, R]: N responses, padded to R columns. `mask` (bool) is True where the policy chose the token. In a
+response, False can mean padding, or text in the middle that a tool wrote.
 """
 
 from collections.abc import Callable
@@ -12,33 +12,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_TASK = 1 << 20  # elements per task of a thread: milliseconds of work, and enough tasks to balance the threads
+_TASK = 1 << 20  # elements per task of a thread: a task takes milliseconds, and there are enough tasks for all threads
 
 
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, bootstrap: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation along the tokens the policy chose.
+    """Generalized advantage estimation over the tokens that the policy chose.
 
         delta_t = r_t + gamma * V_next - V_t
         A_t     = delta_t + gamma * lam * A_next
 
-    "next" is the next column whose mask is True; columns in between add no delta and cost no factor of gamma.
-    After the last one A_next = 0 and V_next = `bootstrap`.
+    "next" is the next column whose mask is True. Columns in between add no delta and no factor of gamma. At the last
+    column whose mask is True, A_next = 0 and V_next = `bootstrap`.
 
-    Computed in float64 by a compiled loop on the CPU, with torch.get_num_threads() threads, wherever the tensors
-    are. A process's first call compiles it, which takes a second or two.
+    A compiled loop computes this in float64 on the CPU with torch.get_num_threads() threads, also for tensors on
+    another device. The first call in a process compiles the loop, which takes a second or two.
 
     Args:
-        rewards: [N, R] float, paid on emitting token t.
+        rewards: [N, R] float, the reward of emitting token t.
         values: [N, R] float, the critic's estimate before token t is emitted.
-        mask: [N, R] bool. The other tensors are not read where it is False.
+        mask: [N, R] bool. The other tensors are not read where the mask is False.
         gamma, lam: discount per token and GAE's lambda, both in [0, 1].
-        bootstrap: [N] float, value of the state after the last token, for responses cut off before they
-            ended; 0 for those that did end. None: 0 for all.
+        bootstrap: [N] float. For a response that was cut before its end: the value of the state after its last token.
+            For a response that ended: 0. None means 0 for all responses.
     Returns:
-        advantages, returns (advantages + values): [N, R] float32 (float64 if `values` is) on the device of
-        `values`, 0 where mask is False, not normalised, without gradient.
+        advantages and returns (advantages + values). Both are [N, R] float32 (float64 if `values` is float64) on the
+        device of `values`, 0 where mask is False, not normalised, without gradient.
     Raises:
         ValueError: shapes differ, the mask is not bool, or gamma or lam is outside [0, 1].
     Source: Schulman et al. 2016, arXiv:1506.02438, section 3; Eq. 1 of the STEP3-VL-10B report.
@@ -48,8 +48,8 @@ def gae(
     dtype = torch.promote_types(values.dtype, torch.float32)
     ending = torch.zeros(count) if bootstrap is None else bootstrap
     inputs = _array(rewards, dtype), _array(values, dtype), _array(mask, torch.bool), _array(ending, torch.float64)
-    # Allocated by numpy, which uses huge pages: page faults of a large torch tensor cost as much as the arithmetic.
-    # New pages contain zeros, so nothing is written where the mask is False.
+    # numpy allocates these arrays because it uses huge pages. The page faults of a large torch tensor would cost as
+    # much time as the arithmetic. New pages contain zeros, so nothing is written where the mask is False.
     advantages, returns = np.zeros((count, width), inputs[1].dtype), np.zeros((count, width), inputs[1].dtype)
 
     kernel = _compiled()
@@ -59,16 +59,16 @@ def gae(
         kernel(start, min(start + rows, count), *inputs, float(gamma), float(gamma * lam), advantages, returns)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(work, range(0, count, rows)))  # list() raises the exception of a thread
+        list(pool.map(work, range(0, count, rows)))  # list() raises an exception that happened in a thread
     return torch.from_numpy(advantages).to(values.device), torch.from_numpy(returns).to(values.device)
 
 
 def _check(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float, bootstrap: Tensor | None) -> None:
     shapes = {"rewards": tuple(rewards.shape), "values": tuple(values.shape), "mask": tuple(mask.shape)}
     if values.dim() != 2 or len(set(shapes.values())) > 1:
-        raise ValueError(f"gae wants rewards, values and mask of one shape [N, R], got {shapes}")
+        raise ValueError(f"rewards, values and mask must have the same shape [N, R], but are {shapes}")
     if bootstrap is not None and bootstrap.shape != values.shape[:1]:
-        raise ValueError(f"bootstrap is {tuple(bootstrap.shape)} but there are {len(values)} responses; pass one each")
+        raise ValueError(f"bootstrap is {tuple(bootstrap.shape)} for {len(values)} responses; pass one value each")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype}; pass a bool tensor (mask.bool())")
     for name, value in (("gamma", gamma), ("lam", lam)):
@@ -88,12 +88,15 @@ def _gae_rows(
     advantages: np.ndarray,
     returns: np.ndarray,
 ) -> None:
-    """Computes rows `start` to `stop` of `advantages` and `returns`, which must be 0; a_next and v_next are float64."""
+    """Computes rows `start` to `stop` of `advantages` and `returns`, which must contain 0 before the call.
+
+    `a_next` and `v_next` are float64.
+    """
     width = values.shape[1]
     for i in range(start, stop):
         a_next, v_next = 0.0, bootstrap[i]
         for back in range(width):
-            t = np.uint64(width - 1 - back)  # a signed index is tested for < 0 each time, which takes a third longer
+            t = np.uint64(width - 1 - back)  # unsigned: testing a signed index for < 0 makes the loop a third slower
             if mask[i, t]:
                 a_next = rewards[i, t] + gamma * v_next - values[i, t] + decay * a_next
                 v_next = values[i, t]
@@ -103,31 +106,32 @@ def _gae_rows(
 
 @cache
 def _compiled() -> Callable[..., None]:
-    """Returns _gae_rows as machine code that runs without the interpreter's lock.
+    """Compiles _gae_rows to machine code that runs without the interpreter's lock.
 
-    numba is imported here, so that processes that use only the other functions of this file do not load it. The code
-    is not cached on disk: that would save a third of a second per run, and needs a writable folder.
+    numba is imported here, so processes that use only the other functions of this file do not load it. The machine
+    code is not cached on disk: a cache would save a third of a second per run but needs a writable folder.
     """
     from numba import njit
 
-    return njit(nogil=True, fastmath={"contract"})(_gae_rows)  # contract: a * b + c may be one instruction
+    return njit(nogil=True, fastmath={"contract"})(_gae_rows)  # "contract" allows a * b + c as one instruction
 
 
 def _array(x: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """Returns a contiguous array on the CPU; it shares the tensor's memory if that is contiguous and on the CPU."""
+    """Returns the tensor as a contiguous array on the CPU, without a copy if the tensor already is contiguous, on the
+    CPU and of this dtype."""
     return x.detach().to("cpu", dtype).contiguous().numpy()
 
 
 def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
     """Returns (A - mean) / max(std, 1e-8) over all chosen tokens of the batch; 0 where mask is False.
 
-    The standard deviation is the population's. Means are computed in float64: in float32 the rounding error of the
-    mean of equal advantages, divided by 1e-8, would give advantages of order 1.
+    The standard deviation is that of a population (divided by N). Means are computed in float64. If all advantages are
+    equal, a float32 mean has a rounding error, which divided by 1e-8 would give advantages of order 1.
 
     Raises:
         ValueError: no token is chosen.
-    Source: reconstruction. The report does not say whether it normalises; Open-Reasoner-Zero, which it follows,
-    normalises over the batch with this floor.
+    Source: reconstruction. The report does not say whether it normalises. The report follows Open-Reasoner-Zero,
+    which normalises over the batch with this floor.
     """
     chosen = advantages[mask].double()
     if not len(chosen):
@@ -138,7 +142,7 @@ def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def terminal_rewards(scores: Tensor, mask: Tensor) -> Tensor:
-    """Returns rewards [N, R] that pay a response's whole score [N] on its last chosen token.
+    """Returns rewards [N, R]: the last chosen token of each response gets the response's whole score [N].
 
     Raises:
         ValueError: a response without any chosen token has a score other than 0.

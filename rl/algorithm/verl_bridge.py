@@ -1,12 +1,13 @@
-"""The only file that uses verl 0.9.1: its policy losses and its rollout corrections, with our types. verl is imported
-inside the functions, because its import takes ten seconds and most runs do not use it.
+"""Provides verl's policy losses and rollout corrections with our types. Only this file uses verl (0.9.1).
+
+verl is imported inside the functions, because its import takes ten seconds and most runs do not use it.
 
 Differences between verl and our gae.py and losses.py (test_verl_bridge.py shows each):
-- Its "vanilla" policy loss clips twice if the advantage is negative (dual clip, c = 3). Here c is so large that it has
-  no effect, unless a recipe sets `clip_ratio_c`; without effect, the loss equals losses.clipped_policy_loss.
-- Its GAE always whitens the advantages, with the sample variance, and its advantages of masked tokens are not 0. Its
-  returns equal ours, and so do its advantages if ours are whitened in the same way.
-- Its value loss clips the change of the value. With a clip range so large that it has no effect, it equals
+- verl's "vanilla" policy loss clips twice if the advantage is negative (dual clip, c = 3). Here c is so large that the
+  second clip has no effect, and the loss equals losses.clipped_policy_loss. A recipe can set c with `clip_ratio_c`.
+- verl's GAE always whitens the advantages, with the sample variance. verl's advantages of masked tokens are not 0.
+  verl's returns equal ours. verl's advantages equal ours if ours are whitened in the same way.
+- verl's value loss clips the change of the value. If the clip range is so large that it has no effect, the loss equals
   losses.value_loss.
 """
 
@@ -23,12 +24,12 @@ from rl.algorithm.losses import MAX_LOG_RATIO, MinibatchSize, Sums, kl_sum
 
 Parameters = Mapping[str, float | str]
 
-_OUT_OF_REACH = 1e9  # a clip without effect: verl clamps log-ratios to 20, and e^20 is 4.9e8
+_OUT_OF_REACH = 1e9  # a clip without effect: verl clamps log-ratios to 20, so ratios are at most e^20 = 4.9e8
 _CLIP = ("clip_ratio", "clip_ratio_low", "clip_ratio_high")
 _SUM = ("loss_agg_mode", "loss_scale_factor")
 _AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
-# The parameters that each of verl's losses reads. A loss registered by a user may be given any of them.
+# The parameters that each of verl's losses reads. A loss that a user has registered accepts all parameters.
 _PARAMETERS: dict[str, tuple[str, ...]] = {
     "vanilla": (*_CLIP, "clip_ratio_c", *_SUM),
     "dppo_tv": (*_CLIP, "clip_ratio_c", *_SUM),
@@ -42,7 +43,7 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
 }
 _DEFAULTS: dict[str, Parameters] = {
     "vanilla": {"clip_ratio_c": _OUT_OF_REACH},
-    "dppo_tv": {"clip_ratio_c": 20.0},  # as in verl's comments and arXiv:2602.04879; the default of its config is 3
+    "dppo_tv": {"clip_ratio_c": 20.0},  # from verl's comments and arXiv:2602.04879; verl's config has the default 3
     "dppo_kl": {"clip_ratio_c": 20.0},
 }
 _REFUSED = {
@@ -66,14 +67,14 @@ def policy_loss(name: str, parameters: Parameters | None = None) -> "VerlPolicyL
     """Returns one of verl's registered policy losses as a rl.algorithm.losses.PolicyLoss.
 
     Args:
-        name: as in verl's registry.
-        parameters: verl's own names and meanings (clip_ratio, clip_ratio_low, tau_pos, dro_beta, ...). Parameters that
-            are not given have verl's defaults, except `clip_ratio_c`: without effect for vanilla, and 20 for dppo_*,
-            where it caps the weight. clip_ratio sets both sides.
+        name: the loss's name in verl's registry.
+        parameters: they have verl's names and meanings (clip_ratio, clip_ratio_low, tau_pos, dro_beta, ...).
+            clip_ratio sets both sides. Parameters that are not given have verl's defaults, except `clip_ratio_c`.
+            By default it has no effect for vanilla, and is 20 for dppo_*, where it caps the weight.
     Raises:
-        ValueError: verl has no such loss; the loss does not read a given parameter, or lacks one; or it is refused.
-            A loss is also refused if its gradient depends on how a minibatch is split. A small example checks that
-            here, also for losses that users have registered.
+        ValueError: verl has no such loss, the loss does not read a given parameter, a parameter is missing, or the
+            loss is refused. A loss is also refused if its gradient depends on how a minibatch is split. This function
+            checks that with a small example, also for losses that users have registered.
     """
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
@@ -96,11 +97,14 @@ def policy_loss(name: str, parameters: Parameters | None = None) -> "VerlPolicyL
 
 @dataclasses.dataclass(frozen=True)
 class VerlPolicyLoss:
-    """A losses.PolicyLoss that verl computes. Some of verl's losses use all tokens of a response together, so every row
-    must be a whole response; a minibatch may be split between responses only."""
+    """A losses.PolicyLoss that verl computes.
+
+    Some of verl's losses use all tokens of a response together. So every row must be a whole response, and a minibatch
+    may only be split between responses.
+    """
 
     name: str
-    compute: Callable[..., tuple[Tensor, dict[str, Any]]]  # as verl registered it
+    compute: Callable[..., tuple[Tensor, dict[str, Any]]]  # the function in verl's registry
     config: Any  # verl's ActorConfig
 
     def __call__(
@@ -113,9 +117,10 @@ class VerlPolicyLoss:
         size: MinibatchSize,
         weights: Tensor | None = None,
     ) -> tuple[Tensor, Sums]:
-        """The loss (scalar) and the sums approx_kl and clip_fraction, as in rl.algorithm.losses; all tensors [n, R]."""
+        """Returns the loss (scalar) and the sums approx_kl and clip_fraction, as in rl.algorithm.losses. All arguments
+        that are tensors are [n, R]."""
         logprobs, old_logprobs, advantages = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, advantages))
-        if self.name == "geo_mean":  # the only loss whose ratio could overflow
+        if self.name == "geo_mean":  # geo_mean is the only loss whose ratio could overflow
             now = logprobs.detach()
             old_logprobs = now - (now - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         loss, metrics = self.compute(
@@ -127,14 +132,14 @@ class VerlPolicyLoss:
             dataclasses.replace(self.config, global_batch_info=self._global_batch_info(size)),
             None if weights is None else torch.where(mask, weights, 0.0),
         )
-        if self.name == "geo_mean":  # verl takes the mean over the rows of this call, whatever global_batch_info says
+        if self.name == "geo_mean":  # verl divides by the rows of this call and ignores global_batch_info
             loss = loss * (len(mask) / size.responses)
         clipped = metrics.get("actor/pg_clipfrac", 0.0) * mask.sum()
         return loss, {"approx_kl": kl_sum(logprobs, old_logprobs, mask), "clip_fraction": clipped.to(loss.dtype)}
 
     def _global_batch_info(self, size: MinibatchSize) -> dict[str, Any]:
         return {
-            "dp_size": 1,  # the learner adds the gradients of the ranks, as for our own losses
+            "dp_size": 1,  # the learner adds the gradients of the ranks, as with our own losses
             "batch_num_tokens": size.tokens,
             "global_batch_size": size.responses,
             "loss_scale_factor": self.config.loss_scale_factor,
@@ -157,11 +162,11 @@ def _check_parameters(name: str, given: Parameters) -> None:
 
 
 def _actor_config(name: str, given: Parameters, compute: Callable[..., Any]) -> Any:
-    """Returns verl's ActorConfig with the given parameters in the fields that verl's losses read."""
+    """Returns verl's ActorConfig. The given parameters are set in the fields that verl's losses read."""
     from verl.workers.config import ActorConfig, PolicyLossConfig
 
     values = {"loss_agg_mode": _default_aggregation(compute), **_DEFAULTS.get(name, {}), **given}
-    if "clip_ratio" in values:  # verl reads clip_ratio only if the two sides are None
+    if "clip_ratio" in values:  # verl reads clip_ratio only if clip_ratio_low and _high are None
         values = {"clip_ratio_low": values["clip_ratio"], "clip_ratio_high": values["clip_ratio"], **values}
     loss = PolicyLossConfig(loss_mode=name, **_fields_of(PolicyLossConfig, values))
     return ActorConfig(
@@ -170,7 +175,7 @@ def _actor_config(name: str, given: Parameters, compute: Callable[..., Any]) -> 
 
 
 def _default_aggregation(compute: Callable[..., Any]) -> str:
-    """Returns the loss_agg_mode that the loss's signature has as default: over tokens, or (GSPO) over responses."""
+    """Returns the default of loss_agg_mode in the loss's signature: a mean over tokens or, for GSPO, over responses."""
     parameter = inspect.signature(compute).parameters.get("loss_agg_mode")
     return parameter.default if parameter and isinstance(parameter.default, str) else "token-mean"
 
@@ -205,11 +210,11 @@ def _depends_on_split(loss: VerlPolicyLoss) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutCorrection:
-    """verl's correction of the difference between the engine that sampled and the policy that learns."""
+    """verl's correction of the difference between the engine that sampled the tokens and the policy that learns."""
 
     weights: Tensor | None  # [N, R] for a PolicyLoss, 0 where the given mask is False; None without rollout_is
-    mask: Tensor  # [N, R] bool, the given one without the rejected tokens: the mask of the policy loss
-    sums: Sums  # tis_mean and tis_capped_fraction over `mask`, as losses.tis_weights has them
+    mask: Tensor  # [N, R] bool, the mask for the policy loss: the given mask without the rejected tokens
+    sums: Sums  # tis_mean and tis_capped_fraction over `mask`, as in losses.tis_weights
 
 
 @torch.no_grad()
@@ -223,19 +228,21 @@ def rollout_correction(
     rollout_rs: str | None = None,
     rollout_rs_threshold: float | str | None = None,
 ) -> RolloutCorrection:
-    """verl's importance weights pi_old / pi_rollout and rejection masks.
+    """Computes verl's importance weights pi_old / pi_rollout and rejection masks.
 
-    Call it once per minibatch, with the whole minibatch. Weights and masks depend only on their own token or response.
+    Call it once per minibatch, with the whole minibatch. Each weight and each rejection depends only on its own token
+    or response.
 
     Args:
-        old_logprobs: [N, R] of the learner before the update, nats.
-        rollout_logprobs: [N, R] that the engine sampled with.
-        mask: [N, R] bool; rows are whole responses.
-        rollout_is: a weight per token, or one per response (the product over its tokens).
-        rollout_is_threshold: a number caps the weights (truncated importance sampling); "low_high" sets weights
-            outside of that range to 0 (IcePop). Read only with rollout_is.
+        old_logprobs: [N, R] nats, of the learner before the update.
+        rollout_logprobs: [N, R] nats, computed by the engine during sampling.
+        mask: [N, R] bool. Every row is a whole response.
+        rollout_is: "token" for a weight per token, "sequence" for a weight per response (the product over its tokens).
+        rollout_is_threshold: a number caps the weights (truncated importance sampling). "low_high" sets weights
+            outside of that range to 0 (IcePop). The threshold is read only with rollout_is.
         rollout_rs: comma-separated criteria to reject tokens (token_k1, ...) or responses (seq_mean_k1, ...).
-        rollout_rs_threshold: one for all criteria or one for each, comma-separated; "low_high" ratios for k1.
+        rollout_rs_threshold: one threshold for all criteria, or one for each, comma-separated. For k1 criteria it is a
+            range of ratios, "low_high".
     Raises:
         ValueError: no token is chosen, or verl does not know a criterion or a threshold.
     Source: verl.trainer.ppo.rollout_corr_helper, whose docstrings explain every criterion.

@@ -1,7 +1,8 @@
-"""From scored rollouts to the batch of an iteration, its groups and its minibatches.
+"""Turns scored rollouts into the batch of an iteration, and splits the batch into groups and minibatches.
 
-A group is one prompt with its responses. [N, R] tensors (N responses, the longest has R tokens) hold one number per
-response token; column t describes token t of the response. Shorter responses are padded with 0.
+A group is one prompt with its responses. A batch has N responses, and the longest response has R tokens. An [N, R]
+tensor holds one number per response token: column t describes token t of the response. Shorter responses are padded
+with 0.
 """
 
 import random
@@ -17,16 +18,16 @@ from rl.types import Scored
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt of P tokens and some of its responses; `rows` has the row of each response in the batch."""
+    """One prompt of P tokens and some of its responses. `rows` has each response's row index in the batch."""
 
     prompt_ids: tuple[int, ...]  # [P], image slots expanded
-    images: tuple[str, ...]  # digests, in prompt order
+    images: tuple[str, ...]  # digests of the pictures, in prompt order
     responses: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of the prompt and all responses."""
+        """The number of tokens in the prompt and all responses together."""
         return len(self.prompt_ids) + sum(map(len, self.responses))
 
     @property
@@ -43,12 +44,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Batch:
-    """All valid samples of an iteration. Every tensor is [N, R] except `truncated`, [N]."""
+    """All valid samples of an iteration. `truncated` is [N]; every other tensor is [N, R]."""
 
     groups: tuple[Group, ...]
-    response_mask: Tensor  # bool; True on the tokens of the response, all of which the policy chose
+    response_mask: Tensor  # bool; True on the response's tokens, False on padding. The policy chose all these tokens.
     rollout_logprobs: Tensor  # float32 nats, from the engine; 0 outside the mask
-    rewards: Tensor  # float32; the whole reward on the last response token
+    rewards: Tensor  # float32; the last response token has the whole reward, all other tokens have 0
     truncated: Tensor  # bool; True if the response was cut at the length limit
 
     def __post_init__(self) -> None:
@@ -98,7 +99,7 @@ def _groups(valid: Sequence[Scored]) -> list[Group]:
 
 
 def minibatches(groups: Sequence[Group], count: int, seed: str) -> list[list[Group]]:
-    """Shuffles groups by `seed` and distributes them to `count` minibatches of nearly equal numbers of responses.
+    """Shuffles the groups with `seed` and distributes them to `count` minibatches with similar numbers of responses.
 
     Groups stay whole, so that a prompt is computed once per group. If there are fewer groups than minibatches, the
     largest groups are split in half. If there are fewer responses than minibatches, fewer minibatches are returned.

@@ -1,4 +1,7 @@
-"""Typed clients of policy and critic, which run in other processes. A method that returns a Future does not wait."""
+"""Typed clients for the policy and the critic, which run in other processes.
+
+A method that returns a Future returns at once, without waiting for the result.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,26 +18,27 @@ from rl.remote import Future, Remote
 from rl.types import Picture, Rollout
 
 Features = Mapping[str, Any]
-"""Digest of a picture -> its features [image tokens, hidden], or the Future of them."""
+"""Maps the digest of a picture to the picture's features [image tokens, hidden], or to a Future of the features."""
 Learner = TypeVar("Learner", bound=Sharded)
 
 
 class LearnerClient(Generic[Learner]):
-    """The calls that policy and critic have in common."""
+    """The calls that the clients of policy and critic share."""
 
     def __init__(self, remote: Remote[Learner]) -> None:
         self.remote = remote
 
     def save(self, model: Path, state: Path) -> Future[int]:
-        """Copies weights and training state and writes them in the background. Returns the optimizer steps so far."""
+        """Copies weights and training state, and writes the copies in the background. Returns the number of optimizer
+        steps so far."""
         return self.remote.start(Sharded.save, model, state)
 
     def written(self) -> bool:
-        """True if all ranks have written what `save` copied."""
+        """True if every rank has finished writing the copies that `save` made."""
         return all([pending.result() for pending in [rank.start(Sharded.written) for rank in self.remote.ranks]])
 
     def restore(self, model: Path, state: Path, steps: int) -> Future[None]:
-        """Loads what `save` wrote after `steps` optimizer steps."""
+        """Loads the weights and the training state that `save` wrote after `steps` optimizer steps."""
         return self.remote.start(Sharded.restore, model, state, steps)
 
 
@@ -45,16 +49,16 @@ class EncoderClient:
         self.remote = remote
 
     def encode(self, picture: Picture) -> Future[Tensor]:
-        """Features [image tokens, hidden] of a picture."""
+        """Returns the features of a picture, [image tokens, hidden]."""
         return self.remote.start(Policy.encode, picture)
 
     def encoded(self) -> Future[dict[str, int]]:
-        """Digest -> bytes of the features that were computed since the last time this was called."""
+        """Returns the size in bytes of each picture's features, by digest, for pictures encoded since the last call."""
         return self.remote.start(Policy.encoded)
 
 
 class PolicyClient(LearnerClient[Policy]):
-    """rl.learner.policy.Policy in its processes."""
+    """Calls rl.learner.policy.Policy in the processes of the policy."""
 
     @property
     def encoders(self) -> list[EncoderClient]:
@@ -66,21 +70,21 @@ class PolicyClient(LearnerClient[Policy]):
         return self.remote.start(Policy.update, batch, targets, features, iteration).result()
 
     def weights(self) -> Future[dict[str, Any]]:
-        """The trained tensors by their names on disk."""
+        """Returns the trained tensors, keyed by their names in the model folder."""
         return self.remote.start(Policy.weights)
 
     def logprob_gap(self, rollouts: Sequence[Rollout], features: Features) -> float:
-        """Mean |engine - learner| over the response tokens, in nats."""
+        """Returns the mean absolute difference of engine and learner logprobs over the response tokens, in nats."""
         return self.remote.start(Policy.logprob_gap, rollouts, features).result()
 
 
 class CriticClient(LearnerClient[Critic]):
-    """rl.learner.critic.Critic in its processes."""
+    """Calls rl.learner.critic.Critic in the processes of the critic."""
 
     def values(self, batch: Batch, features: Features) -> tuple[Tensor, Tensor]:
-        """Values before each response token [N, R] and after the last one [N]."""
+        """Returns the values before each response token [N, R], and after the last response token [N]."""
         return self.remote.start(Critic.values, batch, features).result()
 
     def update(self, batch: Batch, targets: Targets, features: Features, iteration: int) -> Future[dict[str, float]]:
-        """Begins the value update, which can run beside the policy's. Returns value/* metrics."""
+        """Starts the critic's update, which can run at the same time as the policy's. Returns value/* metrics."""
         return self.remote.start(Critic.update, batch, targets, features, iteration)

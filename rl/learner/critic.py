@@ -1,4 +1,4 @@
-"""The critic in plain torch: the policy's decoder with a value head, with its own weights and its own optimizer."""
+"""The critic in plain torch: the policy's decoder with a value head. It has its own weights and its own optimizer."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from rl.model.packed import hidden_states
 
 
 class ValueModel(nn.Module):
-    """A decoder trunk and a linear value head without bias; parameters are named as on disk."""
+    """A decoder trunk and a linear value head without bias. Parameters have the names of the tensors on disk."""
 
     def __init__(self, trunk: Any, hidden: int) -> None:
         super().__init__()
@@ -36,22 +36,26 @@ class ValueModel(nn.Module):
 
 
 def initial_head(hidden: int, seed: int) -> Tensor:
-    """Returns small normal weights [1, hidden], std 1 / (hidden + 1), so that values start near 0 (Open-Reasoner-Zero's
-    code)."""
+    """Returns small normal weights [1, hidden], so that values start near 0.
+
+    Their standard deviation is 1 / (hidden + 1), as in the code of Open-Reasoner-Zero.
+    """
     return torch.randn((1, hidden), generator=torch.Generator().manual_seed(seed)) / (hidden + 1)
 
 
 @dataclass(frozen=True)
 class _LastGraph:
-    """The graph of the last packed row that `values` computed, reused by `update`."""
+    """The autograd graph of the last packed row. `values` computes the graph and `update` uses it again."""
 
-    groups: tuple[Group, ...]  # of the batch
-    rows: Sequence[PackedRow]  # of this rank, for the whole batch
-    values: Tensor  # of the last row, [T], with the graph for the backward pass
+    groups: tuple[Group, ...]  # all groups of the batch
+    rows: Sequence[PackedRow]  # this rank's packed rows of the whole batch
+    values: Tensor  # [T], values of the last packed row, with the graph for the backward pass
 
 
 class Critic(Sharded):
-    """Values for the advantages, and the value update. A plain object; Ray places it, split over ranks if asked.
+    """Computes the values that advantages need, and makes the critic's update.
+
+    A critic is a plain object. Ray creates it, in one process or in one process per rank.
 
     Args:
         folder: model folder with the decoder that the critic starts from, unless `options.model.critic` names a critic.
@@ -69,7 +73,7 @@ class Critic(Sharded):
             self.read_model(options.model.critic)
 
     def prepare(self, base: Any) -> None:
-        """Replaces the language head by a value head, and splits the parameters over the ranks."""
+        """Replaces the language head with a value head, and splits the parameters over the ranks."""
         self.model = ValueModel(base.model, getattr(base.config, "text_config", base.config).hidden_size)
         self.ranks.shard(self.model, base.model.layers, self.dtype)
 
@@ -78,10 +82,11 @@ class Critic(Sharded):
             return self.model(row, features)
 
     def values(self, batch: Batch, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns the values before each response token [N, R] (0 outside the mask) and after the last one [N].
+        """Returns the values before each response token [N, R] (0 outside the mask), and after the last response
+        token [N].
 
-        If the update is a single step over the whole batch, the graph of the last packed row is kept for it: the
-        weights do not change before the update, and the update needs that memory anyway.
+        If the update is a single step over the whole batch, the graph of the last packed row is kept for the update.
+        The weights do not change before the update, and the update needs that memory anyway.
         """
         values = torch.zeros(batch.response_mask.shape)
         final = torch.zeros(len(values))
@@ -132,9 +137,12 @@ class Critic(Sharded):
         return metrics if math.isnan(explained) else metrics | {"value/explained_variance": explained}
 
     def _rows_to_learn(self, groups: Sequence[Group], batch: Batch) -> Iterator[tuple[PackedRow, Tensor | None]]:
-        """Yields the packed rows of a minibatch, the one whose graph `values` kept first, with its values."""
+        """Yields each packed row of a minibatch with its values if they are known, else with None.
+
+        If `values` kept the graph of a packed row, that row comes first, with its values.
+        """
         last, self._last_graph = self._last_graph, None
-        # All ranks get the same calls, so all take the same branch.
+        # All ranks get the same calls, so all ranks take the same branch.
         if last is None or last.groups != batch.groups:
             yield from ((row, None) for row in self.rows(groups))
             return
@@ -143,10 +151,10 @@ class Critic(Sharded):
         yield from ((row, None) for row in other_rows)
 
     def full_state(self) -> dict[str, Tensor]:
-        """Returns trunk and value head in float32, on rank 0. Collective: call on every rank."""
+        """Returns the weights of trunk and value head in float32, on rank 0. Collective: call on every rank."""
         return self.ranks.gather(self.model.state_dict(), copy=True)
 
     def write_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
-        """Writes only the weights: a critic has no config and no tokenizer of its own."""
+        """Writes only the weights, because a critic has no config and no tokenizer of its own."""
         folder.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(dict(tensors), folder, max_shard_size="4GB")

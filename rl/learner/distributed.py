@@ -1,5 +1,5 @@
-"""The processes (ranks) that hold one model together: FSDP2 over a process group. Nothing else in this room depends on
-the kind of device."""
+"""Splits one model over several processes (ranks) with FSDP2. Only this file of rl/learner depends on the kind of
+device."""
 
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
@@ -13,17 +13,18 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # tensors on the CPU are always summed over gloo
-TIMEOUT = timedelta(hours=1)  # the longest wait for another rank; a rank that has died is noticed at once
+TIMEOUT = timedelta(hours=1)  # maximum wait for another rank; if a rank dies, the others notice it at once
 
 
 class Ranks:
-    """This process as one of the ranks that hold a model together.
+    """The calls of this process to the other ranks that hold parts of the same model.
 
     Args:
         device: cpu or cuda.
-        rank, count: 0 <= rank < count. A single rank has no process group and holds plain tensors.
+        rank: the number of this rank, 0 <= rank < count.
+        count: the number of ranks. A single rank has no process group and holds plain tensors.
         address: host:port on which rank 0 listens, if there are several ranks.
-        threads: CPU threads of this process; None: torch's default.
+        threads: the number of CPU threads of this process. None uses torch's default.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class Ranks:
     ) -> None:
         self.device, self.rank, self.count = device, rank, count
         self.mesh: DeviceMesh | None = None
-        self.checkpoint_group: dist.ProcessGroup | None = None  # for a thread that writes while others compute
+        self.checkpoint_group: dist.ProcessGroup | None = None  # for the thread that writes checkpoints
         if threads:
             torch.set_num_threads(threads)
         if count > 1:
@@ -39,7 +40,7 @@ class Ranks:
                 BACKENDS[device], init_method=f"tcp://{address}", rank=rank, world_size=count, timeout=TIMEOUT
             )
             self.mesh = init_device_mesh(device, (count,))
-            group: Any = dist.new_group(backend="gloo")  # its type also covers processes outside of the group
+            group: Any = dist.new_group(backend="gloo")  # Any, because the annotation also allows "not in the group"
             self.checkpoint_group = group
 
     @property
@@ -48,10 +49,11 @@ class Ranks:
         return self.rank == 0
 
     def shard(self, model: nn.Module, layers: Iterable[nn.Module], dtype: torch.dtype) -> None:
-        """Splits the parameters of `model`, its `layers` one by one, over the ranks. A single rank keeps all.
+        """Splits the parameters of `model` over the ranks, one layer of `layers` at a time. A single rank keeps all
+        parameters.
 
-        If `dtype` is smaller than float32, the weights are gathered and computed with in it; gradients are summed in
-        float32.
+        If `dtype` is smaller than float32, weights are gathered in `dtype` and the model computes in `dtype`. Gradients
+        are summed in float32.
         """
         if self.mesh is None:
             return
@@ -59,32 +61,32 @@ class Ranks:
         options: dict[str, Any] = {"mesh": self.mesh} | ({} if dtype == torch.float32 else {"mp_policy": low})
         for layer in layers:
             fully_shard(layer, **options)
-        # Reshard after the root's forward pass too: a pass without gradient would otherwise leave gathered weights
-        # behind, which the next optimizer step makes stale.
+        # Reshard after the root's forward pass too. A pass without gradient would otherwise leave gathered weights
+        # behind, and the next optimizer step would make them stale.
         fully_shard(model, reshard_after_forward=True, **options)
 
     def autocast(self, dtype: torch.dtype) -> Any:
-        """Returns the context in which a forward pass computes in `dtype` from float32 weights."""
+        """Returns a context manager in which a forward pass with float32 weights computes in `dtype`."""
         return torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
 
     def local_shard(self, full: Tensor, like: Tensor) -> Tensor:
-        """Returns this rank's shard of a tensor that every rank has in full, split and placed as `like` is."""
+        """Returns this rank's shard of `full`, which every rank has. `full` is split in the same way as `like`."""
         if not isinstance(like, DTensor):
             return full.to(self.device)
-        # src_data_rank=None: every rank cuts its own copy, nothing is sent
+        # With src_data_rank=None every rank cuts its shard from its own copy, and nothing is sent.
         return distribute_tensor(full.to(self.device), like.device_mesh, like.placements, src_data_rank=None)
 
     def full_tensor(self, tensor: Tensor) -> Tensor:
-        """Returns the full tensor of this rank's shard. Collective: call on every rank."""
+        """Gathers the shards of all ranks and returns the full tensor. Collective: call on every rank."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def gather(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, *, copy: bool = False
     ) -> dict[str, Tensor]:
-        """Returns full tensors in host memory on rank 0, and {} on the others. Collective: call on every rank.
+        """Returns the full tensors in host memory on rank 0, and {} on the other ranks. Collective: call on every rank.
 
         Args:
-            copy: whether the results must not share memory with `tensors`, so that later changes do not reach them.
+            copy: if True, the results share no memory with `tensors`, so later changes of `tensors` do not change them.
         """
         result = {}
         for name, tensor in tensors.items():
@@ -92,7 +94,8 @@ class Ranks:
             if self.is_first:
                 fresh = isinstance(tensor, DTensor)
                 full = full.to("cpu", dtype or full.dtype, copy=copy and not fresh).contiguous()
-                # Shards of uneven sizes are gathered into a longer tensor; a file cannot store a part of a tensor.
+                # Shards of uneven sizes are gathered into a longer tensor, of which `full` is a part. A file can only
+                # store a whole tensor, so `full` is copied.
                 result[name] = full if full.untyped_storage().nbytes() == full.nbytes else full.clone()
         return result
 
@@ -103,7 +106,7 @@ class Ranks:
         return tensor
 
     def sum_named(self, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns numbers by name, summed over the ranks. All ranks must have the same names. Collective: call on
+        """Returns the sum over all ranks of each named number. All ranks must pass the same names. Collective: call on
         every rank."""
         names = sorted(numbers)
         if self.count == 1 or not names:

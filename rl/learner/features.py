@@ -1,5 +1,4 @@
-"""Cache of the frozen encoder's features: each distinct picture is encoded once, and policy and critic read the
-result."""
+"""Caches the features of the frozen encoder. Each distinct picture is encoded once, for policy and critic together."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -10,38 +9,38 @@ from rl.types import Picture
 
 
 class FeatureStore:
-    """The pictures that have been encoded, and their features, which every pass of policy and critic reads.
+    """Stores the features of encoded pictures. Every pass of policy and critic reads the features from here.
 
-    The features are in Ray's object store, which moves to disk what does not fit into memory. Beyond the limit the
-    least recently used features are dropped; they are computed again when they are needed.
+    The features are in Ray's object store, which moves objects to disk if they do not fit into memory. Beyond the
+    limit, the least recently used features are dropped. Dropped features are computed again when they are needed.
 
     Args:
         encoders: processes that encode the pictures in turn.
-        limit_mib: the most MiB of features that are kept, in memory and on disk.
+        limit_mib: the maximum size of the stored features in MiB, in memory and on disk together.
     """
 
     def __init__(self, encoders: Sequence[EncoderClient], limit_mib: int) -> None:
         self._encoders, self._limit = list(encoders), limit_mib << 20
-        self._features: OrderedDict[str, Any] = OrderedDict()  # digest -> pending features, the last used at the end
+        self._features: OrderedDict[str, Any] = OrderedDict()  # digest -> future of features, most recently used last
         self._bytes: dict[str, int] = {}
         self._requests = 0
-        self.forwards = 0  # pictures that have been encoded, counted by `trim`
+        self.forwards = 0  # the number of pictures encoded so far, updated by `trim`
 
     def of(self, pictures: Iterable[Picture]) -> dict[str, Any]:
-        """Returns digest -> future of the features [image tokens, hidden]."""
+        """Returns a future of the features [image tokens, hidden] of each picture, by digest."""
         result = {}
         for picture in pictures:
             pending = self._features.pop(picture.digest, None)
             if pending is None:
-                # One picture per call: the last bits of its features must not depend on the other pictures of a call,
-                # or a resumed run, whose cache is empty, would differ from one that was never interrupted.
+                # Each call encodes one picture, so that the last bits of its features do not depend on other pictures.
+                # Otherwise a resumed run, whose cache is empty, would differ from a run that was never interrupted.
                 pending = self._encoders[self._requests % len(self._encoders)].encode(picture)
                 self._requests += 1
             self._features[picture.digest] = result[picture.digest] = pending
         return result
 
     def trim(self, using: Iterable[str] = ()) -> None:
-        """Drops the least recently used features beyond the limit, but not those of the digests in `using`."""
+        """Drops the least recently used features beyond the limit, except the features of the digests in `using`."""
         for sizes in [encoder.encoded() for encoder in self._encoders]:
             encoded = sizes.result()
             self.forwards += len(encoded)

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and gradient clipping. Its whole state is named tensors and the number of steps."""
+"""AdamW with linear warm-up and gradient clipping. Its whole state is a set of named tensors and the step count."""
 
 import math
 from collections.abc import Mapping
@@ -17,15 +17,15 @@ class Optimizer:
 
     Args:
         parameters: name -> parameter.
-        ppo: AdamW's options, the limit of the norm, and the number of skipped steps in a row at which `step` raises. A
-            step is skipped if its gradient is not finite.
-        lr: learning rate after the warm-up, constant.
-        warmup: the number of steps over which the rate rises linearly from 0.
+        ppo: the options of AdamW, the maximum norm of the gradients, and the number of skipped steps in a row after
+            which `step` raises. A step is skipped if its gradient is not finite.
+        lr: the constant learning rate after the warm-up.
+        warmup: the number of steps over which the learning rate rises linearly from 0.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], ppo: PPO, *, lr: float, warmup: int) -> None:
         self.parameters, self.ppo, self.lr, self.warmup = dict(parameters), ppo, lr, warmup
-        self.steps, self.skipped = 0, 0  # steps made; steps skipped since the last one made
+        self.steps, self.skipped = 0, 0  # number of steps made; number of steps skipped since the last step made
         self.adamw = torch.optim.AdamW(
             self.parameters.values(), lr=lr, betas=ppo.betas, weight_decay=ppo.weight_decay, eps=1e-8, fused=True
         )
@@ -38,7 +38,7 @@ class Optimizer:
     def step(self) -> float | None:
         """Applies the accumulated gradients and clears them.
 
-        Returns: the norm of the gradients before clipping; None if it is not finite and the step was skipped.
+        Returns: the norm of the gradients before clipping, or None if the norm is not finite and the step was skipped.
         Raises: FloatingPointError if `ppo.max_skipped_steps` steps in a row were skipped.
         """
         total = nn.utils.clip_grad_norm_(self.parameters.values(), self.ppo.max_grad_norm)
@@ -61,7 +61,8 @@ class Optimizer:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Returns `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` of every parameter; {} before the first step."""
+        """Returns the tensors `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` of every parameter. Returns {} before
+        the first step."""
         return {
             f"{name}.{moment}": self.adamw.state[parameter][moment]
             for name, parameter in self.parameters.items()
@@ -70,7 +71,7 @@ class Optimizer:
         }
 
     def continue_after(self, steps: int) -> None:
-        """Sets the number of steps made; the caller then fills in the moments that `state` returns."""
+        """Sets the number of steps made. The caller must then fill in the moments that `state` returns."""
         self.steps = steps
         if not steps:
             return

@@ -8,18 +8,19 @@ from rl.config import PPO, Config, Learner, Model
 
 @dataclass(frozen=True)
 class LearnerOptions:
-    """Named as in the recipe, where rl.config describes each. Policy and critic of a run share one."""
+    """Options with the names that they have in the recipe; rl.config describes them. Policy and critic of a run share
+    one LearnerOptions."""
 
     ppo: PPO
     model: Model
     learner: Learner
     seed: int
-    temperature: float  # rollout.temperature: logprobs are computed with the temperature that the engine samples with
+    temperature: float  # rollout.temperature: the learner computes logprobs with the engine's sampling temperature
     synthesis_template: Path | None  # synthesis.template
 
     @classmethod
     def of(cls, config: Config) -> "LearnerOptions":
-        """The options in a whole configuration."""
+        """Returns the learner's options of a whole configuration."""
         return cls(
             config.ppo, config.model, config.learner, config.seed, config.rollout.temperature, config.synthesis.template
         )

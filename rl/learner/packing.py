@@ -1,7 +1,7 @@
-"""Packed rows: the forward passes that policy and critic compute for the groups of a batch, without padding.
+"""Packs the groups of a batch into packed rows without padding. Policy and critic make one forward pass per packed row.
 
-In a packed row each prompt stands once, followed by its responses. The positions of every response continue those of
-its prompt.
+A packed row contains each prompt once, followed by its responses. The positions of every response continue after the
+positions of its prompt.
 """
 
 import heapq
@@ -17,45 +17,47 @@ from rl.model.attention import Layout, Span
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One forward pass: T tokens in a row, n of them the tokens of k responses.
+    """The input of one forward pass: T tokens. Of these, n tokens belong to k responses, the others to prompts.
 
-    A row whose `counts` is False only gives a rank as many forward and backward passes as the others have: its
-    results and its gradient are not used.
+    A packed row with `counts` False only makes every rank run the same number of forward and backward passes. The
+    results and the gradient of such a packed row are ignored.
     """
 
     token_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64
-    image_slots: Tensor  # [T] bool; True where the prompt shows a picture
-    images: tuple[str, ...]  # digests, in order of their slots
+    image_slots: Tensor  # [T] bool; True on the prompt tokens that stand for a picture
+    images: tuple[str, ...]  # digests of the pictures, in the order of their slots
     layout: Layout
-    batch_rows: Tensor  # [k] int64; the row of each response in the batch
+    batch_rows: Tensor  # [k] int64; each response's row index in the batch
     before: Tensor  # [n] int64; index of the token whose hidden state predicts response token i
     targets: Tensor  # [n] int64; id of response token i
-    response: Tensor  # [n] int64; the response that token i belongs to, 0 to k - 1
-    column: Tensor  # [n] int64; the place of token i in its response
+    response: Tensor  # [n] int64; number of the response that token i belongs to, 0 to k - 1
+    column: Tensor  # [n] int64; index of token i in its response
     last: Tensor  # [k] int64; index of each response's last token
     counts: bool = True
 
     def padded(self, values: Tensor) -> Tensor:
-        """Returns one number per response token, [n], as one row per response, [k, longest], padded with 0."""
+        """Converts `values` [n], one number per response token, to [k, longest], one row per response, padded with
+        0."""
         out = values.new_zeros(len(self.batch_rows), int(self.column.max()) + 1)
         return out.index_put((self.response.to(values.device), self.column.to(values.device)), values)
 
     def write_to(self, batch_tensor: Tensor, values: Tensor) -> None:
-        """Writes the [k, longest] values of this row into a tensor of the batch, [N, R]."""
+        """Writes the [k, longest] values of this packed row into a tensor of the batch, [N, R]."""
         batch_tensor[self.batch_rows[self.response], self.column] = values[self.response, self.column]
 
     def read_from(self, batch_tensor: Tensor) -> Tensor:
-        """Returns the [k, longest] values of this row from a tensor of the batch, [N, R]."""
+        """Returns the [k, longest] values of this packed row from a tensor of the batch, [N, R]."""
         return batch_tensor[self.batch_rows, : int(self.column.max()) + 1]
 
 
 def pack(groups: Sequence[Group], token_budget: int, image_token_id: int | None) -> list[PackedRow]:
-    """Packs groups into rows of at most `token_budget` tokens, by first-fit decreasing, in a fixed order.
+    """Packs groups into packed rows of at most `token_budget` tokens, by first-fit decreasing. The result is always the
+    same for the same groups.
 
-    A group over the budget is split between responses; each part repeats the prompt.
+    A group larger than the budget is split between responses, and each part repeats the prompt.
 
-    Raises: ValueError if a prompt with one response is over the budget.
+    Raises: ValueError if a prompt with one response is larger than the budget.
     """
     return [_packed_row(row, image_token_id) for row in _first_fit(_split(groups, token_budget), token_budget)]
 
@@ -72,7 +74,7 @@ def rows_of_rank(
     """Returns the packed rows of one rank. All ranks get about the same work and the same number of rows.
 
     Args:
-        pairs_per_token: the number of attention pairs that cost as much as the rest of the work for one token.
+        pairs_per_token: the number of attention pairs that cost as much as all other work for one token.
     """
     parts = _split(groups, token_budget)
     shares = balanced([part.tokens + part.pairs / pairs_per_token for part in parts], ranks)
@@ -84,11 +86,11 @@ def rows_of_rank(
 
 
 def balanced(work: Sequence[float], parts: int) -> list[list[int]]:
-    """Returns the indices of `work` in `parts` lists of nearly equal sums.
+    """Distributes the indices of `work` over `parts` lists whose sums of work are nearly equal.
 
-    The largest differencing method (Karmarkar and Karp, 1982, section 6) for several parts: the two partitions with
-    the largest differences between their lists are merged, the largest list of one with the smallest of the other,
-    until one partition is left.
+    Uses the largest differencing method (Karmarkar and Karp, 1982, section 6). Each step merges the two partitions
+    with the largest differences between their lists. The largest list of the first partition is merged with the
+    smallest list of the second, and so on. The steps end when one partition is left.
     """
     heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = []
     for index, amount in enumerate(work):
@@ -103,7 +105,7 @@ def balanced(work: Sequence[float], parts: int) -> list[list[int]]:
 
 
 def _first_fit(parts: Sequence[Group], token_budget: int) -> list[list[Group]]:
-    """First-fit decreasing: puts each group, the longest first, into the first row with enough room."""
+    """Puts each group, the longest group first, into the first packed row with enough room (first-fit decreasing)."""
     rows: list[list[Group]] = []
     room: list[int] = []
     for part in sorted(parts, key=lambda g: (-g.tokens, g.rows)):
@@ -118,7 +120,7 @@ def _first_fit(parts: Sequence[Group], token_budget: int) -> list[list[Group]]:
 
 
 def _split(groups: Sequence[Group], token_budget: int) -> list[Group]:
-    """Returns groups of at most `token_budget` tokens each: larger ones are split between responses."""
+    """Splits each group of more than `token_budget` tokens between responses. Smaller groups are returned unchanged."""
     return [part for group in groups for part in _split_group(group, token_budget)]
 
 

@@ -1,6 +1,6 @@
-"""The policy in plain torch: a batch and its targets in, optimizer steps out. Knows nothing of Ray.
+"""The policy in plain torch, without Ray. The policy makes optimizer steps for a batch and its targets.
 
-Only the decoder is trained. The vision encoder and the projector have no gradients and no optimizer state: their
+Only the decoder is trained. The vision encoder and the projector have no gradients and no optimizer state. Their
 features are computed once per picture, cached, and used as constants.
 """
 
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 
 def policy_loss(ppo: PPO) -> PolicyLoss:
-    """Returns the loss that the recipe names: ours in one of two readings of the report, or one of verl's."""
+    """Returns the policy loss that the recipe selects: one of verl's, or one of ours. We have two losses because the
+    report can be read in two ways."""
     if ppo.policy_loss is not None:
         from rl.algorithm import verl_bridge
 
@@ -50,15 +51,18 @@ def policy_loss(ppo: PPO) -> PolicyLoss:
 
 
 def needs_old_logprobs(ppo: PPO) -> bool:
-    """True if an update needs the logprobs of the policy before it, which cost a forward pass over the batch."""
+    """True if an update needs the logprobs of the policy before that update. These logprobs cost a forward pass over
+    the batch."""
     return ppo.ratio == "clip" or ppo.tis_policy == "before_update" or ppo.rollout_correction is not None
 
 
 class Policy(Sharded):
-    """Logprobs and the PPO update of the decoder. A plain object; Ray places it, split over ranks if asked.
+    """Computes logprobs and makes the PPO update of the decoder.
+
+    A policy is a plain object. Ray creates it, in one process or in one process per rank.
 
     Args:
-        folder: model folder to start from; checkpoints copy its tokenizer.
+        folder: model folder to start from. The folder's tokenizer is copied into checkpoints.
     """
 
     def __init__(self, folder: str, options: LearnerOptions, ranks: Ranks | None = None) -> None:
@@ -80,7 +84,7 @@ class Policy(Sharded):
 
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by their names on disk."""
+        """The trained parameters, keyed by their names on disk."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
@@ -91,12 +95,13 @@ class Policy(Sharded):
         return features
 
     def encoded(self) -> dict[str, int]:
-        """Returns digest -> bytes of the features that this process has computed since the last call."""
+        """Returns the size in bytes of each picture's features, by digest, for the pictures that this process has
+        encoded since the last call."""
         sizes, self._encoded_bytes = self._encoded_bytes, {}
         return sizes
 
     def weights(self) -> dict[str, Any]:
-        """Returns the trained tensors by their names on disk, in the type that the engines compute in, on rank 0.
+        """Returns the trained tensors on rank 0, keyed by their names on disk, in the dtype of the engines.
         Collective: call on every rank."""
         tensors = self.ranks.gather(self.trained, self.dtype)
         if tensors and getattr(self.model.config, "tie_word_embeddings", False):
@@ -104,7 +109,7 @@ class Policy(Sharded):
         return {n: t.numpy() if t.dtype == torch.float32 else t for n, t in tensors.items()}
 
     def _forward(self, row: PackedRow, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns logprobs and entropies of the responses in a packed row, [k, longest] each."""
+        """Returns the logprobs and the entropies of the responses in a packed row. Both are [k, longest]."""
         with self.ranks.autocast(self.dtype):
             logprobs, entropies = self.decoder(row, features, self.options.temperature)
         return row.padded(logprobs), row.padded(entropies)
@@ -120,8 +125,8 @@ class Policy(Sharded):
         return self.ranks.sum(result)
 
     def logprob_gap(self, rollouts: Sequence[Rollout], features: Mapping[str, Tensor]) -> float:
-        """Returns the mean |engine - learner| logprob over the response tokens, in nats. The engine must have sampled
-        with the current weights."""
+        """Returns the mean absolute difference of engine and learner logprobs over the response tokens, in nats. The
+        engine must have sampled with the current weights."""
         batch = collate([Scored(r, 0.0) for r in rollouts])
         ours = self.logprobs(batch, features)
         gap = (ours - batch.rollout_logprobs).abs()
@@ -161,10 +166,10 @@ class Policy(Sharded):
         features: Mapping[str, Tensor],
         old: Tensor | None,
     ) -> tuple[MinibatchSize, Sums]:
-        """Adds up the gradients of one minibatch, packed row by packed row.
+        """Accumulates the gradients of one minibatch, one packed row at a time.
 
-        Returns: the number of tokens and responses that count (verl's correction may reject some or all of them), and
-        the minibatch's statistics, summed over those tokens.
+        Returns: the number of tokens and responses that verl's correction did not reject (it may reject all), and the
+        minibatch's statistics, summed over these tokens.
         """
         correction = self._correction(groups, batch, old)
         chosen = batch.response_mask if correction is None else correction.mask
@@ -195,7 +200,8 @@ class Policy(Sharded):
         return size, sums if correction is None else add_sums(sums, correction.sums)
 
     def _correction(self, groups: Sequence[Group], batch: Batch, old: Tensor | None) -> "RolloutCorrection | None":
-        """Returns verl's rollout correction of a whole minibatch as [N, R] tensors; None if the recipe has none."""
+        """Returns verl's rollout correction of a whole minibatch as [N, R] tensors, or None if the recipe does not ask
+        for a correction."""
         if self.options.ppo.rollout_correction is None or old is None:
             return None
         from rl.algorithm.verl_bridge import rollout_correction
@@ -210,18 +216,19 @@ class Policy(Sharded):
         return replace(corrected, mask=mask, weights=weights)
 
     def full_state(self) -> dict[str, Tensor]:
-        """Returns the model in the type that the engines compute in, on rank 0. Collective: call on every rank."""
+        """Returns the model's tensors on rank 0, in the dtype of the engines. Collective: call on every rank."""
         return self.ranks.gather(hf_folder.state(self.model), self.dtype, copy=True)
 
     def write_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
-        """Writes a folder that vLLM can load."""
+        """Writes a model folder that vLLM can load."""
         hf_folder.save(self.model, folder, source=self.source, templates=self.templates, tensors=tensors)
 
     def read_model(self, folder: Path) -> None:
-        """Loads the float32 weights, unless the training state has them because the folder is in a smaller type."""
+        """Loads the weights if the folder has them in float32. Otherwise `restore` loads them from the training
+        state."""
         if self.dtype == torch.float32:
             super().read_model(folder)
 
     def training_state(self) -> dict[str, Tensor]:
-        """Returns AdamW's moments, and the float32 weights if the model folder has them in a smaller type."""
+        """Returns AdamW's moments, and also the float32 weights if the model folder stores a smaller dtype."""
         return super().training_state() | (self.trained if self.dtype != torch.float32 else {})

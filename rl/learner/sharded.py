@@ -1,4 +1,4 @@
-"""What policy and critic have in common: a decoder that several ranks may hold together, and its checkpoints."""
+"""The base class of policy and critic: a decoder that may be split over several ranks, and its checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +19,8 @@ from rl.model.packed import pairs_per_token, recompute_layers
 
 
 class Sharded:
-    """Base of policy and critic. All ranks get the same calls with the same arguments; each computes its share and
-    returns the whole result.
+    """The base class of policy and critic. All ranks get the same calls with the same arguments. Each rank computes its
+    share of the work and returns the whole result.
 
     Args:
         folder: model folder to start from.
@@ -45,23 +45,24 @@ class Sharded:
     def of_rank(
         cls, folder: str, options: LearnerOptions, device: str, rank: int, count: int, address: str | None
     ) -> Self:
-        """Returns the model of one of `count` ranks, in the process that calls this; the ranks meet at `address`."""
+        """Returns this process's part of a model that is split over `count` ranks. The ranks connect at `address`."""
         return cls(folder, options, Ranks(device, rank, count, address, options.learner.threads))
 
     optimizer: Optimizer
 
     def prepare(self, base: Any) -> None:
-        """Takes the parts to train from `base`, whose weights take no memory yet, and splits them over the ranks."""
+        """Selects the parts of `base` to train and splits them over the ranks. The weights of `base` take no memory
+        yet."""
         raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that engine and learner compute in; the learner keeps its weights in float32."""
+        """The dtype that engine and learner compute in. The learner keeps its weights in float32."""
         return getattr(torch, self.options.model.dtype)
 
     def full_state(self) -> dict[str, Tensor]:
-        """Returns copies of the weights for a checkpoint, by their names on disk, on rank 0. Collective: call on every
-        rank."""
+        """Returns copies of the weights for a checkpoint on rank 0, keyed by their names on disk. Collective: call on
+        every rank."""
         raise NotImplementedError
 
     def write_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -79,15 +80,16 @@ class Sharded:
             raise hf_folder.CheckpointError(f"{folder} lacks {', '.join(sorted(missing)[:8])}")
 
     def training_state(self) -> dict[str, Tensor]:
-        """Returns the tensors, or this rank's shards of them, that a checkpoint stores besides the model folder."""
+        """Returns the tensors (or this rank's shards) that a checkpoint stores in addition to the model folder."""
         return self.optimizer.state()
 
     def save(self, model: Path, state: Path) -> int:
-        """Copies weights and training state, and writes them in the background; `written` is True when that is done.
+        """Copies weights and training state, and writes the copies in the background. `written` then tells whether
+        the copies are on disk.
 
         Args:
             model: folder for the weights, written by rank 0.
-            state: folder for the training state; every rank writes its shards.
+            state: folder for the training state. Every rank writes its own shards.
         Returns: the number of optimizer steps made, which `restore` needs.
         """
         tensors = self.full_state()
@@ -109,14 +111,15 @@ class Sharded:
         return True
 
     def restore(self, model: Path, state: Path, steps: int) -> None:
-        """Continues after `steps` optimizer steps from what `save` wrote, whatever the number of ranks then and now."""
+        """Loads the state that `save` wrote after `steps` optimizer steps. The number of ranks may have changed since
+        then."""
         self.read_model(model)
         self.optimizer.continue_after(steps)
         if shards := self.training_state():
             load(shards, storage_reader=HuggingFaceStorageReader(str(state)))
 
     def rows(self, groups: Sequence[Group]) -> list[PackedRow]:
-        """Returns this rank's packed rows of the groups; all ranks have the same number of rows."""
+        """Returns this rank's share of the packed rows of `groups`. All ranks get the same number of packed rows."""
         return rows_of_rank(
             groups,
             self.options.learner.token_budget,

@@ -1,4 +1,4 @@
-"""The targets of both updates: a batch and the critic's values in, advantages and returns out."""
+"""Computes the targets of the policy's and the critic's update (advantages and returns) from a batch and its values."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from rl.learner.batch import Batch
 
 @dataclass(frozen=True)
 class Targets:
-    """Every tensor is [N, R] float32, 0 outside the response mask."""
+    """The targets of a batch. Every tensor is [N, R] float32, 0 outside the response mask."""
 
-    advantages: Tensor  # for the policy loss: normalised if `ppo.normalize_advantages`
-    returns: Tensor  # what the critic regresses to: GAE advantages (not normalised) + values
-    values: Tensor  # the critic's estimates before its update
+    advantages: Tensor  # for the policy loss; normalised if `ppo.normalize_advantages`
+    returns: Tensor  # the targets of the value loss: GAE advantages (not normalised) + values
+    values: Tensor  # the critic's values before its update
 
 
 def make_targets(batch: Batch, values: Tensor, final: Tensor, ppo: PPO) -> Targets:
@@ -23,7 +23,7 @@ def make_targets(batch: Batch, values: Tensor, final: Tensor, ppo: PPO) -> Targe
 
     Args:
         values: [N, R], the critic's values before each response token.
-        final: [N], its values after the last response token.
+        final: [N], the critic's values after the last response token.
     """
     advantages, returns = gae_advantages(
         batch.rewards,

@@ -1,7 +1,7 @@
-"""The base class of model families: what the learner needs to know of a vision-language model.
+"""The base class of model families: everything that the learner needs to know about a vision-language model.
 
-Attribute names are tensor names on disk. rl/model/packed.py runs the decoder trunk on packed rows. StepVL is one
-family (rl/model/step_vl.py), text-only Hugging Face decoders are the other (rl/model/text.py).
+Attributes have the names of the tensors on disk. rl/model/packed.py runs the decoder trunk on packed rows. There are
+two families: StepVL (rl/model/step_vl.py) and text-only Hugging Face decoders (rl/model/text.py).
 
 Tested in tests/rl/model/test_step_vl.py and tests/rl/model/test_text.py.
 """
@@ -20,15 +20,15 @@ from rl.model.layout import Size
 class ImageToken:
     """The token that stands for each picture in the prompts of a model."""
 
-    text: str  # as the tokenizer spells it
+    text: str  # the token's text in the tokenizer
     id: int
-    expansion: Callable[[Size], int]  # (width, height) of a picture in pixels -> prompt tokens that the picture takes
+    expansion: Callable[[Size], int]  # (width, height) of a picture in pixels -> number of prompt tokens it takes
 
 
 class Architecture(nn.Module):
-    """A model of one family, made from its config."""
+    """A model of one family, built from a config."""
 
-    frozen_prefixes: ClassVar[dict[str, tuple[str, ...]]]  # name in model.freeze -> prefixes of tensor names
+    frozen_prefixes: ClassVar[dict[str, tuple[str, ...]]]  # name in model.freeze -> prefixes of the frozen tensors
     config: Any
     model: Any  # decoder trunk: inputs_embeds [1, T, hidden], position_ids [1, T] -> last_hidden_state
     lm_head: nn.Linear
@@ -39,15 +39,15 @@ class Architecture(nn.Module):
 
     @classmethod
     def image_token(cls, config: Any) -> ImageToken | None:
-        """Returns the image token of models with this config; None if they see no pictures."""
+        """Returns the image token of models with this config, or None if these models accept no pictures."""
         raise NotImplementedError
 
     @property
     def image_token_id(self) -> int | None:
-        """The id of the image token; None if the model sees no pictures."""
+        """The id of the image token, or None if the model accepts no pictures."""
         token = self.image_token(self.config)
         return token.id if token else None
 
     def features(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
-        """Returns the frozen encoder's features of each picture, [image tokens, hidden]."""
+        """Returns one tensor per picture: the frozen encoder's features, [image tokens, hidden]."""
         raise NotImplementedError

@@ -1,8 +1,9 @@
-"""Attention over packed groups: each response sees its prompt and itself, and nothing else.
+"""Attention over packed groups: each response sees its prompt and its own tokens, and nothing else.
 
-Registered with transformers as `packed_groups`, so that its decoders run on packed rows unchanged. A prompt's keys
-and values are computed once for all its responses. No [T, T] matrix is made: on a CPU the visible pairs are a few
-dense or causal rectangles, merged by their log-sum-exp; on a GPU they are a FlexAttention block mask.
+The function is registered with transformers as `packed_groups`, so that the decoders of transformers run on packed rows
+unchanged. The keys and values of a prompt are computed once for all its responses. No [T, T] matrix is allocated. On a
+CPU, attention is computed for a few dense or causal rectangles of visible pairs, and the results are merged by their
+log-sum-exp. On a GPU, a FlexAttention block mask describes the visible pairs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,12 +17,12 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers import AttentionInterface
 
 NAME = "packed_groups"
-SMALL, ALIKE = 32, 0.75  # see `batches_of`
+SMALL, ALIKE = 32, 0.75  # explained in `batches_of`
 
 
 @dataclass(frozen=True)
 class Span:
-    """Lengths, in tokens, of one group in a packed row: a prompt, then its responses. Groups follow without gaps."""
+    """The lengths in tokens of a prompt and its responses in a packed row. There are no gaps between groups."""
 
     prompt: int
     responses: tuple[int, ...]
@@ -33,30 +34,32 @@ class Span:
 
 @dataclass(frozen=True)
 class Segments:
-    """Prompts or responses whose causal attention to themselves is computed in one call, [n, L] tokens.
+    """A batch of n segments of up to L tokens. A segment is a prompt or a response. One call computes the causal
+    self-attention of all segments of the batch.
 
-    `tokens` has their indices in the row. Segments shorter than L are padded with repeats of their last token. Causal
-    attention hides the repeats from the tokens before them, so it is enough to drop the repeats' results, and to set
-    their gradient to 0 in the backward pass.
+    Segments shorter than L are padded with repeats of their last token. Causal attention hides the repeats from the
+    tokens before them. So it is enough to drop the results of the repeats, and to set the gradient of the repeats to 0
+    in the backward pass.
     """
 
-    tokens: Tensor  # [n, L] int64
-    real: Tensor | None  # [n, L] bool, False for repeats; None if there are none
+    tokens: Tensor  # [n, L] int64, indices of the tokens in the packed row
+    real: Tensor | None  # [n, L] bool, False for repeats; None if there are no repeats
 
     def take(self, x: Tensor) -> Tensor:
-        """Returns [n, L, ...] from [T, ...]. A single segment is returned as a view."""
+        """Reads the segments' tokens from `x` [T, ...] and returns them as [n, L, ...]. A single segment is returned as
+        a view."""
         if len(self.tokens) == 1:
             start = int(self.tokens[0, 0])
             return x[start : start + self.tokens.shape[1]][None]
         return x[self.tokens]
 
     def take_gradient(self, x: Tensor) -> Tensor:
-        """Returns the same as `take`, with 0 for repeats."""
+        """Returns the same tensor as `take`, but with 0 in place of the repeats."""
         taken = self.take(x)
         return taken if self.real is None else taken.mul_(self.real[..., None, None])
 
     def put(self, x: Tensor, values: Tensor) -> None:
-        """Writes [n, L, ...] to the indices of its tokens in [T, ...]."""
+        """Writes `values` [n, L, ...] into `x` [T, ...] at the indices of the segments' tokens."""
         if len(self.tokens) == 1:
             start = int(self.tokens[0, 0])
             x[start : start + self.tokens.shape[1]] = values[0]
@@ -68,7 +71,8 @@ class Segments:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens of a packed row see which others; made once per row and used by every layer."""
+    """Defines which tokens of a packed row each token sees. One Layout is made per packed row, and all layers use
+    it."""
 
     spans: tuple[Span, ...]
 
@@ -77,7 +81,7 @@ class Layout:
         return sum(span.length for span in self.spans)
 
     def segments(self) -> Iterator[tuple[int, int]]:
-        """Yields (first token, length) of every prompt and every response, in order."""
+        """Yields (index of the first token, length) of every prompt and every response, in order."""
         start = 0
         for span in self.spans:
             for length in (span.prompt, *span.responses):
@@ -92,7 +96,7 @@ class Layout:
 
     @cached_property
     def shared(self) -> tuple[tuple[slice, slice], ...]:
-        """(responses, prompt) of every group: each token of the responses sees each token of the prompt."""
+        """(tokens of all responses, tokens of the prompt) of every group. Response tokens see all prompt tokens."""
         found = []
         start = 0
         for span in self.spans:
@@ -104,7 +108,8 @@ class Layout:
 
     @cached_property
     def owners(self) -> tuple[Tensor, Tensor]:
-        """Two [T] int64 tensors: each token's group; its response, numbered from 1 in the row, or 0 in prompts."""
+        """Two [T] int64 tensors. The first has the number of each token's group. The second has the number of its
+        response, counted from 1 over the whole packed row, or 0 if the token belongs to a prompt."""
         groups: list[int] = []
         owners: list[int] = []
         response = 0
@@ -118,22 +123,25 @@ class Layout:
 
     @cached_property
     def block_masks(self) -> dict[torch.device, BlockMask]:
-        """FlexAttention's block masks by device, each made at its first use."""
+        """FlexAttention's block mask for each device. A mask is made when it is first used."""
         return {}
 
 
 def sees(group: Tensor, owner: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """True where token `row` sees token `column`, from the two tensors of `Layout.owners`. This is the definition that
-    all implementations must agree with."""
+    """True where token `row` sees token `column`. `group` and `owner` are the two tensors of `Layout.owners`.
+
+    This function is the definition: all implementations must agree with it.
+    """
     shared = (owner[column] == 0) | (owner[row] == owner[column])
     return (column <= row) & (group[row] == group[column]) & shared
 
 
 def batches_of(segments: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Returns segments (first token, length) in batches, one call each, the longest first.
+    """Distributes segments (first token, length) to batches, the longest segments first. Each batch is one call.
 
-    A call has a cost, and so has padding to the longest segment of a batch. Segments of up to SMALL tokens share a
-    batch; longer ones only if the shortest has at least ALIKE times the tokens of the longest.
+    Each call has a cost, and padding the segments to the longest of their batch has a cost too. All segments of up to
+    SMALL tokens share a batch. Longer segments share a batch only if the shortest has at least ALIKE times the tokens
+    of the longest.
     """
     batches: list[list[tuple[int, int]]] = []
     for segment in sorted(segments, key=lambda s: (-s[1], s[0])):
@@ -164,9 +172,12 @@ def packed_groups(
     layout: Layout,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature. query [1, heads, T, D], key and value [1, kv_heads, T, D].
+    """Computes attention over packed groups, with the signature that transformers expects of an attention function.
 
-    Returns: [1, T, heads, D].
+    Args:
+        query: [1, heads, T, D].
+        key, value: [1, kv_heads, T, D].
+    Returns: the outputs [1, T, heads, D], and None in place of attention weights.
     """
     if query.device.type != "cpu":
         return flex_groups(query, key, value, layout, scaling).transpose(1, 2), None
@@ -176,9 +187,12 @@ def packed_groups(
 
 
 class _GroupsOnCPU(torch.autograd.Function):
-    """[T, heads, D] in and out. Calls torch's flash kernel for CPU once per batch of segments, and once per group for
-    the attention of its responses to their prompt. The backward kernel takes the log-sum-exp over all tokens that a
-    token sees, so it may be called for one part after the other, and their gradients are added."""
+    """Attention on a CPU; inputs and outputs are [T, heads, D].
+
+    Calls torch's flash kernel for CPU once per batch of segments, and once per group for the attention of the responses
+    to their prompt. The backward kernel takes the log-sum-exp over all tokens that a token sees. So it can be called
+    for each of these parts in turn, and the gradients of the parts are added.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
@@ -219,11 +233,11 @@ class _GroupsOnCPU(torch.autograd.Function):
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """q, k and v are [n, L, heads, D]; k and v may have fewer heads. Returns the outputs [n, L, heads, D] and their
-    log-sum-exp [n, L, heads].
+    """Returns the attention outputs [n, L, heads, D] and their log-sum-exp [n, L, heads].
 
-    Calls the operator below scaled_dot_product_attention, because no public function for CPUs returns the log-sum-exp,
-    which is needed to merge the parts.
+    q, k and v are [n, L, heads, D]; k and v may have fewer heads. This calls the private operator that
+    scaled_dot_product_attention uses. No public function for CPUs returns the log-sum-exp, which is needed to merge the
+    parts.
     """
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
@@ -232,15 +246,21 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tu
 
 
 def _flash_backward(*given: Tensor, causal: bool, scale: float) -> tuple[Tensor, ...]:
-    """Returns the gradients of q, k and v. `given` is the gradient of the outputs, q, k, v, the outputs and their
-    log-sum-exp; the last two are those over all tokens that a token sees."""
+    """Returns the gradients of q, k and v.
+
+    `given` is: the gradient of the outputs, q, k, v, the outputs, and the log-sum-exp of the outputs. Outputs and
+    log-sum-exp must be over all tokens that a token sees.
+    """
     heads_first = (x.transpose(1, 2) for x in given)
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads_first, 0.0, causal, scale=scale)
     return tuple(x.transpose(1, 2) for x in found)
 
 
 def flex_groups(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-    """Attention over packed groups by FlexAttention, compiled to one kernel on a GPU. [1, heads, T, D] in and out."""
+    """Computes attention over packed groups with FlexAttention, which is compiled to one kernel on a GPU.
+
+    Inputs and outputs are [1, heads, T, D].
+    """
     device = query.device
     if (mask := layout.block_masks.get(device)) is None:
         group, owner = (x.to(device) for x in layout.owners)

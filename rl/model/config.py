@@ -1,8 +1,8 @@
-"""The STEP3-VL configuration (`model_type: step_robotics`), which transformers then loads without
-`trust_remote_code`, and the extension of a decoder's positions by YaRN.
+"""The STEP3-VL configuration (`model_type: step_robotics`), and the extension of a decoder's positions by YaRN.
 
-Defaults are those of the published 10B model (its config.json). No model is built here, so vLLM's plug-in and
-recipe checks can read a config quickly. YaRN is tested in tests/rollout/vllm/test_yarn.py.
+With these classes, transformers loads the model without `trust_remote_code`. The defaults come from the config.json of
+the published 10B model. No model is built here, so vLLM's plug-in and recipe checks can read a config quickly. YaRN is
+tested in tests/rollout/vllm/test_yarn.py.
 """
 
 import math
@@ -11,11 +11,11 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig, Qwen3Config
 
 ARCHITECTURE = "StepVLForConditionalGeneration"
-DOWNSAMPLING = 4  # two stride-2 convolutions
+DOWNSAMPLING = 4  # two stride-2 convolutions make each side 4 times smaller
 
 
 class StepVLVisionConfig(PretrainedConfig):
-    """Perception Encoder (PE-lang G/14) with absolute positions, 2-D RoPE and layer scale."""
+    """The config of the Perception Encoder (PE-lang G/14) with absolute positions, 2-D RoPE and layer scale."""
 
     model_type = "step_vl_vision"
 
@@ -46,13 +46,13 @@ class StepVLVisionConfig(PretrainedConfig):
         }.items():
             if getattr(self, name) != built:
                 raise ValueError(
-                    f"vision_config.{name} is {getattr(self, name)!r}; STEP3-VL's encoder has {built!r} and "
-                    "nothing else is built"
+                    f"vision_config.{name} is {getattr(self, name)!r}; STEP3-VL's encoder has {built!r}, and "
+                    "no other value is supported"
                 )
 
 
 class StepVLConfig(PretrainedConfig):
-    """The whole model: vision tower, projector and a Qwen3 decoder."""
+    """The config of the whole model: vision tower, projector and Qwen3 decoder."""
 
     model_type = "step_robotics"
     sub_configs = {"vision_config": StepVLVisionConfig, "text_config": Qwen3Config}  # noqa: RUF012 (transformers' own idiom)
@@ -74,7 +74,7 @@ class StepVLConfig(PretrainedConfig):
             vision_config = StepVLVisionConfig(**(vision_config or {}))
         if not isinstance(text_config, Qwen3Config):
             text_config = Qwen3Config(**(_TEXT_10B if text_config is None else _as_qwen3(text_config)))
-        text_config.architectures = ["Qwen3ForCausalLM"]  # vLLM picks its decoder class by this name
+        text_config.architectures = ["Qwen3ForCausalLM"]  # vLLM selects the decoder class by this name
         text_config.tie_word_embeddings = tie_word_embeddings
         self.vision_config = vision_config
         self.text_config = text_config
@@ -99,12 +99,12 @@ class StepVLConfig(PretrainedConfig):
 
     @property
     def global_size(self) -> int:
-        """Side of the global view in pixels: 728 for the 10B."""
+        """The side length of the global view in pixels: 728 for the 10B model."""
         return self._side(self.image_token_len, "image_token_len")
 
     @property
     def crop_size(self) -> int:
-        """Side of a crop in pixels: 504 for the 10B."""
+        """The side length of a crop in pixels: 504 for the 10B model."""
         return self._side(self.patch_token_len, "patch_token_len")
 
     def _side(self, tokens: int, name: str) -> int:
@@ -136,15 +136,16 @@ def _as_qwen3(text_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def register() -> None:
-    """Registers `step_robotics` with `AutoConfig`. May be called more than once."""
+    """Registers `step_robotics` with `AutoConfig`. It may be called several times."""
     AutoConfig.register(StepVLConfig.model_type, StepVLConfig, exist_ok=True)
 
 
 def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfig:
     """Returns the config with the decoder's positions extended `factor` times by YaRN (arXiv 2309.00071).
 
-    The temperature of attention is not changed, as in PaCoRe's evaluation (arXiv 2601.05593: scale 2.0). The factor
-    applies to the trained positions, also if the config was extended before. With None the config is not changed.
+    The temperature of attention does not change, as in PaCoRe's evaluation (arXiv 2601.05593, which uses scale 2.0).
+    The factor applies to the trained positions, even if the config was extended before. If `factor` is None, the config
+    is not changed.
 
     Raises: ValueError if the config extends its positions by another method.
     """
@@ -153,14 +154,14 @@ def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfi
     text = getattr(config, "text_config", config)
     rope = dict(text.rope_parameters)
     if (kind := rope.get("rope_type", "default")) not in ("default", "yarn"):
-        raise ValueError(f"its positions are extended by {kind} already, which YaRN cannot be put on top of")
+        raise ValueError(f"its positions are extended by {kind} already; YaRN cannot extend them again")
     trained = trained_positions(config)
     text.rope_parameters = {
         "rope_theta": rope["rope_theta"],
         "rope_type": "yarn",
         "factor": float(factor),
         "original_max_position_embeddings": trained,
-        # The first is for transformers, the others are for vLLM; each ignores keys that it does not know.
+        # transformers reads the first of these three keys, vLLM the other two. Each ignores keys that it does not know.
         "attention_factor": 1.0,
         "attn_factor": 1.0,
         "apply_yarn_scaling": False,
@@ -170,18 +171,18 @@ def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfi
 
 
 def trained_positions(config: PretrainedConfig) -> int:
-    """Returns the number of positions that the model was trained with, before any extension by YaRN."""
+    """Returns the number of positions that the model was trained with, without any extension by YaRN."""
     text = getattr(config, "text_config", config)
     return (text.rope_parameters or {}).get("original_max_position_embeddings") or text.max_position_embeddings
 
 
 def positions(config: PretrainedConfig) -> int:
-    """Returns the number of tokens that a sequence may have."""
+    """Returns the maximum number of tokens in a sequence."""
     return getattr(config, "text_config", config).max_position_embeddings
 
 
 def overrides(config: PretrainedConfig) -> dict[str, Any]:
-    """Returns the positions of a config in the form of vLLM's --hf-overrides."""
+    """Returns the options of a config about positions, in the form of vLLM's --hf-overrides."""
     text = getattr(config, "text_config", None)
     names = ("rope_parameters", "max_position_embeddings")
     values = {name: getattr(text or config, name) for name in names}

@@ -1,4 +1,7 @@
-"""Reads and writes Hugging Face model folders: config.json and safetensors. Models name their tensors as on disk."""
+"""Reads and writes Hugging Face model folders (config.json and safetensors).
+
+The parameters of a model have the names of the tensors on disk.
+"""
 
 import json
 import shutil
@@ -25,25 +28,26 @@ VALUE_HEAD = "value_head.weight"
 
 
 class CheckpointError(ValueError):
-    """A model folder that cannot be used; the message names the folder and what is wrong with it."""
+    """A model folder cannot be used. The message names the folder and the reason."""
 
 
 def local_folder(path: str | Path) -> Path:
-    """Returns `path` if it is a folder, else the local copy of that hub id, which is downloaded if necessary."""
+    """Returns `path` if it is a folder. Otherwise `path` is a hub id, and its local copy is returned (downloaded if
+    necessary)."""
     if Path(path).is_dir():
         return Path(path)
     if Path(path).is_absolute() or str(path).count("/") != 1:
         raise CheckpointError(f"model.path {path} is neither a folder nor a hub id like owner/name")
     try:
         return Path(snapshot_download(str(path)))
-    except Exception as error:  # the hub client raises many types; for the user all mean the same
-        raise CheckpointError(f"model.path {path}: no such folder, and the hub did not give it ({error})") from error
+    except Exception as error:  # the hub client raises many types of errors, which all mean the same to the user
+        raise CheckpointError(f"model.path {path}: no such folder, and the hub download failed ({error})") from error
 
 
 def read_config(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
-    """Returns the folder's config, with its positions extended `yarn` times by YaRN if that is given.
+    """Returns the folder's config. If `yarn` is given, YaRN extends the positions by that factor.
 
-    Raises: CheckpointError with the folder's name if there is no config.json or it cannot be used.
+    Raises: CheckpointError with the folder's name if config.json is missing or cannot be used.
     """
     register()
     if not (Path(folder) / "config.json").is_file():
@@ -55,8 +59,8 @@ def read_config(folder: str | Path, *, yarn: float | None = None) -> PretrainedC
 
 
 def build(config: PretrainedConfig, *, device: str = "meta") -> Architecture:
-    """Returns the model of a config, with attention over packed rows. Its weights are random; on the device "meta"
-    they take no memory."""
+    """Builds the model of a config, with attention over packed rows. Its weights are random. On the device "meta" the
+    weights take no memory."""
     check_packable(getattr(config, "text_config", config))
     with torch.device(device):
         model = family(config)(config)
@@ -65,7 +69,7 @@ def build(config: PretrainedConfig, *, device: str = "meta") -> Architecture:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Returns tensor name -> the safetensors file that holds it."""
+    """Returns the safetensors file that holds each tensor, by tensor name."""
     if (index := folder / INDEX).is_file():
         names: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
         return {name: folder / file for name, file in names.items()}
@@ -76,7 +80,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def check(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
-    """Checks a folder without reading its weights, cheaply enough for a dry run, and returns its config.
+    """Checks a model folder without reading the weights, and returns its config. A dry run can use this check.
 
     Raises: CheckpointError with the names of missing or extra tensors and wrong shapes.
     """
@@ -106,7 +110,8 @@ def _listed(kind: str, names: list[str]) -> str:
 
 
 def state(model: nn.Module, *, tied: bool = False) -> dict[str, Tensor]:
-    """Returns the model's tensors by their names on disk. A tied head is not stored; with `tied` it is included."""
+    """Returns the model's tensors, keyed by their names on disk. A tied head is not stored on disk, so it is only
+    included with `tied`."""
     tensors = dict(model.state_dict())
     if getattr(model.config, "tie_word_embeddings", False) and not tied:
         tensors.pop("lm_head.weight", None)
@@ -122,11 +127,11 @@ def load(
     local_shard: Callable[[Tensor, Tensor], Tensor] | None = None,
     yarn: float | None = None,
 ) -> Architecture:
-    """Returns the model in a folder with all its weights.
+    """Loads the model in a folder with all its weights.
 
     Args:
-        prepare: called with the model before its weights take memory; may split its parameters over processes.
-        local_shard: (full tensor, the parameter that it is for) -> this process's shard of it; None: the full tensor.
+        prepare: is called with the model before its weights take memory. It may split the parameters over processes.
+        local_shard: (full tensor, its parameter) -> this process's shard of the full tensor. None keeps full tensors.
         yarn: the factor by which YaRN extends the positions.
     Raises: CheckpointError with the names of missing or extra tensors and wrong shapes.
     """
@@ -141,13 +146,13 @@ def load(
         loaded["lm_head.weight"] = loaded["model.embed_tokens.weight"]
     model.load_state_dict(loaded, assign=True)
     if getattr(model.config, "tie_word_embeddings", False):
-        model.lm_head.weight = model.model.embed_tokens.weight  # assign=True made two parameters of one
+        model.lm_head.weight = model.model.embed_tokens.weight  # assign=True split the shared parameter into two
     materialize(model.model, device)
     return model.eval()
 
 
 def check_critic(folder: str | Path, config: PretrainedConfig) -> None:
-    """Checks that a folder holds a critic for a model with this config: the decoder and a value head.
+    """Checks that a folder holds a critic for a model with this config, that is, the decoder and a value head.
 
     Raises: CheckpointError with the names of missing or extra tensors and wrong shapes.
     """
@@ -173,7 +178,7 @@ def _check_shapes(files: Mapping[str, Path], expected: Mapping[str, Tensor]) -> 
 
 
 def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields the name and the tensor of each tensor in the folder."""
+    """Yields (name, tensor) of each tensor in the folder."""
     for file in sorted(set(tensor_files(Path(folder)).values())):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
@@ -181,7 +186,7 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def materialize(trunk: Any, device: str = "cpu") -> None:
-    """Computes the rotary tables, which are not stored on disk and which the meta device left empty."""
+    """Computes the rotary tables. They are not stored on disk, and the meta device left them empty."""
     trunk.rotary_emb = type(trunk.rotary_emb)(config=trunk.config, device=device)
 
 
@@ -197,8 +202,8 @@ def save(
 
     Args:
         source: a model folder whose tokenizer, templates and generation config are copied.
-        templates: file name -> text of files to write instead of those of `source`.
-        tensors: the tensors to write; None: the model's `state`.
+        templates: file name -> text. These files are written instead of the files of the same name in `source`.
+        tensors: the tensors to write. None writes the model's `state`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +217,7 @@ def save(
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    """Copies tokenizer, templates and generation config, but no file that exists already and no weights."""
+    """Copies tokenizer, templates and generation config. Weights and files that exist already are not copied."""
     for file in sorted(source.iterdir()):
         companion = file.suffix in {".json", ".jinja", ".txt", ".model"} and file.name != INDEX
         if companion and not (folder / file.name).exists():

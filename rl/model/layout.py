@@ -1,7 +1,8 @@
-"""STEP3-VL's picture sizes: how a picture is padded, scaled and cut into crops. Only integers, no pixels.
+"""Computes how STEP3-VL pads, scales and crops a picture. This file works on sizes only, not on pixels.
 
-Rules and thresholds are those of the published serving code (window choice, rounding at 0.2, limit of 3,024 pixels).
-The code states them for 728-pixel views; here they scale with the size of the view, which is a reconstruction.
+The rules and thresholds are taken from the published serving code (window choice, rounding at 0.2, limit of 3,024
+pixels). That code states them for 728-pixel views. Here they scale with the size of the view, which is a
+reconstruction.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ Size = tuple[int, int]  # (width, height) in pixels
 
 @dataclass(frozen=True)
 class CropGrid:
-    """Square windows of `window` pixels laid over a picture resized to `size`; no windows if `window` is 0."""
+    """A grid of square windows over a picture that is resized to `size`. The side of a window is `window` pixels; 0
+    means no windows."""
 
     size: Size
     window: int
@@ -32,7 +34,7 @@ class CropGrid:
 
     def boxes(self) -> list[tuple[int, int, int, int]]:
         """Returns (left, top, right, bottom) of each window, row by row. The last window of a row or column is moved
-        so that it ends with the picture."""
+        back so that it ends at the edge of the picture."""
         return [
             (x, y, x + self.window, y + self.window)
             for y in self._starts(self.size[1], self.rows)
@@ -47,14 +49,16 @@ class CropGrid:
 
 
 def squared(size: Size) -> Size:
-    """Returns the size after padding: thin strips (short side under 32, ratio over 4) become squares."""
+    """Returns the size after padding. A thin strip (short side under 32 pixels, ratio of sides over 4) becomes a
+    square."""
     width, height = size
     thin = min(width, height) < 32 and max(width, height) > 4 * min(width, height)
     return (max(size), max(size)) if thin else size
 
 
 def resized(size: Size, global_size: int) -> Size:
-    """Returns the size after scaling: a long side over the limit (3,024 for 728-pixel views) is reduced to it."""
+    """Returns the size after scaling. If the long side is over the limit (3,024 for 728-pixel views), the picture is
+    scaled down to the limit."""
     limit = round(PUBLISHED_LIMIT * global_size / PUBLISHED_GLOBAL)
     if max(size) <= limit:
         return size
@@ -63,7 +67,7 @@ def resized(size: Size, global_size: int) -> Size:
 
 
 def crop_grid(size: Size, global_size: int, crop_size: int) -> CropGrid:
-    """Returns the crops of a picture. Small pictures that are nearly square have none."""
+    """Returns the grid of crops of a picture. A small picture that is nearly square has no crops."""
     long, short = max(size), min(size)
     if long < global_size:
         window = short if long / short > 1.5 else 0
@@ -75,7 +79,8 @@ def crop_grid(size: Size, global_size: int, crop_size: int) -> CropGrid:
 
 
 def _rounded(length: int, window: int) -> int:
-    """Rounds `length` to a multiple of `window`: up if the remainder is more than a fifth of a window, else down."""
+    """Rounds `length` to a multiple of `window`: up if the remainder is more than a fifth of a window, otherwise
+    down."""
     if length < window:
         return length
     windows = length // window
@@ -83,7 +88,10 @@ def _rounded(length: int, window: int) -> int:
 
 
 def picture_tokens(size: Size, global_size: int, crop_size: int, global_tokens: int, crop_tokens: int) -> int:
-    """Returns the number of prompt tokens of a picture: its crops and its global view, each with a start and an end
-    token, and a newline token after each row of crops except the last."""
+    """Returns the number of prompt tokens of a picture.
+
+    A picture has the tokens of its crops and of its global view, each with a start token and an end token. A newline
+    token follows each row of crops except the last.
+    """
     grid = crop_grid(resized(squared(size), global_size), global_size, crop_size)
     return grid.count * (crop_tokens + 2) + global_tokens + 2 + max(0, grid.rows - 1)

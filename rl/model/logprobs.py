@@ -1,28 +1,30 @@
-"""Logprobs and entropies of given tokens, computed without a [tokens, vocabulary] matrix in memory."""
+"""Computes logprobs and entropies of given tokens without a [tokens, vocabulary] matrix in memory."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-LOGITS, LEAST = 1 << 22, 256  # logits in memory at a time (16 MiB in float32), but those of at least LEAST tokens
+# The maximum number of logits in memory at a time (16 MiB in float32), and the minimum number of tokens at a time.
+LOGITS, LEAST = 1 << 22, 256
 
 
 def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Returns the logprob of each target token and the entropy of its distribution, in nats.
+    """Returns the logprob of each target token, and the entropy of the distribution it is drawn from, in nats.
 
-    Logits are computed for a few tokens at a time, and again in the backward pass, both in float32, because bfloat16
-    would round a logprob of -12 by up to 0.03. The head's gradient is accumulated in one tensor.
+    Logits are computed for a few tokens at a time, and are computed again in the backward pass. Both computations are
+    in float32, because bfloat16 would round a logprob of -12 by up to 0.03. The head's gradient is accumulated in one
+    tensor.
 
     Args:
-        hidden: [n, hidden], the states that predict the targets.
+        hidden: [n, hidden], the hidden states that predict the targets.
         head: [vocabulary, hidden], the output matrix.
         targets: [n] int64.
-        temperature: logits are divided by it, as the engine did while sampling.
+        temperature: the logits are divided by it, as in the engine's sampling.
     Returns: logprobs [n], entropies [n]; float32.
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # autocast does not apply inside a torch.autograd.Function
+    if torch.is_autocast_enabled(device):  # autocast has no effect inside a torch.autograd.Function, so cast here
         hidden, head = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, head))
     found: Any = _TokenLogprobs.apply(hidden, head, targets.to(hidden.device), temperature)
     return found

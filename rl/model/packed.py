@@ -1,4 +1,4 @@
-"""Runs a decoder on packed rows: from tokens and picture features to hidden states and logprobs."""
+"""Runs a decoder on packed rows. Converts tokens and picture features to hidden states and logprobs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,14 +12,14 @@ from rl.model.logprobs import token_logprobs
 
 
 def embed(words: nn.Embedding, token_ids: Tensor, image_slots: Tensor, features: Sequence[Tensor]) -> Tensor:
-    """Returns the decoder's inputs: word embeddings, with `features` in the image slots, in order.
+    """Returns the decoder's inputs: word embeddings, in which `features` replace the image slots in order.
 
     Args:
-        token_ids: [T] int64. An image token outside of the slots, which the policy sampled, is embedded as a word.
-        image_slots: [T] bool, True where the prompt shows a picture.
+        token_ids: [T] int64. An image token outside of the slots was sampled by the policy. It is embedded as a word.
+        image_slots: [T] bool, True on the prompt tokens that stand for a picture.
         features: [image tokens, hidden] for each picture.
     Returns: [T, hidden].
-    Raises: ValueError if there are not as many slots as features.
+    Raises: ValueError if the number of image slots differs from the number of features.
     """
     embedded = words(token_ids)
     slots, count = int(image_slots.sum()), sum(len(f) for f in features)
@@ -46,15 +46,17 @@ def hidden_states(trunk: Any, row: PackedRow, features: Mapping[str, Tensor]) ->
 
 
 def recompute_layers(trunk: Any) -> None:
-    """Makes the trunk keep only the inputs of its layers and compute the rest again in the backward pass."""
+    """Makes the trunk keep only the inputs of its layers. All other activations are computed again in the backward
+    pass."""
     trunk.gradient_checkpointing_enable({"use_reentrant": False})
-    trunk.train()  # transformers recomputes in training mode only; these decoders have no dropout
+    trunk.train()  # transformers recomputes only in training mode, which changes nothing else: there is no dropout
 
 
 def pairs_per_token(config: PretrainedConfig) -> float:
-    """Returns the number of (query, key) pairs that cost attention as much as one token costs the linear layers.
+    """Returns how many (query, key) pairs of attention cost as much as one token in the linear layers.
 
-    Counted in floating-point operations: 2 per weight and token; 4 per channel of the query heads and pair.
+    The cost is counted in floating-point operations. A token costs 2 per weight of the linear layers. A pair costs 4
+    per channel of the query heads.
     """
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head
@@ -63,7 +65,7 @@ def pairs_per_token(config: PretrainedConfig) -> float:
 
 
 class PolicyModel(nn.Module):
-    """The trained part of a model: its decoder trunk and its head. Parameters are named as on disk."""
+    """The trained part of a model: its decoder trunk and its head. Parameters have the names of the tensors on disk."""
 
     def __init__(self, trunk: Any, head: nn.Linear) -> None:
         super().__init__()
@@ -71,6 +73,6 @@ class PolicyModel(nn.Module):
         self.lm_head = head
 
     def forward(self, row: PackedRow, features: Mapping[str, Tensor], temperature: float) -> tuple[Tensor, Tensor]:
-        """Returns logprobs and entropies of the response tokens of a packed row, [n] each, float32 nats."""
+        """Returns the logprobs and the entropies of the response tokens of a packed row. Both are [n], float32 nats."""
         hidden = hidden_states(self.model, row, features)
         return token_logprobs(hidden[row.before.to(hidden.device)], self.lm_head.weight, row.targets, temperature)

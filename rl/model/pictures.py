@@ -1,7 +1,7 @@
-"""From pictures to the square views that STEP3-VL's vision tower encodes.
+"""Converts pictures to the square views that STEP3-VL's vision tower encodes.
 
-A picture becomes one global view and, if it is large or long, a grid of crops. The thresholds are those of the
-published serving code for 728-pixel views and 504-pixel crops; for other sizes they scale with the views.
+A picture becomes one global view and, if it is large or long, a grid of crops. The thresholds for 728-pixel views and
+504-pixel crops are taken from the published serving code. For other sizes, the thresholds scale with the views.
 """
 
 from collections.abc import Sequence
@@ -14,21 +14,20 @@ from torch import Tensor
 
 from rl.model.layout import CropGrid, crop_grid, resized, squared
 
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]  # CLIP's channel statistics
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]  # mean and std of each channel in CLIP
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 
 @dataclass(frozen=True)
 class Views:
-    """The views of one picture, normalised: [3, side, side] float32 each."""
+    """The normalised views of one picture. Each view is [3, side, side] float32."""
 
     global_view: Tensor
     crops: tuple[Tensor, ...]
 
 
 def pixels(picture: Image.Image, side: int) -> Tensor:
-    """Returns a picture normalised, then resized to a square of `side` pixels (bilinear, antialiased): [3, side,
-    side]."""
+    """Normalises a picture, then resizes it to [3, side, side] (bilinear, antialiased)."""
     data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     data = data.view(picture.height, picture.width, 3).permute(2, 0, 1).float().div(255)
     data = (data - MEAN) / STD
@@ -38,7 +37,7 @@ def pixels(picture: Image.Image, side: int) -> Tensor:
 
 
 def views(picture: Image.Image, global_size: int, crop_size: int) -> Views:
-    """Returns the global view and the crops (row by row) of an RGB picture."""
+    """Returns the global view and the crops of an RGB picture. The crops are ordered row by row."""
     picture = _padded(picture)
     picture = picture.resize(resized(picture.size, global_size), Image.Resampling.BILINEAR)
     grid = crop_grid(picture.size, global_size, crop_size)

@@ -1,4 +1,4 @@
-"""The model families: which class builds the model of a config. A new family is added here."""
+"""Selects the class (model family) that builds the model of a config. A new family is added here."""
 
 from transformers import PretrainedConfig
 
@@ -11,5 +11,6 @@ FAMILIES: dict[str, type[Architecture]] = {StepVLConfig.model_type: StepVL}
 
 
 def family(config: PretrainedConfig) -> type[Architecture]:
-    """Returns the class for a config's `model_type`; TextModel, which checks it when built, for all unlisted ones."""
+    """Returns the class for a config's `model_type`. The class for all unlisted types is TextModel, which checks the
+    type when the model is built."""
     return FAMILIES.get(config.model_type, TextModel)

@@ -1,7 +1,7 @@
 """STEP3-VL in plain torch: Perception Encoder, two stride-2 convolutions, linear projector, Qwen3 decoder.
 
-Modules are named as on disk, so a checkpoint loads without a mapping of names. Source: STEP3-VL-10B report
-(arXiv 2601.09668), section 2, and the published serving code.
+Modules have the names of the tensors on disk, so a checkpoint loads without a mapping of names. Source: STEP3-VL-10B
+report (arXiv 2601.09668), section 2, and the published serving code.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ ROPE_THETA = 1e4
 
 
 def rope_2d(head_dim: int, grid: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Returns cosines and sines of the tower's 2-D rotary positions.
+    """Returns the cosines and sines of the vision tower's 2-D rotary positions.
 
-    The first half of a head's channels rotates with the column, the second half with the row; the two channels of a
-    pair share a frequency. `grid` is the largest number of rows and columns.
+    The first half of a head's channels rotates with the column, the second half with the row. The two channels of a
+    pair share a frequency. `grid` is the maximum number of rows, and of columns.
 
     Returns: cos, sin, each [rows * columns, head_dim] float32.
     """
@@ -41,13 +41,13 @@ def rope_2d(head_dim: int, grid: int, rows: int, columns: int) -> tuple[Tensor, 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs of neighbouring channels: (a, b) -> (a cos - b sin, b cos + a sin). x is [..., T, head_dim]."""
+    """Rotates pairs of neighbouring channels of `x` [..., T, head_dim]: (a, b) -> (a cos - b sin, b cos + a sin)."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack((-b, a), dim=-1).flatten(-2) * sin
 
 
 class Attention(nn.Module):
-    """Full self-attention over the patches of one view, [views, patches, width] in and out."""
+    """Full self-attention over the patches of each view. Inputs and outputs are [views, patches, width]."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around quick GELU."""
+    """Two linear layers with quick GELU in between."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each channel of a residual branch."""
+    """Multiplies each channel of a residual branch by a learned factor."""
 
     def __init__(self, width: int, value: float) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer of the tower."""
+    """One pre-norm transformer layer of the vision tower."""
 
     def __init__(self, config: StepVLVisionConfig) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The tower's layers, named as on disk."""
+    """The layers of the vision tower, with their names on disk."""
 
     def __init__(self, config: StepVLVisionConfig) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Transformer(nn.Module):
 
 
 class PerceptionEncoder(nn.Module):
-    """From square views to tokens: patches, absolute and rotary positions, layers, two stride-2 convolutions."""
+    """Encodes square views as tokens: patches, absolute and rotary positions, layers, two stride-2 convolutions."""
 
     def __init__(self, config: StepVLVisionConfig) -> None:
         super().__init__()
@@ -131,7 +131,8 @@ class PerceptionEncoder(nn.Module):
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(self.grid**2, width))
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Returns absolute positions [rows * columns, width], resized bilinearly for views smaller than the grid."""
+        """Returns the absolute positions [rows * columns, width]. They are resized bilinearly for views smaller than
+        the grid."""
         if (rows, columns) == (self.grid, self.grid):
             return self.positional_embedding
         table = self.positional_embedding.unflatten(0, (self.grid, self.grid)).permute(2, 0, 1)[None]
@@ -139,7 +140,7 @@ class PerceptionEncoder(nn.Module):
         return table[0].permute(1, 2, 0).flatten(0, 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels: [views, 3, side, side]. Returns [views, (side / patch_size / 4)^2, 4 * width]."""
+        """Encodes pixels [views, 3, side, side]. Returns [views, (side / patch_size / 4)^2, 4 * width]."""
         x = self.conv1(pixels)
         rows, columns = x.shape[-2:]
         cos, sin = (t.to(x.device) for t in rope_2d(self.head_dim, self.grid, rows, columns))
@@ -151,7 +152,7 @@ class PerceptionEncoder(nn.Module):
 
 
 class StepVL(Architecture):
-    """STEP3-VL: vision tower, projector, decoder and head, named as on disk."""
+    """The STEP3-VL model: vision tower, projector, decoder and head, with their names on disk."""
 
     frozen_prefixes: ClassVar[dict[str, tuple[str, ...]]] = {
         "encoder": ("vision_model.",),
@@ -181,7 +182,8 @@ class StepVL(Architecture):
         return views(picture, self.config.global_size, self.config.crop_size)
 
     def features(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
-        """Returns the features of each picture, [image tokens, hidden]: its crops first, its global view last."""
+        """Returns the features of each picture, [image tokens, hidden]. Features of the crops come first, then those of
+        the global view."""
         all_views = [self.views(p) for p in pictures]
         global_views = self._encode([v.global_view for v in all_views])
         crops = self._encode([crop for v in all_views for crop in v.crops])

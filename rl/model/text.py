@@ -1,4 +1,4 @@
-"""Text-only Hugging Face decoders as an Architecture: no pictures, all parameters are trained."""
+"""The Architecture of text-only Hugging Face decoders, which accept no pictures. All their parameters are trained."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ FAMILIES = ("qwen3", "qwen2", "llama")
 
 
 class TextModel(Architecture):
-    """A decoder trunk and its head, with the tensor names of `AutoModelForCausalLM` on disk."""
+    """A decoder trunk and its head. Their tensors have the same names on disk as with `AutoModelForCausalLM`."""
 
     frozen_prefixes: ClassVar[dict[str, tuple[str, ...]]] = {"encoder": (), "projector": ()}
 
@@ -38,11 +38,11 @@ class TextModel(Architecture):
 
 
 def check_packable(config: PretrainedConfig) -> None:
-    """Raises ValueError for decoders with an attention that packed rows do not support."""
+    """Raises ValueError if packed rows do not support the decoder's kind of attention."""
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layers != {"full_attention"}:
         raise ValueError(
-            f"layer types {sorted(layers)} are not built: packed groups need full attention in every layer"
+            f"layer types {sorted(layers)} are not supported: packed groups need full attention in every layer"
         )
     if dropout := getattr(config, "attention_dropout", 0.0):
         raise ValueError(f"attention_dropout is {dropout}; PPO needs deterministic logprobs, set it to 0")

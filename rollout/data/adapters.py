@@ -1,7 +1,8 @@
-"""Adapters of public data sets: each is one function from a row of the data set to our columns.
+"""Adapters of public data sets. Each adapter is a function that converts a row of the data set to our columns.
 
-They follow the data sets' cards and loaders. Each docstring says which points those leave open. The task of the rows
-comes from the recipe (`{path: ..., adapter: ..., task: math}`), and their ids are made of file name and line.
+The adapters follow the data sets' cards and loaders. Each docstring says which points the card and the loader leave
+open. The task of the rows comes from the recipe (`{path: ..., adapter: ..., task: math}`). The ids of the rows are
+made of file name and line.
 """
 
 import json
@@ -17,17 +18,17 @@ THOUSAND = 1000  # Perception-R1's coordinates run from 0 to 1000 along each sid
 
 
 def get_adapter(name: str) -> Adapter:
-    """The adapter of that name. Raises ValueError, which lists all names, if there is none."""
+    """Returns the adapter with this name. Raises a ValueError that lists all names if there is no such adapter."""
     if name not in ADAPTERS:
         raise ValueError(f"there is no adapter {name!r}; adapters are {', '.join(ADAPTERS)}")
     return ADAPTERS[name]
 
 
 def open_reasoner_zero(row: Row) -> dict[str, Any]:
-    """Open-Reasoner-Zero's training files, such as orz_math_57k_collected.json.
+    """Converts a row of Open-Reasoner-Zero's training files, such as orz_math_57k_collected.json.
 
-    A row is a list of two messages, which `datasets` calls "0" and "1": {from, value} and {from, ground_truth: {value,
-    pass_at_n}}. Some files have no pass_at_n.
+    A row is a list of two messages: {from, value} and {from, ground_truth: {value, pass_at_n}}. `datasets` names them
+    "0" and "1". Some files have no pass_at_n.
     """
     question, answer = row["0"]["value"], row["1"]["ground_truth"]
     meta = {name: answer[name] for name in ("pass_at_n",) if answer.get(name) is not None}
@@ -35,8 +36,11 @@ def open_reasoner_zero(row: Row) -> dict[str, Any]:
 
 
 def perception_r1_grounding(row: Row) -> dict[str, Any]:
-    """PR1-Datasets-Grounding: `image`, `problem` (a phrase that names the object), `solution` (its box as text or list:
-    x1, y1, x2, y2 in thousandths). The question's wording is ours."""
+    """Converts a row of PR1-Datasets-Grounding.
+
+    A row has `image`, `problem` (a phrase that names the object) and `solution` (the object's box as text or list: x1,
+    y1, x2, y2 in thousandths). The wording of the question is ours.
+    """
     question = f"Where is this in the picture: {row['problem']}? Answer with its bounding box as [x1, y1, x2, y2]"
     return {
         "messages": f"{question}, in fractions of the picture's width and height.",
@@ -46,9 +50,12 @@ def perception_r1_grounding(row: Row) -> dict[str, Any]:
 
 
 def perception_r1_counting(row: Row) -> dict[str, Any]:
-    """PR1-Datasets-Counting, made from PixMo: `image`, `problem` (the objects to count), `clicks` (a point on each
-    object, in thousandths). As in Perception-R1, the answer is the list of points, and its length is the count. The
-    question's wording is ours."""
+    """Converts a row of PR1-Datasets-Counting, which is made from PixMo.
+
+    A row has `image`, `problem` (the objects to count) and `clicks` (a point on each object, in thousandths). As in
+    Perception-R1, the answer is the list of points. The length of the list is the count. The wording of the question is
+    ours.
+    """
     points = [_fractions(_numbers(point, 2)) for point in row["clicks"]]
     return {
         "messages": f"Point at each of these in the picture: {row['problem']}. Answer with one [x, y] for each, in "
@@ -60,12 +67,13 @@ def perception_r1_counting(row: Row) -> dict[str, Any]:
 
 
 def pacore_train(row: Row) -> dict[str, Any]:
-    """PaCoRe-Train-8k: `conversation`, `responses` (the cached messages), `ground_truth`.
+    """Converts a row of PaCoRe-Train-8k.
 
-    The card leaves three points open. Messages may have the keys role/content or from/value: both are read. Responses
-    may contain thinking: it is removed. The ground truth may be a value or {answer: value} or {value: value}: all are
-    read. Rows of code have test cases in a form that is not documented: a ground truth that is neither text nor number
-    is refused.
+    A row has `conversation`, `responses` (the cached messages) and `ground_truth`. The card leaves three points open.
+    Messages may have the keys role/content or from/value; this function reads both. Responses may contain thinking,
+    which is removed. The ground truth may be a value, {answer: value} or {value: value}; all three are read. Coding
+    problems have test cases in a format that is not documented. So a ground truth that is neither text nor number is
+    refused.
     """
     truth = row["ground_truth"]
     if isinstance(truth, Mapping):
@@ -81,14 +89,20 @@ def pacore_train(row: Row) -> dict[str, Any]:
 
 
 def vision_arena_chat(row: Row) -> dict[str, Any]:
-    """VisionArena-Chat: `conversation` (each {role, content} in a list of its own), `images`. The prompt is the first
-    question with all pictures; later messages contain answers of the models that the arena compared."""
+    """Converts a row of VisionArena-Chat.
+
+    A row has `conversation` (each {role, content} is in its own list) and `images`. The prompt is the first question
+    with all pictures. Later messages are not used, because they contain answers of the models that the arena compared.
+    """
     return _arena(row, "conversation", ("conversation_id", "language", "categories"))
 
 
 def vision_arena_battle(row: Row) -> dict[str, Any]:
-    """VisionArena-Battle: as VisionArena-Chat, but with the conversations of two models, which begin with the same
-    question, and `winner`."""
+    """Converts a row of VisionArena-Battle.
+
+    A row is like a row of VisionArena-Chat, but has `winner` and the conversations of two models. Both conversations
+    begin with the same question.
+    """
     return _arena(row, "conversation_a", ("question_id", "language", "categories", "winner", "model_a", "model_b"))
 
 
@@ -118,7 +132,8 @@ def _arena(row: Row, conversation: str, meta: Sequence[str]) -> dict[str, Any]:
 
 
 def _messages(conversation: Any) -> list[dict[str, str]]:
-    """All messages as {role, content}. They may have the keys from/value instead, and may be in nested lists."""
+    """Returns all messages as {role, content}. In `conversation` they may have the keys from/value instead, and may be
+    in nested lists."""
     if isinstance(conversation, str):
         return [{"role": "user", "content": conversation}]
     if isinstance(conversation, list):

@@ -1,6 +1,6 @@
-"""The messages and pictures of a data row: checks them and brings their several notations into one form.
+"""Checks the messages and pictures of a data row, and converts their different notations to one format.
 
-A picture is opened only as far as its header. Its pixels are decoded where they are needed.
+Only the header of a picture is read here. Pixels are decoded later, when they are needed.
 """
 
 import base64
@@ -16,15 +16,16 @@ from rollout.data.errors import InvalidRow, describe, shorten
 
 MARK = "<image>"
 ROLES = ("system", "user", "assistant", "tool")
-BASE64_PICTURE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # how PNG, JPEG, GIF and WebP begin in base64
-SHORTEST_PICTURE = 64  # characters of base64; a shorter text that begins in the same way is a path
+BASE64_PICTURE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # the first characters of PNG, JPEG, GIF and WebP in base64
+SHORTEST_PICTURE = 64  # minimum characters of a picture in base64; a shorter text with these first characters is a path
 
-Message = dict[str, Any]  # {role, content}; content is a str, or a list of text parts and bare {"type": "image"}
-Part = dict[str, Any]  # of a message's content
+Message = dict[str, Any]  # {role, content}; content is a str, or a list of text parts and {"type": "image"}
+Part = dict[str, Any]  # one part of a message's content
 
 
 def parse_chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[Message], list[Any]]:
-    """The messages of a row with bare image placeholders, and the source of each placeholder's picture, in order.
+    """Returns the messages of a row with `{"type": "image"}` placeholders, and the picture source of each placeholder,
+    in order.
 
     Args:
         reserved: texts that the messages must not contain.
@@ -36,7 +37,7 @@ def parse_chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[Me
     if not isinstance(column, list):
         raise InvalidRow(f"images must be a list, but is {describe(column)}")
     messages = row.get("messages")
-    if isinstance(messages, str) and messages.strip():  # a plain question; without marks, its pictures come first
+    if isinstance(messages, str) and messages.strip():  # a plain question; if it has no marks, its pictures come first
         marks = MARK * len(column) if MARK not in messages else ""
         messages = [{"role": "user", "content": marks + messages}]
     if not isinstance(messages, list) or not messages:
@@ -53,13 +54,13 @@ def parse_chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[Me
 
 
 def open_picture(source: Any, folder: Path, known: dict[Path, Picture]) -> Picture:
-    """The picture of a source, after a check of its header.
+    """Returns the picture of a source, after a check of its header.
 
     Args:
-        source: a path, encoded bytes, their base64 (alone or in a data: URL), the {bytes, path} of a Hugging Face
-            Image column, or the {digest} of a sample whose picture is not stored.
-        folder: the folder that paths are relative to.
-        known: pictures that were opened before, by path; the new one is added.
+        source: a path, encoded bytes, base64 (alone or in a data: URL), the {bytes, path} of a Hugging Face Image
+            column, or the {digest} of a sample whose picture is not stored.
+        folder: paths are relative to this folder.
+        known: path -> picture, for pictures that were opened before. A newly opened picture is added.
     Raises: InvalidRow.
     """
     if isinstance(source, dict) and (digest := source.get("digest")):
@@ -89,7 +90,8 @@ def _message(role: str, parts: list[Part]) -> Message:
 
 
 def _picture_sources(parts: list[Part], column: list[Any]) -> list[Any]:
-    """The source of each placeholder's picture: its own `image`, or the next entry of the column `images`."""
+    """Returns the picture source of each placeholder: the placeholder's own `image`, or the next entry of the column
+    `images`."""
     places = [part for part in parts if part["type"] == "image"]
     own = [part["image"] for part in places if "image" in part]
     if own and column:
@@ -101,7 +103,8 @@ def _picture_sources(parts: list[Part], column: list[Any]) -> list[Any]:
 
 
 def _content_parts(number: int, message: Any) -> list[Part]:
-    """The content of message `number` as text and image parts; each mark in a text becomes an image part."""
+    """Returns the content of message `number` as text parts and image parts. Each mark in a text becomes an image
+    part."""
     if not isinstance(message, dict):
         raise InvalidRow(f"message {number} must be {{role, content}}, but is {describe(message)}")
     extra = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
@@ -127,7 +130,7 @@ def _parse_part(number: int, part: Any) -> list[Part]:
     match keys:
         case {"type": "image", **rest} if rest.keys() <= {"image"}:
             return [keys]
-        case {"type": "image", "digest": str(digest), **rest} if not rest:  # a sample's picture that came as bytes
+        case {"type": "image", "digest": str(digest), **rest} if not rest:  # a sample stores a digest for picture bytes
             return [{"type": "image", "image": {"digest": digest}}]
         case {"type": "text", "text": str(text), **rest} if not rest:
             return _split_at_marks(text)

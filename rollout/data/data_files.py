@@ -12,20 +12,20 @@ KNOWN = "give a .jsonl, .jsonl.gz, .json or .parquet file, or a Hugging Face dat
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as it is stored. A row that cannot be parsed has no `values`, and `problem` says why."""
+    """A row as it is stored. If a row cannot be parsed, `values` is None and `problem` says why."""
 
     file: str
-    line: int  # from 1: a line of a JSONL file, a row of any other source
-    folder: Path  # paths in the row are relative to it
+    line: int  # counts from 1 the lines of a JSONL file, or the rows of any other source
+    folder: Path  # paths in the row are relative to this folder
     values: Mapping[str, Any] | None
     problem: str = ""
 
 
 def raw_rows(source: str, *, streaming: bool = False) -> Iterator[RawRow]:
-    """The rows of one file or dataset, as they are stored.
+    """Yields the rows of one file or dataset, as they are stored.
 
     Args:
-        streaming: download the rows of a dataset as they are read, without a copy on this machine's disk.
+        streaming: if True, each row of a dataset is downloaded when it is read, and no copy is stored on disk.
     Raises: ValueError if the file or dataset cannot be read at all.
     """
     path = Path(source)
@@ -72,14 +72,14 @@ def _json_row(line: bytes) -> tuple[Mapping[str, Any] | None, str]:
 
 
 def _shards(path: Path) -> list[Path]:
-    """The files of a folder that `python -m stages.curate` wrote: their names are numbers. Empty for other folders,
-    which are read as data sets."""
+    """Returns the files in a folder that `python -m stages.curate` wrote: the names of these files are numbers. Returns
+    [] for any other folder, which is then read as a data set."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else []
     return files if all(file.stem.isdigit() for file in files) else []
 
 
 def _json(path: Path) -> Iterator[RawRow]:
-    """The rows of one JSON array. The columns of a row that is an array are "0", "1", and so on."""
+    """Yields the rows of one JSON array. If a row is an array, its columns are named "0", "1", and so on."""
     try:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as problem:
@@ -109,7 +109,7 @@ def _parquet(path: Path) -> Iterator[RawRow]:
 
 
 def _dataset(source: str, streaming: bool) -> Iterator[RawRow]:
-    """The rows of a Hugging Face dataset. Pictures stay encoded."""
+    """Yields the rows of a Hugging Face dataset. Pictures stay encoded."""
     name, _, split = source.partition(":")
     dataset = _load_dataset(name, split or "train", streaming)
     folder = Path(name) if Path(name).is_dir() else Path()

@@ -1,20 +1,20 @@
-"""Finds training rows that overlap a benchmark: the same question, or a long run of the same words."""
+"""Finds training rows that overlap a benchmark: they have the same question, or share a long sequence of words."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from rl.types import Prompt
 
-_WORD = re.compile(r"\w+|[^\w\s]")  # signs are words too: 12 + 5 differs from 12 - 5
+_WORD = re.compile(r"\w+|[^\w\s]")  # signs count as words, so that 12 + 5 differs from 12 - 5
 
 
 class Benchmarks:
-    """The questions of the benchmarks and all their runs of `length` words.
+    """The questions of the benchmarks, and all sequences of `length` consecutive words in them.
 
     Args:
         rows: the rows of the benchmarks.
         length: a training row overlaps a benchmark if they share this many consecutive words. Shorter texts are
-            compared as a whole. The report says 64-grams; words and signs in lower case are a reconstruction.
+            compared as a whole. The report says 64-grams. Using words and signs in lower case is a reconstruction.
     """
 
     def __init__(self, rows: Iterable[Prompt], length: int) -> None:
@@ -29,9 +29,9 @@ class Benchmarks:
                 self._runs.setdefault(run, row.id)
 
     def shared(self, row: Prompt) -> str | None:
-        """The text that a row shares with a benchmark row, in words; None if they share none.
+        """Describes in words what a row shares with a benchmark row. Returns None if they share nothing.
 
-        The same words with other pictures are another question: "How many are there?" fits many pictures.
+        The same words with other pictures are another question. For example, "How many are there?" fits many pictures.
         """
         words = words_of(row)
         for pictures, identity in self._questions.get(words, ()):
@@ -44,7 +44,7 @@ class Benchmarks:
 
 
 def words_of(row: Prompt) -> tuple[str, ...]:
-    """All words and signs of a row's messages, in lower case."""
+    """Returns all words and signs of a row's messages, in lower case."""
     texts = []
     for message in row.messages:
         content = message["content"]

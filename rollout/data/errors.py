@@ -1,15 +1,15 @@
-"""Data rows that cannot be used: where each one stands, why, and the error that lists all of them."""
+"""Describes data rows that cannot be used, with file, line and reason, and defines the error that lists them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SHOWN = 20  # the most bad rows that an error message lists
+SHOWN = 20  # maximum number of bad rows in an error message
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used. `line` counts from 1: a line of a JSONL file, a row of any other source."""
+    """A row that cannot be used. `line` counts from 1 the lines of a JSONL file, or the rows of any other source."""
 
     file: str
     line: int
@@ -20,7 +20,7 @@ class BadRow:
 
 
 class RowError(ValueError):
-    """Some rows cannot be used. `bad` has all of them; the message has the first 20 and their number."""
+    """Some rows cannot be used. `bad` has all bad rows. The message lists the first 20 and gives the total."""
 
     def __init__(self, bad: Sequence[BadRow]) -> None:
         self.bad = tuple(bad)
@@ -28,21 +28,21 @@ class RowError(ValueError):
 
 
 class InvalidRow(Exception):
-    """The reason why the row that is being read cannot be used. rows.py turns it into a BadRow."""
+    """The current row cannot be used. The message is the reason. rows.py converts this error into a BadRow."""
 
 
 def listing(bad: Sequence[BadRow]) -> list[str]:
-    """One line for each of the first 20 rows, then one with the number of the others."""
+    """Returns one line for each of the first 20 rows, then one line with the number of the other rows."""
     more = [f"  ... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
     return [*(f"  {row}" for row in bad[:SHOWN]), *more]
 
 
 def describe(value: Any) -> str:
-    """The type of a value and the value, shortened, for an InvalidRow."""
+    """Returns the type of a value and the shortened value, for the message of an InvalidRow."""
     return "missing" if value is None else f"{type(value).__name__} {shorten(value)}"
 
 
 def shorten(value: Any) -> str:
-    """repr(value), cut to 60 characters."""
+    """Returns repr(value), shortened to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""The order in which a run draws its prompts. It depends on the seed and a position, so that any run can continue."""
+"""The order in which a run draws its prompts. It depends only on the seed and a position, so any run can continue."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ class Order(Protocol):
 
 
 class PromptOrder:
-    """One shuffled pass over all prompts after another. No pass skips a prompt.
+    """Repeated passes over all prompts, each in a new shuffled order. Every pass contains every prompt once.
 
-    The only state is the position, which the caller keeps: the number of prompts drawn since the run began.
-    Pass e is sorted by SHA-256 of (seed, e, id). The order therefore depends neither on Python's version nor on the
-    order of the rows on disk. A call that crosses the end of a pass may return the same prompt twice.
+    The only state is the position: the number of prompts drawn since the run began. The caller stores it. Pass e is
+    sorted by SHA-256 of (seed, e, id). So the order depends neither on Python's version nor on the order of the rows on
+    disk. A call that crosses the end of a pass may return the same prompt twice.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         if not prompts:
             raise ValueError("no prompts to draw from")
         self._prompts, self._seed = list(prompts), seed
-        self._passes: dict[int, list[Prompt]] = {}  # the two that were used last, by number
+        self._passes: dict[int, list[Prompt]] = {}  # number of a pass -> its prompts, for the last two passes
 
     def prompts_at(self, position: int, count: int) -> list[Prompt]:
-        """Returns prompts number `position` to `position + count - 1` of all passes, end to end."""
+        """Returns prompts number `position` to `position + count - 1`, counted over all passes in sequence."""
         places = (divmod(number, len(self._prompts)) for number in range(position, position + count))
         return [self._shuffled(epoch)[place] for epoch, place in places]
 
@@ -45,19 +45,20 @@ class PromptOrder:
 
 
 class MixedOrder:
-    """Prompts of several orders, mixed by weight.
+    """Mixes the prompts of several orders by weight.
 
-    The prompt at position n comes from the order that is furthest behind its share of n + 1. Every stretch of the
-    run therefore has prompts of all orders in proportion. The only state is the position, as in PromptOrder.
+    Each order has a share of the prompts. The prompt at position n comes from the order that is furthest behind its
+    share of the first n + 1 prompts. So in every part of the run, the numbers of prompts are in proportion to the
+    weights. The only state is the position, as in PromptOrder.
 
     Args:
-        weights: one number over 0 per order.
+        weights: one positive number per order.
     """
 
     def __init__(self, orders: Sequence[Order], weights: Sequence[float]) -> None:
         self._orders, self._shares = list(orders), [weight / sum(weights) for weight in weights]
-        self._drawn = [0] * len(orders)  # prompts drawn from each order
-        self._places: list[tuple[int, int]] = []  # (order, position in it) of each position so far
+        self._drawn = [0] * len(orders)  # number of prompts drawn from each order
+        self._places: list[tuple[int, int]] = []  # (number of the order, position in that order) for each position
 
     def prompts_at(self, position: int, count: int) -> list[Prompt]:
         """Returns prompts number `position` to `position + count - 1`."""

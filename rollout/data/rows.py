@@ -1,6 +1,6 @@
-"""Reads data files, checks every row and makes Prompts of them. Knows nothing of tokens or models.
+"""Reads data files, checks every row and converts the rows to Prompts. It needs no model and no tokenizer.
 
-A row is `{"id", "task", "messages", "ground_truth" or "reference", "meta", "images"}`; PaCoRe rows add
+A row is `{"id", "task", "messages", "ground_truth" or "reference", "meta", "images"}`. PaCoRe rows also have
 `{"messages_pool", "pool_accuracy", "pool_accepted"}`. All rows are checked before a run starts anything, and all
 problems are reported together.
 """
@@ -29,10 +29,10 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of some sources, in file order: prompts, and the rows that cannot be used."""
+    """The rows of one or more sources, in file order. Usable rows are prompts; `bad` has the others."""
 
     prompts: tuple[Prompt, ...]
-    sources: tuple[int, ...]  # index of each prompt's source
+    sources: tuple[int, ...]  # for each prompt, the index of its source
     bad: tuple[BadRow, ...]
 
     def checked(self, on_bad_row: Literal["stop", "skip"] = "stop") -> Self:
@@ -44,17 +44,17 @@ class Rows:
 
 @dataclass
 class _Reader:
-    """The options of one call of `read`, its current source, and what it has seen so far."""
+    """The state of one call of `read`: the call's options, the current source, and the ids and pictures read so far."""
 
     reserved: Sequence[str]
     tasks: Collection[str] | None
     unique: bool = True
-    columns: Mapping[str, str] = field(default_factory=dict)  # of the current source, as are the next three
+    columns: Mapping[str, str] = field(default_factory=dict)  # belongs to the current source, like the next 3 fields
     adapter: Adapter | None = None
-    task: str | None = None  # the task of rows that name none
-    name: str = ""  # begins the ids of rows that have none
-    seen: dict[str, str] = field(default_factory=dict)  # id -> FILE:LINE of its first row
-    pictures: dict[Path, Picture] = field(default_factory=dict)  # a picture of many rows is hashed once
+    task: str | None = None  # the task of rows without a task
+    name: str = ""  # rows without an id get an id that begins with this name
+    seen: dict[str, str] = field(default_factory=dict)  # id -> FILE:LINE of the first row with this id
+    pictures: dict[Path, Picture] = field(default_factory=dict)  # a picture that many rows share is hashed only once
 
 
 def read(
@@ -66,19 +66,19 @@ def read(
     problem: Callable[[Prompt], str | None] = lambda prompt: None,
     unique: bool = True,
 ) -> Rows:
-    """Reads all rows of some sources, in file order. Each becomes a Prompt or a BadRow.
+    """Reads all rows of the sources, in file order. Each row becomes a Prompt or a BadRow.
 
     Args:
-        columns: {our column: the data's column}, for sources without an adapter. A dotted name looks inside a
-            column. Rows without a mapped id need none: their id is made of file name and line.
-        reserved: control tokens of the model (`<im_patch>`, ...). A row whose text contains one is bad, because the
-            tokenizer would read it as a control token.
-        tasks: the tasks that have a reward; None accepts any task.
-        problem: a further check of a prompt; returns the reason why it cannot be used, or None.
-        unique: True if every row needs an id that no other row has.
+        columns: {our column: the data's column}, for sources without an adapter. A dotted name reads a value inside a
+            column. If no id is mapped, rows need no id: it is then made of file name and line.
+        reserved: control tokens of the model (`<im_patch>`, ...). A row is bad if its text contains a control token,
+            because the tokenizer would not read it as text.
+        tasks: the tasks that have a reward. None accepts any task.
+        problem: an additional check, which returns the reason why a prompt cannot be used, or None.
+        unique: if True, every row needs an id that no other row has.
     Returns:
-        Prompts whose `messages` hold text and bare `{"type": "image"}` placeholders, in the order of
-        `images`. Content without a picture is always one str, because text-only chat templates need a str.
+        The rows. The `messages` of a prompt contain text and `{"type": "image"}` placeholders without a source, in the
+        order of `images`. Content without a picture is always one str, because text-only chat templates need a str.
     Raises: ValueError if a source is missing, of an unknown kind, unreadable as a whole, or empty.
     """
     reader = _Reader(tuple(reserved), tasks, unique)
@@ -111,11 +111,11 @@ def read(
 
 
 def read_samples(source: str | Path) -> list[Rollout]:
-    """Reads rows that have a response, such as a run's rollouts/ files, in file order.
+    """Reads rows with a response (samples), such as a run's rollouts/ files, in file order.
 
-    A sample has the columns of a row and `response`, and may have `finish` ("stop" or "length"). Several samples may
-    have the same id. The other columns may be missing: a sample without an id is named after its line.
-    Raises RowError for samples that cannot be used, and ValueError as `read` does.
+    A sample has the column `response` and may have `finish` ("stop" or "length"). All columns of a row are optional. A
+    sample without an id gets an id made of its line number. Several samples may have the same id.
+    Raises: a RowError that lists the samples that cannot be used; ValueError for the same reasons as `read`.
     """
     reader = _Reader((), None)
     samples: list[Rollout] = []
@@ -192,7 +192,7 @@ def _make_prompt(row: Mapping[str, Any], raw: RawRow, reader: _Reader, chat: tup
 
 
 def _our_columns(values: Mapping[str, Any], raw: RawRow, reader: _Reader) -> dict[str, Any]:
-    """The row with the names of COLUMNS, whatever its source calls them."""
+    """Returns the row with its columns renamed to the names in COLUMNS."""
     if reader.adapter:
         try:
             row = {name: value for name, value in reader.adapter(values).items() if value is not None}
@@ -213,7 +213,8 @@ _ABSENT = object()
 
 
 def _look_up(values: Any, name: str) -> Any:
-    """values["a.b"], or the value that a dotted name reaches through mappings and lists; _ABSENT if there is none."""
+    """Returns the value of a dotted name such as "a.b": values["a.b"] if that key exists. Otherwise the parts of the
+    name are looked up in nested mappings and lists. Returns _ABSENT if there is no such value."""
     if isinstance(values, Mapping) and name in values:
         return values[name]
     first, dot, rest = name.partition(".")
@@ -227,7 +228,8 @@ def _look_up(values: Any, name: str) -> Any:
 
 
 def _rename_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row with the names of COLUMNS, without nulls (Arrow fills absent fields with nulls)."""
+    """Returns the row with its columns renamed to the names in COLUMNS. Nulls are removed, because Arrow fills absent
+    fields with nulls."""
     renamed = {ours: _look_up(values, theirs) for ours, theirs in columns.items()}
     absent = [columns[ours] for ours, value in renamed.items() if value is _ABSENT]
     if absent:
@@ -237,7 +239,7 @@ def _rename_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> di
     read = {ours for ours in COLUMNS if ours not in columns} | {theirs.partition(".")[0] for theirs in columns.values()}
     for name in [n for n, value in values.items() if n not in read | set(columns.values()) and value is not None]:
         near = difflib.get_close_matches(name, set(COLUMNS) - set(row), n=1, cutoff=0.85)
-        if near:  # to ignore a column `image` would silently train on text alone
+        if near:  # an error, because ignoring a column `image` would silently train on text alone
             raise InvalidRow(f"column {name!r} is not read; did you mean {near[0]!r}? (data.columns can rename it)")
     return row
 

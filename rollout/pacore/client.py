@@ -1,4 +1,4 @@
-"""Client of a vLLM endpoint: limits the requests under way, sends the most urgent first, and retries."""
+"""The client of a vLLM endpoint. It limits the requests under way, sends urgent requests first, and retries."""
 
 import asyncio
 import heapq
@@ -16,22 +16,22 @@ from rollout.pacore.prompt import Chat
 from rollout.pacore.rounds import PromptTooLong, Reply
 
 RETRY_S = (0.5, 30.0)
-"""Seconds before the first retry, doubled for each further one, and the most before any retry."""
+"""Seconds before the first retry, and maximum seconds before any retry. The time doubles with each retry."""
 TOO_LONG_MESSAGES = ("maximum context length", "max_tokens must be at least 1", "longer than the maximum model length")
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
-GREEDY = 1e-5  # vLLM samples greedily at temperatures below it
-KEEP_ALIVE_S = 4.0  # vLLM closes idle connections after 5
+GREEDY = 1e-5  # vLLM samples greedily at temperatures below this value
+KEEP_ALIVE_S = 4.0  # vLLM closes idle connections after 5 seconds
 Answer = TypeVar("Answer")
 FULL_DISTRIBUTION = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-"""Fields that override the sampling defaults of the model's folder, so that no token is excluded."""
+"""Request fields that override the sampling defaults of the model's folder. With them, every token can be sampled."""
 
 
 class EndpointUnreachable(RuntimeError):
-    """The endpoint does not answer, after all retries."""
+    """The endpoint still does not answer after all retries."""
 
 
 class RequestRefused(RuntimeError):
-    """The endpoint answers with an error. `body` is the text of its answer."""
+    """The endpoint answers a request with an error. `body` is the text of the answer."""
 
     def __init__(self, url: str, status: int, body: str) -> None:
         super().__init__(f"{url} answers {status}: {body[:500]}")
@@ -39,16 +39,17 @@ class RequestRefused(RuntimeError):
 
 
 class PrioritySemaphore:
-    """Limits how many replies are under way. The waiting request with the highest urgency is next, then the oldest."""
+    """Limits the number of replies under way. The waiting request with the highest urgency is sent next. Among requests
+    of the same urgency, the oldest is sent first."""
 
     def __init__(self, count: int) -> None:
         self._total = self._free = count
-        self._numbers = itertools.count()  # of requests, in their order
+        self._numbers = itertools.count()  # numbers the requests in the order of their arrival
         self._waiting: list[tuple[int, int, int, asyncio.Future[None]]] = []
 
     @asynccontextmanager
     async def acquire(self, urgency: int, count: int = 1) -> AsyncIterator[None]:
-        """Context that holds `count` slots, or all if `count` is more than there are."""
+        """A context manager that holds `count` slots. If there are fewer slots, it holds all of them."""
         count = min(count, self._total)
         turn = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (-urgency, next(self._numbers), count, turn))
@@ -57,8 +58,8 @@ class PrioritySemaphore:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self._free += count  # granted just before the cancellation
-            self._grant()  # a large request may have blocked smaller ones
+                self._free += count  # the slots were granted just before the cancellation
+            self._grant()  # the cancelled request may have blocked smaller requests
             raise
         try:
             yield
@@ -78,13 +79,13 @@ class PrioritySemaphore:
 
 
 class EndpointClient:
-    """A model behind an OpenAI-compatible URL such as http://host:8000/v1. An async context.
+    """Calls a model behind an OpenAI-compatible URL such as http://host:8000/v1. It must be used inside `async with`.
 
     Args:
-        concurrency: the most replies under way at a time.
-        retries: further attempts after status 429, 5xx or a broken connection.
-        fields: fields of every request: temperature, max_tokens, ...
-        key_env: environment variable that holds the endpoint's key, if it needs one.
+        concurrency: maximum number of replies under way at a time.
+        retries: number of retries after status 429, 5xx or a broken connection.
+        fields: fields that are added to every request: temperature, max_tokens, ...
+        key_env: environment variable that holds the endpoint's key, if the endpoint needs a key.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class EndpointClient:
         return self._session
 
     async def __call__(self, chat: Chat, seed: int, urgency: int, count: int = 1) -> list[Reply]:
-        """Returns `count` replies to a chat, by one request. Raises as `replies` does."""
+        """Returns `count` replies to a chat, with one request. Raises the same errors as `replies`."""
         return await self.replies({**self.fields, "messages": list(chat), "seed": seed}, urgency, count)
 
     async def replies(self, body: Mapping[str, Any], urgency: int, count: int) -> list[Reply]:
@@ -141,7 +142,7 @@ class EndpointClient:
         return replies
 
     async def complete(self, body: Mapping[str, Any], urgency: int = 0) -> dict[str, Any]:
-        """Returns the endpoint's answer to a chat completion request. Raises as `replies` does."""
+        """Returns the endpoint's answer to a chat completion request. Raises the same errors as `replies`."""
 
         async def attempt() -> dict[str, Any]:
             answer = await self._post(body)
@@ -153,9 +154,9 @@ class EndpointClient:
 
     @asynccontextmanager
     async def stream(self, body: Mapping[str, Any], urgency: int = 0) -> AsyncIterator[aiohttp.StreamReader]:
-        """Context with the endpoint's stream of events. Requests are retried until the stream begins.
+        """A context manager that yields the endpoint's stream of events. The request is retried until a stream begins.
 
-        Raises: as `replies` does; aiohttp.ClientError if the stream breaks.
+        Raises: the same errors as `replies`, and aiohttp.ClientError if the stream breaks.
         """
         async with self._slots.acquire(urgency, _reply_count(body)):
             answer = await self._retry(lambda: self._post({**body, "stream": True}))
@@ -178,7 +179,7 @@ class EndpointClient:
         raise AssertionError
 
     async def _post(self, body: Mapping[str, Any]) -> aiohttp.ClientResponse:
-        """Sends a request and returns the answer before its body is read. Raises: PromptTooLong, RequestRefused."""
+        """Sends a request and returns the answer, whose body is not read yet. Raises: PromptTooLong, RequestRefused."""
         answer = await self.session.post(f"{self.url}/chat/completions", json={**body, "model": self.model})
         if answer.status == 200:
             return answer
@@ -187,19 +188,21 @@ class EndpointClient:
         if answer.status != 400 or not any(message in text for message in TOO_LONG_MESSAGES):
             raise RequestRefused(self.url, answer.status, text)
         unlimited = {name: value for name, value in body.items() if name not in TOKEN_LIMITS}
-        if len(unlimited) < len(body):  # prompt + limit exceed the context, so the context is the stricter limit
+        if len(unlimited) < len(body):  # prompt + token limit exceed the context, so the context alone limits the reply
             return await self._post(unlimited)
         raise PromptTooLong(text)
 
 
 def _reply_count(body: Mapping[str, Any]) -> int:
-    """The number of replies that a request asks for; 1 if it is invalid, because the endpoint then refuses it."""
+    """Returns the number of replies that a request asks for, or 1 if that number is invalid. The endpoint then refuses
+    the request."""
     count = body.get("n")
     return count if isinstance(count, int) and count > 0 else 1
 
 
 def parse_replies(answer: Mapping[str, Any]) -> list[Reply]:
-    """Returns the choices of a chat completion. Without their token ids, each has the mean of the tokens of all."""
+    """Returns the choices of a chat completion as replies. If the answer has no token ids, the number of tokens of each
+    reply is the mean over all replies."""
     choices, usage = answer["choices"], answer.get("usage") or {}
     mean = int(usage.get("completion_tokens") or 0) / len(choices)
     prompt = int(usage.get("prompt_tokens") or 0)
@@ -208,7 +211,8 @@ def parse_replies(answer: Mapping[str, Any]) -> list[Reply]:
 
 
 def _reply(choice: Mapping[str, Any], tokens: int, prompt_tokens: int) -> Reply:
-    """A reply with its thinking, also if the server's reasoning parser split them."""
+    """Returns the reply including its thinking, even if the server's reasoning parser put the thinking into another
+    field."""
     message = choice["message"]
     text = message.get("content") or ""
     thinking = message.get("reasoning_content") or message.get("reasoning") or ""

@@ -1,7 +1,8 @@
-"""Prompts of PaCoRe's synthesis: a problem with messages, which are final answers of earlier attempts at the problem.
+"""Makes the prompts of PaCoRe's synthesis: a problem and messages, which are final answers of earlier attempts.
 
-The form is that of the PaCoRe paper (arXiv 2601.05593): an instruction, the problem, the numbered messages, a closing
-request. The default wording is ours. A policy's folder carries the template that it was trained with.
+The prompts have the parts described in the PaCoRe paper (arXiv 2601.05593): an instruction, the problem, the numbered
+messages, a closing request. The default wording is ours. A policy that was trained with another template has that
+template in its folder.
 """
 
 import random
@@ -16,9 +17,9 @@ from rl.types import SYNTHESIS_TEMPLATE, PooledAnswers, Prompt
 
 TEMPLATE = Path(__file__).with_name("pacore.jinja")
 VARIABLES = {"problem", "messages"}
-_PICTURE = "\ue000"  # stands for a picture while the template is rendered; a private-use character, removed from texts
+_PICTURE = "\ue000"  # marks a picture while the template is rendered; a private-use character, removed from texts
 
-Chat = Sequence[Mapping[str, Any]]  # {role, content} of each message, as in OpenAI's API
+Chat = Sequence[Mapping[str, Any]]  # {role, content} of each message, in the format of OpenAI's API
 
 
 def synthesis_template(model: str | Path, template: Path | None) -> Path | None:
@@ -28,11 +29,11 @@ def synthesis_template(model: str | Path, template: Path | None) -> Path | None:
 
 
 class SynthesisPrompt:
-    """Renders prompts that show messages.
+    """Renders prompts that contain the messages of earlier attempts.
 
     Args:
-        template: Jinja file that uses the variables `problem` and `messages`; None is the default template.
-    Raises: ValueError if it cannot be read or uses other variables.
+        template: Jinja file that uses the variables `problem` and `messages`. None uses the default template.
+    Raises: ValueError if the template cannot be read or uses other variables.
     """
 
     def __init__(self, template: Path | None = None) -> None:
@@ -48,7 +49,8 @@ class SynthesisPrompt:
             raise ValueError(f"the template {path} must use problem and messages; it uses {', '.join(sorted(used))}")
 
     def chat(self, prompt: Prompt) -> tuple[Mapping[str, Any], ...]:
-        """Returns the chat that the policy sees: the prompt's own, or `with_messages` if the prompt shows any.
+        """Returns the chat that the policy sees. If the prompt has messages to show, the chat contains them; otherwise
+        it is the prompt's own chat.
 
         Raises: ValueError if the template fails.
         """
@@ -60,8 +62,8 @@ class SynthesisPrompt:
             raise ValueError(f"row {prompt.id}: the template fails: {error}") from error
 
     def with_messages(self, chat: Chat, messages: Sequence[str]) -> Chat:
-        """Returns a chat whose last entry is replaced by the problem (its own text) and the messages. The pictures stay
-        at their places in the problem. Without messages the chat stays the same.
+        """Replaces the last entry of a chat with the problem (the text of that entry) and the messages. The pictures
+        keep their places in the problem. Without messages, the chat is returned unchanged.
 
         Raises: jinja2.TemplateError if the template fails.
         """
@@ -75,10 +77,11 @@ class SynthesisPrompt:
 
 
 def draw_messages(prompt: Prompt, least: int, most: int, seed: str) -> Prompt:
-    """Returns the prompt with |M| ~ U(least, most) messages of its pool, drawn without replacement in random order
-    (PaCoRe paper, training; the report's numbers are 16 and 24).
+    """Returns the prompt with |M| ~ U(least, most) messages from its pool, drawn without replacement and in random
+    order.
 
-    From a pool of fewer than `most` at most all are drawn. Raises ValueError if it has fewer than `least`.
+    This is the training procedure of the PaCoRe paper; the report draws from 16 to 24 messages. If the pool has fewer
+    than `most` messages, its size replaces `most`. Raises ValueError if the pool has fewer than `least` messages.
     """
     pool = prompt.messages_pool
     if len(pool) < least:
@@ -90,7 +93,8 @@ def draw_messages(prompt: Prompt, least: int, most: int, seed: str) -> Prompt:
 
 
 def _with_marks(content: str | Sequence[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
-    """A message's content as one text with a mark in place of each part that is not text, and these parts."""
+    """Joins a message's content into one text, with a mark for each part that is not text. Returns the text and these
+    parts."""
     if isinstance(content, str):
         return content.replace(_PICTURE, ""), []
     other_parts = [part for part in content if part["type"] != "text"]
@@ -99,7 +103,8 @@ def _with_marks(content: str | Sequence[Mapping[str, Any]]) -> tuple[str, list[M
 
 
 def _without_marks(text: str, other_parts: Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
-    """Puts the parts in place of their marks. A template that repeats the problem also repeats its pictures."""
+    """Replaces the marks in a text with their parts. If a template repeats the problem, its pictures are repeated
+    too."""
     first, *others = text.split(_PICTURE)
     if not others:
         return text

@@ -1,8 +1,8 @@
-"""Inference by SeRe (one trajectory) or PaCoRe (many in parallel, whose final answers a last trajectory synthesises).
+"""Inference with SeRe (one trajectory) or PaCoRe (many trajectories in parallel, then a synthesis of their answers).
 
-PaCoRe (arXiv 2601.05593): every round samples several trajectories. Only their final answers (compaction) go into the
-prompts of the next round, as messages. The last round is one trajectory, the synthesis. The plan of
-STEP3-VL-10B's report is `(16,)`: 16 trajectories, then the synthesis. The plan `()` is SeRe.
+In PaCoRe (arXiv 2601.05593), every round samples several trajectories. Only their final answers (compaction) are put
+into the prompts of the next round, as messages. The last round is one trajectory, the synthesis. The plan in the
+STEP3-VL-10B report is `(16,)`: 16 trajectories, then the synthesis. The plan `()` is SeRe.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from rollout.pacore.prompt import Chat, SynthesisPrompt
 from rollout.pool import seed_of
 
 Result = TypeVar("Result")
-MAX_TRAJECTORIES = 4096  # of a round; a larger number is a typing error
+MAX_TRAJECTORIES = 4096  # maximum in a round; a larger number must be a typing error
 
 
 class PromptTooLong(Exception):
@@ -25,16 +25,16 @@ class PromptTooLong(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """One response of a model, thinking included."""
+    """One response of a model, including its thinking."""
 
     text: str
     finish: Finish
-    tokens: int  # sampled
+    tokens: int  # number of sampled tokens
     prompt_tokens: int
 
     @property
     def message(self) -> str:
-        """The final answer; "" if the response was cut before it."""
+        """The final answer, or "" if the response was cut before its final answer."""
         cut = self.finish == "length" and THINK_CLOSE not in self.text
         return "" if cut else answer_of(self.text)
 
@@ -46,21 +46,21 @@ class Sampler(Protocol):
     """
 
     def __call__(self, chat: Chat, seed: int, urgency: int, count: int = 1) -> Coroutine[Any, Any, list[Reply]]:
-        """`urgency`: waiting requests with a higher urgency are sent first."""
+        """Samples the responses. Waiting requests with a higher `urgency` are sent first."""
         ...
 
 
 @dataclass(frozen=True)
 class Round:
-    """Trajectories that were shown the same number of messages."""
+    """The trajectories of one round. All their prompts contain the same number of messages."""
 
     replies: tuple[Reply, ...]
-    shown: int = 0  # messages in the prompt of each trajectory
-    left_out: int = 0  # messages of the previous round for which there was no room
+    shown: int = 0  # number of messages in the prompt of each trajectory
+    left_out: int = 0  # number of messages of the previous round that did not fit into the prompt
 
     @property
     def messages(self) -> tuple[str, ...]:
-        """The final answers of the trajectories that have one."""
+        """The final answers of the trajectories. Trajectories without a final answer are left out."""
         return tuple(reply.message for reply in self.replies if reply.message)
 
 
@@ -76,7 +76,7 @@ class PacoreResult:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that all rounds sampled."""
+        """The number of tokens sampled in all rounds together."""
         return sum(reply.tokens for one_round in self.rounds for reply in one_round.replies)
 
 
@@ -108,9 +108,10 @@ async def run_rounds(
 
     Args:
         plan: the number of trajectories of each round before the last; () is SeRe.
-        seed: identifies the problem; the seed of every trajectory is derived from it.
-        answers: the number of replies of the last round: more than one for an evaluation, 0 for no last round.
-        first_rounds: rounds from an earlier run, used instead of those of `plan`.
+        seed: identifies the problem. The seed of every trajectory is derived from it.
+        answers: the number of replies in the last round. An evaluation uses more than one. With 0 there is no last
+            round.
+        first_rounds: rounds from an earlier run. They replace the rounds of `plan`.
     Raises: PromptTooLong if the problem alone leaves no room for a response.
     """
     rounds = tuple(first_rounds) or await sample_trajectories(chat, plan, sample, synthesis, seed)
@@ -123,7 +124,7 @@ async def run_rounds(
 async def sample_trajectories(
     chat: Chat, plan: Sequence[int], sample: Sampler, synthesis: SynthesisPrompt, seed: str
 ) -> tuple[Round, ...]:
-    """Samples the rounds before the synthesis."""
+    """Samples all rounds before the synthesis."""
     rounds: list[Round] = []
     for number, count in enumerate(plan):
         messages = rounds[-1].messages if rounds else ()
@@ -134,8 +135,8 @@ async def sample_trajectories(
 async def _round(
     chat: Chat, messages: Sequence[str], count: int, number: int, sample: Sampler, synthesis: SynthesisPrompt, seed: str
 ) -> Round:
-    """Samples `count` trajectories: by one request if there are no messages, else each with an order of its own.
-    Messages for which there is no room are left out."""
+    """Samples `count` trajectories. Without messages, one request samples all of them. With messages, each trajectory
+    sees the messages in its own random order. Messages that do not fit into the prompt are left out."""
 
     async def attempt(shown: int) -> list[Reply]:
         if not shown:
@@ -149,9 +150,10 @@ async def _round(
 
 
 async def fit_messages(messages: int, attempt: Callable[[int], Awaitable[Result]]) -> tuple[Result, int]:
-    """Calls `attempt` with the number of messages to show, and with fewer as long as it raises PromptTooLong.
+    """Calls `attempt` with the number of messages to show. If it raises PromptTooLong, calls it again with fewer.
 
-    Returns the result and the number of messages shown. Raises PromptTooLong if there is no room even without any.
+    Returns the result and the number of messages shown. Raises PromptTooLong if the prompt is too long even without
+    messages.
     """
     shown = messages
     while True:
@@ -164,7 +166,8 @@ async def fit_messages(messages: int, attempt: Callable[[int], Awaitable[Result]
 
 
 async def _gather(requests: Iterable[Coroutine[Any, Any, list[Reply]]]) -> list[Reply]:
-    """The replies of all requests, in their order. After the first error the other requests are cancelled."""
+    """Returns the replies to all requests, in the order of the requests. After an error, all other requests are
+    cancelled."""
     tasks = [asyncio.ensure_future(request) for request in requests]
     try:
         return [reply for replies in await asyncio.gather(*tasks) for reply in replies]
@@ -174,5 +177,5 @@ async def _gather(requests: Iterable[Coroutine[Any, Any, list[Reply]]]) -> list[
 
 
 def draw_order(messages: int, shown: int, seed: str) -> list[int]:
-    """Returns the indices of `shown` out of `messages` messages, in the random order of one trajectory."""
+    """Draws `shown` of `messages` messages for one trajectory. Returns their indices in random order."""
     return random.Random(seed).sample(range(messages), shown)

@@ -1,4 +1,4 @@
-"""Where the model of a command is served: by an endpoint, or by a server that runs as long as the command."""
+"""Finds or starts the server of a command's model: a given endpoint, or a server that runs as long as the command."""
 
 import argparse
 import hashlib
@@ -18,20 +18,20 @@ from rollout.vllm.server import serving
 
 @dataclass(frozen=True)
 class ModelTarget:
-    """A model at an endpoint (`url`), or a model folder or hub id for which a server is started."""
+    """A model to call. Either an endpoint (`url`) serves the model, or a server is started for a folder or hub id."""
 
     model: str
     url: str | None = None
     name: str | None = None  # the model's name at the endpoint
     key_env: str | None = None
     device: str = "cpu"
-    max_length: int | None = None  # tokens of prompt and response together
+    max_length: int | None = None  # maximum tokens of prompt and response together
     yarn: float | None = None
-    options: Mapping[str, str | bool] | None = None  # further arguments of vLLM's server
+    options: Mapping[str, str | bool] | None = None  # additional arguments of vLLM's server
     concurrency: int = 256
 
     def weights_digest(self) -> str | None:
-        """Digest of sizes and times of the weight files; None if the model is not a local folder."""
+        """Returns a digest of the sizes and times of the weight files, or None if the model is not a local folder."""
         if self.url is not None or not Path(self.model).is_dir():
             return None
         files = [(file.name, file.stat()) for file in sorted(Path(self.model).glob("*.safetensors"))]
@@ -39,13 +39,14 @@ class ModelTarget:
         return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
 
     def synthesis_template(self, template: Path | None) -> Path | None:
-        """Returns `template` if it is given, else the template in the model's folder. The folder of an endpoint's model
-        is not known."""
+        """Returns `template` if it is given, else the template in the model's folder. With an endpoint, the model's
+        folder is unknown, so `template` is always returned."""
         return template if self.url else synthesis_template(hf_folder.local_folder(self.model), template)
 
     @contextmanager
     def serve(self) -> Iterator[str]:
-        """Context with the model's URL; starts and ends a server if necessary. Raises: ValueError, RuntimeError."""
+        """A context manager that yields the model's URL, and starts and ends a server if necessary. Raises: ValueError,
+        RuntimeError."""
         if self.url is not None:
             yield self.url
             return
@@ -56,11 +57,11 @@ class ModelTarget:
 
     @asynccontextmanager
     async def client(self, url: str, fields: Mapping[str, Any]) -> AsyncIterator[EndpointClient]:
-        """Context with a client of the model.
+        """A context manager that yields a client of the model.
 
         Args:
-            url: the URL that `serve` gives.
-            fields: fields of every request.
+            url: the URL that `serve` yields.
+            fields: fields that are added to every request.
         """
         name = self.name or (self.model if self.url else str(hf_folder.local_folder(self.model)))
         async with EndpointClient(
@@ -72,9 +73,9 @@ class ModelTarget:
 def serve_options(
     folder: Path, max_length: int | None, yarn: float | None, more: Mapping[str, str | bool]
 ) -> dict[str, str | int | float | bool]:
-    """Returns the arguments of vLLM's server for a policy at inference, `more` included.
+    """Returns the arguments of vLLM's server for a policy at inference, including the arguments in `more`.
 
-    Raises: ValueError if `max_length` is more than the positions that the model was trained with.
+    Raises: ValueError if `max_length` is more than the model's number of positions.
     """
     config = hf_folder.read_config(folder, yarn=yarn)
     trained = positions(config)
@@ -85,29 +86,29 @@ def serve_options(
         )
     options: dict[str, str | int | float | bool] = {"max-model-len": max_length or trained, "generation-config": "vllm"}
     if (dtype := getattr(getattr(config, "text_config", config), "dtype", None)) is not None:
-        options["dtype"] = str(dtype).removeprefix("torch.")  # as saved; by default vLLM does not keep float32
+        options["dtype"] = str(dtype).removeprefix("torch.")  # the saved dtype; by default vLLM does not keep float32
     if yarn:
         options["hf-overrides"] = json.dumps(overrides(config))
     return {**options, **more}
 
 
 def add_target_options(p: argparse.ArgumentParser) -> None:
-    """Adds the options that say where the model is served."""
+    """Adds the command-line options that say how the model is served."""
     p.add_argument("--url", help="endpoint that serves the model, such as http://host:8000/v1; default: start a server")
     p.add_argument("--key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
     p.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="of the server; auto: cuda if there is a GPU"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="the server's device; auto: cuda if possible"
     )
-    p.add_argument("--max-length", type=int, help="tokens of prompt and response; default: the model's positions")
+    p.add_argument("--max-length", type=int, help="maximum tokens of a sequence; default: the model's positions")
     p.add_argument("--yarn", type=float, metavar="FACTOR", help="extend the model's positions by this factor with YaRN")
     p.add_argument(
-        "--serve", action="append", default=[], metavar="NAME[=VALUE]", help="a further argument of vLLM's server"
+        "--serve", action="append", default=[], metavar="NAME[=VALUE]", help="an additional argument of vLLM's server"
     )
-    p.add_argument("--concurrency", type=int, default=256, help="the most requests under way at a time (default: 256)")
+    p.add_argument("--concurrency", type=int, default=256, help="maximum requests under way at a time (default: 256)")
 
 
 def target_of(args: argparse.Namespace) -> ModelTarget:
-    """Returns the target that the options of `add_target_options` name. Raises ValueError."""
+    """Returns the target that the options of `add_target_options` describe. Raises ValueError."""
     parts = [option.partition("=") for option in args.serve]
     options = {name: value if sign else True for name, sign, value in parts}
     if args.url and (options or args.yarn or args.max_length):
@@ -125,7 +126,7 @@ def target_of(args: argparse.Namespace) -> ModelTarget:
 
 
 def _resolve_device(device: str) -> str:
-    """`auto` is cuda if there is a GPU, else cpu."""
+    """Replaces `auto` with cuda if there is a GPU, else with cpu."""
     if device != "auto":
         return device
     import torch

@@ -1,6 +1,6 @@
-"""Typed client of a vLLM engine, which runs in a process of its own. A method that returns a Future does not wait.
+"""Typed client for a vLLM engine, which runs in another process.
 
-Tested in tests/rl/test_remote.py.
+A method that returns a Future returns at once, without waiting for the result. Tested in tests/rl/test_remote.py.
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from rollout.vllm.engine import Engine
 
 
 class EngineClient:
-    """rollout.vllm.engine.Engine in its process."""
+    """Calls rollout.vllm.engine.Engine in the engine's process."""
 
     def __init__(self, remote: StreamingRemote[Engine]) -> None:
         self.remote = remote
 
     def stream(self, requests: Sequence[Request]) -> Stream:
-        """Begins to answer the requests. The stream yields lists of (index of the request, Completion)."""
+        """Starts to answer the requests. The returned stream yields lists of (index of the request, Completion)."""
         return self.remote.stream(Engine.stream, requests)
 
     def load(self, weights: Any, step: int) -> Future[None]:
-        """Loads new weights: tensors by their names on disk, or the Future of them."""
+        """Loads new weights: a mapping from names on disk to tensors, or the Future of such a mapping."""
         return self.remote.start(Engine.load, weights, step)
 
     def encodings(self) -> Future[int]:
-        """The number of pictures that the vision tower has encoded so far."""
+        """Returns the number of pictures that the vision tower has encoded so far."""
         return self.remote.start(Engine.encodings)

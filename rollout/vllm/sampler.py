@@ -1,8 +1,8 @@
-"""A faster sampler for vLLM requests that have a seed: one random number per token.
+"""A faster sampler for vLLM requests that have a seed. It draws one random number per sampled token.
 
-vLLM draws one random number for every entry of the vocabulary, with one call per request. On a CPU this takes more
-than a third of an engine's time. One uniform number and the inverse of the cumulative distribution draw from the same
-distribution.
+For each token, vLLM draws one random number for every entry of the vocabulary, with one call per request. On a CPU this
+takes more than a third of an engine's time. Our sampler inverts the cumulative distribution at one uniform number,
+which samples from the same distribution.
 """
 
 from collections.abc import Mapping
@@ -11,27 +11,27 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-METHODS = ("forward_cpu", "forward_native")  # used on CPUs; used on GPUs if requests have seeds
+METHODS = ("forward_cpu", "forward_native")  # the first is used on CPUs, the second on GPUs if requests have seeds
 
 
 def inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """Returns tokens [n] int64: in each row the first token whose cumulative probability exceeds the uniform number.
+    """Returns for each row the first token whose cumulative probability exceeds the uniform number: [n] int64.
 
     Args:
-        logprobs: [n, vocabulary] nats; -inf for tokens that must not be drawn.
+        logprobs: [n, vocabulary] nats; -inf for tokens that must not be sampled.
         uniform: [n] float64 in [0, 1).
     """
-    # float64, because the error of a float32 sum over a vocabulary exceeds the probability of rare tokens.
+    # float64 is needed because the error of a float32 sum over a vocabulary exceeds the probability of rare tokens.
     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
-    return drawn.clamp_(max=logprobs.shape[1] - 1)  # NaN gives an index past the end; its logprob is NaN too
+    return drawn.clamp_(max=logprobs.shape[1] - 1)  # NaN gives an index past the end; the token's logprob is NaN then
 
 
 def install() -> None:
     """Replaces vLLM's sampler in this process. Idempotent.
 
-    The new one is used for steps whose requests all have seeds and use neither top-k nor top-p; vLLM's own for all
-    other steps.
+    Our sampler is used in a step if all its requests have seeds and none uses top-k or top-p. In all other steps, the
+    replacement calls vLLM's own sampler.
     """
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 

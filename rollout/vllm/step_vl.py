@@ -1,7 +1,7 @@
-"""vLLM's STEP3-VL model with two fixes; see PatchedStepVL.
+"""vLLM's STEP3-VL model with two fixes, which PatchedStepVL describes.
 
-rollout/vllm/plugin.py registers it under the architecture's own name, and vLLM imports it when it loads such a model.
-For a config with the sizes of STEP3-VL-10B it computes exactly the same as vLLM's own class.
+rollout/vllm/plugin.py registers the class under the architecture's own name. vLLM imports it to load such a model.
+With the sizes of STEP3-VL-10B, it computes exactly the same results as vLLM's own class.
 Tested in tests/rollout/vllm/test_engine.py and tests/rollout/vllm/test_parity.py.
 """
 
@@ -24,17 +24,20 @@ from vllm.transformers_utils.processors.step3_vl import (
 
 from rl.model.config import StepVLConfig
 
-PUBLISHED_GLOBAL_SIZE = 728  # side in pixels of the global view for which MAX_IMAGE_SIZE was chosen
+PUBLISHED_GLOBAL_SIZE = 728  # vLLM's MAX_IMAGE_SIZE is for a global view with sides of this many pixels
 
 
 def largest_side(global_size: int) -> int:
-    """The most pixels of a picture's longer side; longer pictures are scaled down. 3,024 for views of 728 pixels; for
-    other views scaled in proportion, which is a reconstruction."""
+    """Returns the maximum length of a picture's longer side in pixels. Larger pictures are scaled down to it.
+
+    The limit is 3,024 for views of 728 pixels. For other views it is scaled in proportion, which is a reconstruction.
+    """
     return round(MAX_IMAGE_SIZE * global_size / PUBLISHED_GLOBAL_SIZE)
 
 
 class ScaledPatcher(ImagePatcher):
-    """vLLM's choice of crops, with `global_size` in place of 728, `crop_size` in place of 504, and `largest_side`."""
+    """Chooses crops like vLLM's class, but uses `global_size` instead of 728, `crop_size` instead of 504, and
+    `largest_side` as the limit."""
 
     def __init__(self, global_size: int, crop_size: int, enable_patch: bool = True) -> None:
         super().__init__(enable_patch=enable_patch)
@@ -42,13 +45,13 @@ class ScaledPatcher(ImagePatcher):
         self.crop_size = crop_size
 
     def determine_window_size(self, long: int, short: int) -> int:
-        """Returns the side of a crop in pixels for a picture with these sides; 0 means no crops."""
+        """Returns the side length of a crop in pixels, for a picture with these sides. 0 means no crops."""
         if long < self.global_size:
             return short if long / short > 1.5 else 0
         return min(short, self.crop_size) if long / short > 4 else self.crop_size
 
     def get_image_size_for_preprocess(self, img_width: int, img_height: int) -> tuple[int, int]:
-        """Returns width and height after a long picture is scaled down to the limit."""
+        """Returns the width and height of a picture after it is scaled down to the limit, if it is larger."""
         limit = largest_side(self.global_size)
         if max(img_height, img_width) > limit:
             scale = limit / max(img_height, img_width)
@@ -57,7 +60,7 @@ class ScaledPatcher(ImagePatcher):
 
 
 class ScaledImageProcessor(Step3VLImageProcessor):
-    """vLLM's picture processor, with sizes and token counts from the model's config."""
+    """vLLM's picture processor, but with sizes and token counts from the model's config."""
 
     def __init__(self, config: StepVLConfig, enable_patch: bool = True) -> None:
         super().__init__(
@@ -71,21 +74,21 @@ class ScaledImageProcessor(Step3VLImageProcessor):
 
 
 class ScaledProcessingInfo(Step3VLProcessingInfo):
-    """Gives vLLM the picture processor and the size of the picture that takes most tokens."""
+    """Gives vLLM the picture processor, and the picture size that takes the most tokens."""
 
     def get_image_processor(self, **kwargs: object) -> ScaledImageProcessor:
-        """Returns the picture processor. Raises ValueError for overrides: the learner could not apply them."""
+        """Returns the picture processor. Raises ValueError for overrides, because the learner could not apply them."""
         if kwargs:
             raise ValueError(f"mm_processor_kwargs {sorted(kwargs)} are not supported: sizes come from the config")
         config = self.ctx.get_hf_config(StepVLConfig)
         return ScaledImageProcessor(config, getattr(config.vision_config, "enable_patch", True))
 
     def get_hf_processor(self, **kwargs: object) -> Step3VLProcessor:
-        """Returns tokenizer and picture processor in one object."""
+        """Returns one object with the tokenizer and the picture processor."""
         return Step3VLProcessor(tokenizer=self.get_tokenizer(), image_processor=self.get_image_processor(**kwargs))
 
     def get_image_size_with_most_features(self) -> ImageSize:
-        """Returns the square with the most crops, as vLLM's own class does."""
+        """Returns the size of the square picture with the most crops, like vLLM's own class."""
         side = largest_side(self.ctx.get_hf_config(StepVLConfig).global_size)
         return ImageSize(side, side)
 
@@ -94,16 +97,16 @@ class ScaledProcessingInfo(Step3VLProcessingInfo):
     Step3VLMultiModalProcessor, info=ScaledProcessingInfo, dummy_inputs=Step3VLDummyInputsBuilder
 )
 class PatchedStepVL(StepVLForConditionalGeneration):
-    """vLLM's STEP3-VL with two fixes. Weights, tensor names and results are those of vLLM's class.
+    """vLLM's STEP3-VL model with two fixes. Weights, tensor names and results are the same as in vLLM's class.
 
-    1. Picture sizes and token counts come from the config; vLLM's class has those of the 10B model only.
-    2. One picture alone no longer crashes on CPU; see `_process_image_features`.
+    1. Picture sizes and token counts come from the config. vLLM's class only has the values of the 10B model.
+    2. A batch with one picture does not crash on CPU. `_process_image_features` explains why vLLM's class does.
     """
 
-    pictures_encoded = 0  # by the vision tower of this process
+    pictures_encoded = 0  # number of pictures that the vision tower of this process has encoded
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
-        """Calls vLLM's method and counts the pictures."""
+        """Calls vLLM's method and counts the pictures that it encodes."""
         features = super().embed_multimodal(**kwargs)
         self.pictures_encoded += len(features)
         return features
@@ -113,6 +116,7 @@ class PatchedStepVL(StepVLForConditionalGeneration):
         return self.config.patch_token_len
 
     def _process_image_features(self, image_features: Tensor) -> Tensor:
-        # The vision tower returns a transposed view. vLLM's linear layer flattens it to a matrix. That copies it for
-        # two or more pictures, but not for one, and oneDNN on CPU refuses a transposed matrix.
+        # The vision tower returns a transposed view, and vLLM's linear layer flattens the view to a matrix. For two or
+        # more pictures, flattening makes a copy. For one picture, the matrix stays transposed, and oneDNN on CPU
+        # refuses a transposed matrix.
         return super()._process_image_features(image_features.contiguous())

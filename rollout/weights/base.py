@@ -1,8 +1,8 @@
-"""How trained weights get into a running vLLM: the backend in use, and what every backend has.
+"""Selects the backend that transfers trained weights into a running vLLM, and defines the interface of all backends.
 
-A backend is one file of this folder with two classes. `Sender` runs in the process of rollout/vllm/engine.py.
-`Receiver` runs in each of vLLM's worker processes and is a `WeightTransferEngine` of vLLM's own API.
-Imports no backend by itself. Tested in tests/rollout/vllm/test_engine.py.
+A backend is a file in this folder with two classes. `Sender` runs in the process of rollout/vllm/engine.py. `Receiver`
+runs in each of vLLM's worker processes and is a `WeightTransferEngine` of vLLM's own API. Importing this file imports
+no backend. Tested in tests/rollout/vllm/test_engine.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BACKEND = "host"
-"""The backend that engines use: the name of its file, and its name in vLLM's registry."""
+"""The backend that engines use. Its file and its entry in vLLM's registry both have this name."""
 MODULE = f"rollout.weights.{BACKEND}"
 
 
 class Sender(Protocol):
-    """The sending end of a backend."""
+    """The part of a backend that sends weights."""
 
     def init_info(self) -> dict[str, Any]:
-        """Returns the fields of Receiver.init_info_cls, by which each worker connects to this sender."""
+        """Returns the fields of Receiver.init_info_cls, which each worker needs to connect to this sender."""
         ...
 
     def send(self, weights: "Mapping[str, np.ndarray | Tensor]", update: Callable[[dict[str, Any]], None]) -> None:
@@ -30,8 +30,8 @@ class Sender(Protocol):
 
         Args:
             weights: names on disk -> full tensors.
-            update: called once per batch with the fields of Receiver.update_info_cls; returns when every worker has
-                loaded the batch.
+            update: is called once per batch with the fields of Receiver.update_info_cls. The call returns when every
+                worker has loaded the batch.
         """
         ...
 

@@ -1,9 +1,9 @@
 """Weight transfer backend "host": moves weights into a running vLLM through the machine's shared memory.
 
-The sender copies tensors into a shared-memory segment and passes its name on. Each worker attaches to the segment,
-copies the tensors to its device and loads them. Segments are found by name, so the worker may run in the sender's
-process (as in rollout/vllm/engine.py) or in any other process of the same machine. Tensor-parallel workers read the
-whole tensors, and vLLM's loaders take their shards. Sender and workers must be on one machine.
+The sender copies tensors into a shared-memory segment and tells the workers the segment's name. Each worker attaches to
+the segment, copies the tensors to its device and loads them. Sender and workers must be on one machine. They may be the
+same process (as in rollout/vllm/engine.py) or different processes, because a segment is found by its name.
+Tensor-parallel workers read the whole tensors, and vLLM's loaders take the shards that each worker needs.
 
 Tested in tests/rollout/vllm/test_engine.py.
 """
@@ -29,22 +29,22 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 Weight = np.ndarray | Tensor
-SEGMENT_BYTES = 256 * 2**20  # the most that a batch of tensors takes; a larger tensor is a batch of its own
+SEGMENT_BYTES = 256 * 2**20  # maximum size of a batch of tensors; a larger tensor becomes a batch with only this tensor
 ALIGNMENT = 64
 SHARED_MEMORY_FOLDER = "/dev/shm"
 
 
 @dataclass
 class HostInitInfo(WeightTransferInitInfo):
-    """Empty: workers find each segment by its name."""
+    """Has no fields, because workers find each segment by its name."""
 
 
 @dataclass
 class HostUpdateInfo(WeightTransferUpdateInfo):
-    """The name of a segment, and where its tensors are.
+    """The name of a segment, and the places of the tensors in it.
 
-    `tensors` has one `{"name", "dtype", "shape", "offset"}` per tensor: name on disk, torch dtype without
-    "torch.", shape, and the index of the tensor's first byte in the segment.
+    `tensors` has one `{"name", "dtype", "shape", "offset"}` per tensor. These are the name on disk, the torch dtype
+    without "torch.", the shape, and the index of the tensor's first byte in the segment.
     """
 
     segment: str
@@ -52,16 +52,16 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
 
 
 class Receiver(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
-    """The worker's end: attaches to segments and loads their tensors, layer by layer."""
+    """The part of the backend in the worker, which attaches to segments and loads their tensors, layer by layer."""
 
     init_info_cls = HostInitInfo
     update_info_cls = HostUpdateInfo
 
     def init_transfer_engine(self, init_info: HostInitInfo) -> None:
-        """Does nothing: there is no connection."""
+        """Does nothing, because there is no connection to open."""
 
     def start_weight_update(self) -> None:
-        """Restores the weight loaders of the layers, which vLLM removes when it repacks the weights."""
+        """Restores the weight loaders of the layers. vLLM removed them when it repacked the weights."""
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
@@ -69,10 +69,11 @@ class Receiver(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
 
         Raises FileNotFoundError if the segment is not on this machine.
         """
-        model: Any = self.model  # its declared type, torch's Module, has no load_weights
+        model: Any = self.model  # Any, because its declared type (torch's Module) has no load_weights
         segment = SharedMemory(name=update_info.segment)
         try:
-            # A copy, because vLLM keeps a tensor until its whole layer has arrived, which may take another segment.
+            # Tensors are copied because vLLM keeps them until the whole layer has arrived. The rest of the layer may
+            # come with the next segment, when this one is gone.
             model.load_weights(
                 (str(tensor["name"]), _view(segment, tensor).to(self.device, copy=True))
                 for tensor in update_info.tensors
@@ -91,11 +92,11 @@ class Receiver(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
             )
 
     def shutdown(self) -> None:
-        """Does nothing: no resources are held between updates."""
+        """Does nothing, because no resources are held between updates."""
 
 
 class Sender:
-    """The sender's end; see base.Sender."""
+    """The part of the backend that sends weights. base.Sender describes the methods."""
 
     def init_info(self) -> dict[str, Any]:
         return {}
@@ -107,16 +108,17 @@ class Sender:
 
 
 def _partly_loaded(model: torch.nn.Module) -> Iterator[str]:
-    """Names of layers of which some tensors are missing; vLLM would fill them from uninitialised memory."""
+    """Yields the names of layers that received only some of their tensors. vLLM would fill the missing tensors from
+    uninitialised memory."""
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
-        padded = isinstance(layer, VocabParallelEmbedding)  # its rows are rounded up, so it is never complete
+        padded = isinstance(layer, VocabParallelEmbedding)  # vLLM pads its rows, so it never looks complete
         if not padded and info.can_load() and 0 < info.load_numel < (info.load_numel_total or 0):
             yield name
 
 
 def batches(weights: Mapping[str, Weight]) -> Iterator[dict[str, Weight]]:
-    """Splits `weights`, in their order, into batches of up to SEGMENT_BYTES."""
+    """Splits `weights` into batches of up to SEGMENT_BYTES. The order of the tensors is kept."""
     batch: dict[str, Weight] = {}
     room = SEGMENT_BYTES
     for name, weight in weights.items():
@@ -131,10 +133,10 @@ def batches(weights: Mapping[str, Weight]) -> Iterator[dict[str, Weight]]:
 
 @contextmanager
 def shared(weights: Mapping[str, Weight]) -> Iterator[dict[str, Any]]:
-    """Context with a new segment that holds a copy of the weights. Yields the fields of HostUpdateInfo.
+    """A context manager that creates a segment with a copy of the weights. Yields the fields of HostUpdateInfo.
 
-    The segment is removed at the end, also after an error. Raises RuntimeError if the machine's shared memory is too
-    small: a write beyond it would kill the process without a message.
+    The segment is removed at the end, even after an error. Raises RuntimeError if the machine has too little free
+    shared memory. Without this check, the write would kill the process without a message.
     """
     slots, size = _layout(weights)
     _require_shared_memory(size)
@@ -149,7 +151,7 @@ def shared(weights: Mapping[str, Weight]) -> Iterator[dict[str, Any]]:
 
 
 def _layout(weights: Mapping[str, Weight]) -> tuple[list[dict[str, Any]], int]:
-    """The entries of `HostUpdateInfo.tensors`, and the bytes that they take together."""
+    """Returns the entries of `HostUpdateInfo.tensors`, and the total number of bytes of the tensors."""
     slots, offset = [], 0
     for name, weight in weights.items():
         dtype = str(weight.dtype).removeprefix("torch.")  # numpy's type names are the same
@@ -161,12 +163,12 @@ def _layout(weights: Mapping[str, Weight]) -> tuple[list[dict[str, Any]], int]:
 def _write(segment: SharedMemory, slot: Mapping[str, Any], weight: Weight) -> None:
     if isinstance(weight, Tensor):
         _view(segment, slot).copy_(weight.detach())
-    else:  # by numpy: torch warns about read-only arrays, such as those from Ray
+    else:  # numpy copies, because torch warns about read-only arrays, such as arrays from Ray
         np.copyto(np.ndarray(weight.shape, weight.dtype, segment.buf, slot["offset"]), weight)
 
 
 def _view(segment: SharedMemory, slot: Mapping[str, Any]) -> Tensor:
-    """The slot's tensor in the segment's memory. Delete it before the segment is closed."""
+    """Returns a tensor in the segment's own memory. The caller must delete it before the segment is closed."""
     dtype, shape = getattr(torch, slot["dtype"]), slot["shape"]
     flat = torch.frombuffer(segment.buf, dtype=dtype, count=math.prod(shape), offset=slot["offset"])
     return flat.view(shape)

@@ -1,4 +1,4 @@
-"""Prompts to token ids and sampled ids to text, with the tokenizer and chat template of a model folder."""
+"""Tests the conversion of prompts to token ids and of sampled ids to text, with a model folder's chat template."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ PICTURE = picture((60, 60))
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The scale model's tokenizer beside a config with 16 image tokens for a picture without crops."""
+    """A folder with the scale model's tokenizer and a config in which a picture without crops has 16 image tokens."""
     made = tokenizer.save(tmp_path)
     config = StepVLConfig(
         vision_config={"image_size": 224, "width": 16, "layers": 1, "heads": 2},
@@ -45,7 +45,7 @@ def test_a_prompt_has_one_image_token_per_picture_and_ends_where_the_response_be
 def test_the_length_counts_every_picture_in_full(folder: Path) -> None:
     chat = Chat(folder)
     alone = chat.length(asking("Hello"))
-    assert chat.length(asking("Hello", PICTURE)) == alone + 16 + 2  # with its start and end
+    assert chat.length(asking("Hello", PICTURE)) == alone + 16 + 2  # 2 for its start token and its end token
 
 
 def test_text_keeps_the_think_tags_and_drops_control_tokens(folder: Path) -> None:
@@ -102,5 +102,5 @@ def test_a_prompt_is_rendered_once_for_all_its_responses(folder: Path, monkeypat
     ids = [(chat.prompt_ids(one), chat.length(one)) for _ in range(16)]
     assert len(set(ids)) == 1 and len(rendered) == 1
     assert chat.prompt_ids(other) != ids[0][0] and len(rendered) == 2
-    same = replace(one)  # equal, but another object
+    same = replace(one)  # an equal prompt, but another object
     assert (chat.prompt_ids(same), chat.length(same)) == ids[0] == (Chat(folder).prompt_ids(one), chat.length(one))

@@ -1,4 +1,5 @@
-"""The commands `rollout.generate` and `rl.evaluate`, and the proxy of rollout.serve, with the scale model in vLLM."""
+"""Tests the commands `rollout.generate` and `rl.evaluate` and the proxy of rollout.serve, with the scale model in
+vLLM."""
 
 import asyncio
 import json
@@ -29,14 +30,14 @@ TEMPLATE = ROOT / "recipes/scale/pacore.jinja"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """The scale model, served as the commands serve it."""
+    """The URL of a server with the scale model, started in the same way as by the commands."""
     with ModelTarget(str(MODEL), max_length=512).serve() as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with two held-out problems of each family, next to its pictures."""
+    """A file with two held-out problems of each family. The pictures are in the same folder."""
     folder = tmp_path_factory.mktemp("problems")
     lines = ROWS.read_text().splitlines()
     folder.joinpath("rows.jsonl").write_text("\n".join(lines[i] for i in range(0, 1024, 128)) + "\n")
@@ -72,7 +73,7 @@ def test_each_line_has_trajectories_synthesis_and_tokens(answered: Path) -> None
         assert 0 < last["shown"] <= 6
         assert record["tokens"] == sum(r["tokens"] for one in record["rounds"] for r in one["replies"])
         assert last["replies"][0]["prompt_tokens"] > first["replies"][0]["prompt_tokens"]
-    assert any(len({r["text"] for r in record["rounds"][0]["replies"]}) > 3 for record in found)  # own seeds
+    assert any(len({r["text"] for r in record["rounds"][0]["replies"]}) > 3 for record in found)  # seeds differ
     places = [r["answer"] for r in found if "pointing" in r["id"] or "grounding" in r["id"]]
     assert any("[0." in answer for answer in places)
 
@@ -96,7 +97,7 @@ def test_a_problem_with_an_incomplete_line_is_answered_again(
     assert sorted(r["id"] for r in records(cut)) == sorted(r["id"] for r in records(answered))
 
 
-def test_another_setting_needs_another_file(
+def test_an_out_file_with_other_settings_is_refused(
     answered: Path, problems: Path, url: str, capsys: pytest.CaptureFixture
 ) -> None:
     assert generate.main(arguments(problems, answered, url, "--seed", "5")) == WRONG_INPUT
@@ -126,7 +127,7 @@ def test_an_evaluation_measures_cached_trajectories(
     assert all(len(record["rounds"][-1]["replies"]) == 2 for record in records(tmp_path / "cache.jsonl"))
 
 
-def test_modes_without_a_synthesis_need_no_model_where_trajectories_are_given(
+def test_modes_without_a_synthesis_need_no_model_if_trajectories_are_given(
     answered: Path, problems: Path, capsys: pytest.CaptureFixture
 ) -> None:
     options = ["--model", "m", "--url", "http://127.0.0.1:9/v1", "--data", str(problems), "--profile", "cpu"]
@@ -237,12 +238,12 @@ def test_a_problem_that_is_too_long_is_reported_and_the_others_are_answered(
     failed, found = sorted(records(out), key=lambda record: record["id"])
     assert "leaves no room for a response" in failed["error"] and found["answer"] == "4"
     assert "1 without an answer; the first, 0" in capsys.readouterr().err
-    code, _ = scripted(tmp_path, [Reply("5")])  # the same command answers this problem only
+    code, _ = scripted(tmp_path, [Reply("5")])  # the same command again sends only this problem
     assert code == generate.DONE
     assert {r["id"]: r["answer"] for r in records(out) if "error" not in r} == {"0": "5", "1": "4"}
 
 
-def test_another_problem_with_the_same_id_is_answered(tmp_path: Path) -> None:
+def test_a_changed_problem_with_the_same_id_is_answered(tmp_path: Path) -> None:
     code, out = scripted(tmp_path, [Reply("4")], rows=1)
     assert code == generate.DONE
     data = tmp_path / "rows.jsonl"
@@ -252,7 +253,7 @@ def test_another_problem_with_the_same_id_is_answered(tmp_path: Path) -> None:
     assert [r["answer"] for r in records(out)] == ["4", "6"]
 
 
-def test_an_endpoint_that_refuses_the_model_ends_the_command_and_the_answers_stay(
+def test_an_endpoint_that_refuses_the_model_ends_the_command_and_earlier_answers_are_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     def script(request: dict[str, Any]) -> Reply:
@@ -271,7 +272,7 @@ def test_temporary_errors_of_the_endpoint_are_retried(tmp_path: Path, monkeypatc
     assert code == generate.DONE and records(out)[0]["answer"] == "4"
 
 
-def test_a_file_of_another_program_is_not_written_to(tmp_path: Path) -> None:
+def test_a_file_that_another_program_wrote_is_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "notes.jsonl"
     path.write_text('{"text": "mine"}\n')
     with pytest.raises(ValueError, match=r"notes.jsonl:1 was not written by this command; give another OUT file"):

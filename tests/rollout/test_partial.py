@@ -1,4 +1,5 @@
-"""Partial rollouts: who is finished in which iteration, and that nothing sampled is lost, doubled or mislabelled."""
+"""Tests partial rollouts: in which iteration each group is complete, and that every sampled token is used once with the
+right logprob and policy step."""
 
 import json
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ from tests.support.learner import config
 
 
 class Counting:
-    """An engine whose answer to row i is 1, 2, 3, ... up to a length of its own; the logprob is minus the weights'
-    step. Other samples of the row are one token longer each."""
+    """An engine that answers row i with the tokens 1, 2, 3, ..., lengths[i]. The logprob of each token is minus the
+    number of updates of the weights."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths, self.step = lengths, 0
@@ -49,7 +50,7 @@ def partial(lengths: Sequence[int], *, wanted: int, chunk: int, room: int = 50) 
 
 
 def learned(sampler: PartialRollouts, engine: Counting) -> None:
-    """The weights after one more iteration."""
+    """Loads new weights into the engine, as after one more iteration."""
     engine.step += 1
     sampler.load("weights", engine.step)
 
@@ -58,7 +59,7 @@ def rows(rollouts: Sequence[Rollout]) -> list[int]:
     return [int(rollout.prompt.id) for rollout in rollouts]
 
 
-def test_an_iteration_ends_when_enough_groups_are_whole_and_the_rest_goes_on_in_the_next() -> None:
+def test_an_iteration_ends_when_enough_groups_are_complete_and_the_others_continue_in_the_next() -> None:
     sampler, engine = partial([3, 9, 4, 2, 30], wanted=2, chunk=4)
     assert rows(in_order(sampler.sample(PROMPTS[:3], 1, 1))) == [0, 2]
     learned(sampler, engine)
@@ -75,7 +76,7 @@ def test_every_token_keeps_the_logprob_and_the_step_of_the_weights_that_sampled_
     assert (long.policy_step, long.pieces, long.prompt_ids, long.finish) == (0, ((0, 4), (1, 5)), (1,), "stop")
 
 
-def test_a_group_counts_when_all_its_responses_are_there_and_what_is_there_is_not_sampled_again() -> None:
+def test_a_group_is_yielded_when_all_its_responses_are_finished_and_no_token_is_sampled_twice() -> None:
     sampler, engine = partial([4, 40, 40], wanted=1, chunk=8)
     assert [index for index, _ in sampler.sample(PROMPTS[:3], 2, 1)] == [0, 1]
     assert [request.max_tokens for request in engine.asked] == [8] * 6
@@ -85,14 +86,14 @@ def test_a_group_counts_when_all_its_responses_are_there_and_what_is_there_is_no
     assert [len(request.prompt_ids) for request in engine.asked[:4]] == [9, 9, 9, 9]
 
 
-def test_a_response_ends_at_the_sequence_length_however_it_is_cut() -> None:
+def test_a_response_sampled_in_pieces_ends_at_the_maximum_sequence_length() -> None:
     sampler, engine = partial([100, 100], wanted=2, chunk=8, room=20)
     found = in_order(sampler.sample(PROMPTS[:2], 1, 1))
     assert [(len(rollout.response_ids), rollout.finish) for rollout in found] == [(20, "length")] * 2
     assert [request.max_tokens for request in engine.asked[::2]] == [8, 8, 4]
 
 
-def test_each_piece_has_a_seed_of_its_own_and_the_first_that_of_a_response_sampled_at_once() -> None:
+def test_each_piece_has_its_own_seed_and_the_first_piece_has_the_seed_of_a_whole_response() -> None:
     sampler, engine = partial([20, 20], wanted=2, chunk=8)
     in_order(sampler.sample(PROMPTS[:2], 1, 1))
     assert len({request.seed for request in engine.asked}) == 6
@@ -102,7 +103,7 @@ def test_each_piece_has_a_seed_of_its_own_and_the_first_that_of_a_response_sampl
     assert [request.seed for request in engine.asked] == first
 
 
-def test_what_was_begun_goes_through_a_checkpoint_and_goes_on_as_if_nothing_had_happened() -> None:
+def test_a_run_resumed_from_a_checkpoint_continues_unfinished_groups_identically() -> None:
     found = []
     for broken_off in (False, True):
         sampler, engine = partial([3, 9, 4, 2, 30], wanted=2, chunk=4)
@@ -116,7 +117,7 @@ def test_what_was_begun_goes_through_a_checkpoint_and_goes_on_as_if_nothing_had_
     assert found[0] == found[1]
 
 
-def test_a_checkpoint_holds_its_own_iteration_even_when_the_next_is_already_sampled() -> None:
+def test_a_checkpoint_has_the_groups_of_its_own_iteration_even_if_the_next_is_already_sampled() -> None:
     sampler, _ = partial([3, 9, 4, 2, 30], wanted=2, chunk=4)
     in_order(sampler.sample(PROMPTS[:3], 1, 1))
     left = sampler.unfinished(1)
@@ -125,7 +126,7 @@ def test_a_checkpoint_holds_its_own_iteration_even_when_the_next_is_already_samp
     assert sampler.unfinished(1) == left
 
 
-def test_a_row_that_is_gone_is_named() -> None:
+def test_the_error_for_a_missing_row_names_the_row() -> None:
     sampler, _ = partial([3, 9, 4], wanted=2, chunk=4)
     in_order(sampler.sample(PROMPTS[:3], 1, 1))
     with pytest.raises(ValueError, match=r"responses to row '1' are unfinished, but data\.train does not have this"):
@@ -136,7 +137,7 @@ def test_a_row_that_is_gone_is_named() -> None:
     (None, [range(4), range(4, 8), range(8, 12)]),
     (0.3, [range(6), range(6, 10), range(10, 14)]),
 ])  # fmt: skip
-def test_the_first_iteration_begins_the_extra_prompts_and_none_is_ever_skipped(share, expected) -> None:
+def test_the_first_iteration_starts_the_extra_prompts_and_no_prompt_is_skipped(share, expected) -> None:
     made = config("x").model_dump()
     made["rollout"]["partial"] = None if share is None else {"extra_prompts": share}
     asked = Config.model_validate(made)

@@ -1,4 +1,4 @@
-"""Prompts to rollouts: who gets which request, with which seed, and in what order answers come back."""
+"""Tests the pool of engines: which engine gets which request, the seeds, the order of results, and dead engines."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from tests.support.engines import PROMPTS, Echo, Letters, in_turns, pool
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_rollouts_come_back_in_order_with_a_prompts_own_as_neighbours(workers: int) -> None:
+def test_rollouts_are_returned_in_the_order_of_the_prompts(workers: int) -> None:
     made, _ = pool(workers)
     rollouts = in_order(made.sample(PROMPTS, 2, iteration=1))
     assert [r.text for r in rollouts] == [f"answer to {i}" for i in range(5) for _ in range(2)]
@@ -24,17 +24,17 @@ def test_each_rollout_is_yielded_with_its_index_as_soon_as_it_arrives(workers: i
     pairs = list(pool(workers)[0].sample(PROMPTS, 2, iteration=1))
     assert sorted(index for index, _ in pairs) == list(range(10))
     assert {index: rollout.prompt.id for index, rollout in pairs} == {index: str(index // 2) for index in range(10)}
-    assert pairs[0][0] != 0  # the engines answer their last request first
+    assert pairs[0][0] != 0  # these engines answer their last request first
 
 
-def test_every_sample_has_a_seed_of_its_own_that_does_not_depend_on_the_number_of_workers() -> None:
+def test_every_sample_has_its_own_seed_which_does_not_depend_on_the_number_of_engines() -> None:
     seeds = [[r.response_ids[1] for r in in_order(pool(n)[0].sample(PROMPTS, 3, iteration=2))] for n in (1, 2)]
     assert seeds[0] == seeds[1]
     assert len(set(seeds[0])) == 15
     assert seeds[0] != [r.response_ids[1] for r in in_order(pool(1)[0].sample(PROMPTS, 3, iteration=3))]
 
 
-def test_work_is_dealt_by_a_fixed_rule() -> None:
+def test_prompts_are_distributed_to_engines_by_a_fixed_rule() -> None:
     made, engines = pool(2)
     in_order(made.sample(PROMPTS, 1, iteration=1))
     assert [[r.prompt_ids[0] for r in e.asked] for e in engines] == [[0, 2, 4], [1, 3]]
@@ -46,7 +46,7 @@ def test_the_prompt_and_its_response_share_the_sequence_length() -> None:
     assert engines[0].asked[0].max_tokens == 9
 
 
-def test_a_check_asks_for_one_short_response_of_each_prompt_with_a_seed_of_its_own() -> None:
+def test_a_check_samples_one_short_response_to_each_prompt_with_its_own_seed() -> None:
     made, engines = pool(1, length=100)
     made.check_tokens = 7
     assert len(made.check(PROMPTS, 3)) == 5
@@ -56,7 +56,7 @@ def test_a_check_asks_for_one_short_response_of_each_prompt_with_a_seed_of_its_o
     assert not checked & {request.seed for request in engines[0].asked[5:]}
 
 
-def test_greedy_asks_once_at_temperature_zero() -> None:
+def test_greedy_sends_one_request_per_prompt_at_temperature_zero() -> None:
     made, engines = pool(1)
     assert len(in_order(made.greedy(PROMPTS))) == 5
     assert {r.temperature for r in engines[0].asked} == {0.0}
@@ -76,7 +76,8 @@ def test_a_prompt_that_fills_the_sequence_is_refused_by_name() -> None:
 
 
 class Mortal(Echo):
-    """Dies after so many of its answers, two at a time; at once if there are none."""
+    """An engine that sends two answers at a time and dies after `answers` answers. With 0 it also dies in `load`; with
+    None it does not die."""
 
     def __init__(self, answers: int | None = None) -> None:
         super().__init__()
@@ -91,14 +92,14 @@ class Mortal(Echo):
 
 
 class Dead(Ready):
-    """An answer that never comes, and why."""
+    """The result of a call to a dead engine: it raises an error."""
 
     def result(self, patience: float | None = None) -> Any:
         raise self.value
 
 
 def mortal_pool(*answers: int | None) -> tuple[EnginePool, list[Mortal], list[int]]:
-    """A pool, the engines that it has had, and which were replaced."""
+    """Returns a pool, all engines that it has ever used, and the numbers of the replaced engines."""
     engines = [Mortal(one) for one in answers]
     replaced: list[int] = []
     chat: Any = Letters()
@@ -112,26 +113,26 @@ def mortal_pool(*answers: int | None) -> tuple[EnginePool, list[Mortal], list[in
     return made, engines, replaced
 
 
-def test_what_a_dead_engine_had_not_answered_is_asked_of_another_with_the_same_weights_and_seeds() -> None:
+def test_unanswered_requests_of_a_dead_engine_go_to_another_with_the_same_weights_and_seeds() -> None:
     expected = in_order(pool(2)[0].sample(PROMPTS, 2, iteration=1))
     made, engines, replaced = mortal_pool(None, 2)
     made.load("weights", 4)
     pairs = list(made.sample(PROMPTS, 2, iteration=1))
     assert [rollout.response_ids for rollout in in_order(pairs)] == [rollout.response_ids for rollout in expected]
-    assert sorted(index for index, _ in pairs) == list(range(10))  # each once
+    assert sorted(index for index, _ in pairs) == list(range(10))  # every response is yielded once
     assert (replaced, made.replaced) == ([1], 1)
     assert engines[2].loaded == [("weights", 4)]
-    assert len(engines[2].asked) == 2  # of four, two were answered
+    assert len(engines[2].asked) == 2  # the dead engine had answered two of its four requests
 
 
-def test_an_engine_that_dies_while_it_takes_weights_is_replaced() -> None:
+def test_an_engine_that_dies_while_it_loads_weights_is_replaced() -> None:
     made, engines, replaced = mortal_pool(None, 0)
     made.load("weights", 4)
     assert (replaced, engines[2].loaded) == ([1], [("weights", 4)])
     assert in_order(made.sample(PROMPTS, 1, iteration=1))[0].policy_step == 4
 
 
-def test_an_engine_is_not_blamed_when_the_policy_dies_whose_weights_it_waits_for() -> None:
+def test_an_engine_is_not_replaced_if_the_policy_dies_before_sending_the_weights() -> None:
     made, engines, replaced = mortal_pool(None)
     engines[0].load = lambda weights, step: Dead(SourceDied("the policy is gone"))
     with pytest.raises(SourceDied, match="the policy is gone"):

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible proxy with a scripted endpoint: modes by the model's name, streams, usage, errors."""
+"""Tests the OpenAI-compatible proxy with a scripted endpoint: modes in the model's name, streams, usage, errors."""
 
 import asyncio
 import json
@@ -157,7 +157,7 @@ def test_an_invalid_n_is_left_to_the_endpoint_to_refuse() -> None:
     run(scenario)
 
 
-def test_fields_of_the_request_go_to_all_trajectories() -> None:
+def test_fields_of_the_request_are_sent_with_all_trajectories() -> None:
     async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
         await client.chat.completions.create(model="step", messages=ASK, temperature=0.6, max_tokens=77)
         assert [(body["temperature"], body["max_tokens"]) for body in behind.bodies] == [(0.6, 77)] * 2
@@ -165,7 +165,7 @@ def test_fields_of_the_request_go_to_all_trajectories() -> None:
     run(scenario)
 
 
-def test_the_synthesis_shows_the_pictures_of_the_problem() -> None:
+def test_the_synthesis_prompt_contains_the_pictures_of_the_problem() -> None:
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     messages: list[Any] = [{"role": "user", "content": [picture, {"type": "text", "text": "What?"}]}]
 
@@ -220,7 +220,7 @@ def test_trajectories_end_when_the_client_disconnects() -> None:
     run(scenario)
 
 
-def test_messages_for_which_there_is_no_room_are_left_out() -> None:
+def test_messages_that_do_not_fit_into_the_prompt_are_left_out() -> None:
     async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
         behind.fail = lambda body: (
             web.json_response({"error": {"message": LONG}}, status=400) if text_of(body).count("Answer ") > 2 else None
@@ -276,7 +276,7 @@ def test_models_are_listed_with_their_modes() -> None:
         ({"messages": []}, "messages must be a list that is not empty"),
     ],
 )
-def test_a_request_that_a_synthesis_cannot_answer_is_refused(change: dict[str, Any], why: str) -> None:
+def test_a_request_that_pacore_cannot_answer_is_refused(change: dict[str, Any], why: str) -> None:
     async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
         request: Any = {"model": "step", "messages": ASK, **change}
         with pytest.raises(BadRequestError, match=why):

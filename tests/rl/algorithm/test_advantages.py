@@ -1,4 +1,4 @@
-"""Advantages and returns from rewards and values: cut responses and normalisation."""
+"""Tests the advantages and returns that are computed from rewards and values, with cut responses and normalisation."""
 
 import torch
 from torch import Tensor
@@ -24,19 +24,19 @@ def estimate(*, cut: Tensor | None = None, normalized: bool = False) -> tuple[Te
     )
 
 
-def test_returns_are_the_rewards_and_advantages_what_they_exceed_the_values_by():
+def test_returns_are_the_rewards_and_advantages_are_returns_minus_values():
     advantages, returns = estimate()
     assert returns.tolist() == [[1, 1], [-1, 0]]
     assert advantages.tolist() == [[0.5, 0.5], [-1.25, 0]]
 
 
-def test_a_cut_response_earns_its_final_value_in_place_of_its_reward():
+def test_a_cut_response_gets_its_final_value_instead_of_its_reward():
     advantages, returns = estimate(cut=torch.tensor([False, True]))
     assert returns.tolist() == [[1, 1], [0.5, 0]]
     assert advantages.tolist() == [[0.5, 0.5], [0.25, 0]]
 
 
-def test_normalisation_changes_the_advantages_and_not_the_returns():
+def test_normalisation_changes_the_advantages_but_not_the_returns():
     advantages, returns = estimate(normalized=True)
     assert returns.tolist() == [[1, 1], [-1, 0]]
     chosen = advantages[MASK]

@@ -1,4 +1,4 @@
-"""rl.algorithm.gae: advantages by hand, against a plain loop, with holes, and to the last digit on long responses."""
+"""Compares the advantages of rl.algorithm.gae with values computed by hand and with a plain loop."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,8 @@ def row(*numbers: float) -> Tensor:
 def loop_gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: object, lam: object, bootstrap: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The definition, token by token, in the dtype of `values`; gamma and lam may differ by row ([N])."""
+    """Computes the definition of GAE token by token, in the dtype of `values`. gamma and lam may have a value per row,
+    [N]."""
     r, v, here = rewards.T.numpy(), values.T.numpy(), mask.T.numpy()
     gamma, decay = (np.asarray(x, v.dtype) for x in (gamma, np.asarray(gamma) * np.asarray(lam)))
     advantages = np.zeros_like(v)
@@ -65,7 +66,7 @@ def test_every_token_between_multiplies_by_gamma_and_lambda() -> None:
     torch.testing.assert_close(returns, row(0.5, 2, 8))
 
 
-def test_tool_text_between_two_response_tokens_changes_nothing() -> None:
+def test_tool_text_between_two_response_tokens_does_not_change_the_result() -> None:
     plain, _ = gae(row(0, 1), row(0.5, 0.25), row(1, 1).bool(), gamma=0.5, lam=0.9)
     spaced, returns = gae(
         row(7, 0, 7, 7, 1, 7), row(7, 0.5, 7, 7, 0.25, 7), row(0, 1, 0, 0, 1, 0).bool(), gamma=0.5, lam=0.9
@@ -83,7 +84,7 @@ def test_bootstrap_is_the_value_after_the_last_token() -> None:
     torch.testing.assert_close(returns, row(1, 2, 0))
 
 
-def test_bootstrap_of_a_row_without_tokens_goes_nowhere() -> None:
+def test_bootstrap_of_a_row_without_tokens_is_ignored() -> None:
     nothing = torch.zeros(1, 3, dtype=torch.bool)
     advantages, returns = gae(row(1, 1, 1), row(1, 1, 1), nothing, gamma=1, lam=1, bootstrap=torch.tensor([5.0]))
     assert not advantages.any() and not returns.any()
@@ -100,11 +101,11 @@ def test_equals_the_loop(gamma: float, lam: float, holes: bool, with_bootstrap: 
     torch.testing.assert_close(got, loop_gae(rewards, values, mask, gamma, lam, ending), rtol=1e-12, atol=1e-12)
 
 
-def test_long_responses_are_the_float64_loop_rounded_once() -> None:
+def test_advantages_of_long_responses_are_the_rounded_float64_result() -> None:
     cases = [(1.0, 1.0), (1.0, 0.999), (1.0, 0.95), (0.9999, 1.0), (0.99, 0.9), (1.0, 0.0), (0.0, 1.0)]
     rewards, values, _ = random_case(2, 65_536, holes=False)
     mask = torch.stack([torch.ones(65_536), torch.rand(65_536, generator=torch.Generator().manual_seed(2))]) > 0.3
-    # All (gamma, lam) as rows, so that the slow loop runs once per precision.
+    # Each (gamma, lam) is a row of one batch, so that the slow loop runs only once per precision.
     gamma, lam = np.repeat(np.array(cases), 2, axis=0).T
     many = [x.repeat(len(cases), 1) for x in (rewards, values, mask)]
     exact = loop_gae(many[0].double(), many[1].double(), many[2], gamma, lam)
@@ -124,10 +125,10 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def test_a_batch_that_several_threads_share_is_complete_and_the_same_for_any_number(
+def test_the_result_is_the_same_for_any_number_of_threads(
     set_threads: Callable[[int], None],
 ) -> None:
-    rewards, values, mask = random_case(50_001, 64, holes=True)  # four tasks, of which the last is a small one
+    rewards, values, mask = random_case(50_001, 64, holes=True)  # four tasks for threads; the last task is smaller
     set_threads(1)
     alone = gae(rewards, values, mask, gamma=0.99, lam=0.9)
     set_threads(3)
@@ -153,7 +154,7 @@ def test_rows_of_a_batch_do_not_affect_each_other() -> None:
         torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=0)
 
 
-def test_what_lies_outside_the_mask_is_never_looked_at() -> None:
+def test_values_outside_the_mask_are_never_read() -> None:
     rewards, values, mask = random_case(6, 100, holes=True)
     expected = gae(rewards, values, mask, gamma=0.99, lam=0.9)
     for garbage in (torch.nan, torch.inf):
@@ -170,7 +171,7 @@ def test_what_lies_outside_the_mask_is_never_looked_at() -> None:
         (torch.float64, torch.float64),
     ],
 )
-def test_results_are_float32_unless_the_values_are_finer(given: torch.dtype, result: torch.dtype) -> None:
+def test_results_are_float32_or_float64_like_the_values(given: torch.dtype, result: torch.dtype) -> None:
     values = row(0.5, 0.25).to(given)
     got = gae(row(0, 1), values, row(1, 1).bool(), gamma=1, lam=1, bootstrap=torch.zeros(1, dtype=torch.bfloat16))
     torch.testing.assert_close(got, (row(0.5, 0.75).to(result), row(1, 1).to(result)))
@@ -193,13 +194,13 @@ def test_an_empty_batch_has_empty_advantages(shape: tuple[int, int]) -> None:
 
 def test_wrong_arguments_say_what_to_do() -> None:
     x, mask = row(1, 2), row(1, 1).bool()
-    with pytest.raises(ValueError, match=r"one shape \[N, R\]"):
+    with pytest.raises(ValueError, match=r"same shape \[N, R\]"):
         gae(x, row(1, 2, 3), mask, gamma=1, lam=1)
     with pytest.raises(ValueError, match=r"mask\.bool\(\)"):
         gae(x, x, x, gamma=1, lam=1)
     with pytest.raises(ValueError, match=r"gamma is 1\.5"):
         gae(x, x, mask, gamma=1.5, lam=1)
-    with pytest.raises(ValueError, match="one each"):
+    with pytest.raises(ValueError, match="one value each"):
         gae(x, x, mask, gamma=1, lam=1, bootstrap=torch.zeros(2))
 
 
@@ -213,12 +214,12 @@ def test_equal_advantages_normalise_to_zero() -> None:
     assert normalize(torch.full((5, 7), 0.1), torch.ones(5, 7, dtype=torch.bool)).abs().max() < 1e-6
 
 
-def test_normalising_nothing_is_refused() -> None:
+def test_normalising_without_a_chosen_token_is_refused() -> None:
     with pytest.raises(ValueError, match="no token to normalise"):
         normalize(row(1, 2), row(0, 0).bool())
 
 
-def test_the_whole_reward_is_paid_on_the_last_chosen_token() -> None:
+def test_the_last_chosen_token_gets_the_whole_reward() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]).bool()
     rewards = terminal_rewards(torch.tensor([1.0, 0.5, 0.0]), mask)
     assert rewards.tolist() == [[0, 1, 0, 0], [0, 0, 0.5, 0], [0, 0, 0, 0]]

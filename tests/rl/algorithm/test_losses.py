@@ -1,4 +1,5 @@
-"""rl.algorithm.losses: values and gradients by hand, extremes, and that splitting a minibatch changes nothing."""
+"""Compares rl.algorithm.losses with values and gradients computed by hand. Also tests extreme ratios, and that a split
+minibatch gives the same gradients."""
 
 import math
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def test_without_a_ratio_the_gradient_is_minus_weight_times_advantage_per_token(
             logprobs, row(0, 0, 0), row(2, -4, 7), row(1, 1, 0).bool(), size=MinibatchSize(4, 1), weights=weights
         )[0]
 
-    # -(1 * 2) / 4, -(0.5 * -4) / 4, masked; and the ratio being 1, the loss is their sum
+    # gradients: -(1 * 2) / 4, -(0.5 * -4) / 4, 0 for the masked token; the loss is their sum, because the ratio is 1
     torch.testing.assert_close(gradient(loss, row(-1, -2, -3)), row(-0.5, 0.5, 0))
     torch.testing.assert_close(loss(row(-1, -2, -3)), torch.tensor(0.0))
 
@@ -60,22 +61,22 @@ def test_without_a_ratio_old_logprobs_only_feed_the_statistic() -> None:
     assert near[1]["approx_kl"] == 0 < far[1]["approx_kl"]
 
 
-def test_the_clip_stops_only_what_would_go_further() -> None:
-    # ratios 1.5, 1.5, 0.5, 0.5 with clip 0.2; advantages +1, -1, +1, -1: the first and the last are held
+def test_the_clip_removes_the_gradient_only_if_the_ratio_would_move_further_away() -> None:
+    # ratios 1.5, 1.5, 0.5, 0.5 and advantages +1, -1, +1, -1 with clip 0.2: the first and the last token are clipped
     old, logprobs = row(0, 0, 0, 0), row(1.5, 1.5, 0.5, 0.5).log()
     advantages = row(1, -1, 1, -1)
 
     def loss(logprobs: Tensor) -> tuple[Tensor, Sums]:
         return clipped_policy_loss(logprobs, old, advantages, ones(1, 4), size=MinibatchSize(4, 1), clip=0.2)
 
-    # -(1.2 - 1.5 + 0.5 - 0.8) / 4 = 0.15; d/d logprob is -A * ratio / 4 where not held
+    # -(1.2 - 1.5 + 0.5 - 0.8) / 4 = 0.15; d/d logprob is -A * ratio / 4 for tokens that are not clipped
     value, sums = loss(logprobs)
     torch.testing.assert_close(value, torch.tensor(0.15))
     torch.testing.assert_close(gradient(lambda x: loss(x)[0], logprobs), row(0, 0.375, -0.125, 0))
     assert finish_sums(sums, tokens=4)["policy/clip_fraction"] == 0.5
 
 
-def test_before_the_first_step_both_readings_of_the_report_have_one_gradient() -> None:
+def test_before_the_first_step_both_readings_of_the_report_give_the_same_gradient() -> None:
     logprobs, advantages, weights = torch.randn(3, 2, 5).unbind()
     grads = [
         gradient(
@@ -87,7 +88,7 @@ def test_before_the_first_step_both_readings_of_the_report_have_one_gradient() -
     torch.testing.assert_close(*grads)
 
 
-def test_clip_weights_scale_tokens_after_clipping() -> None:
+def test_weights_scale_tokens_after_clipping() -> None:
     args = row(1.5).log(), row(0), row(1), ones(1, 1)
     value = clipped_policy_loss(*args, size=MinibatchSize(1, 1), weights=row(3), clip=0.2)[0]
     torch.testing.assert_close(value, torch.tensor(-3.6))  # -3 * 1.2
@@ -107,7 +108,7 @@ def test_tis_weights_are_the_ratio_up_to_the_cap() -> None:
     assert metrics["policy/tis_capped_fraction"] == pytest.approx(1 / 3)
 
 
-def test_no_cap_means_no_correction_and_an_infinite_one_no_truncation() -> None:
+def test_without_a_cap_nothing_is_corrected_and_an_infinite_cap_truncates_nothing() -> None:
     args = row(1000, 2).log(), row(1, 1).log(), ones(1, 2)
     assert tis_weights(*args, cap=None)[0].tolist() == [[1, 1]]
     torch.testing.assert_close(tis_weights(*args, cap=math.inf)[0], row(1000, 2))
@@ -159,7 +160,7 @@ def test_extreme_ratios_stay_finite(loss: PolicyLoss, gap: float, advantage: flo
 
 
 @every_loss
-def test_what_stands_outside_the_mask_is_never_looked_at(loss: PolicyLoss) -> None:
+def test_values_outside_the_mask_are_never_read(loss: PolicyLoss) -> None:
     nan = math.nan
     mask = row(0, 1, 0).bool()
     logprobs = row(nan, -1, nan).requires_grad_()
@@ -198,7 +199,7 @@ def test_gradients_and_statistics_do_not_depend_on_how_a_minibatch_is_split(loss
 
     everything = slice(0, 9)
     whole = run((slice(0, 6), everything))
-    # by rows of unequal token counts, and even within responses
+    # The split is between rows with different numbers of tokens, and also inside responses.
     split = run((slice(0, 1), everything), (slice(1, 6), slice(0, 4)), (slice(1, 6), slice(4, 9)))
     torch.testing.assert_close(split[0], whole[0])
     assert split[1] == pytest.approx(whole[1])
@@ -208,7 +209,7 @@ def test_explained_variance_of_a_perfect_a_constant_and_a_wrong_critic() -> None
     returns, mask = row(1, 2, 3, 99), row(1, 1, 1, 0).bool()
     assert explained_variance(returns, returns, mask) == 1
     assert explained_variance(row(7, 7, 7, 7), returns, mask) == 0
-    assert explained_variance(-returns, returns, mask) == -3  # errors vary with twice the returns: 1 - 4
+    assert explained_variance(-returns, returns, mask) == -3  # the errors are twice the returns, so it is 1 - 2^2
 
 
 def test_explained_variance_of_equal_returns_is_not_a_number() -> None:

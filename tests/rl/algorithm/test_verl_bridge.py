@@ -1,5 +1,5 @@
-"""verl_bridge: verl equals our code where it should, differs where the docstring says so, and results do not depend on
-how a minibatch is split."""
+"""Compares verl's functions with ours: both give equal results, except for the differences named in verl_bridge's
+docstring. Also tests that results do not depend on how a minibatch is split."""
 
 import math
 import subprocess
@@ -16,14 +16,14 @@ from rl.algorithm import verl_bridge
 from rl.algorithm.gae import gae
 from rl.algorithm.losses import MinibatchSize, PolicyLoss, clipped_policy_loss, finish_sums, tis_weights, value_loss
 
-# verl 0.9.1's whole registry; test_every_registered_loss_is_listed_here notices a new one.
+# All losses in the registry of verl 0.9.1. test_every_registered_loss_is_listed_here fails if verl adds a loss.
 ACCEPTED = ["vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "geo_mean", "dro", "cispo"]
 BY_SPLIT = ["clip_cov", "kl_cov"]
 NEEDED: dict[str, dict[str, float | str]] = {"dro": {"dro_beta": 0.5}}
 
 
 class Case:
-    """Six responses of 1 to 9 tokens with holes, logprobs that have drifted, and weights."""
+    """Six responses of 1 to 9 tokens with gaps in the mask, different old and new logprobs, and weights."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -39,7 +39,8 @@ class Case:
         self.weights = tis_weights(self.old, self.rollout, self.mask, cap=1.2)[0]
 
     def run(self, loss: PolicyLoss, *parts: slice, weighted: bool = True) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Loss, gradient and metrics over row ranges, each trimmed to its longest response."""
+        """Returns loss, gradient and metrics. Each range of rows in `parts` is one call, with the width of its longest
+        response."""
         leaf = self.logprobs.clone().requires_grad_()
         total, metrics = torch.zeros((), dtype=leaf.dtype), {}
         for part in parts or (slice(0, 6),):
@@ -99,14 +100,14 @@ def test_gradients_and_metrics_do_not_depend_on_the_split(name: str, weighted: b
 
 
 @pytest.mark.parametrize("mode", ["token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
-def test_every_way_to_add_up_tokens_is_free_of_the_split(mode: str) -> None:
+def test_no_aggregation_mode_depends_on_the_split(mode: str) -> None:
     factor = {"loss_scale_factor": 100} if mode.endswith("norm") else {}
     case, loss = Case(), verl_bridge.policy_loss("vanilla", {"loss_agg_mode": mode, **factor})
     torch.testing.assert_close(case.run(loss, *SPLITS[1])[:2], case.run(loss)[:2], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", BY_SPLIT)
-def test_losses_refused_for_the_split_do_depend_on_it(name: str) -> None:
+def test_losses_that_are_refused_for_their_split_really_depend_on_the_split(name: str) -> None:
     raw = registry()[name]
     loss = verl_bridge.VerlPolicyLoss(name, raw, verl_bridge._actor_config(name, {}, raw))
     assert verl_bridge._depends_on_split(loss)
@@ -114,19 +115,19 @@ def test_losses_refused_for_the_split_do_depend_on_it(name: str) -> None:
         verl_bridge.policy_loss(name)
 
 
-def test_bypass_mode_is_refused_with_what_to_use_instead() -> None:
+def test_the_error_for_bypass_mode_says_which_options_to_use_instead() -> None:
     with pytest.raises(ValueError, match=r"ppo\.rollout_correction"):
         verl_bridge.policy_loss("bypass_mode")
 
 
-def test_a_loss_of_the_users_that_normalises_each_part_is_refused(registered_by_a_user: str) -> None:
+def test_a_users_loss_that_normalises_each_part_is_refused(registered_by_a_user: str) -> None:
     before = torch.random.get_rng_state()
     with pytest.raises(ValueError, match=r"mine with \{\} is refused: on an example"):
         verl_bridge.policy_loss(registered_by_a_user)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_an_unknown_loss_lists_those_there_are() -> None:
+def test_the_error_for_an_unknown_loss_lists_all_losses() -> None:
     with pytest.raises(ValueError, match=r"no policy loss 'gsop'; choose one of vanilla, .*gspo.*cispo"):
         verl_bridge.policy_loss("gsop")
 
@@ -153,7 +154,7 @@ def test_vanilla_without_its_dual_clip_is_our_clipped_loss() -> None:
     assert theirs[2] == pytest.approx(ours[2])
 
 
-def test_dual_clip_lowers_the_loss_of_a_much_likelier_bad_token() -> None:
+def test_dual_clip_lowers_the_loss_of_a_bad_token_that_became_much_more_likely() -> None:
     old, logprobs = torch.tensor([[0.0]]), torch.tensor([[10.0]]).log()  # ratio 10
     args = logprobs, old, -torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
     size = MinibatchSize(1, 1)
@@ -168,7 +169,7 @@ def test_clip_ratio_sets_both_sides_unless_one_is_given() -> None:
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_garbage_outside_the_mask_and_extreme_ratios_stay_out_of_the_gradient(name: str) -> None:
+def test_the_gradient_is_finite_with_extreme_ratios_and_with_any_values_outside_the_mask(name: str) -> None:
     case, loss = Case(torch.float32), verl_bridge.policy_loss(name, NEEDED.get(name))
     clean = case.run(loss)
     for field in ("logprobs", "old", "advantages", "weights"):
@@ -179,7 +180,7 @@ def test_garbage_outside_the_mask_and_extreme_ratios_stay_out_of_the_gradient(na
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.9, 0.5), (0.9, 0.0)])
-def test_verls_gae_is_ours_whitened(gamma: float, lam: float) -> None:
+def test_verls_gae_equals_ours_after_whitening(gamma: float, lam: float) -> None:
     from verl.trainer.ppo.core_algos import compute_gae_advantage_return
     from verl.utils.torch_functional import masked_whiten
 
@@ -193,7 +194,7 @@ def test_verls_gae_is_ours_whitened(gamma: float, lam: float) -> None:
     assert not torch.allclose(ours[case.mask], theirs[case.mask])  # verl cannot turn the whitening off
 
 
-def test_verls_value_loss_is_ours_once_its_clip_is_out_of_reach() -> None:
+def test_verls_value_loss_equals_ours_if_its_clip_has_no_effect() -> None:
     from verl.trainer.ppo.core_algos import compute_value_loss
 
     case = Case()
@@ -205,7 +206,7 @@ def test_verls_value_loss_is_ours_once_its_clip_is_out_of_reach() -> None:
     )
     ours = float(value_loss(now, returns, case.mask, tokens=tokens))
     assert free == pytest.approx(ours)
-    assert clipped > ours  # the larger of both errors counts where the value has moved further than 0.2
+    assert clipped > ours  # if a value moved by more than 0.2, verl uses the larger of two errors
 
 
 def test_token_weights_are_our_truncated_importance_weights() -> None:
@@ -229,13 +230,13 @@ def test_sequence_weights_multiply_over_a_response() -> None:
     torch.testing.assert_close(weights, torch.tensor([[3.0, 3, 0], [4, 4, 4]]))
 
 
-def test_a_pair_of_thresholds_zeroes_what_lies_outside() -> None:
+def test_weights_outside_a_pair_of_thresholds_become_zero() -> None:
     old, rollout, mask = torch.tensor([[0.4, 1, 6]]).log(), torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool)
     found = verl_bridge.rollout_correction(old, rollout, mask, rollout_is="token", rollout_is_threshold="0.5_5")
     assert found.weights is not None and found.weights.tolist() == [[0, 1, 0]]
 
 
-def test_rejection_takes_tokens_or_whole_responses_out_of_the_mask() -> None:
+def test_rejection_removes_tokens_or_whole_responses_from_the_mask() -> None:
     old, rollout = torch.tensor([[1.0, 3.0, 1.0], [1.0, 1.0, 1.0]]).log(), torch.zeros(2, 3)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
     correct = partial(verl_bridge.rollout_correction, old, rollout, mask)

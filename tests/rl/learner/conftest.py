@@ -1,4 +1,4 @@
-"""The model folder that the tests of policy and critic start from."""
+"""Makes the model folder that the tests of policy and critic load."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.support.models import step_vl
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small STEP3-VL. Tests only read it."""
+    """The folder of a small STEP3-VL model. Tests must not write to it."""
     path = tmp_path_factory.mktemp("step_vl")
     hf_folder.save(step_vl(), path)
     return str(path)

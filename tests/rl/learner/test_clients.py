@@ -1,4 +1,4 @@
-"""Clients give the numbers of the plain objects. tests/rl/test_actors.py has the processes behind them."""
+"""Clients return the same numbers as plain objects in this process. tests/rl/test_actors.py tests other processes."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tests.support.learner import config
 from tests.support.models import text_model
 
 
-def test_an_update_through_clients_is_the_plain_objects_update(tmp_path: Path) -> None:
+def test_an_update_through_clients_equals_an_update_of_plain_objects(tmp_path: Path) -> None:
     folder = str(tmp_path / "model")
     hf_folder.save(text_model(), tmp_path / "model")
     made = config(folder, policy_lr=1e-2, critic_lr=1e-2)

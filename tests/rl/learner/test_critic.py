@@ -1,4 +1,4 @@
-"""The critic: it learns the returns, and neither packing nor reuse of a forward pass changes what it learns."""
+"""Tests that the critic learns the returns, and that packing and a reused forward pass do not change the update."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_the_critic_learns_the_returns(folder):
     assert losses[-1] < losses[0] / 4
 
 
-def test_a_critic_goes_on_with_the_values_of_an_earlier_one(folder, tmp_path):
+def test_a_new_critic_can_start_from_the_weights_of_a_saved_critic(folder, tmp_path):
     policy, earlier = Policy(folder, options()), Critic(folder, options({"critic_lr": 3e-3}))
     batch = batch_of(policy)
     features = features_of(policy)
@@ -37,7 +37,7 @@ def test_a_critic_goes_on_with_the_values_of_an_earlier_one(folder, tmp_path):
     assert not torch.allclose(learned, values)
 
 
-def test_a_folder_that_is_no_critic_of_the_model_is_refused(folder, tmp_path):
+def test_a_folder_without_a_critic_of_the_model_is_refused(folder, tmp_path):
     policy, critic = Policy(folder, options()), Critic(folder, options())
     model = hf_folder.read_config(folder)
     critic.write_model(critic.full_state(), tmp_path / "critic")
@@ -66,7 +66,7 @@ def test_critic_gradients_do_not_depend_on_how_a_minibatch_is_split(folder):
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-6, rtol=1e-4)
 
 
-def test_an_update_that_starts_with_a_kept_forward_pass_learns_the_same(folder):
+def test_an_update_that_reuses_a_forward_pass_gives_the_same_weights(folder):
     weights = []
     for keeps in (True, False):
         cfg = options({"critic_minibatches": 1, "critic_lr": 1e-3}, token_budget=24)
@@ -75,8 +75,8 @@ def test_an_update_that_starts_with_a_kept_forward_pass_learns_the_same(folder):
         given = (batch, make_targets(batch, *critic.values(batch, features), cfg.ppo), features)
         if not keeps:
             other = collate([Scored(Rollout(Prompt("p", "t", ()), "", "stop", (10,), (12,), (0.0,)), 0)])
-            critic.values(other, {})  # replaces the kept graph by one of a batch that is not trained on
+            critic.values(other, {})  # replaces the kept graph with the graph of another batch
         critic.update(*given, 1)
-        critic.update(*given, 2)  # no graph is kept for this one, in both cases
+        critic.update(*given, 2)  # in both cases, no graph is kept for the second update
         weights.append({name: parameter.detach() for name, parameter in critic.model.named_parameters()})
     torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Policy and critic split over two processes (FSDP2 on gloo) compute the same numbers as in one process."""
+"""Tests that policy and critic compute the same numbers in two processes (FSDP2 on gloo) as in one process."""
 
 import json
 import multiprocessing
@@ -28,7 +28,8 @@ ITERATIONS = 2
 
 
 def batch(prompts: int, *, pictures: bool) -> Batch:
-    """Every third prompt shows pictures; groups have one to three responses of different lengths."""
+    """Returns a batch in which every third prompt has pictures. Groups have one to three responses of different
+    lengths."""
     scored = []
     generator = torch.Generator().manual_seed(3)
     for number in range(prompts):
@@ -46,8 +47,8 @@ def batch(prompts: int, *, pictures: bool) -> Batch:
 
 CASES: dict[str, dict[str, Any]] = {
     "pictures and text": {"prompts": 7, "pictures": True},
-    # one group without pictures for two ranks: the second rank computes a row that does not count
-    "fewer groups than ranks": {"prompts": 2, "pictures": False, "ppo": {"minibatches": 1, "critic_minibatches": 1}},
+    # One group for two ranks: one of the ranks gets a packed row with `counts` False.
+    "fewer groups than ranks": {"prompts": 1, "pictures": False, "ppo": {"minibatches": 1, "critic_minibatches": 1}},
     "clip, entropy, recomputation": {
         "prompts": 5,
         "pictures": True,
@@ -60,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Policy and critic of one case, and the data that every iteration trains on."""
+    """The policy and the critic of one case, and the batch that every iteration trains on."""
 
     policy: Policy
     critic: Critic
@@ -81,7 +82,7 @@ class Pair:
         return self.critic.update(*given) | self.policy.update(*given)
 
     def keep(self, file: Path) -> None:
-        """Writes logprobs and values of the data, and the policy's weights."""
+        """Writes the batch's logprobs and values, and the policy's weights, to a file."""
         values = self.critic.values(self.data, self.features)[0]
         tensors = {"logprobs": self.policy.logprobs(self.data, self.features), "values": values}
         weights = self.policy.weights()
@@ -95,7 +96,8 @@ class Pair:
         steps = {}
         for name, model in models.items():
             steps[name] = model.save(folder / name, folder / "state" / name)
-            # One save at a time: here both use one process group, on which two saves at once may wait for each other.
+            # Only one model is saved at a time. In this test both models use the same process group, and two saves at
+            # the same time could wait for each other forever.
             while not model.written():
                 time.sleep(0.02)
         (folder / "steps.json").write_text(json.dumps(steps))
@@ -107,7 +109,7 @@ class Pair:
 
 
 def trained(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> None:
-    """Makes two iterations of critic and policy, a checkpoint and one more iteration; writes the results."""
+    """Makes two iterations of critic and policy, then a checkpoint, then one more iteration, and writes the results."""
     pair = Pair.of(ranks, case, str(folder / "model"))
     numbers: dict[str, float] = {}
     for iteration in range(1, ITERATIONS + 1):
@@ -121,7 +123,7 @@ def trained(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> 
 
 
 def continued(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> None:
-    """Makes one iteration after the checkpoint in `results`, with another number of ranks than it was saved with."""
+    """Loads the checkpoint in `results`, which another number of ranks saved, and makes one more iteration."""
     pair = Pair.of(ranks, case, str(folder / "model"))
     pair.restore(results)
     pair.iterate(ITERATIONS + 1)
@@ -129,7 +131,7 @@ def continued(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -
 
 
 def one_of_two(rank: int, address: str, folder: Path) -> None:
-    """Runs all cases in one of two processes."""
+    """Runs all cases as one of two ranks."""
     ranks = Ranks("cpu", rank, 2, address, threads=1)
     for name, case in CASES.items():
         trained(ranks, case, folder / name, folder / name / "2")
@@ -138,7 +140,7 @@ def one_of_two(rank: int, address: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
-    """A folder with <case>/<number of ranks>, written by one process and by two that run all cases."""
+    """A folder with the results of all cases, run in one process and in two: <case>/<number of ranks>."""
     folder = tmp_path_factory.mktemp("ranks")
     alone = Ranks("cpu", threads=1)
     for name, case in CASES.items():
@@ -163,7 +165,7 @@ def assert_close(one: Path, two: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_give_the_numbers_of_one(name, results):
+def test_two_ranks_return_the_same_numbers_as_one(name, results):
     one, two = (json.loads((results / name / count / "numbers.json").read_text()) for count in "12")
     assert one.keys() == two.keys()
     for key, number in one.items():
@@ -172,13 +174,13 @@ def test_two_ranks_give_the_numbers_of_one(name, results):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("file", ["tensors", "policy/model.safetensors", "critic/model.safetensors"])
-def test_two_ranks_save_and_hand_on_the_tensors_of_one(name, file, results):
+def test_two_ranks_save_and_return_the_same_tensors_as_one(name, file, results):
     assert_close(results / name / "1" / file, results / name / "2" / file)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("saved_by", ["1", "2"])
-def test_a_checkpoint_continues_with_another_number_of_ranks_as_with_its_own(name, saved_by, results):
+def test_a_checkpoint_continues_the_same_way_with_another_number_of_ranks(name, saved_by, results):
     found = results / name / saved_by
     assert_close(found / "one iteration later", found / "continued")
 
@@ -189,7 +191,7 @@ def test_every_rank_writes_its_own_share_of_the_training_state(results):
         assert len(files) == 2 and all(file.suffix == ".safetensors" for file in files)
 
 
-def test_ranks_that_outlast_their_time_limit_are_killed_and_those_of_a_failure_too():
+def test_all_ranks_are_killed_after_the_time_limit_or_the_failure_of_one_rank():
     with pytest.raises(TimeoutError, match=r"has not ended after 0\.5 s"):
         run_together(time.sleep, [(600,), (600,)], limit_s=0.5)
     with pytest.raises(RuntimeError, match="has failed with exit code 1"):

@@ -1,4 +1,5 @@
-"""The cache of picture features: each picture is encoded once, and again with the same result if it was dropped."""
+"""Tests the cache of picture features. Each picture is encoded once; after it is dropped, it is encoded again with the
+same result."""
 
 import torch
 
@@ -9,7 +10,7 @@ from rl.remote import Local
 from tests.support.learner import PICTURES, options
 
 
-def test_each_picture_goes_through_the_tower_once(folder):
+def test_each_picture_is_encoded_once(folder):
     store = FeatureStore([EncoderClient(Local(Policy(folder, options()))) for _ in range(2)], limit_mib=1)
     for _ in range(3):
         found = store.of([*PICTURES, PICTURES[0]])
@@ -18,11 +19,11 @@ def test_each_picture_goes_through_the_tower_once(folder):
     assert store.forwards == 2
 
 
-def test_a_picture_that_was_forgotten_has_the_same_features_again(folder):
+def test_a_picture_that_was_dropped_gets_the_same_features_again(folder):
     store = FeatureStore([EncoderClient(Local(Policy(folder, options())))], limit_mib=0)
     first = store.of(PICTURES)
     store.trim(using=[PICTURES[0].digest])
     again = store.of(PICTURES)
     store.trim()
     assert all(torch.equal(first[p.digest].result(), again[p.digest].result()) for p in PICTURES)
-    assert store.forwards == 3  # the picture in use was not dropped
+    assert store.forwards == 3  # two pictures, and one of them again; the picture in use was not dropped

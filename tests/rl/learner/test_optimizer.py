@@ -1,4 +1,4 @@
-"""Optimizer steps that are skipped, and the warm-up, in policy and critic."""
+"""Tests skipped optimizer steps and the warm-up of the learning rate, for policy and critic."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from tests.support.learner import batch_of, features_of, options
 
 
 @pytest.mark.parametrize("made", [Policy, Critic])
-def test_steps_whose_gradient_is_not_finite_are_left_out_and_counted_until_there_are_too_many(folder, made):
-    model = made(folder, options({"max_skipped_steps": 3}))  # two steps in an update
+def test_steps_without_a_finite_gradient_are_skipped_and_too_many_raise(folder, made):
+    model = made(folder, options({"max_skipped_steps": 3}))  # an update has two steps
     policy = Policy(folder, options())
     batch, features = batch_of(policy), features_of(policy)
     before = {n: p.detach().clone() for n, p in model.optimizer.parameters.items()}
@@ -26,7 +26,7 @@ def test_steps_whose_gradient_is_not_finite_are_left_out_and_counted_until_there
     assert all(torch.equal(before[n], p) for n, p in model.optimizer.parameters.items())
 
 
-def test_a_step_that_is_made_forgives_those_left_out_before(folder):
+def test_a_step_that_is_made_resets_the_count_of_skipped_steps(folder):
     policy = Policy(folder, options({"max_skipped_steps": 3}))
     batch, features = batch_of(policy), features_of(policy)
     bad = Targets(*(torch.full(batch.response_mask.shape, float("nan")) for _ in range(3)))

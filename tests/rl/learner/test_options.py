@@ -1,4 +1,4 @@
-"""The learner's options are those of the recipe."""
+"""Tests that the learner gets its options from the recipe."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from rl.learner.options import LearnerOptions
 from tests.support.learner import config
 
 
-def test_every_option_comes_from_its_place_in_the_recipe():
+def test_every_option_has_the_value_from_the_recipe():
     changes = {
         "seed": 5,
         "model": {

@@ -1,4 +1,5 @@
-"""Packed rows: the prompt once, the same numbers as one rollout per row, and the same number of rows for each rank."""
+"""Tests packed rows: they contain each prompt once, give the same logprobs as one rollout per row, and every rank gets
+the same number of them."""
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from tests.support.learner import group
 from tests.support.models import IMAGE_TOKEN, step_vl
 
 
-def test_a_packed_row_has_the_prompt_once_and_positions_that_continue_it():
+def test_a_packed_row_has_the_prompt_once_and_responses_continue_its_positions():
     (row,) = pack([group(3, 2, 1)], 100, None)
     assert row.token_ids.tolist() == [10, 11, 12, 20, 21, 21]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 3]
-    # a response's first token is predicted by the prompt's last, every other by its neighbour
+    # the prompt's last token predicts a response's first token; the token before it predicts every other token
     assert row.before.tolist() == [2, 3, 2]
     assert row.last.tolist() == [4, 5]
 
@@ -31,7 +32,7 @@ def test_a_sequence_over_the_budget_is_refused_with_its_sizes():
         pack([group(5, 6)], 10, None)
 
 
-def test_packed_groups_give_the_logprobs_of_one_rollout_per_row():
+def test_packed_groups_give_the_same_logprobs_as_one_rollout_per_row():
     model = step_vl()
     features = {"a": torch.randn(4, 32), "b": torch.randn(4, 32)}
     groups = [
@@ -60,13 +61,13 @@ def logprobs(model, rows, features) -> dict[int, torch.Tensor]:
     return out
 
 
-def test_pictures_in_the_prompt_change_what_every_response_token_is_worth():
+def test_other_pictures_in_the_prompt_change_the_logprob_of_every_response_token():
     model, g = step_vl(), group(3, 4, images=("a",))
     seen = [logprobs(model, pack([g], 50, IMAGE_TOKEN), {"a": torch.full((4, 32), v)})[0] for v in (0.0, 1.0)]
     assert ((seen[0] - seen[1]).abs() > 1e-2).all()
 
 
-def test_every_rank_has_as_many_rows_and_every_response_counts_once():
+def test_every_rank_has_the_same_number_of_rows_and_every_response_counts_once():
     groups = [group(5, *[4] * 7, first_row=0), group(3, 2, 9, first_row=7), group(1, 1, first_row=9)]
     ranks = [rows_of_rank(groups, 20, None, rank=r, ranks=3, pairs_per_token=10.0) for r in range(3)]
     assert len({len(rows) for rows in ranks}) == 1
@@ -74,14 +75,14 @@ def test_every_rank_has_as_many_rows_and_every_response_counts_once():
     assert sorted(counted) == list(range(10))
 
 
-def test_a_rank_without_work_keeps_step_with_the_smallest_row():
+def test_a_rank_without_work_gets_a_row_that_does_not_count():
     rows = rows_of_rank([group(5, 4)], 20, None, rank=0, ranks=2, pairs_per_token=10.0)
     other = rows_of_rank([group(5, 4)], 20, None, rank=1, ranks=2, pairs_per_token=10.0)
     assert sorted([rows[0].counts, other[0].counts]) == [False, True]
 
 
 def test_work_is_shared_evenly():
-    # differences 8 - 7 = 1 and 6 - 5 = 1, then 4 - 1 = 3, then 3 - 1 = 2: sums of 14 and 16
+    # the method merges the largest differences: 8 - 7 = 1, 6 - 5 = 1, 4 - 1 = 3, 3 - 1 = 2, so the sums are 14 and 16
     assert balanced([8, 7, 6, 5, 4], 2) == [[0, 2], [1, 3, 4]]
     assert balanced([], 2) == [[], []]
     work = torch.empty(200).log_normal_(0, 1, generator=torch.Generator().manual_seed(0)).tolist()

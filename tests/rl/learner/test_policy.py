@@ -1,4 +1,4 @@
-"""The PPO update: what is trained and what is not, and what must never change its gradient."""
+"""Tests the PPO update: which parameters are trained, and that packing does not change the gradient."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ def targets_of(batch: Batch, policy: Policy) -> Targets:
 
 
 def gradients(policy: Policy, batch: Batch, budget: int, old: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """The gradients of a minibatch that is the whole batch, in packed rows of at most `budget` tokens."""
+    """Returns the gradients of a minibatch with the whole batch, in packed rows of at most `budget` tokens."""
     learner = policy.options.learner.model_copy(update={"token_budget": budget})
     policy.options = replace(policy.options, learner=learner)
     policy._accumulate(batch.groups, batch, targets_of(batch, policy), features_of(policy), old)
@@ -65,7 +65,7 @@ def test_only_the_decoder_is_trained_and_the_encoder_stays_bit_identical(folder)
     assert not any(name.startswith(tuple(frozen)) for name in policy.optimizer.state())
 
 
-def test_a_saved_policy_carries_the_templates_that_it_was_trained_with(folder, tmp_path):
+def test_a_saved_policy_contains_the_templates_of_its_training(folder, tmp_path):
     chat, shown = tmp_path / "c.jinja", tmp_path / "s.jinja"
     chat.write_text("{{ messages[0].content }}")
     shown.write_text("{{ problem }}{{ messages }}")
@@ -77,7 +77,7 @@ def test_a_saved_policy_carries_the_templates_that_it_was_trained_with(folder, t
     assert (tmp_path / "named/chat_template.jinja").read_text() == chat.read_text()
 
 
-def test_a_rewarded_response_becomes_more_likely_and_a_punished_one_less(folder):
+def test_a_rewarded_response_becomes_more_likely_and_a_punished_response_less_likely(folder):
     policy = Policy(folder, options({"policy_lr": 1e-3, "minibatches": 1}))
     batch = batch_of(policy)
     features = features_of(policy)
@@ -90,7 +90,7 @@ def test_a_rewarded_response_becomes_more_likely_and_a_punished_one_less(folder)
 
 
 def test_the_two_readings_of_the_report_agree_while_policy_and_engine_are_the_same(folder):
-    # rho = 1 and nothing is clipped, so Eq. 2 and the plain policy gradient have one gradient
+    # rho = 1 and nothing is clipped, so Eq. 2 and the plain policy gradient have the same gradient
     found = []
     for ppo in ({"ratio": "none"}, {"ratio": "clip"}):
         policy = Policy(folder, options(ppo))
@@ -101,7 +101,7 @@ def test_the_two_readings_of_the_report_agree_while_policy_and_engine_are_the_sa
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_the_gap_is_the_mean_distance_between_engine_and_learner(folder):
+def test_the_gap_is_the_mean_difference_between_engine_and_learner_logprobs(folder):
     policy = Policy(folder, options())
     prompt = Prompt("p", "t", ())
     exact = policy.logprobs(collate([Scored(Rollout(prompt, "", "stop", (10, 11), (12, 13), (0.0, 0.0)), 0)]), {})

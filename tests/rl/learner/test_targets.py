@@ -1,4 +1,4 @@
-"""Advantages and returns of a batch, by hand."""
+"""Compares the returns of a batch with values computed by hand."""
 
 import torch
 
@@ -8,7 +8,7 @@ from rl.types import Prompt, Rollout, Scored
 from tests.support.learner import options
 
 
-def test_a_cut_response_is_worth_the_critics_estimate_where_the_recipe_bootstraps(folder):
+def test_a_cut_response_gets_the_critics_value_if_the_recipe_bootstraps(folder):
     prompt = Prompt("p", "t", ())
     rollouts = [Rollout(prompt, "", f, (1,), (2, 3), (0.0, 0.0)) for f in ("stop", "length")]
     batch = collate([Scored(r, reward) for r, reward in zip(rollouts, (1.0, -1.0), strict=True)])
@@ -16,5 +16,5 @@ def test_a_cut_response_is_worth_the_critics_estimate_where_the_recipe_bootstrap
     lowest = make_targets(batch, values, final, options().ppo)
     assert lowest.returns.tolist() == [[1, 1], [-1, -1]]
     bootstrap = make_targets(batch, values, final, options({"truncated": "bootstrap"}).ppo)
-    # the finished one keeps its reward; the cut one gets V(s_T) = 0.6 in place of its own
+    # the finished response keeps its reward; the cut response gets V(s_T) = 0.6 instead of its reward
     torch.testing.assert_close(bootstrap.returns, torch.tensor([[1, 1], [0.6, 0.6]]))

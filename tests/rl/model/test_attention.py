@@ -1,4 +1,4 @@
-"""Packed groups: outputs and gradients of both implementations equal those of attention with a full mask."""
+"""Compares both implementations of packed groups with attention that uses a full mask: outputs and gradients."""
 
 import pytest
 import torch
@@ -19,14 +19,14 @@ LAYOUTS = {
 
 
 def inputs(length: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """q, k and v as transformers passes them: [1, heads, T, D], with heads after tokens in memory."""
+    """Returns q, k and v in the layout that transformers uses: [1, heads, T, D], with heads after tokens in memory."""
     generator = torch.Generator().manual_seed(length)
     made = [torch.randn(1, length, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     return [x.to(dtype).transpose(1, 2) for x in made]
 
 
 def visible(layout: Layout) -> Tensor:
-    """[T, T] bool: True where the row's token sees the column's."""
+    """Returns [T, T] bool: True where the token of the row sees the token of the column."""
     places = torch.arange(layout.length)
     return sees(*layout.owners, places[:, None], places)
 
@@ -45,7 +45,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 
 def results(attend, layout: Layout, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
-    """The output and the gradients of q, k and v."""
+    """Returns the output, and the gradients of q, k and v."""
     given = [x.detach().to(device).requires_grad_() for x in inputs(layout.length, dtype)]
     out = attend(*given, layout)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
@@ -65,21 +65,22 @@ def test_a_token_sees_its_prompt_and_its_own_response_up_to_itself():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_outputs_and_gradients_are_those_of_masked_attention(layout):
+def test_outputs_and_gradients_equal_masked_attention(layout):
     for ours, expected in zip(results(on_cpu, layout), results(plain, layout), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_the_block_mask_for_gpus_shows_the_same_pairs(layout):
-    """torch has no backward pass of FlexAttention on CPUs, so gradients are compared on GPUs only (below)."""
+def test_attention_with_the_block_mask_for_gpus_has_the_same_outputs(layout):
+    """Compares only outputs, because torch has no backward pass of FlexAttention on CPUs. The next test compares
+    gradients on GPUs."""
     q, k, v = inputs(layout.length)
     torch.testing.assert_close(flex(q, k, v, layout), plain(q, k, v, layout), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-def test_outputs_and_gradients_on_a_gpu_are_those_of_masked_attention(layout):
+def test_outputs_and_gradients_on_a_gpu_equal_masked_attention(layout):
     for ours, expected in zip(results(flex, layout, device="cuda"), results(plain, layout), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-3)
 

@@ -1,4 +1,4 @@
-"""The STEP3-VL configuration: sizes that follow from it, and configs that are refused."""
+"""Tests the STEP3-VL configuration: the view sizes that it computes, and the configs that it refuses."""
 
 import json
 
@@ -14,7 +14,7 @@ def test_view_sizes_follow_from_the_token_counts():
     assert (config.global_size, config.crop_size) == (728, 504)
 
 
-def test_a_config_whose_views_and_tokens_disagree_is_refused():
+def test_a_config_with_inconsistent_view_size_and_token_count_is_refused():
     with pytest.raises(ValueError, match=r"global view of 728 pixels .*image_size is 448"):
         StepVLConfig(vision_config={"image_size": 448})
 

@@ -1,4 +1,4 @@
-"""Model folders: written and read again, and the errors for bad ones."""
+"""Tests that a written model folder loads as the same model, and tests the errors for bad folders."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(tmp_path):
         hf_folder.load(tmp_path)
 
 
-def test_a_folder_without_weights_or_config_says_what_is_not_there(tmp_path):
+def test_the_error_for_a_folder_without_weights_or_config_names_the_missing_file(tmp_path):
     with pytest.raises(hf_folder.CheckpointError, match=r"has no config\.json"):
         hf_folder.load(tmp_path)
     step_vl().config.save_pretrained(tmp_path)

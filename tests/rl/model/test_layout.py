@@ -1,4 +1,4 @@
-"""Sizes of views and crops, by hand."""
+"""Compares sizes of views and crops with values computed by hand."""
 
 import pytest
 
@@ -10,10 +10,10 @@ FULL = (728, 504, 169, 81)
 @pytest.mark.parametrize(
     ("size", "tokens"),
     [
-        ((224, 224), 171),  # small and square: the global view alone, with its start and end
+        ((224, 224), 171),  # small and square: only the global view, with a start token and an end token
         ((3024, 3024), 36 * 83 + 171 + 5),  # 6 x 6 crops, 5 newlines
-        ((728, 728), 4 * 83 + 171 + 1),  # 728 / 504 leaves 0.44 > 0.2 over, so 2 x 2
-        ((600, 300), 2 * 83 + 171),  # ratio 2: windows of the short side, one row, no newline
+        ((728, 728), 4 * 83 + 171 + 1),  # 728 / 504 = 1.44 and 0.44 > 0.2, so 2 x 2 crops
+        ((600, 300), 2 * 83 + 171),  # ratio 2: one row of 2 crops with the size of the short side, no newline
     ],
 )
 def test_pictures_take_as_many_tokens_as_the_published_code_says(size, tokens):

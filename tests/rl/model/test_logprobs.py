@@ -1,4 +1,4 @@
-"""Logprobs and entropies, computed in parts, have the values and gradients of those from all logits at once."""
+"""Tests that logprobs and entropies computed in parts equal those computed from all logits at once, with gradients."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from rl.model.logprobs import token_logprobs
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_parts_make_no_difference(monkeypatch, temperature):
+def test_logprobs_computed_in_parts_have_the_same_values_and_gradients(monkeypatch, temperature):
     monkeypatch.setattr(logprobs, "LOGITS", 70)  # 7 tokens at a time
     monkeypatch.setattr(logprobs, "LEAST", 1)
     torch.manual_seed(0)

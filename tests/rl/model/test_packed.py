@@ -1,4 +1,4 @@
-"""Inputs of the decoder and the cost of attention. tests/rl/learner/test_packing.py compares logprobs."""
+"""Tests the inputs of the decoder and the cost of attention. tests/rl/learner/test_packing.py compares logprobs."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from rl.model.packed import embed, pairs_per_token
 from tests.support.models import text_model
 
 
-def test_features_stand_in_the_image_slots_and_a_sampled_image_token_is_a_word():
+def test_features_fill_the_image_slots_and_a_sampled_image_token_is_embedded_as_a_word():
     words = torch.nn.Embedding(10, 2)
     ids, slots = torch.tensor([7, 7, 3, 7]), torch.tensor([True, True, False, False])
     features = [torch.full((1, 2), 5.0), torch.full((1, 2), 6.0)]
@@ -16,12 +16,12 @@ def test_features_stand_in_the_image_slots_and_a_sampled_image_token_is_a_word()
     assert torch.equal(inputs[2:], words(ids[2:]))
 
 
-def test_slots_and_features_that_do_not_match_are_refused_with_their_numbers():
+def test_different_numbers_of_slots_and_features_are_refused():
     with pytest.raises(ValueError, match="2 image slots but the pictures give 1 features"):
         embed(torch.nn.Embedding(10, 2), torch.tensor([7, 7]), torch.tensor([True, True]), [torch.ones(1, 2)])
 
 
 def test_the_cost_of_attention_by_hand():
-    # heads: 4 x 8 = 32 channels, keys and values 2 x 2 x 8 = 32; 32 hidden and 48 intermediate channels
-    # weights per layer: 32 * (2 * 32 + 32) + 3 * 32 * 48 = 7,680; a pair costs as much as 2 * 32 = 64 of them
+    # Channels: 4 x 8 = 32 in query heads, 2 x 2 x 8 = 32 in keys and values, 32 hidden and 48 intermediate.
+    # A layer has 32 * (2 * 32 + 32) + 3 * 32 * 48 = 7,680 weights. A pair costs as much as 2 * 32 = 64 weights.
     assert pairs_per_token(text_model().config) == 7680 / 64

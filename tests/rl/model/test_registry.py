@@ -1,4 +1,4 @@
-"""Which class builds the model of a config, and the image token of each family."""
+"""Tests which class builds the model of a config, and the image token of each family."""
 
 import json
 
@@ -17,12 +17,12 @@ def test_a_config_chooses_the_class_of_its_family():
     assert family(Qwen3Config()) is TextModel
 
 
-def test_only_families_that_see_pictures_have_an_image_token():
+def test_only_families_that_accept_pictures_have_an_image_token():
     config = StepVLConfig()
     token = family(config).image_token(config)
     assert token is not None
     assert (token.text, token.id) == ("<im_patch>", 151679)
-    assert token.expansion((224, 224)) == 171  # the global view's 169 tokens, its start and its end
+    assert token.expansion((224, 224)) == 171  # 169 tokens of the global view, a start and an end token
     assert family(Qwen3Config()).image_token(Qwen3Config()) is None
 
 

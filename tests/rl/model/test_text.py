@@ -1,4 +1,4 @@
-"""Text decoders of transformers: the same logits as transformers' own, and no pictures."""
+"""Tests that text decoders compute the same logits as transformers' own classes, and refuse pictures."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from rl.model.packed import hidden_states
 from tests.support.models import TEXT, randomized, text_model
 
 
-def test_transformers_own_folders_load_with_the_same_logits(tmp_path):
+def test_folders_saved_by_transformers_load_with_the_same_logits(tmp_path):
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     ids = torch.arange(10, 20)

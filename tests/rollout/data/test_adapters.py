@@ -1,4 +1,4 @@
-"""Public data sets, with rows made in their documented schemas."""
+"""Tests the adapters of public data sets, with rows in the documented schemas."""
 
 import json
 import re
@@ -101,7 +101,7 @@ def test_vision_arena_battle_keeps_the_winner(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_row_in_another_form_is_a_bad_row(tmp_path: Path, adapter: str, stored: Any, why: str) -> None:
+def test_a_row_with_another_schema_is_a_bad_row(tmp_path: Path, adapter: str, stored: Any, why: str) -> None:
     (bad,) = read([Source(path=str(jsonl(tmp_path, stored)), adapter=adapter, task="t")]).bad
     assert why in bad.reason
 
@@ -111,7 +111,7 @@ def test_the_error_for_an_unknown_adapter_lists_all(tmp_path: Path) -> None:
         read([Source(path=str(jsonl(tmp_path, row())), adapter="orz")])
 
 
-def test_the_guides_sources_are_valid_and_it_lists_all_adapters_and_options() -> None:
+def test_the_sources_in_docs_are_valid_and_docs_list_all_adapters_and_options() -> None:
     guide = (ROOT / "docs/data.md").read_text()
     shown = yaml.safe_load(guide.partition("```yaml\n")[2].partition("```")[0])["data"]
     config = load(RECIPE, profile="cpu", overrides=[f"data.train={json.dumps(shown['train'])}"]).config

@@ -1,4 +1,4 @@
-"""The notations of messages and pictures in data rows."""
+"""Tests the different notations of messages and pictures in data rows."""
 
 import base64
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_picture_parts_become_placeholders_and_paths_are_relative_to_the_file(tm
     assert [picture.size for picture in prompt.images] == [(5, 4), (3, 2)]
 
 
-def test_marks_in_the_text_take_the_column_images_in_order(tmp_path: Path) -> None:
+def test_pictures_of_the_column_images_replace_marks_in_order(tmp_path: Path) -> None:
     (tmp_path / "one.png").write_bytes(png((3, 2)))
     (tmp_path / "two.png").write_bytes(png((5, 4)))
     chat = [{"role": "user", "content": "<image>left, <image>"}]
@@ -31,7 +31,7 @@ def test_marks_in_the_text_take_the_column_images_in_order(tmp_path: Path) -> No
     assert [picture.size for picture in prompt.images] == [(3, 2), (5, 4)]
 
 
-def test_image_parts_without_a_picture_take_the_column_images(tmp_path: Path) -> None:
+def test_image_parts_without_a_picture_get_pictures_of_the_column_images(tmp_path: Path) -> None:
     (tmp_path / "one.png").write_bytes(png())
     chat = user({"type": "image"}, text("what?"))
     assert len(read_rows(jsonl(tmp_path, row(messages=chat, images=["one.png"])))[0].images) == 1
@@ -68,7 +68,7 @@ def test_pictures_both_in_messages_and_in_the_column_are_refused(tmp_path: Path)
 
 def test_pictures_are_not_decoded_while_reading(tmp_path: Path) -> None:
     whole = png((64, 64))
-    (tmp_path / "cut.png").write_bytes(whole[:60])  # a complete header (33 bytes), but not all pixels
+    (tmp_path / "cut.png").write_bytes(whole[:60])  # the complete header (33 bytes), but not all pixels
     prompt = read_rows(jsonl(tmp_path, row(messages=user({"type": "image", "image": "cut.png"}))))[0]
     assert prompt.images[0].size == (64, 64)
     with pytest.raises(OSError):

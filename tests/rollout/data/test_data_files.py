@@ -1,4 +1,4 @@
-"""Files and data sets: which are read, and the errors for the others."""
+"""Tests which files and data sets can be read, and the errors for all others."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from rollout.data.rows import read
 from tests.support.data_rows import jsonl, parquet, png, read_rows, reasons, row
 
 
-def test_a_hugging_face_folder_gives_the_same_prompts_as_its_rows(tmp_path: Path) -> None:
+def test_a_hugging_face_folder_gives_the_same_prompts_as_a_file_with_its_rows(tmp_path: Path) -> None:
     import datasets
 
     rows = [row(id=str(n), messages=[{"role": "user", "content": "<image>?"}], images=[png()]) for n in range(3)]
@@ -51,7 +51,7 @@ def test_streaming_is_refused_for_a_file(tmp_path: Path) -> None:
         read([Source(path=str(jsonl(tmp_path, row())), streaming=True)])
 
 
-def test_a_data_set_that_is_streamed_gives_the_same_rows_pictures_included(tmp_path: Path) -> None:
+def test_a_streamed_data_set_gives_the_same_rows_and_pictures(tmp_path: Path) -> None:
     pictures = [{"bytes": png(color=color), "path": None} for color in ("red", "blue")]
     (tmp_path / "set").mkdir()
     parquet(tmp_path / "set", *(row(id=f"r{n}", messages="?", images=[one]) for n, one in enumerate(pictures)))

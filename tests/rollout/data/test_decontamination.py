@@ -1,4 +1,4 @@
-"""Overlap of training rows with benchmarks."""
+"""Tests the search for training rows that overlap a benchmark."""
 
 from pathlib import Path
 

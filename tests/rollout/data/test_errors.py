@@ -1,4 +1,4 @@
-"""Bad rows: how they are listed, and what a recipe does with them."""
+"""Tests how bad rows are listed, and that a recipe can stop at bad rows or skip them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The order of prompts: shuffled passes, and sources mixed by weight."""
+"""Tests the order of prompts: shuffled passes, and sources mixed by weight."""
 
 from collections import Counter
 from pathlib import Path
@@ -21,7 +21,7 @@ def ids(drawn: list[Prompt]) -> list[str]:
     return [prompt.id for prompt in drawn]
 
 
-def test_each_row_comes_once_per_pass_also_if_batches_cross_its_end() -> None:
+def test_each_row_comes_once_per_pass_even_if_batches_cross_the_end_of_a_pass() -> None:
     order = PromptOrder(prompts(7), seed=1)
     drawn = [one for start in range(0, 21, 3) for one in ids(order.prompts_at(start, 3))]  # 7 batches of 3
     for start in (0, 7, 14):
@@ -65,7 +65,7 @@ def plan(*overrides: str) -> Plan:
     return make_plan(load(RECIPE, profile="cpu", overrides=[*overrides, "data.eval=[]"]).config)
 
 
-def test_weighted_sources_have_their_share_of_every_stretch(tmp_path: Path) -> None:
+def test_weighted_sources_have_their_share_in_every_part_of_the_run(tmp_path: Path) -> None:
     many, few = sums(tmp_path, "many", 30), sums(tmp_path, "few", 3)
     made = plan(f"data.train=[{{path: {many}, weight: 3}}, {{path: {few}, weight: 1}}]")
     for start in (0, 8, 40):

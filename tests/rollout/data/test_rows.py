@@ -1,4 +1,4 @@
-"""Data rows: columns, sources, ids, the reasons why rows cannot be used, samples."""
+"""Tests data rows: columns, sources, ids, the reasons why rows cannot be used, and samples."""
 
 import gzip
 import json
@@ -25,14 +25,14 @@ def test_a_text_row_becomes_a_prompt_with_its_answer_and_meta(tmp_path: Path) ->
 
 def test_fields_that_arrow_fills_with_nulls_are_absent(tmp_path: Path) -> None:
     (tmp_path / "one.png").write_bytes(png())
-    chat = user(text("what is "), {"type": "image", "image": "one.png"})  # Arrow gives all parts all keys
+    chat = user(text("what is "), {"type": "image", "image": "one.png"})  # Arrow gives every part the keys of all parts
     path = parquet(tmp_path, row(messages=chat, ground_truth=None, reference="a dog"))
     prompt = read_rows(path)[0]
     assert prompt.messages[0]["content"] == [text("what is "), {"type": "image"}]
     assert (prompt.ground_truth, prompt.reference) == (None, "a dog")
 
 
-def test_several_sources_are_read_one_after_the_other_and_share_their_ids(tmp_path: Path) -> None:
+def test_several_sources_are_read_in_order_and_must_not_have_the_same_ids(tmp_path: Path) -> None:
     first = jsonl(tmp_path, row(id=1), row(id=2))
     second = tmp_path / "more.jsonl.gz"
     second.write_bytes(gzip.compress(json.dumps(row(id="1")).encode()))
@@ -107,7 +107,7 @@ def test_columns_are_found_inside_other_columns_and_such_rows_need_no_id(tmp_pat
     )
 
 
-def test_the_columns_of_a_source_are_added_to_those_of_all_sources(tmp_path: Path) -> None:
+def test_the_columns_of_a_source_are_added_to_the_columns_for_all_sources(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     first = jsonl(tmp_path / "a", {"id": 1, "q": "one?", "answer": "1"})
@@ -166,7 +166,7 @@ def test_samples_are_rows_with_a_response_and_need_no_other_columns(tmp_path: Pa
     bare, whole, seen = read_samples(file)
     assert (bare.prompt.id, bare.prompt.messages, bare.prompt.ground_truth, bare.text) == ("line 1", (), 5, "5")
     assert (whole.prompt.task, whole.finish, len(whole.prompt.messages)) == ("sums", "length", 1)
-    assert [picture.digest for picture in seen.prompt.images] == ["d1"]  # of a picture that was bytes
+    assert [picture.digest for picture in seen.prompt.images] == ["d1"]  # the digest of a picture given as bytes
 
 
 @pytest.mark.parametrize(

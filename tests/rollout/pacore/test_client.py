@@ -1,4 +1,4 @@
-"""The client of an endpoint: order of requests, parsing of replies.
+"""Tests the client of an endpoint: the order of requests, and the parsing of replies.
 
 tests/rollout/test_serve.py and test_generate.py test its requests, retries and errors.
 """
@@ -9,7 +9,7 @@ from typing import Any
 from rollout.pacore.client import PrioritySemaphore, parse_replies
 
 
-def test_the_most_urgent_request_is_next_and_a_cancelled_one_loses_no_slot() -> None:
+def test_the_most_urgent_request_is_next_and_a_cancelled_request_returns_its_slot() -> None:
     async def scenario() -> list[str]:
         slots, order = PrioritySemaphore(1), list[str]()
 
@@ -30,7 +30,7 @@ def test_the_most_urgent_request_is_next_and_a_cancelled_one_loses_no_slot() -> 
     assert asyncio.run(scenario()) == ["a", "c", "d", "b", "last"]
 
 
-def test_a_request_for_several_replies_takes_as_many_slots_or_all() -> None:
+def test_a_request_for_several_replies_takes_one_slot_per_reply_or_all_slots() -> None:
     async def scenario() -> list[str]:
         slots, events = PrioritySemaphore(4), list[str]()
 
@@ -43,11 +43,11 @@ def test_a_request_for_several_replies_takes_as_many_slots_or_all() -> None:
         await asyncio.gather(use("a", 3), use("b", 2), use("c", 1), use("d", 100))
         return events
 
-    # b does not fit beside a; c would, but does not overtake it; d takes all there are
+    # There is no room for b while a runs. There is room for c, but it must not overtake b. d takes all slots.
     assert asyncio.run(scenario()) == ["+a", "-a", "+b", "+c", "-b", "-c", "+d", "-d"]
 
 
-def test_thinking_that_a_reasoning_parser_split_off_is_joined_again() -> None:
+def test_thinking_that_a_reasoning_parser_removed_is_put_back() -> None:
     message = {"content": "4", "reasoning_content": "2 + 2"}
     answer = {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {"completion_tokens": 7}}
     (reply,) = parse_replies(answer)
@@ -57,7 +57,7 @@ def test_thinking_that_a_reasoning_parser_split_off_is_joined_again() -> None:
     assert parse_replies(answer)[0].message == ""
 
 
-def test_each_reply_has_its_own_token_count_or_the_mean_if_the_endpoint_gives_only_the_sum() -> None:
+def test_each_reply_has_its_token_count_or_the_mean_if_the_endpoint_only_reports_the_sum() -> None:
     def choice(index: int, **more: Any) -> dict[str, Any]:
         return {"index": index, "message": {"content": f"{index}"}, "finish_reason": "stop", **more}
 

@@ -1,4 +1,4 @@
-"""Synthesis prompts: the draw of messages, the place of pictures, the template in use."""
+"""Tests synthesis prompts: how messages are drawn, where pictures are placed, and which template is used."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.support.data_rows import png
 PROMPT = Prompt("a", "t", ({"role": "user", "content": "What is 2 + 2?"},))
 
 
-def test_draws_have_all_sizes_no_duplicates_and_repeat_with_their_seed() -> None:
+def test_draws_have_all_sizes_and_no_duplicates_and_depend_only_on_the_seed() -> None:
     pool = [f"m{n}" for n in range(24)]
     accepted = tuple(n % 2 == 0 for n in range(24))
 
@@ -38,7 +38,7 @@ def test_without_messages_the_prompt_is_the_plain_problem() -> None:
     assert SynthesisPrompt().chat(replace(prompt, shown=PooledAnswers(()))) is prompt.messages
 
 
-def test_pictures_stay_where_they_are_in_the_problem(tmp_path: Path) -> None:
+def test_pictures_keep_their_places_in_the_problem(tmp_path: Path) -> None:
     template = tmp_path / "t.jinja"
     template.write_text("{{ problem }}|{% for m in messages %}{{ m }}|{% endfor %}")
     content = ({"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": "!"})
@@ -58,7 +58,7 @@ def test_an_invalid_template_is_refused(tmp_path: Path, text: str) -> None:
         SynthesisPrompt(tmp_path / "t.jinja")
 
 
-def test_the_template_of_the_models_folder_is_used_unless_another_is_named(tmp_path: Path) -> None:
+def test_the_template_in_the_models_folder_is_used_unless_another_is_given(tmp_path: Path) -> None:
     named = tmp_path / "named.jinja"
     assert (synthesis_template(tmp_path, None), synthesis_template(tmp_path, named)) == (None, named)
     carried = tmp_path / "pacore.jinja"

@@ -1,4 +1,4 @@
-"""SeRe and PaCoRe with a scripted model: rounds, compaction, seeds, order of requests, long prompts, tokens."""
+"""Tests SeRe and PaCoRe with a scripted model: rounds, compaction, seeds, order of requests, long prompts, tokens."""
 
 import asyncio
 import re
@@ -21,14 +21,15 @@ def reply(text: str, tokens: int = 5, finish: Any = "stop") -> Reply:
 
 
 class Model:
-    """Replies by a script: (text of the last message, seed) -> reply. `requests` has all requests."""
+    """A model that replies with `script`, a function of (text of the last message, seed). `requests` stores all
+    requests."""
 
     def __init__(self, script: Callable[[str, int], Reply]) -> None:
         self.script = script
         self.requests: list[tuple[str, int, int]] = []
 
     async def __call__(self, chat: Chat, seed: int, urgency: int, count: int = 1) -> list[Reply]:
-        """Counts the seed up for each reply of a request, as vLLM does."""
+        """Returns `count` replies. Like vLLM, it adds 1 to the seed for each reply of a request."""
         text = str(chat[-1]["content"])
         self.requests += [(text, seed + n, urgency) for n in range(count)]
         await asyncio.sleep(0)
@@ -55,7 +56,7 @@ def test_pacore_shows_final_answers_only_and_counts_all_tokens() -> None:
     assert (result.reply.message, result.tokens) == ("4", 17 * 5)
 
 
-def test_every_trajectory_has_a_seed_of_its_own_that_repeats() -> None:
+def test_every_trajectory_has_a_different_seed_which_is_the_same_in_the_next_run() -> None:
     models = [Model(lambda text, seed: reply(f"{seed}")) for _ in range(2)]
     first, second = (result_of(model, (4, 2)) for model in models)
     assert first == second
@@ -79,7 +80,7 @@ def test_each_trajectory_of_a_later_round_sees_the_messages_in_another_order() -
     result_of(model, (8, 4))
     later = [text for text, _, urgency in model.requests if urgency == 1]
     assert len(set(later)) == 4
-    assert len({"".join(sorted(text)) for text in later}) == 1  # the same messages
+    assert len({"".join(sorted(text)) for text in later}) == 1  # all prompts have the same messages
 
 
 def test_trajectories_without_a_final_answer_give_no_message() -> None:
@@ -103,7 +104,7 @@ def test_without_any_message_the_last_round_gets_the_plain_problem() -> None:
     assert result.rounds[-1].shown == 0 and result.reply.message == ""
 
 
-def test_messages_for_which_there_is_no_room_are_left_out_and_counted() -> None:
+def test_messages_that_do_not_fit_into_the_prompt_are_left_out_and_counted() -> None:
     def script(text: str, seed: int) -> Reply:
         if text.count("Answer ") > 10:
             raise PromptTooLong("too long")
@@ -141,7 +142,7 @@ def test_rounds_of_an_earlier_run_are_not_sampled_again() -> None:
 
 
 @pytest.mark.parametrize(("text", "plan"), [("16", (16,)), ("32,4", (32, 4)), (" 8, 2", (8, 2))])
-def test_a_plan_has_the_number_of_trajectories_of_each_round(text: str, plan: tuple[int, ...]) -> None:
+def test_a_plan_is_parsed_to_the_number_of_trajectories_per_round(text: str, plan: tuple[int, ...]) -> None:
     assert parse_plan(text) == plan
 
 
@@ -153,9 +154,9 @@ def test_an_invalid_plan_is_refused(text: str) -> None:
         parse_plan(text)
 
 
-def test_a_problems_synthesis_does_not_wait_for_the_trajectories_of_others() -> None:
+def test_the_synthesis_of_a_problem_does_not_wait_for_trajectories_of_other_problems() -> None:
     problems = [Prompt(f"{n}", "t", ({"role": "user", "content": f"problem {n}"},)) for n in range(8)]
-    slots, order = PrioritySemaphore(8), list[str]()  # the trajectories of two problems
+    slots, order = PrioritySemaphore(8), list[str]()  # room for the trajectories of two problems
 
     async def ask(chat: Chat, seed: int, urgency: int, count: int = 1) -> list[Reply]:
         async with slots.acquire(urgency, count):

@@ -1,4 +1,4 @@
-"""The server of a model: its arguments. tests/rollout/test_generate.py starts one."""
+"""Tests the arguments of a model's server. tests/rollout/test_generate.py starts such a server."""
 
 import json
 

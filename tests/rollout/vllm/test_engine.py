@@ -1,4 +1,4 @@
-"""The vLLM engine: problems of vLLM that it avoids, weight transfer (backend host), refused requests."""
+"""Tests the vLLM engine: the problems of vLLM that it avoids, weight transfer with backend host, refused requests."""
 
 import copy
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def requests(count: int = 4, length: int = 20, max_tokens: int = 12, temperature
 
 
 def all_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """All tensors, both of a tied pair included, as `load` needs them."""
+    """Returns all tensors in the form that `load` needs. If the embeddings are tied, the head is included too."""
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     return weights | {HEAD: weights.get(HEAD, weights[EMBEDDING])}
 
@@ -61,7 +61,7 @@ def test_an_engine_with_tied_embeddings_starts_with_its_folders_weights(
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_tied_embeddings_follow_every_load(tied: Served, seed: int) -> None:
+def test_every_load_updates_tied_embeddings(tied: Served, seed: int) -> None:
     model = changed(tied.model, seed)
     tied.engine.load(all_weights(model), step=seed)
     assert tied.engine.get("policy_step") == seed
@@ -75,7 +75,7 @@ def test_tied_embeddings_must_be_sent_twice(tied: Served) -> None:
         tied.engine.load(weights, step=1)
 
 
-def test_a_request_is_answered_with_one_uniform_number_per_token_of_its_own_generator(tied: Served) -> None:
+def test_each_token_uses_one_uniform_number_from_the_requests_own_generator(tied: Served) -> None:
     model = changed(tied.model, 7)
     tied.engine.load(all_weights(model), step=7)
     for request, answer in zip(batch := requests(), tied.engine.generate(batch), strict=True):
@@ -121,13 +121,13 @@ def _load_in_pieces(key: int, weights: dict[str, np.ndarray], size: int) -> int:
         host.SEGMENT_BYTES = whole
 
 
-def test_weights_larger_than_a_segment_arrive_in_pieces_and_leave_no_shared_memory(
+def test_weights_larger_than_a_segment_are_sent_in_batches_and_leave_no_shared_memory(
     tied: Served, engine_process: EngineProcess
 ) -> None:
     before = shared_memory_segments()
     model = changed(tied.model, 6)
     arrays = {name: tensor.numpy() for name, tensor in all_weights(model).items()}
-    assert engine_process.run(_load_in_pieces, tied.engine._key, arrays, 20_000) > 5  # layers span segments
+    assert engine_process.run(_load_in_pieces, tied.engine._key, arrays, 20_000) > 5  # so layers span several segments
     assert_sampled_from(model, tied.engine.generate(requests()))
     assert shared_memory_segments() == before
 
@@ -138,7 +138,7 @@ def test_part_of_a_layer_is_refused_and_later_calls_say_that_the_engine_must_be_
     before = shared_memory_segments()
     model = tiny.make_text_model(tmp_path, tied=False)
     engine = engine_process.start(tmp_path)
-    assert_sampled_from(model, engine.generate(requests(1)))  # untied: usable with the folder's own weights
+    assert_sampled_from(model, engine.generate(requests(1)))  # an untied model can be used before the first load
     with pytest.raises(RuntimeError, match=r"incomplete: model\.layers\.0\.self_attn\.qkv_proj"):
         engine.load({"model.layers.0.self_attn.q_proj.weight": torch.zeros(128, 64)}, step=1)
     with pytest.raises(RuntimeError, match="restart the engine"):
@@ -157,7 +157,7 @@ def test_weights_of_the_decoder_alone_can_be_loaded(step_vl: Served) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_logprobs_are_of_the_distribution_sampled_from(tied: Served, temperature: float) -> None:
+def test_logprobs_belong_to_the_sampled_distribution(tied: Served, temperature: float) -> None:
     tied.engine.load(all_weights(tied.model), step=0)
     assert_sampled_from(tied.model, tied.engine.generate(requests(temperature=temperature)), temperature)
 
@@ -166,14 +166,15 @@ def test_the_same_call_gives_the_same_bits_after_other_calls(step_vl: Served) ->
     shown = (tiny.picture(tiny.FOUR_CROPS, 1), tiny.picture(tiny.NO_CROP, 2))
     ask = [Request((tiny.IMAGE, tiny.IMAGE, *tiny.word_ids(150, i % 2)), shown, 8, seed=i) for i in range(4)]
     first = step_vl.engine.generate(ask)
-    step_vl.engine.generate(ask[:1])  # would leave its prompt's keys, values and pictures in the caches
+    step_vl.engine.generate(ask[:1])  # without a reset, its keys, values and pictures would stay in the caches
     step_vl.engine.generate(requests(3))
     assert step_vl.engine.generate(ask) == first
     assert [a.response_ids for a in first] == [a.response_ids for a in step_vl.engine.generate(ask)]
 
 
 def _reuse(key: int, batch: list[Request]) -> tuple[int, int]:
-    """Prompt tokens from the prefix cache, and pictures that the vision tower encoded, in one generate()."""
+    """Calls generate() once. Returns the number of prompt tokens from the prefix cache, and the number of pictures that
+    the vision tower encoded."""
     from rollout.vllm.step_vl import PatchedStepVL
     from tests.support.engine_process import _engines
 
@@ -205,7 +206,7 @@ def test_nothing_is_reused_from_earlier_calls(step_vl: Served, engine_process: E
 def test_requests_of_one_call_share_their_pictures(step_vl: Served, engine_process: EngineProcess) -> None:
     shown = (tiny.picture(tiny.NO_CROP), tiny.picture(tiny.ONE_CROP))
     batch = [Request((tiny.IMAGE, tiny.IMAGE, *tiny.word_ids(5, i)), shown, 2, seed=i) for i in range(4)]
-    assert engine_process.run(_reuse, step_vl.engine._key, batch)[1] == 2 + 1  # two views and a crop, not four times
+    assert engine_process.run(_reuse, step_vl.engine._key, batch)[1] == 2 + 1  # two global views and one crop
 
 
 def test_each_request_keeps_its_own_seed(step_vl: Served) -> None:
@@ -216,12 +217,12 @@ def test_each_request_keeps_its_own_seed(step_vl: Served) -> None:
     assert one != two  # also shows that top_k 1 of the folder's generation config is ignored
 
 
-def test_greedy_requests_are_refused_beside_sampled_ones(step_vl: Served) -> None:
+def test_greedy_and_sampled_requests_in_one_call_are_refused(step_vl: Served) -> None:
     with pytest.raises(ValueError, match="split them"):
         step_vl.engine.generate([*requests(1), *requests(1, temperature=0.0)])
 
 
-def test_greedy_takes_the_likeliest_token(tied: Served) -> None:
+def test_greedy_requests_sample_the_most_likely_token(tied: Served) -> None:
     tied.engine.load(all_weights(tied.model), step=0)
     answers = tied.engine.generate(requests(2, temperature=0.0))
     assert_sampled_from(tied.model, answers)
@@ -281,7 +282,7 @@ def test_a_device_that_the_installed_vllm_does_not_support_is_refused(
 
 
 def _compare_with_vllm(sizes: list[tuple[int, int]]) -> list[str]:
-    """The differences between our picture processor with the 10B model's config and vLLM's own."""
+    """Returns the differences between vLLM's picture processor and ours with the 10B model's config."""
     from vllm.transformers_utils.processors.step3_vl import Step3VLImageProcessor
 
     from rollout.vllm.step_vl import ScaledImageProcessor
@@ -298,13 +299,13 @@ def _compare_with_vllm(sizes: list[tuple[int, int]]) -> list[str]:
     return differences
 
 
-def test_scaled_processor_is_vllms_own_for_the_published_sizes(engine_process: EngineProcess) -> None:
+def test_the_scaled_processor_equals_vllms_for_the_published_sizes(engine_process: EngineProcess) -> None:
     sizes = [(50, 60), (727, 300), (727, 700), (728, 728), (900, 500), (600, 130), (1000, 200), (300, 20), (3100, 900)]
     assert engine_process.run(_compare_with_vllm, sizes) == []
 
 
-def test_more_seeded_prompts_than_one_step_holds_are_served_and_repeat(step_vl: Served) -> None:
-    """If a step has room for part of a prompt only, vLLM rewinds the generator, which fails on CPU."""
+def test_more_prompts_than_fit_into_one_step_give_the_same_responses_again(step_vl: Served) -> None:
+    """If a step has room for only part of a prompt, vLLM rewinds the generator, which fails on CPU."""
     shown = [tiny.picture(tiny.NO_CROP, seed) for seed in range(40)]
     prompt = (*tiny.word_ids(4), tiny.IMAGE, *tiny.word_ids(6, seed=1))
     requests = [Request(prompt, (shown[i % 40],), max_tokens=2, seed=i) for i in range(300)]

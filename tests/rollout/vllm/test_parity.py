@@ -1,4 +1,4 @@
-"""Learner and engine compute the same logprobs: within 1e-4 nats per token in float32, with pictures."""
+"""Tests that learner and engine compute the same logprobs within 1e-4 nats per token, in float32 and with pictures."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ from tests.conftest import Served
 from tests.support import tiny
 from tests.support.engine_process import EngineProcess
 
-WIDE_CROP = (168, 90)  # one crop that is higher than the picture
+WIDE_CROP = (168, 90)  # the picture has one crop, which is higher than the picture
 SHOWN = {
     "text only": [],
     "one picture": [tiny.NO_CROP],
@@ -53,8 +53,8 @@ def test_logprobs_of_sampled_tokens_agree(step_vl: Served, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text only", "several pictures"])
-def test_a_response_that_is_continued_has_the_logprobs_of_one_sampled_at_once(step_vl: Served, kind: str) -> None:
-    """As partial rollouts do: the tokens sampled so far are part of the next prompt."""
+def test_a_response_sampled_in_pieces_has_the_same_logprobs(step_vl: Served, kind: str) -> None:
+    """Samples a response like partial rollouts: the tokens sampled so far are part of the next prompt."""
     shown = [tiny.picture(size, seed) for seed, size in enumerate(SHOWN[kind])]
     request = replace(ask(shown), max_tokens=3)
     starts = step_vl.engine.generate([replace(request, seed=seed) for seed in range(8)])
@@ -80,7 +80,7 @@ def test_logprobs_of_given_tokens_agree(step_vl: Served, kind: str) -> None:
 
 @pytest.mark.parametrize("size", [tiny.NO_CROP, tiny.ONE_CROP, tiny.FOUR_CROPS])
 def test_another_picture_changes_the_logprobs(step_vl: Served, size: tuple[int, int]) -> None:
-    """Else the agreement of logprobs would say nothing about pictures."""
+    """If pictures did not change the logprobs, the other tests would not show that pictures are handled correctly."""
     tokens = (tiny.IMAGE, *tiny.word_ids(20))
     one, two = (torch.tensor(step_vl.engine.score(tokens, [tiny.picture(size, seed)])[-20:]) for seed in (1, 2))
     assert (one - two).abs().max() > 1e-2

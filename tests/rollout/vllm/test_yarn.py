@@ -1,4 +1,4 @@
-"""YaRN: engine, learner and transformers' model agree at positions beyond the trained ones."""
+"""Tests YaRN: engine, learner and transformers' model agree at positions beyond the trained positions."""
 
 import copy
 from pathlib import Path
@@ -20,7 +20,7 @@ TRAINED, FACTOR = 256, 2.0
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Qwen3ForCausalLM]:
-    """A model with few positions."""
+    """The folder of a model with few positions, and the model."""
     folder = tmp_path_factory.mktemp("short")
     model = tiny.make_text_model(folder, tied=False)
     model.config.max_position_embeddings = TRAINED
@@ -29,7 +29,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Qwen3ForCausa
 
 
 def extended(model: Qwen3ForCausalLM, factor: float | None = FACTOR) -> Qwen3ForCausalLM:
-    """transformers' model with the same weights."""
+    """Returns transformers' model with YaRN and the same weights."""
     made = Qwen3ForCausalLM(with_yarn(copy.deepcopy(model.config), factor)).float().eval()
     made.load_state_dict(model.state_dict())
     return made
@@ -55,7 +55,7 @@ def test_beyond_the_trained_positions_the_engine_equals_the_model(
         engine.close()
     expected = logprobs(extended(model), ids)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    assert (expected - logprobs(extended(model, None), ids)).abs().max() > 0.01  # differs from the model without YaRN
+    assert (expected - logprobs(extended(model, None), ids)).abs().max() > 0.01  # without YaRN the results differ
     whole = logprobs(extended(model), ids + answer.response_ids)[len(ids) - 1 :]
     torch.testing.assert_close(torch.tensor(answer.logprobs), whole, atol=1e-4, rtol=0)
 
@@ -81,7 +81,7 @@ def test_the_learner_equals_the_model_and_saves_the_extension(
     assert (positions(again), again.rope_parameters) == (512, config.rope_parameters)
 
 
-def test_a_vision_language_models_decoder_is_extended(tmp_path: Path) -> None:
+def test_the_decoder_of_a_vision_language_model_is_extended(tmp_path: Path) -> None:
     tiny.make_step_vl(tmp_path)
     plain, made = hf_folder.read_config(tmp_path), hf_folder.read_config(tmp_path, yarn=2.0)
     assert (positions(plain), positions(made)) == (2048, 4096)
@@ -89,7 +89,7 @@ def test_a_vision_language_models_decoder_is_extended(tmp_path: Path) -> None:
     assert overrides(made)["text_config"]["max_position_embeddings"] == 4096
 
 
-def test_positions_that_are_extended_in_another_way_are_refused(tmp_path: Path) -> None:
+def test_positions_already_extended_by_another_method_are_refused(tmp_path: Path) -> None:
     model = tiny.make_text_model(tmp_path, tied=False)
     model.config.rope_parameters = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}
     with pytest.raises(ValueError, match="its positions are extended by llama3 already"):
