@@ -144,7 +144,7 @@ def test_the_largest_number_of_boxes_is_matched_within_five_seconds() -> None:
 
 @pytest.mark.parametrize(
     ("truth", "said"),
-    [([], "takes"), ([LEFT, [0, 0, 2, 1]], "outside"), ([LEFT, [0, 0]], "takes"), ([LEFT] * (MOST + 1), "most is")],
+    [([], "takes"), ([LEFT, [0, 0, 2, 1]], "outside"), ([LEFT, [0, 0]], "takes"), ([LEFT] * (MOST + 1), "at most")],
 )
 def test_a_malformed_list_of_true_boxes_makes_the_row_invalid(truth: Any, said: str) -> None:
     with pytest.raises(Invalid, match=f"row-1.*{said}"):

@@ -319,5 +319,5 @@ def test_the_readme_is_short_and_its_picture_is_small_and_it_gives_the_size_of_t
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 160
     (size,) = re.findall(r"The wheel is\s+(\d+ MB) large", text)
-    assert f"the wheel is {size} large" in (ROOT / "recipes/README.md").read_text()  # test_installed.py measures it
+    assert f"The wheel is {size} large" in (ROOT / "recipes/README.md").read_text()  # test_installed.py measures it
     assert (ROOT / "docs/learning_curve.svg").stat().st_size < 60_000

@@ -97,7 +97,7 @@ def test_the_message_for_missing_rows_names_their_columns_and_a_profile_with_row
     with pytest.raises(MissingOption) as caught:
         load(SHIPPED / "rlvr.yaml")
     message = str(caught.value)
-    for part in ("rlvr.yaml: data.train is ???", "unpublished", "task, messages", "--profile cpu"):
+    for part in ("rlvr.yaml: data.train is ???", "not public", "task, messages", "--profile cpu"):
         assert part in message
 
 
