@@ -278,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lambda: _main(args),
         input_errors=(ValueError, FileNotFoundError),
         failures=(RuntimeError, OSError, TemplateError),
-        resume=f"The same command continues from the answers in {args.out}",
+        resume=f"The same command continues from what is in {args.out}",
     )
 
 
