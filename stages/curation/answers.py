@@ -1,4 +1,5 @@
-"""Stores every model answer on disk when it arrives. A curation that is killed and continued then asks nothing twice.
+"""Stores every model answer on disk when it arrives. If a curation is killed and continued, it therefore asks no
+question twice.
 
 Tested in tests/stages/curation/test_filters.py.
 """
@@ -52,7 +53,7 @@ class Answers:
         line = json.dumps({"kind": kind, "id": row_id, "n": number, **record}).encode() + b"\n"
         with self._lock:
             if self._file.closed or self.known.get((kind, row_id, number)) == record:
-                return  # the filter has ended, or the answer is stored already
+                return  # either the filter has ended, or the answer is stored already
             with writing(self.path):
                 self._file.write(line)
                 self._file.flush()
