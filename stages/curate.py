@@ -4,7 +4,7 @@
         rows/00000.jsonl       kept rows in the training format, each with its pool; meta.curation holds the results
         fates/00000.jsonl      the decisions about all rows of the block
         answers/00000-difficulty.jsonl   every answer of a model, in the order of arrival
-        pictures/              pictures that the data files hold as bytes
+        pictures/              pictures that were bytes inside a data file
         report.txt, report.html
 
 stages/curation/run.py does the work. rl/exits.py defines the exit codes.

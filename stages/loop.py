@@ -62,9 +62,7 @@ class Services:
     features: FeatureStore
     stage: Stage
     updates_in_parallel: bool = False  # True if policy and critic do not share a processor
-    interruptible: Callable[[], AbstractContextManager[None]] = (
-        nullcontext  # context manager: inside it, the run may be interrupted
-    )
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # while inside, a run may be interrupted
     while_waiting: Callable[[], None] = lambda: None  # called repeatedly while another thread samples
 
 
@@ -145,8 +143,8 @@ def ppo_iteration(
     interruption in this part loses nothing.
 
     With `rollout.max_staleness: 1`, the samples of this iteration were made while the previous iteration was training.
-    Before it trains, this function loads the newest weights into the engines. A second thread then samples the next
-    iteration (the prompts `following`).
+    Before the update, this function loads the newest weights into the engines, and starts a second thread. This thread
+    samples the next iteration (the prompts `following`) during the update.
     """
     config = services.config
     stats: dict[str, float] = {}
@@ -179,7 +177,8 @@ def ppo_iteration(
 
 
 class Diverged(RuntimeError):
-    """Raised if gradients were not finite in several successive steps. `scored` has the iteration's samples."""
+    """Raised if the gradients of several successive optimizer steps were not finite. `scored` has the iteration's
+    samples."""
 
     def __init__(self, message: str, scored: Sequence[Scored]) -> None:
         super().__init__(message)

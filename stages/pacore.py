@@ -1,7 +1,7 @@
-"""The stage PaCoRe. Each prompt contains pooled answers. Metrics show whether the policy only copies these answers.
+"""The stage PaCoRe. Each prompt contains pooled answers. Metrics show whether the policy only copies them.
 
 Pooled answers are the final answers of earlier attempts at the problem (PaCoRe, arXiv 2601.05593; STEP3-VL-10B report,
-3.2.4). The rows contain pooled answers, or the current policy generates them (`synthesis.pool: online`).
+3.2.4). The data rows contain these answers, or the current policy generates them (`synthesis.pool: online`).
 """
 
 import re
@@ -27,7 +27,7 @@ SHORTEST_QUOTE = 3  # minimum length of a quoted answer; shorter answers, such a
 
 
 class Pacore(Stage):
-    """Trains on pooled answers. The report gives all defaults except critic_minibatches."""
+    """Trains on prompts with pooled answers. All defaults except critic_minibatches are from the report."""
 
     name = "pacore"
     defaults: ClassVar[Mapping[str, Any]] = {

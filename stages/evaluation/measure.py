@@ -211,7 +211,7 @@ def _score_round(
     config: Config, rewards: RewardRunner, prompts: Sequence[Prompt], results: Mapping[str, PacoreResult], which: int
 ) -> dict[str, list[Scored]]:
     """Scores the replies of the round with the index `which`, and returns row id -> scored replies. Each round is
-    scored in a separate call, because a group reward compares all replies of one call to a row."""
+    scored in a separate call, because a group reward treats all replies to a row in one call as one group."""
     rollouts = [
         Rollout(prompt, reply.text, reply.finish)
         for prompt in prompts

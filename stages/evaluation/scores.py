@@ -14,7 +14,7 @@ from rollout.pacore.rounds import PacoreResult
 from stages.pacore import is_accepted
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
-ALL = "all"  # name in the column `task` of lines about all tasks together
+ALL = "all"  # value of the column `task` in result lines about all tasks together
 
 
 @dataclass(frozen=True)
