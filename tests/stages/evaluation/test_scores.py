@@ -17,7 +17,7 @@ def test_pass_at_one_is_the_share_of_right_attempts_and_pass_at_k_is_one_if_any_
     ("attempts", "right"),
     [
         (SPLIT, 0.0),
-        ([(boxed(4), 1.0), (boxed(5), 0.0), (r"\boxed{4}", 1.0)], 1.0),  # the two attempts with 4 give one answer
+        ([(boxed(4), 1.0), (boxed(5), 0.0), (r"\boxed{4}", 1.0)], 1.0),  # both forms of 4 are the same answer
         ([(boxed(5), 0.0), (boxed(4), 1.0)], 0.0),  # if two answers are equally frequent, the first one wins
         ([("<think>never", 0.0), (boxed(4), 1.0)], 1.0),  # an attempt without an answer does not vote
         ([("<think>never", 0.0)], 0.0),
