@@ -46,7 +46,7 @@ class Ahead(Generic[T]):
         thread.start()
 
     def has(self, iteration: int) -> bool:
-        """True if a task was started for this iteration and its result has not been taken yet."""
+        """True if a task was started for this iteration, and `take` has not returned the result yet."""
         return self._task is not None and self._task[0] == iteration
 
     def take(self, iteration: int, meanwhile: Callable[[], None]) -> T:

@@ -197,7 +197,8 @@ def is_accepted(scored: Scored, accept: Accept) -> bool:
 
 
 def longest_with_messages(prompt: Prompt, chat: "Chat", most: int) -> int:
-    """Returns the length of the prompt in tokens if it contains the longest messages of its pool (`most` messages)."""
+    """Returns how many tokens the prompt has if it contains the longest messages of the pool. The number of messages is
+    `most`."""
     by_length = sorted(prompt.messages_pool, key=lambda text: len(chat.tokenizer(text).input_ids), reverse=True)
     longest = replace(prompt, messages_pool=tuple(by_length[:most]), pool_accepted=())
     return chat.length(draw_messages(longest, len(longest.messages_pool), most, "all of them"))

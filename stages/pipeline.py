@@ -43,7 +43,7 @@ from stages.train import train
 
 ATTEMPTS = 16
 COMPARED = 4  # number of answers per row that the judge compares with the teacher's response
-SINGLE_ANSWER = "SeRe pass@1"  # the table's column for single answers
+SINGLE_ANSWER = "SeRe pass@1"  # the name of the table's column for single answers
 FINAL = "final"
 WIDTH = 160  # width of the table in characters if the output is not a terminal
 

@@ -91,7 +91,7 @@ class Plan:
         return [f"           {100 * (s.weight or 0) / total:.3g}% from {s.path}" for s in sources] if total else []
 
     def _disk(self) -> str:
-        """Returns a text with the maximum size that the run folder can reach."""
+        """Returns a text that says how large the run folder can become."""
         c = self.config
         every = c.checkpoint.keep_every
         # "+ 1" counts the checkpoint that is being saved.

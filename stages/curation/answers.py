@@ -1,5 +1,4 @@
-"""Stores every model answer on disk when it arrives. If a curation is killed and continued, it therefore asks no
-question twice.
+"""Stores every model answer on disk when it arrives. So a curation that is killed and continued asks no question twice.
 
 Tested in tests/stages/curation/test_filters.py.
 """
@@ -17,8 +16,8 @@ Key = tuple[str, str, int]  # kind of answer, row id, number of the answer
 
 
 class Answers:
-    """A file with one JSON line {kind, id, n, ...} per answer. Any thread may add lines. If a crash cut the last line,
-    that line is dropped."""
+    """A file with one JSON line {kind, id, n, ...} per answer. Any thread may add lines. If a crash has cut the last
+    line short, this line is dropped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -45,8 +45,9 @@ class Decision:
     """The decision of a filter about one row."""
 
     row: CandidateRow
-    dropped: str | None = None  # None if kept, else the reason, without details of this row: equal reasons are counted
-    detail: str = ""  # details of the reason, which concern only this row
+    # None if the row is kept, else the reason. It has no details of this row, so that equal reasons can be counted.
+    dropped: str | None = None
+    detail: str = ""  # details of the reason for this row
     filter: str = ""  # name of the filter that dropped the row; "" if it is kept
 
 

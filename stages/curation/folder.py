@@ -154,7 +154,7 @@ def row_record(row: CandidateRow, part_of: Callable[[Picture], dict[str, Any]] =
 
 
 def shortened(prompt: Prompt, most: int = 200) -> str:
-    """Returns the text of the last chat turn for the report, cut to `most` characters."""
+    """Returns the text of the last chat turn for the report. A text of more than `most` characters is cut."""
     content = prompt.messages[-1]["content"]
     parts = [content] if isinstance(content, str) else [p.get("text", "(picture) ") for p in content]
     text = "".join(parts)

@@ -29,7 +29,7 @@ class EvaluatedRow:
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over rows, with the confidence interval of this mean."""
+    """A mean over rows, and the confidence interval of this mean."""
 
     mean: float
     low: float
