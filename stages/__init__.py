@@ -15,7 +15,7 @@ from stages.rlhf import Rlhf
 from stages.rlvr import Rlvr
 
 STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (Rlvr, Rlhf, Pacore)}
-"""Name of a stage -> its class, in the order of the STEP3-VL-10B report."""
+"""Maps the name of each stage to the class of the stage, in the order of the STEP3-VL-10B report."""
 
 
 def stage_class(name: str) -> type[Stage]:

@@ -1,7 +1,7 @@
 """Runs work for the next iteration in a second thread, while the main thread works on the current iteration.
 
 With rollout.max_staleness: 1, the second thread samples the next iteration while the current iteration trains. In a
-curation, the second thread has judges score the next block of data rows.
+curation, judges score the next block of data rows in the second thread.
 """
 
 import threading
@@ -15,7 +15,7 @@ PATIENCE_S = 10.0  # seconds that `abandon` waits for the thread to end
 
 
 class Abandoned(Exception):
-    """Raised in the second thread when its result is no longer needed."""
+    """Raised in the second thread when the result of this thread is no longer needed."""
 
 
 class Ahead(Generic[T]):
@@ -26,7 +26,11 @@ class Ahead(Generic[T]):
         self._abandoned = threading.Event()
 
     def start(self, iteration: int, make: Callable[[], T]) -> None:
-        """Starts `make()` in the second thread for an iteration (or a block of rows). `make` must call `check`."""
+        """Starts `make()` in the second thread. `make` must call `check` repeatedly.
+
+        Args:
+            iteration: the number of the iteration (or of the block of rows) that `make` works for.
+        """
         if self._task is not None:
             raise RuntimeError(f"the result for {self._task[0]} has not been taken yet")
         future: Future[T] = Future()
@@ -34,7 +38,7 @@ class Ahead(Generic[T]):
         def run() -> None:
             try:
                 future.set_result(make())
-            except BaseException as error:  # `take` raises it again
+            except BaseException as error:  # `take` raises this error in the main thread
                 future.set_exception(error)
 
         thread = threading.Thread(target=run, name=f"ahead for {iteration}", daemon=True)
@@ -42,13 +46,13 @@ class Ahead(Generic[T]):
         thread.start()
 
     def has(self, iteration: int) -> bool:
-        """True if a task was started for this iteration and its result has not been taken yet."""
+        """True if a task was started for this iteration, and `take` has not returned the result yet."""
         return self._task is not None and self._task[0] == iteration
 
     def take(self, iteration: int, meanwhile: Callable[[], None]) -> T:
-        """Waits for this iteration's task and returns its result. Calls `meanwhile` every POLL_S while it waits.
+        """Waits for this iteration's task and returns the task's result. Calls `meanwhile` every POLL_S while it waits.
 
-        Raises: the exception of the task if the task failed.
+        Raises: the exception that the task has raised, if the task failed.
         """
         if self._task is None or self._task[0] != iteration:
             raise RuntimeError(f"nothing was started for {iteration}")
@@ -69,7 +73,7 @@ class Ahead(Generic[T]):
             raise Abandoned
 
     def abandon(self) -> None:
-        """Makes the thread end at its next call of `check`, and drops its result."""
+        """Makes the second thread end when it next calls `check`. The result of the thread is lost."""
         if self._task is not None:
             self._abandoned.set()
             self._task[2].join(PATIENCE_S)

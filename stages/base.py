@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 
 class SampleAndScore(Protocol):
-    """Samples responses with the current policy and scores them."""
+    """Samples responses with the current policy, and scores these responses."""
 
     def __call__(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
-        """Returns `per_prompt` scored rollouts for each prompt. Rollouts of the same prompt are adjacent."""
+        """Returns `per_prompt` scored rollouts for each prompt. In the list, the rollouts of a prompt stand next to
+        each other."""
         ...
 
 
@@ -36,19 +37,19 @@ class Stage:
     """
 
     name: ClassVar[str]
-    """The stage's name. The option `stage` has this value, and the stage's folder in a chain has this name."""
+    """The stage's name. It is the value of the option `stage`, and the name of the stage's folder in a chain."""
     defaults: ClassVar[Mapping[str, Any]]
     """Default values of options. stages/rlvr.py shows the options that every stage must set."""
     own_options: ClassVar[tuple[str, ...]] = ()
     """Options that only this stage accepts. Other stages refuse these options."""
     own_metrics: ClassVar[Mapping[str, str]] = {}
-    """Metrics that only this stage has: each name with a sentence that explains it. The metrics of this project's
-    stages are in rl/record/metrics.yaml."""
+    """Metrics that only this stage has: name of the metric -> sentence that explains the metric. The metrics of this
+    project's stages are in rl/record/metrics.yaml."""
     selection: ClassVar[str] = ""
-    """Describes the rows that `selects` accepts. The text ends the error message "none of the ... rows"."""
+    """Describes the rows that `selects` accepts. The error message "none of the ... rows" ends with this text."""
     comparable_evaluation: ClassVar[bool] = True
-    """True if this stage evaluates on unchanged rows. Then the evaluation before training also measures the previous
-    stage."""
+    """True if this stage evaluates on unchanged rows. In this case, this stage's evaluation before training also
+    measures the previous stage."""
     final_measure: ClassVar[Literal["accuracy", "win_rate"]] = "accuracy"
     """The measure that the final evaluation of a chain computes on the held-out rows of this stage."""
 
@@ -61,7 +62,7 @@ class Stage:
 
     @classmethod
     def curation_problem(cls, config: Config, curation: CurationOptions) -> str | None:
-        """Returns why this stage cannot train on rows from a curation with these options, or None if it can."""
+        """Returns None if this stage can train on rows from a curation with these options, else the reason why not."""
         return None
 
     @classmethod
@@ -73,7 +74,7 @@ class Stage:
 
     @classmethod
     def row_problem(cls, prompt: Prompt, config: Config, chat: "Chat", *, trains: bool) -> str | None:
-        """Returns why this stage cannot use a row, or None if it can.
+        """Returns None if this stage can use the row, else the reason why not.
 
         Args:
             trains: True for a training row, False for a held-out one.
@@ -125,10 +126,10 @@ class Stage:
 
 
 def room_problem(tokens: int, included: str, config: Config) -> str | None:
-    """Returns an error message if a prompt of `tokens` tokens leaves no room for a response, else None.
+    """Returns None if a prompt of `tokens` tokens leaves room for a response, else an error message.
 
     Args:
-        included: a word for the message that says what `tokens` includes besides text, for example "pictures".
+        included: what `tokens` counts besides text, for example "pictures"; the error message contains this word.
     """
     if tokens < config.max_sequence_length:
         return None

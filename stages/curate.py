@@ -1,10 +1,10 @@
 """Keeps the data rows that are worth training on: `python -m stages.curate RECIPE --out DIR [key=value ...]`.
 
     DIR/recipe.yaml            the resolved recipe
-        rows/00000.jsonl       kept rows in the training format, each with its pool; meta.curation holds the results
+        rows/00000.jsonl       kept rows in the training format, each with its pool; meta.curation: results of filters
         fates/00000.jsonl      the decisions about all rows of the block
         answers/00000-difficulty.jsonl   every answer of a model, in the order of arrival
-        pictures/              pictures that the data files hold as bytes
+        pictures/              pictures that were bytes inside a data file
         report.txt, report.html
 
 stages/curation/run.py does the work. rl/exits.py defines the exit codes.

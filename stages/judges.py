@@ -1,4 +1,4 @@
-"""Serves the judges of a run: the `endpoints` of the recipe that a reward uses and that have no url.
+"""Serves the judges of a run. These are the `endpoints` in the recipe that have no url and that a reward uses.
 
 Tested in tests/runs/test_judged_run.py.
 """
@@ -15,7 +15,7 @@ from rollout.vllm.server import Server
 from stages.plan import judge_gpus, served_here
 
 PATIENCE_S = 60.0
-"""A judge's process must answer within so many seconds when it is asked whether its server runs."""
+"""The process of a judge is asked whether its server runs, and must answer within this number of seconds."""
 
 
 class Judges:
@@ -32,7 +32,7 @@ class Judges:
         self._serving: list[RemoteObject[Server]] = []  # processes whose server has answered
 
     def ready(self) -> None:
-        """Waits until all servers answer, and tells the rewards the addresses of the servers."""
+        """Waits until all servers answer, and then gives the addresses of the servers to the rewards."""
         urls = {}
         for name, judge in self._processes.items():
             urls[name] = judge.start(Server.url).result()
@@ -40,11 +40,11 @@ class Judges:
         self._rewards.set_urls(urls)
 
     def revive(self, name: str, count_restart: Callable[[str], None]) -> None:
-        """Starts a judge again if the run serves this judge and its server has died.
+        """Starts a judge again if its server has died. Does nothing if the run does not serve this judge.
 
         Args:
-            count_restart: called with the reason before the restart. If this call raises an exception, the judge is not
-                restarted.
+            count_restart: called before the restart, with the reason for it. If this call raises an exception, the
+                judge is not restarted.
         """
         if self._is_dead(name):
             count_restart(f"judge {name}, which this run serves, has died and is started again")
@@ -69,14 +69,15 @@ class Judges:
             return True
 
     def _replace(self, name: str) -> None:
-        """Starts a new server at the old address, where the rewards expect it.
+        """Starts a new server at the old address, because the rewards use this address.
 
-        Raises Stop if this address is not available: its node is gone, or Ray placed the new server on another node.
+        Raises Stop if this address is not available: the old node is gone, or Ray has placed the new server on another
+        node.
         """
         old = self._processes[name]
         self._serving = [judge for judge in self._serving if judge is not old]
         with suppress(WorkerDied):
-            old.start(Server.close).result(PATIENCE_S)  # ends processes of the dead server, which hold memory
+            old.start(Server.close).result(PATIENCE_S)  # ends processes that the dead server has left; they hold memory
         old.end()
         self._processes[name] = self._start(name)
         try:

@@ -37,7 +37,8 @@ class Sampler(Protocol):
 
 
 class Scoring(Protocol):
-    """Scores rollouts while other rollouts are still sampled. The interface of rewards.running.runner.Scoring."""
+    """Scores finished rollouts while other rollouts are still being sampled. The interface of
+    rewards.running.runner.Scoring."""
 
     def add(self, place: int, rollout: Rollout) -> None: ...
     def results(self) -> list[Scored]: ...
@@ -61,7 +62,7 @@ class Services:
     features: FeatureStore
     stage: Stage
     updates_in_parallel: bool = False  # True if policy and critic do not share a processor
-    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # context where the run may be interrupted
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # while inside, a run may be interrupted
     while_waiting: Callable[[], None] = lambda: None  # called repeatedly while another thread samples
 
 
@@ -78,12 +79,13 @@ class LoopState:
     """Values that change from iteration to iteration."""
 
     gap: float = float("nan")  # mean |engine - learner| of logprobs at the last weight sync, in nats
-    encodings: Encodings = Encodings()  # counts at the last weight sync
-    reported: Encodings = Encodings()  # counts at the last call of `new_encodings`
+    encodings: Encodings = Encodings()  # picture counts at the last weight sync
+    reported: Encodings = Encodings()  # picture counts at the last call of `new_encodings`
     ahead: Ahead["Samples"] = field(default_factory=Ahead)  # samples of the next iteration
 
     def new_encodings(self) -> dict[str, float]:
-        """Returns metrics: the number of pictures encoded since the last call of this method."""
+        """Returns two metrics: how many pictures learner and engines have encoded since the last call of this
+        method."""
         now, before, self.reported = self.encodings, self.reported, self.encodings
         return {
             "time/learner_encodings": float(now.learner - before.learner),
@@ -93,7 +95,7 @@ class LoopState:
 
 @dataclass
 class Clock:
-    """Measures how long each phase of an iteration takes, for the time/* metrics.
+    """Measures the duration of each phase of an iteration. The metrics time/* show these durations.
 
     Args:
         on_phase: called with the name of a phase when the phase begins.
@@ -117,7 +119,8 @@ class Clock:
             self.on_span(self.thread, name, moment, time.time())
 
     def for_thread(self, thread: str) -> "Clock":
-        """Returns a clock for another thread. The display does not show the phases of this clock."""
+        """Returns a clock for another thread. The new clock does not call `on_phase`, so the display does not show its
+        phases."""
         return Clock(on_span=self.on_span, thread=thread)
 
     def metrics(self) -> dict[str, float]:
@@ -136,12 +139,12 @@ def ppo_iteration(
 ) -> tuple[dict[str, float], list[Scored]]:
     """Samples and scores rollouts, updates policy and critic, and loads the new weights into the engines.
 
-    Returns the metrics and the samples. An interruption before the first update loses nothing, and
-    `services.interruptible` marks that part.
+    Returns the metrics and the samples. `services.interruptible` marks the part before the first update. An
+    interruption in this part loses nothing.
 
     With `rollout.max_staleness: 1`, the samples of this iteration were made while the previous iteration was training.
-    Before it trains, this function loads the newest weights into the engines. A second thread then samples the next
-    iteration (the prompts `following`).
+    Before the update, this function loads the newest weights into the engines, and starts a second thread. This thread
+    samples the next iteration (the prompts `following`) during the update.
     """
     config = services.config
     stats: dict[str, float] = {}
@@ -174,7 +177,8 @@ def ppo_iteration(
 
 
 class Diverged(RuntimeError):
-    """Raised if gradients were not finite in several successive steps. `scored` has the iteration's samples."""
+    """Raised if the gradients of several successive optimizer steps were not finite. `scored` has the iteration's
+    samples."""
 
     def __init__(self, message: str, scored: Sequence[Scored]) -> None:
         super().__init__(message)
@@ -190,7 +194,8 @@ class Samples:
 
 
 def _samples(iteration: int, prompts: Sequence[Prompt], services: Services, state: LoopState, clock: Clock) -> Samples:
-    """Returns the samples that the previous iteration started, or makes new samples."""
+    """Returns the samples of this iteration. If they were started during the previous iteration, waits for them;
+    otherwise makes them now."""
     if not state.ahead.has(iteration):
         return collect(iteration, prompts, services, state, clock)
     with clock("rollout"):
@@ -239,7 +244,8 @@ def pictures(rollouts: Iterable[Rollout]) -> list[Picture]:
 
 
 def require_valid(scored: list[AnyScore], limit: float) -> list[AnyScore]:
-    """Returns `scored`. Raises Stop with the most frequent reasons if the invalid share is above `limit`."""
+    """Returns `scored`. Raises Stop if the share of invalid scores is above `limit`. The message of Stop lists the most
+    frequent reasons."""
     reasons = Counter(s.invalid for s in scored if s.invalid is not None)
     if reasons.total() <= limit * len(scored):
         return scored
@@ -253,7 +259,8 @@ def require_valid(scored: list[AnyScore], limit: float) -> list[AnyScore]:
 
 
 def catch_up(iteration: int, prompts: Sequence[Prompt], services: Services, state: LoopState) -> dict[str, float]:
-    """Calls `sync` if the engines do not have the weights after `iteration` yet. Returns rollout/logprob_gap."""
+    """Calls `sync`, unless the engines already have the weights that `iteration` has produced. Returns the metric
+    rollout/logprob_gap."""
     state.ahead.settle(services.while_waiting)
     if services.sampler.policy_step < iteration:
         sync(iteration, prompts, services, state)
@@ -261,9 +268,10 @@ def catch_up(iteration: int, prompts: Sequence[Prompt], services: Services, stat
 
 
 def sync(iteration: int, prompts: Sequence[Prompt], services: Services, state: LoopState) -> None:
-    """Loads the policy's weights into the engines. Checks that engines and learner compute the same logprobs.
+    """Loads the policy's weights into the engines, and then checks that engines and learner compute the same logprobs.
 
-    The engines sample short responses to a few of `prompts`, and the learner recomputes their logprobs.
+    The engines sample short responses to a few of `prompts`, and the learner computes the logprobs of these responses
+    again.
     Raises: Stop if the mean difference of the logprobs is above `rollout.logprob_gap_limit`.
     """
     options = services.config.rollout
@@ -283,7 +291,8 @@ def sync(iteration: int, prompts: Sequence[Prompt], services: Services, state: L
 
 
 def evaluate(prompts: Sequence[Prompt], services: Services) -> dict[str, float]:
-    """Decodes held-out prompts greedily. Returns the mean reward per task as eval/<task>, and the metrics of the stage.
+    """Samples greedy responses to held-out prompts and scores them. Returns the mean reward of each task as
+    eval/<task>, and the metrics that the stage adds.
 
     Invalid samples are left out.
     """

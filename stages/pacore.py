@@ -1,7 +1,7 @@
-"""The stage PaCoRe. Each prompt contains pooled answers. Metrics show whether the policy only copies these answers.
+"""The stage PaCoRe. Each prompt contains pooled answers. Metrics show whether the policy only copies them.
 
 Pooled answers are the final answers of earlier attempts at the problem (PaCoRe, arXiv 2601.05593; STEP3-VL-10B report,
-3.2.4). The rows contain pooled answers, or the current policy generates them (`synthesis.pool: online`).
+3.2.4). The data rows contain these answers, or the current policy generates them (`synthesis.pool: online`).
 """
 
 import re
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 REFERENCE = re.compile(
     r"\b(?:answers?|attempts?|messages?|references?|responses?|solutions?)\W{0,3}(\d+(?:\s*(?:,|and|&)\s*\d+)*)", re.I
 )
-SHORTEST_QUOTE = 3  # minimum characters of a quoted answer; shorter answers, such as a digit, occur by chance
+SHORTEST_QUOTE = 3  # minimum length of a quoted answer; shorter answers, such as a digit, occur by chance
 
 
 class Pacore(Stage):
-    """Trains on pooled answers. The report gives all defaults except critic_minibatches."""
+    """Trains on prompts with pooled answers. All defaults except critic_minibatches are from the report."""
 
     name = "pacore"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -42,8 +42,8 @@ class Pacore(Stage):
 
     @classmethod
     def option_problems(cls, config: Config) -> Iterable[OptionError]:
-        """Refuses options that make training off-policy. In the report, each iteration is one optimizer step on samples
-        of the current weights."""
+        """Refuses options that would make the training off-policy. In the report, each iteration is one optimizer step
+        on samples of the current weights."""
         why = "trains on samples from older weights, but the stage pacore is strictly on-policy"
         if config.ppo.minibatches != 1:
             yield OptionError("ppo.minibatches", f"= {config.ppo.minibatches} {why}, set 1")
@@ -98,8 +98,8 @@ class Pacore(Stage):
 
     def prompts_for_iteration(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
         """Draws pooled answers for this iteration and adds them to each prompt. With an online pool, a prompt is left
-        out if it has too few new answers, or if their accuracy is outside the bounds. Raises Stop if no prompt
-        remains."""
+        out if it has too few new answers, or if the accuracy of these answers is outside the bounds. Raises Stop if no
+        prompt remains."""
         if _cached(self.tools.config):
             return [self._showing(p, f"{iteration}/{place}") for place, p in enumerate(prompts)]
         least = self.options.least_messages
@@ -125,7 +125,7 @@ class Pacore(Stage):
         return [self._fitting(self._showing(p, "held out")) for p in pooled]
 
     def with_new_pools(self, prompts: Sequence[Prompt], iteration: int) -> list[Prompt]:
-        """Samples new answers with the current policy. Returns the prompts with these answers as their pools."""
+        """Samples new answers to each prompt with the current policy. The new answers become the pool of the prompt."""
         count = self.options.online_rollouts
         scored = self.tools.sample_and_score(prompts, count, iteration)
         groups = [scored[start : start + count] for start in range(0, len(scored), count)]
@@ -135,10 +135,11 @@ class Pacore(Stage):
         ]
 
     def _showing(self, prompt: Prompt, draw: str) -> Prompt:
-        """Adds pooled answers to a prompt, as many as the recipe allows. If the pool has too few answers, adds all.
+        """Draws pooled answers, as many as the recipe allows, and adds them to the prompt. If the pool has too few
+        answers, adds all of them.
 
         Args:
-            draw: the name of the draw, from which the seed is made.
+            draw: the name of this draw. The seed of the draw is made from this name.
         """
         if not prompt.messages_pool:
             return prompt
@@ -146,7 +147,8 @@ class Pacore(Stage):
         return draw_messages(prompt, least, self.options.most_messages, f"{self.seed}/pacore/{draw}/{prompt.id}")
 
     def _fitting(self, prompt: Prompt) -> Prompt:
-        """Removes pooled answers from the end of the prompt's list, until the prompt leaves room for a response."""
+        """Removes the last pooled answer from the prompt, again and again, until the prompt leaves room for a
+        response."""
         longest = self.tools.config.max_sequence_length
         while prompt.shown and prompt.shown.texts and self.tools.chat.length(prompt) >= longest:
             accepted = prompt.shown.accepted
@@ -159,12 +161,13 @@ class Pacore(Stage):
 
 
 def _cached(config: Config) -> bool:
-    """True if the rows contain the pools, False if the current policy makes the pools."""
+    """True if the rows contain the pooled answers, False if the current policy generates them."""
     return config.synthesis.pool == "cached"
 
 
 def within_bounds(options: SynthesisOptions, accuracy: float | None) -> bool:
-    """True if a pool's accuracy is within the recipe's bounds. An unknown accuracy is only allowed without bounds."""
+    """True if a pool's accuracy is within the recipe's bounds. If the accuracy is unknown, returns True only if the
+    recipe sets no bounds."""
     if options.accuracy_over is None and options.accuracy_under is None:
         return True
     over = -1.0 if options.accuracy_over is None else options.accuracy_over
@@ -173,10 +176,10 @@ def within_bounds(options: SynthesisOptions, accuracy: float | None) -> bool:
 
 
 def with_pool(prompt: Prompt, scored: Sequence[Scored], accept: Accept, reserved: Sequence[str]) -> Prompt:
-    """Returns the prompt with the final answers of its attempts as its pool.
+    """Returns the prompt with a new pool: the final answers of the attempts `scored`.
 
-    Two kinds of responses are left out. A response that was cut while thinking has no final answer. An answer that
-    contains the text of a control token (`reserved`) would be read as that token.
+    Two kinds of responses are left out. A response that was cut while thinking has no final answer. If an answer
+    contains the text of a control token (`reserved`), the tokenizer would read it as that token.
     """
     usable = [s for s in scored if s.rollout.answer and not any(token in s.rollout.answer for token in reserved)]
     correct = tuple(is_accepted(s, accept) for s in usable)
@@ -194,7 +197,8 @@ def is_accepted(scored: Scored, accept: Accept) -> bool:
 
 
 def longest_with_messages(prompt: Prompt, chat: "Chat", most: int) -> int:
-    """Returns the number of tokens of the prompt with the `most` longest messages of its pool."""
+    """Returns how many tokens the prompt has if it contains the longest messages of the pool. The number of messages is
+    `most`."""
     by_length = sorted(prompt.messages_pool, key=lambda text: len(chat.tokenizer(text).input_ids), reverse=True)
     longest = replace(prompt, messages_pool=tuple(by_length[:most]), pool_accepted=())
     return chat.length(draw_messages(longest, len(longest.messages_pool), most, "all of them"))
@@ -210,7 +214,8 @@ SHARES: Mapping[str, Callable[[float], bool]] = {
 
 
 def synthesis_metrics(scored: Sequence[Scored], accept: Accept) -> dict[str, float]:
-    """Returns the `pacore/*` metrics of responses to prompts with pooled answers. Omits metrics without samples."""
+    """Returns the `pacore/*` metrics of responses to prompts with pooled answers. A metric is left out if no sample
+    belongs to it."""
     seen = [s for s in scored if s.invalid is None and s.rollout.prompt.shown and s.rollout.prompt.shown.texts]
     if not seen:
         return {}
@@ -236,13 +241,13 @@ def message_accuracy(prompt: Prompt) -> float | None:
 
 
 def repeats_majority(rollout: Rollout) -> bool:
-    """True if the final answer equals the majority vote of the pooled answers in the prompt."""
+    """True if the final answer of the response equals the majority vote of the pooled answers in the prompt."""
     return vote(rollout.answer) == majority([vote(text) for text in _texts(rollout)])
 
 
 def referred_fraction(rollout: Rollout) -> float:
-    """Returns the share of the prompt's pooled answers that a response refers to. A response refers to an answer by
-    number ("Answer 3", "references 2 and 5"), or by quoting the answer in the reasoning."""
+    """Returns the share of the prompt's pooled answers that a response refers to. A response refers to an answer if it
+    gives the number of the answer ("Answer 3", "references 2 and 5"), or if its reasoning quotes the answer."""
     numbers = {int(n) for found in REFERENCE.findall(rollout.text) for n in re.findall(r"\d+", found)}
     thinking = " ".join(rollout.reasoning.lower().split())
     votes = [vote(text) for text in _texts(rollout)]

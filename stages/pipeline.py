@@ -2,10 +2,10 @@
 
     RUN_DIR/recipe.yaml, recipes/    the recipe of the chain, and the resolved recipe of each step
             rlvr/, rlhf/, pacore/    the run folder of each stage
-            curate/                  the rows that were curated between two stages
-            metrics.jsonl            the metrics of all stages, in their order
+            curate/                  the rows that a curation between two stages has kept
+            metrics.jsonl            the metrics of all stages, in the order of the stages
             policy/                  the last policy
-            final/                   answers of the last policy to held-out rows, and the table (table.json)
+            final/                   answers of the last policy to held-out rows; the table of results (table.json)
 
 A chain can be resumed after an interruption at any point. Finished steps are skipped, and an unfinished step continues.
 """
@@ -42,8 +42,8 @@ from stages.plan import device, make_plan
 from stages.train import train
 
 ATTEMPTS = 16
-COMPARED = 4  # number of answers per row that a judge compares with the teacher's response
-SINGLE_ANSWER = "SeRe pass@1"  # the table's column for single answers
+COMPARED = 4  # number of answers per row that the judge compares with the teacher's response
+SINGLE_ANSWER = "SeRe pass@1"  # the name of the table's column for single answers
 FINAL = "final"
 WIDTH = 160  # width of the table in characters if the output is not a terminal
 
@@ -63,20 +63,21 @@ class StageFolder(RunFolder):
 
 
 def stage_metrics(chain: Chain) -> dict[str, list[dict[str, Any]]]:
-    """Returns the metrics that each stage has written so far: name of the stage -> lines of its metrics.jsonl."""
+    """Returns the metrics that the stages have written so far: name of the stage -> lines of its metrics.jsonl."""
     return {step.name: RunFolder(chain.of(step)).read_metrics() for step in chain.trained()}
 
 
 def gather_metrics(chain: Chain) -> None:
-    """Rewrites the chain's metrics.jsonl from the metrics.jsonl files of its stages."""
+    """Writes the chain's metrics.jsonl again: it joins the metrics.jsonl files of all stages."""
     lines = (line for stage in stage_metrics(chain).values() for line in stage)
     write_file(chain.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def check(chain: Chain) -> list[str]:
-    """Checks everything that can be checked before the first step. Returns the plans of all steps, for --dry-run.
+    """Checks everything that can be checked before the first step. Returns the lines that --dry-run prints: the plans
+    of all steps.
 
-    A later step is checked with the first step's model, because the model of the later step does not exist yet.
+    A later step is checked with the first step's model, because the later step's own model does not exist yet.
     Raises: ValueError or a subclass if a check fails.
     """
     lines = []
@@ -93,13 +94,15 @@ def _follows_curation(step: Step, chain: Chain) -> bool:
 
 
 def _stage_lines(step: Step, checked: Config) -> dict[str, str]:
-    """Returns new texts for the plan's lines about the stage: line from the check -> line for the curated rows."""
+    """Returns replacements for the lines that the stage adds to the plan: line that was made in the check -> line that
+    is right for the curated rows."""
     stage = stage_class(checked.stage)
     return dict(zip(stage.plan_lines(checked), stage.plan_lines(step.resolved.config), strict=True))
 
 
 def _linked(line: str, step: Step, chain: Chain) -> str:
-    """Corrects a line of a step's plan: it then names the results of earlier steps, not the files used in the check."""
+    """Returns a line of a step's plan in which the files used in the check are replaced by the results of earlier
+    steps."""
     if step is chain.steps[0]:
         return line
     config, first = step.resolved.config, chain.steps[0].resolved.config
@@ -111,7 +114,8 @@ def _linked(line: str, step: Step, chain: Chain) -> str:
 
 
 def _checkable(step: Step, chain: Chain) -> Config:
-    """Returns the config of a step for the check. Existing files replace the results of earlier steps."""
+    """Returns a config with which a step can be checked. It names existing files in place of the results of earlier
+    steps, which do not exist yet."""
     config, first = step.resolved.config, chain.steps[0].resolved.config
     if step is chain.steps[0]:
         return config
@@ -158,7 +162,8 @@ def run(chain: Chain, *, new: bool, verbose: bool = False) -> bool:
 
 
 def _run_step(chain: Chain, step: Step, *, verbose: bool) -> bool:
-    """Runs a step to its end, unless it is finished already. Returns False if the step was interrupted."""
+    """Runs a step to its end. Does nothing if the step is finished already. Returns False if the step was
+    interrupted."""
     print(f"step {chain.steps.index(step) + 1} of {len(chain.steps)}: {step.name}", flush=True)
     if not step.curates:
         return _train(chain, step, verbose=verbose)
@@ -181,7 +186,8 @@ def _train(chain: Chain, step: Step, *, verbose: bool) -> bool:
         folder = StageFolder.resume(path) if begun else StageFolder.create(path, resolved.yaml())
     folder.chain, folder.resumable = chain, chain.folder
     folder.write_recipe(resolved.yaml())
-    shutil.rmtree(path / "policy", ignore_errors=True)  # left by a shorter run; would mark this stage as finished
+    # A shorter run may have left the folder policy/, which would mark this stage as finished.
+    shutil.rmtree(path / "policy", ignore_errors=True)
     try:
         with Display(resolved.config) as display:
             finished = train(plan, folder, display, recipe=resolved.plain(), verbose=verbose, interrupts=interrupts)
@@ -205,11 +211,12 @@ def _finish(chain: Chain) -> bool:
 
 @dataclass(frozen=True)
 class FinalTable:
-    """The table of results: greedy held-out rewards before and after each stage, and the last policy's accuracy."""
+    """The table of results. It has the rewards of greedy answers to held-out rows, before and after each stage, and the
+    accuracy of the last policy."""
 
-    stages: Mapping[str, Mapping[str, float]]  # "start" or stage -> task family -> held-out reward
+    stages: Mapping[str, Mapping[str, float]]  # "start" or name of a stage -> task family -> held-out reward
     sampled: tuple[ResultRow, ...]  # results of the last policy at the training temperature
-    win_rates: Mapping[str, float]  # "start" or stage -> win rate against the teacher, if measured
+    win_rates: Mapping[str, float]  # "start" or name of a stage -> win rate against the teacher, if measured
     sampled_win_rate: float | None = None  # win rate of the last policy at the training temperature
 
     @property
@@ -250,10 +257,11 @@ class FinalTable:
 def before_and_after(
     stages: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Returns the held-out rewards of each task family, and the win rates, at the start and after each stage.
+    """Returns two mappings: held-out rewards per task family, and win rates, both at the start and after each stage.
 
-    The first evaluation of a stage, before its training, also measures the previous stage. The table uses it for task
-    families that the previous stage did not evaluate, unless Stage.comparable_evaluation is False.
+    A stage first evaluates before it trains. This evaluation also measures the previous stage, unless
+    `comparable_evaluation` of this stage is False. The table uses the evaluation for those task families that the
+    previous stage did not evaluate itself.
 
     Args:
         stages: name of the stage -> lines of its metrics.jsonl.
@@ -274,10 +282,12 @@ def before_and_after(
 
 
 def final_table(chain: Chain) -> FinalTable:
-    """Returns the results of all stages and of a final evaluation of the last policy. The answers are cached."""
+    """Evaluates the last policy, and returns the results of all stages together with those of this evaluation. The
+    answers of the policy are stored, so that a repeated evaluation does not sample them again."""
     (chain.folder / FINAL).mkdir(exist_ok=True)
     evaluated = [config for step in chain.trained() if (config := step.resolved.config).data.eval]
-    last = {stage_class(config.stage).final_measure: config for config in evaluated}  # last stage per measure
+    # Measure -> config of the last stage that has this measure
+    last = {stage_class(config.stage).final_measure: config for config in evaluated}
     held_out, win_rates = before_and_after(stage_metrics(chain))
     sampled: list[ResultRow] = []
     if config := last.get("accuracy"):
@@ -293,7 +303,8 @@ def _measure(chain: Chain, config: Config, questions: Questions) -> EvaluationRe
     target = ModelTarget(
         str(chain.of(chain.trained()[-1]) / "policy"), device=device(config), max_length=config.max_sequence_length
     )
-    # The cache's name depends on the policy's weights and path, so another policy gets another cache.
+    # The name of the cache file contains a digest of the policy's weights and path, so that each policy has its own
+    # cache.
     digest = hashlib.sha256(f"{target.model} {target.weights_digest()}".encode()).hexdigest()[:12]
     cache = chain.folder / FINAL / f"{config.stage}-{digest}.jsonl"
     options = {"limit": config.eval.sampled_rows, "seed": config.seed, "cache": cache}

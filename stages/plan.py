@@ -30,8 +30,8 @@ from stages import stage_class
 from stages.base import Stage
 
 FLOAT32 = 4  # bytes
-BYTES_PER_TOKEN = 1.5  # estimated size in rollouts/: a token has about four characters, compressed to a third
-MOST_REWARD_WORKERS = 32  # more processes rarely have work, and each process has its own libraries in memory
+BYTES_PER_TOKEN = 1.5  # estimate for rollouts/: a token has about four characters, and compression leaves a third
+MOST_REWARD_WORKERS = 32  # more processes would rarely have work, and each process needs memory for its libraries
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Plan:
     order: Order  # order in which the training rows are used
     held_out: Sequence[Prompt]
     skipped: Sequence[BadRow]  # unusable rows, which are left out (data.on_bad_row: skip)
-    rewards: RewardRunner  # the processes of the rewards have not been started
+    rewards: RewardRunner  # the processes of these rewards are not started yet
     checkpoint_bytes: int
     left_out: int = 0  # number of training rows that the stage does not select
 
@@ -84,16 +84,18 @@ class Plan:
         ]
 
     def _mix(self) -> list[str]:
-        """Returns one line per source with weight. The line gives the share of prompts from this source."""
+        """Returns one line for each source if the sources have weights. The line gives the share of prompts from this
+        source."""
         sources = self.config.data.train
         total = sum(source.weight or 0 for source in sources)
         return [f"           {100 * (s.weight or 0) / total:.3g}% from {s.path}" for s in sources] if total else []
 
     def _disk(self) -> str:
-        """Returns a text with the maximum size that the run folder can reach."""
+        """Returns a text that says how large the run folder can become."""
         c = self.config
         every = c.checkpoint.keep_every
-        kept = c.checkpoint.keep + 1 + (c.iterations // every if every else 0)  # + 1: a checkpoint that is being saved
+        # "+ 1" counts the checkpoint that is being saved.
+        kept = c.checkpoint.keep + 1 + (c.iterations // every if every else 0)
         save = c.rollout.save
         saved = c.samples if save == "all" else 0 if save == "none" else min(save, c.samples)
         rollouts = saved * c.iterations * c.max_sequence_length * BYTES_PER_TOKEN
@@ -114,7 +116,7 @@ class Plan:
 
 
 def device(config: Config) -> str:
-    """Returns cpu or cuda. `auto` means cuda, so that no run uses a CPU by mistake."""
+    """Returns "cpu" or "cuda". The value `auto` means cuda, so that no run uses a CPU by mistake."""
     return "cuda" if config.learner.device == "auto" else config.learner.device
 
 
@@ -138,9 +140,9 @@ def make_plan(
     """Checks model, data, rewards and trackers, and returns the plan.
 
     Args:
-        row_judges: for a curation, the judges of data rows: name -> judge.
-        begun: True if the run continues from a checkpoint, whose critic replaces `model.critic`.
-    Raises: ValueError or a subclass. The message says what is wrong and where.
+        row_judges: the judges of data rows (only for a curation): name -> judge.
+        begun: True if the run continues from a checkpoint. The critic of the checkpoint then replaces `model.critic`.
+    Raises: ValueError or a subclass if a check fails. The message says what is wrong and where.
     """
     check_trackers(config.log.trackers)
     rewards = reward_runner(config, row_judges)
@@ -176,7 +178,8 @@ def make_plan(
 
 
 def reward_runner(config: Config, row_judges: Mapping[str, ScorerSpec] = MappingProxyType({})) -> RewardRunner:
-    """Returns the rewards of a recipe, with no processes started. Raises ValueError if a reward cannot be used."""
+    """Returns the rewards of a recipe, but does not start their processes. Raises ValueError if a reward cannot be
+    used."""
     return RewardRunner(
         config.rewards,
         workers=config.reward_workers or min(MOST_REWARD_WORKERS, os.cpu_count() or 1),
@@ -203,7 +206,8 @@ def check_accept(config: Config) -> None:
 
 
 def _selected(config: Config, rows: Rows) -> tuple[Rows, int]:
-    """Returns the rows that the stage selects, and the number of other rows. Raises ValueError if none is selected."""
+    """Returns the rows that the stage selects, and the number of rows that it does not select. Raises ValueError if it
+    selects none."""
     stage = stage_class(config.stage)
     indices = [n for n, prompt in enumerate(rows.prompts) if stage.selects(prompt, config)]
     if rows.prompts and not indices:
@@ -215,14 +219,16 @@ def _selected(config: Config, rows: Rows) -> tuple[Rows, int]:
 
 
 def checkpoint_bytes(config: Config, folder: Path) -> int:
-    """Returns the bytes of a checkpoint: weights of policy and critic, and two float32 moments per trained weight."""
+    """Returns the size of a checkpoint in bytes: the weights of policy and critic, and two float32 moments for each
+    trained weight."""
     model = hf_folder.build(hf_folder.read_config(folder))
     frozen = tuple(prefix for name in config.model.freeze for prefix in model.frozen_prefixes[name])
     sizes = {name: tensor.numel() for name, tensor in hf_folder.state(model).items()}
     trained = sum(size for name, size in sizes.items() if not name.startswith(frozen))
     trunk = sum(tensor.numel() for tensor in model.model.parameters())
     itemsize = getattr(torch, config.model.dtype).itemsize
-    kept = 2 * FLOAT32 if itemsize == FLOAT32 else 3 * FLOAT32  # smaller dtypes also have float32 weights
+    # If the dtype is smaller than float32, a float32 copy of the weights is saved too.
+    kept = 2 * FLOAT32 if itemsize == FLOAT32 else 3 * FLOAT32
     return sum(sizes.values()) * itemsize + trained * kept + trunk * 3 * FLOAT32
 
 
@@ -245,14 +251,16 @@ def judge_gpus(judge: EndpointOptions) -> int:
 
 
 def endpoint_spec(name: str, options: EndpointOptions) -> EndpointSpec:
-    """Returns the settings of an endpoint that rewards use. The url is empty if the run has to serve the endpoint."""
+    """Returns the settings with which rewards use an endpoint. The url is empty if the run has to serve the
+    endpoint."""
     return EndpointSpec(name=name, url=options.url or "", **options.model_dump(exclude={"url", "serve"}))
 
 
 def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: RewardRunner, *, trains: bool) -> Rows:
     """Reads and checks data rows.
 
-    Raises RowError if some rows cannot be used. A recipe may skip unusable rows, if other rows remain.
+    Raises RowError if there are unusable rows. If the recipe says to skip them (`data.on_bad_row`), raises RowError
+    only if no usable rows remain.
 
     Args:
         trains: True for training rows, False for held-out ones.
@@ -271,13 +279,15 @@ def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: Reward
 
 
 def skipped_lines(bad: Sequence[BadRow]) -> list[str]:
-    """Returns the lines of a message about rows that are left out, or no lines if there are no such rows."""
+    """Returns a message about rows that are left out, as a list of lines. The list is empty if there are no such
+    rows."""
     first = f"{len(bad)} row(s) cannot be used and are left out (data.on_bad_row: skip):"
     return [first, *listing(bad)] if bad else []
 
 
 def _order(config: Config, rows: Rows) -> Order:
-    """Returns the order of the training rows. Sources are mixed by weight, or all rows are used equally often."""
+    """Returns the order of the training rows. The order mixes the sources by weight. Without weights, it uses all rows
+    equally often."""
     weights = [source.weight for source in config.data.train]
     if None in weights:
         return PromptOrder(rows.prompts, config.seed)

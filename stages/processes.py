@@ -20,7 +20,7 @@ from stages.plan import Plan, device, judge_gpus, served_here
 
 
 class Restarts:
-    """Counts the processes that were restarted.
+    """Counts how many processes were restarted, up to a limit.
 
     Args:
         limit: the maximum number of restarts.
@@ -31,7 +31,7 @@ class Restarts:
         self.limit, self.done, self.say = limit, 0, say
 
     def count(self, reason: str) -> None:
-        """Counts one more restart. Raises Stop if the limit is reached."""
+        """Counts one more restart. Raises Stop if the limit was reached before."""
         if self.done >= self.limit:
             raise Stop(
                 f"{reason}: no more restarts, max_restarts is {self.limit}. Find the cause, then {GO_ON}", saves=False
@@ -45,7 +45,7 @@ class Samplers:
     them.
 
     Args:
-        restarts: counts the engines and judges that are replaced.
+        restarts: counts each replacement of an engine or of a judge.
         longest: the maximum number of tokens of prompt and response together.
         engines: the number of engines.
     Raises: ValueError if the cluster has too few GPUs.
@@ -60,7 +60,7 @@ class Samplers:
         self._judges = Judges(plan.config, plan.rewards, self._device)
 
     def ready(self) -> None:
-        """Waits until all processes are ready, including the processes of the rewards.
+        """Starts the processes of the rewards, and waits until all processes are ready.
 
         Raises: the error of a process that could not start; WorkerDied if a process hangs.
         """
@@ -71,10 +71,11 @@ class Samplers:
         rewards.result()
 
     def pool(self, replacement: Callable[[int, WorkerDied], EngineClient]) -> EnginePool:
-        """Returns the engines as one sampler.
+        """Returns one sampler that distributes requests over all engines.
 
         Args:
-            replacement: called with the number of an engine that died or hung and the error; returns a new engine.
+            replacement: called if an engine died or hung, with the number of this engine and the error; returns a new
+                engine.
         """
         config = self._plan.config
         return EnginePool(
@@ -90,18 +91,20 @@ class Samplers:
         )
 
     def revive_judge(self, endpoint: str) -> None:
-        """Restarts a judge that the run serves, if it has died. Raises Stop after too many restarts."""
+        """Restarts a judge if the run serves this judge and it has died. Raises Stop after too many restarts."""
         self._judges.revive(endpoint, self._restarts.count)
 
     def close(self) -> None:
-        """Ends the judges. An error is only reported, because it must not replace the error that ended the work."""
+        """Ends the judges. If this fails, only prints a message: an exception raised here would hide the exception that
+        ended the run."""
         try:
             self._judges.close()
         except RuntimeError as error:
             self._restarts.say(f"a judge's server did not shut down correctly: {error}")
 
     def replace_engine(self, number: int, died: WorkerDied) -> EngineClient:
-        """Kills an engine that died or hung, and starts a new one in its place. Raises Stop after too many restarts."""
+        """Replaces an engine that died or hung: kills its process and starts a new engine. Raises Stop after too many
+        restarts."""
         self._restarts.count(f"engine {number} is replaced: {died}")
         self._engines[number].end()
         self._engines[number] = self._start_engine()
@@ -164,16 +167,16 @@ class Processes(Samplers):
 
     @property
     def learners(self) -> dict[str, LearnerClient[Any]]:
-        """Policy and critic, keyed by the names of their folders in a checkpoint."""
+        """Policy and critic. The keys are the names of their folders in a checkpoint."""
         return {"policy": self.policy, "critic": self.critic}
 
     def named(self) -> dict[str, RemoteObject[Any]]:
-        """Returns all processes except the judges, keyed by their names in the timeline."""
+        """Returns all processes except the judges. The keys are the names of the processes in the timeline."""
         ranks = {f"{name} {i}": rank for name, team in self._teams.items() for i, rank in enumerate(team.ranks)}
         return ranks | self.named_engines()
 
     def named_engines(self) -> dict[str, RemoteObject[Engine]]:
-        """Returns the engines, keyed by their names in the timeline."""
+        """Returns the engines. The keys are the names of the engines in the timeline."""
         return {f"engine {number}": engine for number, engine in enumerate(self._engines)}
 
     def ready(self) -> None:

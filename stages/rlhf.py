@@ -1,8 +1,8 @@
 """The stage RLHF. A judge compares each answer to an open-ended row with the teacher's response (the reference).
 
 The metrics show whether the judge's reward can be trusted (STEP3-VL-10B report, 3.2.2). The metrics are the win rate,
-the agreement of the two orders of a comparison, score percentiles, the correlation of score and length, and the rate of
-each penalty.
+how often the two orders of a comparison agree, percentiles of the scores, the correlation of score and length, and the
+rate of each penalty.
 """
 
 import math
@@ -22,7 +22,7 @@ PERCENTILES = (10, 50, 90)
 
 
 class Rlhf(Stage):
-    """Trains with a judge. The report gives all defaults except critic_minibatches."""
+    """Trains with a judge. All defaults except critic_minibatches are from the report."""
 
     name = "rlhf"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -52,7 +52,7 @@ class Rlhf(Stage):
 
 
 def reference_problem(prompt: Prompt, preference: Preference) -> str | None:
-    """Returns why a row does not belong to this stage, or None if it does."""
+    """Returns None if a row belongs to this stage, else the reason why not."""
     if prompt.task in preference.verifiable_tasks:
         return None
     if prompt.ground_truth is not None:
@@ -76,8 +76,8 @@ class ComparedSample:
 
 
 def comparisons(scored: Iterable[Scored]) -> list[ComparedSample]:
-    """Returns the comparisons that the reward genrm has made. A sample without a comparison, such as an empty answer,
-    is left out."""
+    """Returns the comparisons that the reward genrm has made. Leaves out samples that were not compared, such as empty
+    answers."""
     found = []
     for sample in scored:
         if sample.invalid is None:
@@ -109,7 +109,8 @@ def preference_metrics(scored: Sequence[Scored]) -> dict[str, float]:
 
 
 def _rates(scored: Sequence[Scored]) -> dict[str, float]:
-    """Returns win rate and order agreement. In a task with comparisons, a sample without one is a loss."""
+    """Returns win rate and order agreement. If other samples of the same task were compared, a sample that was not
+    compared counts as a loss."""
     found = comparisons(scored)
     if not found:
         return {}
@@ -123,7 +124,8 @@ def _rates(scored: Sequence[Scored]) -> dict[str, float]:
 
 
 def penalty_metrics(scored: Sequence[Scored], penalties: Iterable[str]) -> dict[str, float]:
-    """Returns `penalty/<part>`: the mean value of each penalty. With values of 0 and 1, the mean is a rate."""
+    """Returns the metrics `penalty/<part>`: the mean value of each penalty. For a penalty with the values 0 and 1, the
+    mean is the share of samples with the penalty."""
     metrics: dict[str, float] = {}
     for name in sorted(penalties):
         if values := [sample.parts[name] for sample in scored if name in sample.parts]:
@@ -132,13 +134,13 @@ def penalty_metrics(scored: Sequence[Scored], penalties: Iterable[str]) -> dict[
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Returns the smallest value that at least `percent` percent of the values do not exceed."""
+    """Returns a percentile: the smallest value v such that at least `percent` percent of the values are at most v."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Returns Spearman's rho, or None if one of the sequences is constant."""
-    from scipy.stats import spearmanr  # imported here, because the import takes a second
+    from scipy.stats import spearmanr  # imported only when needed, because the import takes a second
 
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None

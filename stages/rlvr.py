@@ -10,7 +10,7 @@ from stages.base import Stage
 
 
 class Rlvr(Stage):
-    """Trains on verifiable rewards. The report gives all defaults except critic_minibatches."""
+    """Trains on verifiable rewards. All defaults except critic_minibatches are from the report."""
 
     name = "rlvr"
     defaults: ClassVar[Mapping[str, Any]] = {

@@ -1,4 +1,4 @@
-"""Runs a training from start to end: starts the processes, repeats the iteration and writes results.
+"""Runs a training from start to end: starts the processes, runs the iterations and writes the results.
 
 Tested in tests/runs/test_run.py.
 """
@@ -33,7 +33,7 @@ from stages.loop import Clock, Diverged, LoopState, Services, catch_up, evaluate
 from stages.plan import Plan, device, evaluates, saves, skipped_lines
 from stages.processes import Processes, Restarts
 
-POLL_S = 0.2  # seconds between two checks whether a checkpoint is written
+POLL_S = 0.2  # seconds between two checks of whether a checkpoint is written completely
 UNFINISHED = "begun.json"  # file in a checkpoint's state/; holds unfinished responses of partial rollouts
 
 
@@ -48,11 +48,12 @@ def train(
 ) -> bool:
     """Runs the plan to its end. Continues from the newest intact checkpoint in `folder` if there is one.
 
-    If policy or critic dies, all processes are restarted from the newest checkpoint, at most `max_restarts` times.
+    If policy or critic dies, restarts all processes from the newest checkpoint. Does this at most `max_restarts` times.
 
     Args:
         recipe: all values of the recipe, for the trackers.
-        interrupts: optional; pass it to learn whether a stop was requested just before the run ended.
+        interrupts: optional. The caller can pass it and ask it afterwards whether a stop was requested just before the
+            run ended.
     Returns: False if the run was interrupted. An interrupted run has saved a checkpoint and can be resumed.
     """
     interrupts, restarts = interrupts or Interrupts(), Restarts(plan.config.max_restarts, display.message)
@@ -79,7 +80,7 @@ def train(
 
 
 class _Run:
-    """One attempt at a run, with its processes and its progress."""
+    """One attempt to complete a run, with the processes and the progress of this attempt."""
 
     def __init__(
         self,
@@ -152,15 +153,15 @@ class _Run:
             while_waiting=self._handle_outages,
         )
         sync(done, self._prompts(done + 1), self.services, self.state)
-        # Pictures that engines have encoded while starting are not reported. Pictures that the learner has encoded
-        # in `sync` count for the first iteration.
+        # The engines have encoded pictures while they started; these are not reported. The learner has encoded pictures
+        # in `sync`; these count for the first iteration.
         self.state.reported = replace(self.state.encodings, learner=0)
         self.done = self.saved = done if self.start else None
         resuming = f", resuming after iteration {done}" if self.start else ""
         self.display.message(f"ready: {self.folder.path}{resuming}")
 
     def _plan_to_start(self) -> Plan:
-        """Returns the plan that the processes start with. In a resumed run, `model.critic` is removed from the plan:
+        """Returns the plan for starting the processes. In a resumed run, `model.critic` is removed from the plan:
         the critic comes from the checkpoint, and the folder `model.critic` may no longer exist."""
         if self.start is None or self.config.model.critic is None:
             return self.plan
@@ -179,7 +180,7 @@ class _Run:
         return self.plan.stage(StageTools(config, self.plan.chat, rewards.penalties(), sample_and_score))
 
     def _replace_engine(self, number: int, died: WorkerDied) -> EngineClient:
-        """Starts a new engine in the place of one that died or hung. If the run is abandoned, raises `died`."""
+        """Replaces an engine that died or hung. If the run is abandoned, raises `died` instead."""
         if self._abandoned:
             raise died
         engine = self.processes.replace_engine(number, died)
@@ -201,7 +202,8 @@ class _Run:
         return self._services
 
     def abandon(self) -> None:
-        """Kills all processes after policy or critic has died. What is saved stays unchanged."""
+        """Kills all processes of the run; called when policy or critic has died. Files that were saved stay
+        unchanged."""
         self._abandoned = True
         self.checkpoints.abandon()
         self.state.ahead.abandon()
@@ -216,13 +218,15 @@ class _Run:
         self.trackers.close()
 
     def _on_outage(self, outage: Outage) -> None:
-        """Queues an outage. Any thread may call this method. Only the main thread may save and handle outages."""
+        """Queues an outage. Any thread may call this method, but only the main thread may save the run and handle
+        outages."""
         self.outages.put(outage)
         if threading.current_thread() is threading.main_thread():
             self._handle_outages()
 
     def _handle_outages(self) -> None:
-        """If an endpoint does not answer, saves the run and reports it. The run then waits for the endpoint."""
+        """Handles the queued outages. If an endpoint does not answer, saves the run and prints a message. The run then
+        waits for the endpoint."""
         while not self.outages.empty():
             outage = self.outages.get()
             if outage.why is None:
@@ -251,12 +255,13 @@ class _Run:
             pending.result()
 
     def _prompts(self, iteration: int) -> list[Prompt]:
-        """Returns the rows that an iteration starts to sample."""
+        """Returns the rows whose sampling starts in an iteration."""
         places = self.config.prompt_range(iteration)
         return self.plan.order.prompts_at(places.start, len(places))
 
     def loop(self, done: int) -> None:
-        """Runs the iterations after `done`, then publishes the final policy and shows the table of results."""
+        """Runs all iterations after the iteration `done`. Then publishes the final policy and shows the table of
+        results."""
         if self.done is None:
             self._record({"iteration": 0, "stage": self.config.stage, **self._evaluation()})
             self.done = 0
@@ -318,9 +323,9 @@ class _Run:
         self.saved = self.done
 
     def _begin_save(self, target: Path) -> tuple[Mapping[str, Any], Callable[[], None]]:
-        """Starts a checkpoint: policy and critic copy their state now and write it while the run continues.
+        """Starts a checkpoint. Policy and critic copy their state now, and write the copy while the run continues.
 
-        Returns: the counters of the checkpoint, and a function that waits until everything is written.
+        Returns: the counters of the checkpoint, and a function that waits until the checkpoint is written completely.
         """
         learners = self.processes.learners
         pending = {name: one.save(target / name, target / "state" / name) for name, one in learners.items()}

@@ -1,13 +1,14 @@
-"""Kills processes of a real run at random moments. Checks that the results are the same as without kills.
+"""Kills processes of a real run at random moments, and checks that the results are the same as without kills.
 
     python -m tests.chaos [--faults 10] [--seed 0] [--kinds driver group Policy Critic Engine hang]
 
-A small run of the CPU profile is made twice: once undisturbed, and once with `faults` faults. There are two types of
-faults. SIGKILL is sent to the driver alone (driver), to the whole process group of the driver (group), or to one worker
-process of the named class. SIGSTOP is sent to an engine that samples (hang). If the run ends early, it is resumed.
+The command makes the same small run of the CPU profile twice: once undisturbed, and once with faults. Most faults are a
+SIGKILL to the driver alone (driver), to the whole process group of the driver (group), or to a worker process of the
+class Policy, Critic or Engine. The fault `hang` is a SIGSTOP to an engine that samples. If a fault ends the run, the
+run is resumed.
 
 Both runs must have every iteration exactly once, with all samples. Metrics, samples and weights must be equal bit for
-bit, unless a fault hit an engine. A new engine has other batches, so the last digits of its logprobs differ.
+bit, unless a fault hit an engine. A new engine forms other batches, so the last digits of its logprobs differ.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from tests.support.command import ROOT, Command, metrics, named, run, samples, w
 ITERATIONS, PROMPTS, ROLLOUTS = 12, 8, 4
 KINDS = ("driver", "group", "Policy", "Critic", "Engine", "hang")
 PATIENCE_S = 1800.0
-HANGS_AFTER_S = 20.0  # an engine that does not answer for so long counts as hung
+HANGS_AFTER_S = 20.0  # if an engine does not answer for this time, the run treats it as hung
 GAP_S = (2.0, 25.0)  # seconds between two faults
 
 
@@ -53,7 +54,7 @@ class Faults:
 
 
 def run_with_faults(folder: Path, iterations: int, faults: int, kinds: Sequence[str], rng: random.Random) -> Faults:
-    """Makes a complete run with `faults` faults."""
+    """Makes a complete run, in which faults occur until there have been `faults` of them."""
     made = Faults()
     command = Command(*recipe(iterations), "--output", folder)
     deadline = time.monotonic() + PATIENCE_S
@@ -77,13 +78,15 @@ def run_with_faults(folder: Path, iterations: int, faults: int, kinds: Sequence[
 
 
 def strike(command: Command, kind: str) -> str | None:
-    """Kills or stops a process of this kind and returns the kind. Returns None if no such process runs now."""
+    """Causes a fault of this kind and returns the kind. Returns None if the process to be killed or stopped does not
+    exist now."""
     if kind == "driver":
         command.process.kill()
     elif kind == "group":
         os.killpg(command.process.pid, signal.SIGKILL)
     else:
-        # stops only an engine that samples: an engine that hangs at its start is noticed after max_start_s (an hour)
+        # Only an engine that samples is stopped. If an engine hung while it starts, the run would notice it only after
+        # max_start_s (an hour).
         found = named(command, "Engine.stream" if kind == "hang" else kind)
         if not found:
             return None

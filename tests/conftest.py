@@ -1,4 +1,4 @@
-"""Fixtures that several test files use. vLLM is imported once per test session, and its engines are shared."""
+"""Fixtures that several test files use. vLLM is imported once per test session, and the tests share its engines."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from tests.support.reward_plugins import PLUGINS, ROW_JUDGES, TASKS
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
-    """Ends the commands that a test has started, after the test has passed or failed."""
+    """After each test, passed or failed, ends the commands that the test has started."""
     end_all()
 
 
@@ -39,7 +39,8 @@ def engine_process() -> Iterator[EngineProcess]:
 
 @pytest.fixture(scope="session")
 def tied(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A Qwen3 model with tied embeddings. The engine still has the weights that the previous test loaded."""
+    """A Qwen3 model with tied embeddings. Tests share the engine, so it may have weights that an earlier test has
+    loaded."""
     folder = tmp_path_factory.mktemp("tied")
     model = tiny.make_text_model(folder, tied=True)
     engine = engine_process.start(folder)
@@ -49,7 +50,8 @@ def tied(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def step_vl(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A STEP3-VL model. A test that loads other weights must load the original weights again."""
+    """A STEP3-VL model. Tests share the engine. A test that loads other weights must load the original weights again at
+    its end."""
     folder = tmp_path_factory.mktemp("step_vl")
     model = tiny.make_step_vl(folder)
     engine = engine_process.start(folder, max_images_per_prompt=3)
@@ -59,7 +61,7 @@ def step_vl(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def plugins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a file plugins.py, whose text is PLUGINS in tests/support/reward_plugins.py."""
+    """A folder with a file plugins.py. The text of the file is PLUGINS from tests/support/reward_plugins.py."""
     path = tmp_path_factory.mktemp("recipe")
     path.joinpath("plugins.py").write_text(PLUGINS)
     return path

@@ -1,5 +1,5 @@
-"""Checks which folders may import each other, which files may import heavy libraries, and that each source file has a
-test file."""
+"""Checks three rules: folders import only allowed folders, heavy libraries are imported only in allowed files, and each
+source file has a test file."""
 
 import ast
 import re
@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "tools": set(),
 }
 COMMANDS = {"rl/run.py", "rl/evaluate.py", "rewards/__main__.py"}  # these files may import every folder
-ONE_DOOR = {  # library -> the only files that may import it; an error message names the first file
+ONE_DOOR = {  # library -> the files that may import it; error messages name the first of these files
     "ray": ["rl/actors.py"],
     "vllm": [
         "rollout/vllm/engine.py",
@@ -31,7 +31,7 @@ ONE_DOOR = {  # library -> the only files that may import it; an error message n
         "rollout/vllm/step_vl.py",
         "rollout/weights/host.py",
     ],
-    "verl": ["rl/algorithm/verl_bridge.py", "benchmarks/_verl_engine.py"],  # the second is the benchmark's reference
+    "verl": ["rl/algorithm/verl_bridge.py", "benchmarks/_verl_engine.py"],  # the second file is for a benchmark
 }
 SOURCES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
@@ -88,7 +88,8 @@ def file_of(module: str, sources: Mapping[str, str]) -> str | None:
 
 
 def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
-    """Returns file -> files of this repository that it imports. `from package import module` counts as the module."""
+    """Returns file -> files of this repository that it imports. For `from package import module`, this is the file
+    of the module, not that of the package."""
     return {
         file: {
             imported
@@ -100,8 +101,8 @@ def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[str]:
-    """Returns circles of imports, such as `a.py -> b.py -> a.py`. The search is depth-first, so it may miss circles
-    that overlap with a circle already found."""
+    """Returns circles of imports, such as `a.py -> b.py -> a.py`. The search is depth-first. It may miss a circle that
+    overlaps with a circle that was found before."""
     found, done, path = [], set(), []
 
     def visit(file: str) -> None:
@@ -119,8 +120,9 @@ def circles(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def work_in_command(file: str, source: str) -> list[str]:
-    """Returns one sentence for each public function of a command file, except `parser`, `main` and functions of the
-    parsed arguments. Other files may need such a function, but no file may import a command."""
+    """Returns one sentence for each public function in a command file. Other files may need such a function, but no
+    file may import a command. Allowed are `parser`, `main`, and functions whose only argument is the parsed
+    arguments."""
     return [
         f"{file}: {node.name}() does not belong in a command; move it to a file that others may import"
         for node in ast.parse(source).body

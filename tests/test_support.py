@@ -22,7 +22,8 @@ time.sleep(600)
 
 @pytest.fixture
 def family(tmp_path: Path) -> Command:
-    """A command that has started a second process in another session. The command runs as long as this process."""
+    """A command that has started a second process in another session. Both processes run for ten minutes if nothing
+    ends them."""
     (tmp_path / "family.py").write_text(FAMILY)
     command = Command("family", folder=tmp_path)
     deadline = time.monotonic() + 30

@@ -1,4 +1,4 @@
-"""Stores every model answer on disk when it arrives. A curation that is killed and continued then asks nothing twice.
+"""Stores every model answer on disk when it arrives. So a curation that is killed and continued asks no question twice.
 
 Tested in tests/stages/curation/test_filters.py.
 """
@@ -16,8 +16,8 @@ Key = tuple[str, str, int]  # kind of answer, row id, number of the answer
 
 
 class Answers:
-    """A file with one JSON line {kind, id, n, ...} per answer. Any thread may add lines. If a crash cut the last line,
-    that line is dropped."""
+    """A file with one JSON line {kind, id, n, ...} per answer. Any thread may add lines. If a crash has cut the last
+    line short, this line is dropped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,7 +52,7 @@ class Answers:
         line = json.dumps({"kind": kind, "id": row_id, "n": number, **record}).encode() + b"\n"
         with self._lock:
             if self._file.closed or self.known.get((kind, row_id, number)) == record:
-                return  # the filter has ended, or the answer is stored already
+                return  # either the filter has ended, or the answer is stored already
             with writing(self.path):
                 self._file.write(line)
                 self._file.flush()

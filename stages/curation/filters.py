@@ -1,7 +1,8 @@
-"""The curation filters of the STEP3-VL-10B report. The filters decide which rows are kept, and why rows are dropped.
+"""The curation filters of the STEP3-VL-10B report. A filter decides whether a row is kept or dropped, and gives the
+reason for a drop.
 
-A filter gets the rows of a block that are not dropped yet, and returns one decision per row. Answers of models are
-stored in `Answers`, so that no question is asked twice.
+The filters run one after the other. Each filter gets the rows that no earlier filter has dropped, and returns one
+decision per row. The models' answers are stored in `Answers`, so that no question is asked twice.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,8 +45,9 @@ class Decision:
     """The decision of a filter about one row."""
 
     row: CandidateRow
-    dropped: str | None = None  # None if the row is kept, else the reason in words that many rows share
-    detail: str = ""  # details about this row only
+    # None if the row is kept, else the reason. It has no details of this row, so that equal reasons can be counted.
+    dropped: str | None = None
+    detail: str = ""  # details of the reason for this row
     filter: str = ""  # name of the filter that dropped the row; "" if it is kept
 
 
@@ -89,7 +91,7 @@ def row_judges(config: Config) -> dict[str, ScorerSpec]:
 
 @dataclass(frozen=True)
 class CheckabilityFilter:
-    """Keeps rows that the judge calls valid in every pass."""
+    """Asks a judge several times (passes) about each row. Keeps the rows that the judge calls valid in every pass."""
 
     options: Checkability
     scorer: Scorer
@@ -105,7 +107,7 @@ class CheckabilityFilter:
         if positive == len(votes):
             return Decision(noted)
         failed = [vote for vote in votes if vote.invalid is not None]
-        if len(failed) + positive == len(votes):  # no vote calls the row invalid, but some votes are missing
+        if len(failed) + positive == len(votes):  # all votes say "valid", but some votes are missing
             return _not_scored(row, failed)
         negative = (vote for vote in votes if vote.invalid is None and vote.value != 1)
         reason = next((text for vote in negative if (text := _reason(vote))), "")
@@ -152,7 +154,8 @@ def _judge(
 
 @dataclass(frozen=True)
 class DifficultyFilter:
-    """Keeps rows that the policy solves sometimes but not always. The policy's answers become the pool of the row."""
+    """Keeps rows that the policy solves sometimes but not always. The policy's final answers to a row become the pool
+    of this row."""
 
     options: Difficulty
     accept: Accept
@@ -172,7 +175,8 @@ class DifficultyFilter:
 
 @dataclass(frozen=True)
 class SynthesisFilter:
-    """Keeps rows that the policy solves sometimes but not always when the prompt contains pooled answers."""
+    """Puts pooled answers into the prompt of each row. Keeps rows that the policy then solves sometimes but not
+    always."""
 
     options: SynthesisFilterOptions
     messages: SynthesisOptions
@@ -203,7 +207,8 @@ class SynthesisFilter:
         return decisions
 
     def with_messages(self, prompt: Prompt) -> Prompt:
-        """Returns the prompt with pooled answers. The draw is always the same, as its seed comes from the row."""
+        """Adds pooled answers to the prompt. Always draws the same answers, because the seed comes from the row's
+        id."""
         seed = f"{self.policy.seed}/synthesis/{prompt.id}"
         return draw_messages(prompt, self.messages.least_messages, self.messages.most_messages, seed)
 
@@ -218,14 +223,16 @@ class SynthesisFilter:
 
 
 def drop_reason(accepted: Sequence[bool]) -> str | None:
-    """Returns why a row is dropped, or None. A kept row has accepted and also rejected responses (report, 3.2.3)."""
+    """Returns None if a row is kept, else the reason why it is dropped. A row is kept if some of its responses are
+    accepted and others are rejected (report, 3.2.3)."""
     if not any(accepted):
         return "never accepted"
     return "always accepted" if all(accepted) else None
 
 
 def _decide_by_accuracy(filter_name: str, row: CandidateRow, samples: Sequence[Sample], accept: Accept) -> Decision:
-    """Decides by `drop_reason`. If invalid scores could change a drop, its reason is "could not be scored"."""
+    """Decides with `drop_reason`. If a row is dropped although some of its scores are invalid, the reason is "could not
+    be scored", because valid scores could have changed the decision."""
     valid = [sample for sample in samples if sample.score.invalid is None]
     failed = [sample.score for sample in samples if sample.score.invalid is not None]
     accepted = [is_accepted(sample.score, accept) for sample in valid]
@@ -237,7 +244,7 @@ def _decide_by_accuracy(filter_name: str, row: CandidateRow, samples: Sequence[S
 
 
 def _not_scored(row: CandidateRow, failed: Sequence[Scored | RowScore]) -> Decision:
-    """Drops a row because its invalid scores could change the decision."""
+    """Drops a row because some of its scores are invalid, and valid scores could change the decision."""
     return Decision(row, "could not be scored", str(failed[0].invalid))
 
 

@@ -1,4 +1,4 @@
-"""The output folder of a curation, with the recipe, and with the rows and decisions of every block.
+"""The output folder of a curation. It contains the recipe, and the rows and decisions of every block.
 
 Each file is written completely or not at all. The rows file of a block is written last.
 
@@ -70,7 +70,7 @@ class CurationFolder:
     def _check_same(self, config: Config, digest: str) -> None:
         saved, state = self.path / RECIPE, self.path / STATE
         if not saved.is_file() or not state.is_file():
-            return  # the earlier attempt ended before it called a model
+            return  # the earlier attempt ended before it asked a model anything
         if changed := [c for c in differences(load(saved).config, config) if _changes_answers(c.key)]:
             listed = "".join(f"\n  {change}" for change in changed)
             raise InputError(f"{self.path} was started with another recipe:{listed}\nUse another --out for this recipe")
@@ -134,7 +134,7 @@ def row_record(row: CandidateRow, part_of: Callable[[Picture], dict[str, Any]] =
     """Converts a row into JSON values, in the format of training rows.
 
     Args:
-        part_of: converts a picture into the part of a chat message that contains it.
+        part_of: converts a picture into the part of a chat message that contains this picture.
     """
     prompt = row.prompt
     optional = {
@@ -154,7 +154,7 @@ def row_record(row: CandidateRow, part_of: Callable[[Picture], dict[str, Any]] =
 
 
 def shortened(prompt: Prompt, most: int = 200) -> str:
-    """Returns the text of the last chat turn for the report, cut to `most` characters."""
+    """Returns the text of the last chat turn for the report. A text of more than `most` characters is cut."""
     content = prompt.messages[-1]["content"]
     parts = [content] if isinstance(content, str) else [p.get("text", "(picture) ") for p in content]
     text = "".join(parts)
@@ -162,7 +162,7 @@ def shortened(prompt: Prompt, most: int = 200) -> str:
 
 
 def _changes_answers(key: str) -> bool:
-    """True if an option can change answers or decisions. Of an endpoint's options, only the model can."""
+    """True if an option can change answers or decisions. Among the options of an endpoint, only `model` can."""
     return key.startswith(RELEVANT) or (key.startswith("endpoints.") and key.endswith(".model"))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment
 
 EXAMPLES = 3  # number of example rows for each reason
-BARS = 12  # number of bars in a histogram, besides the bars `none` and `all`
+BARS = 12  # number of equal-width bars in a histogram; the bars `none` and `all` are not counted
 WIDTH = 40  # length of a histogram's longest bar, in characters
 PAGE = Path(__file__).with_suffix(".jinja")  # the template of the HTML page
 
@@ -40,7 +40,8 @@ class DropReason:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts rows by their share of accepted responses: one bar for none, one for all, equal-width bars in between."""
+    """A histogram of rows by the share of accepted responses. One bar counts the rows with share 0, one bar the rows
+    with share 1, and bars of equal width the rows in between."""
 
     filter: str
     bars: tuple[tuple[str, int], ...]
@@ -52,7 +53,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class CurationReport:
-    """The numbers and example rows of a report."""
+    """The contents of a report: numbers and example rows."""
 
     rows: int
     kept: int
@@ -75,13 +76,13 @@ class CurationReport:
         return "\n".join(lines)
 
     def html(self) -> str:
-        """Returns the report as one HTML page that loads no other file."""
+        """Returns the report as one HTML page. The page needs no other file."""
         page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE.read_text())
         return page.render(report=self)
 
 
 def make_report(decisions: Sequence[Path], filters: Sequence[str], sources: Sequence[str]) -> CurationReport:
-    """Makes the report from the decisions about all blocks.
+    """Makes the report from the decisions about the rows of all blocks.
 
     Args:
         decisions: the decision files of all blocks.

@@ -1,6 +1,6 @@
 """Checks and runs a curation. Rows pass through the recipe's filters (`curate.filters`) in blocks.
 
-A block is finished when its file in rows/ exists. A curation that was interrupted continues in the same folder.
+A block is finished when its file in rows/ exists. After an interruption, a curation continues in the same folder.
 
 Tested in tests/stages/curation/test_filters.py.
 """
@@ -125,7 +125,7 @@ def _check_judges(config: Config) -> None:
 
 
 def _check_thresholds(plan: Plan) -> None:
-    """Raises InputError if a task's threshold accepts every possible reward or none."""
+    """Raises InputError if the threshold of a task accepts all possible rewards, or rejects all."""
     tasks = sorted({prompt.task for prompt in plan.train})
     for task in tasks if POLICY_FILTERS & set(plan.config.curate.filters) else ():
         least, lowest, highest = plan.config.accept.of(task), plan.rewards.lowest(task), plan.rewards.highest(task)
@@ -142,7 +142,7 @@ def _filter_names(config: Config) -> list[str]:
 
 
 def _benchmarks(config: Config) -> Benchmarks:
-    """Reads the benchmark rows, which need no task."""
+    """Reads the rows of the benchmarks. These rows need no task."""
     sources = config.curate.decontamination.against or config.data.eval
     if not sources:
         raise InputError("curate.decontamination.against names no benchmark, and data.eval has none either")
@@ -154,7 +154,8 @@ def _benchmarks(config: Config) -> Benchmarks:
 
 
 def blocks_of(plan: Plan) -> list[list[CandidateRow]]:
-    """Splits the rows into blocks. If `curate.rows` is set, uses only that many rows, taken at equal distances."""
+    """Splits the rows into blocks. If `curate.rows` is set, uses only this number of rows, which are spread evenly over
+    the data."""
     options = plan.config.curate
     rows = [CandidateRow(prompt, source) for prompt, source in zip(plan.train, plan.sources, strict=True)]
     if options.rows is not None and options.rows < len(rows):
@@ -169,7 +170,8 @@ def run_blocks(
     sources: Sequence[str],
     say: Say,
 ) -> None:
-    """Runs the unfinished blocks in order. While the policy works on a block, judges work on the next block."""
+    """Applies the filters to the unfinished blocks, one block after the other. While the policy works on a block,
+    judges already work on the next block."""
     judge_filters = {name: run for name, run in filters.items() if name not in POLICY_FILTERS}
     policy_filters = {name: run for name, run in filters.items() if name in POLICY_FILTERS}
     ahead: Ahead[list[Decision]] = Ahead()
@@ -205,10 +207,10 @@ def _say(message: str) -> None:
 def apply_filters(
     decisions: Sequence[Decision], filters: Mapping[str, Filter], answers: Callable[[str], Answers], say: Say
 ) -> list[Decision]:
-    """Applies filters, in order, to the rows that are not dropped yet.
+    """Applies the filters one after the other. Each filter gets the rows that are not dropped yet.
 
     Args:
-        answers: opens the stored answers of a filter, given the filter's name.
+        answers: a function from the name of a filter to the stored answers of this filter.
     """
     result = list(decisions)
     for name, run in filters.items():
@@ -245,7 +247,8 @@ def _filters(plan: Plan, benchmarks: Benchmarks | None, verbose: bool) -> Iterat
 
 @contextmanager
 def _engines(plan: Plan, verbose: bool) -> Iterator[EnginePool | None]:
-    """Starts the judges that the recipe serves, and the engines. Yields None if no filter samples the policy."""
+    """Starts the judges that the recipe serves, and the engines. Yields the engines, or None if no filter needs
+    responses of the policy."""
     config = plan.config
     policy_filters = POLICY_FILTERS & set(config.curate.filters)
     longest = config.max_sequence_length

@@ -1,4 +1,4 @@
-"""Samples responses of the policy to data rows, has these responses scored, and has judges score rows.
+"""Samples responses of the policy to data rows and scores these responses. Also lets judges score data rows.
 
 Each response and each score is stored in `Answers` when it arrives. Stored results are not computed again.
 
@@ -19,7 +19,7 @@ from rollout.pool import seed_of
 from stages.curation.answers import Answers
 from stages.loop import AnyScore, require_valid
 
-ENOUGH_TO_JUDGE = 24  # with fewer scores, a few invalid scores do not prove that the reward fails
+ENOUGH_TO_JUDGE = 24  # if there are fewer scores, a few invalid ones do not prove that the reward fails
 Record = Mapping[str, Any]
 Item = TypeVar("Item", Rollout, Prompt)
 
@@ -51,7 +51,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class PolicySampler:
-    """Samples responses of the policy for the filters, and has these responses scored."""
+    """Samples responses of the policy for the filters, and lets the scorer score these responses."""
 
     engines: Engines
     chat: Chat
@@ -98,7 +98,8 @@ class PolicySampler:
         ]
 
     def requests(self, filter_name: str, prompt: Prompt, numbers: Sequence[int], longest: int) -> list[Request]:
-        """Returns one request per number. Seeds come from the row, so a restart does not change them."""
+        """Returns one request per number. Each seed is computed from the row and the number, so a restart does not
+        change it."""
         ids, room = self.chat.prompt_ids(prompt), longest - self.chat.length(prompt)
         seeds = [seed_of(self.seed, filter_name, prompt.id, n) for n in numbers]
         return [Request(ids, prompt.images, room, seed, self.temperature) for seed in seeds]
@@ -106,7 +107,8 @@ class PolicySampler:
     def _score(
         self, prompt: Prompt, new: Sequence[int], count: int, kind: str, answers: Answers, scores: "RolloutScores"
     ) -> None:
-        """Scores the stored responses whose numbers are in `new`. A group reward waits for all responses."""
+        """Scores the stored responses whose numbers are in `new`. If the reward is a group reward, scores nothing until
+        all responses are stored, and then scores them together."""
         group = self.scorer.is_group(prompt.task)
         records = [(n, answers.get(kind, prompt.id, n)) for n in (range(count) if group else new)]
         stored = [(n, _rollout(prompt, record)) for n, record in records if record is not None]
@@ -126,7 +128,7 @@ class Scores(Generic[Item, AnyScore]):
         self._waiting: dict[tuple[str, int], Future[AnyScore]] = {}
 
     def submit(self, group: Sequence[tuple[int, Item]]) -> Sequence[Future[AnyScore]]:
-        """Starts to score the numbered items. Returns one future per item."""
+        """Starts to score items, each given with its number. Returns one future per item."""
         raise NotImplementedError
 
     def restore(self, item: Item, record: Record) -> AnyScore:
@@ -134,7 +136,8 @@ class Scores(Generic[Item, AnyScore]):
         raise NotImplementedError
 
     def request(self, row_id: str, group: Sequence[tuple[int, Item]]) -> None:
-        """Scores the numbered items of one row together, unless all scores of these items are stored and valid."""
+        """Scores the given items of one row together. Uses the stored scores instead if all of them are stored and
+        valid."""
         records = {n: self.answers.get(self.kind, row_id, n) for n, _ in group}
         if all(record is not None and record["invalid"] is None for record in records.values()):
             for n, item in group:
@@ -145,8 +148,8 @@ class Scores(Generic[Item, AnyScore]):
             future.add_done_callback(lambda done, n=n: self._on_done(row_id, n, done))
 
     def _on_done(self, row_id: str, number: int, future: Future[AnyScore]) -> None:
-        """Stores a score when it arrives. An error in this worker thread is ignored, because `wait` stores the score
-        again and then raises the error."""
+        """Stores a score when it arrives. If storing fails in this worker thread, ignores the error: `wait` stores the
+        score again, and raises the error if this fails too."""
         if not future.cancelled() and not future.exception():
             with suppress(Stop):
                 self._store(row_id, number, future.result())
@@ -158,10 +161,10 @@ class Scores(Generic[Item, AnyScore]):
 
     def wait(self, limit: float) -> dict[tuple[str, int], AnyScore]:
         """Returns all scores: (row id, number) -> score. Raises Stop if the share of invalid scores is above `limit`.
-        In this case the reward itself fails, and not only some rows."""
+        So many invalid scores mean that the reward itself fails, and not only some rows."""
         scored = self.scorer.results(list(self._waiting.values()))
         for (row_id, number), score in zip(self._waiting, scored, strict=True):
-            self._store(row_id, number, score)  # the callback may not have run yet
+            self._store(row_id, number, score)  # the callback `_on_done` may not have stored this score yet
             self._found[row_id, number] = score
         if len(self._found) >= ENOUGH_TO_JUDGE:
             require_valid(list(self._found.values()), limit)
@@ -180,7 +183,7 @@ class RolloutScores(Scores[Rollout, Scored]):
 
 
 class RowScores(Scores[Prompt, RowScore]):
-    """Scores that a row judge gives to rows, numbered by pass."""
+    """Scores that a row judge gives to rows. The number of a score is the number of the pass."""
 
     def submit(self, group: Sequence[tuple[int, Prompt]]) -> Sequence[Future[RowScore]]:
         return [self.scorer.submit_row(prompt, pass_name(self.filter_name, number)) for number, prompt in group]

@@ -43,15 +43,15 @@ MODES = ("sere", "majority", "pacore")
 
 @dataclass(frozen=True)
 class Questions:
-    """The settings of an evaluation: which answers are sampled, and how many."""
+    """The settings of an evaluation: which kinds of answers are sampled, how many of each kind, and for which rows."""
 
     modes: Sequence[str]  # some of MODES
     attempts: int = 16  # trajectories per row
     syntheses: int = 1  # PaCoRe answers per row; each answer uses all trajectories
     limit: int | None = None  # maximum rows per task; None uses data.eval_limit
     seed: int = 0
-    cache: Path | None = None  # file with stored answers, which a repeated evaluation reuses
-    trajectories: Path | None = None  # file of an earlier evaluation whose first rounds are used
+    cache: Path | None = None  # file that stores the answers; a repeated evaluation reuses them
+    trajectories: Path | None = None  # cache file of an earlier evaluation; its first rounds are used again
     blind: bool = False  # True: each row gets the pictures of another row
     tasks: Collection[str] | None = None  # the tasks to measure; None means all tasks
 
@@ -61,11 +61,11 @@ def measure(config: Config, target: ModelTarget, questions: Questions) -> "Evalu
 
     Args:
         target: the policy, which vLLM serves.
-    Raises: ValueError or a subclass if the input is wrong; also the errors of serving and scoring.
+    Raises: ValueError or a subclass if the input is wrong. Errors of serving and of scoring are also raised.
     """
     check_accept(config)
     prompts = [p for p in _rows(config, questions.limit) if questions.tasks is None or p.task in questions.tasks]
-    tasks = {prompt.task for prompt in prompts}  # judges of other tasks are not needed
+    tasks = {prompt.task for prompt in prompts}  # judges that only other tasks use are not started
     rewards = reward_runner(config.model_copy(update={"rewards": {task: config.rewards[task] for task in tasks}}))
     check_judges(config, rewards)
     posed = prompts
@@ -129,11 +129,12 @@ def _rows(config: Config, limit: int | None) -> list[Prompt]:
 
 
 def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Gives each row the pictures of the next row of the same task with equally many, but different, pictures.
+    """Replaces the pictures of each row by those of another row: the next row that has the same task, the same number
+    of pictures, and other pictures.
 
     Args:
         prompts: rows with pictures.
-    Raises: InputError if there are no rows, or if no other row fits a row.
+    Raises: InputError if there are no rows, or if a row finds no other row with these properties.
     """
     if not prompts:
         raise InputError("--blind: no row has a picture")
@@ -157,13 +158,14 @@ def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _options(config: Config) -> dict[str, str | bool]:
-    """Converts the recipe's options of the policy into arguments of vLLM's server."""
+    """Returns the arguments of vLLM's server for the policy, made from the recipe's options."""
     template = config.model.chat_template
     return {"dtype": config.model.dtype, **({"chat-template": str(template)} if template else {})}
 
 
 def _first_rounds(path: Path, prompts: Sequence[Prompt]) -> dict[str, tuple[Round, ...]]:
-    """Reads first rounds from a file: row id -> first round. Raises InputError if a row is missing or has changed."""
+    """Reads the first round of each row from a file, and returns row id -> first round. Raises InputError if a row is
+    missing in the file or has changed since then."""
     rounds: dict[str, tuple[Round, ...]] = {}
     problems = {prompt.id: problem_digest(prompt) for prompt in prompts}
     data = path.read_bytes()
@@ -208,8 +210,8 @@ def score_results(
 def _score_round(
     config: Config, rewards: RewardRunner, prompts: Sequence[Prompt], results: Mapping[str, PacoreResult], which: int
 ) -> dict[str, list[Scored]]:
-    """Scores round number `which` and returns row id -> scored replies. A group reward gets all replies of a row
-    together, so each round is scored in a separate call."""
+    """Scores the replies of the round with the index `which`, and returns row id -> scored replies. Each round is
+    scored in a separate call, because a group reward treats all replies to a row in one call as one group."""
     rollouts = [
         Rollout(prompt, reply.text, reply.finish)
         for prompt in prompts
@@ -227,7 +229,8 @@ def _with_shown(
     config: Config,
     settings: Settings,
 ) -> list[Scored]:
-    """Adds to the prompt of each scored synthesis the pooled answers that this synthesis was sampled with."""
+    """Adds pooled answers to the prompt of each scored synthesis: the same answers that the prompt contained when the
+    synthesis was sampled."""
     before, last = result.rounds
     correct = [is_accepted(s, config.accept) for s, r in zip(attempts, before.replies, strict=True) if r.message]
     found = []
@@ -254,7 +257,8 @@ class EvaluationReport:
         return synthesis_metrics([s for row in self.rows for s in row.syntheses], self.config.accept)
 
     def preference(self) -> dict[str, float]:
-        """Returns the penalty/* metrics of the attempts. Tasks with comparisons also have genrm/*."""
+        """Returns the penalty/* metrics of the attempts. Returns genrm/* metrics too if a judge has compared
+        answers."""
         attempts = [s for row in self.rows for s in row.attempts]
         return preference_metrics(attempts) | penalty_metrics(attempts, self.penalties)
 

@@ -14,12 +14,12 @@ from rollout.pacore.rounds import PacoreResult
 from stages.pacore import is_accepted
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
-ALL = "all"  # stands in the column `task` for results over all tasks
+ALL = "all"  # value of the column `task` in result lines about all tasks together
 
 
 @dataclass(frozen=True)
 class EvaluatedRow:
-    """A data row, the model's answers to it, and their scores."""
+    """A data row, the model's answers to this row, and the scores of these answers."""
 
     prompt: Prompt
     result: PacoreResult
@@ -29,7 +29,7 @@ class EvaluatedRow:
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over rows, with the confidence interval of this mean."""
+    """A mean over rows, and the confidence interval of this mean."""
 
     mean: float
     low: float
@@ -40,7 +40,8 @@ class Figure:
 
 
 def figure(values: Sequence[float], seed: int = 0) -> Figure:
-    """Returns the mean and its 95% confidence interval. Resamples the rows (percentile bootstrap, Efron 1979)."""
+    """Returns the mean and its 95% confidence interval. The interval comes from resampling the rows (percentile
+    bootstrap, Efron 1979)."""
     array = np.asarray(values, dtype=float)
     draws = np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))
     tail = 50 * (1 - CONFIDENCE)
@@ -59,7 +60,8 @@ def pass_at_k(row: EvaluatedRow, config: Config) -> float:
 
 
 def majority_at_k(row: EvaluatedRow, config: Config) -> float:
-    """Returns 1 if the first attempt with the majority answer is correct. Returns 0 if not, or without a majority."""
+    """Returns 1 if the majority answer is correct, else 0. The first attempt with this answer decides. Returns 0 if
+    there is no majority answer."""
     votes = [vote(scored.rollout.answer) for scored in row.attempts]
     winner = majority(votes)
     return float(winner is not None and is_accepted(row.attempts[votes.index(winner)], config.accept))
@@ -115,6 +117,7 @@ def _task_rows(task: str, rows: Sequence[EvaluatedRow], config: Config, modes: S
 
 
 def _tokens(result: PacoreResult) -> float:
-    """Returns the tokens per final answer: all replies of earlier rounds, plus the mean reply of the last round."""
+    """Returns the number of tokens that one final answer costs: the tokens of all replies of earlier rounds, plus the
+    mean length of the replies of the last round."""
     *before, last = result.rounds
     return sum(r.tokens for one in before for r in one.replies) + fmean(r.tokens for r in last.replies)

@@ -8,7 +8,7 @@ import pytest
 from rl.run import main
 from tests.support.command import ROOT, Command, metrics, run, wait_for, wait_for_iteration, without_times
 
-# The shipped chain, with stages of two iterations.
+# The arguments for a small run of the shipped chain: each stage has only two iterations.
 SMALL = (
     *("rl.run", ROOT / "recipes/step3_vl.yaml", "--profile", "cpu", "rollouts_per_prompt=4"),
     *(

@@ -1,5 +1,5 @@
-"""Tests the command stages.curate with a real engine: the folder that it writes, and inputs that it refuses. A slow
-test also uses a judge."""
+"""Tests the command stages.curate with a real engine: which folder it writes, and which inputs it refuses. A slow test
+also uses a judge."""
 
 import json
 from collections import Counter
@@ -24,7 +24,8 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def curated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Curates a few problems of the scale model. Returns the output folder and the standard output."""
+    """Curates a few problems of the scale model once for all tests. Returns the output folder and what the command
+    printed."""
     out = tmp_path_factory.mktemp("curation") / "out"
     code, said, err = run(*CPU, "--out", out, *SMALL)
     assert code == 0, err
@@ -130,7 +131,7 @@ def test_with_a_served_judge_and_a_kill_every_row_goes_through_all_filters_once(
     wait_for(lambda: answers.exists() and answers.stat().st_size > 1000, command)
     command.kill()
     assert command.left_behind(patience=90) == []  # Ray's processes may need a minute to end
-    before = len(answers.read_text().splitlines()) - 1  # the last line may be incomplete
+    before = len(answers.read_text().splitlines()) - 1  # "- 1": the last line may be incomplete
     code, _, err = run(*CPU, "--out", out, *options)
     assert code == 0, err
     known = Counter((a["kind"], a["id"], a["n"]) for a in lines(out / "answers"))

@@ -1,7 +1,8 @@
-"""README, CONTRIBUTING and docs/: their commands work, and the files, options, metrics and messages they name exist.
+"""Tests README, CONTRIBUTING and docs/: the commands in them work. The files, options, metrics and messages that they
+name exist.
 
-Each command runs here; a command that would train runs as a dry run. ELSEWHERE names the tests of commands that have no
-dry run. docs/writing_rewards.md has its own test file, test_reward_guide.py.
+The tests of this file run each command. Commands that would train are run with --dry-run. Commands without a dry run
+have tests in other files, which ELSEWHERE names. docs/writing_rewards.md has its own test file, test_reward_guide.py.
 """
 
 import ast
@@ -32,11 +33,11 @@ from tests.support.command import ROOT, run
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
 TESTED_HERE = [page for page in PAGES if page != "docs/writing_rewards.md"]
 PROGRAMS = ("python", ".venv/bin/python", "make", "ray", "zcat")
-FREE = ("rewards.NAME.params", "endpoints.NAME.serve")  # the options below these may have any name
+FREE = ("rewards.NAME.params", "endpoints.NAME.serve")  # the options below these two names may have any name
 SCALE = ROOT / "recipes/scale"
 DRY_RUNS = ("rl.run", "stages.curate")
 
-ELSEWHERE = {  # first words of a command -> the tests that run it, with each of its options
+ELSEWHERE = {  # first words of a command -> files of tests that run this command with all options
     "ray": ["tests/runs/test_ray_job.py"],
     "python -m benchmarks": ["tests/benchmarks/test_harness.py"],
     "python -m rl.evaluate": ["tests/rollout/test_generate.py", "tests/stages/evaluation/test_scores.py"],
@@ -48,7 +49,7 @@ ELSEWHERE = {  # first words of a command -> the tests that run it, with each of
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page."""
+    """A fenced code block of a page."""
 
     language: str
     text: str
@@ -60,12 +61,12 @@ def blocks(page: str) -> list[Block]:
 
 
 def prose(page: str) -> str:
-    """The page without its fenced blocks."""
+    """Returns the text of a page without the fenced code blocks."""
     return re.sub(r"^ *```.*?^ *```$", "", (ROOT / page).read_text(), flags=re.M | re.S)
 
 
 def commands(page: str) -> Iterator[str]:
-    """The lines of a page's shell blocks, without comments."""
+    """Yields the commands in a page's shell code blocks, without comments."""
     for block in blocks(page):
         if block.language == "sh":
             for line in re.sub(r" *\\\n +", " ", block.text).splitlines():
@@ -74,7 +75,7 @@ def commands(page: str) -> Iterator[str]:
 
 
 def spans(page: str) -> list[str]:
-    """The texts between single backticks in the prose, without line breaks."""
+    """Returns the texts between single backticks in the prose of a page, without line breaks."""
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
 
 
@@ -88,7 +89,8 @@ MENTIONED = sorted({span for page in TESTED_HERE for span in spans(page) if span
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything that the commands name: recipes, models, rows, a run, a chain, the README's reward."""
+    """A folder with everything that the commands name: recipes, models, rows, a run, a chain, and the README's
+    reward."""
     folder = tmp_path_factory.mktemp("desk")
     for name in ("recipes", "tools"):
         (folder / name).symlink_to(ROOT / name)
@@ -122,13 +124,13 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(file: str, task: str) -> list[dict]:
-    """The first two rows of a task in the scale model's data."""
+    """Returns the first two rows of a task from the scale model's data."""
     all_rows = map(json.loads, (SCALE / "data" / file).read_text().splitlines())
     return [row for row in all_rows if row["task"] == task][:2]
 
 
 def write_critic(folder: Path) -> None:
-    """Writes the scale model's decoder with a value head."""
+    """Writes a critic: the scale model's decoder with a value head."""
     tensors = load_file(SCALE / "model/model.safetensors")
     trunk = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
     folder.mkdir(parents=True)
@@ -142,7 +144,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def write_run(folder: Path, rows: list[dict]) -> None:
-    """Writes the folder of a run: recipe, metrics, and samples of which one is invalid."""
+    """Writes the folder of a run with a recipe, metrics and two samples. One of the samples is invalid."""
     (folder / "rollouts").mkdir(parents=True)
     few_rows = [f"data.train={folder.parent / 'sums.jsonl'}", "data.eval=[]"]
     (folder / "recipe.yaml").write_text(load(ROOT / "recipes/rlvr.yaml", profile="cpu", overrides=few_rows).yaml())
@@ -154,7 +156,7 @@ def write_run(folder: Path, rows: list[dict]) -> None:
 
 
 def filled_in(command: str) -> str:
-    """The command with values in place of the names that its reader replaces."""
+    """Returns a command in which the placeholders, such as POLICY, are replaced by values."""
     for name, value in {
         "POLICY": SCALE / "model", "GENRM": SCALE / "judge", "TASK": "arithmetic", "/my/model": SCALE / "model",
         "/my/train.jsonl": "sums.jsonl", "/my/heldout.jsonl": "sums.jsonl",
@@ -189,7 +191,7 @@ def shell(command: str, folder: Path) -> None:
 
 
 def entry(module: str) -> Any:
-    """The module that `python -m` runs."""
+    """Returns the module that `python -m` runs."""
     return importlib.import_module(f"{module}.__main__" if (ROOT / module).is_dir() else module)
 
 
@@ -197,7 +199,7 @@ def entry(module: str) -> Any:
 def test_a_command_without_a_dry_run_has_a_test_that_runs_it(command: str) -> None:
     (tests,) = (tests for start, tests in ELSEWHERE.items() if command.startswith(start))
     source = "".join((ROOT / test).read_text() for test in tests)
-    own, _, inner = command.partition(" -- ")  # `inner` is the command of a job, which is one of the others
+    own, _, inner = command.partition(" -- ")  # in `ray job submit ... -- inner`, `inner` is one of the other commands
     for option in re.findall(r"(?<= )--[a-z][a-z-]*", own):
         assert f'"{option}"' in source, f"{option} is in no test of {tests}"
     assert any(c.startswith(inner.partition(" --output")[0]) for c in COMMANDS)
@@ -230,7 +232,7 @@ def test_a_run_survives_a_killed_driver_bit_for_bit() -> None:
     assert json.loads(out.splitlines()[-1])["differences"] == []
 
 
-# Blocks, links, files, options, metrics, messages
+# Code blocks, links, files, options, metrics, messages
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -249,7 +251,7 @@ def test_every_file_and_heading_that_a_page_links_to_is_there(page: str) -> None
 
 
 def anchors(file: Path) -> set[str]:
-    """The names of a page's headings in links on GitHub."""
+    """Returns the names that GitHub gives to a page's headings in links."""
     headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -289,7 +291,7 @@ def test_every_option_and_metric_that_a_page_names_exists(page: str) -> None:
 
 
 def messages() -> str:
-    """Every text in the source, with `...` for the values in f-strings."""
+    """Returns all strings in the source. In f-strings, `...` stands for each value."""
     texts = []
     for room in ("rl", "rewards", "rollout", "stages"):
         for file in (ROOT / room).rglob("*.py"):

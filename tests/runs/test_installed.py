@@ -1,4 +1,4 @@
-"""Tests a normal installation: the wheel contains everything that the commands need. The clone is not used."""
+"""Tests an installation from the wheel, without the clone: the wheel contains everything that the commands need."""
 
 import json
 import os
@@ -28,7 +28,8 @@ WITHOUT_CLONE = {"PYTHONPATH": "", "PIP_NO_INDEX": "1"}
 
 @dataclass(frozen=True)
 class Installation:
-    """A virtual environment with the project's wheel. Its dependencies come from the tests' own environment."""
+    """A virtual environment with the project's wheel. The dependencies are those of the environment that runs the
+    tests."""
 
     python: Path
     site: Path
@@ -37,7 +38,7 @@ class Installation:
     def run(self, *arguments: object, folder: Path) -> str:
         """Runs `python -m ...`, asserts that it succeeds, and returns its standard output."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "executable", str(self.python))  # `run` starts this interpreter
+            patch.setattr(sys, "executable", str(self.python))  # `run` then starts this interpreter
             code, out, err = run(*arguments, folder=folder, environment=WITHOUT_CLONE)
         assert code == 0, err
         return out
@@ -53,7 +54,8 @@ def pip(*arguments: object) -> None:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installation:
     folder = tmp_path_factory.mktemp("installed")
     source, wheels, environment = folder / "source", folder / "wheels", folder / "venv"
-    # The source is copied, because setuptools builds inside the source folder and would ship files of earlier builds.
+    # The source is copied, because setuptools builds inside the source folder: it would put files of earlier builds
+    # into the wheel.
     for name in (*PACKAGES, "tests", "tools"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -64,8 +66,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installation:
     venv.create(environment, symlinks=True)
     [site] = environment.glob("lib/python3*/site-packages")
     pip("install", "--no-deps", "--target", site, wheel)
-    # dependencies.pth adds the folder of the dependencies. Python ignores the .pth files inside an added folder, so the
-    # clone's editable installation has no effect.
+    # dependencies.pth makes the dependencies importable. Python ignores the .pth files inside a folder that was added
+    # in this way, so the clone's editable installation has no effect.
     dependencies = Path(sysconfig.get_path("purelib"))
     lines = [str(dependencies)]
     if (dependencies / "torchvision_cpu_hook.py").exists():  # see tools/install.py

@@ -1,5 +1,5 @@
-"""Tests runs whose reward calls a judge: a server that stops answering for a while or forever, and a judge that the run
-serves."""
+"""Tests runs whose reward calls a judge: a judge whose server stops answering for a while or forever, and a judge that
+the run itself serves."""
 
 import gzip
 import json
@@ -22,7 +22,8 @@ ALIKE = {"reasoning": "Both say so.", "grade_a": 6, "grade_b": 6}
 
 
 def rows(folder: Path, *, taught: bool = False) -> Path:
-    """Writes a few sums of the scale model's data with ground truths, or with a teacher's answers if `taught`."""
+    """Writes rows with a few sums from the scale model's data. The rows have ground truths, or a teacher's answers if
+    `taught` is True."""
     lines = (ROOT / "recipes/scale/data/train.jsonl").read_text().splitlines()
     sums = [row for row in map(json.loads, lines) if row["task"] == "arithmetic"][:16]
     if taught:
@@ -97,7 +98,7 @@ def test_the_rlhf_recipe_trains_with_the_judge_that_it_serves(tmp_path: Path) ->
     assert all("A " in one and "B " in one for both in reasons for one in both)
 
 
-# Without this option the grammar allows any number of spaces, and the scale model writes many spaces.
+# This option forbids extra spaces in a verdict. Without it, the scale model writes many spaces.
 TERSE = '{"backend": "xgrammar", "disable_any_whitespace": true}'
 OPTIONS = f"{{max-model-len: 256, dtype: float32, structured-outputs-config: '{TERSE}'}}"
 PLUGIN = """

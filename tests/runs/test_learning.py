@@ -1,4 +1,5 @@
-"""Tests that the whole CPU profile learns with three seeds. The tests are slow: one seed takes five minutes."""
+"""Tests that a complete run of the CPU profile learns, with each of three seeds. The tests are slow: one seed takes
+five minutes."""
 
 from pathlib import Path
 from statistics import fmean

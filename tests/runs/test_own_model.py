@@ -21,7 +21,8 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two JSONL files, a tokenizer, and a Qwen3 model with tied embeddings saved by transformers."""
+    """A user's folder: two JSONL files, a tokenizer, and a Qwen3 model with tied embeddings that transformers has
+    saved."""
     folder = tmp_path_factory.mktemp("theirs")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -47,7 +48,8 @@ def _row(identity: str, digit: str) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def their_run(theirs: Path) -> Path:
-    """A run with two engines and partial rollouts. The run makes two iterations, and a third one after a resume."""
+    """The folder of a run with two engines and partial rollouts. The run ends after two iterations and is then resumed
+    for a third iteration."""
     code, _, err = run(
         "rl.run", ROOT / "recipes/rlvr.yaml", "--profile", "cpu", "--output", "my_run",
         f"model.path={theirs}/model", f"data.train={theirs}/train.jsonl", f"data.eval={theirs}/heldout.jsonl",
@@ -85,4 +87,4 @@ def test_unfinished_responses_are_finished_in_later_iterations_even_after_a_resu
         assert 0.9 < line["policy/tis_mean"] < 1.1
         seen += [sample["id"] for sample in found]
     assert max(line["response/continued_fraction"] for line in metrics(their_run)[2:]) > 0
-    assert len(seen) == 3 * 8 * 4 and len(set(seen)) == 3 * 8  # each prompt is used once, with all rollouts
+    assert len(seen) == 3 * 8 * 4 and len(set(seen)) == 3 * 8  # each prompt is used once, with all 4 rollouts

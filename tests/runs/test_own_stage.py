@@ -1,4 +1,5 @@
-"""Tests a stage from a user's package. An entry point registers the stage, and the project's commands run it."""
+"""Tests a stage from a user's package. An entry point registers the stage. The commands of this project run the
+stage."""
 
 import json
 from pathlib import Path
@@ -40,8 +41,8 @@ SMALL = ("--profile", "cpu", "prompts_per_iteration=4", "rollouts_per_prompt=4",
 
 @pytest.fixture
 def package(tmp_path: Path) -> dict[str, str]:
-    """Writes a package with a stage, a recipe of this stage and a recipe of a chain. Returns the environment variable
-    that makes the package importable."""
+    """Writes a package that contains a stage, a recipe for this stage and a recipe for a chain. Returns the environment
+    variable that makes the package importable."""
     site = tmp_path / "site"
     (site / "mine-1.0.dist-info").mkdir(parents=True)
     (site / "mine-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")

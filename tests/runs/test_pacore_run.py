@@ -1,4 +1,4 @@
-"""Tests rl.run with the stage PaCoRe and the scale model. Engines and learner are real."""
+"""Tests rl.run with the stage PaCoRe and the scale model. Engines and learner are real, not scripted."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run whose policy makes the pooled answers itself."""
+    """The folder of a run in which the policy itself generates the pooled answers."""
     folder = tmp_path_factory.mktemp("runs") / "pacore"
     code, _, err = run(*SMALL, "--output", folder)
     assert code == 0, err
@@ -50,7 +50,7 @@ def test_every_sample_says_which_messages_it_saw_and_its_prompt_has_room_for_the
     groups = {one["id"]: one["shown"] for one in found}
     assert len(groups) == 4
     for one in found:
-        assert one["shown"] == groups[one["id"]]  # all responses of a row share one prompt
+        assert one["shown"] == groups[one["id"]]  # all responses to a row have the same prompt
         assert 2 <= len(one["shown"]["messages"]) == len(one["shown"]["accepted"]) <= 5
         assert all("<think>" not in message for message in one["shown"]["messages"])
         assert one["prompt_tokens"] > 25 + 5 * len(one["shown"]["messages"])

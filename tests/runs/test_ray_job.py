@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.command import PATIENCE, ROOT, SMALL_RUN, Command, metrics
 
-# The token is set here. Otherwise the cluster would require a token only if this machine has one.
+# The tests set a token. Otherwise, whether the cluster requires a token would depend on the machine.
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
@@ -25,12 +25,12 @@ PLUGIN = "rewards.arithmetic={use: 'examples/brief_rewards/brief_rewards/__init_
 
 @pytest.fixture
 def cluster() -> Iterator[tuple[str, Command]]:
-    """Starts a cluster with `ray start --head`. Returns the address of the job server, and the cluster's process."""
+    """Starts a cluster with `ray start --head`. Yields the address of the job server, and the cluster's process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ("--head", "--block", "--port=0", f"--dashboard-port={port}", "--disable-usage-stats")
-    # A job runs the first `python` in the PATH of its node.
+    # A job runs the first `python` in the PATH of the node that runs the job.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     head = Command("ray.scripts.scripts", "start", *options, environment={"PATH": path, **TOKEN})
     address = f"http://127.0.0.1:{port}"
@@ -50,7 +50,7 @@ def _wait_for(url: str, head: Command) -> None:
             urllib.request.urlopen(url, timeout=5).close()
             return
         except urllib.error.HTTPError:
-            return  # the server answers, although this request has no token
+            return  # the server runs: it refuses this request only because the token is missing
         except OSError:
             assert head.process.poll() is None, head.finish()
             assert time.monotonic() < deadline
@@ -75,6 +75,7 @@ def test_a_submitted_job_joins_the_cluster_trains_and_writes_to_the_given_folder
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert [m["iteration"] for m in metrics(tmp_path / "run")] == [0, 1]
-    assert "reward/arithmetic/right_and_brief" in metrics(tmp_path / "run")[1]  # the job has the reward's file
+    # The job has found the file of the reward.
+    assert "reward/arithmetic/right_and_brief" in metrics(tmp_path / "run")[1]
     assert (tmp_path / "run/policy/config.json").is_file()
-    assert head.process.poll() is None  # the job left the cluster running
+    assert head.process.poll() is None  # the cluster still runs after the job

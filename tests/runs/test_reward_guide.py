@@ -1,5 +1,5 @@
-"""Tests docs/writing_rewards.md: writes the guide's files, runs its commands in order, and compares their output with
-the guide."""
+"""Tests docs/writing_rewards.md, the guide. Writes the files that the guide shows, runs the commands of the guide in
+order, and compares the output with the guide."""
 
 import gzip
 import json
@@ -41,7 +41,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the lines of its output that the guide shows."""
+    """A command of the guide, and those lines of the output that the guide shows."""
 
     section: str
     command: str
@@ -77,7 +77,8 @@ def steps(*sections: str) -> list[Step]:
 
 
 def follow(step: Step, folder: Path, *more: object, environment: Mapping[str, str] = NOTHING) -> str:
-    """Runs a command of the guide in `folder`, checks the lines that the guide shows, and returns the output."""
+    """Runs a command of the guide in `folder`, checks that it prints the lines that the guide shows, and returns all of
+    the output."""
     words = shlex.split(step.command)
     if words[:2] == ["python", "-m"]:
         code, out, err = run(*words[2:], *more, folder=folder, environment=environment)
@@ -93,14 +94,14 @@ def follow(step: Step, folder: Path, *more: object, environment: Mapping[str, st
 
 
 def plain(line: str) -> str:
-    """Removes seconds and column widths from a line, because they differ from run to run."""
+    """Removes times and column widths from a line of output, because they can change each time a command is run."""
     line = re.sub(r'"seconds": [^,}]+|\b\d+\.\d{3}(?=  )', "seconds", line)
     return " ".join(line.split())
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with only the files of the guide."""
+    """A folder with only the files that the guide shows."""
     for block in blocks():
         if block.file:
             (tmp_path / block.file).write_text(block.text)
@@ -207,7 +208,8 @@ def test_entry_points_are_found_from_any_folder(installed: tuple[Path, dict[str,
     shorter = scores(
         "right_and_brief", "samples.jsonl", "--param", "limit=31", folder=tmp_path, environment=installed[1]
     )
-    # The right responses over the limit have 62, 116 and 58 characters. Others are wrong, truncated or short.
+    # Three right responses are longer than the limit: they have 62, 116 and 58 characters. The other responses are
+    # wrong, truncated or short.
     assert shorter == [1.0, 0.5, round(31 / 116, 4), 0.0, 1.0, round(31 / 58, 4), 0.0, 0.0]
 
 

@@ -1,6 +1,7 @@
 """Tests rl.run at a small size, with real Ray, vLLM, critic, policy and pictures.
 
-Most tests read the results of one undisturbed run. Other tests interrupt and resume a run; the results must be equal.
+Most tests read the results of one undisturbed run. Other tests interrupt and resume a run; this run must have the same
+results as the undisturbed run.
 """
 
 import json
@@ -76,7 +77,7 @@ def test_samples_hold_the_row_the_response_and_its_score(finished: tuple[Path, s
     found = samples(finished[0], 1)
     assert len(found) == 32
     assert {"id", "task", "messages", "ground_truth", "response", "reward", "finish"} <= found[0].keys()
-    assert any(isinstance(s["messages"][0]["content"], list) for s in found)  # some prompts have pictures
+    assert any(isinstance(s["messages"][0]["content"], list) for s in found)  # at least one prompt has pictures
 
 
 def test_tower_and_projector_stay_bit_identical_and_the_decoder_changes(finished: tuple[Path, str]) -> None:
@@ -128,7 +129,7 @@ def test_a_run_whose_policy_and_then_driver_are_killed_ends_like_an_undisturbed_
 
 
 def assert_same(folder: Path, calm: Path) -> None:
-    """Asserts that metrics, samples, weights and optimizer state are equal bit for bit."""
+    """Asserts that two runs have the same metrics, samples, weights and optimizer state, bit for bit."""
     assert without_times(metrics(folder)) == without_times(metrics(calm))
     for part in ("policy", "checkpoints/000004"):
         for file in sorted((calm / part).rglob("*.safetensors")):
@@ -165,7 +166,7 @@ def test_sampling_ahead_lags_one_update_behind_and_engine_and_learner_still_agre
     assert all(line["rollout/logprob_gap"] < 1e-4 for line in lines)
     assert all(0.9 < line["policy/tis_mean"] < 1.1 for line in lines)
     ids = [sample["id"] for iteration in (1, 2, 3) for sample in samples(ahead, iteration)]
-    assert len(ids) == 3 * 8 * 4 and len(set(ids)) == 3 * 8  # each prompt is used once, with all rollouts
+    assert len(ids) == 3 * 8 * 4 and len(set(ids)) == 3 * 8  # each prompt is used once, with all 4 rollouts
 
 
 def test_the_learner_encodes_each_picture_once(ahead: Path) -> None:
@@ -208,7 +209,7 @@ def test_a_run_that_samples_ahead_loses_and_repeats_no_sample_when_it_is_interru
     code, _, err = run("rl.run", "--resume", folder)
     assert code == 0, err
     assert [line["iteration"] for line in metrics(folder)] == list(range(9))
-    # The samples made ahead are lost at the interruption. After the resume, these samples are made again with the
+    # The interruption loses the samples that were made ahead. After the resume, these samples are made again, with the
     # newest weights.
     assert [line["rollout/staleness"] for line in metrics(folder)[1:]] == [
         0.0 if iteration in (1, broken_off) else 1.0 for iteration in range(1, 9)
@@ -365,4 +366,4 @@ def test_the_saved_checkpoint_is_a_whole_model_folder(finished: tuple[Path, str]
     assert {path.name for path in folder.iterdir()} >= {path.name for path in start.iterdir()}
     assert (folder / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
     saved, before = hf_folder.load(folder).state_dict(), hf_folder.load(start).state_dict()  # checks every tensor
-    assert any(not torch.equal(saved[name], before[name]) for name in before)  # the weights are trained weights
+    assert any(not torch.equal(saved[name], before[name]) for name in before)  # training has changed the weights

@@ -1,4 +1,5 @@
-"""Tests sampling of the next iteration while the current one trains: what runs in parallel, and what stays in order."""
+"""Tests that the next iteration is sampled while the current iteration trains: which steps run in parallel, and which
+steps wait for each other."""
 
 import threading
 from dataclasses import replace
@@ -76,7 +77,8 @@ def with_staleness(services: Services, value: int) -> Services:
 
 
 class Recording(Scripted):
-    """Records for each sampled iteration: (iteration, number of updates that the sampling weights have had)."""
+    """A sampler that records a pair for each iteration: the iteration, and the number of updates that its weights had
+    when it sampled."""
 
     def __init__(self, policy) -> None:
         super().__init__(policy)

@@ -1,6 +1,5 @@
-"""Tests a fourth stage, which this file defines, in a plan, the loop, a chain and an evaluation.
-
-tests/runs/test_own_stage.py runs such a stage from an installed package.
+"""Defines a fourth stage, and tests this stage in a plan, in the loop, in a chain and in an evaluation.
+tests/runs/test_own_stage.py tests a stage from an installed package.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from tests.support.loop import PROMPTS, scripted_services
 
 
 class Reversed(Stage):
-    """A stage that samples rows in reverse order, and rejects rows whose id ends in 7."""
+    """A stage that reverses the order of the rows in an iteration, and rejects rows whose id ends in 7."""
 
     name = "reversed"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -71,7 +70,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe(folder: Path) -> Path:
-    """Writes a recipe of the fourth stage that is based on the shipped RLVR recipe."""
+    """Writes a recipe for the fourth stage. Its base is the shipped recipe rlvr."""
     file = folder / "mine.yaml"
     file.write_text("base: rlvr\nstage: reversed\n")
     return file

@@ -1,5 +1,5 @@
-"""Tests one iteration with a scripted sampler and the real policy and critic. The rewarded token becomes more
-likely."""
+"""Tests one iteration with a scripted sampler and the real policy and critic: for example, the rewarded token becomes
+more likely."""
 
 import json
 from dataclasses import replace
@@ -40,7 +40,8 @@ def test_the_policy_learns_to_say_the_rewarded_token(services: Services) -> None
 def test_an_iteration_returns_metrics_and_loads_the_new_weights(services: Services) -> None:
     clock = Clock()
     metrics, scored = ppo_iteration(1, PROMPTS, PROMPTS, services, LoopState(), clock)
-    assert metrics["reward/mean"] == pytest.approx(1 / 3)  # only the second of three rollouts per prompt is good
+    # Of the three rollouts of a prompt, only the second has the reward 1.
+    assert metrics["reward/mean"] == pytest.approx(1 / 3)
     assert len(scored) == 12
     assert services.sampler.policy_step == 1
     assert {"time/rollout", "time/critic", "time/policy", "time/sync", "time/total"} <= clock.metrics().keys()

@@ -34,14 +34,14 @@ ROW = Prompt("a", "sums", ({"role": "user", "content": "2 + 2?"},), ground_truth
 
 
 class Chat:
-    """A chat in which the length of a prompt is 10 plus the lengths of its pooled answers."""
+    """A chat without a model. The length of a prompt is 10 plus the lengths of the pooled answers in it."""
 
     reserved = ("<im_patch>",)
 
     def length(self, prompt: Prompt) -> int:
         return 10 + sum(len(text) for text in (prompt.shown.texts if prompt.shown else ()))
 
-    class tokenizer:  # this class replaces a tokenizer object
+    class tokenizer:  # calling this class replaces calling a tokenizer
         def __init__(self, text: str) -> None:
             self.input_ids = text
 
@@ -142,7 +142,8 @@ def test_longest_with_messages_is_the_largest_length_that_can_be_drawn() -> None
 
 
 def attempts_saying(*texts: str, invalid: Sequence[int] = ()) -> Any:
-    """Returns a sampler that gives the same attempts for every prompt. A text with "right" gets the reward 1."""
+    """Returns a scripted sampler that gives the same attempts for every prompt. An attempt whose text contains "right"
+    gets the reward 1."""
 
     def made(prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
         assert per_prompt == len(texts)
@@ -263,7 +264,8 @@ def test_a_response_repeats_the_majority_if_its_vote_equals_the_majority_vote() 
         ("Answer 2 forgets to carry.", 1 / 4),
         ("References 1, 3 and 4 agree; attempt #2 does not.", 1.0),
         ("<think>one says 1200</think>4", 1 / 4),  # quoted
-        ("<think>it is 7</think>1200", 0.0),  # one digit is no quote, and quotes count only in the reasoning
+        # A single digit does not count as a quote. A quote outside of the reasoning does not count either.
+        ("<think>it is 7</think>1200", 0.0),
         ("Answer 9", 0.0),
     ],
 )

@@ -21,7 +21,8 @@ def rlhf(*penalties: str) -> Rlhf:
 
 
 def sample(answer: float, reference: float, *, agree: bool = True, tokens: int = 5, **penalties: float) -> Scored:
-    """Returns a scored response with these grades of answer and reference. The score is linear in their difference."""
+    """Returns a scored response. The judge has given these grades to the answer and to the reference. The score is a
+    linear function of the difference of the two grades."""
     details: dict[str, Any] = {"answer": answer, "reference": reference, "orders_agree": agree}
     score = 0.5 + (answer - reference) / 20
     rollout = Rollout(ROW, "Hi", "stop", response_ids=(1,) * tokens)
@@ -68,7 +69,8 @@ def test_responses_that_cannot_be_compared_count_as_lost_and_without_comparisons
     assert rlhf().evaluation([empty, cut]) == {}
     assert preference_metrics([sample(8, 6), empty, cut, invalid])["genrm/win_rate"] == pytest.approx(1 / 3)
     sums = replace(cut, rollout=replace(cut.rollout, prompt=replace(ROW, task="sums")))
-    assert preference_metrics([sample(8, 6), sums])["genrm/win_rate"] == 1  # `sums` has a task without comparisons
+    # The task of `sums` has no comparisons, so `sums` does not count as a loss.
+    assert preference_metrics([sample(8, 6), sums])["genrm/win_rate"] == 1
 
 
 def test_a_judge_that_prefers_long_answers_shows_in_length_correlation() -> None:

@@ -1,4 +1,5 @@
-"""Tests curation with scripted judges and a scripted policy: which rows are kept, and that a kill loses nothing."""
+"""Tests curation with scripted judges and a scripted policy: which rows are kept, and that nothing is lost when a
+curation is killed."""
 
 import json
 from collections import Counter
@@ -40,11 +41,11 @@ ROLLOUTS = 24
 
 
 class Killed(BaseException):
-    """Simulates kill -9 in a test with one process."""
+    """Raised to simulate kill -9: the test and the curation run in one process."""
 
 
 class Chat:
-    """A chat that converts every prompt into one token."""
+    """A chat that converts every prompt into the same single token."""
 
     reserved = ("<im_patch>",)
 
@@ -88,8 +89,8 @@ class Engines:
 
 
 class Scorer:
-    """Scores an answer with 1.0 if it contains the word "right". The judge is a script: (pass, row id) -> score, or the
-    reason for an invalid score."""
+    """Scores an answer with 1.0 if it contains the word "right", else with 0.0. The judge is a script: (pass, row id)
+    -> score. If the script gives a text, the score is invalid and the text is the reason."""
 
     def __init__(self, judge: Callable[[str, str], float | str] = lambda name, row: 1.0, group: bool = False) -> None:
         self.judge, self.group, self.asked = judge, group, Counter[tuple[str, str]]()
@@ -140,7 +141,8 @@ def policy(
 
 
 def right_times(counts: Mapping[str, int]) -> Callable[[str, str, int], str]:
-    """Returns a script in which the first `counts[row id]` responses to a row are right."""
+    """Returns a script for the engines. The first `counts[row id]` responses to a row are right, and all further
+    responses are wrong."""
     return lambda name, identity, n: (RIGHT if n < counts[identity] else WRONG).format(n)
 
 
@@ -410,7 +412,7 @@ def blocks() -> list[list[CandidateRow]]:
 
 
 def written_files(folder: Path) -> dict[str, bytes]:
-    """Returns the contents of the files with rows and decisions: file name -> content."""
+    """Returns the contents of all files with rows or decisions: file name -> content."""
     return {str(f.relative_to(folder)): f.read_bytes() for part in ("rows", "fates") for f in (folder / part).glob("*")}
 
 
@@ -467,7 +469,8 @@ def test_texts_of_models_are_escaped_in_the_html_report(tmp_path: Path) -> None:
 
 @dataclass
 class Attempt:
-    """Runs curations in one folder. Each run may be killed after a number of answers of the engines or of the judge."""
+    """Runs a curation in one folder, if needed several times. `run` can kill the curation after a number of answers of
+    the engines or of the judge."""
 
     folder: Path
     engines: list[Engines] = field(default_factory=list)
@@ -485,7 +488,7 @@ class Attempt:
 
     @property
     def most(self) -> int:
-        """The maximum number of times that one question was asked."""
+        """How often the most frequent question was asked, in all calls of `run` together."""
         asked = sum((e.asked for e in self.engines), Counter[Any]()) + sum((j.asked for j in self.judges), Counter())
         return max(asked.values())
 
@@ -532,7 +535,8 @@ def test_judges_work_on_the_next_block_while_the_policy_works_on_this_one(tmp_pa
     difficulty: Any = filters["difficulty"]
 
     def waiting(rows: Sequence[CandidateRow], answers: Answers) -> list[Decision]:
-        wait_until(lambda: any(identity == "always" for _, identity in scorer.asked))  # a row of the next block
+        # The row "always" belongs to the next block.
+        wait_until(lambda: any(identity == "always" for _, identity in scorer.asked))
         return difficulty(rows, answers)
 
     run_blocks(blocks(), {**filters, "difficulty": waiting}, CurationFolder(tmp_path), ["s"], lambda message: None)

@@ -17,9 +17,9 @@ def test_pass_at_one_is_the_share_of_right_attempts_and_pass_at_k_is_one_if_any_
     ("attempts", "right"),
     [
         (SPLIT, 0.0),
-        ([(boxed(4), 1.0), (boxed(5), 0.0), (r"\boxed{4}", 1.0)], 1.0),  # the same answer, written in another way
+        ([(boxed(4), 1.0), (boxed(5), 0.0), (r"\boxed{4}", 1.0)], 1.0),  # both forms of 4 are the same answer
         ([(boxed(5), 0.0), (boxed(4), 1.0)], 0.0),  # if two answers are equally frequent, the first one wins
-        ([("<think>never", 0.0), (boxed(4), 1.0)], 1.0),  # an attempt without an answer has no vote
+        ([("<think>never", 0.0), (boxed(4), 1.0)], 1.0),  # an attempt without an answer does not vote
         ([("<think>never", 0.0)], 0.0),
     ],
 )
@@ -33,7 +33,8 @@ def test_the_interval_holds_the_mean_and_shrinks_with_more_rows() -> None:
     few, many = figure([0.0, 1.0] * 10), figure([0.0, 1.0] * 1000)
     assert few.mean == many.mean == 0.5
     assert few.low < many.low < 0.5 < many.high < few.high
-    assert many.high - many.low == pytest.approx(2 * 1.96 * 0.5 / 2000**0.5, rel=0.1)  # as for a normal distribution
+    # For a normal distribution, the interval would have this width.
+    assert many.high - many.low == pytest.approx(2 * 1.96 * 0.5 / 2000**0.5, rel=0.1)
     assert figure([1.0, 1.0]) == figure([1.0]) and figure([1.0]).low == 1.0
     assert figure([0.0, 1.0, 1.0], seed=3) == figure([0.0, 1.0, 1.0], seed=3)
 
