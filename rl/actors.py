@@ -102,10 +102,10 @@ class _Fetched(Mapping[str, Any]):
 
 @contextmanager
 def signals_as_raised() -> Iterator[None]:
-    """Raises the exception of a signal handler that ran while Ray waited.
+    """Raises the exception of a signal handler, if a SystemError hides it.
 
-    If the wait ends at the same moment, Ray returns although this exception is pending, and Python raises a SystemError
-    instead of the exception.
+    A signal may arrive at the moment at which Ray stops waiting. Ray then returns a value although the exception of the
+    signal handler is pending, and Python raises a SystemError.
     """
     try:
         yield
@@ -164,13 +164,13 @@ class RemoteObject(Generic[T]):
         return RemoteFuture(self._actor.call.remote(method.__name__, *references, **kwargs))
 
     def stream(self, method: Callable[Concatenate[T, P], Iterator[Any]], *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Starts the generator `method(object, *args)`. `merge_streams` reads its values."""
+        """Starts the generator `method(object, *args)`. Use `merge_streams` to read the values."""
         streaming = self._actor.stream.options(num_returns="streaming")
         return streaming.remote(method.__name__, *args, **kwargs)
 
 
 class TeamFuture(RemoteFuture[R]):
-    """The result of a call to all ranks. `result` waits for all ranks and returns the value of rank 0."""
+    """The result of a call that runs on all ranks. `result` waits for all ranks and returns the value of rank 0."""
 
     def __init__(self, team: "Team[Any]", pending: Sequence[RemoteFuture[R]]) -> None:
         super().__init__(pending[0].reference)
@@ -225,9 +225,9 @@ class Team(Generic[T]):
 
 
 def _actor(factory: Any, cpus: float, gpus: float, environment: Mapping[str, str] | None) -> Any:
-    """Starts a process that has no object yet. `ps` and Ray's dashboard show the process by the name of the object's
-    class."""
-    name = getattr(factory, "__self__", factory).__name__  # a class method, such as of_rank, names its class here
+    """Starts a process in which the object will be created. `ps` and Ray's dashboard show the process under the name of
+    the object's class."""
+    name = getattr(factory, "__self__", factory).__name__  # for a class method (of_rank): its class
     remote: Any = ray.remote(type(name, (_Holder,), {}))
     return remote.options(num_cpus=cpus, num_gpus=gpus).remote(dict(environment or {}))
 
@@ -270,8 +270,8 @@ def place(
 
 
 def merge_streams(streams: Sequence[Any], patience: float) -> Iterator[tuple[int, Any]]:
-    """Reads several streams of RemoteObject.stream. Yields (index of the stream, value) in the order in which values
-    arrive.
+    """Reads several streams that RemoteObject.stream has started. Yields (index of the stream, value) in the order in
+    which values arrive.
 
     If a process dies, or yields nothing for `patience` seconds, the last value of its stream is a WorkerDied.
     """
@@ -301,8 +301,8 @@ def merge_streams(streams: Sequence[Any], patience: float) -> Iterator[tuple[int
 def cluster(*, verbose: bool = False) -> Iterator[None]:
     """Joins the Ray cluster at RAY_ADDRESS, or starts a cluster on this machine if RAY_ADDRESS is not set.
 
-    Ray sets RAY_ADDRESS in a submitted job. When the block ends, a cluster that was started here stops. A cluster that
-    was joined continues without our actors.
+    Ray sets RAY_ADDRESS in a submitted job. When the `with` block ends, a cluster that was started here stops. A
+    cluster that was joined continues, but our actors in it end.
     """
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

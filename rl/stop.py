@@ -5,7 +5,7 @@ GO_ON = "continue with --resume (a curation: with the same command)"  # the advi
 
 
 class Stop(RuntimeError):
-    """Ends the run. The message says why and what to do; finished iterations are kept.
+    """Ends the run. The message says why the run ends and what the user can do; finished iterations are kept.
 
     `saves` is True if this iteration has not changed any weight yet, so that a checkpoint can still be written.
     """
@@ -16,7 +16,7 @@ class Stop(RuntimeError):
 
 
 class WorkerDied(RuntimeError):
-    """A process of the run died, or did not answer within its time limit. A new process can repeat its work."""
+    """A process of the run died, or did not answer within its time limit. A new process can repeat the work."""
 
 
 class SourceDied(WorkerDied):

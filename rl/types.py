@@ -18,8 +18,8 @@ from PIL import Image
 Finish = Literal["stop", "length"]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 SYNTHESIS_TEMPLATE = "pacore.jinja"
-"""Name of a template file in a model folder. The model was trained with this template for prompts with pooled
-answers."""
+"""Name of a template file in a model folder. The template writes a problem and earlier answers to it as one prompt; the
+model was trained with such prompts."""
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
@@ -58,7 +58,7 @@ class Picture:
 
     @property
     def data_url(self) -> str:
-        """The encoded picture as a `data:` URL. It is converted to PNG if servers may not support its format."""
+        """The encoded picture as a `data:` URL. A picture is converted to PNG if servers may not support its format."""
         data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             kind = image.format
@@ -78,10 +78,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class PooledAnswers:
-    """The final answers of earlier attempts that a prompt contains, in the order of the prompt."""
+    """Final answers of earlier attempts at a problem. A prompt contains these answers, in this order."""
 
     texts: tuple[str, ...]
-    accepted: tuple[bool, ...] | None = None  # for each text: is it correct? None if unknown
+    accepted: tuple[bool, ...] | None = None  # for each text: True if it is correct; None if unknown
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,15 @@ class Prompt:
     reference: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     messages_pool: tuple[str, ...] = ()  # final answers of earlier attempts, for PaCoRe
-    pool_accuracy: float | None = None  # share of the pool's answers that were accepted
-    pool_accepted: tuple[bool, ...] = ()  # for each answer of the pool: was it accepted? () if unknown
-    shown: PooledAnswers | None = None  # pooled answers that the policy sees with the problem
+    pool_accuracy: float | None = None  # share of the answers in messages_pool that were accepted
+    pool_accepted: tuple[bool, ...] = ()  # for each answer in messages_pool: True if accepted; () if unknown
+    shown: PooledAnswers | None = None  # earlier answers that the prompt contains beside the problem
 
 
 @dataclass(frozen=True)
 class Rollout:
     """One sampled response. P is the number of prompt tokens (with expanded image slots), R the number of response
-    tokens. The policy chose all response tokens."""
+    tokens. The policy sampled all response tokens."""
 
     prompt: Prompt
     text: str  # decoded response_ids without special tokens, but with think tags
@@ -113,7 +113,7 @@ class Rollout:
     prompt_ids: tuple[int, ...] = ()  # [P]
     response_ids: tuple[int, ...] = ()  # [R]; the last is an end-of-sequence token, except if finish == "length"
     rollout_logprobs: tuple[float, ...] = ()  # [R] in nats, from the engine that sampled the response
-    policy_step: int = 0  # number of updates before the response, or its first piece, was sampled
+    policy_step: int = 0  # number of policy updates before sampling of the response began
     pieces: tuple[tuple[int, int], ...] = ()  # (policy_step, number of tokens) of each piece, if sampled in pieces
 
     @property
@@ -135,7 +135,7 @@ class Rollout:
 
     @property
     def answer(self) -> str:
-        """The final answer, see `answer_of`."""
+        """The final answer, as `answer_of` finds it."""
         return answer_of(self.text)
 
 

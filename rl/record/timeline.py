@@ -1,4 +1,4 @@
-"""Writes timeline.json, which says when each process of a run did what, in Chrome's trace format.
+"""Writes timeline.json in Chrome's trace format. It shows what each process of a run did, and when.
 
 ui.perfetto.dev and chrome://tracing display the file.
 """
@@ -13,7 +13,8 @@ Span = tuple[str, float, float]  # name, start and end in seconds since 1970
 
 
 class SpanSource(Protocol):
-    """A process that records its spans. `spans()` returns a future of the spans since the last call of `spans`."""
+    """A process that records what it does as spans. `spans()` returns a future of the spans that were recorded since
+    the previous call."""
 
     def spans(self) -> Any: ...
 
@@ -38,12 +39,13 @@ class Timeline:
         self._own.append((process, (name, start, end)))
 
     def replaced(self, name: str, source: SpanSource) -> None:
-        """Gives this name to a new process. Spans of the old process that were not read yet are lost."""
+        """From now on, `name` stands for the new process `source`. Spans of the old process that were not read yet are
+        lost."""
         self._sources[name] = source
         self._pending.pop(name, None)
 
     def write(self, *, busy: Iterable[str] = ()) -> None:
-        """Appends the spans since the last call.
+        """Appends the spans that were recorded since the previous call.
 
         The processes named in `busy` may be inside a long call. Their spans are requested now and read by a later
         `write`, so that this `write` does not wait for these processes.
