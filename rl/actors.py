@@ -20,14 +20,14 @@ from rl.stop import SourceDied, WorkerDied
 
 ROOT = Path(__file__).parent.parent
 SILENT = "a worker process of the run gave no sign of life for {:g} s"
-MOST_SPANS = 10_000  # maximum number of spans that a process keeps until they are fetched
+MOST_SPANS = 10_000  # a process keeps at most this number of spans until they are fetched
 T = TypeVar("T")
 R = TypeVar("R")
 P = ParamSpec("P")
 
 
 class _Holder:
-    """Runs in the actor's process: creates the object there and calls its methods."""
+    """Lives in the process of the actor. Creates the object there and calls the methods of the object."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         os.environ.update(environment)
@@ -35,7 +35,7 @@ class _Holder:
         self._spans: deque[tuple[str, float, float]] = deque(maxlen=MOST_SPANS)
 
     def spans(self) -> list[tuple[str, float, float]]:
-        """Returns (method, start, end) of each call since the last call of `spans`."""
+        """Returns (method, start, end) of each call that ended after the previous call of `spans`."""
         spans = list(self._spans)
         self._spans.clear()
         return spans
@@ -68,7 +68,7 @@ class _Holder:
 
 class RemoteFuture(Generic[R]):
     """The result of a remote call. A RemoteFuture can be an argument of another `start`, or a value in a mapping that
-    is an argument. The other process then gets the result directly; the result does not pass through this process."""
+    is an argument. The process that is called then gets the result directly, without a copy in this process."""
 
     def __init__(self, reference: Any) -> None:
         self.reference = reference
@@ -133,7 +133,7 @@ class RemoteObject(Generic[T]):
     """An object in a Ray actor.
 
     Args:
-        created: future that is done when the object has been created.
+        created: a future that is done when the object exists.
     """
 
     def __init__(self, actor: Any, created: RemoteFuture[None]) -> None:
@@ -141,7 +141,7 @@ class RemoteObject(Generic[T]):
 
     @property
     def ranks(self) -> "list[RemoteObject[T]]":
-        """A list with only this object, because the object has one process."""
+        """A list that contains only this object, because the object has a single process."""
         return [self]
 
     def ready(self, patience: float | None = None) -> None:
@@ -150,7 +150,8 @@ class RemoteObject(Generic[T]):
         self.created.result(patience)
 
     def spans(self) -> RemoteFuture[list[tuple[str, float, float]]]:
-        """Returns (method, start, end) of each call since the last call of `spans`. Times are in seconds since 1970."""
+        """Returns (method, start, end) of each call that ended after the previous call of `spans`. Times are in seconds
+        since 1970."""
         return RemoteFuture(self._actor.spans.remote())
 
     def end(self) -> None:
@@ -177,8 +178,8 @@ class TeamFuture(RemoteFuture[R]):
         self._team, self._pending = team, list(pending)
 
     def result(self, patience: float | None = None) -> R:
-        """Waits for all ranks. If one rank fails, all processes are killed, because other ranks may wait for it for
-        ever."""
+        """Waits for all ranks. If one rank fails, all processes are killed, because the other ranks might wait for the
+        failed rank for ever."""
         waiting = {future.reference: future for future in self._pending}
         patience = patience or self._team.patience
         try:
@@ -200,7 +201,7 @@ class Team(Generic[T]):
     """One object that is split over several processes, called ranks. Every rank gets all calls in the same order.
 
     Args:
-        patience: if no rank answers for this number of seconds, the team counts as hung; None: waits for ever.
+        patience: if no rank answers for this number of seconds, the team counts as hung. None: there is no limit.
     """
 
     def __init__(self, ranks: Sequence[RemoteObject[T]], patience: float | None = None) -> None:
@@ -214,7 +215,7 @@ class Team(Generic[T]):
     def start(self, method: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs) -> TeamFuture[R]:
         """Starts `method(object, *args)` on all ranks."""
         shared: Any = args
-        if len(self.ranks) > 1:  # each argument is stored once for all ranks
+        if len(self.ranks) > 1:  # store each argument once for all ranks
             shared = [a if isinstance(a, RemoteFuture | dict) else RemoteFuture(ray.put(a)) for a in args]
         return TeamFuture(self, [rank.start(method, *shared, **kwargs) for rank in self.ranks])
 

@@ -44,7 +44,8 @@ def _rewards_as_tuple(value: Any) -> Any:
 
 
 def _dump_rewards(rewards: Any, dump: Callable[[Any], list[Any]]) -> Any:
-    """Writes a single reward without the list around it, so that its options have names such as rewards.TASK.params."""
+    """Writes a single reward without the list around it. The options of the reward then have names such as
+    rewards.TASK.params."""
     dumped = dump(rewards)
     return dumped[0] if len(dumped) == 1 else dumped
 
@@ -62,7 +63,8 @@ SECRETS = ("api_key", "access_token", "secret", "password")
 
 
 class OptionError(ValueError):
-    """Raised for a value that has the right type but cannot work. `key` is the dotted name of the option."""
+    """Raised if an option has a value of the right type, but the run cannot work with this value. `key` is the dotted
+    name of the option."""
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f"{key} {problem}")
@@ -84,13 +86,13 @@ class Model(Options):
     """Parts of the model that are not trained. In the report only the decoder is trained; freezing the projector is a
     reconstruction."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Number format in which the engines and the learner compute."""
+    """Number format of the computations in the engines and the learner."""
     chat_template: Path | None = None
     """Jinja file that replaces the model's own chat template."""
     yarn: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """Factor by which YaRN multiplies the decoder's number of positions. The decoder can then process sequences that
-    are longer than those that it was trained on. The engines and the learner use this factor, and saved policies keep
-    it. The attention temperature stays the same. PaCoRe's evaluation uses a factor of 2.0."""
+    are longer than those that it was trained on. The engines and the learner use this factor, and it is stored in saved
+    policies. The attention temperature stays the same. PaCoRe's evaluation uses a factor of 2.0."""
 
 
 class Source(Options):
@@ -102,14 +104,14 @@ class Source(Options):
     null: the rows already have our columns."""
     columns: dict[str, str] = {}
     """Maps our column names to the column names in this source, in addition to data.columns. A dotted name such as
-    extra.answer is the field `answer` inside the column `extra`."""
+    extra.answer means the field `answer` inside the column `extra`."""
     task: str | None = None
     """The task of rows that have no value in the column `task`."""
     weight: Positive | None = None
     """Weight of this source. The share of prompts that come from a source is its weight divided by the sum of all
     weights. If no source has a weight, every row is used equally often."""
     limit: Count | None = None
-    """Number of rows that are read from the beginning of this source; null: all rows."""
+    """Number of rows to read, counted from the start of this source; null: all rows."""
     streaming: bool = False
     """true: rows of a hub dataset are read without downloading the whole dataset first."""
 
@@ -134,12 +136,12 @@ class Data(Options):
     """Training rows: a JSONL, JSON or Parquet file, a Hugging Face dataset (folder or hub id), or a list of such
     sources. Each source may also be a mapping with its own options."""
     eval: Sources = ()
-    """Held-out rows for evaluation, in the same forms as data.train. Without held-out rows the run does not
-    evaluate."""
+    """Held-out rows for evaluation. The same forms are possible as in data.train. Without held-out rows, the run makes
+    no evaluations."""
     eval_limit: Count | None = None
     """Number of held-out rows that are evaluated for each task. The first rows of the task are used; null: all rows."""
     columns: dict[str, str] = {}
-    """Maps our column names to the column names in the data, for every source without an adapter."""
+    """Maps our column names to the column names in the data. The mapping applies to all sources without an adapter."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What the run does with rows that cannot be used. stop: the run lists these rows and stops; skip: the run lists
     these rows and continues without them."""
@@ -193,15 +195,16 @@ class EndpointOptions(Options):
     timeout_s: Positive = 120.0
     """Time limit of one request, in seconds."""
     retries: Annotated[int, Field(ge=0)] = 5
-    """Number of times that a request is repeated after HTTP status 429 or 5xx, a timeout or a broken connection."""
+    """Maximum number of times that a request is repeated. A request is repeated after HTTP status 429 or 5xx, after a
+    timeout and after a broken connection."""
     max_wait: Positive = 3600.0
     """Maximum time, in seconds, that the run waits for an endpoint that does not answer. The run saves a checkpoint
-    before it waits, and stops after this time."""
+    before it waits. After this time it stops."""
     images: bool = False
     """true: the pictures of a prompt are sent to the model."""
     serve: dict[str, str | int | float | bool] = {}
-    """Arguments of `vllm serve`, if the run serves the model. Arguments have their long names, for example
-    {max-model-len: 8192}."""
+    """Arguments of `vllm serve`, for a model that the run serves. The arguments are written with their long names, for
+    example {max-model-len: 8192}."""
     structured: bool = True
     """true: the server supports response_format and restricts each reply to a JSON schema; false: only the prompt asks
     for JSON."""
@@ -212,19 +215,19 @@ Filter = Literal["decontamination", "checkability", "relevance", "difficulty", "
 
 class Decontamination(Options):
     against: Sources = ()
-    """Benchmarks, in the same forms as data.train. Rows that overlap a benchmark are dropped. Without benchmarks, the
-    rows of data.eval are used."""
+    """Benchmarks. The same forms are possible as in data.train. Rows that overlap a benchmark are dropped. Without
+    benchmarks, the rows of data.eval are used."""
     ngram: Count = 64
-    """Length n of the n-grams, counted in words and symbols. A row that shares an n-gram with a benchmark is dropped.
-    The report uses 64-grams but does not name their unit."""
+    """Length of an n-gram: a sequence of n words and symbols. A row is dropped if it has an n-gram that a benchmark has
+    too. The report uses 64-grams, but does not say what unit they are made of."""
 
 
 class Checkability(Options):
     endpoint: str = "checker"
     """Name of the judge's endpoint (report: the judge is GPT-OSS-120B)."""
     passes: Count = 4
-    """Number of times that the judge is asked about each row. A row is kept if all replies say that the row is valid
-    (report)."""
+    """Number of times that the judge is asked about each row. A row is kept if all replies of the judge say that the
+    row is valid (report)."""
     params: dict[str, Any] = {}
     """Further parameters of the row judge `checkable`."""
 
@@ -332,8 +335,7 @@ class SynthesisOptions(Options):
     """With `pool: online`: number of attempts at each prompt. The messages of the prompt are drawn from the final
     answers of these attempts (report: 24 rollouts)."""
     online_length: Annotated[int, Field(ge=16)] | None = None
-    """With `pool: online`: maximum number of tokens of a problem and one attempt together; null:
-    max_sequence_length."""
+    """With `pool: online`: maximum total number of tokens of a problem and one attempt; null: max_sequence_length."""
 
     @model_validator(mode="after")
     def _can_draw(self) -> "SynthesisOptions":
@@ -360,8 +362,8 @@ class VerlCorrection(Options):
     rollout_is_threshold: Positive = 2.0
     """Upper limit of the importance weights."""
     rollout_rs: Rejection | None = None
-    """Statistic that decides which tokens or responses are rejected: token_k1 to token_k3, seq_sum_k1 to seq_sum_k3,
-    seq_mean_k1 to seq_mean_k3, seq_max_k2 or seq_max_k3. null: nothing is rejected."""
+    """Name of the statistic that decides which tokens or responses are rejected: token_k1 to token_k3, seq_sum_k1 to
+    seq_sum_k3, seq_mean_k1 to seq_mean_k3, seq_max_k2 or seq_max_k3. null: nothing is rejected."""
     rollout_rs_threshold: Positive | None = None
     """Upper limit of the statistic in rollout_rs. Tokens or responses above this limit are rejected."""
 
@@ -396,8 +398,8 @@ class PPO(Options):
     """Number of optimizer steps in which the learning rate rises linearly from 0 to critic_lr (reconstruction, from
     Step 3.5 Flash)."""
     critic_only_iterations: Annotated[int, Field(ge=0)] = 0
-    """Number of iterations at the start of the run in which only the critic is trained and the policy does not
-    change."""
+    """Number of iterations, at the start of the run, in which only the critic is trained. The policy does not change in
+    these iterations."""
     minibatches: Count
     """Number of optimizer steps of the policy per iteration. The samples are divided among the steps, and each sample
     is used once."""
@@ -418,16 +420,16 @@ class PPO(Options):
     updated; before_update: the policy before the updates of the iteration (reconstruction: the report does not say
     which)."""
     truncated: Literal["lowest", "bootstrap"] = "lowest"
-    """Reward of a response that was cut at the length limit. lowest: the lowest reward of its task; bootstrap: the
-    critic's value at the cut (reconstruction: the report does not say)."""
+    """The reward that a response gets if it was cut at the length limit. lowest: the lowest reward of its task;
+    bootstrap: the critic's value at the cut (reconstruction: the report does not say)."""
     normalize_advantages: bool = True
     """true: advantages are shifted and scaled to mean 0 and standard deviation 1 over all tokens of an iteration
     (reconstruction)."""
     kl: NotNegative = 0.0
-    """Weight of a penalty on the KL divergence from the starting policy. The report's sister papers use no such
-    penalty."""
+    """Weight of a penalty on the KL divergence from the starting policy. Related papers of the report's authors use no
+    such penalty."""
     entropy: NotNegative = 0.0
-    """Weight of an entropy bonus in the loss. The report's sister papers use no such bonus."""
+    """Weight of an entropy bonus in the loss. Related papers of the report's authors use no such bonus."""
     betas: tuple[Rate, Rate] = (0.9, 0.95)
     """Decay rates of AdamW's two moment estimates, for policy and critic (reconstruction, from Open-Reasoner-Zero)."""
     weight_decay: NotNegative = 0.0
@@ -439,9 +441,9 @@ class PPO(Options):
     """The run stops after this number of consecutive skipped optimizer steps. A step is skipped if its gradient is not
     finite."""
     policy_loss: VerlLoss | None = None
-    """Policy loss of verl that replaces ours, such as {verl: gspo}; needs `ratio: clip`."""
+    """Policy loss of verl, such as {verl: gspo}, that is used instead of our own loss. It needs `ratio: clip`."""
     rollout_correction: VerlRolloutCorrection | None = None
-    """verl's correction of the mismatch between engine and learner; replaces tis_cap and tis_policy."""
+    """verl's correction of the mismatch between engine and learner. It is used instead of tis_cap and tis_policy."""
 
 
 class Partial(Options):
@@ -452,13 +454,13 @@ class Partial(Options):
     """Number of additional prompts for which responses are sampled. It is given as a share of prompts_per_iteration and
     rounded up."""
     chunk_tokens: Count = 1024
-    """Number of tokens by which each response grows between two checks. A check finds out whether enough groups are
-    complete."""
+    """Number of new tokens of each response after which the run checks whether enough groups are complete."""
 
 
 class RolloutOptions(Options):
     temperature: Positive = 1.0
-    """Sampling temperature. There is no top_p or top_k, because probability ratios need the whole distribution."""
+    """Sampling temperature. There are no options top_p and top_k, because probability ratios need the whole
+    distribution."""
     workers: Count = 1
     """Number of vLLM engines. Each engine has its own process, and its own GPU if there are GPUs."""
     threads: Count = 1
@@ -466,13 +468,13 @@ class RolloutOptions(Options):
     kv_cache_gib: Count = 4
     """Size of each engine's key-value cache in GiB, if the engines run on the CPU."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
-    """Fraction of its GPU's memory that an engine may use."""
+    """Fraction of a GPU's memory that an engine on this GPU may use."""
     patience_s: Positive = 600.0
-    """An engine that gives no sign of life for this number of seconds counts as hung and is replaced."""
+    """If an engine gives no sign of life for this number of seconds, it counts as hung and is replaced."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """Maximum number of iterations by which the engines' weights may be older than the learner's weights. 0: engines
-    and learner take turns. 1: while one iteration trains, the engines make the samples of the next iteration with the
-    older weights."""
+    """Number of iterations by which the engines' weights may be older than the learner's weights. 0: engines and
+    learner take turns. 1: while one iteration trains, the engines make the samples of the next iteration with the older
+    weights."""
     partial: Partial | None = None
     """Options of partial rollouts; {} means the default options. With partial rollouts, the longest responses are cut
     and continue in the next iteration with newer weights, so that the other responses need not wait for them. Each
@@ -495,14 +497,14 @@ class Learner(Options):
     """Number of processes that the policy is split over (FSDP2). The critic is split over the same number of other
     processes. Each process takes one GPU."""
     token_budget: Count = 32_768
-    """Maximum number of tokens in one forward pass. This option changes memory use and speed, but never the result."""
+    """Maximum number of tokens in one forward pass. This option changes memory use and speed, but not the result."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of policy and critic. auto: GPUs; if there are no GPUs, the run does not start."""
     threads: Count | None = None
     """Number of CPU threads of the learner; null: torch decides."""
     activation_checkpointing: bool = False
-    """true: only the input of each layer is kept for the backward pass, and the other activations are computed again.
-    This needs less memory, but a third more computation."""
+    """true: for the backward pass, only the input of each layer is kept, and all other activations are computed a
+    second time. This needs less memory, but a third more computation."""
     patience_s: Positive = 7200.0
     """Time limit, in seconds, of one call to policy or critic, for example the update of a whole iteration. A process
     that takes longer counts as hung, and all processes are started again from the newest checkpoint."""
@@ -515,9 +517,10 @@ class Checkpoint(Options):
     every: Count = 20
     """Number of iterations between two checkpoints. The last iteration always makes a checkpoint."""
     keep: Count = 2
-    """Number of newest checkpoints that stay on disk."""
+    """Number of checkpoints that stay on disk. These are always the newest checkpoints."""
     keep_every: Count | None = None
-    """Checkpoints of iterations that are multiples of this number stay on disk too."""
+    """In addition, a checkpoint stays on disk if its iteration is a multiple of this number. null: only the newest
+    checkpoints stay."""
 
 
 class Evaluation(Options):
@@ -525,7 +528,7 @@ class Evaluation(Options):
     """Number of iterations between two greedy evaluations. Iteration 0 and the last iteration always have an
     evaluation."""
     batch: Count = 256
-    """Number of held-out prompts that the engines get at a time."""
+    """Number of held-out prompts that are sent to the engines at a time."""
     sampled_rows: Count | None = None
     """Number of rows of each task that are evaluated by sampling at the end of a chain. For each of these rows, 16
     answers and a synthesis are sampled; null: all rows."""
@@ -535,8 +538,8 @@ class Log(Options):
     trackers: Trackers = ("tensorboard",)
     """Trackers that get the metrics in addition to metrics.jsonl: one or several of tensorboard, wandb and mlflow."""
     timeline: bool = False
-    """true: the run writes timeline.json (Chrome trace format), which shows what every process does and waits for. Open
-    the file in ui.perfetto.dev."""
+    """true: the run writes timeline.json (Chrome trace format), which shows when each process works, and what it waits
+    for. Open the file in ui.perfetto.dev."""
 
 
 class Config(Options):
@@ -551,11 +554,11 @@ class Config(Options):
     iterations: Count
     """Number of iterations. Each iteration samples responses, scores them and updates the weights."""
     prompts_per_iteration: Count
-    """Number of rows for which an iteration samples responses."""
+    """Number of rows that an iteration uses as prompts."""
     rollouts_per_prompt: Count
     """Number of responses that are sampled for each row."""
     max_sequence_length: Annotated[int, Field(ge=16)]
-    """Maximum number of tokens of a prompt (with its image tokens) and its response together."""
+    """Maximum total number of tokens of a prompt (with image tokens) and a response."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed for the order of the data, for sampling and for the initial value head."""
     model: Model
@@ -564,15 +567,15 @@ class Config(Options):
     """The rows to train and evaluate on."""
     rewards: Annotated[dict[str, Rewards], Field(min_length=1)]
     """Maps each task to the reward that scores its responses, or to a list of rewards whose weighted sum is used. The
-    column `task` of a row names its task."""
+    column `task` of a row holds the name of the task."""
     reward_workers: Count | None = None
     """Number of processes for rewards that do not ask a judge; null: one process per CPU core, at most 32."""
     max_invalid_fraction: Fraction = 0.1
-    """The run stops if a larger share of an iteration's samples is invalid. A sample is invalid if a reward or its
-    endpoint failed."""
+    """The run stops if the share of invalid samples in an iteration is larger than this value. A sample is invalid if a
+    reward or its endpoint failed."""
     max_restarts: Annotated[int, Field(ge=0)] = 10
-    """Maximum number of times that a run replaces processes which died or hung; at the next failure it stops. If an
-    engine fails, or a judge that the run serves, only this process is replaced. If policy or critic fails, all
+    """Maximum number of times that a run replaces processes which died or hung. The run stops at the next failure. If
+    an engine fails, or a judge that the run serves, only this process is replaced. If policy or critic fails, all
     processes are started again from the newest checkpoint."""
     max_start_s: Positive = 3600.0
     """Time limit, in seconds, for the start of a process. A process that takes longer counts as hung."""
@@ -597,7 +600,7 @@ class Config(Options):
     log: Log = Log()
     """Options of trackers and timeline."""
     curate: CurationOptions = CurationOptions()
-    """Options of `python -m stages.curate`; a training run does not use them."""
+    """Options of `python -m stages.curate`. A training run does not use these options."""
 
     @property
     def samples(self) -> int:
@@ -605,8 +608,8 @@ class Config(Options):
         return self.prompts_per_iteration * self.rollouts_per_prompt
 
     def prompt_range(self, iteration: int) -> range:
-        """Returns the positions of the prompts that are started in an iteration. The prompts form an endless sequence,
-        and the first iteration is iteration 1.
+        """Returns the positions of the prompts for which an iteration starts to sample responses. The prompts form an
+        endless sequence, and the first iteration is iteration 1.
 
         With partial rollouts, the first iteration starts more prompts than it finishes.
         """
@@ -669,8 +672,8 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
 
 
 def _stored_secrets(config: Config) -> Iterator[OptionError]:
-    """Yields an error for each parameter that holds a secret. recipe.yaml stores every value, so a parameter may
-    contain only the name of the secret's environment variable."""
+    """Yields an error for each parameter that holds a secret. The file recipe.yaml stores all values. A parameter may
+    therefore hold only the name of an environment variable that contains the secret."""
     for task, rewards in config.rewards.items():
         for scorer in (scorer for reward in rewards for scorer in (reward, *reward.penalties)):
             for name in _names(scorer.params):

@@ -1,4 +1,4 @@
-"""Exit codes of all commands, and the message that a command prints when it fails or is interrupted.
+"""Defines the exit codes of all commands, and prints a message if a command fails or is interrupted.
 
 Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 130 interrupted after saving.
 """

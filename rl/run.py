@@ -1,6 +1,6 @@
 """Implements `python -m rl.run RECIPE [--profile cpu] [key=value ...]`, which checks a recipe and then starts the run.
 
-A recipe is for one stage, or for a chain of stages (rl/recipe/chain.py). Exit codes are in rl/exits.py.
+A recipe describes one stage, or a chain of stages (rl/recipe/chain.py). Exit codes are in rl/exits.py.
 
 Tested in tests/runs/test_run.py.
 """

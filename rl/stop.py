@@ -7,7 +7,7 @@ GO_ON = "continue with --resume (a curation: with the same command)"  # the advi
 class Stop(RuntimeError):
     """Ends the run. The message says why the run ends and what the user can do; finished iterations are kept.
 
-    `saves` is True if this iteration has not changed any weight yet, so that a checkpoint can still be written.
+    `saves` is True if this iteration has not changed any weight yet. A checkpoint can then still be written.
     """
 
     def __init__(self, message: str, *, saves: bool) -> None:
@@ -20,4 +20,4 @@ class WorkerDied(RuntimeError):
 
 
 class SourceDied(WorkerDied):
-    """The called process still runs, but it waited for the result of another process that has died."""
+    """The process that was called is alive, but it needed the result of another process, and that process died."""

@@ -61,13 +61,13 @@ class Chain:
         return self.steps[: self.steps.index(step)]
 
     def trained(self) -> list[Step]:
-        """Returns the steps that train, without the curations."""
+        """Returns the steps that train a policy. Curations are left out."""
         return [step for step in self.steps if not step.curates]
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One entry of the option `chain`, with the layers of the recipe that it names."""
+    """One entry of the option `chain`, with the layers of the recipe that the entry names."""
 
     name: str
     layers: tuple[Layer, ...]
@@ -89,8 +89,7 @@ def load_chain(
     first: str | None = None,
     begun: bool = False,
 ) -> Chain:
-    """Makes and checks the recipe of every step. Some steps read files that an earlier step will make. These files need
-    not exist yet.
+    """Makes and checks the recipe of every step. Files that an earlier step makes for a later step need not exist yet.
 
     Args:
         folder: the absolute path of the run folder. Each step writes its results there, and later steps read these

@@ -59,7 +59,7 @@ def _declared(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "
         if section is None:
             continue
         places = [key]
-        if get_origin(annotation) is dict:  # users choose the names of one level, such as TASK in rewards.TASK.use
+        if get_origin(annotation) is dict:  # users choose names such as TASK in rewards.TASK.use
             given = values.get(name)
             places = [f"{key}.{free}" for free in (given if isinstance(given, Mapping) else ["NAME"])]
             yield from ((place, Declared(True, is_list=_is_list(get_args(annotation)[1]))) for place in places)
@@ -74,8 +74,8 @@ def _is_list(annotation: Any) -> bool:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """Returns the class that declares the options below a value of this type. The type may be the class itself, or a
-    list, mapping or union that contains it."""
+    """Returns the class that declares the options of a section with this type. The type may be the class itself, or a
+    list, mapping or union that contains the class."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((section for inner in get_args(annotation) if (section := _section(inner))), None)
@@ -117,7 +117,7 @@ def _advice(key: str, names: Mapping[str, Declared]) -> str:
 
 
 def comment_beside(file: Path, key: str) -> str:
-    """Returns the comment beside `key` in a YAML file, together with the comment lines directly below it."""
+    """Returns the comment on the line of `key` in a YAML file, and the comment lines directly below this line."""
     text = file.read_text("utf-8")
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     for part in key.split("."):
@@ -174,8 +174,8 @@ def _problem(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, str]:
 
 
 def _place(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, Any]:
-    """Returns the dotted key of an error and the value of this key. The key does not contain the names that pydantic
-    adds for the branches of a union."""
+    """Returns the dotted key of an error and the value of this key. For a union type, pydantic adds names to the key;
+    they are left out."""
     parts: list[str] = []
     value: Any = values
     for part in detail["loc"]:

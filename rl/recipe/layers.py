@@ -1,4 +1,4 @@
-"""Finds, reads and merges the layers of a run: base recipes, the recipe, a profile and the command line.
+"""Finds, reads and merges the layers of a run. The layers are base recipes, the recipe, a profile and the command line.
 
 A layer stores the name of its file, so that the source of every value is known and relative paths can be made absolute.
 """
@@ -68,8 +68,8 @@ class Layers:
     main: str  # error messages name this file for values that no layer sets
 
     def origin(self, key: str) -> Layer | None:
-        """Returns the last layer that sets exactly this key. If there is none, returns the last layer that touches the
-        key."""
+        """Returns the last layer that sets exactly this key. If no layer sets exactly this key, returns the last layer
+        that touches it."""
         later_first = self._since_reset(key)[::-1]
         exact = (layer for layer in later_first if key in layer.flat)
         return next(exact, None) or next((layer for layer in later_first if layer.touches(key)), None)
@@ -120,7 +120,7 @@ def written_layers(recipe: Path | None, profile: str | None, overrides: Sequence
 
 
 def read(file: Path, label: str | None = None, derived: tuple[Path, ...] = ()) -> list[Layer]:
-    """Reads a YAML file. Returns the layers of the recipes that it is based on, and then the layer of the file itself.
+    """Reads a YAML file. Returns its layer as the last one of a list. The layers of its base recipes come first.
 
     Args:
         label: the name of the file's layer in provenance; None: the name of the file.
@@ -211,7 +211,7 @@ def find_recipe(written: str, where: str = "", folder: Path | None = None) -> Pa
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Returns the shipped recipes, as name -> file."""
+    """Returns the shipped recipes as a mapping from name to file."""
     return {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
 
 

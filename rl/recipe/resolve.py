@@ -40,7 +40,7 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")  # [owner/]name, and [
 
 @dataclass(frozen=True)
 class Resolved:
-    """A checked config with the source of its values.
+    """A checked config, and the source of each of its values.
 
     `provenance` maps each dotted key to the layer that set it: "recipes/rlvr.yaml", "profile cpu", "command line",
     "default of stage rlvr" or "default".
@@ -132,7 +132,7 @@ def describe(resolved: Resolved, section: Callable[[str], bool] = lambda name: T
 
 
 def differences(saved: Config, new: Config) -> list[Change]:
-    """Returns the options whose values differ, in the order in which they are declared."""
+    """Returns the options whose values differ between two configs. They are in the order of their declaration."""
     before, after = (flatten(config.model_dump(mode="json")) for config in (saved, new))
     changes = (Change(key, before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after]))
     return [change for change in changes if change.saved != change.new]
@@ -177,7 +177,7 @@ def _check_nothing_missing(merged: DictConfig, layers: Layers, profile: str | No
 
 
 def _profile_advice(key: str) -> str:
-    """Returns advice with the names of the shipped profiles that set `key`."""
+    """Returns advice for the user: the names of the shipped profiles that set `key`."""
     files = sorted((SHIPPED / "profiles").glob("*.yaml"))
     names = [file.stem for file in files if read(file)[-1].touches(key)]
     return f", or try the small example of --profile {' or '.join(names)}" if names else ""

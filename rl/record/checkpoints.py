@@ -28,10 +28,10 @@ Finish = Callable[[], None]
 
 @dataclass(frozen=True)
 class Written:
-    """The time and size of one finished checkpoint."""
+    """Duration and size of one finished checkpoint."""
 
-    seconds: float  # seconds from the start until everything was on disk
-    blocked: float  # the part of `seconds` in which the run waited
+    seconds: float  # time in seconds until everything was on disk
+    blocked: float  # how many of these seconds the run waited
     bytes: int
 
 
@@ -40,8 +40,8 @@ class Checkpoints:
 
     Args:
         folder: the folder that contains the checkpoints.
-        keep: the number of newest checkpoints to keep.
-        keep_every: checkpoints of iterations that are multiples of this number are kept too.
+        keep: this number of checkpoints, the newest ones, is kept.
+        keep_every: a checkpoint is kept too if the number of its iteration is a multiple of this number.
         expected: the estimated size of a checkpoint in bytes. It is used to check the free disk space before the first
             checkpoint.
     """

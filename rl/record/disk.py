@@ -51,7 +51,7 @@ def readable(size: int) -> str:
 
 
 def to_disk(path: Path) -> None:
-    """Calls fsync on a file or folder. A folder's fsync makes the renames in it permanent."""
+    """Calls fsync on a file or folder. After fsync on a folder, renames inside the folder are permanent."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -60,9 +60,10 @@ def to_disk(path: Path) -> None:
 
 
 def hold(folder: Path) -> int | None:
-    """Locks a folder for this process. The lock lasts until the returned descriptor is closed or the process ends.
+    """Locks a folder for this process. The lock ends when the returned file descriptor is closed, or when the process
+    ends.
 
-    Returns None on file systems without locks. Raises ValueError if another process has the lock.
+    Returns None if the file system has no locks. Raises ValueError if another process has the lock.
     """
     held = os.open(folder, os.O_RDONLY)
     try:

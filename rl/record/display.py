@@ -170,8 +170,8 @@ class Display:
     # Numbers
 
     def _task_names(self) -> list[str]:
-        """Returns the metric name reward/<task> for each task of the last iteration. The metrics of the response
-        lengths tell which tasks there are."""
+        """Returns the metric name reward/<task> for each task of the last iteration. The tasks are found by their
+        metrics response/tokens_mean/<task>."""
         prefix = "response/tokens_mean/"
         return [f"reward/{name.removeprefix(prefix)}" for name in self._metrics if name.startswith(prefix)]
 

@@ -114,11 +114,12 @@ class RunFolder:
             gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0) as packed,
         ):
             for sample in chosen:
-                # UTF-8 cannot encode a lone surrogate, so its JSON escape is written instead
+                # UTF-8 cannot encode a lone surrogate. The JSON escape of the surrogate is written instead.
                 packed.write(_json_line(sample_record(sample)).encode("utf-8", "backslashreplace"))
 
     def truncate_after(self, iteration: int) -> None:
-        """Deletes metrics and samples of later iterations, so that a resumed run has every iteration exactly once."""
+        """Deletes the metrics and samples of all iterations after `iteration`. A resumed run then records each
+        iteration exactly once."""
         kept = [line for line in self.read_metrics() if line["iteration"] <= iteration]
         with writing(self.path):
             if self.metrics.exists():
@@ -198,7 +199,7 @@ def image_part(picture: Picture) -> dict[str, Any]:
 
 
 def messages_of(prompt: Prompt, part_of: Callable[[Picture], dict[str, Any]] = image_part) -> list[dict[str, Any]]:
-    """Returns the chat of a prompt, with `part_of(picture)` in place of each image placeholder."""
+    """Returns the chat of a prompt. Each image placeholder is replaced by `part_of(picture)`."""
     pictures = iter(prompt.images)
 
     def content(given: str | Sequence[Mapping[str, Any]]) -> Any:

@@ -20,11 +20,11 @@ class SpanSource(Protocol):
 
 
 class Timeline:
-    """Appends events to one file, which is complete JSON after every `write`.
+    """Appends events to one file. After every `write`, the file is complete JSON.
 
     Args:
         path: the file; events are appended if it exists.
-        sources: name of a process in the timeline -> the process.
+        sources: maps the name of a process in the timeline to the process.
     """
 
     def __init__(self, path: Path, sources: Mapping[str, SpanSource]) -> None:
@@ -34,7 +34,7 @@ class Timeline:
         self._named: set[str] = set()
 
     def add(self, process: str, name: str, start: float, end: float) -> None:
-        """Records a span in which a thread of this process did something or waited. `process` is the name of the
+        """Records what a thread of this process did, or waited for, from `start` to `end`. `process` is the name of the
         thread."""
         self._own.append((process, (name, start, end)))
 
@@ -64,8 +64,8 @@ class Timeline:
 
 
 def _event(kind: str, process: str, name: str, **more: Any) -> dict[str, Any]:
-    """Returns one event. Its process id is a hash of the process name, so that a resumed run continues the same line of
-    the timeline."""
+    """Returns one event. The process id in the event is a hash of the process name. A resumed run therefore continues
+    the same line of the timeline."""
     return {"ph": kind, "pid": zlib.crc32(process.encode()) >> 1, "tid": 0, "name": name, **more}
 
 
