@@ -24,7 +24,7 @@ NO_GPU = (
 
 
 class InputError(ValueError):
-    """The user's input is wrong. The command prints the message and no traceback."""
+    """The user's input is wrong. The command prints only the message, without a traceback."""
 
 
 @contextmanager

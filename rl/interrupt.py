@@ -7,7 +7,7 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop, and no update is in progress.
+    """Raised if a signal asked the run to stop and no update is in progress.
 
     This class is a BaseException, so that `except Exception` does not catch it.
     """

@@ -75,7 +75,7 @@ class _Entry:
 
 
 def is_chain(recipe: Path) -> bool:
-    """True if a recipe, or a recipe that it is based on, has the option `chain`. Raises RecipeError if a file cannot be
+    """True if the recipe, or one of its base recipes, has the option `chain`. Raises RecipeError if a file cannot be
     read."""
     return any(layer.chain is not None for layer in read(recipe))
 
@@ -117,7 +117,7 @@ def load_chain(
 
 
 def saved_chain(chain: Chain) -> dict[str, str]:
-    """Returns the files to save for a chain, as file name -> text. `load_chain` makes the same chain from them.
+    """Returns the files to save for a chain, as file name -> text. `load_chain` makes the same chain from these files.
     recipe.yaml is the last file.
 
     The files do not contain the paths of earlier steps' results, so that the run folder can be moved.

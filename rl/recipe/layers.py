@@ -120,7 +120,8 @@ def written_layers(recipe: Path | None, profile: str | None, overrides: Sequence
 
 
 def read(file: Path, label: str | None = None, derived: tuple[Path, ...] = ()) -> list[Layer]:
-    """Reads a YAML file. Returns its layer as the last one of a list. The layers of its base recipes come first.
+    """Reads a YAML file and its base recipes. Returns the layers of the base recipes, and then the layer of the file
+    itself.
 
     Args:
         label: the name of the file's layer in provenance; None: the name of the file.

@@ -31,7 +31,7 @@ class Written:
     """Duration and size of one finished checkpoint."""
 
     seconds: float  # time in seconds until everything was on disk
-    blocked: float  # how many of these seconds the run waited
+    blocked: float  # during this part of `seconds`, training waited
     bytes: int
 
 

@@ -176,8 +176,7 @@ class Display:
         return [f"reward/{name.removeprefix(prefix)}" for name in self._metrics if name.startswith(prefix)]
 
     def _recent(self, name: str) -> list[float]:
-        """Returns the last values of a metric. Their number is chosen so that they fit beside the other columns of the
-        table."""
+        """Returns the last values of a metric. Returns as many values as fit beside the other columns of the table."""
         room = max(1, self._console.width - NARROW + 10)
         return list(self._history.get(name, ()))[-room:]
 

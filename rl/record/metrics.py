@@ -1,4 +1,4 @@
-"""Looks up and checks metrics, and computes the metrics of rewards and responses.
+"""Finds the descriptions of metrics, checks metrics, and computes the metrics of rewards and responses.
 
 metrics.yaml, beside this file, says what each metric means and whether higher or lower is better. A metric can be
 written to a run folder only if it has an entry in metrics.yaml or in `own_metrics` of a stage.
