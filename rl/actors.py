@@ -20,14 +20,14 @@ from rl.stop import SourceDied, WorkerDied
 
 ROOT = Path(__file__).parent.parent
 SILENT = "a worker process of the run gave no sign of life for {:g} s"
-MOST_SPANS = 10_000  # maximum number of spans that a process keeps until they are fetched
+MOST_SPANS = 10_000  # a process keeps at most this number of spans until they are fetched
 T = TypeVar("T")
 R = TypeVar("R")
 P = ParamSpec("P")
 
 
 class _Holder:
-    """Runs in the actor's process: creates the object there and calls its methods."""
+    """Lives in the process of the actor. Creates the object there and calls the methods of the object."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         os.environ.update(environment)
@@ -35,7 +35,7 @@ class _Holder:
         self._spans: deque[tuple[str, float, float]] = deque(maxlen=MOST_SPANS)
 
     def spans(self) -> list[tuple[str, float, float]]:
-        """Returns (method, start, end) of each call since the last call of `spans`."""
+        """Returns (method, start, end) of each call that ended after the previous call of `spans`."""
         spans = list(self._spans)
         self._spans.clear()
         return spans
@@ -68,7 +68,7 @@ class _Holder:
 
 class RemoteFuture(Generic[R]):
     """The result of a remote call. A RemoteFuture can be an argument of another `start`, or a value in a mapping that
-    is an argument. The other process then gets the result directly; the result does not pass through this process."""
+    is an argument. The process that is called then gets the result directly, without a copy in this process."""
 
     def __init__(self, reference: Any) -> None:
         self.reference = reference
@@ -102,10 +102,10 @@ class _Fetched(Mapping[str, Any]):
 
 @contextmanager
 def signals_as_raised() -> Iterator[None]:
-    """Raises the exception of a signal handler that ran while Ray waited.
+    """Raises the exception of a signal handler, if a SystemError hides it.
 
-    If the wait ends at the same moment, Ray returns although this exception is pending, and Python raises a SystemError
-    instead of the exception.
+    A signal may arrive at the moment at which Ray stops waiting. Ray then returns a value although the exception of the
+    signal handler is pending, and Python raises a SystemError.
     """
     try:
         yield
@@ -133,7 +133,7 @@ class RemoteObject(Generic[T]):
     """An object in a Ray actor.
 
     Args:
-        created: future that is done when the object has been created.
+        created: a future that is done when the object exists.
     """
 
     def __init__(self, actor: Any, created: RemoteFuture[None]) -> None:
@@ -141,7 +141,7 @@ class RemoteObject(Generic[T]):
 
     @property
     def ranks(self) -> "list[RemoteObject[T]]":
-        """A list with only this object, because the object has one process."""
+        """A list that contains only this object, because the object has a single process."""
         return [self]
 
     def ready(self, patience: float | None = None) -> None:
@@ -150,7 +150,8 @@ class RemoteObject(Generic[T]):
         self.created.result(patience)
 
     def spans(self) -> RemoteFuture[list[tuple[str, float, float]]]:
-        """Returns (method, start, end) of each call since the last call of `spans`. Times are in seconds since 1970."""
+        """Returns (method, start, end) of each call that ended after the previous call of `spans`. Times are in seconds
+        since 1970."""
         return RemoteFuture(self._actor.spans.remote())
 
     def end(self) -> None:
@@ -164,21 +165,21 @@ class RemoteObject(Generic[T]):
         return RemoteFuture(self._actor.call.remote(method.__name__, *references, **kwargs))
 
     def stream(self, method: Callable[Concatenate[T, P], Iterator[Any]], *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Starts the generator `method(object, *args)`. `merge_streams` reads its values."""
+        """Starts the generator `method(object, *args)`. Use `merge_streams` to read the values."""
         streaming = self._actor.stream.options(num_returns="streaming")
         return streaming.remote(method.__name__, *args, **kwargs)
 
 
 class TeamFuture(RemoteFuture[R]):
-    """The result of a call to all ranks. `result` waits for all ranks and returns the value of rank 0."""
+    """The result of a call that runs on all ranks. `result` waits for all ranks and returns the value of rank 0."""
 
     def __init__(self, team: "Team[Any]", pending: Sequence[RemoteFuture[R]]) -> None:
         super().__init__(pending[0].reference)
         self._team, self._pending = team, list(pending)
 
     def result(self, patience: float | None = None) -> R:
-        """Waits for all ranks. If one rank fails, all processes are killed, because other ranks may wait for it for
-        ever."""
+        """Waits for all ranks. If one rank fails, all processes are killed, because the other ranks might wait for the
+        failed rank for ever."""
         waiting = {future.reference: future for future in self._pending}
         patience = patience or self._team.patience
         try:
@@ -200,7 +201,7 @@ class Team(Generic[T]):
     """One object that is split over several processes, called ranks. Every rank gets all calls in the same order.
 
     Args:
-        patience: if no rank answers for this number of seconds, the team counts as hung; None: waits for ever.
+        patience: if no rank answers for this number of seconds, the team counts as hung. None: there is no limit.
     """
 
     def __init__(self, ranks: Sequence[RemoteObject[T]], patience: float | None = None) -> None:
@@ -214,7 +215,7 @@ class Team(Generic[T]):
     def start(self, method: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs) -> TeamFuture[R]:
         """Starts `method(object, *args)` on all ranks."""
         shared: Any = args
-        if len(self.ranks) > 1:  # each argument is stored once for all ranks
+        if len(self.ranks) > 1:  # store each argument once for all ranks
             shared = [a if isinstance(a, RemoteFuture | dict) else RemoteFuture(ray.put(a)) for a in args]
         return TeamFuture(self, [rank.start(method, *shared, **kwargs) for rank in self.ranks])
 
@@ -225,9 +226,9 @@ class Team(Generic[T]):
 
 
 def _actor(factory: Any, cpus: float, gpus: float, environment: Mapping[str, str] | None) -> Any:
-    """Starts a process that has no object yet. `ps` and Ray's dashboard show the process by the name of the object's
-    class."""
-    name = getattr(factory, "__self__", factory).__name__  # a class method, such as of_rank, names its class here
+    """Starts a process in which the object will be created. `ps` and Ray's dashboard show the process under the name of
+    the object's class."""
+    name = getattr(factory, "__self__", factory).__name__  # for a class method (of_rank): its class
     remote: Any = ray.remote(type(name, (_Holder,), {}))
     return remote.options(num_cpus=cpus, num_gpus=gpus).remote(dict(environment or {}))
 
@@ -270,8 +271,8 @@ def place(
 
 
 def merge_streams(streams: Sequence[Any], patience: float) -> Iterator[tuple[int, Any]]:
-    """Reads several streams of RemoteObject.stream. Yields (index of the stream, value) in the order in which values
-    arrive.
+    """Reads several streams that RemoteObject.stream has started. Yields (index of the stream, value) in the order in
+    which values arrive.
 
     If a process dies, or yields nothing for `patience` seconds, the last value of its stream is a WorkerDied.
     """
@@ -301,8 +302,8 @@ def merge_streams(streams: Sequence[Any], patience: float) -> Iterator[tuple[int
 def cluster(*, verbose: bool = False) -> Iterator[None]:
     """Joins the Ray cluster at RAY_ADDRESS, or starts a cluster on this machine if RAY_ADDRESS is not set.
 
-    Ray sets RAY_ADDRESS in a submitted job. When the block ends, a cluster that was started here stops. A cluster that
-    was joined continues without our actors.
+    Ray sets RAY_ADDRESS in a submitted job. When the `with` block ends, a cluster that was started here stops. A
+    cluster that was joined continues, but our actors in it end.
     """
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -1,4 +1,4 @@
-"""Declares every option of a run once, with its default value and a sentence on what the option does.
+"""Declares all options of a run. Each option has a type and a description, and most options have a default value.
 
 A Config cannot be changed after its creation, and unknown option names are refused. rl.recipe.resolve makes a Config
 from the recipe, the profile and the command line.
@@ -44,7 +44,8 @@ def _rewards_as_tuple(value: Any) -> Any:
 
 
 def _dump_rewards(rewards: Any, dump: Callable[[Any], list[Any]]) -> Any:
-    """Writes a single reward without the list around it, so that its options have names such as rewards.TASK.params."""
+    """Writes a single reward without the list around it. The options of the reward then have names such as
+    rewards.TASK.params."""
     dumped = dump(rewards)
     return dumped[0] if len(dumped) == 1 else dumped
 
@@ -52,7 +53,7 @@ def _dump_rewards(rewards: Any, dump: Callable[[Any], list[Any]]) -> Any:
 Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(_as_tuple)]
 Frozen = Annotated[tuple[Literal["encoder", "projector"], ...], AfterValidator(lambda names: tuple(sorted(set(names))))]
 
-# Options for which only these values are implemented. Other values are refused.
+# For each of these options, only the listed values are implemented. Other values are refused.
 ONLY_BUILT: Mapping[str, tuple[Any, ...]] = {
     "model.freeze": (("encoder", "projector"),),
     "ppo.kl": (0,),
@@ -62,7 +63,8 @@ SECRETS = ("api_key", "access_token", "secret", "password")
 
 
 class OptionError(ValueError):
-    """Raised for a value that has the right type but cannot work. `key` is the dotted name of the option."""
+    """Raised if an option has a value of the right type, but the run cannot work with this value. `key` is the dotted
+    name of the option."""
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f"{key} {problem}")
@@ -84,32 +86,32 @@ class Model(Options):
     """Parts of the model that are not trained. In the report only the decoder is trained; freezing the projector is a
     reconstruction."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Number format in which the engines and the learner compute."""
+    """Number format of the computations in the engines and the learner."""
     chat_template: Path | None = None
     """Jinja file that replaces the model's own chat template."""
     yarn: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
-    """Factor by which YaRN extends the decoder's number of positions, for sequences that are longer than those in its
-    training. The engines and the learner use this factor, and saved policies keep it. The temperature of attention is
-    not changed. PaCoRe's evaluation uses a factor of 2.0."""
+    """Factor by which YaRN multiplies the decoder's number of positions. The decoder can then process sequences that
+    are longer than those that it was trained on. The engines and the learner use this factor, and it is stored in saved
+    policies. The attention temperature stays the same. PaCoRe's evaluation uses a factor of 2.0."""
 
 
 class Source(Options):
     path: str
     """A JSONL, JSON or Parquet file, or a Hugging Face dataset (folder or hub id). The split `train` of a dataset is
-    read, unless `path:SPLIT` names another one."""
+    read, unless `path:SPLIT` names another split."""
     adapter: str | None = None
-    """Name of a public dataset whose columns are converted to ours. All names are in rollout/data/adapters.py. null:
-    the rows already have our columns."""
+    """Name of a public dataset. Its columns are converted to our columns. All names are in rollout/data/adapters.py.
+    null: the rows already have our columns."""
     columns: dict[str, str] = {}
     """Maps our column names to the column names in this source, in addition to data.columns. A dotted name such as
-    extra.answer is the field `answer` inside the column `extra`."""
+    extra.answer means the field `answer` inside the column `extra`."""
     task: str | None = None
-    """Task of rows that have no value for `task`."""
+    """The task of rows that have no value in the column `task`."""
     weight: Positive | None = None
-    """Share of the prompts that come from this source, relative to the weights of the other sources. If no source has a
-    weight, every row is used equally often."""
+    """Weight of this source. The share of prompts that come from a source is its weight divided by the sum of all
+    weights. If no source has a weight, every row is used equally often."""
     limit: Count | None = None
-    """Number of rows that are read from the beginning of this source; null: all rows."""
+    """Number of rows to read, counted from the start of this source; null: all rows."""
     streaming: bool = False
     """true: rows of a hub dataset are read without downloading the whole dataset first."""
 
@@ -121,7 +123,7 @@ def _sources_as_mappings(value: Any) -> Any:
 
 
 def _dump_sources(sources: Any, dump: Callable[[Any], list[dict[str, Any]]]) -> Any:
-    """Leaves out options that have their default value, and writes a source that has no other option as its path."""
+    """Leaves out options that have their default value. If only the path is left, writes a source as its path."""
     dumped = [{name: value for name, value in item.items() if value not in (None, {}, False)} for item in dump(sources)]
     return [item["path"] if list(item) == ["path"] else item for item in dumped]
 
@@ -134,41 +136,42 @@ class Data(Options):
     """Training rows: a JSONL, JSON or Parquet file, a Hugging Face dataset (folder or hub id), or a list of such
     sources. Each source may also be a mapping with its own options."""
     eval: Sources = ()
-    """Held-out rows for evaluation, in the same forms as data.train. Without held-out rows the run does not
-    evaluate."""
+    """Held-out rows for evaluation. The same forms are possible as in data.train. Without held-out rows, the run makes
+    no evaluations."""
     eval_limit: Count | None = None
-    """Number of held-out rows that are evaluated for each task, from the first row on; null: all rows."""
+    """Number of held-out rows that are evaluated for each task. The first rows of the task are used; null: all rows."""
     columns: dict[str, str] = {}
-    """Maps our column names to the column names in the data, for every source without an adapter."""
+    """Maps our column names to the column names in the data. The mapping applies to all sources without an adapter."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What the run does with rows that cannot be used. stop: the run lists these rows and stops; skip: the run lists
     these rows and continues without them."""
 
 
 class ScorerSpec(Options):
-    """Options that rewards and penalties share."""
+    """Options that rewards and penalties have in common."""
 
     use: str
     """The reward: its registered name, `pkg.module:Name` or `file.py:Name`."""
     params: dict[str, Any] = {}
     """Keyword arguments of the reward."""
     timeout_s: Positive | None = None
-    """Time limit, in seconds, for scoring one response. null: the limit that the reward declares; without a declaration
-    10 s, or 600 s for a reward that asks a judge."""
+    """Time limit, in seconds, for scoring one response. null: the limit that the reward itself declares. If it declares
+    no limit, the limit is 10 s, or 600 s if the reward asks a judge."""
     memory_mb: Annotated[int, Field(ge=64)] = 2048
-    """Memory limit for scoring, in MiB, in addition to the memory that loading the reward took."""
+    """Memory limit for scoring, in MiB. Memory that was needed to load the reward does not count."""
 
 
 class PenaltySpec(ScorerSpec):
     magnitude: Fraction = 1.0
-    """Share of the reward that a penalty of 1 removes. With a magnitude of 1, a penalty of 1 lowers the reward to its
-    lowest value. In the report, the penalty for citations sets the reward to zero. The magnitudes of the other
-    penalties are unpublished; 1 is the value of Step 3.5 Flash."""
+    """A penalty returns an offence from 0 to 1. The magnitude is the share of the reward that an offence of 1 removes.
+    With a magnitude of 1, an offence of 1 lowers the reward to its lowest value. In the report, the penalty for
+    citations sets the reward to zero. The magnitudes of the other penalties are unpublished; 1 is the value of Step 3.5
+    Flash."""
 
 
 class RewardSpec(ScorerSpec):
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """Factor of this reward in the sum of all rewards of its task."""
+    """Factor by which this reward is multiplied before the rewards of a task are added."""
     penalties: Annotated[tuple[PenaltySpec, ...], BeforeValidator(_penalties_as_mappings)] = ()
     """Behaviour penalties that lower this reward. Each penalty is a name, or a mapping with the options of a reward and
     a `magnitude`."""
@@ -192,14 +195,16 @@ class EndpointOptions(Options):
     timeout_s: Positive = 120.0
     """Time limit of one request, in seconds."""
     retries: Annotated[int, Field(ge=0)] = 5
-    """Number of times that a request is repeated after HTTP status 429 or 5xx, a timeout or a broken connection."""
+    """Maximum number of times that a request is repeated. A request is repeated after HTTP status 429 or 5xx, after a
+    timeout and after a broken connection."""
     max_wait: Positive = 3600.0
     """Maximum time, in seconds, that the run waits for an endpoint that does not answer. The run saves a checkpoint
-    before it waits, and stops after this time."""
+    before it waits. After this time it stops."""
     images: bool = False
     """true: the pictures of a prompt are sent to the model."""
     serve: dict[str, str | int | float | bool] = {}
-    """Arguments of `vllm serve` by their long names, for example {max-model-len: 8192}, if the run serves the model."""
+    """Arguments of `vllm serve`, for a model that the run serves. The arguments are written with their long names, for
+    example {max-model-len: 8192}."""
     structured: bool = True
     """true: the server supports response_format and restricts each reply to a JSON schema; false: only the prompt asks
     for JSON."""
@@ -210,19 +215,19 @@ Filter = Literal["decontamination", "checkability", "relevance", "difficulty", "
 
 class Decontamination(Options):
     against: Sources = ()
-    """Benchmarks, in the same forms as data.train. Rows that overlap a benchmark are dropped. Without benchmarks, the
-    rows of data.eval are used."""
+    """Benchmarks. The same forms are possible as in data.train. Rows that overlap a benchmark are dropped. Without
+    benchmarks, the rows of data.eval are used."""
     ngram: Count = 64
-    """Length n of the n-grams, counted in words and symbols. A row that shares an n-gram with a benchmark is dropped.
-    The report uses 64-grams but does not name their unit."""
+    """Length of an n-gram: a sequence of n words and symbols. A row is dropped if it has an n-gram that a benchmark has
+    too. The report uses 64-grams, but does not say what unit they are made of."""
 
 
 class Checkability(Options):
     endpoint: str = "checker"
     """Name of the judge's endpoint (report: the judge is GPT-OSS-120B)."""
     passes: Count = 4
-    """Number of times that the judge is asked about each row. A row is kept if all replies say that the row is valid
-    (report)."""
+    """Number of times that the judge is asked about each row. A row is kept if all replies of the judge say that the
+    row is valid (report)."""
     params: dict[str, Any] = {}
     """Further parameters of the row judge `checkable`."""
 
@@ -239,28 +244,28 @@ class Relevance(Options):
 
 class Difficulty(Options):
     rollouts: Annotated[int, Field(ge=2)] = 24
-    """Number of responses of the policy to each row (report). A row is kept if some of its responses are accepted, but
-    not all."""
+    """Number of responses that the policy gives to each row (report). A row is kept if some of its responses are
+    accepted, but not all."""
 
 
 class SynthesisFilterOptions(Options):
     rollouts: Annotated[int, Field(ge=2)] = 24
-    """Number of responses to each row. The prompt contains messages as set in `synthesis`. A row is kept if some of its
-    responses are accepted, but not all. The report does not give the number; this default is the same as for
-    `difficulty` (reconstruction)."""
+    """Number of responses that the policy gives to each row. The prompt contains messages; the options of `synthesis`
+    say how many. A row is kept if some of its responses are accepted, but not all. The report does not give the number;
+    this default is the same as for `difficulty` (reconstruction)."""
     max_sequence_length: Annotated[int, Field(ge=16)] = 65_536
-    """Maximum number of tokens of problem, messages and response together (report: the limit of the stage PaCoRe)."""
+    """Maximum total number of tokens of problem, messages and response (report: the limit of the stage PaCoRe)."""
 
 
 class CurationOptions(Options):
     filters: tuple[Filter, ...] = ("difficulty",)
-    """Filters that `python -m stages.curate` applies. Their order is always that of the report: decontamination,
-    checkability, relevance, difficulty, synthesis."""
+    """Filters that `python -m stages.curate` applies. They are always applied in the order of the report:
+    decontamination, checkability, relevance, difficulty, synthesis."""
     rows: Count | None = None
-    """Number of rows to curate, taken at equal distances from data.train; null: all rows."""
+    """Number of rows of data.train to curate. The rows are evenly spaced over the data; null: all rows."""
     block: Count = 1024
-    """Number of rows in a block. The rows of a block go through all filters together and are written to one file. The
-    engines get all prompts of a block at once."""
+    """Number of rows that are curated at a time. These rows form a block: they go through all filters together and are
+    written to one file. The engines get all prompts of a block at once."""
     decontamination: Decontamination = Decontamination()
     """Options of the filter that drops rows which overlap a benchmark."""
     checkability: Checkability = Checkability()
@@ -277,15 +282,15 @@ class CurationOptions(Options):
 
 
 class Accept(Options):
-    """The lowest reward at which a response counts as right. It is used by curation, by PaCoRe (messages and metrics)
-    and by pass@k."""
+    """The lowest reward at which a response counts as right. Curation, PaCoRe (messages and metrics) and pass@k use
+    this threshold."""
 
     least: float = 1.0
     """Lowest reward that counts as right, for tasks that are not in by_task. The default is the highest reward of the
     verifiable tasks (reconstruction)."""
     by_task: dict[str, float] = {}
-    """Maps a task to its lowest reward that counts as right, for example for a task whose rewards can be between 0 and
-    1."""
+    """Maps a task to the lowest reward that counts as right in this task. This is useful for a task whose rewards can
+    be between 0 and 1."""
 
     def of(self, task: str) -> float:
         """Returns the threshold of a task."""
@@ -301,17 +306,17 @@ class Preference(Options):
 
     verifiable_tasks: tuple[str, ...] = ()
     """Tasks with a ground truth that are trained together with the preference tasks, so that the policy keeps its
-    reasoning ability. Their own rewards score them. Rows of all other tasks must have a reference and must not have a
-    ground truth (report: only prompts that cannot be checked)."""
+    reasoning ability. Their responses are scored by the rewards that the recipe gives to these tasks. Rows of all other
+    tasks must have a reference and must not have a ground truth (report: only prompts that cannot be checked)."""
 
 
 class SynthesisOptions(Options):
-    """Options of messages, which are final answers of earlier attempts at a problem, and of prompts that contain
-    messages."""
+    """Options of messages and of prompts that contain messages. A message is the final answer of an earlier attempt at
+    the same problem."""
 
     pool: Literal["cached", "online"] = "cached"
-    """Source of the messages. cached: the column `messages_pool` of the rows, which `python -m stages.curate` fills;
-    online: the current policy makes new messages for every prompt of an iteration."""
+    """Source of the messages. cached: they come from the column `messages_pool` of the rows, which
+    `python -m stages.curate` fills; online: the current policy makes new messages for every prompt of an iteration."""
     least_messages: Count = 16
     """Minimum number of messages in a prompt (report)."""
     most_messages: Count = 24
@@ -327,11 +332,10 @@ class SynthesisOptions(Options):
     rollout/pacore/pacore.jinja if that file does not exist. Saved policies contain a copy of the file that is named
     here."""
     online_rollouts: Count = 24
-    """With `pool: online`: number of attempts at each prompt. The final answers of the attempts are the prompt's pool
-    (report: 24 rollouts)."""
+    """With `pool: online`: number of attempts at each prompt. The messages of the prompt are drawn from the final
+    answers of these attempts (report: 24 rollouts)."""
     online_length: Annotated[int, Field(ge=16)] | None = None
-    """With `pool: online`: maximum number of tokens of a problem and one attempt together; null:
-    max_sequence_length."""
+    """With `pool: online`: maximum total number of tokens of a problem and one attempt; null: max_sequence_length."""
 
     @model_validator(mode="after")
     def _can_draw(self) -> "SynthesisOptions":
@@ -349,8 +353,8 @@ class VerlLoss(Options):
 
 
 class VerlCorrection(Options):
-    """Options of verl's rollout correction. It weights or rejects tokens or responses by the ratio of the learner's to
-    the engine's probability."""
+    """Options of verl's rollout correction. The correction computes the learner's probability divided by the engine's
+    probability. By this ratio, it weights or rejects tokens or responses."""
 
     rollout_is: Literal["token", "sequence"] | None = None
     """token: each token has its own importance weight; sequence: all tokens of a response have the same weight; null:
@@ -358,10 +362,10 @@ class VerlCorrection(Options):
     rollout_is_threshold: Positive = 2.0
     """Upper limit of the importance weights."""
     rollout_rs: Rejection | None = None
-    """Statistic that decides which tokens or responses are rejected: token_k1 to token_k3, seq_sum_k1 to seq_sum_k3,
-    seq_mean_k1 to seq_mean_k3, seq_max_k2 or seq_max_k3. null: none is rejected."""
+    """Name of the statistic that decides which tokens or responses are rejected: token_k1 to token_k3, seq_sum_k1 to
+    seq_sum_k3, seq_mean_k1 to seq_mean_k3, seq_max_k2 or seq_max_k3. null: nothing is rejected."""
     rollout_rs_threshold: Positive | None = None
-    """Largest value of the statistic rollout_rs at which a token or response is not rejected."""
+    """Upper limit of the statistic in rollout_rs. Tokens or responses above this limit are rejected."""
 
     @model_validator(mode="after")
     def _does_something(self) -> "VerlCorrection":
@@ -394,38 +398,38 @@ class PPO(Options):
     """Number of optimizer steps in which the learning rate rises linearly from 0 to critic_lr (reconstruction, from
     Step 3.5 Flash)."""
     critic_only_iterations: Annotated[int, Field(ge=0)] = 0
-    """Number of iterations at the start of the run in which only the critic is trained and the policy does not
-    change."""
+    """Number of iterations, at the start of the run, in which only the critic is trained. The policy does not change in
+    these iterations."""
     minibatches: Count
     """Number of optimizer steps of the policy per iteration. The samples are divided among the steps, and each sample
     is used once."""
     critic_minibatches: Count
     """Number of optimizer steps of the critic per iteration."""
     ratio: Literal["none", "clip"] = "none"
-    """Importance ratio between minibatches. none: the loss has no ratio, as in the text of the report; clip: the loss
-    has the clipped ratio of the report's Eq. 2."""
+    """The importance ratio of the policy to the policy before the update. none: the loss has no ratio, as in the text
+    of the report; clip: the loss has the clipped ratio of the report's Eq. 2."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """With `ratio: clip`, the ratio is clipped to the range from 1 - clip to 1 + clip (reconstruction, from
     Open-Reasoner-Zero)."""
     tis_cap: Positive | None = 8.0
-    """Upper limit of the weights in truncated importance sampling. The loss of a token is multiplied by this weight:
-    its probability in the learner divided by its probability in the engine. No gradient flows through the weight. null:
-    no weights."""
+    """Upper limit of the weights in truncated importance sampling. The loss of each token is multiplied by a weight:
+    the token's probability in the learner divided by its probability in the engine. No gradient flows through the
+    weight. null: no weights."""
     tis_policy: Literal["current", "before_update"] = "current"
-    """The policy with which the learner computes the probability in the weight of tis_cap. current: the policy that is
-    being updated; before_update: the policy before the updates of the iteration (reconstruction: the report does not
-    say which)."""
+    """The policy whose probability the learner uses in the weights of tis_cap. current: the policy that is being
+    updated; before_update: the policy before the updates of the iteration (reconstruction: the report does not say
+    which)."""
     truncated: Literal["lowest", "bootstrap"] = "lowest"
-    """Reward of a response that was cut at the length limit. lowest: the lowest reward of its task; bootstrap: the
-    critic's value at the cut (reconstruction: the report does not say)."""
+    """The reward that a response gets if it was cut at the length limit. lowest: the lowest reward of its task;
+    bootstrap: the critic's value at the cut (reconstruction: the report does not say)."""
     normalize_advantages: bool = True
     """true: advantages are shifted and scaled to mean 0 and standard deviation 1 over all tokens of an iteration
     (reconstruction)."""
     kl: NotNegative = 0.0
-    """Weight of a penalty on the KL divergence from the starting policy. The report's sister papers use no such
-    penalty."""
+    """Weight of a penalty on the KL divergence from the starting policy. Related papers of the report's authors use no
+    such penalty."""
     entropy: NotNegative = 0.0
-    """Weight of an entropy bonus in the loss. The report's sister papers use no such bonus."""
+    """Weight of an entropy bonus in the loss. Related papers of the report's authors use no such bonus."""
     betas: tuple[Rate, Rate] = (0.9, 0.95)
     """Decay rates of AdamW's two moment estimates, for policy and critic (reconstruction, from Open-Reasoner-Zero)."""
     weight_decay: NotNegative = 0.0
@@ -437,25 +441,26 @@ class PPO(Options):
     """The run stops after this number of consecutive skipped optimizer steps. A step is skipped if its gradient is not
     finite."""
     policy_loss: VerlLoss | None = None
-    """Policy loss of verl that replaces ours, such as {verl: gspo}; needs `ratio: clip`."""
+    """Policy loss of verl, such as {verl: gspo}, that is used instead of our own loss. It needs `ratio: clip`."""
     rollout_correction: VerlRolloutCorrection | None = None
-    """verl's correction of the mismatch between engine and learner; replaces tis_cap and tis_policy."""
+    """verl's correction of the mismatch between engine and learner. It is used instead of tis_cap and tis_policy."""
 
 
 class Partial(Options):
-    """Options of partial rollouts. An iteration ends when enough groups are complete; unfinished responses continue in
-    the next iteration."""
+    """Options of partial rollouts. A group is all responses to one prompt. An iteration ends when enough groups are
+    complete; unfinished responses continue in the next iteration."""
 
     extra_prompts: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Number of additional prompts that are sampled, as a share of prompts_per_iteration; the product is rounded up."""
+    """Number of additional prompts for which responses are sampled. It is given as a share of prompts_per_iteration and
+    rounded up."""
     chunk_tokens: Count = 1024
-    """Number of tokens by which each response grows between two checks. A check finds out whether enough groups are
-    complete."""
+    """Number of new tokens of each response after which the run checks whether enough groups are complete."""
 
 
 class RolloutOptions(Options):
     temperature: Positive = 1.0
-    """Sampling temperature. There is no top_p or top_k, because probability ratios need the whole distribution."""
+    """Sampling temperature. There are no options top_p and top_k, because probability ratios need the whole
+    distribution."""
     workers: Count = 1
     """Number of vLLM engines. Each engine has its own process, and its own GPU if there are GPUs."""
     threads: Count = 1
@@ -463,27 +468,28 @@ class RolloutOptions(Options):
     kv_cache_gib: Count = 4
     """Size of each engine's key-value cache in GiB, if the engines run on the CPU."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
-    """Fraction of a GPU's memory that the engine on this GPU takes."""
+    """Fraction of a GPU's memory that an engine on this GPU may use."""
     patience_s: Positive = 600.0
-    """An engine that gives no sign of life for this number of seconds counts as hung and is replaced."""
+    """If an engine gives no sign of life for this number of seconds, it counts as hung and is replaced."""
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """Maximum number of iterations by which the engines' weights may be older than the learner's weights. 0: engines
-    and learner take turns. 1: while one iteration trains, the engines make the samples of the next iteration with the
-    older weights."""
+    """Number of iterations by which the engines' weights may be older than the learner's weights. 0: engines and
+    learner take turns. 1: while one iteration trains, the engines make the samples of the next iteration with the older
+    weights."""
     partial: Partial | None = None
-    """{} or a mapping with options turns on partial rollouts. The longest responses are then cut and continue in the
-    next iteration with newer weights. The other responses need not wait for them. Each token keeps the logprob from the
-    weights that sampled it. null: every response is sampled to its end."""
+    """Options of partial rollouts; {} means the default options. With partial rollouts, the longest responses are cut
+    and continue in the next iteration with newer weights, so that the other responses need not wait for them. Each
+    token keeps the logprob from the weights that sampled it. null: every response is sampled to its end."""
     save: Count | Literal["all", "none"] = "all"
-    """Number of samples per iteration that are written to rollouts/; all or none are possible too."""
+    """Number of samples per iteration that are written to rollouts/. The values `all` and `none` are allowed too."""
     logprob_check: Count = 8
-    """Number of responses that are sampled after each weight sync to check that engine and learner agree; the learner
-    recomputes their logprobs."""
+    """Number of responses that the engines sample after each weight sync, as a check. The learner computes the logprobs
+    of these responses too, and both results must agree."""
     logprob_check_tokens: Count = 16
-    """Maximum number of tokens of a response for logprob_check. The check takes the same number of engine steps."""
+    """Maximum number of tokens of a response that is sampled for logprob_check. The engines need one step for each
+    token."""
     logprob_gap_limit: Positive = 0.05
-    """The run stops if the mean |engine - learner| logprob (nats per token) is above this value. Without an error, it
-    is 0.01 to 0.04 in bfloat16 on a GPU, and less than 0.0001 in float32."""
+    """The run stops if the mean |engine - learner| logprob (nats per token) is above this value. If nothing is wrong,
+    the mean is 0.01 to 0.04 in bfloat16 on a GPU, and less than 0.0001 in float32."""
 
 
 class Learner(Options):
@@ -491,14 +497,14 @@ class Learner(Options):
     """Number of processes that the policy is split over (FSDP2). The critic is split over the same number of other
     processes. Each process takes one GPU."""
     token_budget: Count = 32_768
-    """Maximum number of tokens in one forward pass. This option changes memory use and speed, but never the result."""
+    """Maximum number of tokens in one forward pass. This option changes memory use and speed, but not the result."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of policy and critic. auto: GPUs; if there are no GPUs, the run does not start."""
     threads: Count | None = None
     """Number of CPU threads of the learner; null: torch decides."""
     activation_checkpointing: bool = False
-    """true: only the input of each layer is kept for the backward pass, and the other activations are computed again.
-    This takes less memory and a third more computation."""
+    """true: for the backward pass, only the input of each layer is kept, and all other activations are computed a
+    second time. This needs less memory, but a third more computation."""
     patience_s: Positive = 7200.0
     """Time limit, in seconds, of one call to policy or critic, for example the update of a whole iteration. A process
     that takes longer counts as hung, and all processes are started again from the newest checkpoint."""
@@ -511,9 +517,10 @@ class Checkpoint(Options):
     every: Count = 20
     """Number of iterations between two checkpoints. The last iteration always makes a checkpoint."""
     keep: Count = 2
-    """Number of newest checkpoints that stay on disk."""
+    """Number of checkpoints that stay on disk. These are always the newest checkpoints."""
     keep_every: Count | None = None
-    """Checkpoints of iterations that are multiples of this number stay on disk too."""
+    """In addition, a checkpoint stays on disk if its iteration is a multiple of this number. null: only the newest
+    checkpoints stay."""
 
 
 class Evaluation(Options):
@@ -521,18 +528,18 @@ class Evaluation(Options):
     """Number of iterations between two greedy evaluations. Iteration 0 and the last iteration always have an
     evaluation."""
     batch: Count = 256
-    """Number of held-out prompts that the engines get at a time."""
+    """Number of held-out prompts that are sent to the engines at a time."""
     sampled_rows: Count | None = None
-    """Number of rows of each task for which the last evaluation of a chain samples 16 answers and a synthesis; null:
-    all rows."""
+    """Number of rows of each task that are evaluated by sampling at the end of a chain. For each of these rows, 16
+    answers and a synthesis are sampled; null: all rows."""
 
 
 class Log(Options):
     trackers: Trackers = ("tensorboard",)
     """Trackers that get the metrics in addition to metrics.jsonl: one or several of tensorboard, wandb and mlflow."""
     timeline: bool = False
-    """true: the run writes timeline.json (Chrome trace format), which shows what every process does and waits for. Open
-    the file in ui.perfetto.dev."""
+    """true: the run writes timeline.json (Chrome trace format), which shows when each process works, and what it waits
+    for. Open the file in ui.perfetto.dev."""
 
 
 class Config(Options):
@@ -547,11 +554,11 @@ class Config(Options):
     iterations: Count
     """Number of iterations. Each iteration samples responses, scores them and updates the weights."""
     prompts_per_iteration: Count
-    """Number of rows for which an iteration samples responses."""
+    """Number of rows that an iteration uses as prompts."""
     rollouts_per_prompt: Count
     """Number of responses that are sampled for each row."""
     max_sequence_length: Annotated[int, Field(ge=16)]
-    """Maximum number of tokens of a prompt (with its image tokens) and its response together."""
+    """Maximum total number of tokens of a prompt (with image tokens) and a response."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed for the order of the data, for sampling and for the initial value head."""
     model: Model
@@ -560,20 +567,20 @@ class Config(Options):
     """The rows to train and evaluate on."""
     rewards: Annotated[dict[str, Rewards], Field(min_length=1)]
     """Maps each task to the reward that scores its responses, or to a list of rewards whose weighted sum is used. The
-    column `task` of a row names its task."""
+    column `task` of a row holds the name of the task."""
     reward_workers: Count | None = None
-    """Number of processes that run the rewards which do not ask a judge; null: one process per CPU core, at most 32."""
+    """Number of processes for rewards that do not ask a judge; null: one process per CPU core, at most 32."""
     max_invalid_fraction: Fraction = 0.1
-    """The run stops if a larger share of an iteration's samples is invalid. A sample is invalid if a reward or its
-    endpoint failed."""
+    """The run stops if the share of invalid samples in an iteration is larger than this value. A sample is invalid if a
+    reward or its endpoint failed."""
     max_restarts: Annotated[int, Field(ge=0)] = 10
-    """Maximum number of times that a run replaces processes which died or hung; at the next failure it stops. An
-    engine, or a judge that the run serves, is replaced alone. If policy or critic fails, all processes are started
-    again from the newest checkpoint."""
+    """Maximum number of times that a run replaces processes which died or hung. The run stops at the next failure. If
+    an engine fails, or a judge that the run serves, only this process is replaced. If policy or critic fails, all
+    processes are started again from the newest checkpoint."""
     max_start_s: Positive = 3600.0
     """Time limit, in seconds, for the start of a process. A process that takes longer counts as hung."""
     endpoints: dict[str, EndpointOptions] = {}
-    """Maps names to servers of judges. A reward refers to its judge by this name."""
+    """Maps a name to the server of a judge. A reward refers to its judge by this name."""
     accept: Accept = Accept()
     """The lowest reward at which a response counts as right."""
     preference: Preference = Preference()
@@ -593,7 +600,7 @@ class Config(Options):
     log: Log = Log()
     """Options of trackers and timeline."""
     curate: CurationOptions = CurationOptions()
-    """Options of `python -m stages.curate`; a training run does not use them."""
+    """Options of `python -m stages.curate`. A training run does not use these options."""
 
     @property
     def samples(self) -> int:
@@ -601,8 +608,8 @@ class Config(Options):
         return self.prompts_per_iteration * self.rollouts_per_prompt
 
     def prompt_range(self, iteration: int) -> range:
-        """Returns the positions of the prompts that are started in an iteration. Prompts form an endless sequence;
-        iterations count from 1.
+        """Returns the positions of the prompts for which an iteration starts to sample responses. The prompts form an
+        endless sequence, and the first iteration is iteration 1.
 
         With partial rollouts, the first iteration starts more prompts than it finishes.
         """
@@ -665,8 +672,8 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
 
 
 def _stored_secrets(config: Config) -> Iterator[OptionError]:
-    """Yields an error for each parameter that holds a secret. recipe.yaml stores every value, so a parameter may
-    contain only the name of the secret's environment variable."""
+    """Yields an error for each parameter that holds a secret. The file recipe.yaml stores all values. A parameter may
+    therefore hold only the name of an environment variable that contains the secret."""
     for task, rewards in config.rewards.items():
         for scorer in (scorer for reward in rewards for scorer in (reward, *reward.penalties)):
             for name in _names(scorer.params):

@@ -3,8 +3,8 @@
     python -m rl.evaluate --model DIR --data FILE [--recipe RECIPE] [--modes sere,majority,pacore] [--json]
 
 The recipe's options `rewards` and `accept` say how responses are scored and which responses count as right. With
---cache, the responses of the model are stored in a file, and a later call with the same file does not sample them
-again. Exit codes are in rl/exits.py.
+--cache, the responses of the model are stored in a file. A later call with the same file reads these responses and does
+not sample them again. Exit codes are in rl/exits.py.
 """
 
 import argparse
@@ -80,9 +80,9 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def config_of(args: argparse.Namespace) -> Config:
-    """Returns the config of the recipe, with the model and the rows that the command line names. Raises RecipeError."""
+    """Returns the config of the recipe, with the model and rows from the command line. Raises RecipeError."""
     rows = [f"data.train={args.data}", f"data.eval={args.data}"] if args.data else []
-    overrides = [f"model.path={args.model}", *args.overrides, *rows]  # mandatory values that the recipe may lack
+    overrides = [f"model.path={args.model}", *args.overrides, *rows]  # sets mandatory options that recipes can lack
     return load(find_recipe(args.recipe), profile=args.profile, overrides=overrides).config
 
 

@@ -1,4 +1,4 @@
-"""Exit codes of all commands, and the message that a command prints when it fails or is interrupted.
+"""Defines the exit codes of all commands, and prints a message if a command fails or is interrupted.
 
 Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 130 interrupted after saving.
 """
@@ -24,12 +24,12 @@ NO_GPU = (
 
 
 class InputError(ValueError):
-    """The user's input is wrong. The command prints the message and no traceback."""
+    """The user's input is wrong. The command prints only the message, without a traceback."""
 
 
 @contextmanager
 def as_input_error() -> Iterator[None]:
-    """Turns a ValueError or an OSError in the block, such as a file that cannot be read, into an InputError."""
+    """Turns a ValueError or an OSError of the `with` block into an InputError. Example: a file cannot be read."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -44,8 +44,8 @@ def run_command(
     resume: str = "",
     interrupted: str = "interrupted",
 ) -> int:
-    """Runs a command and returns its exit code. Prints the message of `input_errors` and `failures` to standard error;
-    other exceptions are not caught.
+    """Runs a command and returns its exit code. Catches `input_errors` and `failures` and prints the message to
+    standard error. Other exceptions are not caught.
 
     Args:
         work: the command; returns its exit code.
@@ -67,13 +67,13 @@ def run_command(
 
 
 def has_gpus() -> bool:
-    """True if this machine has GPUs, or if RAY_ADDRESS names a cluster, which may have some."""
+    """True if this machine has GPUs, or if RAY_ADDRESS names a cluster, because the cluster may have GPUs."""
     import torch
 
     return torch.cuda.is_available() or "RAY_ADDRESS" in os.environ
 
 
 def check_hardware(config: "Config", *, dry_run: bool) -> None:
-    """Raises InputError if the recipe needs GPUs and there are none. A dry run does not need GPUs."""
+    """Raises InputError if the recipe needs GPUs and no GPU is found. A dry run does not need GPUs."""
     if config.learner.device != "cpu" and not dry_run and not has_gpus():
         raise InputError(NO_GPU.format(recipe="This recipe"))

@@ -1,4 +1,4 @@
-"""Ends a run after Ctrl-C or SIGTERM, between two updates, when a checkpoint has been saved."""
+"""Ends a run after Ctrl-C or SIGTERM. The run ends between two updates, after it has saved a checkpoint."""
 
 import signal
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to stop, and no update is in progress.
+    """Raised if a signal asked the run to stop and no update is in progress.
 
-    A BaseException, so that `except Exception` does not catch it.
+    This class is a BaseException, so that `except Exception` does not catch it.
     """
 
 
@@ -24,7 +24,7 @@ class Interrupts:
 
     @contextmanager
     def installed(self) -> Iterator["Interrupts"]:
-        """Handles SIGINT and SIGTERM inside the block, and restores the earlier handlers at the end of the block."""
+        """Handles SIGINT and SIGTERM inside the `with` block. The end of the block restores the earlier handlers."""
         before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
@@ -34,8 +34,8 @@ class Interrupts:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Marks a block in which no weights change. A signal raises `Interrupted` at once, at any point of the
-        block."""
+        """Marks a `with` block in which no weights change. A signal that arrives inside the block raises `Interrupted`
+        at once."""
         self.check()
         self._waiting = True
         try:

@@ -12,7 +12,7 @@ R = TypeVar("R")
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
 Stream = Any
-"""A generator that runs in another process. rl.actors.merge_streams reads it."""
+"""A generator that runs in another process. rl.actors.merge_streams reads the values."""
 
 
 class Future(Protocol[R_co]):
@@ -27,7 +27,7 @@ class Future(Protocol[R_co]):
 
 
 class Remote(Protocol[T]):
-    """An object of type T in another process, or in several processes that act as one object."""
+    """An object of type T that lives in another process, or in several processes that act as one object."""
 
     def start(self, method: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Starts `method(object, *args)` and returns at once. Calls to the same object run one after the other, in
@@ -41,7 +41,7 @@ class Remote(Protocol[T]):
 
 
 class StreamingRemote(Remote[T], Protocol[T]):
-    """A remote object that has generators as methods."""
+    """A remote object whose methods may be generators."""
 
     def stream(self, method: Callable[Concatenate[T, P], Iterator[Any]], *args: P.args, **kwargs: P.kwargs) -> Stream:
         """Starts the generator `method(object, *args)` and returns at once."""
@@ -49,7 +49,7 @@ class StreamingRemote(Remote[T], Protocol[T]):
 
 
 class Ready(Generic[T]):
-    """A Future whose result exists."""
+    """A Future whose result exists already."""
 
     def __init__(self, value: T) -> None:
         self.value = value
@@ -59,7 +59,7 @@ class Ready(Generic[T]):
 
 
 class Local(Generic[T]):
-    """A Remote in this process. Its calls run at once."""
+    """A Remote for an object in this process. `start` calls the method directly and returns when the call has ended."""
 
     def __init__(self, target: T) -> None:
         self.target = target

@@ -1,6 +1,6 @@
 """Implements `python -m rl.run RECIPE [--profile cpu] [key=value ...]`, which checks a recipe and then starts the run.
 
-A recipe is for one stage, or for a chain of stages (rl/recipe/chain.py). Exit codes are in rl/exits.py.
+A recipe describes one stage, or a chain of stages (rl/recipe/chain.py). Exit codes are in rl/exits.py.
 
 Tested in tests/runs/test_run.py.
 """
@@ -46,7 +46,7 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def _new(args: argparse.Namespace) -> Resolved | Chain:
-    """Returns the recipe of the command line, with profile and overrides."""
+    """Returns the recipe that the command line names, after applying profile and overrides."""
     if args.recipe is None or "=" in args.recipe:
         raise InputError("name a recipe, e.g. python -m rl.run rlvr --profile cpu")
     recipe, layers = find_recipe(args.recipe), {"profile": args.profile, "overrides": args.overrides}
@@ -74,12 +74,13 @@ def _saved_recipe(args: argparse.Namespace) -> Path:
 
 
 def _overrides(args: argparse.Namespace) -> list[str]:
-    """Returns all positional arguments. With --resume, all of them are overrides."""
+    """Returns all positional arguments. With --resume, every positional argument is an override."""
     return [text for text in (args.recipe, *args.overrides) if text]
 
 
 def _resumed(args: argparse.Namespace) -> Resolved | Chain:
-    """Returns the saved recipe of the run with the overrides. Raises InputError for overrides that are not allowed."""
+    """Returns the saved recipe of the run, after applying the overrides. Raises InputError for overrides that are not
+    allowed."""
     recipe = _saved_recipe(args)
     if is_chain(recipe):
         return _resumed_chain(recipe, args)
@@ -89,7 +90,7 @@ def _resumed(args: argparse.Namespace) -> Resolved | Chain:
 
 
 def _resumed_chain(recipe: Path, args: argparse.Namespace) -> Chain:
-    """Returns the saved chain with the overrides. Raises InputError for overrides that are not allowed.
+    """Returns the saved chain, after applying the overrides. Raises InputError for overrides that are not allowed.
 
     The option `iterations` of a stage cannot change after the next stage has started.
     """

@@ -5,9 +5,9 @@ GO_ON = "continue with --resume (a curation: with the same command)"  # the advi
 
 
 class Stop(RuntimeError):
-    """Ends the run. The message says why and what to do; finished iterations are kept.
+    """Ends the run. The message says why the run ends and what the user can do; finished iterations are kept.
 
-    `saves` is True if this iteration has not changed any weight yet, so that a checkpoint can still be written.
+    `saves` is True if this iteration has not changed any weight yet. A checkpoint can then still be written.
     """
 
     def __init__(self, message: str, *, saves: bool) -> None:
@@ -16,8 +16,8 @@ class Stop(RuntimeError):
 
 
 class WorkerDied(RuntimeError):
-    """A process of the run died, or did not answer within its time limit. A new process can repeat its work."""
+    """A process of the run died, or did not answer within its time limit. A new process can repeat the work."""
 
 
 class SourceDied(WorkerDied):
-    """The called process still runs, but it waited for the result of another process that has died."""
+    """The process that was called is alive, but it needed the result of another process, and that process died."""

@@ -1,4 +1,5 @@
-"""Defines the data types of a run, in the order of their creation: Prompt -> Rollout -> Scored -> Batch -> Targets.
+"""Defines the data types of a run, in the order in which a run makes them: Prompt -> Rollout -> Scored -> Batch ->
+Targets.
 
 Objects of these types do not change after their creation. This file does not import torch, ray or vllm, so that every
 process can import it. Batch and Targets are in rl/learner.
@@ -18,14 +19,15 @@ from PIL import Image
 Finish = Literal["stop", "length"]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 SYNTHESIS_TEMPLATE = "pacore.jinja"
-"""Name of a template file in a model folder. The model was trained with this template for prompts with pooled
-answers."""
+"""Name of a template file in a model folder. The template writes a problem and earlier answers to it as one prompt; the
+model was trained with such prompts."""
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
 def answer_of(text: str) -> str:
-    """Returns the final answer of a response, without surrounding whitespace. It is the text after the last `</think>`,
-    or the whole text if there is no think tag. Returns "" if the thinking was not closed."""
+    """Returns the final answer of a response, without surrounding whitespace. The answer is the text after the last
+    `</think>`, or the whole text if there is no think tag. Returns "" if the response has `<think>` but no
+    `</think>`."""
     if THINK_CLOSE in text:
         return text.rpartition(THINK_CLOSE)[2].strip()
     return "" if THINK_OPEN in text else text.strip()
@@ -58,7 +60,7 @@ class Picture:
 
     @property
     def data_url(self) -> str:
-        """The encoded picture as a `data:` URL. It is converted to PNG if servers may not support its format."""
+        """The encoded picture as a `data:` URL. A picture is converted to PNG if servers may not support its format."""
         data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             kind = image.format
@@ -78,10 +80,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class PooledAnswers:
-    """The final answers of earlier attempts that a prompt contains, in the order of the prompt."""
+    """Final answers of earlier attempts at a problem. A prompt contains these answers, in this order."""
 
     texts: tuple[str, ...]
-    accepted: tuple[bool, ...] | None = None  # for each text: is it correct? None if unknown
+    accepted: tuple[bool, ...] | None = None  # for each text: True if it is correct; None if unknown
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,15 @@ class Prompt:
     reference: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     messages_pool: tuple[str, ...] = ()  # final answers of earlier attempts, for PaCoRe
-    pool_accuracy: float | None = None  # share of the pool's answers that were accepted
-    pool_accepted: tuple[bool, ...] = ()  # for each answer of the pool: was it accepted? () if unknown
-    shown: PooledAnswers | None = None  # pooled answers that the policy sees with the problem
+    pool_accuracy: float | None = None  # share of the answers in messages_pool that were accepted
+    pool_accepted: tuple[bool, ...] = ()  # for each answer in messages_pool: True if accepted; () if unknown
+    shown: PooledAnswers | None = None  # earlier answers that the prompt contains beside the problem
 
 
 @dataclass(frozen=True)
 class Rollout:
     """One sampled response. P is the number of prompt tokens (with expanded image slots), R the number of response
-    tokens. The policy chose all response tokens."""
+    tokens. The policy sampled all response tokens."""
 
     prompt: Prompt
     text: str  # decoded response_ids without special tokens, but with think tags
@@ -113,8 +115,8 @@ class Rollout:
     prompt_ids: tuple[int, ...] = ()  # [P]
     response_ids: tuple[int, ...] = ()  # [R]; the last is an end-of-sequence token, except if finish == "length"
     rollout_logprobs: tuple[float, ...] = ()  # [R] in nats, from the engine that sampled the response
-    policy_step: int = 0  # number of updates before the response, or its first piece, was sampled
-    pieces: tuple[tuple[int, int], ...] = ()  # (policy_step, number of tokens) of each piece, if sampled in pieces
+    policy_step: int = 0  # number of policy updates before sampling of the response began
+    pieces: tuple[tuple[int, int], ...] = ()  # (policy_step, tokens) of each piece; () if sampled in one piece
 
     @property
     def steps(self) -> tuple[tuple[int, int], ...]:
@@ -135,7 +137,7 @@ class Rollout:
 
     @property
     def answer(self) -> str:
-        """The final answer, see `answer_of`."""
+        """The final answer, as `answer_of` finds it."""
         return answer_of(self.text)
 
 
@@ -150,7 +152,7 @@ class Scored:
 
     rollout: Rollout
     reward: float
-    invalid: str | None = None  # why the loss does not use the sample; the response's text is never the reason
+    invalid: str | None = None  # reason why the loss ignores the sample; never the text of the response
     parts: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -158,18 +160,19 @@ class Scored:
 
 @dataclass(frozen=True)
 class RowScore:
-    """The value that a row judge gives to one data row, from 0 to 1. The value is used only if `invalid` is None. The
-    other fields mean the same as in Scored."""
+    """The value (0 to 1) that a row judge gives to one data row. The value is used only if `invalid` is None. The other
+    fields mean the same as in Scored."""
 
     value: float
-    invalid: str | None = None  # why the row has no value
+    invalid: str | None = None  # reason why the row has no value
     details: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Request:
-    """Asks an engine for a single response to a tokenised prompt. The prompt has one image token per picture."""
+    """A request to an engine for a single response to a tokenised prompt. The prompt has one image token per
+    picture."""
 
     prompt_ids: tuple[int, ...]
     images: tuple[Picture, ...]
@@ -180,8 +183,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """The result of a Request: prompt ids with expanded image slots, sampled ids, and the logprob of each sampled id in
-    nats."""
+    """The result of a Request: the prompt ids (with expanded image slots), the sampled ids, and the logprob (in nats)
+    of each sampled id."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]

@@ -9,9 +9,9 @@ A recipe with the option `chain` runs several steps, one after the other, as one
     seed: 1                        # for all steps
     pacore: {iterations: 100}      # for one stage
 
-The layers of a step are its own recipe < the chain's recipe < profile < key=value; later layers win. Each layer can
-have a section for one stage only. Each stage starts from the policy of the previous stage. It also starts from the
-critic of the previous stage, unless model.critic is set.
+A step has these layers: the step's own recipe < the chain's recipe < profile < key=value; later layers win. A layer can
+have sections with options that apply to one stage only. Each stage starts from the policy of the previous stage. A
+stage also starts from the critic of the previous stage, unless the option model.critic is set.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from rl.recipe.stages import registered
 
 CURATE = "curate"
 LINK = "chain"
-"""Name of the layer, in provenance, whose values name results of earlier steps."""
+"""Name, in provenance, of the layer whose values are paths of earlier steps' results."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class Chain:
         return self.steps[: self.steps.index(step)]
 
     def trained(self) -> list[Step]:
-        """Returns the steps that train, without the curations."""
+        """Returns the steps that train a policy. Curations are left out."""
         return [step for step in self.steps if not step.curates]
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One entry of the option `chain`, with the layers of the recipe that it names."""
+    """One entry of the option `chain`, with the layers of the recipe that the entry names."""
 
     name: str
     layers: tuple[Layer, ...]
@@ -75,7 +75,7 @@ class _Entry:
 
 
 def is_chain(recipe: Path) -> bool:
-    """True if a recipe, or a recipe that it is based on, has the option `chain`. Raises RecipeError if a file cannot be
+    """True if the recipe, or one of its base recipes, has the option `chain`. Raises RecipeError if a file cannot be
     read."""
     return any(layer.chain is not None for layer in read(recipe))
 
@@ -89,14 +89,15 @@ def load_chain(
     first: str | None = None,
     begun: bool = False,
 ) -> Chain:
-    """Makes and checks the recipe of every step. Files that earlier steps will make need not exist yet.
+    """Makes and checks the recipe of every step. Files that an earlier step makes for a later step need not exist yet.
 
     Args:
-        folder: the absolute path of the run folder. Each step writes its results there, and later steps read them.
-        first: the stage to begin with. Earlier steps are left out, except the curation of this stage's rows.
-        begun: True if `recipe` was saved by a run.
+        folder: the absolute path of the run folder. Each step writes its results there, and later steps read these
+            results.
+        first: the first stage that is run. Earlier steps are left out, except the curation of this stage's rows.
+        begun: True if the file `recipe` was saved by a run.
     Raises:
-        RecipeError: the user needs to see only its message.
+        RecipeError: if a recipe cannot be used. The message is all that the user needs.
     """
     written = written_layers(recipe, profile, overrides)
     entries = _entries(written, begun=begun)
@@ -106,7 +107,7 @@ def load_chain(
     steps: list[Step] = []
     for number, entry in enumerate(entries):
         links = _links(entry, steps, folder, written)
-        if number == 0 and entry.name == CURATE:  # with --stage: the stage and its curation start from one policy
+        if number == 0 and entry.name == CURATE:  # with --stage: curation uses the policy that the stage starts from
             rows = {"data": {"train": str(folder / CURATE / "rows")}}
             following = _resolved(entries[1], written, rows, folder, profile)
             links = {"model": {"path": following.config.model.path}}
@@ -116,10 +117,10 @@ def load_chain(
 
 
 def saved_chain(chain: Chain) -> dict[str, str]:
-    """Returns the files from which `load_chain` loads the chain again, as file name -> text. recipe.yaml is the last
-    file.
+    """Returns the files to save for a chain, as file name -> text. `load_chain` makes the same chain from these files.
+    recipe.yaml is the last file.
 
-    The files do not name results of earlier steps, so that the run folder can be moved.
+    The files do not contain the paths of earlier steps' results, so that the run folder can be moved.
     """
     files: dict[str, str] = {}
     lines: list[Any] = []
@@ -181,13 +182,13 @@ def _from(entries: Sequence[_Entry], first: str, where: str) -> list[_Entry]:
         raise RecipeError(f"{where}: the chain has no stage {first} to begin with; it has {', '.join(stages)}")
     start = names.index(first)
     if start and names[start - 1] == CURATE:
-        start -= 1  # this curation makes the rows of the stage to begin with
+        start -= 1  # this curation makes the rows of the stage `first`
     return list(entries[start:])
 
 
 def _links(entry: _Entry, steps: Sequence[Step], folder: Path, written: Layers) -> dict[str, Any]:
-    """Returns the values that name results of earlier steps. Raises RecipeError if a section for this stage sets one of
-    these options."""
+    """Returns the options whose values are paths of earlier steps' results. Raises RecipeError if the section of this
+    stage sets one of these options."""
     trained = [step for step in steps if not step.curates]
     links: dict[str, Any] = {}
     if trained:
@@ -205,18 +206,19 @@ def _links(entry: _Entry, steps: Sequence[Step], folder: Path, written: Layers) 
         columns = {name: name for name in renamed}  # curated rows have our column names
         rows: dict[str, Any] = {"path": str(folder / CURATE / "rows")}
         train = [rows | {"columns": columns}] if columns else rows["path"]
-        links["data"] = {"train": train, "on_bad_row": "skip"}  # a row with a small pool must not stop the run
+        links["data"] = {"train": train, "on_bad_row": "skip"}  # a row with too few messages must not stop the run
     return links
 
 
 def _sections(entry: _Entry, written: Layers) -> list[Layer]:
-    """Returns the sections for this stage only, from the chain's recipe, the profile and the command line."""
+    """Returns the sections whose options apply to this stage only. They come from the chain's recipe, the profile and
+    the command line."""
     return [part for layer in written.ordered for part in layer.for_stage(entry.stage)[1:]]
 
 
 def _sets_critic(entry: _Entry, written: Layers) -> bool:
-    """True if a layer sets the critic that this stage starts from. A critic that is set for the whole chain applies to
-    the first stage only, but null applies to all stages."""
+    """True if a layer sets the critic that this stage starts from. If the critic is set for the whole chain, a path
+    applies to the first stage only, but null applies to all stages."""
     own = [part for layer in entry.layers for part in layer.for_stage(entry.stage)] + _sections(entry, written)
     return any("model.critic" in layer.flat for layer in own) or any(
         layer.flat.get("model.critic", "") is None for layer in written.ordered
@@ -229,7 +231,7 @@ def _check_not_set(key: str, entry: _Entry, written: Layers, why: str) -> None:
 
 
 def _keys(entry: _Entry, written: Layers, prefix: str) -> list[str]:
-    """Returns the dotted names with this prefix that the step's layers set."""
+    """Returns the dotted names that the step's layers set and that begin with `prefix`."""
     layers = (*entry.layers, *written.ordered, *_sections(entry, written))
     return sorted({key for layer in layers for key in layer.flat if key.startswith(prefix)})
 

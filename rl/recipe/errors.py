@@ -1,7 +1,7 @@
-"""Writes error messages for the author of a recipe: for unknown option names, and for values that do not fit.
+"""Makes error messages about recipes: about unknown option names, and about values that do not fit.
 
-Every message names the file, the option, the value and the allowed values. This module knows the options, which
-rl.config declares. rl.recipe.layers knows the files.
+Every message names the file, the option, the value and the allowed values. This module looks up options in rl.config.
+rl.recipe.layers handles the files.
 
 Tested in tests/rl/recipe/test_resolve.py.
 """
@@ -24,7 +24,8 @@ PLAIN_WORDS = {"an object": "a mapping of options", "valid array": "list"}
 
 
 class RecipeError(InputError):
-    """A recipe, profile or override cannot be used. The message says where it is, what is wrong and what is allowed."""
+    """A recipe, profile or override cannot be used. The message says where the mistake is, what is wrong and what is
+    allowed."""
 
 
 class MissingOption(RecipeError):
@@ -35,14 +36,14 @@ class MissingOption(RecipeError):
 class Declared:
     """An option that is declared in rl.config."""
 
-    section: bool  # True if it has options below it, which are declared too
-    meaning: str = ""  # its sentence in rl.config
-    is_list: bool = False  # True if its value may be a list of sections
+    section: bool  # True if the option has options below it, which are declared too
+    meaning: str = ""  # the description of the option in rl.config
+    is_list: bool = False  # True if the value may be a list of sections
 
 
 def declared(values: Mapping[str, Any]) -> dict[str, Declared]:
-    """Returns all options of a recipe with these values, as dotted name -> option. The options of a reward are repeated
-    for each task in `values`."""
+    """Returns all options that a recipe with these values can have, as dotted name -> option. The options of a reward
+    appear once for each task in `values`."""
     files_only = {
         "base": Declared(False, "Recipe that this recipe is based on"),
         "chain": Declared(False, "Recipes of the steps that run one after the other"),
@@ -58,7 +59,7 @@ def _declared(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "
         if section is None:
             continue
         places = [key]
-        if get_origin(annotation) is dict:  # users choose the names of one level, such as TASK in rewards.TASK.use
+        if get_origin(annotation) is dict:  # users choose names such as TASK in rewards.TASK.use
             given = values.get(name)
             places = [f"{key}.{free}" for free in (given if isinstance(given, Mapping) else ["NAME"])]
             yield from ((place, Declared(True, is_list=_is_list(get_args(annotation)[1]))) for place in places)
@@ -73,16 +74,15 @@ def _is_list(annotation: Any) -> bool:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """Returns the class that declares the options below a value of this type. The type may be the class itself, or a
-    list, mapping or union that contains it."""
+    """Returns the class that declares the options of a section with this type. The type may be the class itself, or a
+    list, mapping or union that contains the class."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((section for inner in get_args(annotation) if (section := _section(inner))), None)
 
 
 def check_names(values: Mapping[str, Any], where: str) -> None:
-    """Raises RecipeError if `values`, which were read from the file `where`, contain option names that are not
-    declared."""
+    """Raises RecipeError if `values` contain option names that are not declared. `where` is the file of the values."""
     if problems := [f"{where}: {problem}" for problem in _name_problems(values, declared(values))]:
         raise RecipeError("\n".join(problems))
 
@@ -103,8 +103,8 @@ def _name_problems(values: Mapping[Any, Any], names: Mapping[str, Declared], pre
 
 
 def _advice(key: str, names: Mapping[str, Declared]) -> str:
-    """Suggests an option for an unknown name. Searches a similar name in the same section, then the same word in other
-    sections, then a similar word in other sections."""
+    """Suggests a known option for an unknown name. Searches in this order: a similar name in the same section, the same
+    last word in any section, a similar last word in any section."""
     if key in names:
         return "in a file it is written nested, with one level of indentation for each dot"
     section, _, word = key.rpartition(".")
@@ -117,7 +117,7 @@ def _advice(key: str, names: Mapping[str, Declared]) -> str:
 
 
 def comment_beside(file: Path, key: str) -> str:
-    """Returns the comment beside `key` in a YAML file, together with the comment lines directly below it."""
+    """Returns the comment on the line of `key` in a YAML file, and the comment lines directly below this line."""
     text = file.read_text("utf-8")
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     for part in key.split("."):
@@ -135,7 +135,7 @@ def comment_beside(file: Path, key: str) -> str:
 
 
 def explain(details: Sequence[ErrorDetails], values: dict[str, Any], where: Callable[[str], str]) -> str:
-    """Returns pydantic's errors as text, with one line per option. `where` returns the file that a line names for its
+    """Returns pydantic's errors as text, with one line per option. `where(key)` returns the file that sets the
     option."""
     problems: dict[str, list[str]] = {}
     for detail in details:
@@ -143,14 +143,14 @@ def explain(details: Sequence[ErrorDetails], values: dict[str, Any], where: Call
         problems.setdefault(key, []).append(text)
     names = declared(values)
     lines = []
-    for key, (text, *others) in problems.items():  # others: problems with other types that the option allows
+    for key, (text, *others) in problems.items():  # an option with several allowed types has several problems
         choices = " or ".join([text, *(other.split(" should be ", 1)[-1] for other in others)])
         lines.append(_line(key, choices, names, where))
     return "\n".join(lines)
 
 
 def explain_option(problem: OptionError, values: dict[str, Any], where: Callable[[str], str]) -> str:
-    """Returns the message for a value that a stage refuses, in the same form as `explain`."""
+    """Returns the message for a value that a stage refuses. The message has the same form as those of `explain`."""
     return _line(problem.key, str(problem), declared(values), where)
 
 
@@ -174,13 +174,13 @@ def _problem(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, str]:
 
 
 def _place(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, Any]:
-    """Returns the dotted key of an error and the value of this key. The key does not contain the names that pydantic
-    adds for the branches of a union."""
+    """Returns the dotted key of an error and the value of this key. For a union type, pydantic adds names to the key;
+    they are left out."""
     parts: list[str] = []
     value: Any = values
     for part in detail["loc"]:
         items = dict(enumerate(value)) if isinstance(value, list) else value
-        if part == 0 and isinstance(value, dict):  # a single mapping is checked as a list with one item
+        if part == 0 and isinstance(value, dict):  # pydantic checks a single mapping as a list of one item
             continue
         if isinstance(items, dict) and part in items:
             value = items[part]

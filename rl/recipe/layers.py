@@ -1,4 +1,4 @@
-"""Finds, reads and merges the layers of a run: base recipes, the recipe, a profile and the command line.
+"""Finds, reads and merges the layers of a run. The layers are base recipes, the recipe, a profile and the command line.
 
 A layer stores the name of its file, so that the source of every value is known and relative paths can be made absolute.
 """
@@ -19,13 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 from rl.recipe.errors import RecipeError, check_names
 from rl.recipe.stages import registered
 
-SHIPPED = Path(__file__).resolve().parents[2] / "recipes"  # next to the package rl, in a clone and in an installation
+SHIPPED = Path(__file__).resolve().parents[2] / "recipes"  # beside the package rl, in a clone and when installed
 COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The values of one source, for example of one file, before they are merged."""
+    """The values of one source, such as a file, before the layers are merged."""
 
     label: str  # name of this layer in provenance
     where: str  # name of this layer in error messages: its file
@@ -41,15 +41,16 @@ class Layer:
         return flatten(plain(self.values))
 
     def for_stage(self, stage: str) -> tuple["Layer", ...]:
-        """Returns this layer, and a second layer with its values for this stage only, if it has such values."""
+        """Returns this layer. If it has a section for this stage, returns a second layer with the values of the
+        section."""
         if stage not in self.stages:
             return (self,)
         return self, replace(self, label=f"{self.label}, {stage}", values=self.stages[stage], stages={})
 
     @cached_property
     def resets(self) -> frozenset[str]:
-        """Sections whose values from earlier layers are dropped. A reward is dropped if this layer sets its `use`. The
-        section `serve` of an endpoint is dropped if this layer sets the endpoint's `model` or `url`."""
+        """Sections in which this layer deletes the values of earlier layers. They are the rewards whose `use` this
+        layer sets, and the sections `serve` of the endpoints whose `model` or `url` this layer sets."""
         rewards = {key.removesuffix(".use") for key in self.flat if re.fullmatch(r"rewards\.[^.]+(\.use)?", key)}
         judges = (re.fullmatch(r"(endpoints\.[^.]+)\.(model|url)", key) for key, value in self.flat.items() if value)
         return frozenset({*rewards, *(f"{judge[1]}.serve" for judge in judges if judge)})
@@ -64,11 +65,11 @@ class Layers:
     """All layers of a run. Values of later layers win."""
 
     ordered: tuple[Layer, ...]
-    main: str  # for values that no layer sets, messages name this file
+    main: str  # error messages name this file for values that no layer sets
 
     def origin(self, key: str) -> Layer | None:
-        """Returns the last layer that sets exactly this key. If there is none, returns the last layer that touches the
-        key."""
+        """Returns the last layer that sets exactly this key. If no layer sets exactly this key, returns the last layer
+        that touches it."""
         later_first = self._since_reset(key)[::-1]
         exact = (layer for layer in later_first if key in layer.flat)
         return next(exact, None) or next((layer for layer in later_first if layer.touches(key)), None)
@@ -89,8 +90,8 @@ class Layers:
         return self.ordered[resetting[-1] if resetting else 0 :]
 
     def merged(self) -> DictConfig:
-        """Merges the layers with OmegaConf. Two rules are added: a layer first empties the sections in its `resets`,
-        and the value ??? removes the value that the option had in earlier layers."""
+        """Merges the layers with OmegaConf. Two rules are added. Before a layer is merged, the sections in its `resets`
+        are emptied. The value ??? removes the value that the option had in earlier layers."""
         merged = OmegaConf.create({})
         for layer in self.ordered:
             for key in layer.resets:
@@ -119,11 +120,12 @@ def written_layers(recipe: Path | None, profile: str | None, overrides: Sequence
 
 
 def read(file: Path, label: str | None = None, derived: tuple[Path, ...] = ()) -> list[Layer]:
-    """Reads a YAML file. Returns the layers of the recipes that it is based on, and then the layer of the file itself.
+    """Reads a YAML file and its base recipes. Returns the layers of the base recipes, and then the layer of the file
+    itself.
 
     Args:
         label: the name of the file's layer in provenance; None: the name of the file.
-        derived: the files that are based on this file. They are used to find circles.
+        derived: the files that are based on this file. If the file itself is one of them, they form a circle.
     """
     where = shown(file)
     if (real := file.resolve()) in derived:
@@ -149,7 +151,7 @@ def _layer(label: str, where: str, folder: Path, values: DictConfig, file: Path 
 
 
 def _section(values: DictConfig, stage: str, where: str) -> DictConfig:
-    """Returns the section of a stage, which has values for this stage only."""
+    """Returns the section of a stage. The values of a section apply to this stage only."""
     section = plain(values)[stage]
     if not isinstance(section, dict):
         raise RecipeError(f"{where}: the section {stage} must have options of that stage, such as {stage}.iterations")
@@ -176,11 +178,11 @@ def _parse(file: Path, where: str) -> DictConfig:
 def find_recipe(written: str, where: str = "", folder: Path | None = None) -> Path:
     """Returns the file of a recipe that a command line or another recipe names. The first rule that applies decides:
 
-    1. A shipped recipe's name without folder and suffix (`rlvr`) is the shipped recipe, even beside a file `rlvr`.
-       `./rlvr` means the file with that name.
+    1. A shipped recipe's name without folder and suffix (`rlvr`) means the shipped recipe, even if there is a file
+       `rlvr`. `./rlvr` means the file with that name.
     2. Everything else is a path: if the file exists, it is the recipe.
-    3. A shipped recipe's file name (`rlvr.yaml`) is the shipped recipe. On a command line, its path in a clone
-       (`recipes/rlvr.yaml`) is the shipped recipe too.
+    3. A shipped recipe's file name (`rlvr.yaml`) means the shipped recipe. On a command line, its path in a clone
+       (`recipes/rlvr.yaml`) means the shipped recipe too.
 
     Args:
         written: a name or a path.
@@ -210,7 +212,7 @@ def find_recipe(written: str, where: str = "", folder: Path | None = None) -> Pa
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Returns the shipped recipes, as name -> file."""
+    """Returns the shipped recipes as a mapping from name to file."""
     return {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
 
 
@@ -264,7 +266,7 @@ def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shown(file: Path) -> str:
-    """Returns the path relative to the working directory if the file is inside it, otherwise the absolute path."""
+    """Returns the path for messages. It is relative if the file is inside the working directory, otherwise absolute."""
     path = Path(os.path.abspath(file))
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 

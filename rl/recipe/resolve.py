@@ -40,7 +40,7 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")  # [owner/]name, and [
 
 @dataclass(frozen=True)
 class Resolved:
-    """A checked config with the source of its values.
+    """A checked config, and the source of each of its values.
 
     `provenance` maps each dotted key to the layer that set it: "recipes/rlvr.yaml", "profile cpu", "command line",
     "default of stage rlvr" or "default".
@@ -50,8 +50,8 @@ class Resolved:
     provenance: Mapping[str, str]
 
     def plain(self) -> dict[str, Any]:
-        """Returns every value in a form that JSON can store. Paths are absolute. Secrets are only names of environment
-        variables. A recipe with these values loads as the same config."""
+        """Returns every value in a form that JSON can store. Paths are absolute. A secret is stored only as the name of
+        its environment variable. When a recipe with these values is loaded, it gives the same config."""
         return self.config.model_dump(mode="json")
 
     def yaml(self) -> str:
@@ -60,7 +60,7 @@ class Resolved:
 
 
 def yaml_of(values: Mapping[str, Any]) -> str:
-    """Returns the text of a recipe with these values. The recipe loads again as the same values."""
+    """Returns the text of a recipe with these values. When the recipe is loaded, it gives the same values."""
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(dict(values))))
 
 
@@ -90,8 +90,8 @@ def load(
         overrides: texts `key=value` with values in YAML.
         stage: the stage to run; a recipe of another stage is refused.
     Raises:
-        RecipeError: the user needs to see only its message. Unknown names are reported first, then mandatory values
-            that are missing (MissingOption), then values that do not fit.
+        RecipeError: if the recipe cannot be used. The message is all that the user needs. Unknown names are reported
+            first, then mandatory values that are missing (MissingOption), then values that do not fit.
     """
     written = written_layers(Path(recipe) if recipe else None, profile, overrides)
     if chained := [layer for layer in written.ordered if layer.chain is not None]:
@@ -121,7 +121,7 @@ def describe(resolved: Resolved, section: Callable[[str], bool] = lambda name: T
     """Returns one line per option: name, value, and source of the value.
 
     Args:
-        section: returns True for each section to show. A section is the first part of the dotted name.
+        section: a function that returns True for the sections to show. A section is the first part of the dotted name.
     """
     flat = flatten(resolved.plain())
     values = {key: _short(value) for key, value in flat.items() if section(key.partition(".")[0])}
@@ -132,7 +132,7 @@ def describe(resolved: Resolved, section: Callable[[str], bool] = lambda name: T
 
 
 def differences(saved: Config, new: Config) -> list[Change]:
-    """Returns the options whose values differ, in the order in which they are declared."""
+    """Returns the options whose values differ between two configs. They are in the order of their declaration."""
     before, after = (flatten(config.model_dump(mode="json")) for config in (saved, new))
     changes = (Change(key, before.get(key), after.get(key)) for key in dict.fromkeys([*before, *after]))
     return [change for change in changes if change.saved != change.new]
@@ -177,7 +177,7 @@ def _check_nothing_missing(merged: DictConfig, layers: Layers, profile: str | No
 
 
 def _profile_advice(key: str) -> str:
-    """Returns advice with the names of the shipped profiles that set `key`."""
+    """Returns advice for the user: the names of the shipped profiles that set `key`."""
     files = sorted((SHIPPED / "profiles").glob("*.yaml"))
     names = [file.stem for file in files if read(file)[-1].touches(key)]
     return f", or try the small example of --profile {' or '.join(names)}" if names else ""
@@ -220,8 +220,8 @@ def _make_paths_absolute(values: dict[str, Any], layers: Layers) -> None:
 
 
 def _make_reward_absolute(reward: Any, key: str, layers: Layers) -> None:
-    """Makes the paths of a reward absolute, in place. Paths are the file in `use`, and parameters that begin with ./,
-    ../ or ~/ or that name a file."""
+    """Makes the paths of a reward absolute, in place. The paths are the file in `use` and some parameters: those that
+    begin with ./, ../ or ~/, and those that are the path of an existing file."""
     if not isinstance(reward, dict):
         return
 
@@ -264,9 +264,9 @@ def _is_path(text: str, folder: Path) -> bool:
 
 
 def _validated(values: dict[str, Any], layers: Layers) -> Config:
-    """Checks the values as JSON. From JSON, pydantic's strict mode reads lists as tuples and text as paths, but does
-    not read text as a number."""
-    sections = {"model": {}, "data": {}}  # so that a message names the option that is missing in a section
+    """Converts the values to JSON and checks them. In strict mode, pydantic accepts a JSON list as a tuple and a JSON
+    string as a path, but it does not accept a string as a number."""
+    sections = {"model": {}, "data": {}}  # so that errors name the missing option of a section
     try:
         config = Config.model_validate_json(json.dumps(sections | values, default=str))
     except ValidationError as error:

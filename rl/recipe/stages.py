@@ -1,7 +1,8 @@
 """Gives recipes access to the registered stages: their names, default values and rules.
 
 The stages themselves are in stages/, which rl may not import. Installed packages register their stages in the entry
-point group `rl.stages`: each entry point names a mapping from stage names to classes like stages.base.Stage.
+point group `rl.stages`: each entry point refers to a mapping from stage names to classes that have the form of
+stages.base.Stage.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +29,7 @@ class StageRules(Protocol):
 
 
 def registered() -> dict[str, StageRules]:
-    """Returns all stages by name. Raises RuntimeError if no installed package registers any."""
+    """Returns all stages by name. Raises RuntimeError if no installed package registers a stage."""
     return {name: rules for registry in _registries() for name, rules in registry.items()}
 
 

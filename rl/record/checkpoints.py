@@ -1,11 +1,12 @@
-"""Writes and reads the checkpoints of a run. Each is a folder that is complete or absent. No file is pickled.
+"""Writes and reads the checkpoints of a run. A checkpoint is a folder that is either complete or absent. No file is a
+Python pickle.
 
     000020/policy/, critic/  complete weights in Hugging Face layout; policy/ loads in vLLM
            state/            run.json: counters; policy/, critic/: optimizer state of each rank (safetensors)
            manifest.json     size and SHA-256 of every other file; written last
 
-Every random choice of a run is drawn from (seed, iteration, position). The counters are therefore enough to resume, and
-no random state is saved.
+Every random choice of a run depends only on (seed, iteration, position). To resume, a run therefore needs only the
+counters, and no random state is saved.
 """
 
 import hashlib
@@ -27,10 +28,10 @@ Finish = Callable[[], None]
 
 @dataclass(frozen=True)
 class Written:
-    """The time and size of one finished checkpoint."""
+    """Duration and size of one finished checkpoint."""
 
-    seconds: float  # seconds from the start until everything was on disk
-    blocked: float  # the part of `seconds` in which the run waited
+    seconds: float  # time in seconds until everything was on disk
+    blocked: float  # during this part of `seconds`, training waited
     bytes: int
 
 
@@ -39,8 +40,8 @@ class Checkpoints:
 
     Args:
         folder: the folder that contains the checkpoints.
-        keep: the number of newest checkpoints to keep.
-        keep_every: checkpoints of iterations that are multiples of this number are kept too.
+        keep: this number of checkpoints, the newest ones, is kept.
+        keep_every: a checkpoint is kept too if the number of its iteration is a multiple of this number.
         expected: the estimated size of a checkpoint in bytes. It is used to check the free disk space before the first
             checkpoint.
     """
@@ -85,7 +86,7 @@ class Checkpoints:
                 _write_json(partial / "state" / STATE, {"iteration": iteration, **counters})
                 size = _write_manifest(partial)
                 finish_folder(partial, final)
-            except Exception as error:  # the next `settle` or `check` raises it
+            except Exception as error:  # the next `settle` or `check` raises this error
                 self._failed = not_written(what, error)
                 self._failed.__cause__ = error
                 return
@@ -110,7 +111,7 @@ class Checkpoints:
         self.check()
 
     def abandon(self) -> None:
-        """Waits for the checkpoint that is being written, and ignores its failure."""
+        """Waits for the checkpoint that is being written. Raises no error if it could not be written."""
         if self._thread:
             self._thread.join()
         self._thread = self._failed = None
@@ -141,8 +142,8 @@ class Checkpoints:
         return None
 
     def _delete_old(self) -> Stop | None:
-        """Deletes old checkpoints. If one cannot be deleted, returns a Stop to raise, because old checkpoints would
-        fill the disk."""
+        """Deletes old checkpoints. If a checkpoint cannot be deleted, returns a Stop that the caller raises, because
+        old checkpoints would fill the disk."""
         for old in finished(self.folder)[: -self.keep]:
             if not self.keep_every or int(old.name) % self.keep_every:
                 try:
@@ -181,18 +182,18 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def counters(checkpoint: Path) -> dict[str, Any]:
-    """Returns the content of run.json: the iteration and the counters that were saved with it."""
+    """Returns the content of run.json: the iteration and the counters of the checkpoint."""
     return json.loads((checkpoint / "state" / STATE).read_text())
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Replaces `target` by a copy of a finished folder. Raises Stop if the copy cannot be written."""
+    """Replaces `target` with a copy of a finished folder. Raises Stop if the copy cannot be written."""
     with writing(target), replacing_folder(target) as partial:
         shutil.copytree(folder, partial, dirs_exist_ok=True)
 
 
 def _write_manifest(folder: Path) -> int:
-    """Writes the manifest. Returns the total size of all other files in bytes."""
+    """Writes the manifest. Returns the total size, in bytes, of the files in the manifest."""
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": _digest(file)}
         for file in sorted(folder.rglob("*"))

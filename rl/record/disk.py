@@ -1,4 +1,5 @@
-"""Writes files and folders so that each is complete or absent. It is on disk (fsync) before it gets its final name.
+"""Writes files and folders so that each of them is either complete or absent. A file or folder gets its final name only
+when all of it is on disk (fsync).
 
 Tested in tests/rl/record/test_checkpoints.py and tests/rl/record/test_run_folder.py.
 """
@@ -20,7 +21,8 @@ class NoRoom(OSError):
 
 
 def check_room(folder: Path, wanted: int, what: str) -> None:
-    """Raises NoRoom if the folder's disk has less than `wanted` bytes of free space. The message names `what`."""
+    """Raises NoRoom if the folder's disk has less than `wanted` bytes of free space. The message says that `what` needs
+    the space."""
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise NoRoom(f"{folder} has {readable(free)} free, and {what} takes about {readable(wanted)}")
@@ -28,7 +30,7 @@ def check_room(folder: Path, wanted: int, what: str) -> None:
 
 @contextlib.contextmanager
 def writing(what: object) -> Generator[None, None, None]:
-    """Turns an OSError in the block, such as a full or read-only disk, into a Stop that names `what`."""
+    """Turns an OSError of the `with` block into a Stop that names `what`. Examples: the disk is full or read-only."""
     try:
         yield
     except OSError as error:
@@ -36,7 +38,7 @@ def writing(what: object) -> Generator[None, None, None]:
 
 
 def not_written(what: object, error: Exception) -> Stop:
-    """Returns the Stop to raise if `what` cannot be written."""
+    """Returns a Stop for the case that `what` cannot be written. The caller raises it."""
     return Stop(f"{what} could not be written: {error}. Make room or repair the folder, and {GO_ON}.", saves=False)
 
 
@@ -49,7 +51,7 @@ def readable(size: int) -> str:
 
 
 def to_disk(path: Path) -> None:
-    """Calls fsync on a file or folder. A folder's fsync makes the renames in it permanent."""
+    """Calls fsync on a file or folder. After fsync on a folder, renames inside the folder are permanent."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -58,9 +60,10 @@ def to_disk(path: Path) -> None:
 
 
 def hold(folder: Path) -> int | None:
-    """Locks a folder for this process. The lock lasts until the returned descriptor is closed or the process ends.
+    """Locks a folder for this process. The lock ends when the returned file descriptor is closed, or when the process
+    ends.
 
-    Returns None on file systems without locks. Raises ValueError if another process has the lock.
+    Returns None if the file system has no locks. Raises ValueError if another process has the lock.
     """
     held = os.open(folder, os.O_RDONLY)
     try:
@@ -75,8 +78,8 @@ def hold(folder: Path) -> int | None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Generator[IO[bytes], None, None]:
-    """Yields a file to write. If the block ends without an error, the file replaces `path` when all of it is on
-    disk."""
+    """Yields a temporary file to write to. If the `with` block ends without an error, the file is flushed to disk and
+    then replaces `path`."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
@@ -89,7 +92,8 @@ def replacing(path: Path) -> Generator[IO[bytes], None, None]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file, and its folder if it is missing, completely or not at all. Raises Stop if it cannot."""
+    """Writes a file completely or not at all. Makes the folder of the file if it is missing. Raises Stop if the file
+    cannot be written."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
@@ -98,15 +102,16 @@ def write_file(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Generator[Path, None, None]:
-    """Yields a new folder to fill. If the block ends without an error, the folder replaces `path` when all of it is on
-    disk."""
+    """Yields a new folder to write files into. If the `with` block ends without an error, the folder is flushed to disk
+    and then replaces `path`."""
     partial = begin_folder(path)
     yield partial
     finish_folder(partial, path)
 
 
 def begin_folder(path: Path) -> Path:
-    """Makes and returns an empty folder `.NAME.partial` to fill. `finish_folder` renames it to `path`.
+    """Makes an empty folder `.NAME.partial` and returns its path. When the folder has its files, `finish_folder`
+    renames it to `path`.
 
     After an error or a crash this folder still exists. The next call with the same path deletes it.
     """
@@ -118,7 +123,7 @@ def begin_folder(path: Path) -> Path:
 
 
 def finish_folder(partial: Path, path: Path) -> None:
-    """Replaces `path` by the folder `partial`, after everything in `partial` is on disk."""
+    """Flushes the folder `partial` to disk and then renames it to `path`. Deletes an older folder at `path` first."""
     for inside in sorted(partial.rglob("*")):
         to_disk(inside)
     to_disk(partial)

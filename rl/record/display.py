@@ -1,4 +1,5 @@
-"""Shows the progress of a run: a live panel in a terminal, plain lines elsewhere. Its errors never end the run.
+"""Shows the progress of a run: a live panel in a terminal, plain lines elsewhere. An error of the display never ends
+the run.
 
 The display shows metrics from metrics.jsonl, their moving averages, and the remaining time. rl/record/metrics.yaml
 explains the metrics.
@@ -26,7 +27,7 @@ TREND = 30  # iterations in a sparkline
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=*#"
 SHARES = {"rollout": "cyan", "reward": "yellow", "critic": "magenta", "policy": "green", "sync": "blue"}
-NARROW = 72  # width in characters; a narrower panel shows fewer columns of the table
+NARROW = 72  # width in characters; below this width, the table has fewer columns
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 
@@ -65,7 +66,7 @@ class _Console(Console):
 class Display:
     """Shows one stage of a run.
 
-    As a context manager it restores the terminal also after an error:
+    Used as a context manager, it restores the terminal even after an error:
 
         with Display(config) as display:
             display.evaluation(metrics_of_iteration_0)
@@ -121,8 +122,8 @@ class Display:
 
     @_harmless
     def evaluation(self, metrics: Mapping[str, Any]) -> None:
-        """Shows the metrics `eval/*`, if there are any. The first evaluation is shown as a table. Later evaluations are
-        lines with the changes since the first one."""
+        """Shows the metrics `eval/*`, if there are any. The first evaluation is shown as a table. A later evaluation is
+        shown as a line with the changes since the first evaluation."""
         found = families(metrics)
         if not found:
             return
@@ -139,8 +140,8 @@ class Display:
 
     @_harmless
     def summary(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        """Shows the held-out reward of each task before and after training. `before` and `after` are metrics with
-        `eval/*`."""
+        """Shows the held-out reward of each task before and after training. `before` and `after` contain the metrics
+        `eval/*` of the two evaluations."""
         self._stop()
         self._print(Text("held-out reward before and after training", style="bold"))
         self._print(_before_after(families(before), families(after)))
@@ -163,19 +164,19 @@ class Display:
             logger.warning("the progress display did not stop cleanly: %r", problem)
 
     def _print(self, shown: RenderableType) -> None:
-        # text in a log file is not wrapped: the file has no width, but rich assumes one
+        # In a log file, text is not wrapped. A file has no width, but rich would assume a width.
         self._console.print(shown, soft_wrap=isinstance(shown, Text) and not self._console.is_terminal)
 
     # Numbers
 
     def _task_names(self) -> list[str]:
-        """Returns the names reward/<task> of all tasks in the last iteration. A task has a metric of its response
-        length."""
+        """Returns the metric name reward/<task> for each task of the last iteration. The tasks are found by their
+        metrics response/tokens_mean/<task>."""
         prefix = "response/tokens_mean/"
         return [f"reward/{name.removeprefix(prefix)}" for name in self._metrics if name.startswith(prefix)]
 
     def _recent(self, name: str) -> list[float]:
-        """Returns the last values of a metric, as many as fit beside the other columns of the table."""
+        """Returns the last values of a metric. Returns as many values as fit beside the other columns of the table."""
         room = max(1, self._console.width - NARROW + 10)
         return list(self._history.get(name, ()))[-room:]
 
@@ -206,7 +207,7 @@ class Display:
     # What is shown
 
     def _line(self) -> Text:
-        """Returns the last iteration as one plain line."""
+        """Returns the metrics of the last iteration as one plain line."""
         metrics = self._metrics
         parts = [
             f"{self._run.stage} {metrics.get('iteration', 0)}/{self._run.iterations}",
@@ -229,7 +230,7 @@ class Display:
         wide = self._console.width >= NARROW
         rows: list[RenderableType] = [self._progress()]
         rows.append(self._now())
-        if self._metrics:  # the table is last because a low terminal cuts off the last rows
+        if self._metrics:  # the table is last because a terminal with few lines cuts off the end
             rows += [Text(), *self._time_bar(wide), Text(), self._task_table(wide)]
         return rows
 
@@ -313,7 +314,8 @@ def _held_out_table(families: Mapping[str, float]) -> Table:
 
 
 def _before_after(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
-    """Returns a table with the rewards of all tasks that were evaluated both times, and with their averages."""
+    """Returns a table with the rewards before and after training. It has all tasks that were evaluated both times, and
+    the average over these tasks."""
     both = [name for name in before if name in after]
     first, last = (_with_average({name: one[name] for name in both}) for one in (before, after))
     table = Table()
@@ -346,7 +348,8 @@ def _clock(seconds: float | None) -> str:
 
 
 def _sparkline(values: Collection[float], bars: str) -> str:
-    """Returns one character per value, scaled from the lowest to the highest value."""
+    """Draws one bar (a character) per value. The lowest value gets the lowest bar, and the highest value gets the
+    highest bar."""
     low, high = min(values, default=0), max(values, default=0)
     scale = (len(bars) - 1) / (high - low) if high > low else 0
     return "".join(bars[round((value - low) * scale)] for value in values)

@@ -1,7 +1,7 @@
-"""Looks up and checks metrics, and computes the metrics of rewards and responses.
+"""Finds the descriptions of metrics, checks metrics, and computes the metrics of rewards and responses.
 
-metrics.yaml, beside this file, says what each metric means and whether higher or lower is better. A metric without an
-entry there, or in `own_metrics` of a stage, cannot be written to a run folder.
+metrics.yaml, beside this file, says what each metric means and whether higher or lower is better. A metric can be
+written to a run folder only if it has an entry in metrics.yaml or in `own_metrics` of a stage.
 """
 
 import difflib
@@ -22,7 +22,7 @@ Better = Literal["higher", "lower", "neither"]
 
 @dataclass(frozen=True)
 class Metric:
-    """The meaning of one metric. In `name`, `<task>` and `<part>` each stand for one name from the recipe."""
+    """The meaning of one metric. The placeholders `<task>` and `<part>` in `name` stand for names from the recipe."""
 
     name: str
     better: Better
@@ -53,13 +53,14 @@ def describe(name: str) -> Metric:
 
 
 def _fits(words: list[str], pattern: list[str]) -> bool:
-    """True if `words` match a pattern such as reward/<task>/<part>."""
+    """True if the parts of a metric's name (`words`) match the parts of a pattern such as reward/<task>/<part>."""
     pairs = zip(words, pattern, strict=False)
     return len(words) == len(pattern) and all(word and (word == p or p[0] == "<") for word, p in pairs)
 
 
 def check(metrics: Mapping[str, Any]) -> None:
-    """Raises ValueError for a metric that has no entry, or whose value is not a finite number (for `stage`: a text)."""
+    """Raises ValueError for a metric that has no entry, or whose value is not a finite number. The value of `stage`
+    must be text instead."""
     for name, value in metrics.items():
         describe(name)
         wanted = "a text" if name in _TEXT else "a finite number"
@@ -91,9 +92,9 @@ def rollout_metrics(scored: Sequence[Scored], rollouts_per_prompt: int) -> dict[
         scored: the samples of the iteration. Samples of the same prompt are next to each other.
         rollouts_per_prompt: samples per prompt; must divide the number of samples.
     Returns:
-        Rewards are means over valid samples, and lengths are means over all samples. A mean over no samples is left
-        out, such as the reward of a task whose samples are all invalid. `reward/std` is the population standard
-        deviation.
+        Rewards are means over valid samples, and lengths are means over all samples. If a mean has no samples, the
+        metric is left out. For example, a task whose samples are all invalid has no mean reward. `reward/std` is the
+        population standard deviation.
     """
     if not scored or len(scored) % rollouts_per_prompt:
         raise ValueError(f"{len(scored)} samples do not split into groups of {rollouts_per_prompt}")
@@ -120,7 +121,8 @@ def _reward_metrics(valid: Sequence[Scored]) -> dict[str, float]:
 
 
 def _flat_groups(groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
-    """Returns the share of groups whose valid samples have equal rewards. Ignores groups without a valid sample."""
+    """Returns the share of groups in which all valid samples have the same reward. Ignores groups without a valid
+    sample."""
     rewards = [{sample.reward for sample in group if sample.invalid is None} for group in groups]
     flat = [len(distinct) == 1 for distinct in rewards if distinct]
     return {"reward/flat_group_fraction": statistics.fmean(flat)} if flat else {}

@@ -1,7 +1,9 @@
-"""Reads and writes a run's folder with recipe, metrics and samples. Incomplete lines or files of a crash are ignored.
+"""Reads and writes the folder of a run, which holds recipe, metrics and samples. If a crash left an incomplete line or
+file, it is ignored.
 
 RUN_DIR contains recipe.yaml, metrics.jsonl, rollouts/000001.jsonl.gz, checkpoints/ and policy/. This module does not
-import torch. If a file cannot be written (full or read-only disk), it raises a Stop that names the file.
+import torch. If a file cannot be written because the disk is full or read-only, the functions raise a Stop that names
+the file.
 """
 
 import gzip
@@ -29,7 +31,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.policy = self.path / "policy"
         self.timeline = self.path / "timeline.json"  # exists if log.timeline is true
-        self.resumable = self.path  # the argument of --resume; for a stage of a chain, the folder of the chain
+        self.resumable = self.path  # argument of --resume; in a chain, this is the folder of the chain
         self._lock: int | None = None  # file descriptor, while this process has the lock
         self._last = max((line["iteration"] for line in self.read_metrics()), default=-1)
 
@@ -37,7 +39,7 @@ class RunFolder:
     def create(cls, path: str | Path, recipe: str) -> Self:
         """Makes the folder of a new run and writes `recipe` (YAML text) to it.
 
-        Raises ValueError if something exists at `path`, as `make_run_folder` does.
+        Raises ValueError in the same cases as `make_run_folder`.
         """
         make_run_folder(Path(path))
         folder = cls(path)
@@ -70,14 +72,15 @@ class RunFolder:
             self._lock = None
 
     def write_recipe(self, recipe: str) -> None:
-        """Replaces recipe.yaml. `recipe` is the resolved recipe, which contains only the names of secrets."""
+        """Replaces recipe.yaml. `recipe` is the resolved recipe. It has no secrets, only the names of their environment
+        variables."""
         write_file(self.recipe, recipe.encode())
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Appends one iteration's line and waits until it is on disk.
 
-        Raises ValueError, and writes nothing, for a metric that is not in rl/record/metrics.yaml, for a NaN or
-        infinity, and for an iteration that is not later than the last one.
+        Writes nothing and raises ValueError in three cases: a metric has no entry in rl/record/metrics.yaml, a value is
+        NaN or infinite, or the iteration is not later than the last written iteration.
         """
         meaning.check(metrics)
         iteration = metrics["iteration"]
@@ -97,9 +100,9 @@ class RunFolder:
         return [json.loads(line) for line in whole.splitlines()]
 
     def write_rollouts(self, iteration: int, scored: Sequence[Scored], save: Save = "all") -> None:
-        """Writes the samples of an iteration: all, none, or a number of samples at equal distances.
+        """Writes the samples of an iteration: all samples, none, or a number of evenly spaced samples.
 
-        The file is complete or absent. The same samples give the same bytes.
+        The file is either complete or absent. The same samples always give the same bytes.
         """
         chosen = _chosen(scored, save)
         if not chosen:
@@ -111,11 +114,12 @@ class RunFolder:
             gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0) as packed,
         ):
             for sample in chosen:
-                # UTF-8 cannot encode a lone surrogate, so its JSON escape is written instead
+                # UTF-8 cannot encode a lone surrogate. The JSON escape of the surrogate is written instead.
                 packed.write(_json_line(sample_record(sample)).encode("utf-8", "backslashreplace"))
 
     def truncate_after(self, iteration: int) -> None:
-        """Deletes metrics and samples of later iterations, so that a resumed run has every iteration exactly once."""
+        """Deletes the metrics and samples of all iterations after `iteration`. A resumed run then records each
+        iteration exactly once."""
         kept = [line for line in self.read_metrics() if line["iteration"] <= iteration]
         with writing(self.path):
             if self.metrics.exists():
@@ -131,8 +135,8 @@ class RunFolder:
 def make_run_folder(path: Path) -> None:
     """Makes an empty folder for a run.
 
-    Raises ValueError if there is anything at `path` except the leftovers of a run that was killed before its recipe was
-    written: empty folders and `.partial` files.
+    Raises ValueError if `path` is a file, or a folder that is not empty. Empty folders and `.partial` files inside are
+    allowed: a run that was killed before it wrote its recipe leaves them behind.
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give a new folder as --output")
@@ -147,8 +151,8 @@ def _is_empty(entry: Path) -> bool:
 
 
 def sample_record(sample: Scored) -> dict[str, Any]:
-    """Returns one line for a file in rollouts/, with data row, response and score. The reward of an invalid sample is
-    None."""
+    """Returns one sample as it is written to a file in rollouts/: with data row, response and score. The reward of an
+    invalid sample is None."""
     rollout, prompt = sample.rollout, sample.rollout.prompt
     answers = {"ground_truth": prompt.ground_truth, "reference": prompt.reference}
     return {
@@ -187,15 +191,15 @@ def _chosen(scored: Sequence[Scored], save: Save) -> Sequence[Scored]:
 
 
 def image_part(picture: Picture) -> dict[str, Any]:
-    """Returns the message part for a picture. It contains the path of the picture, or the digest if the picture came as
-    bytes."""
+    """Returns the part of a chat message that stands for a picture. It contains the path of the picture, or the digest
+    if the picture came as bytes."""
     if isinstance(picture.source, bytes):
         return {"type": "image", "digest": picture.digest}
     return {"type": "image", "image": str(picture.source)}
 
 
 def messages_of(prompt: Prompt, part_of: Callable[[Picture], dict[str, Any]] = image_part) -> list[dict[str, Any]]:
-    """Returns the chat of a prompt, with `part_of(picture)` in place of each image placeholder."""
+    """Returns the chat of a prompt. Each image placeholder is replaced by `part_of(picture)`."""
     pictures = iter(prompt.images)
 
     def content(given: str | Sequence[Mapping[str, Any]]) -> Any:
@@ -211,8 +215,8 @@ def _json_line(record: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Returns `value` with text in place of everything that JSON cannot represent (NaN, a set, ...). An unusual detail
-    of a reward must not end a run."""
+    """Returns a copy of `value` in which text replaces everything that JSON cannot represent (NaN, a set, ...). Without
+    this, an unusual value in a reward's details would end the run."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

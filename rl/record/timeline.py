@@ -1,4 +1,4 @@
-"""Writes timeline.json, which says when each process of a run did what, in Chrome's trace format.
+"""Writes timeline.json in Chrome's trace format. It shows what each process of a run did, and when.
 
 ui.perfetto.dev and chrome://tracing display the file.
 """
@@ -13,17 +13,18 @@ Span = tuple[str, float, float]  # name, start and end in seconds since 1970
 
 
 class SpanSource(Protocol):
-    """A process that records its spans. `spans()` returns a future of the spans since the last call of `spans`."""
+    """A process that records what it does as spans. `spans()` returns a future of the spans that were recorded since
+    the previous call."""
 
     def spans(self) -> Any: ...
 
 
 class Timeline:
-    """Appends events to one file, which is complete JSON after every `write`.
+    """Appends events to one file. After every `write`, the file is complete JSON.
 
     Args:
         path: the file; events are appended if it exists.
-        sources: name of a process in the timeline -> the process.
+        sources: maps the name of a process in the timeline to the process.
     """
 
     def __init__(self, path: Path, sources: Mapping[str, SpanSource]) -> None:
@@ -33,17 +34,18 @@ class Timeline:
         self._named: set[str] = set()
 
     def add(self, process: str, name: str, start: float, end: float) -> None:
-        """Records a span in which a thread of this process did something or waited. `process` is the name of the
+        """Records what a thread of this process did, or waited for, from `start` to `end`. `process` is the name of the
         thread."""
         self._own.append((process, (name, start, end)))
 
     def replaced(self, name: str, source: SpanSource) -> None:
-        """Gives this name to a new process. Spans of the old process that were not read yet are lost."""
+        """From now on, `name` stands for the new process `source`. Spans of the old process that were not read yet are
+        lost."""
         self._sources[name] = source
         self._pending.pop(name, None)
 
     def write(self, *, busy: Iterable[str] = ()) -> None:
-        """Appends the spans since the last call.
+        """Appends the spans that were recorded since the previous call.
 
         The processes named in `busy` may be inside a long call. Their spans are requested now and read by a later
         `write`, so that this `write` does not wait for these processes.
@@ -62,8 +64,8 @@ class Timeline:
 
 
 def _event(kind: str, process: str, name: str, **more: Any) -> dict[str, Any]:
-    """Returns one event. Its process id is a hash of the process name, so that a resumed run continues the same line of
-    the timeline."""
+    """Returns one event. The process id in the event is a hash of the process name. A resumed run therefore continues
+    the same line of the timeline."""
     return {"ph": kind, "pid": zlib.crc32(process.encode()) >> 1, "tid": 0, "name": name, **more}
 
 

@@ -23,7 +23,7 @@ class Tracker(Protocol):
 class TensorBoard:
     """Writes event files to RUN_DIR/tracking/tensorboard.
 
-    After a resume, TensorBoard hides older values of the steps from `first_step` on.
+    After a resume, TensorBoard hides the values that were logged earlier for `first_step` and later steps.
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any], first_step: int) -> None:
@@ -41,9 +41,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Logs to a run of wandb, which wandb's environment variables (WANDB_PROJECT, WANDB_MODE, ...) configure.
+    """Logs to a run of wandb. Environment variables (WANDB_PROJECT, WANDB_MODE, ...) configure wandb.
 
-    A resumed run keeps its wandb id, and wandb ignores steps that it already has.
+    A resumed run keeps its wandb id. Steps that wandb already has are ignored.
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any], first_step: int) -> None:
@@ -63,7 +63,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """Logs to a run of MLflow, which MLflow's environment variables (MLFLOW_TRACKING_URI, ...) configure."""
+    """Logs to a run of MLflow. Environment variables (MLFLOW_TRACKING_URI, ...) configure MLflow."""
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any], first_step: int) -> None:
         import mlflow
@@ -119,7 +119,7 @@ class Trackers:
         """Starts the named trackers for the run in `folder`.
 
         `recipe` is stored with the metrics. `first_step` is the first iteration to be logged (0: a new run). Raises
-        ValueError as check_trackers does, or the exception of a library that cannot start.
+        ValueError in the same cases as check_trackers, or the exception of a library that cannot start.
         """
         check_trackers(names)
         self._open = {name: TRACKERS[name][2](folder, recipe or {}, first_step) for name in names}
@@ -139,7 +139,7 @@ class Trackers:
     def _guarded(self, name: str, act: Callable[[Tracker], None]) -> None:
         try:
             act(self._open[name])
-        except Exception as problem:  # a tracker may raise any exception, and none of them may end the run
+        except Exception as problem:  # no exception of a tracker may end the run
             del self._open[name]
             logger.warning("log.trackers: %s failed and is left out from now on: %r", name, problem)
 

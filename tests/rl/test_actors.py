@@ -1,4 +1,4 @@
-"""Tests that processes which hang are noticed after `patience` seconds, and that a team which hangs is killed."""
+"""Tests that a process which hangs is noticed after `patience` seconds, and that a team which hangs is killed."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Tests that Local runs calls at once, and that an engine client passes calls on unchanged."""
+"""Tests that Local calls methods at once, and that an engine client passes on calls without changes."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def test_an_engine_client_calls_the_engines_methods_by_their_names() -> None:
     calls = []
 
     class Recorder:
-        """Replaces the process of an engine."""
+        """Stands in for the process of an engine."""
 
         def start(self, method: Any, *args: Any) -> Any:
             calls.append((method.__name__, args))

@@ -52,7 +52,8 @@ def test_paths_in_a_recipe_are_relative_to_its_folder_and_never_to_the_clone() -
     Path("mine/rlvr.yaml").write_text("seed: 1")
     assert find_recipe("rlvr.yaml", folder=Path("mine")) == Path("mine/rlvr.yaml")
     assert find_recipe("rlhf.yaml", folder=Path("mine")) == SHIPPED / "rlhf.yaml"
-    # A run folder has the recipes of its chain in recipes/. A shipped recipe must not replace a lost file there.
+    # A run folder has the recipes of its chain in recipes/. If such a file is lost, a shipped recipe must not take its
+    # place.
     with pytest.raises(RecipeError, match=r"^run/recipe.yaml: chain: no recipe recipes/rlvr.yaml"):
         find_recipe("recipes/rlvr.yaml", "run/recipe.yaml: chain: ", Path("mine"))
 

@@ -26,7 +26,7 @@ def saver(text: str, finish: Callable[[], None] = lambda: None) -> Saver:
 
 
 def written(folder: Path, *iterations: int, keep: int = 2, keep_every: int | None = None) -> list[str]:
-    """Saves these iterations. Returns the names of the checkpoints that exist afterwards."""
+    """Saves a checkpoint for each of these iterations. Returns the names of the checkpoints that exist afterwards."""
     folder.mkdir(exist_ok=True)
     made = Checkpoints(folder, keep=keep, keep_every=keep_every)
     for iteration in iterations:

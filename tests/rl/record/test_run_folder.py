@@ -49,7 +49,7 @@ def test_a_folder_in_which_a_run_is_writing_is_refused_until_it_ends(tmp_path: P
         RunFolder.resume(run.path)
     run.release()
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "mine\n"
-    RunFolder.resume(run.path)  # works, because that process has ended
+    RunFolder.resume(run.path)  # works, because the process that held the lock has ended
 
 
 def test_a_folder_that_holds_a_run_is_refused_with_advice_to_resume(tmp_path: Path) -> None:

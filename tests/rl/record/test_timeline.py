@@ -7,7 +7,7 @@ from rl.record.timeline import Span, Timeline
 
 
 class ScriptedSource:
-    """A process with the given spans. Counts the calls that read its spans."""
+    """Stands in for a process with the given spans. Counts how often the spans are read."""
 
     def __init__(self, *spans: Span) -> None:
         self.unread, self.waited = list(spans), 0

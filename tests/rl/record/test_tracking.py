@@ -1,4 +1,4 @@
-"""Tests that metrics reach the trackers of the recipe, and that a tracker that fails does not end the run."""
+"""Tests that metrics reach the trackers of the recipe, and that the run continues if a tracker fails."""
 
 import importlib.util
 import logging
