@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def drawing(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws the metrics of one stage: one panel per task, and the legend in the place of a last panel."""
+    """Draws the metrics of one stage: one panel per task, and then the legend, in the place of one more panel."""
     tasks = sorted(name.removeprefix(LENGTH) for name in set().union(*lines) if name.startswith(LENGTH))
     rows = 1 + len(tasks) // COLUMNS
     figure = Figure(figsize=(COLUMNS * WIDTH, rows * HEIGHT), layout="constrained")
@@ -70,7 +70,7 @@ def drawing(lines: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def curve(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Returns the iterations that have this metric, and its values."""
+    """Returns the iterations that have this metric, and the values of the metric."""
     found = [line for line in lines if name in line]
     return [line["iteration"] for line in found], [line[name] for line in found]
 

@@ -21,7 +21,7 @@ SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_declared: list[object] = []  # Library objects; they must stay alive, because their declarations end with them
+_declared: list[object] = []  # Library objects; if they were deleted, torch would drop the declared operators
 
 
 class PreparedLoader(importlib.machinery.SourceFileLoader):
@@ -64,7 +64,8 @@ def declare_missing_operators(package_file: str) -> None:
 
 
 def _extension_loads(package_file: str) -> bool:
-    """True if torchvision's extension loads. The load is harmless: when torchvision loads it again, nothing happens."""
+    """Loads torchvision's extension and returns True if that works. torchvision can then load it again without any
+    effect."""
     import torch
 
     folder = package_file.rpartition("/")[0] or "."
