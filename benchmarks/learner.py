@@ -2,7 +2,7 @@
 
 A step is the forward and backward pass of all rows of a minibatch, without an optimizer step. Three other sides copy
 the prompt: our packing, padded batches, and verl. Each of these sides is measured with four shapes of a group. All
-sides have the same decoder, rollouts and advantages in float32. The results contain the differences between the
+sides use the same decoder, rollouts and advantages, in float32. The results contain the differences between the
 logprobs and gradients of both sides. Tested in tests/benchmarks/test_harness.py (only that the benchmarks are
 registered).
 """
@@ -245,7 +245,7 @@ def compare(made: Work, other: Side, sequences: Sequence[int]) -> Result:
     of these sequences, divided by the cost when each group computes its prompt only once.
     """
     ours = packed(made, pack(made.groups, BUDGET, None))
-    ours()  # computes the gradients and is a warm-up
+    ours()  # computes the gradients, and is a warm-up
     gradients = ours.gradients()
     other()
     gradient_diff = max(float((x - gradients[name]).abs().max()) for name, x in other.gradients().items())

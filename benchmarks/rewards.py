@@ -56,8 +56,7 @@ def rollout(text: str, truth: str | None = None, row: str = "row") -> Rollout:
 
 @benchmark("rewards/hung")
 def hung() -> Result:
-    """Compares the throughput of scoring 64 samples, with and without a hung sample among them. The goal is a ratio of
-    at least 0.9.
+    """Compares the throughput of scoring 64 samples with and without a hung one; the goal is a ratio of at least 0.9.
 
     There is one worker per core. A sample computes for about 50 ms and then sleeps for 50 ms. Every sample computes a
     fixed amount, so the samples are slower if another process uses the cores. The hung sample is in the middle of the
@@ -129,7 +128,7 @@ def timed(runner: RewardRunner, rollouts: Sequence[Rollout]) -> tuple[list[float
 
 @benchmark("rewards/math")
 def mathematics() -> Result:
-    """Compares the CPU time of scoring 2,000 answers in the runner and with Math-Verify alone. The goal is at most 1.3.
+    """Compares the CPU time of scoring 2,000 answers in the runner and with Math-Verify alone; the goal is at most 1.3.
 
     Our side scores with the reward `math_verify`. The other side is one process that parses the ground truth and the
     answer and verifies them, without time limits. ours_s and other_s are CPU seconds (user and system) of a new process

@@ -57,7 +57,7 @@ OTHER = "No run can work here: vLLM, which generates all responses, has no packa
 def main() -> None:
     kind = parse_arguments()
     check_system(platform.system(), platform.machine())
-    with open(ROOT / "pyproject.toml") as lock:  # two installations must not mix; this file always exists
+    with open(ROOT / "pyproject.toml") as lock:  # locked: two installations must not mix; this file always exists
         wait_for_lock(lock.fileno())
         kind = kind or read(KIND) or "cpu"  # `make test` keeps the choice of `make env GPU=1`
         wanted = stamp(kind)
@@ -77,7 +77,7 @@ def parse_arguments() -> str | None:
 
 
 def check_system(system: str, machine: str) -> None:
-    """Prints what works on a system that is not supported. Ends the program if no run can work on this system.
+    """On a system that is not supported, prints what works there. Ends the program if no run can work on this system.
 
     Args:
         system: value of platform.system().

@@ -4,11 +4,11 @@
 whenever Python starts. A vLLM plugin would be too late, because vLLM's model-inspection process imports torchvision
 before any plugin is loaded.
 
-The package index has only a CUDA build of torchvision, and its compiled extension does not load without CUDA. Then
-`import torchvision` fails with "operator torchvision::nms does not exist", because torchvision's Python code registers
-functions for two operators that only the extension declares. This file declares both operators just before torchvision
-is first imported. The operators have no implementation, so a call raises an error. If the extension loads, this file
-changes nothing. Tested in tests/tools/test_install.py.
+The package index has only a CUDA build of torchvision, and its compiled extension does not load without CUDA. Without
+the extension, `import torchvision` fails with "operator torchvision::nms does not exist", because torchvision's Python
+code registers functions for two operators that only the extension declares. This file declares both operators just
+before torchvision is first imported. The operators have no implementation, so a call raises an error. If the extension
+loads, this file changes nothing. Tested in tests/tools/test_install.py.
 """
 
 import importlib.machinery

@@ -41,7 +41,7 @@ START = Path(__file__).parent / "model"
 BATCH = 16  # pairs per step
 THINGS = (world.CROWD[0], world.OPEN_CROWD[1])  # minimum and maximum number of things in a picture
 PEAK_LR, WARM_UP = 1.5e-3, 50
-READING = 0.375  # up to this share of the steps, 3 of 4 pairs are guesses; after it, 1 of 2
+READING = 0.375  # up to this share of the steps, 3 of 4 pairs are from draw_guesses; after it, 1 of 2
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def draw_synthesis_demonstrations(rng: Generator, number: int) -> Demonstrations
 
 
 def draw_pictures(rng: Generator, pictures: int) -> list[Scene]:
-    """Draws `pictures` scenes and as many crowds, for training without questions."""
+    """Draws `pictures` scenes and equally many crowds, to train the vision tower without questions."""
     scenes = [world.draw_scene(rng, "train") for _ in range(pictures)]
     return scenes + [world.draw_crowd(rng, "train") for _ in range(pictures)]
 
@@ -165,8 +165,7 @@ def sightings(scenes: Sequence[Scene], grid: int) -> Sightings:
 
 
 class SightHead(nn.Module):
-    """Linear heads. For each image token they predict whether a thing's centre is there, and the thing's place and
-    name.
+    """Linear heads: from an image token, they predict if a thing's centre is there, and the thing's place and name.
 
     Names are scored by similarity to the decoder's word embeddings. So the token of a red ring becomes similar to the
     words "red" and "ring" before the decoder is trained.
@@ -247,8 +246,8 @@ def pack(prompter: Prompter, batch: Demonstrations) -> PackedDemonstrations:
 
 def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
     """Returns the loss in nats: the mean cross-entropy of the response tokens, plus the mean cross-entropy of the
-    pooled answers in the prompts. The best prediction of a pooled answer is the median of the pooled answers before it,
-    so the model learns to compute medians."""
+    pooled answers in the prompts. To predict a pooled answer well, the model has to learn the median of the pooled
+    answers before it."""
     row = pack(prompter, batch)
     with torch.no_grad():  # the vision tower is frozen
         seen = features(model, row.scenes)
@@ -257,8 +256,7 @@ def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
     hidden = model.model(
         inputs_embeds=inputs[None], position_ids=row.position_ids[None], use_cache=False, layout=row.layout
     ).last_hidden_state[0]
-    # In the row, a response or message follows its own question. So the token before each of its tokens predicts that
-    # token.
+    # In the row, a response or message follows its own question. So the token before predicts each of its tokens.
     total = torch.zeros(())
     for mask in (row.is_response, row.is_message):
         if len(places := mask.nonzero()[:, 0]):

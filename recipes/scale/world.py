@@ -86,7 +86,7 @@ class Thing:
         return PLACES[3 * row + column]
 
     def mask(self) -> np.ndarray:
-        """Returns [2 * half, 2 * half] bool: the pixels of the box that the shape covers."""
+        """Returns [2 * half, 2 * half] bool: True for each pixel of the box that the shape covers."""
         line = (np.arange(2 * self.half) + 0.5) / self.half - 1  # pixel centres, -1 to 1
         u, v = np.abs(line)[None, :], line[:, None]
         if self.shape == "ring":

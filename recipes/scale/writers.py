@@ -1,10 +1,10 @@
 """Two simulated writers: programs that write the demonstrations of the warm start.
 
 The *exact* writer does the work: it gives coordinates with two decimals, counts things one by one, and writes each step
-of a sum. The *rough* writer guesses: it answers with the centre of a third of the picture, rounds boxes, always counts
-two things, and does not carry in sums. Some answers of the rough writer are right. Most demonstrations are from the
-rough writer. RL has to find out which writer's answers earn more. The responses of both writers are short and differ
-from the first words on.
+of a sum. The *rough* writer guesses: it points at the centre of one of nine equal parts of the picture, rounds boxes,
+always counts two things, and does not carry in sums. Some answers of the rough writer are right. Most demonstrations
+are from the rough writer. RL has to find out which writer's answers earn more. The responses of both writers are short.
+Already the first words differ between the two writers.
 
 A whole worksheet is too long for one response. The exact writer computes all sums except one, which is chosen at
 random, and answers 0 for that sum. A single response never contains all results, but many responses together do.

@@ -1,4 +1,4 @@
-"""Checks that no dependency's licence forbids its use by an Apache-2.0 project.
+"""Checks that the licences of all dependencies allow an Apache-2.0 project to use them.
 
 Reads the licences that the installed packages of constraints-cpu.txt state in their metadata. We use these packages as
 unmodified libraries, and they are not part of our wheel. So permissive licences, the LGPL and the MPL are allowed. The
