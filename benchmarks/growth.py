@@ -1,4 +1,4 @@
-"""Measures how the time of an iteration grows when the iteration gets larger in one dimension; plots it to growth.svg.
+"""Measures how the time of an iteration grows when one dimension of its size grows, and plots this to growth.svg.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered).
 """

@@ -1,10 +1,10 @@
 """Measures the learner's step in two ways: with shared prompts, and with a copy of the prompt for every rollout.
 
-A step is the forward and backward pass of all rows of a minibatch, without an optimizer step. Three other sides copy
-the prompt: our packing, padded batches, and verl. Each of these sides is measured with four shapes of a group. All
-sides use the same decoder, rollouts and advantages, in float32. The results contain the differences between the
-logprobs and gradients of both sides. Tested in tests/benchmarks/test_harness.py (only that the benchmarks are
-registered).
+A step is the forward and backward pass of all rows of a minibatch, without an optimizer step. Our side shares prompts.
+Three other sides copy the prompt: our packing, padded batches, and verl. Each of these sides is measured with four
+shapes of a group. All sides use the same decoder, rollouts and advantages, in float32. Each result contains the largest
+differences between the logprobs and between the gradients of both sides. Tested in tests/benchmarks/test_harness.py
+(only that the benchmarks are registered).
 """
 
 import random
@@ -47,7 +47,8 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A minibatch of `groups` groups, each with one prompt of `prompt` tokens and `responses` responses."""
+    """The shape of a minibatch: it has `groups` groups. Each group is one prompt of `prompt` tokens with `responses`
+    responses."""
 
     groups: int
     prompt: int
@@ -71,7 +72,7 @@ class Work:
 
     groups: list[Group]
     advantages: list[Tensor]  # one tensor [response length] per row of the batch
-    repeats: int  # timed steps of each side
+    repeats: int  # number of timed steps of each side
     model: PolicyModel
     config: PretrainedConfig
 
@@ -84,7 +85,7 @@ class Work:
         return [(group.prompt_ids, response) for group in self.groups for response in group.responses]
 
     def lengths(self) -> list[int]:
-        """Returns the tokens of every row, prompt and response."""
+        """Returns the length of every row in tokens: prompt plus response."""
         return [len(prompt) + len(response) for prompt, response in self.rollouts()]
 
 
@@ -127,7 +128,7 @@ class Side:
     """One implementation of the step. A call runs the step, stores its logprobs and returns its seconds."""
 
     step: Callable[[], list[Tensor]]  # computes the gradients and returns the logprobs of each row
-    gradients: Callable[[], dict[str, Tensor]]  # returns the gradients of the last step by parameter name
+    gradients: Callable[[], dict[str, Tensor]]  # returns parameter name -> gradient in the last step
     zero: Callable[[], None] = lambda: None  # clears the gradients; does nothing if `step` clears them
     logprobs: Sequence[Tensor] = ()
 
@@ -241,8 +242,8 @@ def compare(made: Work, other: Side, sequences: Sequence[int]) -> Result:
     """Measures the time of shared prompts and of another side in turns, and compares the logprobs and gradients of
     both.
 
-    `sequences`: the lengths of the causal sequences that the other side computes. The ceiling of the ratio is the cost
-    of these sequences, divided by the cost when each group computes its prompt only once.
+    `sequences` has the lengths of the causal sequences that the other side computes. The ceiling of the ratio is the
+    cost of these sequences, divided by the cost when each group computes its prompt only once.
     """
     ours = packed(made, pack(made.groups, BUDGET, None))
     ours()  # computes the gradients, and is a warm-up

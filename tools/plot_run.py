@@ -76,7 +76,8 @@ def curve(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], lis
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Returns for each value the mean of the value and up to `window` neighbours on either side."""
+    """Returns the moving average: for each value, the mean of this value and of up to `window` values on either
+    side."""
     around = (values[max(0, place - window) : place + window + 1] for place in range(len(values)))
     return [sum(near) / len(near) for near in around]
 

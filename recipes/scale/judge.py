@@ -119,8 +119,8 @@ def verdict_json(comparison: Comparison) -> str:
 
 
 def draw_pair(rng: Generator, split: world.Split, things: tuple[int, int] = THINGS) -> Pair:
-    """Draws a crowd and two descriptions of random quality. The first description is as often the better one as the
-    second."""
+    """Draws a crowd and two descriptions of random quality. Both descriptions have the same chance of being the better
+    one."""
     crowd = world.draw_crowd(rng, split, things)
     return Pair(crowd, draw_response(crowd, rng), draw_response(crowd, rng))
 

@@ -95,7 +95,7 @@ def draw_demonstrations(
 
 
 def draw_synthesis_demonstrations(rng: Generator, number: int) -> Demonstrations:
-    """Draws `number` problems of each task (twice as many worksheets). Their prompts contain pooled answers. Each
+    """Draws `number` problems of each task (twice as many worksheets). The prompts contain pooled answers. Each
     response compares the pooled answers, or repeats one of them."""
     plain: list[Problem] = []
     for _ in range(number):
@@ -116,8 +116,8 @@ def draw_pictures(rng: Generator, pictures: int) -> list[Scene]:
 
 @dataclass(frozen=True)
 class Sightings:
-    """Says where the things of S scenes are. A scene has N image tokens. `seen` is True for a token if a thing's centre
-    is there. The other fields are valid only for such tokens."""
+    """Says where the things of S scenes are. A scene has N image tokens. `seen` is True for a token if it contains a
+    thing's centre. The other fields are valid only for such tokens."""
 
     seen: Tensor  # [S, N] bool
     color: Tensor  # [S, N] int64, index into COLORS
@@ -131,7 +131,7 @@ def scenes_of(problems: Sequence[Problem]) -> list[Scene]:
 
 
 def pixels(model: StepVL, scenes: Sequence[Scene]) -> Tensor:
-    """Returns the global views of all scenes, [scenes, 3, side, side]. They are equal to the views that `model.views`
+    """Returns the global views of all scenes, [scenes, 3, side, side]. The views are equal to those that `model.views`
     returns for each image."""
     colors = (torch.from_numpy(np.stack([s.palette for s in scenes])).float() / 255 - MEAN.flatten()) / STD.flatten()
     canvas = torch.from_numpy(np.stack([s.pixels for s in scenes])).long()  # [S, P, P]
@@ -209,8 +209,8 @@ def decoder_inputs(model: StepVL, ids: Tensor, problems: Sequence[Problem], seen
 
 @dataclass(frozen=True)
 class PackedDemonstrations:
-    """Demonstrations in one packed row. The row contains the tokens of each picture once. All questions about the
-    picture follow, each with its response."""
+    """Demonstrations in one packed row. The row contains the tokens of each picture once, and then all questions about
+    this picture, each with a response."""
 
     token_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64
@@ -268,7 +268,7 @@ def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
 def answers(
     model: StepVL, prompter: Prompter, problems: Sequence[Problem], generator: torch.Generator | None = None
 ) -> list[str]:
-    """Returns the model's responses. They are greedy, or sampled at temperature 1 if `generator` is given."""
+    """Returns the model's responses. The responses are greedy, or sampled at temperature 1 if `generator` is given."""
     seen = features(model, scenes_of(problems))
     groups: dict[int, list[int]] = defaultdict(list)  # prompts of equal length are decoded together, without padding
     for i, problem in enumerate(problems):

@@ -239,7 +239,7 @@ class Trainer:
 
 
 def save(model: StepVL, folder: Path, templates: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Saves the model into `folder`, which already has the tokenizer. `templates`: further files, name -> text."""
+    """Saves the model into `folder`, which already has the tokenizer. `templates` are further files: name -> text."""
     hf_folder.save(model, folder, templates=templates)
     text = model.config.text_config
     generation = {key: getattr(text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -289,7 +289,8 @@ def show(table: dict[str, dict[str, float]]) -> None:
 
 
 def train(trainer: Trainer, every: int) -> None:
-    """Trains to the last step. Every `every` steps, saves state and model and prints rewards on held-out problems."""
+    """Trains to the last step. After every `every` steps, saves the state and the model, and prints rewards on held-out
+    problems."""
     sample = world.problems("heldout", world.SEEDS["heldout"], 32)
     started, losses = time.monotonic(), []
     while trainer.step < trainer.plan.steps:

@@ -140,7 +140,7 @@ class Problem:
     question: str
     truth: list[float] | str
     scene: Scene | None = None
-    targets: tuple[Thing, ...] = ()  # the things that the question asks about, in reading order
+    targets: tuple[Thing, ...] = ()  # the things that the question is about, in reading order
     terms: tuple[int, ...] = ()  # arithmetic: signed numbers to add up
     lines: tuple[tuple[int, int], ...] = ()  # worksheet: the two terms of each sum
     messages: tuple[str, ...] = ()  # pooled answers that the prompt contains (PaCoRe)

@@ -28,7 +28,8 @@ ALLOWED = {
     "Apache-2.0 WITH LLVM-exception",
 }  # SPDX identifiers
 
-# Texts that authors write instead of an SPDX identifier (in the field License or in a classifier) -> the identifier.
+# Maps texts that authors write instead of an SPDX identifier, in the field License or in a classifier, to the
+# identifier.
 SPDX = {
     "3-Clause BSD License": "BSD-3-Clause",
     "Apache": "Apache-2.0",
