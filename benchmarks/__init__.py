@@ -1,1 +1,2 @@
-"""Benchmarks that measure the figures and limits stated in the docs. `python -m benchmarks` runs all of them."""
+"""The benchmarks. They measure the figures and limits that the docs state. `python -m benchmarks` runs all
+benchmarks."""

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             records.append(known[name]().record(name))
-        except Exception:  # one benchmark may need a package that is missing; the others still run
+        except Exception:  # one benchmark may need a missing package; the other benchmarks still run
             traceback.print_exc()
             failed.append(name)
         else:

@@ -1,20 +1,22 @@
-"""Runs the learner's step in verl 0.9.1's training engine, which benchmarks.learner compares with our learner.
+"""Runs a training step in the engine of verl 0.9.1; benchmarks.learner compares this engine with our learner.
 
 `FSDPEngineWithLMHead` is the class that verl's trainers run. Here it runs with FSDP2 in one process on the CPU.
-Importing this file takes seconds. The settings are the fastest ones:
-- Everything is float32, as on our side. verl's default is bfloat16.
-- Gradient checkpointing is off, because it recomputes every layer. Entropy and offloading are off. torch.compile is
-  off, because verl uses it only for the entropy. Weights are not resharded between forward and backward, which saves
-  copies.
-- Attention is transformers' SDPA. Without a GPU there is no flash attention, and FlexAttention has no backward. A mask
-  separates the rollouts of a packed row. SDPA also computes the masked pairs of tokens, so one long row is slower than
-  several short rows. `VerlEngine.tune` finds the fastest size for a batch.
-- Without flash attention's kernel for logprobs, verl loops over the tokens in Python, which takes a tenth of a step.
-  verl's `logprobs_from_logits_naive` replaces this loop. Nothing else is replaced. verl's fused head does not work
-  here: FSDP2 has already sharded the head's weight when the head is called, unless the embedding shares this weight.
-- The loss is verl's `ppo_loss` with the policy loss "gpg", the plain policy gradient.
+The import of this file takes several seconds. The settings are the fastest that work here:
+- Everything is computed in float32, because our side uses float32 too. verl's default is bfloat16.
+- Gradient checkpointing is off, because it would compute every layer a second time. The entropy is not computed, and
+  nothing is offloaded. torch.compile is off, because verl uses it only for the entropy. FSDP2 does not shard the
+  weights again between forward and backward, which saves copies.
+- Attention is computed by transformers' SDPA. Without a GPU, there is no flash attention, and FlexAttention has no
+  backward pass. In a packed row, a mask keeps the rollouts apart. SDPA also computes the token pairs that the mask
+  discards, so one long row is slower than several short rows. `VerlEngine.tune` finds the fastest micro-batch size for
+  a batch.
+- Flash attention has a kernel for logprobs. Without this kernel, verl loops over the tokens in Python, which takes a
+  tenth of the time of a step. This file replaces the loop by verl's `logprobs_from_logits_naive`, and replaces nothing
+  else. verl's fused head does not work here: when the head is called, FSDP2 has already sharded the head's weight
+  (unless the embedding uses the same weight).
+- The loss is verl's `ppo_loss` with the policy loss "gpg", which is the plain policy gradient.
 
-This file has no tests; the benchmark compares its logprobs and gradients with ours. tests/benchmarks/test_harness.py
+This file has no tests; the benchmark compares verl's logprobs and gradients with ours. tests/benchmarks/test_harness.py
 only tests that the benchmark is registered.
 """
 
@@ -38,11 +40,11 @@ from verl.utils.tensordict_utils import assign_non_tensor
 from verl.utils.torch_functional import logprobs_from_logits_naive
 
 ROWS = (2, 4, 8)  # micro-batch sizes that `tune` tries, as multiples of the longest rollout
-SLOWER = 1.2  # `tune` stops trying larger sizes when a step takes this many times the best time
+SLOWER = 1.2  # `tune` tries no larger size if a step takes more than this many times the best time
 
 
 class CpuPlatform(PlatformCUDA):
-    """Makes the CPU a device of verl. The engine needs only these methods."""
+    """Lets verl use the CPU as its device. The engine calls only these methods."""
 
     @property
     def device_name(self) -> str:
@@ -53,7 +55,7 @@ class CpuPlatform(PlatformCUDA):
         return torch.cpu
 
     def current_device(self) -> Any:
-        """Returns the name of the device that verl moves tensors to. A number would be the index of an accelerator."""
+        """Returns the device that verl moves tensors to. It is a name, because a number would mean an accelerator."""
         return "cpu"
 
 
@@ -61,7 +63,7 @@ class CpuPlatform(PlatformCUDA):
 class Split:
     """Says how verl splits a batch into micro-batches. A micro-batch is one forward and backward pass."""
 
-    tokens: int | None  # maximum tokens of a micro-batch, padding not counted; None: one rollout per micro-batch
+    tokens: int | None  # maximum tokens per micro-batch, without padding; None: one rollout per micro-batch
     padded: bool = False  # True: one padded row per rollout; False: one packed row per micro-batch
 
     def __str__(self) -> str:
@@ -80,7 +82,7 @@ class Split:
 
 @dataclass(frozen=True)
 class VerlBatch:
-    """Rollouts in the form that verl's trainers give to the engine, and the lengths of the rollouts in tokens."""
+    """A batch of rollouts in the form that verl's trainers pass to the engine, and the rollouts' lengths in tokens."""
 
     data: TensorDict
     responses: tuple[int, ...]
@@ -124,23 +126,24 @@ def nested(rows: Sequence[Tensor]) -> Tensor:
 
 
 def whole_logprobs(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    """Replaces verl's `logprobs_from_logits`. Computes all tokens at once, which copies the logits."""
+    """Replaces verl's `logprobs_from_logits`. Computes the logprobs of all tokens at once, which needs a copy of the
+    logits."""
     return logprobs_from_logits_naive(logits, labels)
 
 
 class VerlEngine:
     """Runs forward and backward passes of a policy in verl's FSDP2 engine on one CPU rank, without optimizer steps.
 
-    Initializes torch.distributed for this process alone, unless it is already initialized.
+    If torch.distributed is not initialized yet, initializes it with this process as the only member.
 
     Args:
-        folder: folder of a Hugging Face causal language model, which is computed in float32.
+        folder: folder of a Hugging Face causal language model; the engine computes it in float32.
         token_budget: maximum tokens of one micro-batch. Before `tune` is called, verl makes as few micro-batches as
             this limit allows.
     """
 
     def __init__(self, folder: Path, token_budget: int) -> None:
-        set_platform(CpuPlatform())  # must come before the import of the engine, which reads the platform
+        set_platform(CpuPlatform())  # the engine's import reads the platform, so it must be set before
         with warnings.catch_warnings(action="ignore"):  # verl warns about every engine that is not installed
             from verl.workers.engine.fsdp import FSDPEngineWithLMHead, transformer_impl
         from verl.trainer.config import CheckpointConfig
@@ -202,7 +205,7 @@ class VerlEngine:
         return [row[-1 - length : -1].detach() for row, length in zip(rows, batch.responses, strict=True)]
 
     def gradients(self) -> dict[str, Tensor]:
-        """Returns the gradients of the last step, keyed by the names of the parameters in the checkpoint."""
+        """Returns the gradients of the last step: the parameter's name in the checkpoint -> its gradient."""
         return {
             name: parameter.grad.full_tensor()
             for name, parameter in self._engine.module.named_parameters()
@@ -210,7 +213,8 @@ class VerlEngine:
         }
 
     def tune(self, batch: VerlBatch) -> None:
-        """Selects the fastest split for this batch: one rollout per micro-batch, or several, packed or padded."""
+        """Measures several splits on this batch and selects the fastest. A split has one rollout per micro-batch, or
+        several rollouts that are packed or padded."""
 
         def measure(split: Split) -> float:
             self.split = split

@@ -1,4 +1,4 @@
-"""Compares the throughput of curation with all prompts in one queue and with one prompt after the other.
+"""Measures the throughput of curation in two ways: all prompts in one queue, and one prompt after another.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered).
 """
@@ -15,11 +15,12 @@ ROWS, REPEATS = 64, 3
 
 @benchmark("curation")
 def curation() -> Result:
-    """Samples responses for the difficulty filter: all rows in one queue (ours_s), compared with row by row (other_s).
+    """Samples the responses of the difficulty filter, with all rows in one queue (ours_s) and row by row (other_s).
 
-    A real vLLM engine with the CPU profile samples 24 responses of the scale model to each of 64 problems. Nothing is
-    scored. max_abs_diff is the largest difference between the lengths of a response on both sides. It is 0 if both
-    sides sampled the same tokens. Rounding in the last digits of a probability can change which tokens are sampled.
+    A real vLLM engine with the CPU profile runs the scale model. It samples 24 responses to each of 64 problems. The
+    responses are not scored. max_abs_diff compares the length of each response on both sides, and is the largest
+    difference. It is 0 if both sides sampled the same tokens. It can be larger than 0, because rounding in the last
+    digits of a probability can change which tokens are sampled.
     """
     from rl.actors import cluster, merge_streams, place
     from rl.recipe.resolve import load

@@ -1,4 +1,4 @@
-"""Compares the time to compute the advantages of a large batch with a loop over time steps.
+"""Measures how long our code computes the advantages of a large batch, compared with a loop over time steps.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered). The function `gae` is tested in
 tests/rl/algorithm/test_gae.py.
@@ -22,7 +22,7 @@ Targets = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class CaseResult:
-    """The seconds of each side in one case, and the largest difference of each side from a float64 loop."""
+    """The results of one case: the seconds of each side, and how far its results are from those of a float64 loop."""
 
     ours_s: float
     loop_s: float
@@ -39,16 +39,17 @@ class CaseResult:
 def targets() -> Result:
     """Computes advantages and returns of 1,024 x 65,536 tokens; the goal is to be 50 times faster than a torch loop.
 
-    The mask has right padding: each response takes at least half of the width. The mask also has holes: one in five
-    runs of 256 tokens is masked, like text that comes from tools. The loop computes one column of the [N, R] tensors
-    per step, as the code of Open-Reasoner-Zero and verl does. But the loop writes into one tensor instead of a list.
+    Each response fills at least half of its row, and the rest of the row is padding. Inside a response, one in five
+    stretches of 256 tokens is masked, like text that comes from tools. In each step, the loop computes one column of
+    the [N, R] tensors, as the code of Open-Reasoner-Zero and verl does. Unlike that code, our loop writes into one
+    tensor instead of a list.
 
-    ratio is other_s / ours_s in wall-clock seconds. The result is the case with the smallest ratio; `more` has the
-    ratios of all cases. Our call takes a hundredth of the loop's time, so each of our measurements is the median of
-    five calls. `first_call_s` is the time of the first call in the process, which compiles. `ratio_in_place` is the
-    smallest ratio for a loop that allocates nothing per step; this loop runs once. max_abs_diff is the largest
-    difference between our results and a float64 loop in all cases. `loop_max_abs_diff` is the same difference for the
-    float32 loop.
+    ratio is other_s / ours_s, both in wall-clock seconds. The result is from the case with the smallest ratio, and
+    `more` has the ratios of all cases. Our call takes a hundredth of the loop's time, so each of our measurements is
+    the median of five calls. `first_call_s` is the time of the first call in the process; this call also compiles the
+    code. `ratio_in_place` is the smallest ratio for another loop, which allocates no memory in its steps and is
+    measured only once. max_abs_diff is the largest difference, in any case, between our results and those of a float64
+    loop. `loop_max_abs_diff` is the same difference for the float32 loop.
     """
     small = batch(1, 256)
     first_call_s, _ = timed(lambda: gae(*small, gamma=1, lam=1))
@@ -90,7 +91,7 @@ def compare(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: fl
 
 
 def batch(responses: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws rewards, values and a mask with holes and right padding."""
+    """Draws random rewards and values, and a mask with holes and with padding on the right."""
     draw = torch.Generator().manual_seed(seed)
     rewards, values = (torch.randn(responses, tokens, generator=draw) for _ in range(2))
     lengths = torch.randint(tokens // 2, tokens + 1, (responses, 1), generator=draw)
@@ -99,7 +100,7 @@ def batch(responses: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, T
 
 
 def loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Targets:
-    """Computes generalized advantage estimation with one column of the tensors per step."""
+    """Computes advantages and returns (GAE) with a loop that computes one column of the tensors per step."""
     advantages = torch.zeros_like(values)
     a_next = v_next = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
@@ -112,7 +113,7 @@ def loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 
 
 def loop_in_place(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Targets:
-    """Computes the same as `loop`, but allocates nothing in the loop."""
+    """Computes the same as `loop`, but allocates no memory inside the loop."""
     advantages = torch.empty_like(values)
     a_next, v_next, step = (torch.zeros_like(values[:, 0]) for _ in range(3))
     for t in reversed(range(values.shape[1])):
@@ -126,12 +127,13 @@ def loop_in_place(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, l
 
 
 def by_column(x: Tensor) -> Tensor:
-    """Returns the tensor with contiguous columns. This makes the float64 loop faster; its time is not measured."""
+    """Returns the same tensor with every column contiguous in memory. The float64 loop, which is not timed, is faster
+    with such tensors."""
     return x.T.contiguous().T
 
 
 def difference(got: Targets, truth: Targets) -> float:
-    """Returns the largest difference. Compares 64 rows at a time to save memory."""
+    """Returns the largest absolute difference between two results. Compares 64 rows at a time to save memory."""
     return max(
         float((one - other).abs().max())
         for mine, exact in zip(got, truth, strict=True)

@@ -1,4 +1,4 @@
-"""Measures how the time of an iteration grows with each dimension of its size, and plots the result to growth.svg.
+"""Measures how the time of an iteration grows when one dimension of its size grows, and plots this to growth.svg.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered).
 """
@@ -25,7 +25,7 @@ LIMIT = 1.5  # upper limit of the ratio
 
 @dataclass(frozen=True)
 class Size:
-    """Size of an iteration: prompts, rollouts per prompt, tokens of a prompt, tokens of a response."""
+    """The size of an iteration: prompts, rollouts per prompt, tokens of a prompt, and tokens of a response."""
 
     prompts: int = 2
     rollouts: int = 4
@@ -34,7 +34,8 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Number of distinct tokens: the tokens of a prompt count once for all rollouts of the prompt."""
+        """Number of distinct tokens. The tokens of a prompt count only once, although the prompt has several
+        rollouts."""
         return self.prompts * (self.prompt + self.rollouts * self.response)
 
     def times(self, name: str, factor: int) -> "Size":
@@ -51,7 +52,7 @@ DIMENSIONS = {
 
 
 class Tokens:
-    """Stands in for the chat template: a prompt has random tokens, and `meta["tokens"]` of its row says how many."""
+    """Replaces the chat template: a prompt is made of random tokens, and the row's `meta["tokens"]` says how many."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
@@ -71,13 +72,15 @@ class Tokens:
 def growth() -> Result:
     """Measures how the seconds per distinct token grow if one dimension of an iteration is 8 times as large.
 
-    Runs real iterations (vLLM engine, critic, policy, weight update; scoring costs nothing) with a decoder of hidden
-    size 256. The base size is 2 prompts of 128 tokens, with 4 responses of 64 tokens to each prompt. Each of these four
-    numbers is multiplied by 1, 2, 4 and 8, while the other three stay. All sizes run once per repeat, and growth.svg
-    shows the median seconds. `ratio` is the largest ratio of the four dimensions; `more` has all four ratios. The cost
-    of more prompts or rollouts is proportional to the distinct tokens. Longer prompts or responses also have the
-    quadratic cost of attention. ours_s is the time at the base size. other_s is the time at 8 times the dimension with
-    the largest ratio.
+    Runs real iterations with a vLLM engine, a critic, a policy and the weight update of the engine. Only the scoring is
+    not real: it costs no time. The decoder has a hidden size of 256. The base size is 2 prompts of 128 tokens, with 4
+    responses of 64 tokens to each prompt. Each of these four numbers is multiplied by 1, 2, 4 and 8, while the other
+    three stay the same. Every repeat runs each size once, and growth.svg shows the median seconds. Each dimension has a
+    ratio: the seconds per distinct token with 8 times the base number, divided by the seconds per distinct token at the
+    base size. `ratio` is the largest of the four ratios, and `more` has all four. With more prompts or rollouts, the
+    cost grows in proportion to the distinct tokens. With longer prompts or responses, the quadratic cost of attention
+    is added. ours_s is the time at the base size. other_s is the time when the dimension with the largest ratio is 8
+    times as large.
     """
     sizes = {(name, factor): Size().times(name, factor) for name in DIMENSIONS for factor in STEPS}
     took: dict[Size, list[Mapping[str, float]]] = {}
@@ -107,8 +110,8 @@ def growth() -> Result:
 def processes() -> Iterator[Callable[[Size], dict[str, float]]]:
     """Starts an engine, a policy and a critic, each in its own process.
 
-    Yields: a function that runs one iteration of a given size. It returns the seconds of each phase, and of the whole
-    iteration as "total".
+    Yields: a function that runs one iteration of a given size. The function returns the seconds of each phase, and as
+    "total" the seconds of the whole iteration.
     """
     from benchmarks.learner import SIZES, model_folder
     from benchmarks.loop import Rewards
@@ -159,7 +162,7 @@ def processes() -> Iterator[Callable[[Size], dict[str, float]]]:
 
 
 def servable(model: Path, folder: Path, vocabulary: int) -> str:
-    """Copies the model and adds a tokenizer, from which the engine reads the end token of a response."""
+    """Copies the model and adds a tokenizer, because the tokenizer tells the engine which token ends a response."""
     import shutil
 
     from tokenizers import Tokenizer, models
@@ -172,7 +175,8 @@ def servable(model: Path, folder: Path, vocabulary: int) -> str:
 
 
 def draw(curves: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]) -> None:
-    """Plots one panel per dimension. `curves`: dimension -> its points, each (distinct tokens, phase -> seconds)."""
+    """Plots one panel per dimension. `curves` maps each dimension to its points. A point is (distinct tokens, phase ->
+    seconds)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.2), layout="constrained")

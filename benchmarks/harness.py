@@ -1,4 +1,4 @@
-"""Code that all benchmarks share: the registry, the timing of two sides in turns, and the record of a result."""
+"""Code that all benchmarks share: it registers benchmarks, measures two sides in turns, and records the results."""
 
 import importlib
 import inspect
@@ -17,10 +17,10 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one benchmark. `more` has further fields of the results file, for example the text "goal"."""
+    """The result of one benchmark. `more` has further fields for the results file, for example the text "goal"."""
 
     ours_s: float  # seconds of our side; CPU seconds if the benchmark says so
-    other_s: float  # the same for the other side of the comparison
+    other_s: float  # seconds of the other side, with which our side is compared
     ratio: float  # other_s / ours_s, unless the benchmark says otherwise
     ceiling: float | None = None  # the limit or goal of the ratio
     max_abs_diff: float = 0.0  # largest difference between the results of both sides
@@ -61,8 +61,8 @@ def entries() -> dict[str, Entry]:
 
 
 def interleaved(ours: Callable[[], float], other: Callable[[], float], repeats: int) -> tuple[float, float]:
-    """Calls both sides in turns. Each call returns seconds, and the result is the median of each side. The side that
-    runs first alternates, so that other load on the machine affects both sides."""
+    """Calls both sides in turns. Each call returns seconds. The result has the median of these seconds for each side.
+    The two sides alternate in going first, so that other load on the machine affects both sides."""
     took: dict[Callable[[], float], list[float]] = {ours: [], other: []}
     for turn in range(repeats):
         for side in (ours, other) if turn % 2 == 0 else (other, ours):
@@ -81,7 +81,7 @@ def rounded(value: Any) -> Any:
 
 
 def save(records: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Updates the results file, sorted by name. Benchmarks that are not in `records` keep their lines."""
+    """Writes the records to the results file, which is sorted by name. The lines of all other benchmarks stay."""
     lines = path.read_text().splitlines() if path.exists() else []
     known = {line["name"]: line for line in map(json.loads, filter(str.strip, lines))}
     known |= {record["name"]: record for record in records}

@@ -1,4 +1,4 @@
-"""Measures PaCoRe at inference, with the scale model in vLLM's server: parallel problems, prefix cache, speculation.
+"""Measures how fast vLLM's server runs PaCoRe with the scale model: parallel problems, prefix cache, speculation.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmarks are registered).
 """
@@ -66,11 +66,11 @@ def answer_all(
 
 @benchmark("inference/parallel")
 def parallel() -> Result:
-    """Answers 64 problems with 16 trajectories and a synthesis each: all problems at once, compared with one by one.
+    """Answers 64 problems, each with 16 trajectories and a synthesis: all problems at once, and one after another.
 
-    Both sides sample the 16 trajectories of a problem at the same time. max_abs_diff is the largest difference between
-    the token counts of a problem on both sides. It is 0 if both sides sampled the same tokens. Rounding in the last
-    digits of a probability can change the tokens.
+    Both sides sample the 16 trajectories of a problem at the same time. max_abs_diff compares the token count of each
+    problem on both sides, and is the largest difference. It is 0 if both sides sampled the same tokens. It can be
+    larger than 0, because rounding in the last digits of a probability can change the tokens.
     """
     target, rows = serving(), problems()
     counted: dict[str, list[float]] = {}
@@ -91,10 +91,11 @@ def parallel() -> Result:
 
 @benchmark("inference/prefix_cache")
 def prefix_cache() -> Result:
-    """Compares 16 trajectories of problems with long prompts with and without vLLM's prefix cache.
+    """Samples 16 trajectories for each problem with a long prompt, with and without vLLM's prefix cache.
 
-    `hit_rate` is the share of prompt tokens whose keys and values were in the cache. The cache stores whole blocks of
-    128 tokens, and at most 15/16 of the tokens in these blocks can be hits.
+    `hit_rate` is the share of prompt tokens whose keys and values were in the cache. The cache stores only whole blocks
+    of 128 tokens. At most 15/16 of the tokens in these blocks can be hits, because the first of the 16 trajectories
+    finds nothing in the cache.
     """
     rows = [_long(row) for row in problems() if not row.images][:16]
     cached, plain = serving(), serving({"no-enable-prefix-caching": True})
@@ -118,7 +119,8 @@ def prefix_cache() -> Result:
 
 
 def _long(row: Prompt) -> Prompt:
-    """Returns the row with 60 other questions before its question, so that the prompt has several hundred tokens."""
+    """Returns the row with 60 other questions in front of the row's own question, so that the prompt has several
+    hundred tokens."""
     (turn,) = row.messages
     return replace(row, messages=({**turn, "content": "What is 3 + 4 - 5? " * 60 + str(turn["content"])},))
 
@@ -139,10 +141,10 @@ def _cache(url: str) -> tuple[float, float]:
 
 @benchmark("inference/ngram")
 def ngram() -> Result:
-    """Compares syntheses, which quote pooled answers, with and without vLLM's n-gram speculation.
+    """Samples syntheses, which quote pooled answers, with and without vLLM's n-gram speculation.
 
-    Both sides sample 16 syntheses of each problem at temperature 1, from the same trajectories. If speculation did not
-    sample from the model's distribution, the mean numbers of tokens of both sides would differ.
+    Both sides get the same trajectories and sample 16 syntheses of each problem at temperature 1. Speculation must not
+    change the distribution of the sampled tokens. If it did, the mean token counts of both sides would differ.
     """
     rows = problems()
     plain, speculating = serving(), serving({"speculative-config": json.dumps(SPECULATION)})

@@ -1,9 +1,10 @@
-"""Compares the time of the learner's step with shared prompts and with a copy of the prompt for every rollout.
+"""Measures the learner's step in two ways: with shared prompts, and with a copy of the prompt for every rollout.
 
-A step is the forward and backward pass of all rows of a minibatch, without an optimizer step. Three other sides copy
-the prompt: our packing, padded batches, and verl. Each of them is measured with four shapes of a group. All sides have
-the same decoder, rollouts and advantages in float32. The results contain the differences between the logprobs and
-gradients of both sides. Tested in tests/benchmarks/test_harness.py (only that the benchmarks are registered).
+A step is the forward and backward pass of all rows of a minibatch, without an optimizer step. Our side shares prompts.
+Three other sides copy the prompt: our packing, padded batches, and verl. Each of these sides is measured with four
+shapes of a group. All sides use the same decoder, rollouts and advantages, in float32. Each result contains the largest
+differences between the logprobs and between the gradients of both sides. Tested in tests/benchmarks/test_harness.py
+(only that the benchmarks are registered).
 """
 
 import random
@@ -46,7 +47,8 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A minibatch of `groups` groups, each with one prompt of `prompt` tokens and `responses` responses."""
+    """The shape of a minibatch: it has `groups` groups. Each group is one prompt of `prompt` tokens with `responses`
+    responses."""
 
     groups: int
     prompt: int
@@ -70,7 +72,7 @@ class Work:
 
     groups: list[Group]
     advantages: list[Tensor]  # one tensor [response length] per row of the batch
-    repeats: int  # timed steps of each side
+    repeats: int  # number of timed steps of each side
     model: PolicyModel
     config: PretrainedConfig
 
@@ -83,7 +85,7 @@ class Work:
         return [(group.prompt_ids, response) for group in self.groups for response in group.responses]
 
     def lengths(self) -> list[int]:
-        """Returns the tokens of every row, prompt and response."""
+        """Returns the length of every row in tokens: prompt plus response."""
         return [len(prompt) + len(response) for prompt, response in self.rollouts()]
 
 
@@ -126,7 +128,7 @@ class Side:
     """One implementation of the step. A call runs the step, stores its logprobs and returns its seconds."""
 
     step: Callable[[], list[Tensor]]  # computes the gradients and returns the logprobs of each row
-    gradients: Callable[[], dict[str, Tensor]]  # returns the gradients of the last step by parameter name
+    gradients: Callable[[], dict[str, Tensor]]  # returns parameter name -> gradient in the last step
     zero: Callable[[], None] = lambda: None  # clears the gradients; does nothing if `step` clears them
     logprobs: Sequence[Tensor] = ()
 
@@ -147,7 +149,7 @@ def side(made: Work, step: Callable[[], list[Tensor]]) -> Side:
 
 
 def backward(made: Work, logprobs: Sequence[Tensor], rows: Sequence[int]) -> None:
-    """Backpropagates the policy-gradient loss of `rows`, which is normalized by the size of the whole minibatch."""
+    """Backpropagates the policy-gradient loss of `rows`. The loss is normalized by the size of the whole minibatch."""
     flat, gains = torch.cat(list(logprobs))[None], torch.cat([made.advantages[row] for row in rows])[None]
     everything = torch.ones(flat.shape, dtype=torch.bool)
     policy_gradient_loss(flat, flat.detach(), gains, everything, size=made.size)[0].backward()
@@ -169,7 +171,7 @@ def packed(made: Work, rows: Sequence[PackedRow]) -> Side:
 
 
 def unshared(made: Work) -> list[PackedRow]:
-    """Packs each rollout as one causal sequence with its own copy of the prompt, without padding."""
+    """Packs rollouts without padding. Each rollout is one causal sequence and has its own copy of the prompt."""
     singles = [
         replace(group, responses=(response,), rows=(row,))
         for group in made.groups
@@ -180,7 +182,8 @@ def unshared(made: Work) -> list[PackedRow]:
 
 
 def padded(made: Work) -> Side:
-    """Returns the Side of padded batches, with transformers' SDPA. A batch has as many rollouts as BUDGET allows."""
+    """Returns the Side that computes padded batches with transformers' SDPA. A batch has as many rollouts as BUDGET
+    allows."""
     rollouts = made.rollouts()
     longest = max(made.lengths())
     trunk, head = made.model.model, made.model.lm_head
@@ -208,7 +211,8 @@ def padded(made: Work) -> Side:
 
 
 def sequence(made: Work, tokens: int) -> Callable[[], float]:
-    """Returns a function that measures forward and backward of one causal sequence with as many logits as our side."""
+    """Returns a function that measures the forward and backward pass of one causal sequence. The function computes as
+    many logits as our side."""
     trunk = made.model.model
     ids = torch.randint(0, SIZES["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
     chosen = slice(tokens - made.size.tokens, tokens)
@@ -227,21 +231,22 @@ def sequence(made: Work, tokens: int) -> Callable[[], float]:
 
 
 def cost(made: Work, tokens: int, pairs: int) -> float:
-    """Returns the floating-point operations of a forward pass for the tokens, for the token pairs in attention, and for
-    the head on the response tokens. The unit is the cost of one token in the matrices of a layer."""
+    """Returns the floating-point operations of a forward pass: those for the tokens, for the token pairs in attention,
+    and for the head on the response tokens. The unit is the cost of one token in the matrices of a layer."""
     per_layer = pairs_per_token(made.config) * 2 * SIZES["num_attention_heads"] * SIZES["head_dim"]  # weights per layer
     head = SIZES["vocab_size"] * SIZES["hidden_size"] / (per_layer * SIZES["num_hidden_layers"])
     return tokens + pairs / pairs_per_token(made.config) + made.size.tokens * head
 
 
 def compare(made: Work, other: Side, sequences: Sequence[int]) -> Result:
-    """Times shared prompts and another side in turns, and compares their logprobs and gradients.
+    """Measures the time of shared prompts and of another side in turns, and compares the logprobs and gradients of
+    both.
 
-    `sequences`: the lengths of the causal sequences that the other side computes. The ceiling of the ratio is the cost
-    of these sequences, divided by the cost if each prompt is computed once per group.
+    `sequences` has the lengths of the causal sequences that the other side computes. The ceiling of the ratio is the
+    cost of these sequences, divided by the cost when each group computes its prompt only once.
     """
     ours = packed(made, pack(made.groups, BUDGET, None))
-    ours()  # computes the gradients and is a warm-up
+    ours()  # computes the gradients, and is a warm-up
     gradients = ours.gradients()
     other()
     gradient_diff = max(float((x - gradients[name]).abs().max()) for name, x in other.gradients().items())
@@ -255,7 +260,7 @@ def compare(made: Work, other: Side, sequences: Sequence[int]) -> Result:
 
 
 def against_packed(made: Work) -> Result:
-    """Compares shared prompts with one copy of the prompt per rollout. Both use our packing."""
+    """Compares shared prompts with one copy of the prompt per rollout. Both sides use our packing."""
     found = compare(made, packed(made, unshared(made)), made.lengths())
     rows = pack(made.groups, BUDGET, None)
     plain = sequence(made, sum(len(row.token_ids) for row in rows))

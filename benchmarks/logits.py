@@ -1,4 +1,4 @@
-"""Compares the peak memory of logprobs and entropies, computed for a few tokens at a time and with all logits at once.
+"""Compares peak memory when logprobs and entropies are computed for a few tokens at a time or with all logits at once.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered). The function `token_logprobs` is
 tested in tests/rl/model/test_logprobs.py.
@@ -25,9 +25,9 @@ KIB = 1024 if sys.platform == "linux" else 1  # ru_maxrss is in KiB on Linux and
 def logits() -> Result:
     """Compares the peak memory of our logprobs with that of plain logits. The goal is a ratio of at least 8.
 
-    The input has 4,096 tokens, a vocabulary of 151,936 and float32 values. Each side runs in its own process the
-    forward and backward pass of the mean logprob plus the mean entropy. ratio is the growth of the process's peak
-    memory on the other side, divided by the growth on our side. ours_s and other_s are seconds.
+    The input has 4,096 tokens, a vocabulary of 151,936 and float32 values. Each side runs in a process of its own. It
+    computes the mean logprob plus the mean entropy, forward and backward. The peak memory of each process grows. ratio
+    is the growth on the other side, divided by the growth on our side. ours_s and other_s are seconds.
     """
     found = {}
     for side in ("ours", "plain"):

@@ -1,4 +1,4 @@
-"""Measures the time of weight transfer in a real run, and the gain from sampling ahead with emulated generation.
+"""Measures how long the weight transfer of a real run takes, and what sampling ahead gains with emulated generation.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmarks are registered). The loop is tested in
 tests/stages/test_loop.py.
@@ -23,11 +23,11 @@ SHARE_GOAL, SPEED_GOAL = 0.03, 1.2
 
 @benchmark("sync")
 def sync() -> Result:
-    """Measures the share of weight transfer in an iteration of the CPU profile. The goal is a ratio of at most 0.03.
+    """Measures the share of weight transfer in the time of an iteration with the CPU profile; the goal is at most 0.03.
 
     Runs the shipped recipe. ours_s is the time in which the policy returns its weights and the engine loads them,
-    measured in the run's timeline. other_s is the time of the whole iteration, and ratio is ours_s / other_s. Both
-    times are medians without the first two iterations. The check after a weight sync is not included.
+    as recorded in the run's timeline. other_s is the time of the whole iteration, and ratio is ours_s / other_s. Both
+    times are medians over all iterations except the first two. The check after a weight sync is not included.
     """
     from benchmarks.iteration import start
 
@@ -61,7 +61,7 @@ class Emulated:
             ids = tuple(rng.randrange(self.vocabulary) for _ in range(150))
             for _ in range(per_prompt):
                 response = tuple(rng.randrange(self.vocabulary) for _ in range(60))
-                # These logprobs of a uniform policy are close to the logprobs of random weights.
+                # These are the logprobs of a uniform policy. They are close to the logprobs of random weights.
                 logprobs = (-math.log(self.vocabulary),) * len(response)
                 made.append(Rollout(prompt, "", "stop", ids, response, logprobs, self.policy_step))
         time.sleep(self.seconds)
@@ -98,11 +98,12 @@ class Rewards:
 
 @benchmark("async/one_step_off")
 def one_step_off() -> Result:
-    """Compares sampling ahead with sampling and training in turns. Emulated generation takes 80% of an iteration.
+    """Compares iterations that sample ahead with iterations that sample and train in turns.
 
-    The loop, the critic and the policy are real and run in this process. Generation is a pause. ours_s is measured with
-    rollout.max_staleness 1 and other_s with 0. Both are mean seconds per iteration over the 4 iterations after the
-    first. The best possible ratio is 1 / 0.8 = 1.25; the goal is at least 1.2.
+    Generation is emulated by a pause, which takes 80% of an iteration. The loop, the critic and the policy are real and
+    run in this process. ours_s is measured with rollout.max_staleness 1 and other_s with 0. Both are mean seconds per
+    iteration over the 4 iterations after the first. The best possible ratio is 1 / 0.8 = 1.25; the goal is at least
+    1.2.
     """
     from benchmarks.learner import SIZES, model_folder
     from rl.learner.clients import CriticClient, PolicyClient

@@ -1,4 +1,4 @@
-"""Measures the cost of the reward runner: throughput with a hung sample, and CPU time compared with Math-Verify alone.
+"""Measures the reward runner: its throughput with a hung sample, and its CPU time compared with Math-Verify alone.
 
 Tested in tests/benchmarks/test_harness.py.
 """
@@ -56,11 +56,11 @@ def rollout(text: str, truth: str | None = None, row: str = "row") -> Rollout:
 
 @benchmark("rewards/hung")
 def hung() -> Result:
-    """Compares the scoring throughput with and without a hung sample among 64. The goal is a ratio of at least 0.9.
+    """Compares the throughput of scoring 64 samples with and without a hung one; the goal is a ratio of at least 0.9.
 
-    There is one worker per core. A sample computes for about 50 ms and then sleeps for 50 ms. The amount of work is
-    fixed, so a process that takes cores away makes the samples slower. The hung sample is in the middle of the batch
-    and computes until its time limit of 6 s.
+    There is one worker per core. A sample computes for about 50 ms and then sleeps for 50 ms. Every sample computes a
+    fixed amount, so the samples are slower if another process uses the cores. The hung sample is in the middle of the
+    batch and computes until its time limit of 6 s.
 
     ours_s is the time until the other 63 samples are scored. other_s is the time of 64 samples without a hung sample.
     ratio is (63 / ours_s) / (64 / other_s). `all_s` is the time until the hung sample has also reached its time limit.
@@ -128,13 +128,13 @@ def timed(runner: RewardRunner, rollouts: Sequence[Rollout]) -> tuple[list[float
 
 @benchmark("rewards/math")
 def mathematics() -> Result:
-    """Compares the CPU time of scoring 2,000 answers in the runner with Math-Verify alone. The goal is at most 1.3.
+    """Compares the CPU time of scoring 2,000 answers in the runner and with Math-Verify alone; the goal is at most 1.3.
 
     Our side scores with the reward `math_verify`. The other side is one process that parses the ground truth and the
     answer and verifies them, without time limits. ours_s and other_s are CPU seconds (user and system) of a new process
-    from start to end, child processes included. Imports count on both sides. On our side, each worker, the reserve
-    process and the parent process import. ratio is ours_s / other_s. `wall_speed_up` is the wall-clock time of the
-    other side divided by that of our side.
+    from start to end, child processes included. The time of imports counts on both sides. On our side, each worker, the
+    reserve process and the parent process import the packages. ratio is ours_s / other_s. `wall_speed_up` is the
+    wall-clock time of the other side divided by that of our side.
     """
     walls: dict[str, list[float]] = {"ours": [], "other": []}
     scores: dict[str, list[float]] = {}
@@ -161,7 +161,7 @@ def mathematics() -> Result:
 def fresh(side: str) -> tuple[float, float, list[float]]:
     """Runs one side in a new process. Returns CPU seconds, wall-clock seconds and scores."""
     start = time.monotonic()
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # the same as in the workers, because sympy iterates over sets
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # the workers use 0 too; it sets the order of sympy's sets
     command = [sys.executable, "-m", "benchmarks.rewards", side]
     root = Path(__file__).parent.parent
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -216,7 +216,8 @@ PROSE = [
 
 
 def integers(draw: random.Random) -> tuple[str, str, str]:
-    """Returns a ground truth, the same value in another form, and a wrong value. So do the next four functions."""
+    """Returns a ground truth, the same value in another form, and a wrong value. The next four functions return the
+    same three things."""
     n = draw.randint(-500, 5000)
     return str(n), f"x = {n}", str(n + draw.choice([-10, -1, 1, 10]))
 

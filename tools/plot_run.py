@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def drawing(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws the metrics of one stage: one panel per task, and the legend in the place of a last panel."""
+    """Draws the metrics of one stage: one panel per task, and then the legend, in the place of one more panel."""
     tasks = sorted(name.removeprefix(LENGTH) for name in set().union(*lines) if name.startswith(LENGTH))
     rows = 1 + len(tasks) // COLUMNS
     figure = Figure(figsize=(COLUMNS * WIDTH, rows * HEIGHT), layout="constrained")
@@ -70,13 +70,14 @@ def drawing(lines: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def curve(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Returns the iterations that have this metric, and its values."""
+    """Returns the iterations that have this metric, and the values of the metric."""
     found = [line for line in lines if name in line]
     return [line["iteration"] for line in found], [line[name] for line in found]
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Returns for each value the mean of the value and up to `window` neighbours on either side."""
+    """Returns the moving average: for each value, the mean of this value and of up to `window` values on either
+    side."""
     around = (values[max(0, place - window) : place + window + 1] for place in range(len(values)))
     return [sum(near) / len(near) for near in around]
 

@@ -4,11 +4,11 @@
 whenever Python starts. A vLLM plugin would be too late, because vLLM's model-inspection process imports torchvision
 before any plugin is loaded.
 
-The package index has only a CUDA build of torchvision, and its compiled extension does not load without CUDA. Then
-`import torchvision` fails with "operator torchvision::nms does not exist", because torchvision's Python code registers
-functions for two operators that only the extension declares. This file declares both operators just before torchvision
-is first imported. The operators have no implementation, so a call raises an error. If the extension loads, this file
-changes nothing. Tested in tests/tools/test_install.py.
+The package index has only a CUDA build of torchvision, and its compiled extension does not load without CUDA. Without
+the extension, `import torchvision` fails with "operator torchvision::nms does not exist", because torchvision's Python
+code registers functions for two operators that only the extension declares. This file declares both operators just
+before torchvision is first imported. The operators have no implementation, so a call raises an error. If the extension
+loads, this file changes nothing. Tested in tests/tools/test_install.py.
 """
 
 import importlib.machinery
@@ -21,7 +21,7 @@ SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_declared: list[object] = []  # Library objects; they must stay alive, because their declarations end with them
+_declared: list[object] = []  # Library objects; if they were deleted, torch would drop the declared operators
 
 
 class PreparedLoader(importlib.machinery.SourceFileLoader):
@@ -64,7 +64,8 @@ def declare_missing_operators(package_file: str) -> None:
 
 
 def _extension_loads(package_file: str) -> bool:
-    """True if torchvision's extension loads. The load is harmless: when torchvision loads it again, nothing happens."""
+    """Loads torchvision's extension and returns True if that works. torchvision can then load it again without any
+    effect."""
     import torch
 
     folder = package_file.rpartition("/")[0] or "."

@@ -1,11 +1,12 @@
-"""Supervised training of the scale model's judge, a small generative reward model, on generated pairs of descriptions.
+"""Trains the scale model's judge, a small generative reward model, with supervision on generated pairs of descriptions.
 
     python -m recipes.scale.judge --out runs/judge
 
 Training starts from the scale model's weights. The judge learns to compare two descriptions of a picture. For each
-thing in the picture, it says what each response has in the thing's place and whether that is right. Then it gives the
-number of right things and the grade of each response. The judge reads the prompt of the reward `genrm` (with the file
-genrm.jinja) and answers in that reward's JSON. The results are OUT/model (a Hugging Face folder) and OUT/report.json.
+thing in the picture, the verdict says what each response names at the thing's place, and whether this is right. Then
+the verdict gives the number of right things and the grade of each response. The judge reads the prompt of the reward
+`genrm` (with the file genrm.jinja) and answers with the JSON that this reward expects. The results are OUT/model (a
+Hugging Face folder) and OUT/report.json.
 """
 
 import argparse
@@ -40,12 +41,12 @@ START = Path(__file__).parent / "model"
 BATCH = 16  # pairs per step
 THINGS = (world.CROWD[0], world.OPEN_CROWD[1])  # minimum and maximum number of things in a picture
 PEAK_LR, WARM_UP = 1.5e-3, 50
-READING = 0.375  # in this first share of the steps, 3 of 4 pairs are guesses; later 1 of 2 is a guess
+READING = 0.375  # up to this share of the steps, 3 of 4 pairs are from draw_guesses; after it, 1 of 2
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to the open question about a crowd."""
+    """A crowd and two descriptions of it, which the judge compares."""
 
     crowd: Scene
     first: str
@@ -58,8 +59,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Correctness:
-    """`right` is the number of right things in a description. `of` is the number of named things or of existing things,
-    whichever is larger."""
+    """Says how correct a description is. `right` is the number of things that are described correctly. `of` is the
+    number of things in the description or in the picture, whichever is larger."""
 
     right: int
     of: int
@@ -71,7 +72,8 @@ class Correctness:
 
 
 def correctness(response: str, crowd: Scene) -> Correctness:
-    """Counts the right things of a description. In each place, only the first thing can be right."""
+    """Counts the things that are described correctly. If a description names several things at one place, only the
+    first can be right."""
     named = _by_place(response)
     right = sum(named.get(thing.place) == thing.name for thing in crowd.things)
     return Correctness(right, max(len(crowd.things), len(_items(response))))
@@ -82,7 +84,7 @@ def _items(response: str) -> list[str]:
 
 
 def _by_place(response: str) -> dict[str, str]:
-    """Returns place -> first thing that the response names there."""
+    """Returns place -> the first thing that the response names at this place."""
     names: dict[str, str] = {}
     for item in _items(response):
         place, *name = item.rsplit(" ", 2)
@@ -92,8 +94,9 @@ def _by_place(response: str) -> dict[str, str]:
 
 
 def verdict(pair: Pair) -> Comparison:
-    """Returns the correct verdict on a pair. For each thing, it says what each response has in the thing's place and
-    whether that is right. Then it gives the number of right things and the grade of each response."""
+    """Returns the correct verdict on a pair. For each thing, the verdict says what each response names at the thing's
+    place, and whether this is right. Then the verdict gives the number of right things and the grade of each
+    response."""
     named = {"A": _by_place(pair.first), "B": _by_place(pair.second)}
     compared = ", ".join(
         thing.described + "".join(_compared(side, named[side].get(thing.place), thing.name) for side in named)
@@ -116,14 +119,15 @@ def verdict_json(comparison: Comparison) -> str:
 
 
 def draw_pair(rng: Generator, split: world.Split, things: tuple[int, int] = THINGS) -> Pair:
-    """Draws a crowd and two descriptions of random quality. Each description is equally often the better one."""
+    """Draws a crowd and two descriptions of random quality. Both descriptions have the same chance of being the better
+    one."""
     crowd = world.draw_crowd(rng, split, things)
     return Pair(crowd, draw_response(crowd, rng), draw_response(crowd, rng))
 
 
 def draw_guesses(rng: Generator, split: world.Split, things: tuple[int, int] = THINGS) -> Pair:
-    """Draws a crowd and two descriptions with the right places and mostly wrong names. The judge has to read such
-    descriptions. With good descriptions only, it would learn to copy what it sees in the picture."""
+    """Draws a crowd and two descriptions with the right places and mostly wrong names. With such descriptions, the
+    judge learns to read. With good descriptions only, it would learn to copy what it sees in the picture."""
     crowd = world.draw_crowd(rng, split, things)
     return Pair(crowd, _guesses(crowd, rng), _guesses(crowd, rng))
 
@@ -171,7 +175,8 @@ def _any_thing(rng: Generator) -> str:
 
 
 def _slipped(described: str, rng: Generator) -> str:
-    """Replaces the place, the colour or, most often, the shape, which is hardest to see."""
+    """Replaces one part at random: the place, the colour or the shape. The shape is replaced most often, because it is
+    hardest to see."""
     place, color, shape = described.rsplit(" ", 2)
     which = rng.choice(3, p=[0.25, 0.25, 0.5])
     return " ".join(
@@ -201,21 +206,22 @@ def _judge() -> Judge[Comparison]:
 
 def problem_of(pair: Pair) -> Problem:
     """Renders a pair as a prompt of the judge, with the code of the reward `genrm`."""
-    row = Prompt(pair.first, "describing", ())  # the reward derives the marks around each text from the id
+    row = Prompt(pair.first, "describing", ())  # the id determines the marks that the reward puts around each text
     shown = f"(picture 1)\n{world.describe(pair.crowd).question}"
     text = _judge().prompt(row, {"question": shown}, {"response_a": pair.first, "response_b": pair.second})
     return Problem("judging", text, "", pair.crowd)
 
 
 def vocabulary() -> list[str]:
-    """Returns the words of the judge's prompt and verdict. Each word becomes a token of its own."""
+    """Returns the words that occur in the judge's prompt or verdict. Each word becomes a token of its own."""
     pair = Pair(Scene((255, 255, 255), ()), "", "")
     text = problem_of(pair).question + " picture response end of reasoning grade A B"
     return sorted(set(re.findall(r"[^\W\d_]{2,}", re.sub(r"[0-9a-f]{16}", "", text))) | {"A", "B", "yes", "no"})
 
 
 def with_new_tokens(start: Path, words: Any) -> StepVL:
-    """Loads the model in `start` for the tokenizer `words`. New tokens get random vectors; known tokens keep theirs."""
+    """Loads the model in `start` for the tokenizer `words`. New tokens get random vectors; known tokens keep their
+    vectors."""
     old: Any = hf_folder.load(start)
     old_tokenizer: Any = AutoTokenizer.from_pretrained(start)
     before = old_tokenizer.get_vocab()
@@ -236,8 +242,8 @@ def with_new_tokens(start: Path, words: Any) -> StepVL:
 def train(
     model: StepVL, prompter: Prompter, steps: int, seed: int, every: int, things: tuple[int, int] = THINGS
 ) -> None:
-    """Trains on `steps` batches of pairs and their verdicts. Vision tower and projector are frozen. Prints a report
-    every `every` steps."""
+    """Trains on `steps` batches of pairs and their verdicts. The vision tower and the projector are frozen. Prints a
+    report every `every` steps."""
     optimizer = warm_start.decoder_optimizer(model)
     losses, started = [], time.monotonic()
     for step in range(steps):
@@ -258,7 +264,8 @@ def train(
 
 
 def grades(model: StepVL, prompter: Prompter, pairs: Sequence[Pair]) -> list[tuple[float, float] | None]:
-    """Returns for each pair the judge's greedy grades of both responses, or None if the verdict is invalid."""
+    """Returns one entry for each pair: the two grades in the judge's greedy verdict, or None if the verdict is
+    invalid."""
     given = practice.answers(model, prompter, [problem_of(pair) for pair in pairs])
     return [_read(text) for text in given]
 
@@ -274,9 +281,9 @@ def _read(text: str) -> tuple[float, float] | None:
 def report(
     model: StepVL, prompter: Prompter, number: int, seed: int = 0, things: tuple[int, int] = THINGS
 ) -> dict[str, float]:
-    """Returns in which share of `number` held-out preferences the better response gets the better grade: if it is shown
-    first, if it is shown second, and by the mean of both orders, which the reward uses. Also returns the share of
-    invalid verdicts."""
+    """Tests the judge on `number` held-out preferences. Returns how often the better response gets the better grade: if
+    it is shown first, if it is shown second, and by the mean of both orders, which the reward uses. Also returns the
+    share of invalid verdicts."""
     rng = np.random.default_rng([seed, 1 << 20])
     pairs = [draw_preference(rng, "heldout", things) for _ in range(number)]
     first, second = grades(model, prompter, pairs), grades(model, prompter, [pair.swapped for pair in pairs])

@@ -1,4 +1,4 @@
-"""Supervised training of the scale model: batches of demonstrations, losses, and the model's answers.
+"""Trains the scale model with supervision: draws demonstrations, computes losses, and generates the model's answers.
 
 Tested in tests/recipes/scale/test_warm_start.py and tests/recipes/scale/test_world.py.
 """
@@ -29,11 +29,11 @@ from rl.model.step_vl import StepVL
 from rl.types import PooledAnswers, Prompt
 from rollout.pacore.prompt import SynthesisPrompt
 
-LONGEST = 176  # maximum tokens of a response; writers and the judge use fewer
+LONGEST = 176  # maximum tokens of a response; the writers and the judge use fewer
 TEMPLATE = Path(__file__).parent / "pacore.jinja"
 SYNTHESIS = SynthesisPrompt(TEMPLATE)
 MESSAGES = (4, 24)  # minimum and maximum number of pooled answers in a synthesis problem
-COPIES = 0.5  # share of the syntheses that repeat a pooled answer
+COPIES = 0.5  # share of the demonstrations that repeat a pooled answer
 
 
 class Prompter:
@@ -71,7 +71,7 @@ class Prompter:
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """A batch of problems, and for each problem the response to imitate."""
+    """A batch of problems. Each problem has a response that the model learns to imitate."""
 
     problems: list[Problem]
     responses: list[str]
@@ -95,11 +95,11 @@ def draw_demonstrations(
 
 
 def draw_synthesis_demonstrations(rng: Generator, number: int) -> Demonstrations:
-    """Draws `number` problems of each task (twice as many worksheets) with pooled answers. The responses compare or
-    repeat the pooled answers."""
+    """Draws `number` problems of each task (twice as many worksheets). The prompts contain pooled answers. Each
+    response compares the pooled answers, or repeats one of them."""
     plain: list[Problem] = []
     for _ in range(number):
-        plain += list(world.point_and_box(world.draw_scene(rng, "train", (2, 3))))[:2]  # for one thing only
+        plain += list(world.point_and_box(world.draw_scene(rng, "train", (2, 3))))[:2]  # both are about the same thing
         plain.append(next(world.count_colors(world.draw_crowd(rng, "train"))))
         plain.append(world.draw_sum(rng, "train"))
         plain += [world.draw_worksheet(rng, "train"), world.draw_worksheet(rng, "train")]
@@ -109,15 +109,15 @@ def draw_synthesis_demonstrations(rng: Generator, number: int) -> Demonstrations
 
 
 def draw_pictures(rng: Generator, pictures: int) -> list[Scene]:
-    """Draws `pictures` scenes and as many crowds, for training without questions."""
+    """Draws `pictures` scenes and equally many crowds, to train the vision tower without questions."""
     scenes = [world.draw_scene(rng, "train") for _ in range(pictures)]
     return scenes + [world.draw_crowd(rng, "train") for _ in range(pictures)]
 
 
 @dataclass(frozen=True)
 class Sightings:
-    """Says where things are on the N image tokens of S scenes. `seen` is True where a thing has its centre. The other
-    fields are valid only there."""
+    """Says where the things of S scenes are. A scene has N image tokens. `seen` is True for a token if it contains a
+    thing's centre. The other fields are valid only for such tokens."""
 
     seen: Tensor  # [S, N] bool
     color: Tensor  # [S, N] int64, index into COLORS
@@ -131,7 +131,8 @@ def scenes_of(problems: Sequence[Problem]) -> list[Scene]:
 
 
 def pixels(model: StepVL, scenes: Sequence[Scene]) -> Tensor:
-    """Returns the global views of all scenes, [scenes, 3, side, side]. They equal `model.views` of each image."""
+    """Returns the global views of all scenes, [scenes, 3, side, side]. The views are equal to those that `model.views`
+    returns for each image."""
     colors = (torch.from_numpy(np.stack([s.palette for s in scenes])).float() / 255 - MEAN.flatten()) / STD.flatten()
     canvas = torch.from_numpy(np.stack([s.pixels for s in scenes])).long()  # [S, P, P]
     image = colors[torch.arange(len(canvas))[:, None, None], canvas].permute(0, 3, 1, 2)
@@ -164,9 +165,9 @@ def sightings(scenes: Sequence[Scene], grid: int) -> Sightings:
 
 
 class SightHead(nn.Module):
-    """Linear heads that predict from an image token whether a thing's centre is there, and the thing's place and name.
+    """Linear heads: from an image token, they predict if a thing's centre is there, and the thing's place and name.
 
-    Names are scored by similarity to the decoder's word embeddings. So the token of a red ring is similar to the
+    Names are scored by similarity to the decoder's word embeddings. So the token of a red ring becomes similar to the
     words "red" and "ring" before the decoder is trained.
     """
 
@@ -182,11 +183,12 @@ class SightHead(nn.Module):
             self.register_buffer(kind, LIKENESS * embeddings, persistent=False)
 
 
-LIKENESS = 5.0  # scales up the word embeddings, which are short; otherwise image tokens would have to be long
+LIKENESS = 5.0  # multiplies the word embeddings, which are short vectors; else image tokens would have to be long
 
 
 def sight_loss(model: StepVL, head: SightHead, scenes: Sequence[Scene]) -> Tensor:
-    """Returns the loss of the head's predictions. Places are predicted as numbers and as the numbers' digits."""
+    """Returns the loss of the head's predictions. Each coordinate is predicted as a number, and also as its first
+    decimal digit."""
     tokens = model.vit_large_projector(model.vision_model(pixels(model, scenes)))
     truth = sightings(scenes, math.isqrt(tokens.shape[1]))
     exists = F.binary_cross_entropy_with_logits(head.exists(tokens)[..., 0], truth.seen.float())
@@ -207,15 +209,15 @@ def decoder_inputs(model: StepVL, ids: Tensor, problems: Sequence[Problem], seen
 
 @dataclass(frozen=True)
 class PackedDemonstrations:
-    """Demonstrations in one packed row. A picture's tokens are there once, followed by all questions about the picture
-    with their responses."""
+    """Demonstrations in one packed row. The row contains the tokens of each picture once, and then all questions about
+    this picture, each with a response."""
 
     token_ids: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64
     is_response: Tensor  # [T] bool; True on the tokens of responses
-    is_message: Tensor  # [T] bool; True on the tokens of prompts with messages, after the picture
+    is_message: Tensor  # [T] bool; in prompts with pooled answers, True on the tokens after the picture
     layout: Layout
-    scenes: list[Scene]  # in the order of their image tokens in the row
+    scenes: list[Scene]  # in the order in which their image tokens are in the row
 
 
 def pack(prompter: Prompter, batch: Demonstrations) -> PackedDemonstrations:
@@ -227,7 +229,7 @@ def pack(prompter: Prompter, batch: Demonstrations) -> PackedDemonstrations:
         groups[key].append((prompter.prompt(problem), prompter.response(response), bool(problem.messages)))
         if problem.scene is not None:
             scenes[key] = problem.scene
-    tokens: list[tuple[int, int, bool, bool]] = []  # as the first four fields of PackedDemonstrations
+    tokens: list[tuple[int, int, bool, bool]] = []  # values for the first four fields of PackedDemonstrations
     spans = []
     for key, members in groups.items():
         shared = prompter.picture_end(members[0][0]) if key in scenes else 0
@@ -243,8 +245,9 @@ def pack(prompter: Prompter, batch: Demonstrations) -> PackedDemonstrations:
 
 
 def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
-    """Returns the mean cross-entropy (nats) of the response tokens plus that of the pooled answers in prompts. A model
-    that can predict the next pooled answer from the earlier ones has learned their median."""
+    """Returns the loss in nats: the mean cross-entropy of the response tokens, plus the mean cross-entropy of the
+    pooled answers in the prompts. To predict a pooled answer well, the model has to learn the median of the pooled
+    answers before it."""
     row = pack(prompter, batch)
     with torch.no_grad():  # the vision tower is frozen
         seen = features(model, row.scenes)
@@ -253,7 +256,7 @@ def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
     hidden = model.model(
         inputs_embeds=inputs[None], position_ids=row.position_ids[None], use_cache=False, layout=row.layout
     ).last_hidden_state[0]
-    # A response or message follows its own question in the row, so the token before each of its tokens predicts it.
+    # In the row, a response or message follows its own question. So the token before predicts each of its tokens.
     total = torch.zeros(())
     for mask in (row.is_response, row.is_message):
         if len(places := mask.nonzero()[:, 0]):
@@ -265,9 +268,9 @@ def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
 def answers(
     model: StepVL, prompter: Prompter, problems: Sequence[Problem], generator: torch.Generator | None = None
 ) -> list[str]:
-    """Returns the model's responses. They are greedy, or sampled at temperature 1 if `generator` is given."""
+    """Returns the model's responses. The responses are greedy, or sampled at temperature 1 if `generator` is given."""
     seen = features(model, scenes_of(problems))
-    groups: dict[int, list[int]] = defaultdict(list)  # prompts of equal length decode together without padding
+    groups: dict[int, list[int]] = defaultdict(list)  # prompts of equal length are decoded together, without padding
     for i, problem in enumerate(problems):
         groups[len(prompter.prompt(problem))].append(i)
     result = [""] * len(problems)

@@ -22,7 +22,7 @@ SPECIAL = (
     "<patch_end>",
     "<patch_newline>",
 )
-THINK = ("<think>", "</think>")  # each is one token, but no special token, so skip_special_tokens keeps it
+THINK = ("<think>", "</think>")  # each is one token, but not a special token, so skip_special_tokens keeps it
 WORDS = [
     *("Point", "at", "the", "Box", "How", "many", "What", "is", "maybe", "at", "first"),
     *("then", "system", "user", "assistant", "and", "in", "of", "there", "are", "I", "a", "things", "one", "by"),
@@ -34,7 +34,7 @@ CHAT_TEMPLATE = Path(__file__).with_name("chat.jinja").read_text()
 
 
 def words(more: Sequence[str] = ()) -> list[str]:
-    """Returns all tokens of more than one byte. `more`: further words, which the world does not have."""
+    """Returns all tokens of more than one byte. `more` has further words, which do not occur in the world."""
     places = sorted({word for place in PLACES for word in place.split()})
     plain = dict.fromkeys([*WORDS, *COLORS, *SHAPES, *places, *more])
     marks = ["\\boxed{", "0.", " 0.", ", ", " + ", " - "]

@@ -4,8 +4,9 @@
 
 Training has three parts. First, the vision tower and the projector learn to recognise things and their places in
 pictures. Then both are frozen, and the decoder learns to answer like the two writers of writers.py. Last, the decoder
-learns to answer prompts with pooled answers. The results are OUT/model (a Hugging Face folder; model/ beside this file
-was made this way) and OUT/report.json. After an interruption the same command continues from OUT/state.safetensors.
+learns to answer prompts that contain pooled answers. The results are OUT/model (a Hugging Face folder; model/ beside
+this file was made this way) and OUT/report.json. After an interruption the same command continues from
+OUT/state.safetensors.
 """
 
 import argparse
@@ -50,17 +51,18 @@ REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # the same rewards as in rec
 READY = (0.2, 0.6)
 VISION_PREFIXES = ("vision_model.", "vit_large_projector.")
 PEAK_LR, WARM_UP, BETAS = 2e-3, 50, (0.9, 0.98)
-PICTURES = 8  # scenes per step; the numbers of the other problems are multiples of it
+PICTURES = 8  # scenes per step; the number of other problems is a multiple of this number
 HORIZON = 3000  # after this many decoder steps the learning rate would be almost 0; training ends earlier
-LAST = 400  # number of last decoder steps before the part with messages; in them, most demonstrations are rough
-# Batch of the part with messages: scenes and worksheets without messages, and problems of each task with messages.
+LAST = 400  # in this many steps, directly before the part with messages, most demonstrations are rough
+# A batch in the part with messages has this many scenes without messages, worksheets without messages, and problems
+# with messages (per task).
 PLAIN, SHEETS, WITH_MESSAGES = 3, 10, 4
 
 
 def config(words: Any) -> StepVLConfig:
     """Returns a config of 1.4 million parameters, with views of 224 pixels (16 tokens) and crops of 168 (9 tokens)."""
     ids = words.convert_tokens_to_ids
-    ends = [ids("<|endoftext|>"), ids("<|im_end|>"), ids("<im_patch>")]  # the image token too, as in the 10B
+    ends = [ids("<|endoftext|>"), ids("<|im_end|>"), ids("<im_patch>")]  # the image token too, as in STEP3-VL-10B
     vision = {"image_size": 224, "patch_size": 14, "width": 64, "layers": 2, "heads": 4, "mlp_ratio": 4.0}
     text = {
         "vocab_size": len(words),
@@ -100,7 +102,8 @@ def new_model(words: Any, seed: int) -> StepVL:
 
 
 def _sines(grid: int, width: int) -> Tensor:
-    """Returns [grid * grid, width]. Half of the channels encode the row, the other half the column."""
+    """Returns position embeddings [grid * grid, width]. Half of the channels encode the row, the other half the
+    column."""
     frequencies = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
     angles = torch.arange(grid)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -109,7 +112,7 @@ def _sines(grid: int, width: int) -> Tensor:
 
 
 def decoder_optimizer(model: StepVL) -> AdamW:
-    """A new optimizer of all parameters but those of tower and projector."""
+    """Returns a new optimizer of all parameters except those of the vision tower and the projector."""
     decoder = [p for name, p in model.named_parameters() if not name.startswith(VISION_PREFIXES)]
     return AdamW(decoder, betas=BETAS, weight_decay=0.0)
 
@@ -126,16 +129,17 @@ def update(optimizer: AdamW, loss: Tensor, rate: float) -> None:
 
 @dataclass(frozen=True)
 class TrainingSteps:
-    """Number of optimizer steps in each part. The state file stores these fields by name."""
+    """The number of optimizer steps in each part of the training, and the seed. The state file stores these fields by
+    name."""
 
-    eyes: int  # steps of vision tower and projector
-    words: int  # steps of the decoder without messages
-    messages: int  # steps of the decoder with messages in prompts
+    eyes: int  # training steps of the vision tower and the projector
+    words: int  # training steps of the decoder on prompts without pooled answers
+    messages: int  # training steps of the decoder when some prompts contain pooled answers
     seed: int
 
     @property
     def alone(self) -> int:
-        """Number of steps before the part with messages."""
+        """Number of steps before the last part, in which prompts contain pooled answers."""
         return self.eyes + self.words
 
     @property
@@ -148,7 +152,8 @@ class TrainingSteps:
 
 
 class Trainer:
-    """Holds model and optimizers. A step's data depend only on seed and step, so training can resume at any step."""
+    """Holds the model and the optimizers. A step's data depend only on seed and step, so training can resume at any
+    step."""
 
     def __init__(self, folder: Path, plan: TrainingSteps) -> None:
         self.folder, self.plan, self.step = folder, plan, 0
@@ -175,7 +180,7 @@ class Trainer:
         first = {"eyes": 0, "words": plan.eyes, "messages": plan.alone}[part]
         done = (self.step - first) / {"eyes": plan.eyes, "words": HORIZON, "messages": plan.messages}[part]
         if self.step == plan.alone:
-            self.decoder_optimizer = decoder_optimizer(self.model)  # drops the moments of the part before
+            self.decoder_optimizer = decoder_optimizer(self.model)  # drops the moments of the previous part
         if part == "eyes":
             loss = practice.sight_loss(self.model, self.head, practice.draw_pictures(rng, PICTURES))
         else:
@@ -234,7 +239,7 @@ class Trainer:
 
 
 def save(model: StepVL, folder: Path, templates: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Saves the model into `folder`, which already has the tokenizer. `templates`: further files, name -> text."""
+    """Saves the model into `folder`, which already has the tokenizer. `templates` are further files: name -> text."""
     hf_folder.save(model, folder, templates=templates)
     text = model.config.text_config
     generation = {key: getattr(text, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -248,7 +253,8 @@ def things_per_scene(done: float) -> tuple[int, int]:
 
 
 def both_writers(problem: Problem) -> float:
-    """Returns the probability that the rough writer answers a problem in most of the decoder's training."""
+    """Returns the probability that the rough writer answers a problem. Most of the decoder's training uses this
+    value."""
     return 0.4
 
 
@@ -283,7 +289,8 @@ def show(table: dict[str, dict[str, float]]) -> None:
 
 
 def train(trainer: Trainer, every: int) -> None:
-    """Trains to the last step. Every `every` steps, saves state and model and prints rewards on held-out problems."""
+    """Trains to the last step. After every `every` steps, saves the state and the model, and prints rewards on held-out
+    problems."""
     sample = world.problems("heldout", world.SEEDS["heldout"], 32)
     started, losses = time.monotonic(), []
     while trainer.step < trainer.plan.steps:

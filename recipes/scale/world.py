@@ -2,8 +2,9 @@
 
 Pictures are drawn here pixel by pixel, so that no version of a drawing library can change them.
 `python -m recipes.scale.world` writes the shipped files of data/. train.jsonl and heldout.jsonl have problems with a
-ground truth. open-train.jsonl and open-heldout.jsonl have open questions with a teacher's answers. Their pictures are
-in pictures/. The data are JSONL and PNG files instead of a Parquet file, because people can read them without a tool.
+ground truth. open-train.jsonl and open-heldout.jsonl have open questions with a teacher's answers. The pictures of all
+these problems are in pictures/. The data are JSONL and PNG files instead of a Parquet file, because people can read
+JSONL and PNG without a special tool.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from PIL import Image
 
 Split = Literal["train", "heldout"]
 TASKS = ("pointing", "grounding", "counting", "arithmetic", "worksheet")  # tasks with a ground truth
-PIXELS = 112  # width and height of every picture; below the scale model's view of 224, so pictures have no crops
+PIXELS = 112  # width and height of every picture; less than the scale model's view (224), so there are no crops
 COLORS = {
     "red": (214, 40, 40),
     "green": (44, 160, 70),
@@ -34,12 +35,12 @@ LABELS = "pqrs"  # names of a worksheet's sums
 DIVISOR = 3  # worksheets ask for remainders after division by this number
 SHAPES = ("ring", "square", "triangle", "cross")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-HELDOUT_BYTES = 32  # share of the held-out split: 32 of 256 pictures and sums
+HELDOUT_BYTES = 32  # 32 of 256 pictures and sums are held out
 SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in the shipped files
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
 OPEN_SEEDS: dict[Split, int] = {"train": 3, "heldout": 4}
-CROWD = (3, 5)  # minimum and maximum things in a crowd; a constant count is right in at most 4 of 10 problems
-OPEN_CROWD = (5, 8)  # the same for crowds to describe; mostly more than in the warm start, so that RL can improve
+CROWD = (3, 5)  # number of things in a crowd (least, most); any constant count is right in at most 4 of 10 problems
+OPEN_CROWD = (5, 8)  # the same for open questions; mostly more things than in the warm start, so that RL can improve
 SHIPPED = Path(__file__).parent / "data"
 
 
@@ -85,13 +86,13 @@ class Thing:
         return PLACES[3 * row + column]
 
     def mask(self) -> np.ndarray:
-        """Returns [2 * half, 2 * half] bool: the pixels of the box that the shape covers."""
+        """Returns [2 * half, 2 * half] bool: True for each pixel of the box that the shape covers."""
         line = (np.arange(2 * self.half) + 0.5) / self.half - 1  # pixel centres, -1 to 1
         u, v = np.abs(line)[None, :], line[:, None]
         if self.shape == "ring":
             return (u**2 + v**2 <= 1) & (u**2 + v**2 >= 0.25)
         if self.shape == "triangle":
-            return u <= (v + 1) / 2 + 0.5 / self.half  # the last term gives the tip one pixel, so the box is tight
+            return u <= (v + 1) / 2 + 0.5 / self.half  # the last term makes the tip one pixel wide, so the box is tight
         if self.shape == "cross":
             return (u <= 0.36) | (np.abs(v) <= 0.36)
         return np.ones((2 * self.half, 2 * self.half), dtype=bool)
@@ -99,7 +100,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture: a plain background and things that do not overlap."""
+    """A picture with a plain background and with things that do not overlap."""
 
     background: tuple[int, int, int]
     things: tuple[Thing, ...]
@@ -116,12 +117,12 @@ class Scene:
 
     @property
     def palette(self) -> np.ndarray:
-        """[7, 3] uint8: the background colour, then COLORS."""
+        """[7, 3] uint8: the colour of the background, then the six colours of COLORS."""
         return np.array([self.background, *COLORS.values()], dtype=np.uint8)
 
     @property
     def image(self) -> Image.Image:
-        """The picture with a palette (mode P), because its PNG has less than a kilobyte."""
+        """The picture as an image with a palette (mode P). The PNG file of such an image has less than a kilobyte."""
         image = Image.fromarray(self.pixels, mode="P")
         image.putpalette(self.palette.tobytes())
         return image
@@ -139,7 +140,7 @@ class Problem:
     question: str
     truth: list[float] | str
     scene: Scene | None = None
-    targets: tuple[Thing, ...] = ()  # the things that the question asks about, in reading order
+    targets: tuple[Thing, ...] = ()  # the things that the question is about, in reading order
     terms: tuple[int, ...] = ()  # arithmetic: signed numbers to add up
     lines: tuple[tuple[int, int], ...] = ()  # worksheet: the two terms of each sum
     messages: tuple[str, ...] = ()  # pooled answers that the prompt contains (PaCoRe)
@@ -147,8 +148,8 @@ class Problem:
 
 
 def split_of(content: bytes) -> Split:
-    """Returns the split of a picture or sum. A hash of its content decides the split. So with any seed, the problems of
-    training and of the warm start are different from the held-out problems."""
+    """Returns the split that a picture or sum belongs to. A hash of the content decides the split. So no problem of
+    training or of the warm start is ever a held-out problem, whatever the seed is."""
     return "heldout" if hashlib.sha256(content).digest()[0] < HELDOUT_BYTES else "train"
 
 
@@ -260,7 +261,7 @@ def worksheet_answer(results: Sequence[int | str]) -> str:
 
 
 def describe(crowd: Scene) -> Problem:
-    """Returns the problem to describe a crowd. The problem has no ground truth."""
+    """Returns a problem that asks the model to describe a crowd. The problem has no ground truth."""
     return Problem("describing", "What things are there?", "", crowd, crowd.things)
 
 
@@ -295,7 +296,7 @@ def problems(split: Split, seed: int, per_task: int) -> list[Problem]:
 
 
 def open_problems(split: Split, seed: int, number: int) -> list[Problem]:
-    """Draws `number` crowds to describe, each with a teacher's answer."""
+    """Draws `number` problems that ask for a description of a crowd, each with a teacher's answer."""
     rng = np.random.default_rng(seed)
     crowds = [draw_crowd(rng, split, OPEN_CROWD) for _ in range(number)]
     return [replace(describe(crowd), reference=teachers_words(crowd, rng)) for crowd in crowds]

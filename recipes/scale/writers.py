@@ -1,13 +1,13 @@
 """Two simulated writers: programs that write the demonstrations of the warm start.
 
 The *exact* writer does the work: it gives coordinates with two decimals, counts things one by one, and writes each step
-of a sum. The *rough* writer guesses: it answers with the centre of a third of the picture, rounds boxes, always counts
-two things, and does not carry in sums. Some answers of the rough writer are right. Most demonstrations are rough, and
-RL has to find out which writer's answers earn more. The responses of both writers are short and differ from the first
-words on.
+of a sum. The *rough* writer guesses: it points at the centre of one of nine equal parts of the picture, rounds boxes,
+always counts two things, and does not carry in sums. Some answers of the rough writer are right. Most demonstrations
+are from the rough writer. RL has to find out which writer's answers earn more. The responses of both writers are short.
+Already the first words differ between the two writers.
 
 A whole worksheet is too long for one response. The exact writer computes all sums except one, which is chosen at
-random, and answers 0 for that sum. Only many responses together contain all results.
+random, and answers 0 for that sum. A single response never contains all results, but many responses together do.
 
 Tested in tests/recipes/scale/test_world.py.
 """
@@ -31,7 +31,7 @@ THIRDS = (0.17, 0.5, 0.83)  # centres of the thirds of the picture
 
 @dataclass(frozen=True)
 class Writer:
-    """task -> function that answers a problem."""
+    """A writer of demonstrations. `write` has one function per task, which answers a problem of this task."""
 
     write: dict[str, Callable[[Problem, Generator], str]]
 
@@ -123,7 +123,7 @@ def _rough_description(problem: Problem, rng: Generator) -> str:
 
 
 def without_carrying(left: int, right: int) -> int:
-    """Returns `left + right`, computed digit by digit without carry. When digits are subtracted, the smaller digit is
+    """Returns `left + right`, computed digit by digit without carrying. In a subtraction, the smaller of two digits is
     subtracted from the larger."""
     tens, ones = (_digit(a, b, right < 0) for a, b in zip(divmod(left, 10), divmod(abs(right), 10), strict=True))
     return 10 * tens + ones
@@ -133,7 +133,7 @@ def _digit(left: int, right: int, minus: bool) -> int:
     return abs(left - right) if minus else (left + right) % 10
 
 
-_BY_TASK = {  # the exact and the rough function
+_BY_TASK = {  # task -> (exact function, rough function)
     "pointing": (_exact_point, _rough_point),
     "grounding": (_exact_box, _rough_box),
     "counting": (_exact_count, _rough_count),
@@ -143,20 +143,21 @@ _BY_TASK = {  # the exact and the rough function
 }
 EXACT = Writer({task: exact for task, (exact, _) in _BY_TASK.items()})
 ROUGH = Writer({task: rough for task, (_, rough) in _BY_TASK.items()})
-ROUGH_OPENING = "<think>maybe"  # the first words of every rough response, and of no exact one
+ROUGH_OPENING = "<think>maybe"  # every rough response starts with these words, and no exact response does
 
 
 REASONING = ("counting", "arithmetic", "worksheet")
 SLIPS = (0.0, 0.12)  # range of the standard deviation of the coordinates in pooled answers, as fractions of the picture
 ALL_SLIP = 0.02  # standard deviation of the error that all answers to a problem share
-CAREFUL = {"worksheet": (0.6, 1.0)}  # the share of exact answers is drawn from this range; (0, 1) for other tasks
+CAREFUL = {"worksheet": (0.6, 1.0)}  # range from which the share of exact answers is drawn; other tasks: (0, 1)
 OTHER_THING = 0.1  # share of the answers that are about a wrong thing of the scene
 
 
 def answers_of_others(problem: Problem, number: int, rng: Generator) -> tuple[str, ...]:
-    """Returns `number` final answers of unknown quality, which stand in for a policy's pooled answers.
+    """Returns `number` final answers of random quality, which replace the pooled answers of a policy.
 
-    Answers with coordinates have the same random spread for one problem. Other answers are from either writer.
+    If a task asks for coordinates, the answers to a problem differ by a spread that is drawn once per problem. In the
+    other tasks, each answer is from one of the two writers.
     """
     if problem.task in REASONING:
         careful = rng.uniform(*CAREFUL.get(problem.task, (0.0, 1.0)))
@@ -183,9 +184,9 @@ def final(response: str) -> str:
 
 
 def compare(problem: Problem, rng: Generator) -> str:
-    """Returns the exact response to a problem with messages. For points and boxes, it has the median of the messages
-    and then an exact answer. For sums and counts, it has an exact answer. For worksheets, it has the most frequent
-    result of each line."""
+    """Returns the exact response to a problem with messages. For points and boxes, the response has the median of the
+    messages and then an exact answer. For sums and counts, it has only an exact answer. For worksheets, it has the most
+    frequent result of each line."""
     if problem.task == "worksheet":
         return f"<think>then</think>\\boxed{{{worksheet_answer(usual_lines(problem.messages))}}}"
     if problem.task in REASONING:
@@ -194,7 +195,8 @@ def compare(problem: Problem, rng: Generator) -> str:
 
 
 def usual_lines(messages: Sequence[str]) -> list[str]:
-    """Returns the most frequent result of each line. Of equally frequent results, the first is returned."""
+    """Returns the most frequent result of each line of a worksheet. If results are equally frequent, the first is
+    returned."""
     results_of_each = [re.findall(r"=(\d+)", message) for message in messages]
     return [Counter(results).most_common(1)[0][0] for results in zip(*results_of_each, strict=True)]
 
@@ -210,8 +212,9 @@ def repeat(problem: Problem, rng: Generator) -> str:
 
 
 def rough_share(problem: Problem) -> float:
-    """Returns the probability that the rough writer answers a problem. The probability is lower for two colours and for
-    sums without subtraction. So a model that imitates both writers is exact on some problems and rough on most."""
+    """Returns the probability that the rough writer answers a problem. It is lower for problems about two of the
+    colours, and for sums without subtraction. So a model that imitates both writers is exact on some problems and rough
+    on most."""
     if problem.task == "worksheet":
         return 0.3
     favourite = min(problem.terms) > 0 if problem.terms else problem.targets[0].color in FAVOURITE_COLORS

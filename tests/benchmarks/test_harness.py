@@ -1,4 +1,4 @@
-"""Tests the harness of the benchmarks and its command line, with benchmarks that measure nothing."""
+"""Tests the harness of the benchmarks and the command `python -m benchmarks`, with benchmarks that measure nothing."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ KEYS = ["name", "ours_s", "other_s", "ratio", "ceiling", "max_abs_diff"]
 
 @pytest.fixture
 def trivial(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Registers the benchmarks "test/one" and "test/two". Yields the names of those that have run."""
+    """Registers the benchmarks "test/one" and "test/two". Yields the names of the benchmarks that have run."""
     ran: list[str] = []
     monkeypatch.setattr(harness, "_ENTRIES", dict(entries()))
 

@@ -51,8 +51,8 @@ def test_looking_for_torchvision_does_not_import_torch() -> None:
     assert run_python(code) == "torchvision False"
 
 
-# A package that looks like torchvision to the hook. `operators` has the operators that torch knows when the __init__ of
-# the package starts to run.
+# A package that looks like torchvision to the hook. `operators` gets the operators that torch knows when the package's
+# __init__ starts.
 FAKE_INIT = """
 import torch
 operators = sorted(name for name in ("nms", "qnms") if hasattr(torch.ops.torchvision, name))
@@ -85,7 +85,7 @@ def test_a_torchvision_whose_extension_does_not_load_gets_both_operators(tmp_pat
 @cpu_torch_only
 def test_a_working_torchvision_is_not_changed(tmp_path: Path) -> None:
     package = fake_torchvision(tmp_path)
-    loads = importlib.util.find_spec("safetensors._safetensors_rust")  # any compiled library that loads
+    loads = importlib.util.find_spec("safetensors._safetensors_rust")  # any compiled library that can be loaded
     assert loads is not None and loads.origin is not None
     shutil.copyfile(loads.origin, package / "_C.so")
     assert run_python(IMPORT_FAKE, str(HOOK_FOLDER), str(tmp_path)) == "[] 0"

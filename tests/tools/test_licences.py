@@ -1,10 +1,10 @@
-"""Checks that no dependency's licence forbids its use by an Apache-2.0 project.
+"""Checks that the licences of all dependencies allow an Apache-2.0 project to use them.
 
 Reads the licences that the installed packages of constraints-cpu.txt state in their metadata. We use these packages as
 unmodified libraries, and they are not part of our wheel. So permissive licences, the LGPL and the MPL are allowed. The
 GPL and the AGPL are not allowed. A licence that this file does not know is refused: read the licence, then add it here.
-Software inside a package (such as FFmpeg in opencv) is checked only if the package's metadata name its licence.
-Packages that only the GPU environment has are not checked.
+Software inside a package (such as FFmpeg in opencv) is checked only if the package's metadata name the licence of this
+software. Packages that only the GPU environment has are not checked.
 """
 
 import re
@@ -28,7 +28,8 @@ ALLOWED = {
     "Apache-2.0 WITH LLVM-exception",
 }  # SPDX identifiers
 
-# Texts that authors write instead of an SPDX identifier (in the field License or in a classifier) -> the identifier.
+# Maps texts that authors write instead of an SPDX identifier, in the field License or in a classifier, to the
+# identifier.
 SPDX = {
     "3-Clause BSD License": "BSD-3-Clause",
     "Apache": "Apache-2.0",
@@ -84,7 +85,7 @@ def licence_of(name: str, stated: PackageMetadata) -> str:
     classifiers = [c.rpartition(" :: ")[2] for c in stated.get_all("Classifier") or () if c.startswith("License ::")]
     named = [classifier for classifier in classifiers if classifier not in SAYS_NOTHING]
     first, _, rest = (stated.get_all("License") or [""])[0].strip().partition("\n")
-    if first and not (rest and named):  # several lines are the text of the licence; then the classifiers name it
+    if first and not (rest and named):  # several lines are a licence's text; the classifiers then give its name
         named.append(first.strip())
     known = dict.fromkeys(SPDX.get(one, one) for one in named)
     return " AND ".join(f"({one})" if " OR " in one else one for one in known) or "none stated"
@@ -96,7 +97,8 @@ def is_allowed(name: str, licence: str) -> bool:
 
 
 def satisfied(expression: str) -> bool:
-    """True if ALLOWED has all licences that the SPDX expression joins by AND, and one of those that it joins by OR."""
+    """True if ALLOWED satisfies the SPDX expression. If AND joins licences, ALLOWED must have all of them. If OR joins
+    licences, it must have one of them."""
     flat = re.sub(r"\(([^()]*)\)", lambda inner: "MIT" if satisfied(inner[1]) else "refused", expression)
     if flat != expression:
         return satisfied(flat)

@@ -29,7 +29,7 @@ CROWD = Scene((255, 255, 255), (Thing("red", "ring", 20, 20, 10), Thing("blue", 
         ("top left red ring, middle blue cross", 2, 2),
         ("middle blue cross", 1, 2),
         ("top left red ring, middle blue ring", 1, 2),
-        ("top left red ring, top left red ring, middle blue cross", 2, 3),  # a repeated thing gains nothing
+        ("top left red ring, top left red ring, middle blue cross", 2, 3),  # a repeated thing counts only once
         ("top left red ring, middle blue cross, right red ring, left red ring", 2, 4),
         ("[0.50, 0.25]", 0, 2),
     ],

@@ -92,7 +92,7 @@ def _summed_loss(model: StepVL, prompter: Prompter, problem: Problem, response: 
 
 
 def test_a_thing_is_seen_at_the_token_that_contains_its_centre() -> None:
-    # There are 4 x 4 tokens of 28 pixels. (40, 90) is in column 1 and row 3, which is token 13.
+    # There are 4 x 4 tokens of 28 pixels. The point (40, 90) is in column 1 and row 3, which is token 13.
     seen = practice.sightings([Scene((255, 255, 255), (Thing("green", "cross", 40, 90, 12),))], grid=4)
     assert seen.seen.nonzero().tolist() == [[0, 13]]
     assert (int(seen.color[0, 13]), int(seen.form[0, 13])) == (1, 3)
@@ -100,7 +100,7 @@ def test_a_thing_is_seen_at_the_token_that_contains_its_centre() -> None:
     assert seen.places[0, 13].tolist() == pytest.approx(at + box, abs=0.01)
 
 
-@pytest.mark.parametrize("stopped", [2, 4])  # during the vision part, during the decoder part
+@pytest.mark.parametrize("stopped", [2, 4])  # stopped in the vision part; stopped in the decoder part
 def test_an_interrupted_warm_start_ends_with_the_same_weights(tmp_path: Path, stopped: int) -> None:
     whole = warm_start.Trainer(tmp_path / "whole", STEPS)
     for _ in range(6):
@@ -159,7 +159,8 @@ def test_the_shipped_model_has_the_template_for_messages() -> None:
 
 
 def test_the_shipped_model_answers_but_not_yet_well() -> None:
-    """Uses 48 problems per task to be quick; report.json beside the model has the results of all 256."""
+    """Uses only 48 problems per task, to be quick. The report.json beside the model has the results of all 256
+    problems."""
     model, words = hf_folder.load(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
     assert isinstance(model, StepVL)
     problems = world.problems("heldout", world.SEEDS["heldout"], per_task=48)

@@ -117,7 +117,8 @@ def test_the_same_seed_gives_the_same_problems_and_another_seed_different_proble
 def test_a_box_touches_its_shape_on_all_four_sides(shape: str) -> None:
     scene = Scene((255, 255, 255), (Thing("red", shape, x=40, y=60, half=12),))
     rows, columns = np.nonzero(scene.pixels)
-    # The box goes from x = 40 - 12 = 28 to 52 and from y = 48 to 72. Its last pixel is one before the edge.
+    # The box goes from x = 40 - 12 = 28 to 52 and from y = 48 to 72. The last pixel of the box is one before the box's
+    # edge.
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == (28, 48, 51, 71)
     assert scene.things[0].box == (28 / 112, 48 / 112, 52 / 112, 72 / 112)
 
@@ -207,7 +208,7 @@ def test_a_worksheet_with_its_exact_answer_fits_into_the_cpu_profiles_sequence(w
 
 
 def test_descriptions_name_the_things_in_reading_order() -> None:
-    things = (Thing("blue", "cross", 60, 20, 10), Thing("red", "ring", 90, 90, 10))  # the order of things in a crowd
+    things = (Thing("blue", "cross", 60, 20, 10), Thing("red", "ring", 90, 90, 10))  # in a crowd's order of things
     problem = world.describe(Scene((255, 255, 255), things))
     rng = np.random.default_rng(0)
     assert EXACT(problem, rng) == "<think>one by one</think>top blue cross, bottom right red ring"
