@@ -24,8 +24,8 @@ Outcome = Mapping[str, Any]
 memory ran out} or {"away": endpoint, "why"}. It also has the "seconds" that scoring took."""
 
 SLOW_FACTOR = 3  # a job is slow if it takes longer than this many times the usual duration for its scorer
-LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0  # minimum time before a job is slow; the time without a known duration
-HUNG_S = 1.0  # a process that takes longer gets only idle cores; as this cannot be undone, it is replaced later
+LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0  # minimum seconds until a job is slow; seconds for a first job
+HUNG_S = 1.0  # a process whose job takes longer gets only idle cores from then on, and is replaced later
 MOST_RESERVES = 8
 
 
@@ -33,8 +33,8 @@ MOST_RESERVES = 8
 class Job:
     """Rollouts that one scorer scores together, or one data row for a row judge.
 
-    With `retry_on_death`, a job whose process dies is tried once more. A second death counts as exhausted, because the
-    text is then its likely cause. A single death must not cost the sample its value.
+    If `retry_on_death` is True, a job whose process dies is tried once more, because a single death may have another
+    cause than the text. If the process dies again, the text is the likely cause, and the outcome is "exhausted".
     """
 
     scorer: str
@@ -49,7 +49,7 @@ class Job:
 
 
 class Countdown:
-    """Resolves a future after `count` calls of `done`, with the seconds that passed."""
+    """Sets the result of a future after `count` calls of `done`. The result is the number of seconds that passed."""
 
     def __init__(self, count: int, future: Future[float]):
         self.left, self.future, self.start = count, future, time.monotonic()
@@ -70,7 +70,8 @@ class Countdown:
 
 
 class RewardPool:
-    """Base class of both pools. Their processes load scorers and score jobs. start() or the first job starts them."""
+    """Base class of both pools. The processes load scorers and score jobs. start() or the first job starts the
+    processes."""
 
     def __init__(self, setup: WorkerSetup, setup_s: float):
         self.setup, self.setup_s = setup, setup_s
@@ -101,13 +102,13 @@ class RewardPool:
 
 
 class ComputePool(RewardPool):
-    """`workers` processes and one reserve process. Each loads every scorer."""
+    """Has `workers` processes and one reserve process. Each process loads every scorer."""
 
     def __init__(self, setup: WorkerSetup, workers: int, setup_s: float):
         super().__init__(setup, setup_s)
         self.workers = workers
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.turns = threading.Semaphore(workers)  # `workers` turns; a process needs one to compute
+        self.turns = threading.Semaphore(workers)  # a process needs a turn to compute; there are `workers` turns
         self._slots: list[_Slot] = []
         self._stuck = 0  # number of slots whose job continues after they gave away their turn
         self._usual_s: dict[str, float] = {}
@@ -119,7 +120,7 @@ class ComputePool(RewardPool):
         ready.add_done_callback(lambda _: self._keep_reserve())
 
     def put(self, job: Job) -> None:
-        """Queues a job. The next free process scores it and resolves its future."""
+        """Queues a job. The next free process scores the job and sets the result of `job.outcomes`."""
         self.start()
         self.jobs.put(job)
 
@@ -193,8 +194,8 @@ class ComputePool(RewardPool):
 class _Slot:
     """A thread with its worker process.
 
-    Only this thread starts its processes, and it ends after them, because the kernel kills a worker process when the
-    thread that started it ends.
+    Only this thread starts the worker process and its replacements, and the thread ends after the last of them. The
+    reason is that the kernel kills a worker process when the thread that started it ends.
     """
 
     def __init__(self, pool: ComputePool):
@@ -202,7 +203,7 @@ class _Slot:
         self.process: ComputeProcess | None = None
         self.stuck = False  # True if the current job is slow and another slot has this slot's turn
         self.hung = False  # True if the job took so long that the process lost its priority
-        self.lock = threading.Lock()  # so that no process is started after close() has killed all
+        self.lock = threading.Lock()  # so that no process is started after close() has killed all processes
         self.thread: threading.Thread | None = None
 
     def start(self, ready: Callable[[str | None], None]) -> None:
@@ -312,7 +313,8 @@ class _Slot:
         return self.hung
 
     def _running_process(self) -> ComputeProcess:
-        """Returns the slot's process; starts one if there is none. Raises CancelledError if the pool is closed."""
+        """Returns the slot's process. If the slot has no process, starts one. Raises CancelledError if the pool is
+        closed."""
         with self.lock:
             if self.pool.closed:
                 raise CancelledError

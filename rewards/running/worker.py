@@ -151,7 +151,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def serve(connection: Connection) -> None:
-    """Answers jobs until the other end closes. A job is (scorer, items). A job without items only loads the scorer."""
+    """Answers jobs until the connection closes. A job is (scorer, items). A job without items only loads the scorer."""
     worker = RewardWorker(pickle.loads(connection.recv_bytes()))
     while True:
         try:
