@@ -35,9 +35,9 @@ def choice(rollout: Rollout) -> Score:
     """1.0 for the letter or the text of the right option; 0.0 for a wrong option, several letters or none.
 
     Only one part of the answer counts. This part is the last `\\boxed{...}` if there is one, else the text after the
-    last "Answer:", else the text after the last "the answer is", else the whole answer if it is short. It must begin
-    with the letter ("B", "(b)", "**B**", "B. Paris", "option B because ...") or be the text of an option. If the answer
-    marks no part, it may name one option anywhere ("I think it's B").
+    last "Answer:", else the text after the last "the answer is", else the whole answer if it is short. The part must
+    begin with the letter ("B", "(b)", "**B**", "B. Paris", "option B because ...") or be the text of an option. If the
+    answer marks no part, it may name one option anywhere ("I think it's B").
 
     The ground truth is a letter or the text of an option. The options come from the row's `meta["options"]`, which is a
     list in the order of the letters, or a mapping from letter to text. In rows without options only letters are

@@ -251,7 +251,7 @@ def _trimmed(link: str) -> str:
 def _listed(text: str) -> Iterator[Reference]:
     """Yields each list entry that contains no link or identifier, and each mark such as "[3]" that refers to no
     entry."""
-    listing, headed = False, False  # True below a heading of a list; True once such a heading was found
+    listing, headed = False, False  # below the heading of a list; below or after any such heading
     numbers: set[str] = set()
     prose: list[str] = []
     for whole in text.split("\n"):

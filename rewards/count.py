@@ -52,7 +52,7 @@ class Count:
         self.coordinates: Coordinates = coordinates
 
     def setup(self) -> None:
-        best_pairs(np.ones((1, 1)))  # the first call imports scipy, which must not count against the limits of a sample
+        best_pairs(np.ones((1, 1)))  # the first call imports scipy; this must not happen within the limits of a sample
 
     def __call__(self, rollout: Rollout) -> Score:
         if isinstance(rollout.prompt.ground_truth, list | tuple):

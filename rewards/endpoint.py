@@ -57,7 +57,7 @@ class Unparsable(Exception):
 
 @dataclass(frozen=True)
 class _NamesEndpoint:
-    """Marks a parameter of type str as the name of an endpoint."""
+    """Marks a parameter of type str whose value is the name of an endpoint."""
 
 
 EndpointName = Annotated[str, _NamesEndpoint()]
@@ -199,7 +199,7 @@ class Endpoint:
         self.spec = spec
         self._key = _key(spec)
         self._slots = asyncio.Semaphore(spec.concurrency)
-        # The client must not retry, because its sleeps between retries would count against the sample's time.
+        # The client must not retry, because its pauses before retries would count against the sample's time.
         self._client = AsyncOpenAI(base_url=spec.url, api_key=self._key, timeout=spec.timeout_s, max_retries=0)
 
     async def ask(
@@ -321,7 +321,7 @@ def _delay(tries: int, retry_after_s: float | None) -> float:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Returns the seconds to wait according to a Retry-After header, which is a number or a date."""
+    """Returns how many seconds to wait according to the Retry-After header. The header has a number or a date."""
     value = headers.get("retry-after", "")
     if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):
         return float(value)

@@ -69,8 +69,8 @@ def shapes(pattern: re.Pattern[str], answer: str, last_list: bool = False) -> li
     corners such as `(x1, y1), (x2, y2)`, numbers between tags such as `<box>` and `<point>`, and named numbers (see
     `_named`).
 
-    If `last_list` is True, returns only the last shape and the other shapes in the same list. A list ends where the
-    text has words other than labels. Shapes before the last list are ignored, because they are earlier thoughts.
+    If `last_list` is True, returns only the last shape and the other shapes in the same list. The list is interrupted
+    by any words that are not labels. Shapes before the last list are ignored, because they are earlier thoughts.
     """
     text = answer_part(answer) or ""
     found: list[Shape] = []

@@ -34,8 +34,8 @@ class IoU:
     "Answer:", else the whole answer.
 
     The report names IoU with a strict, decaying shape. It gives no formula. Power 2 is a reconstruction: Perception-R1,
-    which the report cites, describes IoU, and its released code squares IoU. The division by the number of boxes is a
-    reconstruction too.
+    which the report cites, describes IoU, and the released code of Perception-R1 squares it. The division by the number
+    of boxes is a reconstruction too.
     """
 
     def __init__(self, power: Annotated[float, Field(gt=0)] = 2, coordinates: Coordinates = "unit") -> None:
@@ -43,7 +43,7 @@ class IoU:
         self.coordinates: Coordinates = coordinates
 
     def setup(self) -> None:
-        best_pairs(np.ones((1, 1)))  # the first call imports scipy, which must not count against the limits of a sample
+        best_pairs(np.ones((1, 1)))  # the first call imports scipy; this must not happen within the limits of a sample
 
     def __call__(self, rollout: Rollout) -> Score:
         true = true_shapes(rollout, self.coordinates, 4, "[x1, y1, x2, y2], or a list of such boxes")

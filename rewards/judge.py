@@ -78,7 +78,7 @@ V = TypeVar("V", bound=BaseModel, covariant=True)
 
 @dataclass
 class _Canary:
-    """The last canary of one row and its result."""
+    """The canary that was last sent for one row, and the result."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     sent: float = float("-inf")  # time.monotonic()
@@ -86,8 +86,8 @@ class _Canary:
 
 
 class Judge(Generic[V]):
-    """Asks an endpoint for verdicts on the policy's text. Create it in a reward's `__init__`, and call its `setup()`
-    in the reward's `setup()`.
+    """Asks an endpoint for verdicts on the policy's text. Create a Judge in a reward's `__init__`, and call
+    `judge.setup()` in the reward's `setup()`.
 
     template   the name of a file in rewards/prompts/, or an absolute path. Its variables are `rules` (the meaning of
                the marks) and the texts that the reward shows to the judge, each between two marks
@@ -305,7 +305,7 @@ def cut(text: str, most: int) -> str:
 
 
 def defused(text: str) -> str:
-    """Disables chat tokens and the judge's marks in `text` by replacing their first character with a similar
+    """Disables chat tokens and the judge's marks in `text` by replacing the first character of each with a similar
     character. The length stays the same."""
     return _CHAT_TOKEN.sub(lambda match: _LOOK_ALIKE[match[0]], text.translate(_MARKS))
 

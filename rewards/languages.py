@@ -168,8 +168,8 @@ def _is_one_word(script: str, texts: set[str], known: str) -> bool:
 
 
 def _chunks(runs: Sequence[Run]) -> list[tuple[str, float]]:
-    """Joins short runs into pieces of at least CHUNK letters. Drops the end of very long runs. Returns the pieces with
-    their weights."""
+    """Joins short runs into pieces of at least CHUNK letters. Drops the end of very long runs. Returns (piece, weight)
+    pairs."""
     chunks: list[tuple[str, float]] = []
     texts: list[str] = []
     weight = 0.0

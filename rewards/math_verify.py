@@ -143,8 +143,8 @@ def _without_percent(text: str) -> tuple[str, bool]:
 
 
 def _readings(text: str, percent: bool) -> list[str]:
-    """Returns the texts that the library parses for a result: the result itself and, for a percentage, its 100th
-    part."""
+    """Returns the texts that the library parses for a result: the result itself and, for a percentage, also the result
+    divided by 100."""
     return [f"\\boxed{{{text}}}", *([rf"\boxed{{\frac{{{text}}}{{100}}}}"] if percent else [])]
 
 
@@ -216,7 +216,7 @@ class MathVerify:
         if len(prose) < len(answer):
             prose = (
                 prose.partition("\n")[2] or prose
-            )  # starts at a new line: a cut inside a formula would leave a dollar sign without its partner
+            )  # starts at a new line, because a cut inside a formula would leave a single dollar sign
         bare = (marked_answer(answer) or "").strip("*$ \n")
         if ending := _ENDING.search(prose):
             return (ending[1] or ending[2]).strip(), True, [prose]
@@ -251,8 +251,8 @@ class MathVerify:
         return Truth(text, percent, words, values if mathematics else [])
 
     def _equal(self, truth: Truth, value: list[Any], found: list[Any]) -> bool:
-        """True if two parsed results are equal. Words and numbers with a base are compared by their text, other results
-        by the library. The last item of `found` is the text that the library parsed."""
+        """True if two parsed results are equal. Words, and numbers with a base, are compared as texts. The library
+        compares all other results. The last item of `found` is the text that the library parsed."""
         text = plain(found[-1]) if isinstance(found[-1], str) else ""
         if truth.words and text.isascii() and text.isalpha():
             return normalised(text) == truth.words

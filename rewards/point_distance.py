@@ -38,8 +38,8 @@ def point_distance(
     and the answer use. `radius` is in the same units. A point on the edge of a box is inside.
 
     Only the last point of the answer counts. But if this point is part of a list, all points of the list count: "(...),
-    no, (...)" gives one point, "[[...], [...]]" gives two points. A list of n points earns 1/n of the value of its best
-    point. An answer without a usable point earns 0.0.
+    no, (...)" gives one point, "[[...], [...]]" gives two points. A list of n points earns 1/n of the value that the
+    best of these points would earn. An answer without a usable point earns 0.0.
 
     The report asks for strict distance decay. It gives neither a formula nor a radius. The formula, the radius and the
     rule for lists are reconstructions.

@@ -74,7 +74,7 @@ _FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive words of one script within a sentence."""
+    """Consecutive words in the same script, within one sentence."""
 
     script: str
     text: str

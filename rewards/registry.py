@@ -1,4 +1,5 @@
-"""The registry of rewards: decorators such as `@reward` register a reward, `get` finds it and checks its parameters."""
+"""The registry of rewards: `@reward` and similar decorators register rewards; `get` finds a reward and checks
+parameters."""
 
 import difflib
 import hashlib
@@ -104,7 +105,8 @@ class BoundReward:
 
     @cached_property
     def scorer(self) -> Callable[..., Any]:
-        """The reward's function, or an instance of its class. The first access creates it and runs its `setup()`."""
+        """The reward's function, or an instance of its class. The first access creates the instance and runs
+        `setup()`."""
         if not inspect.isclass(self.reward.target):
             return self.reward.target
         instance: Any = self.reward.target(**self.params)
@@ -165,7 +167,8 @@ def penalty(
     name: str, *, group: bool = False, on_timeout: OnTimeout = "invalid", timeout_s: float = 10.0
 ) -> Callable[[Target], Target]:
     """Registers a behaviour penalty. It is written like a reward, and returns how badly the rollout offends, from 0
-    (not at all) to 1. A recipe lists penalties under a reward. They lower the reward's value towards its lowest value:
+    (not at all) to 1. A recipe lists penalties under a reward. The penalties lower the reward's value towards the
+    lowest value of the reward:
 
         lowest + (value - lowest) * product over penalties of (1 - magnitude * offence)
     """
@@ -352,7 +355,7 @@ def _typed(reward: Reward, parameter: inspect.Parameter | None, key: str, value:
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
     try:
         return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # pydantic models and dataclasses have their own configuration
+    except PydanticUserError:  # pydantic models and dataclasses have their own configuration, so no other may be given
         return TypeAdapter(annotation)
 
 

@@ -28,7 +28,8 @@ class RewardModel:
     The chat consists of the text of the row's messages and of `rollout.answer`, without the reasoning. Control tokens
     in the answer are replaced by blanks, so that the answer cannot end its message and start another message. An empty
     answer gets 0. The text is cut to `max_length`, so the policy's text cannot make scoring slow. So a sample that runs
-    out of time is invalid. The report has no such reward; its preference reward is a generative judge.
+    out of time is invalid, not a bad answer. The report has no such reward; the preference reward in the report is a
+    generative judge.
     """
 
     def __init__(

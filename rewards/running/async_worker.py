@@ -57,7 +57,7 @@ class AsyncRewardWorker(RewardWorker):
 
 
 async def serve(connection: Connection) -> None:
-    """Answers jobs until the other end closes the connection.
+    """Answers jobs until the parent closes the connection.
 
     A job is (number, scorer, items, time limit in seconds). A job without items only loads the scorer.
     """

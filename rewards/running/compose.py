@@ -1,4 +1,5 @@
-"""Builds the parts of a task (rewards and penalties) from a recipe, and combines their outcomes into one score."""
+"""Builds the parts of a task (rewards and penalties) from a recipe. Combines the outcomes of the parts into one
+score."""
 
 import threading
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,8 @@
 """Runs a recipe's rewards (from Rollout to Scored) and its row judges (from Prompt to RowScore).
 
-Rewards run in other processes, so that a reward that hangs, dies or uses too much memory does not harm the run.
-Rewards that compute run in pool.py. Rewards that wait for an endpoint run in async_pool.py. compose.py combines their
-outcomes into one score.
+Rewards run in other processes, so that a reward that hangs, dies or uses too much memory does not harm the run. Rewards
+that compute run in pool.py. Rewards that wait for an endpoint run in async_pool.py. compose.py combines the outcomes of
+several rewards into one score.
 """
 
 import hashlib
@@ -29,7 +29,8 @@ from rl.types import Prompt, Rollout, RowScore, Scored
 __all__ = ["EndpointAway", "Outage", "RewardRunner", "Scoring"]
 
 Result = TypeVar("Result")
-REMEMBERED = 100_000  # maximum number of judgements that are stored, so that a judge gets each question only once
+# Judgements are stored, so that a judge gets each question only once.
+REMEMBERED = 100_000  # maximum number of stored judgements
 
 
 class RewardRunner:

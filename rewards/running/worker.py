@@ -28,7 +28,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class ScorerSetup:
-    """Says how to load a reward, penalty or row judge. Scoring may take `memory_mb` MiB more than loading took."""
+    """Describes how to load a reward, penalty or row judge. Scoring may take `memory_mb` MiB more than loading took."""
 
     use: str
     params: Mapping[str, Any]
