@@ -121,7 +121,7 @@ class SampleClock:
 
 
 clock: ContextVar[SampleClock | None] = ContextVar("clock", default=None)
-"""The clock of the sample that is scored now; None outside of a reward process."""
+"""The clock of the sample that is being scored; None outside of a reward process."""
 
 
 @contextmanager
@@ -332,8 +332,8 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def parsed(text: str, answer: type[Answer]) -> Answer:
-    """Parses `text` as an `answer` object. Raises Unparsable if the text is anything else than the JSON of such an
-    object. A ```json fence around this JSON is allowed."""
+    """Parses `text` as an `answer` object. The text must be the JSON of such an object; a ```json fence around this
+    JSON is allowed. Raises Unparsable for any other text."""
     text = text.strip()
     fenced = _FENCED.fullmatch(text)
     try:

@@ -116,7 +116,7 @@ def for_details(found: Sequence[Shape]) -> list[list[str]]:
 
 
 def picture_size(rollout: Rollout, coordinates: Coordinates) -> tuple[float, float]:
-    """Returns the picture's width and height in these coordinates.
+    """Returns the picture's width and height in the given coordinates.
 
     Raises Invalid if the coordinates are pixels and the row has no picture.
     """

@@ -111,7 +111,7 @@ class Judge(Generic[V]):
         self._canaries: OrderedDict[str, _Canary] = OrderedDict()
 
     def setup(self, needed: Set[str], optional: Set[str] = frozenset()) -> None:
-        """Finds the endpoint and loads the template (see `load`). Raises ValueError if either cannot be used."""
+        """Finds the endpoint and loads the template (see `load`). Raises ValueError if one of them cannot be used."""
         self.endpoint: Endpoint = endpoint(self.name)
         self.load(needed, optional)
 
@@ -138,11 +138,11 @@ class Judge(Generic[V]):
         row      the data row; its pictures are sent if the endpoint takes pictures
         shown    template variables that the policy did not write. Strings are put between marks; other values are
                  passed to the template unchanged
-        written  template variables that the policy wrote. Each is cut to `max_chars` and put between marks
+        written  template variables that the policy wrote. Each text is cut to `max_chars` and put between marks
         vote     index of the verdict; verdicts with different indices have different seeds
 
-        Raises Unjudgeable if there is no verdict because of `written`, Invalid if there is no verdict because of the
-        judge, and Unreachable if the endpoint does not answer.
+        Raises Unjudgeable if the texts in `written` are the cause that there is no verdict, Invalid if the judge is the
+        cause, and Unreachable if the endpoint does not answer.
         """
         texts = {key: cut(clean(text), self.max_chars) for key, text in written.items()}
         why = ""

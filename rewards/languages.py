@@ -89,7 +89,7 @@ class Identifier:
 
     def analysed(self, text: str, known: str | None = None) -> Languages:
         """Returns the languages of a text. If the text is an answer, `known` is its question. Then two kinds of words
-        do not count as a foreign script: words that the question contains, and one single other word."""
+        do not count as a foreign script: words that the question contains, and one more word."""
         text = plain(text)
         prose = without_code_and_quotations(text)
         by_script = script_runs(prose)

@@ -225,7 +225,7 @@ class MathVerify:
         return bare, True, [prose]
 
     def _read_truth(self, given: str, row: str) -> Truth:
-        """Prepares a ground truth. Raises Invalid if no answer can be compared with it."""
+        """Prepares a ground truth. Raises Invalid if no answer can be compared with this ground truth."""
 
         def refuse(why: str) -> Invalid:
             return Invalid(f"the ground truth of row {row} {why}: {given[:200]!r}")

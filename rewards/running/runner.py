@@ -1,8 +1,8 @@
 """Runs a recipe's rewards (from Rollout to Scored) and its row judges (from Prompt to RowScore).
 
-Rewards run in other processes, so that a reward that hangs, dies or uses too much memory does not harm the run. Rewards
-that compute run in pool.py. Rewards that wait for an endpoint run in async_pool.py. compose.py combines the outcomes of
-several rewards into one score.
+Rewards run in other processes, so that a reward that hangs, dies or uses too much memory does not harm the run. The
+processes in pool.py run rewards that compute. The process in async_pool.py runs rewards that wait for an endpoint.
+compose.py combines the outcomes of several rewards into one score.
 """
 
 import hashlib
