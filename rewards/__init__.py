@@ -1,9 +1,9 @@
-"""Rewards: each takes a Rollout and returns a score, and has a file of its own.
+"""Rewards. A reward takes a Rollout and returns a score. Each reward has a file of its own.
 
-Authors of rewards import from this module. It does not import torch.
+Authors of rewards import from this module. This module does not import torch.
 
-A reward is a function with `@reward("name")` above it. A recipe refers to it by that name, as `pkg.module:Name`, as
-`file.py:Name` (relative to the recipe) or by the name of an entry point of the group `rl.rewards`.
+A reward is a function with `@reward("name")` above it. A recipe refers to a reward by this name, by `pkg.module:Name`,
+by `file.py:Name` (relative to the recipe), or by the name of an entry point of the group `rl.rewards`.
 rewards.running.runner runs rewards in worker processes that can be killed. docs/writing_rewards.md explains how to
 write a reward.
 """

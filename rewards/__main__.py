@@ -37,7 +37,7 @@ MOST_WAIT_S = 60.0  # maximum wait for an endpoint that does not answer; shorter
 
 @dataclass(frozen=True)
 class Target:
-    """The rewards of one task, or a row judge, that score the samples."""
+    """The scorers that `try` runs: the rewards of one task, or one row judge."""
 
     specs: Sequence[RewardSpec]
     endpoints: Mapping[str, EndpointSpec]
@@ -46,7 +46,7 @@ class Target:
 
     @property
     def verifiable(self) -> dict[str, RewardSpec]:
-        """The rewards that compare responses with ground truths. Each is a task of its own: "0", "1", ..."""
+        """The rewards that compare responses with ground truths. Each is a separate task: "0", "1", ..."""
         verifiable = [spec for spec in self.specs if get(spec.use, spec.params).reward.truth_as_text]
         return {str(number): spec for number, spec in enumerate(verifiable)}
 
@@ -145,7 +145,7 @@ def _target(target: str, params: Sequence[str], samples: str) -> Target:
     kind = get(target, values).reward.kind
     if kind == "row judge":
         return Target((), {}, row_judge=ScorerSpec(use=target, params=values))
-    if kind == "penalty":  # scores a reward of 1, which the penalty lowers
+    if kind == "penalty":  # the reward is always 1, and the penalty lowers it
         return Target([RewardSpec(use="constant", penalties=(PenaltySpec(use=target, params=values),))], {})
     return Target([RewardSpec(use=target, params=values)], {})
 
@@ -182,7 +182,7 @@ def _of_task(samples: list[Rollout], task: str | None) -> list[Rollout]:
 
 
 def _runner(target: Target, workers: int) -> RewardRunner:
-    """Returns a runner with the tasks of `target.verifiable`, and the task TRIED with all of the target's rewards."""
+    """Returns a runner with the tasks of `target.verifiable`, plus a task TRIED that has all rewards of the target."""
     alone = {name: [one.model_copy(update={"penalties": (), "weight": 1.0})] for name, one in target.verifiable.items()}
     tasks: dict[str, Sequence[RewardSpec]] = {TRIED: target.specs, **alone}
     judges = {TRIED: target.row_judge} if target.row_judge else {}

@@ -35,8 +35,8 @@ class Checkable:
     max_tokens   maximum length of one verdict, including the thinking of a reasoning judge
     template     a Jinja file that replaces rewards/prompts/checkable.jinja. That file lists the variables
 
-    In the report, GPT-OSS-120B makes four passes per prompt. The report does not say what is asked. The PaCoRe paper
-    asks whether problem and answer are valid. The judge's prompt is a reconstruction.
+    In the report, GPT-OSS-120B makes four passes per prompt. The report does not publish the question to the judge. In
+    the PaCoRe paper, the question is whether problem and answer are valid. The judge's prompt is a reconstruction.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ _PHRASE = re.compile(
 )
 _FIRST = re.compile(rf"{_DECORATION}{_WORD}{_DECORATION}([A-J])(?![\w'\u2019-])", re.IGNORECASE)
 _LABEL_ENDS = re.compile(rf"\s{{0,8}}+(?:{_CLOSING}|$)")
-# A second choice after the first: after a word or a comma, or between marks such as brackets.
+# Finds a second letter after the first: after a comma or a word such as "or", or before a mark such as a bracket.
 _SECOND = re.compile(
     rf"(?:{_CLOSING}|\s){{0,12}}+"
     rf"(?:(?<=,)|(?:[,;/&+]|or\b|and\b))\s{{0,8}}+{_WORD}[*_(\[{{\"'`$]{{0,8}}+([A-J])(?![\w'\u2019-]|\s{{1,4}}[a-z])"
@@ -34,10 +34,10 @@ _ANYWHERE = re.compile(
 def choice(rollout: Rollout) -> Score:
     """1.0 for the letter or the text of the right option; 0.0 for a wrong option, several letters or none.
 
-    Only one part of the answer counts. It is the last `\\boxed{...}` if there is one, else the text after the last
-    "Answer:", else the text after the last "the answer is", else the whole answer if it is short. This part must begin
-    with the letter ("B", "(b)", "**B**", "B. Paris", "option B because ...") or be the text of an option. An answer
-    that marks no part may have a single letter anywhere ("I think it's B").
+    Only one part of the answer counts. This part is the last `\\boxed{...}` if there is one, else the text after the
+    last "Answer:", else the text after the last "the answer is", else the whole answer if it is short. The part must
+    begin with the letter ("B", "(b)", "**B**", "B. Paris", "option B because ...") or be the text of an option. If the
+    answer marks no part, it may name one option anywhere ("I think it's B").
 
     The ground truth is a letter or the text of an option. The options come from the row's `meta["options"]`, which is a
     list in the order of the letters, or a mapping from letter to text. In rows without options only letters are
@@ -58,7 +58,7 @@ def choice(rollout: Rollout) -> Score:
 
 
 def _letters(text: str, marked: bool, options: Mapping[str, str]) -> set[str]:
-    """Returns the letters that `text` picks. `text` is the part of an answer that counts."""
+    """Returns the letters that the answer picks. `text` is the part of the answer that counts."""
     plain = normalised(text)
     if len(plain) > 1 and (matching := {letter for letter, option in options.items() if option == plain}):
         return {min(matching)}
@@ -71,7 +71,7 @@ def _letters(text: str, marked: bool, options: Mapping[str, str]) -> set[str]:
 
 
 def _options(rollout: Rollout) -> dict[str, str]:
-    """Returns letter -> normalised text of the row's options; {} if the row has none."""
+    """Returns the row's options as letter -> normalised text; {} if the row has no options."""
     given, row = rollout.prompt.meta.get("options"), rollout.prompt.id
     if given is None:
         return {}
@@ -94,6 +94,6 @@ def _true_letter(rollout: Rollout, options: Mapping[str, str]) -> str:
 
 
 def _letter(value: Any) -> str:
-    """Returns the letter in a value such as "B", "(b)" or "B."; "" if it has none."""
+    """Returns the letter in a value such as "B", "(b)" or "B."; "" for any other value."""
     bare = value.strip().strip("().:").upper() if isinstance(value, str) else ""
     return bare if len(bare) == 1 and bare in LETTERS else ""

@@ -1,7 +1,7 @@
 """Behaviour penalty `citation`: references and links in an answer that no known source confirms.
 
-The report "zeros the reward" on fabricated references or links, and does not say how it detects them. The rules for
-finding and confirming references are a reconstruction.
+The report "zeros the reward" on fabricated references or links. It does not say how it detects fabrication. The rules
+for finding and confirming references are a reconstruction.
 """
 
 # ruff: noqa: RUF001  # patterns match punctuation and headings of several scripts
@@ -18,7 +18,7 @@ from rewards.registry import load_module
 from rewards.text import visible, words_of
 
 MAX_LENGTH = 2048  # maximum length of a URL or identifier; a longer one is an offence
-MAX_ENTRY = 500  # number of characters that are compared in an entry of a reference list
+MAX_ENTRY = 500  # only this many characters of an entry of a reference list are compared
 MAX_ASKED = 20  # maximum number of resolver calls per answer, so that no answer can cause a timeout
 
 _URL_CHARACTERS = r"[^\s<>\"'`^{}|\\\[\]「」『』（）《》【】“”‘’«»。，；：！？、]"
@@ -79,22 +79,23 @@ class Reference:
 class Citation:
     """1.0 if the answer has a reference or link that no known source confirms, else 0.0.
 
-    The details have the number of references, and the first five that offend.
+    The details contain the number of references and the first five references that offend.
 
-    These count as references: links, DOIs, arXiv identifiers, and entries of a reference list. A link has a scheme,
-    "www.", or a domain with a path, or it is a domain or file as the target of a markdown link. An entry is a line
-    under a heading such as "References", "Sources" or "参考文献" that is numbered "[1]", or has a year and looks like a
-    publication. A line numbered "[1]" anywhere is also an entry if it begins with authors and has a year. If an entry
-    contains a link or identifier, only this link or identifier is checked. Any other entry counts as fabricated unless
-    it is confirmed. If there is such a heading, a mark such as "[3]" after a word needs an entry 3. Without a heading,
-    "[3]" is taken for an index or a list. Links in program code and formulas count too. Books and papers named in
-    running text are not checked.
+    These count as references: links, DOIs, arXiv identifiers, and entries of a reference list. A link starts with a
+    scheme, with "www." or with a domain that has a path. The target of a markdown link also counts if it is a domain or
+    a file. Under a heading such as "References", "Sources" or "参考文献", a line is an entry if it is numbered "[1]",
+    or if it has a year and looks like a publication. Elsewhere, a line is an entry if it is numbered "[1]", begins with
+    authors and has a year. If an entry contains a link or identifier, only this link or identifier is checked. An entry
+    without a link or identifier counts as fabricated unless it is confirmed. If the answer has such a heading, a mark
+    such as "[3]" after a word must refer to an entry with this number. Without a heading, "[3]" is not a reference,
+    because it may be an index or a list. Links in program code and formulas count too. Books and papers that a sentence
+    mentions are not checked.
 
-    A reference is confirmed if it is in the prompt's messages (of any role), the row's ground truth, or the teacher's
-    response (a link that a second model gave independently is not invented). It is also confirmed by `allowed` or by
-    the resolver. URLs are compared without scheme, "www.", fragment, tracking parameters and final slash. DOIs are
-    compared without case, arXiv identifiers without version. URLs with a user name, invisible characters or a malformed
-    host are never confirmed.
+    A reference is confirmed if it appears in the prompt's messages (of any role), in the row's ground truth, or in the
+    teacher's response. (If two models give the same link independently, the link is not invented.) The parameters
+    `allowed` and `resolver` can also confirm a reference. URLs are compared without scheme, "www.", fragment, tracking
+    parameters and final slash. DOIs are compared without regard to case. arXiv identifiers are compared without their
+    version. URLs with a user name, invisible characters or a malformed host are never confirmed.
 
     allowed   a list of domains, URLs and DOI prefixes ("10.1038"). A domain ("wikipedia.org") includes its subdomains;
               "doi.org" and "arxiv.org" also allow all DOIs and all arXiv identifiers
@@ -107,10 +108,10 @@ class Citation:
                   def in_catalogue(reference: str) -> bool:
                       return reference in open("catalogue.txt").read().split("\\n")
 
-    limit     maximum number of different references in an answer; more are an offence
+    limit     maximum number of different references in an answer; an answer with more references offends
 
-    Raises ValueError if the resolver does not exist. Raises Invalid if the resolver raises, because the policy did not
-    cause this.
+    Raises ValueError if the resolver does not exist. Raises Invalid if the resolver raises an exception, because the
+    policy did not cause this exception.
     """
 
     def __init__(self, allowed: list[str] | None = None, resolver: str | None = None, limit: int = 200):
@@ -160,7 +161,7 @@ class Citation:
         return Score(float(bool(offending)), {"references": len(found), "offending": offending})
 
     def allows(self, reference: Reference) -> bool:
-        """True if an entry of `allowed` covers a well-formed reference."""
+        """True if an entry of `allowed` covers the reference, which must be well-formed."""
         if reference.id in self.urls:
             return True
         if reference.id.startswith("doi:") and self.doi_prefixes:
@@ -183,7 +184,7 @@ class Citation:
 
 
 def references(text: str, original: str) -> Iterator[Reference]:
-    """Yields the links, identifiers and list entries of a text. Identical ones are yielded once.
+    """Yields the links, identifiers and list entries of a text. Equal references are yielded only once.
 
     `text` is `original` without invisible characters. A URL that is in `text` but not in `original` is malformed.
     """
@@ -248,8 +249,9 @@ def _trimmed(link: str) -> str:
 
 
 def _listed(text: str) -> Iterator[Reference]:
-    """Yields entries of reference lists that have no link or identifier, and marks such as "[3]" that have no entry."""
-    listing, headed = False, False  # True under a heading of a list; True after the first such heading
+    """Yields each list entry that contains no link or identifier, and each mark such as "[3]" that refers to no
+    entry."""
+    listing, headed = False, False  # below the heading of a list; below or after any such heading
     numbers: set[str] = set()
     prose: list[str] = []
     for whole in text.split("\n"):
@@ -281,8 +283,9 @@ def _listed(text: str) -> Iterator[Reference]:
 def _is_entry(item: str, numbered: bool, listing: bool) -> bool:
     """True if a line is an entry of a reference list.
 
-    A line under a heading is an entry if it is numbered "[1]". Any other line must look like a publication. Lists of
-    other things may also have a heading such as "Sources", and lines numbered "[1]" without a heading may be steps.
+    A line under a heading is an entry if it is numbered "[1]". Any other line must look like a publication. The reason
+    is that other lists may also have a heading such as "Sources", and that lines numbered "[1]" without a heading may
+    be the steps of a solution.
     """
     if numbered and listing:
         return bool(item.strip())
@@ -297,13 +300,14 @@ def _words(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Removes invisible characters and lone surrogates, and makes full-width letters and link signs ASCII."""
+    """Removes invisible characters and lone surrogates, and converts full-width letters, and the signs of links, to
+    ASCII."""
     plain = visible(text).translate({0xFF0E: ".", 0xFF0F: "/"} | {0xFF21 + i: 0x41 + i for i in range(58)})
     return plain.replace("：//", "://")
 
 
 def _sources(rollout: Rollout) -> Iterator[str]:
-    """Yields the texts of the row that confirm references."""
+    """Yields the texts of the row. A reference is confirmed if one of these texts contains it."""
     yield from map(words_of, rollout.prompt.messages)
     yield rollout.prompt.reference or ""
     truth = rollout.prompt.ground_truth
@@ -311,7 +315,8 @@ def _sources(rollout: Rollout) -> Iterator[str]:
 
 
 def _resolver_argument(identifier: str) -> str | None:
-    """Converts an identifier to the resolver's argument; None if it is too long or has unprintable characters."""
+    """Converts an identifier to the resolver's argument. Returns None if the argument is too long or has unprintable
+    characters."""
     if not identifier.startswith("https://"):
         return identifier if identifier.isprintable() and len(identifier) <= MAX_LENGTH else None
     host, slash, rest = identifier.removeprefix("https://").partition("/")

@@ -25,7 +25,7 @@ _SMALL = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 _SMALL += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _WORDS = {word: n for n, word in enumerate(_SMALL)} | {word: 10 * n for n, word in enumerate(_TENS, 2)} | {"none": 0}
-# A number that is not part of a power, fraction, name or longer number, as in "9^9", "3/4", "B2" and "1.2.3".
+# Finds numbers, but skips those inside a power, fraction, name or longer number: "9^9", "3/4", "B2", "1.2.3".
 _FIGURES = re.compile(r"(?<![\w.,^/\u2212-])\d{1,15}+(?:,\d{3})*+(?:\.\d{0,15}+)?(?![\w^/]|[-.,]\d)")
 _SPELLED = re.compile(rf"\b(?:({'|'.join(_TENS)})[- ])?({'|'.join(_WORDS)})\b")
 
@@ -34,9 +34,9 @@ _SPELLED = re.compile(rf"\b(?:({'|'.join(_TENS)})[- ])?({'|'.join(_WORDS)})\b")
 class Count:
     """1.0 for the true number, else 0.0. If the ground truth is a list of points, scores the answer's points.
 
-    If the ground truth is a number, the answer's last number in figures counts, else its last number in words. This is
-    searched in the last `\\boxed{...}`, else in the text after the last "Answer:", else in the whole answer if it is
-    short. Coordinates of points and boxes are skipped.
+    If the ground truth is a number, the last number in figures counts. If the answer has no figures, the last number in
+    words counts. Only one part of the answer is searched: the last `\\boxed{...}`, else the text after the last
+    "Answer:", else the whole answer if it is short. Coordinates of points and boxes are skipped.
 
     If the ground truth is a list of points, the answer must give the points, as in Perception-R1. Given and true points
     are matched one to one so that the sum of max(0, 1 - d / radius) is the largest. d is the Euclidean distance in
@@ -52,7 +52,7 @@ class Count:
         self.coordinates: Coordinates = coordinates
 
     def setup(self) -> None:
-        best_pairs(np.ones((1, 1)))  # the first call imports scipy, which must not count against the limits of a sample
+        best_pairs(np.ones((1, 1)))  # the first call imports scipy; this must not happen within the limits of a sample
 
     def __call__(self, rollout: Rollout) -> Score:
         if isinstance(rollout.prompt.ground_truth, list | tuple):

@@ -1,7 +1,7 @@
 """Asks a model behind an OpenAI-compatible URL. Retries failed requests, limits concurrency, parses answers strictly.
 
-A reward has a parameter of type EndpointName, which names an endpoint of the recipe (`endpoints: {judge: {url: ...,
-model: ...}}`). The reward gets the endpoint in its `setup()`:
+To ask a model, a reward declares a parameter of type EndpointName. Its value is the name of an endpoint of the recipe
+(`endpoints: {judge: {url: ..., model: ...}}`). The reward gets the endpoint in its `setup()`:
 
     self.judge = endpoint(self.name)
     verdict, text = await self.judge.ask(messages, answer=Verdict, max_tokens=512, temperature=1.0, seed=3)
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from openai import APIStatusError
 
 RETRY_S = (0.5, 8.0)
-"""Seconds before the first retry, and the maximum before any retry. The delay doubles with each retry. Up to a quarter
-of it is subtracted at random."""
+"""The delay in seconds before the first retry, and the maximum delay. The delay doubles with each retry. Up to a
+quarter of the delay is subtracted at random."""
 MOST_RETRY_AFTER_S = 120.0
 """Maximum wait in seconds if a server sends a Retry-After header."""
 
@@ -57,11 +57,11 @@ class Unparsable(Exception):
 
 @dataclass(frozen=True)
 class _NamesEndpoint:
-    """Marks a parameter of type str as the name of an endpoint."""
+    """Marks a parameter of type str whose value is the name of an endpoint."""
 
 
 EndpointName = Annotated[str, _NamesEndpoint()]
-"""The type of a reward's parameter that names an endpoint of the recipe."""
+"""The type of a reward's parameter whose value is the name of an endpoint of the recipe."""
 
 
 def is_endpoint_name(annotation: Any) -> bool:
@@ -73,7 +73,7 @@ class SampleClock:
     """Measures the time that one sample uses. Waiting for a free slot, or for an endpoint to recover, does not count.
 
     Set the ContextVar `clock` to this object in the asyncio task that scores the sample. The clock stops while at least
-    one `paused` block is active.
+    one `with clock.paused()` block is active.
     """
 
     def __init__(self) -> None:
@@ -84,12 +84,12 @@ class SampleClock:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the clock was created, without pauses and without seconds that were given back."""
+        """Seconds since the clock was created, minus the pauses and minus the time that `give_back` subtracted."""
         return self._used + (0.0 if self._pauses else time.monotonic() - self._since)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops the clock inside the with block. Pauses may nest, and overlap between tasks."""
+        """Stops the clock inside the with block. Pauses may be nested, and pauses of several tasks may overlap."""
         self._used, self._pauses = self.elapsed, self._pauses + 1
         self._reschedule()
         try:
@@ -121,12 +121,12 @@ class SampleClock:
 
 
 clock: ContextVar[SampleClock | None] = ContextVar("clock", default=None)
-"""The clock of the sample that is scored now; None outside of a reward process."""
+"""The clock of the sample that is being scored; None outside of a reward process."""
 
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Stops the clock of the current sample, if there is one, inside the with block."""
+    """Stops the clock of the current sample inside the with block. Does nothing if there is no clock."""
     if running := clock.get():
         with running.paused():
             yield
@@ -144,7 +144,7 @@ class EndpointSpec:
     api_key_env: str | None = None
     concurrency: int = 32  # maximum number of requests at a time
     timeout_s: float = 120.0  # time limit of one request
-    retries: int = 5  # maximum per request, after 429, 5xx, a timeout or a broken connection
+    retries: int = 5  # maximum number per request, after 429, 5xx, a timeout or a broken connection
     images: bool = False  # True if requests to the model include pictures
     structured: bool = True  # True if the server supports response_format json_schema
     max_wait: float = 3600.0  # seconds that samples wait if the endpoint does not answer; then the run ends
@@ -162,7 +162,7 @@ _endpoints: dict[str, "Endpoint"] = {}
 
 
 def configure(specs: Mapping[str, EndpointSpec]) -> None:
-    """Sets the endpoints that rewards of this process find by name. Replaces all endpoints set before."""
+    """Sets the endpoints that the rewards of this process can ask. Replaces all endpoints that were set before."""
     _specs.clear()
     _specs.update(specs)
     _endpoints.clear()
@@ -171,7 +171,7 @@ def configure(specs: Mapping[str, EndpointSpec]) -> None:
 def endpoint(name: str) -> "Endpoint":
     """Returns the endpoint with this name in the recipe. All callers get the same object and share its `concurrency`.
 
-    Raises ValueError if there is no such endpoint, or if the environment does not have its API key.
+    Raises ValueError if there is no such endpoint, or if the API key of the endpoint is not in the environment.
     """
     if name not in _specs:
         known = ", ".join(sorted(_specs)) or "none"
@@ -199,7 +199,7 @@ class Endpoint:
         self.spec = spec
         self._key = _key(spec)
         self._slots = asyncio.Semaphore(spec.concurrency)
-        # The client must not retry, because its sleeps between retries would count against the sample's time.
+        # The client must not retry, because its pauses before retries would count against the sample's time.
         self._client = AsyncOpenAI(base_url=spec.url, api_key=self._key, timeout=spec.timeout_s, max_retries=0)
 
     async def ask(
@@ -214,8 +214,8 @@ class Endpoint:
         """Returns the model's reply as an `answer` object, and as text.
 
         messages    a chat in OpenAI's format
-        answer      class of the wanted object. The whole reply must be the JSON of one such object; one ```json fence
-                    around it is allowed
+        answer      the class of the object. The whole reply must be the JSON of one such object; a ```json fence around
+                    this JSON is allowed
 
         Raises Unparsable if the reply is anything else, Refused if the endpoint refuses this request, and
         Unreachable after the last retry. The sample's `clock` does not count the wait for a free slot, the wait before
@@ -265,7 +265,8 @@ class Endpoint:
         from openai.types.chat import ChatCompletion
 
         try:
-            # The client's own timeout is per read, so a server that sends slowly could keep the slot forever.
+            # The client's own timeout applies to each read, so a server that sends slowly could occupy the slot
+            # forever.
             async with asyncio.timeout(self.spec.timeout_s):
                 completion = await self._client.chat.completions.create(**request)
         except (TimeoutError, APITimeoutError):
@@ -320,7 +321,7 @@ def _delay(tries: int, retry_after_s: float | None) -> float:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Returns the seconds to wait according to a Retry-After header, which is a number or a date."""
+    """Returns how many seconds to wait according to the Retry-After header. The header has a number or a date."""
     value = headers.get("retry-after", "")
     if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):
         return float(value)
@@ -331,8 +332,8 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def parsed(text: str, answer: type[Answer]) -> Answer:
-    """Parses `text` as an `answer` object. Raises Unparsable unless the whole text, except one ```json fence, is the
-    JSON of such an object."""
+    """Parses `text` as an `answer` object. The text must be the JSON of such an object; a ```json fence around this
+    JSON is allowed. Raises Unparsable for any other text."""
     text = text.strip()
     fenced = _FENCED.fullmatch(text)
     try:

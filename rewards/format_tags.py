@@ -16,8 +16,8 @@ def format_tags(
     """1.0 for `<think>...</think>` and then an answer; each tag is opened and closed once, in the order of `tags`.
 
     Only white space may stand before and between the tagged parts. After them comes the answer, which must not be
-    empty. With `answer_tag`, the answer must be in this tag, and nothing may follow it. A part in one of `tags` may be
-    empty, because a model that is told not to think leaves it empty.
+    empty. If `answer_tag` is given, the answer must be inside this tag, and nothing may follow the tag. A part in one
+    of `tags` may be empty, because a model that is told not to think leaves it empty.
 
     The report mentions no format reward. This reward is a reconstruction of a usual format reward.
     """
@@ -26,7 +26,7 @@ def format_tags(
 
 
 def _breach(text: str, tags: tuple[str, ...], answer_tag: str | None) -> str:
-    """Returns the first rule that the text breaks, or "" if it breaks none."""
+    """Returns the first rule that the text breaks, or "" if the text breaks no rule."""
     end, content = 0, ""
     for tag in (*tags, *([answer_tag] if answer_tag else [])):
         opening, closing = f"<{tag}>", f"</{tag}>"

@@ -53,16 +53,17 @@ class GenRM:
     rule, scale  see above. `scale` is in units of the grades, 2 by default, and is only for bradley_terry
     temperature  the judge's sampling temperature
     max_tokens   maximum length of one comparison, including the thinking of a reasoning judge
-    max_chars    the judge sees at most this many characters of the answer and of the reference. Of a longer
-                 text, it sees a short beginning and a long end
+    max_chars    maximum number of characters that the judge sees of the answer, and of the reference. The middle of a
+                 longer text is cut out: the judge sees a short start and a long end
     template     a Jinja file that replaces rewards/prompts/genrm.jinja. That file lists the variables
-    length_control  s_answer is lowered by this number if the answer is twice as long as the reference, by two times
-                 this number if it is four times as long, and so on; 0 ignores the length
+    length_control  this number is subtracted from s_answer if the answer is twice as long as the reference, two times
+                 this number if the answer is four times as long, and so on. 0 ignores the length
 
-    An empty answer scores 0.0. If the judge gives no comparison for an answer, but gives one for a harmless answer to
-    the same row, the answer also scores 0.0. A row without reference is invalid. The report has a pairwise comparison
-    with a teacher's response, reasons and a fine-grained score. Grades, criteria, both orders and the scale are
-    reconstructions. The win probability (Bradley and Terry 1952) and the cost of length follow Step 3.5 Flash.
+    An empty answer scores 0.0. If the judge gives no comparison for an answer, but gives a comparison for a harmless
+    answer to the same row, the answer also scores 0.0. A row without a reference is invalid. In the report, a model
+    compares the response with a teacher's response, gives reasons and returns a fine-grained score. The grades, the
+    criteria, the use of both orders and the scale are reconstructions. The win probability (Bradley and Terry 1952) and
+    the cost of length follow Step 3.5 Flash.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class GenRM:
         return self._score(first, second, doublings)
 
     def _score(self, first: Comparison, second: Comparison, doublings: float) -> Score:
-        """In the comparison `first` the answer is response A, in `second` it is response B."""
+        """The answer is response A in the comparison `first`, and response B in the comparison `second`."""
         answer = (first.grade_a + second.grade_b) / 2
         reference = (first.grade_b + second.grade_a) / 2
         agreed = _sign(first.grade_a - first.grade_b) == _sign(second.grade_b - second.grade_a)
@@ -127,7 +128,7 @@ class GenRM:
 
 
 def over_length(answer: str, reference: str) -> float:
-    """Returns log2(length of the answer / length of the reference), in characters; 0 for a shorter answer."""
+    """Returns log2(length of the answer / length of the reference), in characters; 0 if the answer is shorter."""
     return max(0.0, math.log2(len(answer.strip()) / len(reference)))
 
 

@@ -19,7 +19,7 @@ Shape = tuple[float, ...]
 MOST = 500
 """Maximum number of boxes or points in one answer or row. Matching n boxes with n boxes takes n^3 steps."""
 LONGEST = 1 << 16
-"""Boxes and points are searched in this many characters at the end of an answer."""
+"""Only this many characters at the end of an answer are searched for boxes and points."""
 
 # Quantifiers are possessive and white space is bounded, so that no text makes these patterns backtrack.
 _NUMBER = r"([-+]?(?:\d++(?:\.\d*+)?|\.\d++|nan|inf(?:inity)?)(?:e[-+]?\d{1,6}+)?)"
@@ -31,7 +31,8 @@ _POINT = _OPEN + _NUMBER + rf"{_BLANK},?{_BLANK}(?<![\d.])" + _NUMBER + _CLOSE
 
 
 def _named(*keys: str) -> str:
-    """A pattern for numbers after their names: `"x": 1, "y": 2` (JSON), `x="1" y="2"` (a tag), `x=1, y=2` (a call)."""
+    """Returns a pattern for numbers that follow names: `"x": 1, "y": 2` (JSON), `x="1" y="2"` (a tag), `x=1, y=2` (a
+    call)."""
     pairs = [rf"{key}[\"']?{_BLANK}[:=]{_BLANK}[\"']?{_NUMBER}[\"']?" for key in keys]
     return r"(?<![a-z_])" + rf"{_BLANK},?{_BLANK}[\"']?".join(pairs)
 
@@ -46,7 +47,7 @@ EITHER = re.compile(f"{_BOX}|{_NAMED_BOX}|{_POINT}|{_NAMED_POINT}", re.IGNORECAS
 # The text allowed between two shapes of one list: punctuation, numbers, "and", quoted keys and labels, tags.
 _GLUE = re.compile(
     r"(?:[\s,;:.\d\[\](){}]|and\b|\"[^\"\n]*+\"|'[^'\n]*+'|\w{1,20}+="
-    r"|\A/\w{1,20}+>|<\w{1,20}+\s?\Z|[\"']\Z"  # the part of a tag or key that is outside of the shape's own match
+    r"|\A/\w{1,20}+>|<\w{1,20}+\s?\Z|[\"']\Z"  # the rest of a tag or key whose other part is in the match of a shape
     r"|<[^<>\n]{1,100}+>|>[^<>\n]{0,100}+</\w{1,20}+>|/?>)*+"
 )
 _GAP = 300  # maximum number of characters between two shapes of one list
@@ -61,14 +62,15 @@ def answer_part(answer: str) -> str | None:
 
 
 def shapes(pattern: re.Pattern[str], answer: str, last_list: bool = False) -> list[Shape]:
-    """Returns all shapes in `answer_part`, in order, with the numbers as written. If there are too many, returns the
-    first MOST + 1.
+    """Returns all shapes that `pattern` finds in the `answer_part` of an answer, in order. Their numbers are not
+    converted to fractions. If there are too many shapes, returns the first MOST + 1.
 
-    Finds `[x1, y1, x2, y2]` and `[x, y]` (alone, in lists, as values in JSON), the same in round brackets,
-    `(x1, y1), (x2, y2)`, numbers between tags such as `<box>` and `<point>`, and numbers with names.
+    Finds `[x1, y1, x2, y2]` and `[x, y]` (alone, in lists, as values in JSON), the same shapes in round brackets, two
+    corners such as `(x1, y1), (x2, y2)`, numbers between tags such as `<box>` and `<point>`, and named numbers (see
+    `_named`).
 
-    With `last_list`, returns only the last shape and the shapes in the same list. Shapes before this list, separated
-    from it by words other than labels, are earlier thoughts, and are ignored.
+    If `last_list` is True, returns only the last shape and the other shapes in the same list. The list is interrupted
+    by any words that are not labels. Shapes before the last list are ignored, because they are earlier thoughts.
     """
     text = answer_part(answer) or ""
     found: list[Shape] = []
@@ -87,7 +89,8 @@ def _listed_together(gap: str) -> bool:
 
 
 def usable(found: Sequence[Shape], size: tuple[float, float]) -> tuple[list[Shape], str]:
-    """Returns the usable shapes of an answer as fractions of the picture, and the problem of the first other shape."""
+    """Returns the usable shapes of an answer as fractions of the picture, and the reason why the first unusable shape
+    cannot be used ("" if there is none)."""
     if len(found) > MOST:
         return [], f"more than {MOST} boxes or points"
     checked = [usable_shape(numbers, size) for numbers in found]
@@ -113,7 +116,7 @@ def for_details(found: Sequence[Shape]) -> list[list[str]]:
 
 
 def picture_size(rollout: Rollout, coordinates: Coordinates) -> tuple[float, float]:
-    """Returns the picture's width and height in these coordinates.
+    """Returns the picture's width and height in the given coordinates.
 
     Raises Invalid if the coordinates are pixels and the row has no picture.
     """
@@ -130,8 +133,8 @@ def true_shape(rollout: Rollout, value: Any, coordinates: Coordinates, lengths: 
     """Returns a box or point of the row's ground truth as fractions of the picture. `lengths` has the allowed numbers
     of coordinates: 4 for a box, 2 for a point.
 
-    Raises Invalid if `value` is anything else or does not fit `coordinates`. The message contains `want`, which
-    describes the values that the reward takes.
+    Raises Invalid if `value` is no such box or point, or if it does not fit `coordinates`. The message contains `want`,
+    which describes the values that the reward takes.
     """
     row = rollout.prompt.id
     if not is_shape(value) or len(value) not in lengths:
@@ -162,7 +165,8 @@ def as_fractions(numbers: Shape, size: tuple[float, float]) -> Shape:
 
 
 def best_pairs(scores: np.ndarray) -> np.ndarray:
-    """Matches rows with columns one to one so that the sum of scores is the largest (Hungarian method).
+    """Matches the rows of a matrix with its columns one to one, so that the sum of the matched scores is the largest
+    (Hungarian method).
 
     Returns the scores of the matched pairs, in descending order.
     """

@@ -1,10 +1,10 @@
 """Asks a judge for verdicts on untrusted text. Shared by all rewards that ask a judge.
 
 A Judge fills a prompt of rewards/prompts/ and asks for a verdict. The policy's text cannot pose as instructions: it
-stands between marks that it cannot guess, and chat tokens in it are replaced. The text also cannot get its sample left
-out of the loss. If there is no verdict, the same prompt is sent with a harmless response in place of the text. This
-prompt is called a canary. If the judge answers the canary, the text is the cause, and the sample gets its lowest value.
-If not, the sample is invalid.
+stands between marks that the policy cannot predict, and chat tokens in the text are replaced. The policy's text also
+cannot cause its sample to be left out of the loss. If the judge gives no verdict, the same prompt is sent again, with a
+harmless response instead of the text. This prompt is called a canary. If the judge answers the canary, the text was the
+cause, and the sample gets its lowest value. If the judge does not answer the canary, the sample is invalid.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ from rl.types import Picture, Prompt
 
 PROMPTS = Path(__file__).parent / "prompts"
 ATTEMPTS = 3
-"""Maximum number of requests for one verdict. Each request has another seed."""
+"""Maximum number of requests for one verdict. Each request has a different seed."""
 CANARY_S = 60.0
-"""A canary that was answered within this many seconds shows that the judge answers the row's prompt."""
+"""If the judge answered a row's canary in the last CANARY_S seconds, the canary is not sent again."""
 HARMLESS = "I looked at this for a while, and I do not know the answer."
-"""The response in a canary, in place of the policy's text."""
+"""A canary contains this response instead of the policy's text."""
 REASON_CHARS = 500
 """Maximum number of characters of a judge's reasons that are stored in the details."""
 CANARIES = 4096  # maximum number of rows whose last canary is stored; the oldest row is removed first
@@ -78,7 +78,7 @@ V = TypeVar("V", bound=BaseModel, covariant=True)
 
 @dataclass
 class _Canary:
-    """The last canary of one row and its result."""
+    """The canary that was last sent for one row, and the result."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     sent: float = float("-inf")  # time.monotonic()
@@ -86,13 +86,13 @@ class _Canary:
 
 
 class Judge(Generic[V]):
-    """Asks an endpoint for verdicts on the policy's text. Create it in a reward's `__init__`, and call its `setup()`
-    in the reward's `setup()`.
+    """Asks an endpoint for verdicts on the policy's text. Create a Judge in a reward's `__init__`, and call
+    `judge.setup()` in the reward's `setup()`.
 
     template   the name of a file in rewards/prompts/, or an absolute path. Its variables are `rules` (the meaning of
                the marks) and the texts that the reward shows to the judge, each between two marks
     verdict    the class of the JSON object that the judge returns
-    max_chars  maximum number of characters of each text by the policy; `cut` shortens longer texts
+    max_chars  maximum number of characters of each text that the policy wrote; `cut` shortens longer texts
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class Judge(Generic[V]):
         self._canaries: OrderedDict[str, _Canary] = OrderedDict()
 
     def setup(self, needed: Set[str], optional: Set[str] = frozenset()) -> None:
-        """Finds the endpoint and loads the template (see `load`). Raises ValueError if either cannot be used."""
+        """Finds the endpoint and loads the template (see `load`). Raises ValueError if one of them cannot be used."""
         self.endpoint: Endpoint = endpoint(self.name)
         self.load(needed, optional)
 
     def load(self, needed: Set[str], optional: Set[str] = frozenset()) -> None:
-        """Loads the template. It must use `rules` and the variables in `needed`, and may use those in `optional`."""
+        """Loads the template. It must use `rules` and all variables in `needed`. It may use those in `optional`."""
         needed = needed | {"rules"}
         environment = Environment(
             loader=FileSystemLoader(self.path.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -138,11 +138,11 @@ class Judge(Generic[V]):
         row      the data row; its pictures are sent if the endpoint takes pictures
         shown    template variables that the policy did not write. Strings are put between marks; other values are
                  passed to the template unchanged
-        written  template variables that the policy wrote. Each is cut to `max_chars` and put between marks
+        written  template variables that the policy wrote. Each text is cut to `max_chars` and put between marks
         vote     index of the verdict; verdicts with different indices have different seeds
 
-        Raises Unjudgeable if there is no verdict because of `written`, Invalid if there is no verdict because of the
-        judge, and Unreachable if the endpoint does not answer.
+        Raises Unjudgeable if the texts in `written` are the cause that there is no verdict, Invalid if the judge is the
+        cause, and Unreachable if the endpoint does not answer.
         """
         texts = {key: cut(clean(text), self.max_chars) for key, text in written.items()}
         why = ""
@@ -157,7 +157,7 @@ class Judge(Generic[V]):
             except Unreachable as e:
                 if e.status is None or e.status < 500:
                     raise
-                # The server may fail only on this text. Then waiting for the server would hold the sample forever.
+                # Perhaps the server fails only on this text. Then the sample would wait for the server forever.
                 await self._check(row, shown, texts, 0.0)
                 why = e.why
         await self._check(row, shown, texts, CANARY_S)
@@ -177,9 +177,10 @@ class Judge(Generic[V]):
         return verdict
 
     def prompt(self, row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str]) -> str:
-        """Returns the text that the judge reads, uncut. Arguments as in `ask`. Call `setup` or `load` first."""
+        """Returns the text that the judge reads. Takes the same arguments as `ask`, but does not shorten them. Call
+        `setup` or `load` first."""
         texts = {key: clean(value) for key, value in {**shown, **written}.items() if isinstance(value, str)}
-        # The hash covers the texts themselves, so no text can contain its own marks.
+        # The marks depend on a hash of the texts, so no text can contain its own marks.
         nonce = _digest(self.path.name, row.id, *texts.values())[:16]
         blocks = {key: _block(key, value, nonce) for key, value in texts.items()}
         rules = (
@@ -194,18 +195,19 @@ class Judge(Generic[V]):
         """Checks that the judge answers the row's canary now, or answered it at most `good_s` seconds ago.
 
         Raises Invalid if the judge gives no verdict on the canary, or Unreachable if the endpoint does not answer. The
-        time does not count against the sample's limit.
+        time of this check does not count against the sample's limit.
         """
         now = time.monotonic()
         canary = self._canaries.setdefault(row.id, _Canary())
         if len(self._canaries) > CANARIES:
             self._canaries.popitem(last=False)
         with waiting():
-            async with canary.lock:  # a sample that waits here for another sample's canary uses the result
+            # While another sample's canary is being sent, this sample waits here and then uses the result.
+            async with canary.lock:
                 if canary.sent < (now if canary.failure else now - good_s):
                     sent = time.monotonic()
                     canary.failure = await self._canary(row, shown, dict.fromkeys(written, HARMLESS))
-                    canary.sent = sent  # set last, because the sample may be cancelled while it waits
+                    canary.sent = sent  # set last, because the sample may be cancelled during the request
         if isinstance(canary.failure, Unreachable):
             raise Unreachable(canary.failure.endpoint, canary.failure.why, canary.failure.status)
         if canary.failure:
@@ -214,7 +216,7 @@ class Judge(Generic[V]):
     async def _canary(
         self, row: Prompt, shown: Mapping[str, Any], harmless: Mapping[str, str]
     ) -> Invalid | Unreachable | None:
-        """Sends a canary. Returns None if the judge answers it, else the error to raise."""
+        """Sends a canary. Returns None if the judge answers the canary, else the error to raise."""
         why = ""
         for attempt in range(ATTEMPTS):
             try:
@@ -243,7 +245,7 @@ async def offence(judge: "Judge[Finding]", row: Prompt, shown: Mapping[str, Any]
 
 
 async def together(*verdicts: Awaitable[V]) -> list[V]:
-    """Waits for all verdicts and returns them in order. If one fails, the others are cancelled."""
+    """Waits for all verdicts and returns them in order. If one verdict fails, the other verdicts are cancelled."""
     tasks = [asyncio.ensure_future(verdict) for verdict in verdicts]
     try:
         return await asyncio.gather(*tasks)
@@ -290,10 +292,10 @@ def clean(text: str) -> str:
 
 
 def cut(text: str, most: int) -> str:
-    """Cuts `text` to at most `most` characters.
+    """Shortens `text` to `most` characters if it is longer.
 
-    Keeps the beginning (a quarter of the kept characters) and the end (three quarters, because it has the result).
-    A note between them gives the number of characters left out.
+    Keeps the beginning (a quarter of the kept characters) and the end (three quarters, because the result is usually at
+    the end). A note between them gives the number of missing characters.
     """
     if len(text) <= most:
         return text
@@ -303,7 +305,7 @@ def cut(text: str, most: int) -> str:
 
 
 def defused(text: str) -> str:
-    """Disables chat tokens and the judge's marks in `text` by replacing their first character with a similar
+    """Disables chat tokens and the judge's marks in `text` by replacing the first character of each with a similar
     character. The length stays the same."""
     return _CHAT_TOKEN.sub(lambda match: _LOOK_ALIKE[match[0]], text.translate(_MARKS))
 
@@ -319,7 +321,7 @@ def _block(key: str, text: str, nonce: str) -> str:
 
 
 def _digest(*parts: str) -> str:
-    # includes the lengths, so that ("ab", "c") and ("a", "bc") have different digests
+    # the lengths are included, so that ("ab", "c") and ("a", "bc") have different digests
     return hashlib.sha256("".join(f"{len(part)}:{part}" for part in parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -12,7 +12,7 @@ from rewards.languages import LANGUAGES, TELLING, Identifier, Languages, same_sc
 from rewards.prose import MAX_CHARS, WORD, plain, without_code_and_quotations
 from rewards.text import words_of
 
-SCRIPT_TELLING = 5  # minimum weight of prose to know its script, as of two Han characters or a short Latin word
+SCRIPT_TELLING = 5  # minimum weight of prose to identify its script: two Han characters or a short Latin word
 
 
 @penalty("language_consistency", on_timeout="lowest")
@@ -20,26 +20,27 @@ class LanguageConsistency:
     """1.0 if the answer is not in the question's language or mixes two languages, else 0.0.
 
     An answer offends if (a) it is in another language than the question, or (b) more than `tolerance` of its prose is
-    in a second language. The details have the languages, their shares and the reason.
+    in a second language. The details contain the languages, the share of each language, and the reason.
 
     The question is the text of the last user message. The languages of the question are allowed. Every language that a
-    user or system message names ("into French", "用英文回答") is also allowed, whatever the reason. The scripts of the
-    question's first and last word are also allowed, because an instruction about text in another language is often
-    there. A question that is too short to identify its language determines only the script ("Solve it" does not ask for
-    Chinese). A question without prose determines nothing.
+    user or system message names ("into French", "用英文回答") is allowed too, whatever the reason for naming it. The
+    scripts of the question's first and last word are also allowed: if most of the question is a text in another
+    language, the instruction is often its first or last sentence. If the question is too short to identify its
+    language, every language of its script is allowed ("Solve it" does not allow Chinese). If the question has no prose,
+    every language is allowed.
 
     These parts of the answer are ignored: program code, formulas, quotations up to 300 characters, blockquotes, URLs,
-    words with digits, a single foreign word, and foreign words from the question. In text of another script, Latin
-    names and terms of up to three words are ignored too, unless they are over half of the prose. Code fences and
-    delimiters that never close do not hide the text after them. An answer of only code or quotations is not judged; its
-    details say so. Two languages of one script are distinguished in pieces of forty letters. So a switch for one word,
-    for example from English to Spanish, is not noticed.
+    words with digits, a single foreign word, and foreign words that the question also contains. If the answer is mainly
+    in another script than Latin, Latin names and terms of up to three words are ignored too. A code fence or delimiter
+    that is never closed does not hide the text after it. An answer that has only code or quotations is not judged, and
+    the details say so. To distinguish languages of the same script, the text is split into pieces of forty letters. So
+    a switch from English to Spanish for one word is not noticed.
 
     languages  ISO 639-1 codes of two or more languages to distinguish. Text in any other language is treated as the
                most similar of these languages
-    tolerance  the allowed share of the prose in a second language (reconstruction)
+    tolerance  the share of the prose that may be in a second language (reconstruction)
     reasoning  True: the text before `</think>` is judged too. (The report speaks only of questions and answers.)
-    accurate   True: uses lingua's large models, which take 11 s to load and 690 MB, instead of 0.6 s and 40 MB
+    accurate   True: uses lingua's large models (690 MB, 11 s to load) instead of its small models (40 MB, 0.6 s)
 
     Raises ValueError for unknown languages.
     """
@@ -79,7 +80,8 @@ class LanguageConsistency:
         return Score(offence, details)
 
     def judged(self, found: Languages, allowed: set[str]) -> str:
-        """Returns the reason for the details. If the text offends, the reason starts with "another" or "mixed"."""
+        """Returns a reason, which is stored in the details. If the text offends, the reason starts with "another" or
+        "mixed"."""
         main = found.main
         if main is None or found.total < TELLING:
             hidden = ", and nearly all of it is code, formulas or quotations" if found.dropped > 10 * TELLING else ""
@@ -97,12 +99,12 @@ class LanguageConsistency:
         return "consistent"
 
     def allowed(self, question: str, messages: Sequence[Mapping[str, Any]]) -> set[str]:
-        """Returns the labels of the languages and scripts allowed for the answer; empty if any language is allowed."""
+        """Returns the labels of the languages and scripts that the answer may use; empty if it may use any language."""
         found = self.identifier.analysed(question)
         if found.total < SCRIPT_TELLING:
             return set()
         labels = {label for label, weight in found.weights.items() if weight >= max(SCRIPT_TELLING, found.total / 10)}
-        # A question may have a short instruction in one script before or after a long text in another.
+        # A question may have a short instruction in one script before or after a long text in another script.
         words = list(WORD.finditer(without_code_and_quotations(plain(question))))
         for word in (*words[:1], *words[-1:]):
             script = f"{word.lastgroup} script"

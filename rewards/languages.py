@@ -18,24 +18,25 @@ LANGUAGES = [
     "ar", "fa", "hi", "vi", "id", "th", "sv", "cs", "he", "el", "ro", "hu", "fi", "da",
 ]  # fmt: skip
 NEAR = ({"da", "nb", "nn"}, {"id", "ms"}, {"bs", "hr", "sr"}, {"cs", "sk"})
-"""Groups of languages that cannot be distinguished in short texts. The confidences of a group are added up and count
-for the first loaded language of the group."""
+"""Groups of languages that cannot be distinguished in short texts. The confidences of a group are added up. The sum is
+the confidence of the group's first language that is loaded."""
 
-MAX_CHUNKS = 160  # maximum number of text pieces for the identifier; if there are more, some are skipped evenly
+MAX_CHUNKS = 160  # maximum number of text pieces for the identifier; of more pieces, an even selection is used
 CHUNK = 40  # minimum number of letters in a piece: the identifier is often wrong about shorter pieces
 TELLING = 20  # minimum weight of prose (about one per Latin letter) for identifying its language
-SURE, UNLIKELY = 0.9, 0.05  # a foreign piece has confidence SURE or more, and UNLIKELY or less for the main language
+SURE, UNLIKELY = 0.9, 0.05  # a piece is foreign if a language has confidence >= SURE and the main language <= UNLIKELY
 TERM_WORDS = 3  # maximum number of words of a Latin name, acronym or term inside text of another script
 
 _KNOWN: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-# Each common word in a piece makes its language COMMON times likelier, up to MAX_COMMON words.
+# Each common word of a language makes it COMMON times likelier that a piece is in this language. At most MAX_COMMON
+# words count.
 COMMON, MAX_COMMON = 4.0, 6
 
 
 @dataclass
 class Languages:
-    """The languages of one text. A label is the code of a language, or "Latin script" and so on if only the script is
-    known."""
+    """The languages of one text. A label is the code of a language, or a name such as "Latin script" if only the script
+    is known."""
 
     weights: dict[str, float] = field(default_factory=dict)  # label -> weight of prose, about 1 per Latin letter
     dropped: float = 0.0  # number of letters in code, formulas and quotations, which are ignored
@@ -87,8 +88,8 @@ class Identifier:
         return {self.nearest(code) for code, names in self.names.items() if names.search(text.casefold())}
 
     def analysed(self, text: str, known: str | None = None) -> Languages:
-        """Returns the languages of a text. If the text is an answer, `known` is its question. Then words from the
-        question, and one other word, are not counted as a foreign script."""
+        """Returns the languages of a text. If the text is an answer, `known` is its question. Then two kinds of words
+        do not count as a foreign script: words that the question contains, and one more word."""
         text = plain(text)
         prose = without_code_and_quotations(text)
         by_script = script_runs(prose)
@@ -105,7 +106,7 @@ class Identifier:
         return found
 
     def labelled(self, script: str, runs: Sequence[Run]) -> Iterator[tuple[str, float]]:
-        """Yields the label and weight of each piece of the runs of one script."""
+        """Splits the runs of one script into pieces. Yields the label and the weight of each piece."""
         candidates = self.of_script.get(script, [])
         total = sum(r.weight for r in runs)
         if len(candidates) == 1 and total:
@@ -133,8 +134,8 @@ class Identifier:
                 yield (main if main and sure else f"{script} script"), weight
 
     def confidences(self, text: str, candidates: Sequence[str]) -> dict[str, float]:
-        """Returns the identifier's confidence in each candidate, added up within the groups of NEAR. They sum to 1.
-        Returns {} if no candidate fits."""
+        """Returns the confidence in each candidate. Confidences within a group of NEAR are added up. The sum over all
+        candidates is 1. Returns {} if no candidate fits."""
         found: dict[str, float] = {}
         words = text.casefold().split()
         for one in self.detector.compute_language_confidence_values(text):
@@ -158,7 +159,7 @@ def same_script(label: str, others: Iterable[str]) -> bool:
 
 
 def _is_one_word(script: str, texts: set[str], known: str) -> bool:
-    """True if at most one word of `texts` (runs in a second script) is missing in the question `known`."""
+    """True if the question `known` contains all of `texts`, or all but a single word."""
     if len(texts) > MAX_CHUNKS:
         return False
     unknown = [text for text in texts if text not in known]
@@ -167,7 +168,8 @@ def _is_one_word(script: str, texts: set[str], known: str) -> bool:
 
 
 def _chunks(runs: Sequence[Run]) -> list[tuple[str, float]]:
-    """Joins runs to pieces of at least CHUNK letters and cuts long runs. Returns the pieces with their weights."""
+    """Joins short runs into pieces of at least CHUNK letters. Drops the end of very long runs. Returns (piece, weight)
+    pairs."""
     chunks: list[tuple[str, float]] = []
     texts: list[str] = []
     weight = 0.0

@@ -17,7 +17,7 @@ LONGEST_BARE = 200
 
 # A ground truth beyond these limits is refused, so that comparing it with any answer takes at most a second or two.
 DEEPEST = 10  # maximum depth of nested brackets
-MOST_DIGITS = 30_000  # maximum number of digits of a number that the evaluation leads to
+MOST_DIGITS = 30_000  # maximum number of digits of any number during the evaluation
 MOST_TERMS = 300  # maximum number of terms of a power that is expanded
 MOST_ADDENDS = 10_000  # maximum number of terms of a sum or product over a range
 
@@ -70,12 +70,13 @@ def _based(text: str) -> tuple[str, str] | None:
 
 
 class TooMuch(Exception):
-    """Evaluating an expression takes too long. The message says why, as in "a number of more than 30000 digits"."""
+    """Raised for an expression that would take too long to evaluate. The message says why, as in "a number of more than
+    30000 digits"."""
 
 
 def digits(expression: Any) -> float:
-    """Returns an upper estimate of the number of decimal digits that evaluating a sympy expression leads to. Looks only
-    at the form of the expression. Raises TooMuch if there are too many digits or terms.
+    """Returns an upper estimate of how many decimal digits the numbers have when a sympy expression is evaluated. Looks
+    only at the form of the expression. Raises TooMuch if there are too many digits or terms.
 
     Covers powers, factorials, sums and products, nested in any way. Integrals, limits and similar expressions are
     accepted without an estimate.
@@ -121,7 +122,7 @@ def _value(expression: Any) -> float:
 
 
 def _addends(expression: Any) -> int:
-    """Returns the number of terms of the factor that has the most terms."""
+    """Returns the number of terms of a sum, or of the longest sum in a product; 1 for any other expression."""
     kind, parts = type(expression).__name__, getattr(expression, "args", ())
     return len(parts) if kind == "Add" else max([1, *map(_addends, parts)]) if kind == "Mul" else 1
 
@@ -142,7 +143,8 @@ def _without_percent(text: str) -> tuple[str, bool]:
 
 
 def _readings(text: str, percent: bool) -> list[str]:
-    """Returns the texts that the library parses for a result. For a percentage, these include the result / 100."""
+    """Returns the texts that the library parses for a result: the result itself and, for a percentage, also the result
+    divided by 100."""
     return [f"\\boxed{{{text}}}", *([rf"\boxed{{\frac{{{text}}}{{100}}}}"] if percent else [])]
 
 
@@ -158,7 +160,7 @@ class Truth:
     text: str  # the result of `plain` without its percent sign
     percent: bool
     words: str | None  # the normalised text if it is no formula
-    values: Sequence[list[Any]]  # parsed from each of `_readings`; empty if the text is no mathematics
+    values: Sequence[list[Any]]  # one list for each of `_readings`; empty if the text is no mathematics
 
 
 @reward("math_verify", on_timeout="lowest", verifiable=_boxed)
@@ -166,14 +168,15 @@ class MathVerify:
     """1.0 if the answer equals the ground truth as mathematics: 1/2, 0.5 and \\frac{2}{4} are the same.
 
     Compares the last `\\boxed{...}` of the answer. Without a box, it compares the last result that the library finds in
-    the text. It also reads the text after the last "Answer:" (or the whole answer if it is short) as a formula.
-    Three cases do not use the library's rules. Words are compared letter by letter, because the library reads them as
-    products of variables. Numbers with a base must have the same base too. 25% equals both 25 and 0.25 if only one of
-    the two texts has the percent sign. A ground truth that is plain text and no mathematics is compared as in `exact`.
-    A row is invalid if its ground truth is LaTeX that does not parse, or takes too long to compare with any answer.
+    the text. It also reads the text after the last "Answer:" (or the whole answer if it is short) as a formula. Three
+    cases do not use the library's rules. Words are compared letter by letter, because the library reads them as
+    products of variables. Two numbers with a base must also have the same base. 25% equals both 25 and 0.25 if only one
+    of the two texts has the percent sign. A ground truth that is plain text and no mathematics is compared as in
+    `exact`. A row is invalid if its ground truth is LaTeX that cannot be parsed, or if comparing it with an answer
+    would take too long.
 
-    The library's own time limits use SIGALRM, which cannot interrupt a long operation inside one bytecode, and which
-    fails outside the main thread. These limits are off. The runner kills the process instead.
+    The library's own time limits are off. They use SIGALRM, which cannot interrupt a long operation inside one
+    bytecode, and which fails outside the main thread. Instead of these limits, the runner kills the process.
     """
 
     def setup(self) -> None:
@@ -205,15 +208,15 @@ class MathVerify:
         return Score(float(any(self._equal(truth, true, given) for true in values for given in parsed)), details)
 
     def _result(self, answer: str) -> tuple[str, bool, list[str]]:
-        """Returns the part of the answer that counts, True if it is a formula, and the texts in which the library
-        searches for a formula."""
+        """Returns three values: the part of the answer that counts, whether this part is a formula, and the texts in
+        which the library searches for formulas."""
         if (boxed := last_boxed(answer[-WINDOW:])) is not None:
             return boxed, True, []
         prose = answer[-LONGEST_PROSE:]
         if len(prose) < len(answer):
             prose = (
                 prose.partition("\n")[2] or prose
-            )  # starts at a new line: a cut inside a formula would leave a dollar sign without its partner
+            )  # starts at a new line, because a cut inside a formula would leave a single dollar sign
         bare = (marked_answer(answer) or "").strip("*$ \n")
         if ending := _ENDING.search(prose):
             return (ending[1] or ending[2]).strip(), True, [prose]
@@ -222,7 +225,7 @@ class MathVerify:
         return bare, True, [prose]
 
     def _read_truth(self, given: str, row: str) -> Truth:
-        """Prepares a ground truth. Raises Invalid if no answer can be compared with it."""
+        """Prepares a ground truth. Raises Invalid if no answer can be compared with this ground truth."""
 
         def refuse(why: str) -> Invalid:
             return Invalid(f"the ground truth of row {row} {why}: {given[:200]!r}")
@@ -248,8 +251,8 @@ class MathVerify:
         return Truth(text, percent, words, values if mathematics else [])
 
     def _equal(self, truth: Truth, value: list[Any], found: list[Any]) -> bool:
-        """True if two parsed results are equal. Words and numbers with a base are compared by their text, other results
-        by the library. The last item of `found` is the text that the library parsed."""
+        """True if two parsed results are equal. Words, and numbers with a base, are compared as texts. The library
+        compares all other results. The last item of `found` is the text that the library parsed."""
         text = plain(found[-1]) if isinstance(found[-1], str) else ""
         if truth.words and text.isascii() and text.isalpha():
             return normalised(text) == truth.words
@@ -258,7 +261,8 @@ class MathVerify:
         return self._verify(value, found)
 
     def _parse(self, text: str) -> list[Any]:
-        """Returns the sympy expressions in `text` and the text of the first; [] if there is no mathematics."""
+        """Returns the sympy expressions in `text`, then the text of the first expression; [] if `text` has no
+        mathematics."""
         from math_verify import parse  # imported here because it takes a second, and only worker processes need it
 
         return parse(text, parsing_timeout=0)  # 0 means no time limit

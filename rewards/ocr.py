@@ -10,7 +10,7 @@ from rewards.registry import as_response
 from rewards.text import folded, marked_answer
 
 LONGEST_TRUTH = 20_000
-"""Maximum number of characters of a true text. The time of a comparison grows with the product of both lengths."""
+"""Maximum number of characters of a true text. The time of a comparison grows with the product of the two lengths."""
 LONGEST_TIMES, LONGEST_PLUS = 4, 64
 """An answer with more characters than 4 * (characters of the true text) + 64 is not compared, because it could earn
 little more than 1/4."""
@@ -27,8 +27,9 @@ def ocr(rollout: Rollout, case_sensitive: bool = True) -> Score:
     """1 - (edit distance) / (length of the longer text), after normalising white space and Unicode forms.
 
     The transcription is the answer's last `\\boxed{...}` if there is one, else the text after the last "Answer:", else
-    the whole answer. A code fence around it is removed. If the true text itself contains such a mark, the whole answer
-    is the transcription. The ground truth is text or a list of acceptable texts; the nearest of them counts.
+    the whole answer. A code fence around the transcription is removed. If the true text itself contains `\\boxed{...}`
+    or "Answer:", the whole answer is the transcription. The ground truth is one text or a list of acceptable texts. The
+    text that is nearest to the transcription counts.
 
     The report describes no reward for reading text. Perception-R1, which the report cites, uses edit distance. The
     normalisation here is a reconstruction.

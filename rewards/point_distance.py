@@ -33,16 +33,16 @@ def point_distance(
 ) -> Score:
     """For a true point, max(0, 1 - d / radius) at the distance d. For a true box, 1.0 inside and 0.0 outside.
 
-    A point earns 1 at the target, less the farther away it is, and exactly 0 at the distance `radius` or more. d is the
-    Euclidean distance. It is measured with x in picture widths and y in picture heights, whatever `coordinates` the row
-    and the answer use. `radius` is in the same units. The edges of a box are inside.
+    A point at the target earns 1. A point farther away earns less, and a point at the distance `radius` or more earns
+    0. d is the Euclidean distance, with x in picture widths and y in picture heights, whatever `coordinates` the row
+    and the answer use. `radius` is in the same units. A point on the edge of a box is inside.
 
-    Only the last point of the answer counts, or the whole list if this point is part of a list: "(...), no, (...)"
-    gives one point, "[[...], [...]]" gives two. A list of n points earns 1/n of the value of its best point. An answer
-    without a usable point earns 0.0.
+    Only the last point of the answer counts. But if this point is part of a list, all points of the list count: "(...),
+    no, (...)" gives one point, "[[...], [...]]" gives two points. A list of n points earns 1/n of the value that the
+    best of these points would earn. An answer without a usable point earns 0.0.
 
-    The report asks for strict distance decay and gives neither formula nor radius. Formula, radius and the rule for
-    lists are reconstructions.
+    The report asks for strict distance decay. It gives neither a formula nor a radius. The formula, the radius and the
+    rule for lists are reconstructions.
     """
     given, row = rollout.prompt.ground_truth, rollout.prompt.id
     if isinstance(given, list | tuple) and any(isinstance(one, list | tuple | dict) for one in given):

@@ -1,6 +1,8 @@
 """Finds the prose of a text (without code, formulas and quotations) and splits it into runs of one script.
 
-The time is bounded, and linear in the length of the text. Tested in tests/rewards/test_language_consistency.py.
+A run is a series of words in one script. The time is bounded, and grows linearly with the length of the text.
+
+Tested in tests/rewards/test_language_consistency.py.
 """
 
 # ruff: noqa: RUF001  # this file has letters of many scripts
@@ -38,7 +40,7 @@ WORD = re.compile(
     "|".join(f"(?P<{s}>[{r}][{r}\u0300-\u036f]*+(?:['’][{r}\u0300-\u036f]++)*+)" for s, r in RANGES.items())
 )
 _LETTERS_PER_SIGN = {"Han": 3, "Kana": 2, "Hangul": 2}
-UNSPACED = {"Han": 4, "Kana": 8, "Thai": 12}  # letters of a long word in a script without blanks
+UNSPACED = {"Han": 4, "Kana": 8, "Thai": 12}  # number of letters in a long word, for scripts without blanks
 _HIRAGANA, _HIRAGANA_OR_HAN = re.compile("[ぁ-ゖ]"), re.compile(f"[ぁ-ゖ{RANGES['Han']}]")
 
 _FENCE = re.compile(r"^[ \t>]{0,16}+(`{3,}+|~{3,}+)([^\n]*+)$", re.MULTILINE)
@@ -46,8 +48,8 @@ _ENVIRONMENT = re.compile(
     r"\\(begin|end)\{(?:equation|align|aligned|alignat|gather|gathered|multline|split|cases|array|eqnarray|math|"
     r"displaymath|tabular|verbatim|lstlisting|minted|tikzpicture|[a-zA-Z]?matrix|smallmatrix)\*?\}"
 )
-# Each alternative with an end mark searches a bounded length, and stops at the next start mark of the same kind. So
-# unbalanced marks cost only linear time, and do not hide the text after them.
+# Each alternative that needs an end mark searches a bounded length, and stops at the next start mark of the same kind.
+# So unbalanced marks cost only linear time, and do not hide the text after them.
 _NOT_PROSE = re.compile(
     r"""
       `{1,2}+[^`\n]{1,400}+`{1,2}+
@@ -72,7 +74,7 @@ _FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive words of one script within a sentence."""
+    """Consecutive words in the same script, within one sentence."""
 
     script: str
     text: str
@@ -81,7 +83,7 @@ class Run:
 
 
 def script_runs(prose: str) -> dict[str, list[Run]]:
-    """Returns script -> runs. Runs end with the sentence. Han characters beside hiragana count as Japanese."""
+    """Returns script -> runs. A run ends where its sentence ends. Han characters near hiragana count as Japanese."""
     found: dict[str, list[Run]] = {}
     japanese = _is_japanese(prose)
     for sentence in _SENTENCE.findall(prose):
@@ -93,14 +95,14 @@ def script_runs(prose: str) -> dict[str, list[Run]]:
             words = [("Kana" if s == "Han" else s, w) for s, w in words]
         korean = any(s == "Hangul" for s, _ in words)
         for run in _joined(words):
-            # A few Han characters in a Korean text explain a Korean word.
+            # A few Han characters in a Korean sentence only explain a Korean word, and do not count.
             if not (run.script == "Han" and korean and len(run.text) <= 4):
                 found.setdefault(run.script, []).append(run)
     return found
 
 
 def without_code_and_quotations(text: str) -> str:
-    """Replaces code, formulas, quotations, URLs, tags and words with digits by blanks."""
+    """Puts a blank in place of code, formulas, quotations, URLs, tags and words with digits."""
     text = _cut(text, _fenced(text))
     text = _cut(text, _environments(text))
     return _NOT_PROSE.sub(" ", text)
@@ -157,5 +159,5 @@ def _joined(words: Sequence[tuple[str, str]]) -> Iterator[Run]:
 
 
 def _is_japanese(text: str) -> bool:
-    """True if hiragana stand beside the Han characters. Katakana do not count, because Chinese texts may have some."""
+    """True if a text has enough hiragana for its Han characters. Katakana do not count: Chinese texts may have them."""
     return len(_HIRAGANA.findall(text)) > 0.08 * len(_HIRAGANA_OR_HAN.findall(text))

@@ -1,4 +1,5 @@
-"""The registry of rewards: decorators such as `@reward` register a reward, `get` finds it and checks its parameters."""
+"""The registry of rewards: `@reward` and similar decorators register rewards; `get` finds a reward and checks
+parameters."""
 
 import difflib
 import hashlib
@@ -68,7 +69,7 @@ class Reward:
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """The parameters that a recipe may set: those of a class's `__init__`, or all but the first of a function."""
+        """The parameters that a recipe may set: those of a class's `__init__`; for a function, all but the first."""
         parameters = list(inspect.signature(self.target).parameters.values())
         return {p.name: p for p in (parameters if inspect.isclass(self.target) else parameters[1:])}
 
@@ -76,7 +77,8 @@ class Reward:
         """Returns the parameter's annotation as an object. A string annotation is evaluated."""
         if not isinstance(parameter.annotation, str):
             return parameter.annotation
-        # a string because of `from __future__ import annotations`; eval is safe, as the reward's author wrote it
+        # The annotation is a string because of `from __future__ import annotations`. It comes from the reward's author,
+        # so eval is safe.
         owner = self.target.__init__ if inspect.isclass(self.target) else self.target
         return eval(parameter.annotation, getattr(owner, "__globals__", {}))
 
@@ -85,8 +87,9 @@ class Reward:
 class BoundReward:
     """A reward with checked parameters.
 
-    Calling it with a rollout returns the reward's result: a number, a Score, or an awaitable of one of them. A group
-    reward takes a list of rollouts and returns a list. A row judge takes a Prompt. The first call runs `setup()`.
+    Calling it with a rollout returns the reward's result: a number, a Score, or an awaitable that gives a number or a
+    Score. A group reward takes a list of rollouts and returns a list. A row judge takes a Prompt. The first call runs
+    `setup()`.
     """
 
     reward: Reward
@@ -94,7 +97,7 @@ class BoundReward:
 
     @property
     def endpoints(self) -> list[str]:
-        """The values of the parameters of type EndpointName, which are names of endpoints."""
+        """The names of the endpoints that the reward asks: the values of its parameters of type EndpointName."""
         accepted = self.reward.parameters
         names = [name for name, p in accepted.items() if is_endpoint_name(self.reward.annotation(p))]
         values = [self.params.get(name, accepted[name].default) for name in names]
@@ -102,7 +105,8 @@ class BoundReward:
 
     @cached_property
     def scorer(self) -> Callable[..., Any]:
-        """The reward's function, or an instance of its class. The first access creates it and runs its `setup()`."""
+        """The reward's function, or an instance of its class. The first access creates the instance and runs
+        `setup()`."""
         if not inspect.isclass(self.reward.target):
             return self.reward.target
         instance: Any = self.reward.target(**self.params)
@@ -137,13 +141,14 @@ def reward(
     lowest      the lowest value that the reward can return; truncated responses and unreadable text get this value
     highest     the value of a fully right response
     on_timeout  what happens to a sample that runs out of time or memory. "invalid": it is left out of the loss.
-                "lowest": it gets the lowest value; choose this if only the policy's text can be the reason
+                "lowest": it gets the lowest value; choose this if nothing but the policy's text can cause it
     verifiable  True if a response that states only the row's ground truth gets `highest`; `python -m rewards try` then
                 checks this. The response is the ground truth itself if it is text, else its JSON. If such a response
-                does not get `highest`, pass a function that turns a ground truth into a response that does
+                does not get `highest`, pass a function instead: it converts a ground truth into a response that gets
+                `highest`
     timeout_s   time limit of one sample in seconds; a recipe may set another limit
     needs       the field that each row must have: "ground_truth" (the default of a verifiable reward) or "reference",
-                the teacher's response. This is checked before a run starts
+                the teacher's response. The rows are checked before a run starts
     """
     return _register(
         name,
@@ -162,7 +167,8 @@ def penalty(
     name: str, *, group: bool = False, on_timeout: OnTimeout = "invalid", timeout_s: float = 10.0
 ) -> Callable[[Target], Target]:
     """Registers a behaviour penalty. It is written like a reward, and returns how badly the rollout offends, from 0
-    (not at all) to 1. A recipe lists penalties under a reward. They lower the reward's value towards its lowest value:
+    (not at all) to 1. A recipe lists penalties under a reward. The penalties lower the reward's value towards the
+    lowest value of the reward:
 
         lowest + (value - lowest) * product over penalties of (1 - magnitude * offence)
     """
@@ -195,13 +201,14 @@ def as_response(truth: Any) -> str:
 
 
 def names() -> list[str]:
-    """Returns all names that `get` accepts: those of built-in rewards, imported rewards and entry points."""
+    """Returns all names that `get` accepts: the names of built-in rewards, imported rewards and entry points."""
     _import_builtin()
     return sorted({*_REGISTRY, *(e.name for e in importlib.metadata.entry_points(group=ENTRY_POINTS))})
 
 
 def all_rewards() -> list[Reward]:
-    """Loads the rewards of all `names`, sorted by name. Raises ValueError for an entry point that does not load."""
+    """Returns the rewards of all `names`, sorted by name. Raises ValueError for an entry point that cannot be
+    loaded."""
     by_name = {reward.name: reward for name in names() for reward in _REGISTRY.get(name, []) or [_by_name(name)]}
     return [by_name[name] for name in sorted(by_name)]
 
@@ -212,11 +219,11 @@ def get(
     base_dir: str | Path | None = None,
     endpoints: Container[str] | None = None,
 ) -> BoundReward:
-    """Returns the reward that a recipe names with `use: target`, with its parameters.
+    """Returns the reward that `use: target` in a recipe refers to, together with its parameters.
 
     `base_dir` is the folder that `file.py:Name` is relative to (default: the current folder). Raises ValueError if the
-    target does not exist (the message suggests the nearest name) or the parameters do not fit its signature. If
-    `endpoints` is given, also raises ValueError if a parameter names an endpoint that is not in it.
+    target does not exist (the message suggests the nearest name), or if the parameters do not fit the reward's
+    signature. If `endpoints` is given, also raises ValueError if a parameter names an endpoint that is not in it.
     """
     reward = _by_place(target, Path(base_dir or ".")) if ":" in target else _by_name(target)
     bound = BoundReward(reward, _checked(reward, dict(params or {})))
@@ -285,7 +292,7 @@ def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(alias, path)
     assert spec and spec.loader, path
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # last, so that files beside the reward hide no other modules
+        sys.path.append(str(path.parent))  # at the end, so that files beside the reward hide no other modules
     module = sys.modules[alias] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -348,7 +355,7 @@ def _typed(reward: Reward, parameter: inspect.Parameter | None, key: str, value:
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
     try:
         return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # pydantic models and dataclasses have their own configuration
+    except PydanticUserError:  # pydantic models and dataclasses have their own configuration, so no other may be given
         return TypeAdapter(annotation)
 
 

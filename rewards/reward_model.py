@@ -10,7 +10,8 @@ from rewards import Invalid, Rollout, Score, reward
 from rewards.text import words_of
 
 CHARACTERS_PER_TOKEN = 16
-"""An answer is first cut to its last 16 characters per token of `max_length`. Tokenizing a megabyte takes seconds."""
+"""Only the last 16 * `max_length` characters of an answer are tokenized, because tokenizing a megabyte takes
+seconds."""
 
 
 @reward("reward_model", timeout_s=60)
@@ -18,16 +19,17 @@ class RewardModel:
     """The score (0 to 1) that a local reward model gives to prompt and answer. The model sees no pictures.
 
     path        the folder with a sequence classifier (one label), its tokenizer and the tokenizer's chat template
-    max_length  maximum number of tokens that the model reads; a longer chat loses its beginning
+    max_length  maximum number of tokens that the model reads; the beginning of a longer chat is cut off
     squash      "sigmoid" maps the unbounded score s to 1 / (1 + exp(-s)). For a preference model, this is the
                 probability that the answer beats an answer of score 0. "none" is for a model whose scores are between 0
                 and 1; scores are clipped to this range
     device      torch device of the model
 
-    The chat has the text of the row's messages, and `rollout.answer` without the reasoning. Control tokens in the
-    answer are replaced by blanks, so that the answer cannot close its turn and open another turn. An empty answer gets
-    0. The time of a score does not depend on the policy's text, because the text is cut to `max_length`. So a sample
-    that runs out of time is invalid. The report has no such reward; its preference reward is a generative judge.
+    The chat consists of the text of the row's messages and of `rollout.answer`, without the reasoning. Control tokens
+    in the answer are replaced by blanks, so that the answer cannot end its message and start another message. An empty
+    answer gets 0. The text is cut to `max_length`, so the policy's text cannot make scoring slow. So a sample that runs
+    out of time is invalid, not a bad answer. The report has no such reward; the preference reward in the report is a
+    generative judge.
     """
 
     def __init__(

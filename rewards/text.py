@@ -55,13 +55,15 @@ def visible(text: str) -> str:
 
 
 def folded(text: str) -> str:
-    """Converts `text` to Unicode form NFKC, removes invisible characters, and makes all white space single blanks."""
+    """Converts `text` to Unicode form NFKC, removes invisible characters, and puts one blank in place of each stretch
+    of white space."""
     text = unicodedata.normalize("NFKC", text)
     return " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
 
 
 def normalised(text: str) -> str:
-    """Applies `folded`, removes a `\\text{}` around the whole text and a final period, and ignores the case."""
+    """Applies `folded`, removes a final period and a `\\text{}` around the whole text, and makes all letters lower
+    case."""
     text = folded(text)
     if wrapped := _WRAPPED.fullmatch(text):
         text = wrapped[1].strip()

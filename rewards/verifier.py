@@ -43,19 +43,20 @@ class Verifier:
 
     endpoint     the judge. It sees the question (with pictures, if it takes pictures), the ground truth and the answer
     votes        number of verdicts, which are requested at the same time with different seeds
-    rule         the answer is right if more than half of the verdicts say so ("majority"), or if all do ("all")
+    rule         "majority": the answer is right if more than half of the verdicts say so. "all": it is right if all
+                 verdicts say so
     process      True: the judge also sees the reasoning, and rejects a right answer that the reasoning does not support
     temperature  the judge's sampling temperature. It must be above 0 for several votes, or all votes would be the same
     max_tokens   maximum length of one verdict, including the thinking of a reasoning judge
-    max_chars    the judge sees at most this many characters of the answer and of the reasoning. Of a longer
-                 text, it sees a short beginning and a long end
+    max_chars    maximum number of characters that the judge sees of the answer, and of the reasoning. The middle of a
+                 longer text is cut out: the judge sees a short start and a long end
     template     a Jinja file that replaces rewards/prompts/verifier.jinja. That file lists the variables. A relative
                  path starts at the folder in which the run is started
 
-    An empty answer scores 0.0. If the judge gives no verdict on an answer, but gives one on a harmless answer to the
-    same row, the answer also scores 0.0. The report names the properties (independent of form, equal expressions
-    accepted, process consistency) and publishes no prompt and no number of votes. Prompt and number of votes are
-    reconstructions.
+    An empty answer scores 0.0. If the judge gives no verdict on an answer, but judges a harmless answer to the same
+    row, the answer also scores 0.0. The report names the properties of its verifier (independent of form, equal
+    expressions accepted, process consistency). It publishes neither a prompt nor a number of votes. The prompt and the
+    number of votes are reconstructions.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ def vote(answer: str) -> str:
 
 
 def majority(votes: Sequence[str]) -> str | None:
-    """Returns the most frequent non-empty vote, or the first of equally frequent votes; None if there is no vote."""
+    """Returns the most frequent non-empty vote; None if there is no vote. Of equally frequent votes, returns the
+    first."""
     given = [one for one in votes if one]
     return Counter(given).most_common(1)[0][0] if given else None

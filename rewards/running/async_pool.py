@@ -1,8 +1,8 @@
 """A process for rewards that wait, such as rewards that ask a judge. It runs many jobs at a time.
 
 If a job blocks or kills the process, all jobs that were running start again, one at a time, to find the cause. If an
-endpoint does not answer, its jobs are held. One of them is sent as a probe from time to time, until the endpoint
-answers or its `max_wait` is over.
+endpoint does not answer, the jobs that ask it are held. From time to time, one of these jobs is sent as a probe, until
+the endpoint answers or its `max_wait` is over.
 """
 
 import atexit
@@ -24,7 +24,7 @@ from rewards.running.worker import WorkerSetup
 from rl.stop import Stop
 
 MOST_AT_ONCE = 1024  # maximum number of jobs in the process; each endpoint also has a limit, `concurrency`
-STALL_S = (2.0, 30.0)  # bounds (minimum, maximum) of the time limit: a process silent for longer counts as blocked
+STALL_S = (2.0, 30.0)  # minimum and maximum of a time limit: a process silent for longer counts as blocked
 PROBE_S = (2.0, 60.0)  # seconds between probes of an endpoint that does not answer: first pause and longest pause
 
 
@@ -73,7 +73,7 @@ class AsyncPool(RewardPool):
     """Runs jobs of async scorers. If an outage is longer than the endpoint's `max_wait`, the jobs that wait for the
     endpoint fail with EndpointAway.
 
-    outages  queue of reports when an outage begins, continues or ends
+    outages  a queue that gets an Outage when an outage begins, continues or ends
     """
 
     def __init__(self, setup: WorkerSetup, setup_s: float):
@@ -84,9 +84,9 @@ class AsyncPool(RewardPool):
         self._numbers = itertools.count()
         self._running: dict[int, Job] = {}
         self._suspects: list[Job] = []  # jobs that ran when the process ended; each is run again alone
-        self._alone: Job | None = None  # the suspect that runs now
+        self._alone: Job | None = None  # the job of _suspects that runs now
         self._away: dict[str, _AwayEndpoint] = {}
-        self._last_message = 0.0  # time of the process's last message
+        self._last_message = 0.0  # time when the process sent its last message
         self._process: WorkerProcess | None = None
         self._thread: threading.Thread | None = None
 
@@ -143,7 +143,8 @@ class AsyncPool(RewardPool):
             self._terminate_process()
 
     def _start_process(self) -> None:
-        """Starts a process and loads every scorer. If this fails, ends it and raises SetupFailed or ProcessDied."""
+        """Starts a process and loads every scorer. On failure, ends the process and raises SetupFailed or
+        ProcessDied."""
         self._process = WorkerProcess("rewards.running.async_worker", self.setup)
         try:
             for scorer in self.setup.scorers:
@@ -175,7 +176,7 @@ class AsyncPool(RewardPool):
             process.terminate()
 
     def _step(self) -> None:
-        """Sends the jobs that may run now. Then waits for an answer, a new job or the time of a probe."""
+        """Sends the jobs that may run now. Then waits for an answer or a new job, for at most half a second."""
         self._probe_or_give_up()
         if self._process is None:
             if self._jobs.empty() and not self._suspects:
@@ -239,7 +240,7 @@ class AsyncPool(RewardPool):
         _resolve(job, outcomes)
 
     def _on_process_lost(self, error: Exception) -> None:
-        """Handles a process that has ended or cannot be started. If one job ran alone, it is the cause. If several jobs
+        """Handles a process that has ended or cannot be started. A job that ran alone is the cause. If several jobs
         ran, each of them is run again alone."""
         self._terminate_process()
         if isinstance(error, SetupFailed):
@@ -272,7 +273,7 @@ class AsyncPool(RewardPool):
         away.held.append(job)
 
     def _probe_or_give_up(self) -> None:
-        """Queues the probes that are due. Fails the jobs of endpoints that do not answer for longer than `max_wait`."""
+        """Queues the probes that are due. If an endpoint has not answered for longer than `max_wait`, its jobs fail."""
         now = time.monotonic()
         for endpoint, away in list(self._away.items()):
             if now - away.since > self.setup.endpoints[endpoint].max_wait:

@@ -24,7 +24,7 @@ from rewards.running.worker import (
 )
 from rl.types import Prompt, Rollout
 
-PULSE_S = 1.0  # seconds between pulse messages; if none comes, a reward blocks the event loop
+PULSE_S = 1.0  # seconds between pulse messages; if no message comes, a reward blocks the event loop
 
 
 class AsyncRewardWorker(RewardWorker):
@@ -50,14 +50,14 @@ class AsyncRewardWorker(RewardWorker):
             late = sample_clock.elapsed >= timeout_s
             outcome = {"exhausted": f"took longer than {timeout_s:g} s"} if late else {"invalid": describe_error(e)}
         except (MemoryError, RecursionError):
-            os._exit(3)  # the parent runs the jobs again, one at a time, to find the one that took the memory
+            os._exit(3)  # the parent runs the jobs again, one at a time, to find the job that took the memory
         except (Exception, SystemExit, asyncio.CancelledError) as e:
             outcome = {"invalid": describe_error(e)}
         return [outcome] * len(items)
 
 
 async def serve(connection: Connection) -> None:
-    """Answers jobs until the other end closes the connection.
+    """Answers jobs until the parent closes the connection.
 
     A job is (number, scorer, items, time limit in seconds). A job without items only loads the scorer.
     """

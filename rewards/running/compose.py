@@ -1,4 +1,5 @@
-"""Builds the parts of a task (rewards and penalties) from a recipe, and combines their outcomes into one score."""
+"""Builds the parts of a task (rewards and penalties) from a recipe. Combines the outcomes of the parts into one
+score."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -78,7 +79,8 @@ class PartBuilder:
         return self._part(f"row judge {name}", spec, "row judge", 1.0, {})
 
     def _part(self, place: str, spec: config.ScorerSpec, kind: Kind, factor: float, counts: dict[str, int]) -> Part:
-        """Builds a part. `counts` has the uses of each name in the task. The second `exact` is called `exact_2`."""
+        """Builds a part. `counts` says how often each name was used in the task: the second `exact` is called
+        `exact_2`."""
         try:
             bound = get(spec.use, spec.params, self.folder, self.endpoints)
         except ValueError as e:
@@ -102,20 +104,21 @@ class PartBuilder:
 
 
 class PendingScore:
-    """A rollout that is being scored. Its future is resolved when the outcome of the last part is added."""
+    """A rollout that is being scored. Its future gets the result when the outcome of the last part is added."""
 
     def __init__(self, task: TaskRewards, rollout: Rollout):
         self.task, self.rollout = task, rollout
         self.future: Future[Scored] = Future()
-        self.truncated = rollout.finish == "length"  # gets the lowest value, even if a group reward returns more
+        # A truncated rollout gets the lowest value, even if a group reward returns more.
+        self.truncated = rollout.finish == "length"
         self._outcomes: dict[int, Outcome] = {}
         self._lock = threading.Lock()
         if self.truncated:
             self.future.set_result(Scored(rollout, task.bound("lowest"), details={"truncated": True}))
 
     def add(self, part: int, finished: Future[list[Outcome]], index: int) -> None:
-        """Adds the outcome of part number `part`: item `index` of `finished`. If `finished` failed or was cancelled,
-        the future of this rollout fails or is cancelled too."""
+        """Adds the outcome of part number `part`. This is item `index` of the result of `finished`. If `finished` has
+        failed or was cancelled, the future of this rollout fails or is cancelled too."""
         if self.future.done():
             return
         if finished.cancelled():

@@ -1,8 +1,8 @@
 """Worker processes for rewards that compute. They take jobs from a queue and return outcomes.
 
 `workers` processes compute at a time. A process that dies is replaced at once. A process whose job takes longer than
-usual gives its turn to a reserve process. If the job still continues, its process computes only on idle cores, and is
-killed at the job's time limit. So a hung sample hardly slows down other samples. Tested in
+usual gives its turn to a reserve process. If the job takes even longer, the process computes only on idle cores. At the
+job's time limit, the process is killed. So a hung sample hardly slows down other samples. Tested in
 tests/rewards/running/test_runner.py.
 """
 
@@ -23,18 +23,18 @@ Outcome = Mapping[str, Any]
 """The result for one rollout or row: {"value", "details"}, {"invalid": reason}, {"exhausted": message that time or
 memory ran out} or {"away": endpoint, "why"}. It also has the "seconds" that scoring took."""
 
-SLOW_FACTOR = 3  # a job is slow if it takes longer than this many times the usual duration for its scorer
-LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0  # minimum time before a job is slow; the time without a known duration
-HUNG_S = 1.0  # a process that takes longer gets only idle cores; as this cannot be undone, it is replaced later
+SLOW_FACTOR = 3  # a job is slow if it takes more than SLOW_FACTOR times the usual duration of its scorer
+LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0  # minimum seconds until a job is slow; seconds for a first job
+HUNG_S = 1.0  # a process whose job takes longer gets only idle cores from then on, and is replaced later
 MOST_RESERVES = 8
 
 
 @dataclass(frozen=True)
 class Job:
-    """Rollouts that one scorer scores together, or one data row for a row judge.
+    """The work of one call of a scorer: rollouts that are scored together, or one data row for a row judge.
 
-    With `retry_on_death`, a job whose process dies is tried once more. A second death counts as exhausted, because the
-    text is then its likely cause. A single death must not cost the sample its value.
+    If `retry_on_death` is True, a job whose process dies is tried once more, because a single death may have another
+    cause than the text. If the process dies again, the text is the likely cause, and the outcome is "exhausted".
     """
 
     scorer: str
@@ -49,7 +49,7 @@ class Job:
 
 
 class Countdown:
-    """Resolves a future after `count` calls of `done`, with the seconds that passed."""
+    """Sets the result of a future after `count` calls of `done`. The result is the number of seconds that passed."""
 
     def __init__(self, count: int, future: Future[float]):
         self.left, self.future, self.start = count, future, time.monotonic()
@@ -70,7 +70,8 @@ class Countdown:
 
 
 class RewardPool:
-    """Base class of both pools. Their processes load scorers and score jobs. start() or the first job starts them."""
+    """Base class of both pools. The processes load scorers and score jobs. start() or the first job starts the
+    processes."""
 
     def __init__(self, setup: WorkerSetup, setup_s: float):
         self.setup, self.setup_s = setup, setup_s
@@ -101,15 +102,15 @@ class RewardPool:
 
 
 class ComputePool(RewardPool):
-    """`workers` processes and one reserve process. Each loads every scorer."""
+    """Has `workers` processes and one reserve process. Each process loads every scorer."""
 
     def __init__(self, setup: WorkerSetup, workers: int, setup_s: float):
         super().__init__(setup, setup_s)
         self.workers = workers
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.turns = threading.Semaphore(workers)  # `workers` turns; a process needs one to compute
+        self.turns = threading.Semaphore(workers)  # a process needs a turn to compute; there are `workers` turns
         self._slots: list[_Slot] = []
-        self._stuck = 0  # number of slots whose job continues after they gave away their turn
+        self._stuck = 0  # number of slots that gave away their turn and still have a job
         self._usual_s: dict[str, float] = {}
 
     def _start(self, ready: Future[float]) -> None:
@@ -119,7 +120,7 @@ class ComputePool(RewardPool):
         ready.add_done_callback(lambda _: self._keep_reserve())
 
     def put(self, job: Job) -> None:
-        """Queues a job. The next free process scores it and resolves its future."""
+        """Queues a job. The next free process scores the job and sets the result of `job.outcomes`."""
         self.start()
         self.jobs.put(job)
 
@@ -149,7 +150,7 @@ class ComputePool(RewardPool):
         self._usual_s[scorer] = 0.9 * usual + 0.1 * seconds
 
     def give_turn(self, *, grow: bool) -> bool:
-        """Gives the caller's turn to a reserve process if a job waits. Returns True if the turn was given away.
+        """Gives the caller's turn to a reserve process if a job is waiting. Returns True if the turn was given away.
 
         With `grow`, starts a reserve process if there is none.
         """
@@ -165,7 +166,7 @@ class ComputePool(RewardPool):
         return True
 
     def stuck_job_ended(self) -> None:
-        """A slot that gave away its turn calls this when its job has ended."""
+        """To be called when a slot has given away its turn and the job of this slot has ended."""
         with self._lock:
             self._stuck -= 1
 
@@ -193,8 +194,8 @@ class ComputePool(RewardPool):
 class _Slot:
     """A thread with its worker process.
 
-    Only this thread starts its processes, and it ends after them, because the kernel kills a worker process when the
-    thread that started it ends.
+    The kernel kills a worker process when the thread that started it ends. So only this thread starts the worker
+    process and the processes that replace it, and the thread ends after the last process.
     """
 
     def __init__(self, pool: ComputePool):
@@ -202,7 +203,7 @@ class _Slot:
         self.process: ComputeProcess | None = None
         self.stuck = False  # True if the current job is slow and another slot has this slot's turn
         self.hung = False  # True if the job took so long that the process lost its priority
-        self.lock = threading.Lock()  # so that no process is started after close() has killed all
+        self.lock = threading.Lock()  # so that no process is started after close() has killed all processes
         self.thread: threading.Thread | None = None
 
     def start(self, ready: Callable[[str | None], None]) -> None:
@@ -303,7 +304,8 @@ class _Slot:
         return list(outcomes)
 
     def _on_slow(self, seconds: float) -> bool:
-        """Gives away the turn if other jobs wait. Returns True if no further call is needed for this job."""
+        """Gives away the turn if another job is waiting. Returns True if this method need not be called again for this
+        job."""
         late = seconds >= HUNG_S
         self.stuck = self.stuck or self.pool.give_turn(grow=late)
         if self.stuck and late:
@@ -312,7 +314,8 @@ class _Slot:
         return self.hung
 
     def _running_process(self) -> ComputeProcess:
-        """Returns the slot's process; starts one if there is none. Raises CancelledError if the pool is closed."""
+        """Returns the slot's process. If the slot has no process, starts one. Raises CancelledError if the pool is
+        closed."""
         with self.lock:
             if self.pool.closed:
                 raise CancelledError

@@ -24,20 +24,20 @@ class ProcessDied(Exception):
 
 
 class SetupFailed(Exception):
-    """The process could not load the scorer, or took too long. The message says why."""
+    """The process could not load the scorer, or loading took too long. The message says why."""
 
 
 class WorkerProcess:
     """A new Python interpreter that runs `main()` of `module`. The first message to it is `setup`.
 
-    Its prints go to this process's stderr. It has its own process group, so that killing the group also kills the
-    child processes that a reward started.
+    Its standard output goes to the stderr of this process. It has its own process group, so that killing the group also
+    kills the child processes that a reward started.
     """
 
     def __init__(self, module: str, setup: WorkerSetup):
         self.connection, child_end = Pipe()
         fd = child_end.fileno()
-        # -P: imports use the PYTHONPATH below, and ignore a folder called rewards in the current folder
+        # With -P, imports use the PYTHONPATH below, and ignore a folder called rewards in the current folder.
         command = [sys.executable, "-P", "-c", f"from {module} import main; main()"]
         command += [str(fd), str(os.getpid())]
         self.process = subprocess.Popen(
@@ -73,7 +73,7 @@ class WorkerProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def terminate(self) -> None:
-        """Kills the process, waits for its end and closes the connection. Other threads must not use it after that."""
+        """Kills the process, waits for its end and closes the connection. Other threads must not use it afterwards."""
         self.kill()
         self.process.wait()
         self.connection.close()
@@ -130,9 +130,9 @@ class ComputeProcess(WorkerProcess):
         """Returns the outcomes in order (see rewards.running.worker.to_outcome), and True if the process must be
         replaced.
 
-        The time limit `timeout_s` starts when the scorer is loaded. After every `patience_s` seconds without an answer,
-        `on_slow` is called with the seconds passed, until it returns True. Raises SetupFailed, TimeoutError or
-        ProcessDied.
+        The time limit `timeout_s` starts when the scorer is loaded. While there is no answer, `on_slow` is called after
+        every `patience_s` seconds, with the seconds passed so far. When it returns True, it is not called again. Raises
+        SetupFailed, TimeoutError or ProcessDied.
         """
         self.send((scorer, list(items)))
         self.wait_until_loaded(setup_s)

@@ -1,8 +1,8 @@
 """Runs a recipe's rewards (from Rollout to Scored) and its row judges (from Prompt to RowScore).
 
-Rewards run in other processes, so that a reward that hangs, dies or uses too much memory does not harm the run.
-Rewards that compute run in pool.py. Rewards that wait for an endpoint run in async_pool.py. compose.py combines their
-outcomes into one score.
+Rewards run in other processes, so that a reward that hangs, dies or uses too much memory does not harm the run. The
+processes in pool.py run rewards that compute. The process in async_pool.py runs rewards that wait for an endpoint.
+compose.py combines the outcomes of several rewards into one score.
 """
 
 import hashlib
@@ -29,16 +29,17 @@ from rl.types import Prompt, Rollout, RowScore, Scored
 __all__ = ["EndpointAway", "Outage", "RewardRunner", "Scoring"]
 
 Result = TypeVar("Result")
-REMEMBERED = 100_000  # maximum number of stored judgements, so that a judge gets the same question only once
+# Judgements are stored, so that a judge gets each question only once.
+REMEMBERED = 100_000  # maximum number of stored judgements
 
 
 class RewardRunner:
     """Scores rollouts with the rewards of their task, in processes that can be killed.
 
     tasks       task -> its rewards. `use` and `params` are arguments of `rewards.get`. `timeout_s` is the wall-clock
-                time limit in seconds for one sample. It starts when the reward is loaded. A group gets this time for
-                each rollout. The wait for a free slot at an endpoint does not count. `memory_mb` is the number of MiB
-                that scoring may take in addition to loading
+                time limit in seconds for one sample. It starts when the reward has been loaded. A group of n rollouts
+                gets n times this limit. The wait for a free slot at an endpoint does not count. `memory_mb` is the
+                number of MiB that scoring may take in addition to loading
     endpoints   name -> the server of a judge
     base_dir    the folder that `file.py:Name` is relative to
     workers     number of processes for rewards that compute
@@ -47,9 +48,10 @@ class RewardRunner:
 
     A task's reward is the sum of weight * value over its rewards. Penalties first lower each value towards the lowest
     value of its reward (rewards.penalty). Raises ValueError, before any process is started, for a reward, parameter or
-    endpoint that does not exist. A sample is invalid, with the reason, if one of its rewards or penalties raises, dies,
-    returns no number, or runs out of time or memory. But if the reward declares on_timeout="lowest", a sample that runs
-    out of time or memory gets the lowest value (for a penalty: a full offence). Other samples are not affected.
+    endpoint that does not exist. A sample is invalid if one of its rewards or penalties raises an exception, dies,
+    returns no number, or runs out of time or memory. Its score then contains the reason. But if the reward declares
+    on_timeout="lowest", a sample that runs out of time or memory gets the lowest value (for a penalty: an offence of
+    1). Other samples are not affected.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class RewardRunner:
         return frozenset(part.name for part in self._parts if part.bound.reward.kind == "penalty")
 
     def problem(self, prompt: Prompt) -> str | None:
-        """Returns why a row cannot be scored (no reward for its task, or a missing field), or None if it can."""
+        """Returns the reason why a row cannot be scored (no reward for its task, or a missing field), else None."""
         if prompt.task not in self._tasks:
             return self._no_reward(prompt.task)
         for part in self._tasks[prompt.task].parts:
@@ -194,7 +196,8 @@ class RewardRunner:
         return self.results([futures[i] for i in range(len(rollouts))])
 
     def results(self, futures: Sequence[Future[Result]]) -> list[Result]:
-        """Waits for all futures, calls `on_outage` meanwhile, and returns the results. Raises EndpointAway."""
+        """Waits for all futures and returns the results. Meanwhile, calls `on_outage` for each outage. Raises
+        EndpointAway."""
         waiting = set(futures)
         while waiting:
             _, waiting = wait(waiting, timeout=0.2)
@@ -226,7 +229,8 @@ class RewardRunner:
         self._outcomes(part, [one.rollout for one in batch]).add_done_callback(on_outcomes)
 
     def _outcomes(self, part: Part, items: Sequence[Rollout | Prompt]) -> Future[list[Outcome]]:
-        """Returns the part's outcomes for the items. A judge is not asked the same question twice in a run."""
+        """Scores the items with the part and returns the outcomes. A judge is not asked the same question twice in a
+        run."""
         if not part.bound.reward.asynchronous or part.bound.reward.group:
             return self._queue_job(part, items)
         key = _question_digest(part, items[0])
@@ -264,7 +268,7 @@ class Scoring:
     def __init__(self, runner: RewardRunner, per_prompt: int):
         self._runner, self._per_prompt = runner, per_prompt
         self._futures: dict[int, Future[Scored]] = {}
-        self._incomplete: dict[int, dict[int, Rollout]] = {}  # for group rewards: prompts with missing rollouts
+        self._incomplete: dict[int, dict[int, Rollout]] = {}  # for group rewards: prompts that lack some rollouts
 
     def add(self, place: int, rollout: Rollout) -> None:
         """Scores a rollout. `place` is its index in the batch, where a prompt's rollouts are next to each other."""
@@ -287,7 +291,7 @@ class Scoring:
 
 
 def _has_value(finished: Future[list[Outcome]]) -> bool:
-    """True if the outcome has a value and can be reused. A question that failed is asked again."""
+    """True if the outcome has a value. Only such an outcome is reused; else the judge is asked again."""
     return not finished.cancelled() and not finished.exception() and "value" in finished.result()[0]
 
 

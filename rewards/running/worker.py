@@ -28,7 +28,7 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class ScorerSetup:
-    """Says how to load a reward, penalty or row judge. Scoring may take `memory_mb` MiB more than loading took."""
+    """Describes how to load a reward, penalty or row judge. Scoring may take `memory_mb` MiB more than loading took."""
 
     use: str
     params: Mapping[str, Any]
@@ -151,7 +151,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def serve(connection: Connection) -> None:
-    """Answers jobs until the other end closes. A job is (scorer, items). A job without items only loads the scorer."""
+    """Answers jobs until the connection closes. A job is (scorer, items). A job without items only loads the scorer."""
     worker = RewardWorker(pickle.loads(connection.recv_bytes()))
     while True:
         try:

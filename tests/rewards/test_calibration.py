@@ -1,4 +1,4 @@
-"""Tests the penalty `calibration`: the texts that the judge sees, and the value of its findings."""
+"""Tests the penalty `calibration`: the texts that the judge sees, and the value for each of its findings."""
 
 from typing import Any
 

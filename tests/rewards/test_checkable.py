@@ -1,4 +1,4 @@
-"""Tests the row judge `checkable`: the texts that the judge sees, and the value of its verdicts."""
+"""Tests the row judge `checkable`: the texts that the judge sees, and the value for each of its verdicts."""
 
 from typing import Any
 

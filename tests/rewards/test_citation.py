@@ -1,6 +1,6 @@
 """Tests the penalty `citation`: which references and links count as fabricated."""
 
-# ruff: noqa: RUF001  # look-alikes and headings in several scripts
+# ruff: noqa: RUF001  # look-alike letters and headings in several scripts
 
 import importlib
 import time

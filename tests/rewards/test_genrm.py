@@ -1,4 +1,4 @@
-"""Tests the reward `genrm`: comparisons in both orders, and the value of the grades."""
+"""Tests the reward `genrm`: comparisons in both orders, and the value that follows from the grades."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("hurried")
 
 
 def grades(answer: float, reference: float, first_place: float = 0.0) -> Script:
-    """Returns a judge that grades answer and reference so. The first response gets `first_place` points more."""
+    """Returns a judge that gives these grades, and adds `first_place` points to the response that is shown first."""
 
     def script(request: dict[str, Any]) -> dict[str, Any]:
         shown = blocks(text_of(request))
@@ -61,7 +61,7 @@ def test_both_orders_are_asked_and_a_preference_for_the_first_place_cancels_out(
 
 
 def test_an_answer_longer_than_the_reference_loses_grades_only_with_length_control() -> None:
-    # The reference has 20 characters. An answer of 40 characters is longer by one factor of two.
+    # The reference has 20 characters. An answer of 40 characters is twice as long: this is one doubling.
     def value(answer: str, **params: Any) -> float:
         def script(request: dict[str, Any]) -> dict[str, Any]:
             return {"reasoning": "", "grade_a": 6, "grade_b": 6}

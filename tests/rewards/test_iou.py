@@ -1,4 +1,4 @@
-"""Tests the reward `iou`: reading boxes, matching them with the true boxes, and the value."""
+"""Tests the reward `iou`: boxes are read, matched with the true boxes and scored."""
 
 import json
 import time

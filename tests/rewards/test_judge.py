@@ -1,4 +1,4 @@
-"""Tests asking a judge: texts that try to influence the judge, and the reasons for no verdict."""
+"""Tests asking a judge: texts that try to influence the judge, and cases in which there is no verdict."""
 
 import asyncio
 import json

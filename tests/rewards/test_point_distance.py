@@ -1,4 +1,4 @@
-"""Tests the reward `point_distance`: reading points, and the value for a true point or a true box."""
+"""Tests the reward `point_distance`: points are read and compared with a true point or a true box."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Tests the reward `reward_model`: a classifier's score of question and answer."""
+"""Tests the reward `reward_model`: the score that a classifier gives to question and answer."""
 
 import time
 from pathlib import Path

@@ -18,7 +18,7 @@ _engines: dict[int, Engine] = {}  # exists in the separate process only
 
 
 class RemoteEngine:
-    """Has the methods of an Engine, and calls an Engine in the separate process."""
+    """Has the methods of an Engine. Each method calls an Engine in the separate process."""
 
     def __init__(self, process: "EngineProcess", key: int) -> None:
         self._process, self._key = process, key
@@ -40,7 +40,7 @@ class RemoteEngine:
 
 
 class EngineProcess:
-    """A process that imports vLLM once and holds several engines. Tests get the exceptions of this process."""
+    """A process that imports vLLM once and holds several engines. Its exceptions are raised again in the test."""
 
     def __init__(self) -> None:
         spawn = multiprocessing.get_context("spawn")

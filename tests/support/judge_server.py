@@ -119,7 +119,7 @@ def text_of(request: dict[str, Any]) -> str:
 
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Removes delays. Retries follow at once, and clients load no certificates (the judge uses plain HTTP)."""
+    """Removes delays: there is no wait before a retry, and clients load no certificates (the judge uses plain HTTP)."""
     monkeypatch.setattr(endpoint, "RETRY_S", (0.01, 0.02))
     monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
 

@@ -39,7 +39,7 @@ def config(model: str, **ppo: object) -> Config:
 
 
 def options(ppo: Mapping[str, object] | None = None, **changed: Any) -> LearnerOptions:
-    """Returns the learner's options of `config`. `ppo` replaces PPO options.
+    """Returns the learner's options from `config`. `ppo` replaces options of the section ppo.
 
     `changed` replaces options of the sections `model` and `learner`, and other learner options.
     """

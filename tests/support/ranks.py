@@ -10,7 +10,7 @@ def run_together(target: Callable[..., object], arguments: Sequence[tuple[Any, .
     """Calls `target` once per entry of `arguments`. Each call runs in its own process. Waits until all calls have
     ended.
 
-    In any case, even after a time-out of pytest, the processes are killed.
+    At the end, all processes are killed, even after a time-out of pytest.
 
     Raises: TimeoutError if the calls take longer than `limit_s` seconds; RuntimeError if a call fails.
     """

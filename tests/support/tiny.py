@@ -45,7 +45,8 @@ def picture(size: tuple[int, int], seed: int = 0) -> Picture:
 
 
 def make_text_model(folder: Path, *, tied: bool, seed: int = 0) -> Qwen3ForCausalLM:
-    """Saves and returns a float32 Qwen3 model. Its generation config is nearly greedy, so that tests notice its use."""
+    """Saves and returns a float32 Qwen3 model. The generation config is nearly greedy, so that tests notice if it is
+    used."""
     model = Qwen3ForCausalLM(Qwen3Config(**_decoder(), tie_word_embeddings=tied)).float().eval()
     randomize(model, seed)
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Tests one score from several rewards and penalties of a task, and scoring a batch while it is sampled."""
+"""Tests that several rewards and penalties give one score, and that a batch is scored while it is sampled."""
 
 from pathlib import Path
 
