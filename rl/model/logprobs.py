@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The maximum number of logits in memory at a time (16 MiB in float32), and the minimum number of tokens at a time.
+# The maximum number of logits that are in memory at a time (16 MiB in float32), and the minimum number of tokens whose
+# logits are computed at a time.
 LOGITS, LEAST = 1 << 22, 256
 
 

@@ -52,7 +52,8 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
 
 
 class Receiver(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
-    """The part of the backend in the worker, which attaches to segments and loads their tensors, layer by layer."""
+    """The part of the backend that runs in a worker. It attaches to segments and loads their tensors, layer by
+    layer."""
 
     init_info_cls = HostInitInfo
     update_info_cls = HostUpdateInfo
@@ -73,7 +74,7 @@ class Receiver(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
         segment = SharedMemory(name=update_info.segment)
         try:
             # Tensors are copied because vLLM keeps them until the whole layer has arrived. The rest of the layer may
-            # come with the next segment, when this one is gone.
+            # come with the next segment, when this segment no longer exists.
             model.load_weights(
                 (str(tensor["name"]), _view(segment, tensor).to(self.device, copy=True))
                 for tensor in update_info.tensors

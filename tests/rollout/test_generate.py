@@ -30,7 +30,7 @@ TEMPLATE = ROOT / "recipes/scale/pacore.jinja"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """The URL of a server with the scale model, started in the same way as by the commands."""
+    """The URL of a server with the scale model. The server is started in the same way as the commands start it."""
     with ModelTarget(str(MODEL), max_length=512).serve() as found:
         yield found
 

@@ -1,5 +1,5 @@
-"""Tests partial rollouts: in which iteration each group is complete, and that every sampled token is used once with the
-right logprob and policy step."""
+"""Tests partial rollouts: in which iteration each group is complete, and whether every sampled token is used once, with
+the right logprob and policy step."""
 
 import json
 from collections.abc import Sequence
