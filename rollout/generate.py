@@ -157,7 +157,7 @@ def _first_error(error: BaseException) -> BaseException:
 
 def read_records(path: Path, data: bytes) -> Iterator[dict[str, Any]]:
     """Parses the complete lines of an OUT file. Raises ValueError if a line is not from an OUT file."""
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # splitlines() would also split inside texts
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # splitlines() would split texts too
         try:
             record = json.loads(line)
             if not {"id", "problem", "settings"} <= record.keys():

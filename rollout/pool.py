@@ -71,7 +71,7 @@ class EnginePool:
         self.policy_step = 0
         self.replaced = 0  # number of engines replaced so far
         self._weights: Any = None  # the weights that all engines have loaded; a replacement loads them too
-        self._encoded: dict[int, int] = {}  # engine -> number of pictures it had encoded when it was last asked
+        self._encoded: dict[int, int] = {}  # engine -> pictures that it had encoded at the last `encodings`
         self._encoded_by_dead = 0
 
     def sample(

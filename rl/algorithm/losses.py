@@ -183,7 +183,7 @@ def kl_sum(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     """Returns sum_t (rho_t - 1 - log rho_t), without gradient. This sum estimates KL(old || now) and is never negative
     (John Schulman's k3)."""
     log_ratio = _log_ratio(logprobs.detach(), old_logprobs, mask)
-    # In a healthy run log ratios are small. expm1(x) is exact for small x, where exp(x) - 1 loses digits.
+    # In a healthy run, log-ratios are small. For small x, expm1(x) is exact, but exp(x) - 1 loses digits.
     return (log_ratio.expm1() - log_ratio).sum()
 
 

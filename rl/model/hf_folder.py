@@ -45,7 +45,7 @@ def local_folder(path: str | Path) -> Path:
 
 
 def read_config(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
-    """Returns the folder's config. If `yarn` is given, YaRN extends the positions by that factor.
+    """Returns the folder's config. If `yarn` is given, YaRN extends the model's positions by this factor.
 
     Raises: CheckpointError with the folder's name if config.json is missing or cannot be used.
     """

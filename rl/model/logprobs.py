@@ -11,7 +11,7 @@ LOGITS, LEAST = 1 << 22, 256
 
 
 def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Returns the logprob of each target token, and the entropy of the distribution it is drawn from, in nats.
+    """Returns the logprob of each target token, and the entropy of the distribution that it is drawn from, in nats.
 
     Logits are computed for a few tokens at a time, and are computed again in the backward pass. Both computations are
     in float32, because bfloat16 would round a logprob of -12 by up to 0.03. The head's gradient is accumulated in one
@@ -25,7 +25,7 @@ def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: f
     Returns: logprobs [n], entropies [n]; float32.
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # autocast has no effect inside a torch.autograd.Function, so cast here
+    if torch.is_autocast_enabled(device):  # autocast has no effect inside a torch.autograd.Function, so we cast here
         hidden, head = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, head))
     found: Any = _TokenLogprobs.apply(hidden, head, targets.to(hidden.device), temperature)
     return found

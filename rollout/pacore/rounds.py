@@ -110,8 +110,8 @@ async def run_rounds(
     Args:
         plan: the number of trajectories of each round before the last round; () is SeRe.
         seed: a text that identifies the problem. The seed of every trajectory is derived from this text.
-        answers: the number of replies in the last round. An evaluation uses more than one. With 0 there is no last
-            round.
+        answers: the number of replies in the last round. An evaluation uses more than one reply. With 0 there is no
+            last round.
         first_rounds: rounds from an earlier run. They are used in place of the rounds of `plan`.
     Raises: PromptTooLong if the problem alone leaves no room for a response.
     """

@@ -49,7 +49,7 @@ class Engine:
         threads: the number of OpenMP threads on CPU.
         kv_cache_gib: memory for keys and values in GiB, on CPU only. vLLM only accepts whole GiB.
         gpu_memory_utilization: fraction of the GPU's memory that vLLM may take, on GPU only.
-        max_images_per_prompt: requests with more pictures are refused.
+        max_images_per_prompt: maximum number of pictures in a request. Requests with more pictures are refused.
         yarn: factor by which YaRN extends the decoder's positions.
         verbose: if True, vLLM writes its log.
     """

@@ -50,7 +50,7 @@ def partial(lengths: Sequence[int], *, wanted: int, chunk: int, room: int = 50) 
 
 
 def learned(sampler: PartialRollouts, engine: Counting) -> None:
-    """Loads new weights into the engine, as after one more iteration."""
+    """Loads new weights into the engine, as a run does after each iteration."""
     engine.step += 1
     sampler.load("weights", engine.step)
 
