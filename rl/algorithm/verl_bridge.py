@@ -6,8 +6,8 @@ How verl differs from our gae.py and losses.py (test_verl_bridge.py tests each p
 - verl's "vanilla" policy loss clips twice if the advantage is negative (dual clip, c = 3). Our default for c is so
   large that the second clip has no effect. Then the loss equals losses.clipped_policy_loss. A recipe can set c with
   `clip_ratio_c`.
-- verl's GAE always whitens the advantages, with the sample variance. Its advantages of masked tokens are not 0. verl's
-  returns equal ours. verl's advantages equal ours if ours are whitened in the same way.
+- verl's GAE always whitens the advantages, with the sample variance. In verl, the advantages of masked tokens are not
+  0. verl's returns equal ours. verl's advantages equal ours if ours are whitened in the same way.
 - verl's value loss clips the change of the value. With a clip range so large that it has no effect, the loss equals
   losses.value_loss.
 """

@@ -38,7 +38,7 @@ class ValueModel(nn.Module):
 def initial_head(hidden: int, seed: int) -> Tensor:
     """Returns small normal weights [1, hidden], so that values start near 0.
 
-    Their standard deviation is 1 / (hidden + 1), as in the code of Open-Reasoner-Zero.
+    The standard deviation of the weights is 1 / (hidden + 1), as in the code of Open-Reasoner-Zero.
     """
     return torch.randn((1, hidden), generator=torch.Generator().manual_seed(seed)) / (hidden + 1)
 
@@ -144,7 +144,7 @@ class Critic(Sharded):
         """Yields (packed row, values) for each packed row of a minibatch. The values are None if they must still be
         computed.
 
-        If `values` kept the graph of a packed row, that row comes first, with its values.
+        If the method `values` kept the graph of a packed row, this packed row comes first, with its values.
         """
         last, self._last_graph = self._last_graph, None
         # All ranks get the same calls, so all ranks take the same branch.

@@ -89,10 +89,10 @@ def rows_of_rank(
 def balanced(work: Sequence[float], parts: int) -> list[list[int]]:
     """Distributes the indices of `work` over `parts` lists whose sums of work are nearly equal.
 
-    Uses the largest differencing method (Karmarkar and Karp, 1982, section 6). At first, each index has its own
-    partition into `parts` lists, of which one contains the index. Each step merges the two partitions whose lists
-    differ most in work. The largest list of one partition is merged with the smallest list of the other partition, and
-    so on. The method ends when one partition is left.
+    Uses the largest differencing method (Karmarkar and Karp, 1982, section 6). At first, each index has a partition of
+    its own: `parts` lists, one of which contains the index. Each step merges the two partitions whose lists differ most
+    in work. The largest list of one partition is merged with the smallest list of the other partition, and so on. The
+    method ends when one partition is left.
     """
     heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = []
     for index, amount in enumerate(work):

@@ -3,7 +3,7 @@
 The function is registered with transformers as `packed_groups`, so that the decoders of transformers run on packed rows
 unchanged. The keys and values of a prompt are computed once for all its responses. No matrix of size [T, T] is
 allocated. On a CPU, the visible (query, key) pairs are divided into a few dense or causal rectangles. Attention is
-computed for each rectangle, and the results are merged with the help of their log-sum-exp. On a GPU, a FlexAttention
+computed for each rectangle, and the log-sum-exp of each result is used to merge the results. On a GPU, a FlexAttention
 block mask describes the visible pairs.
 """
 

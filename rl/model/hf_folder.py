@@ -32,8 +32,8 @@ class CheckpointError(ValueError):
 
 
 def local_folder(path: str | Path) -> Path:
-    """Returns `path` if it is a folder. Otherwise `path` is a hub id, and its local copy is returned (downloaded if
-    necessary)."""
+    """Returns `path` if it is a folder. Otherwise `path` is a hub id. Then the model is downloaded if necessary, and
+    the local copy is returned."""
     if Path(path).is_dir():
         return Path(path)
     if Path(path).is_absolute() or str(path).count("/") != 1:
