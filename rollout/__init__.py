@@ -1,1 +1,2 @@
-"""Everything to sample rollouts: data rows, vLLM engines, the pool of engines, weight transfer, PaCoRe at inference."""
+"""Everything that samples rollouts: data rows, vLLM engines, the pool of engines, weight transfer, PaCoRe at
+inference."""

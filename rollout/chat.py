@@ -1,4 +1,4 @@
-"""Converts prompts to token ids with the model's chat template, and sampled token ids to text."""
+"""Converts prompts to token ids, with the model's chat template, and converts sampled token ids to text."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +52,8 @@ class Chat:
         """Returns the token ids of the whole prompt, with one image token per picture. If the prompt contains messages
         of earlier attempts, their tokens are included.
 
-        The last result is kept, because the responses of a group ask for the same Prompt object one after another.
+        The last result is cached, because this method is called with the same Prompt object for every response of a
+        group.
         Raises: ValueError with the row's id if the row has pictures and the model is a text model, or if the template
             drops a picture or fails.
         """
@@ -92,8 +93,8 @@ class Chat:
     def text(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
         """Returns the text of the sampled ids. Control tokens are removed, think tags are kept.
 
-        Some chat templates end with the opening think tag. That tag is then put before the text. Otherwise a response
-        that was cut during its thinking would look like an answer.
+        Some chat templates end the prompt with the opening think tag. In this case, the tag is put before the text.
+        Otherwise a response that was cut during its thinking would look like an answer.
         """
         visible = [i for i in response_ids if i in self._think or i not in self._control]
         opened = self.tokenizer.decode(prompt_ids[-4:]).rstrip().endswith(THINK_OPEN)

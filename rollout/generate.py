@@ -67,7 +67,8 @@ def make_settings(target: ModelTarget, template: Path | None, **others: Any) -> 
 
 
 def problem_digest(problem: Prompt) -> str:
-    """Returns a digest of messages and pictures, which shows whether a problem with the same id is the same problem."""
+    """Returns a digest of the problem's messages and pictures. It shows whether two problems with the same id are the
+    same."""
     content = json.dumps([problem.messages, [picture.digest for picture in problem.images]], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -104,14 +105,15 @@ async def generate(
 ) -> None:
     """Answers many problems at once.
 
-    The synthesis of a problem starts when its own trajectories are done. Its request is sent before the waiting
-    requests for trajectories of other problems.
+    The synthesis of a problem starts when all trajectories of this problem are done. The request for the synthesis is
+    sent before all waiting requests for trajectories of other problems.
 
     Args:
-        sample: sends the requests. It must limit how many requests it sends at a time, as EndpointClient does.
-        on_result: is called once per problem with the problem's rounds, or with the reason why it has no answer.
-        first_rounds: problem id -> rounds from an earlier run. They replace the first rounds of the settings.
-        under_way: maximum number of problems at a time. The pictures of these problems are in memory.
+        sample: sends the requests. It must limit how many requests are under way at a time, as EndpointClient does.
+        on_result: is called once per problem with the problem's rounds, or with the reason why there is no answer.
+        first_rounds: problem id -> rounds from an earlier run. They are used in place of the first rounds that the
+            settings describe.
+        under_way: maximum number of problems that are answered at a time. The pictures of these problems are in memory.
     """
 
     semaphore = asyncio.Semaphore(under_way)
@@ -147,7 +149,7 @@ async def generate(
 
 
 def _first_error(error: BaseException) -> BaseException:
-    """Returns the first error in a group, also from groups inside the group."""
+    """Returns the first error in a group of errors. The group may contain other groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
@@ -155,7 +157,7 @@ def _first_error(error: BaseException) -> BaseException:
 
 def read_records(path: Path, data: bytes) -> Iterator[dict[str, Any]]:
     """Parses the complete lines of an OUT file. Raises ValueError if a line is not from an OUT file."""
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # splitlines() would also split inside texts
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # splitlines() would split texts too
         try:
             record = json.loads(line)
             if not {"id", "problem", "settings"} <= record.keys():
@@ -246,7 +248,7 @@ def parse_record(record: Mapping[str, Any]) -> PacoreResult:
 
 
 def read_problems(path: str, limit: int | None = None) -> list[Prompt]:
-    """Reads the rows of IN. Every source that data.train accepts is possible, and rows need no task. Raises RowError,
+    """Reads the rows of IN. IN may be any source that data.train accepts, and its rows need no task. Raises RowError,
     ValueError."""
     return list(read([Source(path=path, task="problem", limit=limit)]).checked().prompts)
 
@@ -319,7 +321,7 @@ def run(
     *,
     first_rounds: Mapping[str, Sequence[Round]] = MappingProxyType({}),
 ) -> None:
-    """Answers the problems that have no answer in the file yet, with `generate`."""
+    """Calls `generate` for the problems that have no answer in the file yet."""
     unanswered = answers.unanswered(problems)
     trajectories = max(settings.trajectories, default=settings.answers)
     under_way = max(2, 2 * target.concurrency // max(1, trajectories))

@@ -1,9 +1,10 @@
 """Partial rollouts: sampling stops when enough groups are complete; unfinished responses continue next iteration.
 
-More prompts are in progress than an iteration needs. All their responses grow by the same number of tokens at a time.
-When enough groups are complete, these groups are the iteration's samples. All other groups are kept unchanged. So the
-longest responses do not delay an iteration. Every token keeps the logprob of the weights that sampled it. The same
-recipe and seed select the same groups again, because sampling stops after a number of tokens, not after a time.
+More prompts are in progress than an iteration needs. Step by step, every unfinished response grows by the same number
+of tokens. When enough groups are complete, these groups are the iteration's samples. All other groups are kept for the
+next iteration. So the longest responses do not delay an iteration. Every token keeps the logprob that it had under the
+weights that sampled it. The same recipe and seed select the same groups again, because sampling stops after a number of
+tokens, not after a time.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ class Draft:
     response_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     pieces: tuple[tuple[int, int], ...] = ()  # (policy_step, number of tokens) of each piece, in order
-    prompt_ids: tuple[int, ...] = ()  # image slots expanded; empty before the first piece
+    prompt_ids: tuple[int, ...] = ()  # with all image tokens of each picture; empty before the first piece
     finish: Finish | None = None  # None: unfinished
 
     def extended(self, completion: Completion, policy_step: int, room: int) -> Self:
@@ -44,7 +45,7 @@ class DraftGroup:
     """A prompt and its responses, some of which may be unfinished."""
 
     prompt: Prompt
-    name: tuple[int, int]  # the group's first iteration and its place there; the seeds are derived from both
+    name: tuple[int, int]  # (the group's first iteration, index in that iteration); seeds are derived from it
     drafts: tuple[Draft, ...]
 
     @property
@@ -58,7 +59,8 @@ class DraftGroup:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> Self:
-        """Restores a group from the result of `record`. Raises ValueError if no row has the group's id any more.
+        """Restores a group from the result of `record`. Raises ValueError if there is no longer a row with the group's
+        prompt id.
 
         Args:
             prompts: row id -> row.
@@ -73,10 +75,11 @@ class DraftGroup:
 
 
 class PartialRollouts:
-    """A sampler whose iterations end when `wanted` groups are complete. It keeps the unfinished groups.
+    """A sampler whose iterations end when `wanted` groups are complete. It keeps the unfinished groups for the next
+    iteration.
 
     Args:
-        chunk: the number of tokens that are added to every unfinished response at a time.
+        chunk: the number of tokens by which every unfinished response grows at a time.
     """
 
     def __init__(self, pool: EnginePool, *, wanted: int, chunk: int) -> None:
@@ -86,7 +89,7 @@ class PartialRollouts:
 
     @property
     def policy_step(self) -> int:
-        """The number of updates that the engines' weights have had."""
+        """The number of policy updates that led to the engines' current weights."""
         return self.pool.policy_step
 
     def unfinished(self, iteration: int) -> list[dict[str, Any]]:
@@ -94,16 +97,16 @@ class PartialRollouts:
         return [group.record() for group in self._unfinished.get(iteration, ())]
 
     def resume(self, iteration: int, unfinished: Iterable[Mapping[str, Any]], prompts: Sequence[Prompt]) -> None:
-        """Continues after `iteration` with the groups that `unfinished` returned for it."""
+        """Continues after `iteration` with the groups that `unfinished` returned for that iteration."""
         by_id = {prompt.id: prompt for prompt in prompts}
         self._unfinished = {iteration: [DraftGroup.from_record(record, by_id) for record in unfinished]}
 
     def sample(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> Iterator[tuple[int, Rollout]]:
-        """Starts responses to `prompts` and continues the unfinished groups of the iteration before, until `wanted`
-        groups are complete.
+        """Starts responses to `prompts`, and continues the groups that the previous iteration left unfinished. Stops
+        when `wanted` groups are complete.
 
         Yields (index, rollout) for each response of a complete group. If too many groups become complete at the same
-        time, those that started first are yielded.
+        time, the groups that started first are yielded.
         """
         groups = list(self._unfinished.get(iteration - 1, ()))
         groups += [DraftGroup(prompt, (iteration, n), (Draft(),) * per_prompt) for n, prompt in enumerate(prompts)]
@@ -123,7 +126,7 @@ class PartialRollouts:
         self._unfinished = {iteration - 1: self._unfinished.get(iteration - 1, []), iteration: groups}
 
     def _extended(self, groups: Sequence[DraftGroup]) -> list[DraftGroup]:
-        """Returns the groups after sampling one more chunk of every unfinished response."""
+        """Samples one more chunk of every unfinished response, and returns the groups with these chunks."""
         unfinished = [[n for n, draft in enumerate(group.drafts) if not draft.finish] for group in groups]
         requests = [self._requests(group, indices) for group, indices in zip(groups, unfinished, strict=True)]
         completions = iter(in_order(self.pool.complete(requests)))
@@ -152,7 +155,7 @@ def _rollout(prompt: Prompt, draft: Draft, pool: EnginePool) -> Rollout:
 
 
 def _with_piece(pieces: tuple[tuple[int, int], ...], new: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """Appends a piece. If the same weights sampled the last piece, the two become one piece."""
+    """Appends a piece. If the same weights sampled the last piece, the new piece is joined with it."""
     if pieces and pieces[-1][0] == new[0]:
         return (*pieces[:-1], (new[0], pieces[-1][1] + new[1]))
     return (*pieces, new)

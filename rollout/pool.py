@@ -36,18 +36,20 @@ def seed_of(*parts: object) -> int:
 class EnginePool:
     """Distributes the calls of `sample`, `greedy`, `check` and `load` over all engines.
 
-    A method that samples yields (index, rollout) pairs when the responses arrive. The index counts the responses in
-    the order of the prompts. The caller must read the pairs to the end.
+    `sample` and `greedy` yield (index, rollout) pairs as soon as the responses arrive. The index counts the responses
+    in the order of the prompts. The caller must read all pairs.
 
     Args:
         engines: the engines, which may run in any processes.
-        merge_streams: a function of the streams of several engines and `patience`. It yields (index of the stream,
-            value) in the order of arrival. If an engine died or hung, its last value is a WorkerDied.
+        merge_streams: a function that is called with the streams of several engines and `patience`. It yields (index of
+            the stream, value) in the order of arrival. If an engine died or hung, the last value of its stream is a
+            WorkerDied.
         max_sequence_length: maximum number of tokens of prompt and response together.
         temperature: the temperature of `sample`.
-        check_tokens: maximum number of tokens of a response of `check`.
+        check_tokens: maximum number of tokens of a response that `check` samples.
         patience: an engine that sends nothing for this many seconds counts as dead.
-        replacement: a function of the number of a dead engine and the error. It returns a new engine, or raises.
+        replacement: a function that is called with the number of a dead engine and the error. It returns a new engine,
+            or raises an error.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class EnginePool:
         self.policy_step = 0
         self.replaced = 0  # number of engines replaced so far
         self._weights: Any = None  # the weights that all engines have loaded; a replacement loads them too
-        self._encoded: dict[int, int] = {}  # engine -> number of pictures it had encoded when it was last asked
+        self._encoded: dict[int, int] = {}  # engine -> pictures that it had encoded at the last `encodings`
         self._encoded_by_dead = 0
 
     def sample(
@@ -84,8 +86,9 @@ class EnginePool:
         """Samples `per_prompt` responses to each prompt. The responses to one prompt have consecutive indices.
 
         Args:
-            purpose: gives samples for another purpose other seeds than the iteration's own samples.
-            longest: maximum number of tokens of prompt and response together. None is `max_sequence_length`.
+            purpose: a text from which the seeds are derived too. Samples for another purpose then get other seeds than
+                the iteration's own samples.
+            longest: maximum number of tokens of prompt and response together. None means `max_sequence_length`.
         """
         named = (purpose,) if purpose else ()
         requests = [
@@ -95,8 +98,8 @@ class EnginePool:
         return self._rollouts(requests, prompts)
 
     def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]:
-        """Samples one short response to each prompt. After a weight sync, the logprobs of these responses are compared
-        with the learner's."""
+        """Samples one short response to each prompt. After a weight sync, the engines' logprobs of these responses are
+        compared with the learner's logprobs."""
         requests = [self.requests(prompt, [(-iteration - 1, place, 0)]) for place, prompt in enumerate(prompts)]
         short = [[replace(r, max_tokens=min(r.max_tokens, self.check_tokens)) for r in group] for group in requests]
         return in_order(self._rollouts(short, prompts))
@@ -122,8 +125,8 @@ class EnginePool:
                 self._replace(number, died)
 
     def encodings(self) -> int:
-        """Returns the number of pictures that the engines have encoded so far. Pictures that a dead engine had not yet
-        reported are missing."""
+        """Returns the number of pictures that the engines have encoded so far. Pictures that an engine did not report
+        before it died are not counted."""
         for number, pending in enumerate([engine.encodings() for engine in self.engines]):
             try:
                 self._encoded[number] = pending.result(self.patience)
@@ -142,7 +145,8 @@ class EnginePool:
         self.replaced += 1
 
     def room(self, prompt: Prompt, longest: int | None = None) -> int:
-        """Returns the maximum number of tokens of a response. Raises ValueError if no token fits."""
+        """Returns the maximum number of tokens of a response to the prompt. Raises ValueError if there is no room for a
+        response."""
         longest, length = longest or self.max_sequence_length, self.chat.length(prompt)
         if length >= longest:
             raise ValueError(
@@ -154,8 +158,8 @@ class EnginePool:
     def requests(
         self, prompt: Prompt, names: Sequence[Sequence[int | str]], longest: int | None = None
     ) -> list[Request]:
-        """Returns one request for each name. A name identifies the sample in the run, and the seed is derived from
-        it."""
+        """Returns one request for each name. A name identifies a sample in the run, and the sample's seed is derived
+        from the name."""
         ids, room = self.chat.prompt_ids(prompt), self.room(prompt, longest)
         return [Request(ids, prompt.images, room, seed_of(self.seed, *name), self.temperature) for name in names]
 
@@ -188,7 +192,7 @@ class EnginePool:
                 raise RuntimeError(f"the engines returned {len(flat) - len(missing)} of {len(flat)} responses")
 
     def rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
-        """Converts a completion, sampled with the current weights, into a Rollout."""
+        """Converts a completion into a Rollout. The completion must have been sampled with the current weights."""
         return Rollout(
             prompt=prompt,
             text=self.chat.text(completion.prompt_ids, completion.response_ids),

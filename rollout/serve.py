@@ -3,8 +3,8 @@
     python -m rollout.serve --url http://host:8000/v1 --model NAME --port 9000
 
 Clients choose the mode with the model's name. `NAME:sere` samples one trajectory. `NAME:pacore` samples many
-trajectories and a synthesis. NAME uses the mode given by --mode. Everything else in a chat completion, including
-streaming, works as at the vLLM endpoint. `usage` counts the tokens of all trajectories.
+trajectories and a synthesis. NAME without a mode uses the mode given by --mode. Everything else in a chat completion,
+including streaming, works in the same way as at the vLLM endpoint. `usage` counts the tokens of all trajectories.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class PacoreProxy:
         client: the client that calls the vLLM endpoint.
         name: the model's name for clients of the proxy.
         plan: the number of trajectories in each round before the synthesis.
-        mode: the mode of requests whose model name has no mode.
+        mode: the mode of requests whose model name contains no mode.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class PacoreProxy:
 
     async def _report_in_stream(self, response: web.StreamResponse, error: Exception) -> None:
         """Sends an error as an event of the stream. If the stream has not begun, raises the error instead, so that the
-        answer gets an HTTP status."""
+        client gets an HTTP error status."""
         if not response.prepared:
             raise error
         await response.write(_event({"error": {"message": str(error), "type": type(error).__name__}}))
@@ -139,7 +139,8 @@ class PacoreProxy:
         return web.json_response({**answer, "model": body.get("model", self.name), "usage": usage, "pacore": pacore})
 
     async def _stream_synthesis(self, request: web.Request, body: Mapping[str, Any]) -> web.StreamResponse:
-        """Streams the synthesis. Before its first token, comments keep the client's connection alive."""
+        """Streams the synthesis. Until the first token arrives, the client gets comments, which keep the connection
+        alive."""
         seed, response = _seed(body), _event_stream()
         trajectories = asyncio.create_task(self._sample_trajectories(body, seed))
         try:
@@ -157,7 +158,7 @@ class PacoreProxy:
         ) as error:  # fmt: skip
             await self._report_in_stream(response, error)
         finally:
-            trajectories.cancel()  # if the client has disconnected
+            trajectories.cancel()  # in case the client has disconnected
         await response.write_eof()
         return response
 
@@ -176,8 +177,8 @@ class PacoreProxy:
                 yield self._rewrite_line(line, body, rounds)
 
     def _rewrite_line(self, line: bytes, body: Mapping[str, Any], rounds: Sequence[Round]) -> bytes:
-        """Puts the model's name from the request, and the usage of all trajectories, into a line of the endpoint's
-        stream."""
+        """Changes a line of the endpoint's stream: it gets the model name of the request, and the usage of all
+        trajectories."""
         if not line.startswith(b"data: {"):
             return line
         chunk = json.loads(line.removeprefix(b"data: "))
@@ -304,7 +305,7 @@ async def _serve(
     async with connection as client:
         proxy = PacoreProxy(client, args.name or args.model, plan, args.mode, synthesis)
         stopped = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):  # explicit, because a shell's background commands ignore SIGINT
+        for number in (signal.SIGINT, signal.SIGTERM):  # needed because a shell's background commands ignore SIGINT
             asyncio.get_running_loop().add_signal_handler(number, stopped.set)
         # With handler_cancellation, the trajectories of a request end when its client disconnects or the server ends.
         runner = web.AppRunner(proxy.app(), handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)

@@ -1,4 +1,4 @@
-"""Estimators compute the advantages and returns that PPO learns from. Estimators are pure functions of tensors.
+"""Defines the estimators of advantages and returns, which PPO learns from. An estimator is a pure function of tensors.
 
 To add an estimator, such as one without a critic, add a function here.
 """
@@ -19,16 +19,16 @@ def gae_advantages(
     bootstrapped: Tensor | None = None,
     normalized: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Computes advantages with GAE, and the returns for the critic (STEP3-VL-10B report, Eq. 1; V_target of Eq. 3).
+    """Computes advantages with GAE (STEP3-VL-10B report, Eq. 1), and returns for the critic (V_target in Eq. 3).
 
     Args:
         rewards: [N, R], the reward of each token.
         values: [N, R], the critic's values before each token.
         mask: [N, R] bool, True where the policy chose the token.
-        gamma, lam: as for `gae`.
+        gamma, lam: see `gae`.
         final_values: [N], the critic's values after the last token.
-        bootstrapped: [N] bool. Where it is True, the response's reward is replaced by its final value, as Step 3.5
-            Flash does for responses that were cut. None means False for all responses.
+        bootstrapped: [N] bool. If it is True for a response, the final value of this response is used instead of its
+            reward. Step 3.5 Flash does this for responses that were cut. None means False for all responses.
         normalized: if True, the advantages get mean 0 and standard deviation 1 over all chosen tokens.
     Returns:
         advantages [N, R] and returns [N, R]. The returns are the advantages before normalisation plus `values`.

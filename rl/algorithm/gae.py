@@ -1,7 +1,7 @@
 """Computes advantages and returns for the tokens that the policy chose, with pure functions of tensors.
 
-Every tensor is [N, R]: N responses, padded to R columns. `mask` (bool) is True where the policy chose the token. In a
-response, False can mean padding, or text in the middle that a tool wrote.
+Every tensor is [N, R]: N responses, padded to R columns. `mask` (bool) is True where the policy chose the token. It is
+False on padding, and on text that a tool wrote into the response.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_TASK = 1 << 20  # elements per task of a thread: a task takes milliseconds, and there are enough tasks for all threads
+_TASK = 1 << 20  # tensor elements in one task: a task takes milliseconds, and there are enough tasks for all threads
 
 
 def gae(
@@ -23,11 +23,11 @@ def gae(
         delta_t = r_t + gamma * V_next - V_t
         A_t     = delta_t + gamma * lam * A_next
 
-    "next" is the next column whose mask is True. Columns in between add no delta and no factor of gamma. At the last
-    column whose mask is True, A_next = 0 and V_next = `bootstrap`.
+    "next" is the next column whose mask is True. Columns whose mask is False add no delta and no factor of gamma. At
+    the last column whose mask is True, A_next = 0 and V_next = `bootstrap`.
 
-    A compiled loop computes this in float64 on the CPU with torch.get_num_threads() threads, also for tensors on
-    another device. The first call in a process compiles the loop, which takes a second or two.
+    A compiled loop computes this in float64 on the CPU, with torch.get_num_threads() threads. Tensors on another device
+    are copied to the CPU. The first call in a process compiles the loop, which takes a second or two.
 
     Args:
         rewards: [N, R] float, the reward of emitting token t.
@@ -37,8 +37,8 @@ def gae(
         bootstrap: [N] float. For a response that was cut before its end: the value of the state after its last token.
             For a response that ended: 0. None means 0 for all responses.
     Returns:
-        advantages and returns (advantages + values). Both are [N, R] float32 (float64 if `values` is float64) on the
-        device of `values`, 0 where mask is False, not normalised, without gradient.
+        advantages and returns (advantages + values). Both are [N, R] float32 (float64 if `values` is float64), on the
+        device of `values`. They are 0 where the mask is False. They are not normalised and have no gradient.
     Raises:
         ValueError: shapes differ, the mask is not bool, or gamma or lam is outside [0, 1].
     Source: Schulman et al. 2016, arXiv:1506.02438, section 3; Eq. 1 of the STEP3-VL-10B report.
@@ -48,8 +48,8 @@ def gae(
     dtype = torch.promote_types(values.dtype, torch.float32)
     ending = torch.zeros(count) if bootstrap is None else bootstrap
     inputs = _array(rewards, dtype), _array(values, dtype), _array(mask, torch.bool), _array(ending, torch.float64)
-    # numpy allocates these arrays because it uses huge pages. The page faults of a large torch tensor would cost as
-    # much time as the arithmetic. New pages contain zeros, so nothing is written where the mask is False.
+    # These arrays come from numpy because numpy uses huge pages. With a large torch tensor, page faults would take as
+    # much time as the arithmetic. New pages contain zeros, so the loop writes nothing where the mask is False.
     advantages, returns = np.zeros((count, width), inputs[1].dtype), np.zeros((count, width), inputs[1].dtype)
 
     kernel = _compiled()
@@ -59,7 +59,7 @@ def gae(
         kernel(start, min(start + rows, count), *inputs, float(gamma), float(gamma * lam), advantages, returns)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(work, range(0, count, rows)))  # list() raises an exception that happened in a thread
+        list(pool.map(work, range(0, count, rows)))  # list() raises the exceptions of the threads
     return torch.from_numpy(advantages).to(values.device), torch.from_numpy(returns).to(values.device)
 
 
@@ -88,15 +88,15 @@ def _gae_rows(
     advantages: np.ndarray,
     returns: np.ndarray,
 ) -> None:
-    """Computes rows `start` to `stop` of `advantages` and `returns`, which must contain 0 before the call.
+    """Fills rows `start` to `stop - 1` of `advantages` and `returns`. Both must contain only zeros before the call.
 
-    `a_next` and `v_next` are float64.
+    The variables `a_next` and `v_next` are float64.
     """
     width = values.shape[1]
     for i in range(start, stop):
         a_next, v_next = 0.0, bootstrap[i]
         for back in range(width):
-            t = np.uint64(width - 1 - back)  # unsigned: testing a signed index for < 0 makes the loop a third slower
+            t = np.uint64(width - 1 - back)  # unsigned: tests for negative indices make the loop a third slower
             if mask[i, t]:
                 a_next = rewards[i, t] + gamma * v_next - values[i, t] + decay * a_next
                 v_next = values[i, t]
@@ -106,10 +106,10 @@ def _gae_rows(
 
 @cache
 def _compiled() -> Callable[..., None]:
-    """Compiles _gae_rows to machine code that runs without the interpreter's lock.
+    """Compiles _gae_rows to machine code that does not hold Python's global lock (GIL).
 
-    numba is imported here, so processes that use only the other functions of this file do not load it. The machine
-    code is not cached on disk: a cache would save a third of a second per run but needs a writable folder.
+    numba is imported here, so a process that uses only the other functions of this file does not import it. The machine
+    code is not cached on disk: a cache would save a third of a second per run, but would need a writable folder.
     """
     from numba import njit
 
@@ -117,21 +117,20 @@ def _compiled() -> Callable[..., None]:
 
 
 def _array(x: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """Returns the tensor as a contiguous array on the CPU, without a copy if the tensor already is contiguous, on the
-    CPU and of this dtype."""
+    """Returns the tensor as a contiguous numpy array of type `dtype`. The data is copied only if this is necessary."""
     return x.detach().to("cpu", dtype).contiguous().numpy()
 
 
 def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
-    """Returns (A - mean) / max(std, 1e-8) over all chosen tokens of the batch; 0 where mask is False.
+    """Returns (A - mean) / max(std, 1e-8) for all chosen tokens of the batch, and 0 where the mask is False.
 
-    The standard deviation is that of a population (divided by N). Means are computed in float64. If all advantages are
-    equal, a float32 mean has a rounding error, which divided by 1e-8 would give advantages of order 1.
+    The variance is a sum divided by N, not by N - 1. Means are computed in float64. A float32 mean of equal advantages
+    would have a rounding error. Divided by 1e-8, this error would give advantages of order 1.
 
     Raises:
         ValueError: no token is chosen.
-    Source: reconstruction. The report does not say whether it normalises. The report follows Open-Reasoner-Zero,
-    which normalises over the batch with this floor.
+    Source: reconstruction. The report does not say whether advantages are normalised. The report follows
+    Open-Reasoner-Zero, which normalises over the batch and also divides by at least 1e-8.
     """
     chosen = advantages[mask].double()
     if not len(chosen):
@@ -142,7 +141,8 @@ def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def terminal_rewards(scores: Tensor, mask: Tensor) -> Tensor:
-    """Returns rewards [N, R]: the last chosen token of each response gets the response's whole score [N].
+    """Returns rewards [N, R] for scores [N]: the last chosen token of each response gets the whole score of the
+    response.
 
     Raises:
         ValueError: a response without any chosen token has a score other than 0.

@@ -3,9 +3,9 @@
 Each loss is a sum over tokens, divided by the number of tokens in the whole minibatch. So a minibatch may be split into
 parts, and the gradients of the parts are added.
 
-`mask` (bool) is True where the policy chose the token. Where it is False, the other tensors are not used. In addition
-to its loss, a function may return `Sums`: statistics summed over tokens. `add_sums` adds the sums of the parts, and
-`finish_sums` divides the totals once at the end.
+`mask` (bool) is True where the policy chose the token. Where it is False, the other tensors are not used. Some
+functions also return `Sums`: statistics that are summed over tokens. `add_sums` adds the statistics of two parts. At
+the end, `finish_sums` divides the totals by the number of tokens.
 """
 
 import math
@@ -18,19 +18,20 @@ from torch import Tensor
 
 Sums = dict[str, Tensor]
 
-MAX_LOG_RATIO = 20.0  # log-ratios are clamped to -20 and 20: e^20 is 5e8, far from overflow in float32
+MAX_LOG_RATIO = 20.0  # log-ratios are clamped to the range from -20 to 20; e^20 is 5e8, far from overflow in float32
 
 
 @dataclass(frozen=True)
 class MinibatchSize:
-    """The size of the whole minibatch of an optimizer step. A call may get only a part of this minibatch."""
+    """The size of the whole minibatch of an optimizer step. One call of a loss may get only a part of this
+    minibatch."""
 
     tokens: int  # chosen tokens
     responses: int  # responses with at least one chosen token
 
 
 class PolicyLoss(Protocol):
-    """The signature of every policy loss, ours and verl's (rl.algorithm.verl_bridge)."""
+    """The signature of every policy loss, both our own losses and verl's (rl.algorithm.verl_bridge)."""
 
     def __call__(
         self,
@@ -53,15 +54,15 @@ def policy_gradient_loss(
     size: MinibatchSize,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Sums]:
-    """PPO "omitting standard importance sampling" (`ratio: none`): the ratio is 1, so nothing is clipped.
+    """The loss of PPO "omitting standard importance sampling" (`ratio: none`). The ratio is 1, so nothing is clipped.
 
         loss = -sum_t w_t * A_t * rho_t / tokens,   rho_t = pi / stop_gradient(pi) = 1
         d loss = -sum_t w_t * A_t * d log pi_t / tokens
 
     Args:
         logprobs: [N, R] nats, of the current policy; the only argument that gets a gradient.
-        old_logprobs: [N, R] nats, the reference of `approx_kl`. They are the logprobs of the policy before the update
-            or, if these were not computed, rollout_logprobs. The loss itself does not depend on them.
+        old_logprobs: [N, R] nats, of the policy before the update. If these were not computed, the engine's logprobs
+            are passed instead. They are used only for the statistic `approx_kl`. The loss does not depend on them.
         advantages: [N, R].
         mask: [N, R] bool.
         size: the size of the whole minibatch.
@@ -69,8 +70,8 @@ def policy_gradient_loss(
             None means 1 everywhere.
     Returns:
         The loss (scalar) and the sums approx_kl and clip_fraction (always 0 here).
-    Source: the STEP3-VL-10B report, section 3.2.1. Reading it as rho = 1 is a reconstruction, based on SteptronOss'
-    `use_offpolicy_without_is`.
+    Source: the STEP3-VL-10B report, section 3.2.1. The report's words are read as rho = 1. This is a reconstruction,
+    based on the option `use_offpolicy_without_is` of SteptronOss.
     """
     gain = _weighted(advantages, mask, weights)
     chosen = torch.where(mask, logprobs, 0.0)
@@ -119,18 +120,20 @@ def clipped_policy_loss(
 
 
 def tis_weights(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, cap: float | None) -> tuple[Tensor, Sums]:
-    """Truncated importance sampling weights min(pi / pi_rollout, cap), without gradient; 0 where mask is False.
+    """Returns the weights min(pi / pi_rollout, cap) of truncated importance sampling. They have no gradient and are 0
+    where the mask is False.
 
     The weights correct the difference between the engine that sampled the tokens and the policy that learns from them.
-    With the policy's current logprobs (`tis_policy: current`), the weights also correct the change of the policy over
-    the minibatches of an iteration. With its logprobs from before the update (`before_update`), they do not. The report
-    does not say which logprobs are meant.
+    With `tis_policy: current`, pi is the current policy. The weights then also correct the changes of the policy during
+    the update. With `tis_policy: before_update`, pi is the policy before the update, and these changes are not
+    corrected. The report does not say which policy is meant.
 
     Args:
         logprobs: [N, R] nats, computed by the learner with either the current weights or the weights before the update.
         rollout_logprobs: [N, R] nats, computed by the engine during sampling.
         mask: [N, R] bool.
-        cap: the positive constant C; 8 in the report. inf truncates only at e^20. None sets all weights to 1.
+        cap: the positive constant C; 8 in the report. With inf, weights are capped only at e^20. With None, all weights
+            are 1.
     Returns:
         weights [N, R] and the sums tis_mean and tis_capped_fraction (the number of tokens whose ratio is over the cap).
     Source: Yao et al. 2025, as cited by the STEP3-VL-10B report, section 3.2.1.
@@ -141,14 +144,14 @@ def tis_weights(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, cap
         log_ratio = _log_ratio(logprobs, rollout_logprobs, mask)
         if cap is None:
             log_ratio, cap = torch.zeros_like(log_ratio), math.inf
-        # exp cannot overflow here, and clamping after it gives exactly `cap`
+        # exp cannot overflow here. Its result is clamped, so that a capped weight is exactly `cap`.
         weights = torch.where(mask, log_ratio.exp().clamp(max=cap), 0.0)
         capped = mask & (log_ratio > math.log(cap))
         return weights, {"tis_mean": weights.sum(), "tis_capped_fraction": capped.sum().to(weights.dtype)}
 
 
 def value_loss(values: Tensor, returns: Tensor, mask: Tensor, *, tokens: int) -> Tensor:
-    """Returns sum_t (V_t - G_t)^2 / 2 / tokens: plain squared error, not clipped.
+    """Returns sum_t (V_t - G_t)^2 / 2 / tokens: the squared error without any clipping.
 
     Args:
         values: [N, R] from the current critic; the only argument that gets a gradient.
@@ -162,8 +165,8 @@ def value_loss(values: Tensor, returns: Tensor, mask: Tensor, *, tokens: int) ->
 
 
 def entropy_loss(entropies: Tensor, mask: Tensor, *, tokens: int) -> tuple[Tensor, Sums]:
-    """Returns -sum_t H_t / tokens. The caller multiplies it by the entropy coefficient. Minimising it raises the
-    entropy.
+    """Returns the loss -sum_t H_t / tokens. Minimising this loss raises the entropy. The caller multiplies the loss by
+    the entropy coefficient.
 
     Args:
         entropies: [N, R] nats, of the policy's next-token distributions.
@@ -177,15 +180,15 @@ def entropy_loss(entropies: Tensor, mask: Tensor, *, tokens: int) -> tuple[Tenso
 
 
 def kl_sum(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Returns the sum over tokens of rho - 1 - log rho, without gradient. This sum estimates KL(old || now) and is
-    never negative (John Schulman's k3)."""
+    """Returns sum_t (rho_t - 1 - log rho_t), without gradient. This sum estimates KL(old || now) and is never negative
+    (John Schulman's k3)."""
     log_ratio = _log_ratio(logprobs.detach(), old_logprobs, mask)
-    # In a healthy run log ratios are small. expm1(x) is exact for small x, where exp(x) - 1 loses digits.
+    # In a healthy run, log-ratios are small. For small x, expm1(x) is exact, but exp(x) - 1 loses digits.
     return (log_ratio.expm1() - log_ratio).sum()
 
 
 def add_sums(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Sums:
-    """Adds the sums of two parts, name by name."""
+    """Adds the sums of two parts, for each name separately."""
     return {**one, **{name: one[name] + total if name in one else total for name, total in other.items()}}
 
 

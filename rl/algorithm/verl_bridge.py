@@ -2,12 +2,13 @@
 
 verl is imported inside the functions, because its import takes ten seconds and most runs do not use it.
 
-Differences between verl and our gae.py and losses.py (test_verl_bridge.py shows each):
-- verl's "vanilla" policy loss clips twice if the advantage is negative (dual clip, c = 3). Here c is so large that the
-  second clip has no effect, and the loss equals losses.clipped_policy_loss. A recipe can set c with `clip_ratio_c`.
-- verl's GAE always whitens the advantages, with the sample variance. verl's advantages of masked tokens are not 0.
-  verl's returns equal ours. verl's advantages equal ours if ours are whitened in the same way.
-- verl's value loss clips the change of the value. If the clip range is so large that it has no effect, the loss equals
+How verl differs from our gae.py and losses.py (test_verl_bridge.py tests each point):
+- verl's "vanilla" policy loss clips twice if the advantage is negative (dual clip, c = 3). Our default for c is so
+  large that the second clip has no effect. Then the loss equals losses.clipped_policy_loss. A recipe can set c with
+  `clip_ratio_c`.
+- verl's GAE always whitens the advantages, with the sample variance. In verl, the advantages of masked tokens are not
+  0. verl's returns equal ours. verl's advantages equal ours if ours are whitened in the same way.
+- verl's value loss clips the change of the value. With a clip range so large that it has no effect, the loss equals
   losses.value_loss.
 """
 
@@ -68,9 +69,10 @@ def policy_loss(name: str, parameters: Parameters | None = None) -> "VerlPolicyL
 
     Args:
         name: the loss's name in verl's registry.
-        parameters: they have verl's names and meanings (clip_ratio, clip_ratio_low, tau_pos, dro_beta, ...).
-            clip_ratio sets both sides. Parameters that are not given have verl's defaults, except `clip_ratio_c`.
-            By default it has no effect for vanilla, and is 20 for dppo_*, where it caps the weight.
+        parameters: the loss's parameters, with verl's names and meanings (clip_ratio, clip_ratio_low, tau_pos,
+            dro_beta, ...). clip_ratio sets both clip_ratio_low and clip_ratio_high. Parameters that are not given have
+            verl's defaults, except `clip_ratio_c`. The default of `clip_ratio_c` has no effect in vanilla. In dppo_* it
+            is 20 and caps the weight.
     Raises:
         ValueError: verl has no such loss, the loss does not read a given parameter, a parameter is missing, or the
             loss is refused. A loss is also refused if its gradient depends on how a minibatch is split. This function
@@ -99,8 +101,8 @@ def policy_loss(name: str, parameters: Parameters | None = None) -> "VerlPolicyL
 class VerlPolicyLoss:
     """A losses.PolicyLoss that verl computes.
 
-    Some of verl's losses use all tokens of a response together. So every row must be a whole response, and a minibatch
-    may only be split between responses.
+    Some of verl's losses use all tokens of a response together. So every row of the tensors must be a whole response. A
+    minibatch may be split between responses, but not inside a response.
     """
 
     name: str
@@ -117,8 +119,8 @@ class VerlPolicyLoss:
         size: MinibatchSize,
         weights: Tensor | None = None,
     ) -> tuple[Tensor, Sums]:
-        """Returns the loss (scalar) and the sums approx_kl and clip_fraction, as in rl.algorithm.losses. All arguments
-        that are tensors are [n, R]."""
+        """Returns the loss (scalar) and the sums approx_kl and clip_fraction, as in rl.algorithm.losses. All tensor
+        arguments are [n, R]."""
         logprobs, old_logprobs, advantages = (torch.where(mask, x, 0.0) for x in (logprobs, old_logprobs, advantages))
         if self.name == "geo_mean":  # geo_mean is the only loss whose ratio could overflow
             now = logprobs.detach()
@@ -186,7 +188,8 @@ def _fields_of(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _depends_on_split(loss: VerlPolicyLoss) -> bool:
-    """True if the gradient on six example responses changes when they are split into two parts."""
+    """Computes the gradient for six example responses, once as a whole and once in two parts. Returns True if they
+    differ."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([3, 5, 2, 12, 9, 7])
     mask = torch.arange(12) < lengths[:, None]
@@ -237,12 +240,14 @@ def rollout_correction(
         old_logprobs: [N, R] nats, of the learner before the update.
         rollout_logprobs: [N, R] nats, computed by the engine during sampling.
         mask: [N, R] bool. Every row is a whole response.
-        rollout_is: "token" for a weight per token, "sequence" for a weight per response (the product over its tokens).
-        rollout_is_threshold: a number caps the weights (truncated importance sampling). "low_high" sets weights
-            outside of that range to 0 (IcePop). The threshold is read only with rollout_is.
+        rollout_is: "token" gives one weight per token. "sequence" gives one weight per response, the product over its
+            tokens.
+        rollout_is_threshold: a number is the maximum of the weights (truncated importance sampling). A text "low_high"
+            gives a range, and weights outside of this range become 0 (IcePop). The threshold is read only with
+            rollout_is.
         rollout_rs: comma-separated criteria to reject tokens (token_k1, ...) or responses (seq_mean_k1, ...).
-        rollout_rs_threshold: one threshold for all criteria, or one for each, comma-separated. For k1 criteria it is a
-            range of ratios, "low_high".
+        rollout_rs_threshold: one threshold for all criteria, or one for each, comma-separated. The threshold of a k1
+            criterion is a range of ratios, "low_high".
     Raises:
         ValueError: no token is chosen, or verl does not know a criterion or a threshold.
     Source: verl.trainer.ppo.rollout_corr_helper, whose docstrings explain every criterion.

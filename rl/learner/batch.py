@@ -18,9 +18,9 @@ from rl.types import Scored
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt of P tokens and some of its responses. `rows` has each response's row index in the batch."""
+    """One prompt of P tokens and some of its responses. `rows[i]` is the row of response i in the batch."""
 
-    prompt_ids: tuple[int, ...]  # [P], image slots expanded
+    prompt_ids: tuple[int, ...]  # [P], with all image tokens of each picture
     images: tuple[str, ...]  # digests of the pictures, in prompt order
     responses: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
@@ -47,7 +47,7 @@ class Batch:
     """All valid samples of an iteration. `truncated` is [N]; every other tensor is [N, R]."""
 
     groups: tuple[Group, ...]
-    response_mask: Tensor  # bool; True on the response's tokens, False on padding. The policy chose all these tokens.
+    response_mask: Tensor  # bool; True on response tokens (the policy chose them all), False on padding
     rollout_logprobs: Tensor  # float32 nats, from the engine; 0 outside the mask
     rewards: Tensor  # float32; the last response token has the whole reward, all other tokens have 0
     truncated: Tensor  # bool; True if the response was cut at the length limit
@@ -101,7 +101,7 @@ def _groups(valid: Sequence[Scored]) -> list[Group]:
 def minibatches(groups: Sequence[Group], count: int, seed: str) -> list[list[Group]]:
     """Shuffles the groups with `seed` and distributes them to `count` minibatches with similar numbers of responses.
 
-    Groups stay whole, so that a prompt is computed once per group. If there are fewer groups than minibatches, the
+    Groups are kept whole, so that each prompt is computed only once. If there are fewer groups than minibatches, the
     largest groups are split in half. If there are fewer responses than minibatches, fewer minibatches are returned.
     """
     order = list(groups)

@@ -1,6 +1,6 @@
 """Typed clients for the policy and the critic, which run in other processes.
 
-A method that returns a Future returns at once, without waiting for the result.
+If a method returns a Future, it does not wait for the result.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ Learner = TypeVar("Learner", bound=Sharded)
 
 
 class LearnerClient(Generic[Learner]):
-    """The calls that the clients of policy and critic share."""
+    """The methods that the clients of policy and critic have in common."""
 
     def __init__(self, remote: Remote[Learner]) -> None:
         self.remote = remote
@@ -43,7 +43,7 @@ class LearnerClient(Generic[Learner]):
 
 
 class EncoderClient:
-    """The frozen vision encoder in one process of the policy."""
+    """Calls the frozen vision encoder in one process of the policy."""
 
     def __init__(self, remote: Remote[Policy]) -> None:
         self.remote = remote
@@ -53,7 +53,7 @@ class EncoderClient:
         return self.remote.start(Policy.encode, picture)
 
     def encoded(self) -> Future[dict[str, int]]:
-        """Returns the size in bytes of each picture's features, by digest, for pictures encoded since the last call."""
+        """Returns {digest of a picture: size of its features in bytes} for all pictures encoded since the last call."""
         return self.remote.start(Policy.encoded)
 
 
@@ -62,7 +62,7 @@ class PolicyClient(LearnerClient[Policy]):
 
     @property
     def encoders(self) -> list[EncoderClient]:
-        """The vision encoder of each rank."""
+        """One client per rank, which calls the vision encoder of that rank."""
         return [EncoderClient(rank) for rank in self.remote.ranks]
 
     def update(self, batch: Batch, targets: Targets, features: Features, iteration: int) -> dict[str, float]:
@@ -74,7 +74,8 @@ class PolicyClient(LearnerClient[Policy]):
         return self.remote.start(Policy.weights)
 
     def logprob_gap(self, rollouts: Sequence[Rollout], features: Features) -> float:
-        """Returns the mean absolute difference of engine and learner logprobs over the response tokens, in nats."""
+        """Returns the mean absolute difference, in nats, between the engine's and the learner's logprobs of response
+        tokens."""
         return self.remote.start(Policy.logprob_gap, rollouts, features).result()
 
 
@@ -82,9 +83,10 @@ class CriticClient(LearnerClient[Critic]):
     """Calls rl.learner.critic.Critic in the processes of the critic."""
 
     def values(self, batch: Batch, features: Features) -> tuple[Tensor, Tensor]:
-        """Returns the values before each response token [N, R], and after the last response token [N]."""
+        """Returns two tensors: the values before each response token [N, R], and after the last response token [N]."""
         return self.remote.start(Critic.values, batch, features).result()
 
     def update(self, batch: Batch, targets: Targets, features: Features, iteration: int) -> Future[dict[str, float]]:
-        """Starts the critic's update, which can run at the same time as the policy's. Returns value/* metrics."""
+        """Starts the critic's update, which can run at the same time as the policy's update. Returns value/*
+        metrics."""
         return self.remote.start(Critic.update, batch, targets, features, iteration)

@@ -38,14 +38,15 @@ class ValueModel(nn.Module):
 def initial_head(hidden: int, seed: int) -> Tensor:
     """Returns small normal weights [1, hidden], so that values start near 0.
 
-    Their standard deviation is 1 / (hidden + 1), as in the code of Open-Reasoner-Zero.
+    The standard deviation of the weights is 1 / (hidden + 1), as in the code of Open-Reasoner-Zero.
     """
     return torch.randn((1, hidden), generator=torch.Generator().manual_seed(seed)) / (hidden + 1)
 
 
 @dataclass(frozen=True)
 class _LastGraph:
-    """The autograd graph of the last packed row. `values` computes the graph and `update` uses it again."""
+    """The autograd graph of the last packed row. `Critic.values` computes the graph, and `Critic.update` uses it
+    again."""
 
     groups: tuple[Group, ...]  # all groups of the batch
     rows: Sequence[PackedRow]  # this rank's packed rows of the whole batch
@@ -53,12 +54,13 @@ class _LastGraph:
 
 
 class Critic(Sharded):
-    """Computes the values that advantages need, and makes the critic's update.
+    """Computes the values for the advantages, and updates the critic's weights.
 
-    A critic is a plain object. Ray creates it, in one process or in one process per rank.
+    A critic is a plain object. Ray creates one such object in the process of each rank.
 
     Args:
-        folder: model folder with the decoder that the critic starts from, unless `options.model.critic` names a critic.
+        folder: model folder. The critic starts from its decoder, unless `options.model.critic` names a critic to start
+            from.
     """
 
     def __init__(self, folder: str, options: LearnerOptions, ranks: Ranks | None = None) -> None:
@@ -82,11 +84,12 @@ class Critic(Sharded):
             return self.model(row, features)
 
     def values(self, batch: Batch, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns the values before each response token [N, R] (0 outside the mask), and after the last response
-        token [N].
+        """Returns two tensors: the values before each response token [N, R] (0 outside the mask), and after the last
+        response token [N].
 
-        If the update is a single step over the whole batch, the graph of the last packed row is kept for the update.
-        The weights do not change before the update, and the update needs that memory anyway.
+        If the update is a single step over the whole batch, the graph of the last packed row is kept, and the update
+        uses it again. This is correct because the weights do not change before the update. It takes no additional
+        memory, because the update would compute the same graph.
         """
         values = torch.zeros(batch.response_mask.shape)
         final = torch.zeros(len(values))
@@ -122,7 +125,8 @@ class Critic(Sharded):
                 values = row.padded(token_values[row.before.to(device)])
                 mask, returns = (row.read_from(full).to(device) for full in (batch.response_mask, targets.returns))
                 loss = value_loss(values, returns, mask, tokens=tokens)
-                # FSDP averages gradients over the ranks, but the loss is a sum over them.
+                # FSDP averages gradients over the ranks, but we need their sum. So the loss is multiplied by the number
+                # of ranks.
                 (loss * (row.counts * self.ranks.count)).backward()
                 minibatch_total += loss.detach().cpu() * (row.counts * tokens)
             if (step_norm := self.optimizer.step()) is None:
@@ -137,9 +141,10 @@ class Critic(Sharded):
         return metrics if math.isnan(explained) else metrics | {"value/explained_variance": explained}
 
     def _rows_to_learn(self, groups: Sequence[Group], batch: Batch) -> Iterator[tuple[PackedRow, Tensor | None]]:
-        """Yields each packed row of a minibatch with its values if they are known, else with None.
+        """Yields (packed row, values) for each packed row of a minibatch. The values are None if they must still be
+        computed.
 
-        If `values` kept the graph of a packed row, that row comes first, with its values.
+        If the method `values` kept the graph of a packed row, this packed row comes first, with its values.
         """
         last, self._last_graph = self._last_graph, None
         # All ranks get the same calls, so all ranks take the same branch.

@@ -12,12 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # tensors on the CPU are always summed over gloo
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}  # tensors on the CPU are always summed with gloo
 TIMEOUT = timedelta(hours=1)  # maximum wait for another rank; if a rank dies, the others notice it at once
 
 
 class Ranks:
-    """The calls of this process to the other ranks that hold parts of the same model.
+    """Connects this process (one rank) with the other ranks, which hold other parts of the same model.
 
     Args:
         device: cpu or cuda.
@@ -32,7 +32,7 @@ class Ranks:
     ) -> None:
         self.device, self.rank, self.count = device, rank, count
         self.mesh: DeviceMesh | None = None
-        self.checkpoint_group: dist.ProcessGroup | None = None  # for the thread that writes checkpoints
+        self.checkpoint_group: dist.ProcessGroup | None = None  # used by the thread that writes checkpoints
         if threads:
             torch.set_num_threads(threads)
         if count > 1:
@@ -40,7 +40,7 @@ class Ranks:
                 BACKENDS[device], init_method=f"tcp://{address}", rank=rank, world_size=count, timeout=TIMEOUT
             )
             self.mesh = init_device_mesh(device, (count,))
-            group: Any = dist.new_group(backend="gloo")  # Any, because the annotation also allows "not in the group"
+            group: Any = dist.new_group(backend="gloo")  # Any: the declared type also covers other processes
             self.checkpoint_group = group
 
     @property
@@ -61,8 +61,8 @@ class Ranks:
         options: dict[str, Any] = {"mesh": self.mesh} | ({} if dtype == torch.float32 else {"mp_policy": low})
         for layer in layers:
             fully_shard(layer, **options)
-        # Reshard after the root's forward pass too. A pass without gradient would otherwise leave gathered weights
-        # behind, and the next optimizer step would make them stale.
+        # The root's weights are split again after each forward pass. Otherwise, after a pass without gradient, they
+        # would stay gathered, and the next optimizer step would not update the gathered copy.
         fully_shard(model, reshard_after_forward=True, **options)
 
     def autocast(self, dtype: torch.dtype) -> Any:
@@ -70,7 +70,8 @@ class Ranks:
         return torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
 
     def local_shard(self, full: Tensor, like: Tensor) -> Tensor:
-        """Returns this rank's shard of `full`, which every rank has. `full` is split in the same way as `like`."""
+        """Returns this rank's shard of `full`. Every rank must have all of `full`, which is split in the same way as
+        `like`."""
         if not isinstance(like, DTensor):
             return full.to(self.device)
         # With src_data_rank=None every rank cuts its shard from its own copy, and nothing is sent.
@@ -83,10 +84,11 @@ class Ranks:
     def gather(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, *, copy: bool = False
     ) -> dict[str, Tensor]:
-        """Returns the full tensors in host memory on rank 0, and {} on the other ranks. Collective: call on every rank.
+        """Returns the full tensors on rank 0, in CPU memory, and {} on the other ranks. Collective: call on every rank.
 
         Args:
-            copy: if True, the results share no memory with `tensors`, so later changes of `tensors` do not change them.
+            copy: if True, the results share no memory with `tensors`, so later changes of `tensors` do not change the
+                results.
         """
         result = {}
         for name, tensor in tensors.items():
@@ -94,8 +96,8 @@ class Ranks:
             if self.is_first:
                 fresh = isinstance(tensor, DTensor)
                 full = full.to("cpu", dtype or full.dtype, copy=copy and not fresh).contiguous()
-                # Shards of uneven sizes are gathered into a longer tensor, of which `full` is a part. A file can only
-                # store a whole tensor, so `full` is copied.
+                # If the shards differ in size, they are gathered into a longer tensor, and `full` is only a part of it.
+                # A file can only store a whole tensor, so `full` is copied.
                 result[name] = full if full.untyped_storage().nbytes() == full.nbytes else full.clone()
         return result
 
@@ -106,7 +108,7 @@ class Ranks:
         return tensor
 
     def sum_named(self, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the sum over all ranks of each named number. All ranks must pass the same names. Collective: call on
+        """Returns each named number, summed over all ranks. All ranks must pass the same names. Collective: call on
         every rank."""
         names = sorted(numbers)
         if self.count == 1 or not names:

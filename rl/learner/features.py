@@ -9,13 +9,14 @@ from rl.types import Picture
 
 
 class FeatureStore:
-    """Stores the features of encoded pictures. Every pass of policy and critic reads the features from here.
+    """Stores the features of encoded pictures. Policy and critic read the features from this store in every pass.
 
-    The features are in Ray's object store, which moves objects to disk if they do not fit into memory. Beyond the
-    limit, the least recently used features are dropped. Dropped features are computed again when they are needed.
+    The features are in Ray's object store, which moves objects to disk if they do not fit into memory. If the features
+    exceed the limit, the least recently used features are dropped. Dropped features are computed again when they are
+    needed.
 
     Args:
-        encoders: processes that encode the pictures in turn.
+        encoders: clients of the processes that encode pictures. They are used in turn.
         limit_mib: the maximum size of the stored features in MiB, in memory and on disk together.
     """
 
@@ -27,7 +28,7 @@ class FeatureStore:
         self.forwards = 0  # the number of pictures encoded so far, updated by `trim`
 
     def of(self, pictures: Iterable[Picture]) -> dict[str, Any]:
-        """Returns a future of the features [image tokens, hidden] of each picture, by digest."""
+        """Returns {digest of a picture: future of its features [image tokens, hidden]} for all `pictures`."""
         result = {}
         for picture in pictures:
             pending = self._features.pop(picture.digest, None)
@@ -40,7 +41,8 @@ class FeatureStore:
         return result
 
     def trim(self, using: Iterable[str] = ()) -> None:
-        """Drops the least recently used features beyond the limit, except the features of the digests in `using`."""
+        """Drops the least recently used features until the rest fits into the limit. Keeps features whose digest is in
+        `using`."""
         for sizes in [encoder.encoded() for encoder in self._encoders]:
             encoded = sizes.result()
             self.forwards += len(encoded)

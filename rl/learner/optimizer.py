@@ -1,4 +1,5 @@
-"""AdamW with linear warm-up and gradient clipping. Its whole state is a set of named tensors and the step count."""
+"""AdamW with linear warm-up and gradient clipping. The whole state is a set of named tensors and the number of
+steps."""
 
 import math
 from collections.abc import Mapping
@@ -17,8 +18,8 @@ class Optimizer:
 
     Args:
         parameters: name -> parameter.
-        ppo: the options of AdamW, the maximum norm of the gradients, and the number of skipped steps in a row after
-            which `step` raises. A step is skipped if its gradient is not finite.
+        ppo: the options of AdamW, `max_grad_norm` and `max_skipped_steps`. A step is skipped if its gradient is not
+            finite. If `max_skipped_steps` steps in a row are skipped, `step` raises an error.
         lr: the constant learning rate after the warm-up.
         warmup: the number of steps over which the learning rate rises linearly from 0.
     """
@@ -71,7 +72,8 @@ class Optimizer:
         }
 
     def continue_after(self, steps: int) -> None:
-        """Sets the number of steps made. The caller must then fill in the moments that `state` returns."""
+        """Sets the number of steps made. The caller must then write the saved moments into the tensors that `state`
+        returns."""
         self.steps = steps
         if not steps:
             return

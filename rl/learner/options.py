@@ -8,8 +8,8 @@ from rl.config import PPO, Config, Learner, Model
 
 @dataclass(frozen=True)
 class LearnerOptions:
-    """Options with the names that they have in the recipe; rl.config describes them. Policy and critic of a run share
-    one LearnerOptions."""
+    """The options have the same names as in the recipe, and rl.config describes them. Policy and critic of a run use
+    the same LearnerOptions."""
 
     ppo: PPO
     model: Model
@@ -20,7 +20,7 @@ class LearnerOptions:
 
     @classmethod
     def of(cls, config: Config) -> "LearnerOptions":
-        """Returns the learner's options of a whole configuration."""
+        """Selects the learner's options from a whole configuration."""
         return cls(
             config.ppo, config.model, config.learner, config.seed, config.rollout.temperature, config.synthesis.template
         )

@@ -17,10 +17,11 @@ from rl.model.attention import Layout, Span
 
 @dataclass(frozen=True)
 class PackedRow:
-    """The input of one forward pass: T tokens. Of these, n tokens belong to k responses, the others to prompts.
+    """The input of one forward pass: T tokens. Of these, n tokens belong to k responses. All other tokens belong to
+    prompts.
 
-    A packed row with `counts` False only makes every rank run the same number of forward and backward passes. The
-    results and the gradient of such a packed row are ignored.
+    If `counts` is False, the results and the gradient of the packed row are ignored. Such a packed row only serves to
+    let every rank make the same number of forward and backward passes.
     """
 
     token_ids: Tensor  # [T] int64
@@ -37,8 +38,8 @@ class PackedRow:
     counts: bool = True
 
     def padded(self, values: Tensor) -> Tensor:
-        """Converts `values` [n], one number per response token, to [k, longest], one row per response, padded with
-        0."""
+        """Converts `values` [n], with one number per response token, to a tensor [k, longest], with one row per
+        response. Shorter responses are padded with 0."""
         out = values.new_zeros(len(self.batch_rows), int(self.column.max()) + 1)
         return out.index_put((self.response.to(values.device), self.column.to(values.device)), values)
 
@@ -88,9 +89,10 @@ def rows_of_rank(
 def balanced(work: Sequence[float], parts: int) -> list[list[int]]:
     """Distributes the indices of `work` over `parts` lists whose sums of work are nearly equal.
 
-    Uses the largest differencing method (Karmarkar and Karp, 1982, section 6). Each step merges the two partitions
-    with the largest differences between their lists. The largest list of the first partition is merged with the
-    smallest list of the second, and so on. The steps end when one partition is left.
+    Uses the largest differencing method (Karmarkar and Karp, 1982, section 6). At first, each index has a partition of
+    its own: `parts` lists, one of which contains the index. Each step merges the two partitions whose lists differ most
+    in work. The largest list of one partition is merged with the smallest list of the other partition, and so on. The
+    method ends when one partition is left.
     """
     heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = []
     for index, amount in enumerate(work):

@@ -1,7 +1,7 @@
 """The policy in plain torch, without Ray. The policy makes optimizer steps for a batch and its targets.
 
-Only the decoder is trained. The vision encoder and the projector have no gradients and no optimizer state. Their
-features are computed once per picture, cached, and used as constants.
+Only the decoder is trained. The vision encoder and the projector have no gradients and no optimizer state. The features
+of a picture are computed once, cached, and used as constants.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 
 def policy_loss(ppo: PPO) -> PolicyLoss:
-    """Returns the policy loss that the recipe selects: one of verl's, or one of ours. We have two losses because the
-    report can be read in two ways."""
+    """Returns the policy loss that the recipe selects: one of verl's losses, or one of our two losses. We have two
+    because the report can be read in two ways."""
     if ppo.policy_loss is not None:
         from rl.algorithm import verl_bridge
 
@@ -51,15 +51,15 @@ def policy_loss(ppo: PPO) -> PolicyLoss:
 
 
 def needs_old_logprobs(ppo: PPO) -> bool:
-    """True if an update needs the logprobs of the policy before that update. These logprobs cost a forward pass over
-    the batch."""
+    """True if an update needs logprobs that the weights before the update give. These logprobs cost an additional
+    forward pass over the batch."""
     return ppo.ratio == "clip" or ppo.tis_policy == "before_update" or ppo.rollout_correction is not None
 
 
 class Policy(Sharded):
     """Computes logprobs and makes the PPO update of the decoder.
 
-    A policy is a plain object. Ray creates it, in one process or in one process per rank.
+    A policy is a plain object. Ray creates one such object in the process of each rank.
 
     Args:
         folder: model folder to start from. The folder's tokenizer is copied into checkpoints.
@@ -89,14 +89,14 @@ class Policy(Sharded):
 
     @torch.no_grad()
     def encode(self, picture: Picture) -> Tensor:
-        """Returns the frozen encoder's features of a picture, [image tokens, hidden], on the CPU."""
+        """Returns the features that the frozen encoder computes for a picture, [image tokens, hidden], on the CPU."""
         features = self.model.features([picture.load()])[0].cpu()
         self._encoded_bytes[picture.digest] = features.nbytes
         return features
 
     def encoded(self) -> dict[str, int]:
-        """Returns the size in bytes of each picture's features, by digest, for the pictures that this process has
-        encoded since the last call."""
+        """Returns {digest of a picture: size of its features in bytes} for all pictures that this process has encoded
+        since the last call."""
         sizes, self._encoded_bytes = self._encoded_bytes, {}
         return sizes
 
@@ -125,8 +125,8 @@ class Policy(Sharded):
         return self.ranks.sum(result)
 
     def logprob_gap(self, rollouts: Sequence[Rollout], features: Mapping[str, Tensor]) -> float:
-        """Returns the mean absolute difference of engine and learner logprobs over the response tokens, in nats. The
-        engine must have sampled with the current weights."""
+        """Returns the mean absolute difference, in nats, between the engine's and the learner's logprobs of response
+        tokens. The engine must have sampled the responses with the policy's current weights."""
         batch = collate([Scored(r, 0.0) for r in rollouts])
         ours = self.logprobs(batch, features)
         gap = (ours - batch.rollout_logprobs).abs()
@@ -168,8 +168,8 @@ class Policy(Sharded):
     ) -> tuple[MinibatchSize, Sums]:
         """Accumulates the gradients of one minibatch, one packed row at a time.
 
-        Returns: the number of tokens and responses that verl's correction did not reject (it may reject all), and the
-        minibatch's statistics, summed over these tokens.
+        Returns: two values. The first is the number of tokens and responses that verl's correction did not reject (it
+        may reject all of them). The second has the statistics of the minibatch, summed over these tokens.
         """
         correction = self._correction(groups, batch, old)
         chosen = batch.response_mask if correction is None else correction.mask
@@ -192,7 +192,8 @@ class Policy(Sharded):
             loss, loss_sums = self.loss(logprobs, before, advantages, mask, size=size, weights=weights)
             bonus, entropy = entropy_loss(entropies, mask, tokens=size.tokens)
             total = loss + self.options.ppo.entropy * bonus if self.options.ppo.entropy else loss
-            # FSDP averages gradients over the ranks, but the loss is a sum over them.
+            # FSDP averages gradients over the ranks, but we need their sum. So the loss is multiplied by the number of
+            # ranks.
             (total * (row.counts * self.ranks.count)).backward()
             for row_sums in (tis, loss_sums, entropy, {"loss": total.detach() * size.tokens}):
                 sums = add_sums(sums, {name: value * row.counts for name, value in row_sums.items()})

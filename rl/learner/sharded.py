@@ -1,4 +1,5 @@
-"""The base class of policy and critic: a decoder that may be split over several ranks, and its checkpoints."""
+"""Defines the base class of policy and critic. It has a decoder, which may be split over several ranks, and it reads
+and writes checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,8 @@ from rl.model.packed import pairs_per_token, recompute_layers
 
 
 class Sharded:
-    """The base class of policy and critic. All ranks get the same calls with the same arguments. Each rank computes its
-    share of the work and returns the whole result.
+    """The base class of policy and critic. All ranks get the same calls with the same arguments. Each rank computes
+    only its share of the work, but returns the whole result.
 
     Args:
         folder: model folder to start from.
@@ -51,8 +52,8 @@ class Sharded:
     optimizer: Optimizer
 
     def prepare(self, base: Any) -> None:
-        """Selects the parts of `base` to train and splits them over the ranks. The weights of `base` take no memory
-        yet."""
+        """Selects the parts of `base` to train and splits them over the ranks. When this method is called, the weights
+        of `base` take no memory yet."""
         raise NotImplementedError
 
     @property
@@ -61,8 +62,8 @@ class Sharded:
         return getattr(torch, self.options.model.dtype)
 
     def full_state(self) -> dict[str, Tensor]:
-        """Returns copies of the weights for a checkpoint on rank 0, keyed by their names on disk. Collective: call on
-        every rank."""
+        """Returns copies of the weights for a checkpoint, keyed by their names on disk. Only rank 0 gets the copies.
+        Collective: call on every rank."""
         raise NotImplementedError
 
     def write_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -80,7 +81,8 @@ class Sharded:
             raise hf_folder.CheckpointError(f"{folder} lacks {', '.join(sorted(missing)[:8])}")
 
     def training_state(self) -> dict[str, Tensor]:
-        """Returns the tensors (or this rank's shards) that a checkpoint stores in addition to the model folder."""
+        """Returns the tensors (or this rank's shards of these tensors) that a checkpoint stores in addition to the
+        model folder."""
         return self.optimizer.state()
 
     def save(self, model: Path, state: Path) -> int:
@@ -102,7 +104,8 @@ class Sharded:
         return self.optimizer.steps
 
     def written(self) -> bool:
-        """True if everything that `save` started is on disk. Raises the exception of a write that failed."""
+        """True if everything that `save` writes in the background is on disk. Raises the exception of a write that
+        failed."""
         if not all(write.done() for write in self._writing):
             return False
         writing, self._writing = self._writing, []

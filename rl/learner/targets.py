@@ -1,4 +1,5 @@
-"""Computes the targets of the policy's and the critic's update (advantages and returns) from a batch and its values."""
+"""Computes the targets of the updates from a batch and its values: advantages for the policy, returns for the
+critic."""
 
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ class Targets:
 
     advantages: Tensor  # for the policy loss; normalised if `ppo.normalize_advantages`
     returns: Tensor  # the targets of the value loss: GAE advantages (not normalised) + values
-    values: Tensor  # the critic's values before its update
+    values: Tensor  # the values that the critic computed before its update
 
 
 def make_targets(batch: Batch, values: Tensor, final: Tensor, ppo: PPO) -> Targets:

@@ -1,4 +1,5 @@
-"""The base class of model families: everything that the learner needs to know about a vision-language model.
+"""Defines the base class of model families. It has everything that the learner needs to know about a vision-language
+model.
 
 Attributes have the names of the tensors on disk. rl/model/packed.py runs the decoder trunk on packed rows. There are
 two families: StepVL (rl/model/step_vl.py) and text-only Hugging Face decoders (rl/model/text.py).
@@ -18,7 +19,7 @@ from rl.model.layout import Size
 
 @dataclass(frozen=True)
 class ImageToken:
-    """The token that stands for each picture in the prompts of a model."""
+    """The token that stands for a picture in the prompts of a model."""
 
     text: str  # the token's text in the tokenizer
     id: int

@@ -1,9 +1,10 @@
 """Attention over packed groups: each response sees its prompt and its own tokens, and nothing else.
 
 The function is registered with transformers as `packed_groups`, so that the decoders of transformers run on packed rows
-unchanged. The keys and values of a prompt are computed once for all its responses. No [T, T] matrix is allocated. On a
-CPU, attention is computed for a few dense or causal rectangles of visible pairs, and the results are merged by their
-log-sum-exp. On a GPU, a FlexAttention block mask describes the visible pairs.
+unchanged. The keys and values of a prompt are computed once for all its responses. No matrix of size [T, T] is
+allocated. On a CPU, the visible (query, key) pairs are divided into a few dense or causal rectangles. Attention is
+computed for each rectangle, and the log-sum-exp of each result is used to merge the results. On a GPU, a FlexAttention
+block mask describes the visible pairs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,8 @@ SMALL, ALIKE = 32, 0.75  # explained in `batches_of`
 
 @dataclass(frozen=True)
 class Span:
-    """The lengths in tokens of a prompt and its responses in a packed row. There are no gaps between groups."""
+    """The lengths of a prompt and of its responses in a packed row, in tokens. A packed row has no gaps between
+    groups."""
 
     prompt: int
     responses: tuple[int, ...]
@@ -46,8 +48,8 @@ class Segments:
     real: Tensor | None  # [n, L] bool, False for repeats; None if there are no repeats
 
     def take(self, x: Tensor) -> Tensor:
-        """Reads the segments' tokens from `x` [T, ...] and returns them as [n, L, ...]. A single segment is returned as
-        a view."""
+        """Returns the entries of `x` [T, ...] for the segments' tokens, as [n, L, ...]. If there is only one segment,
+        the result is a view of `x`."""
         if len(self.tokens) == 1:
             start = int(self.tokens[0, 0])
             return x[start : start + self.tokens.shape[1]][None]
@@ -96,7 +98,8 @@ class Layout:
 
     @cached_property
     def shared(self) -> tuple[tuple[slice, slice], ...]:
-        """(tokens of all responses, tokens of the prompt) of every group. Response tokens see all prompt tokens."""
+        """For every group: (slice of all response tokens, slice of the prompt tokens). Each response token sees all
+        prompt tokens of its group."""
         found = []
         start = 0
         for span in self.spans:
@@ -108,8 +111,8 @@ class Layout:
 
     @cached_property
     def owners(self) -> tuple[Tensor, Tensor]:
-        """Two [T] int64 tensors. The first has the number of each token's group. The second has the number of its
-        response, counted from 1 over the whole packed row, or 0 if the token belongs to a prompt."""
+        """Two [T] int64 tensors. The first gives the group number of each token. The second gives the response number
+        of each token, counted from 1 over the whole packed row, or 0 for prompt tokens."""
         groups: list[int] = []
         owners: list[int] = []
         response = 0
@@ -137,11 +140,12 @@ def sees(group: Tensor, owner: Tensor, row: Tensor, column: Tensor) -> Tensor:
 
 
 def batches_of(segments: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
-    """Distributes segments (first token, length) to batches, the longest segments first. Each batch is one call.
+    """Distributes segments (first token, length) to batches, the longest segments first. Each batch is computed in one
+    call.
 
-    Each call has a cost, and padding the segments to the longest of their batch has a cost too. All segments of up to
-    SMALL tokens share a batch. Longer segments share a batch only if the shortest has at least ALIKE times the tokens
-    of the longest.
+    Every call has a cost. Padding has a cost too, because all segments of a batch are padded to the length of the
+    longest. All segments of up to SMALL tokens share a batch. Longer segments share a batch only if the shortest has at
+    least ALIKE times as many tokens as the longest.
     """
     batches: list[list[tuple[int, int]]] = []
     for segment in sorted(segments, key=lambda s: (-s[1], s[0])):
@@ -189,9 +193,10 @@ def packed_groups(
 class _GroupsOnCPU(torch.autograd.Function):
     """Attention on a CPU; inputs and outputs are [T, heads, D].
 
-    Calls torch's flash kernel for CPU once per batch of segments, and once per group for the attention of the responses
-    to their prompt. The backward kernel takes the log-sum-exp over all tokens that a token sees. So it can be called
-    for each of these parts in turn, and the gradients of the parts are added.
+    The forward pass calls torch's flash kernel for CPUs once for each batch of segments. It also calls the kernel once
+    for each group, for the attention of the responses to their prompt. The backward kernel gets the log-sum-exp over
+    all tokens that a token sees. So the backward pass can call it for each of these parts separately, and add the
+    gradients.
     """
 
     @staticmethod
@@ -248,8 +253,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tu
 def _flash_backward(*given: Tensor, causal: bool, scale: float) -> tuple[Tensor, ...]:
     """Returns the gradients of q, k and v.
 
-    `given` is: the gradient of the outputs, q, k, v, the outputs, and the log-sum-exp of the outputs. Outputs and
-    log-sum-exp must be over all tokens that a token sees.
+    `given` has six tensors: the gradient of the outputs, q, k, v, the outputs, and the log-sum-exp of the outputs. The
+    outputs and the log-sum-exp must be those of the attention to all tokens that a token sees.
     """
     heads_first = (x.transpose(1, 2) for x in given)
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads_first, 0.0, causal, scale=scale)

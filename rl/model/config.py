@@ -35,7 +35,7 @@ class StepVLVisionConfig(PretrainedConfig):
     use_abs_posemb: bool = True
     use_rope2d: bool = True
 
-    def __post_init__(self, **kwargs: Any) -> None:  # transformers makes a dataclass of the class
+    def __post_init__(self, **kwargs: Any) -> None:  # transformers turns this class into a dataclass
         super().__post_init__(**kwargs)
         for name, built in {
             "use_cls_token": False,
@@ -143,9 +143,9 @@ def register() -> None:
 def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfig:
     """Returns the config with the decoder's positions extended `factor` times by YaRN (arXiv 2309.00071).
 
-    The temperature of attention does not change, as in PaCoRe's evaluation (arXiv 2601.05593, which uses scale 2.0).
-    The factor applies to the trained positions, even if the config was extended before. If `factor` is None, the config
-    is not changed.
+    The temperature of attention does not change, as in PaCoRe's evaluation (arXiv 2601.05593), which uses the factor
+    2.0. The factor multiplies the number of trained positions, even if the config was extended before. If `factor` is
+    None, the config is not changed.
 
     Raises: ValueError if the config extends its positions by another method.
     """
@@ -161,7 +161,8 @@ def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfi
         "rope_type": "yarn",
         "factor": float(factor),
         "original_max_position_embeddings": trained,
-        # transformers reads the first of these three keys, vLLM the other two. Each ignores keys that it does not know.
+        # transformers reads the first of these three keys, vLLM reads the other two. Both ignore keys that they do not
+        # know.
         "attention_factor": 1.0,
         "attn_factor": 1.0,
         "apply_yarn_scaling": False,
@@ -182,7 +183,7 @@ def positions(config: PretrainedConfig) -> int:
 
 
 def overrides(config: PretrainedConfig) -> dict[str, Any]:
-    """Returns the options of a config about positions, in the form of vLLM's --hf-overrides."""
+    """Returns the options of a config that concern positions, in the format of vLLM's --hf-overrides."""
     text = getattr(config, "text_config", None)
     names = ("rope_parameters", "max_position_embeddings")
     values = {name: getattr(text or config, name) for name in names}

@@ -28,12 +28,12 @@ VALUE_HEAD = "value_head.weight"
 
 
 class CheckpointError(ValueError):
-    """A model folder cannot be used. The message names the folder and the reason."""
+    """The error for a model folder that cannot be used. The error message gives the folder and the reason."""
 
 
 def local_folder(path: str | Path) -> Path:
-    """Returns `path` if it is a folder. Otherwise `path` is a hub id, and its local copy is returned (downloaded if
-    necessary)."""
+    """Returns `path` if it is a folder. Otherwise `path` is a hub id. Then the model is downloaded if necessary, and
+    the local copy is returned."""
     if Path(path).is_dir():
         return Path(path)
     if Path(path).is_absolute() or str(path).count("/") != 1:
@@ -45,7 +45,7 @@ def local_folder(path: str | Path) -> Path:
 
 
 def read_config(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
-    """Returns the folder's config. If `yarn` is given, YaRN extends the positions by that factor.
+    """Returns the folder's config. If `yarn` is given, YaRN extends the model's positions by this factor.
 
     Raises: CheckpointError with the folder's name if config.json is missing or cannot be used.
     """
@@ -69,7 +69,7 @@ def build(config: PretrainedConfig, *, device: str = "meta") -> Architecture:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Returns the safetensors file that holds each tensor, by tensor name."""
+    """Returns {tensor name: safetensors file that contains the tensor}."""
     if (index := folder / INDEX).is_file():
         names: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
         return {name: folder / file for name, file in names.items()}
@@ -80,7 +80,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def check(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
-    """Checks a model folder without reading the weights, and returns its config. A dry run can use this check.
+    """Checks a model folder without reading the weights, and returns its config. So a dry run can use this check.
 
     Raises: CheckpointError with the names of missing or extra tensors and wrong shapes.
     """
@@ -110,8 +110,8 @@ def _listed(kind: str, names: list[str]) -> str:
 
 
 def state(model: nn.Module, *, tied: bool = False) -> dict[str, Tensor]:
-    """Returns the model's tensors, keyed by their names on disk. A tied head is not stored on disk, so it is only
-    included with `tied`."""
+    """Returns the model's tensors, keyed by their names on disk. A head that is tied to the embedding is not stored on
+    disk, so it is included only if `tied` is True."""
     tensors = dict(model.state_dict())
     if getattr(model.config, "tie_word_embeddings", False) and not tied:
         tensors.pop("lm_head.weight", None)
@@ -130,7 +130,8 @@ def load(
     """Loads the model in a folder with all its weights.
 
     Args:
-        prepare: is called with the model before its weights take memory. It may split the parameters over processes.
+        prepare: a function that is called with the model before its weights take memory. It may split the parameters
+            over processes.
         local_shard: (full tensor, its parameter) -> this process's shard of the full tensor. None keeps full tensors.
         yarn: the factor by which YaRN extends the positions.
     Raises: CheckpointError with the names of missing or extra tensors and wrong shapes.
@@ -186,7 +187,8 @@ def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def materialize(trunk: Any, device: str = "cpu") -> None:
-    """Computes the rotary tables. They are not stored on disk, and the meta device left them empty."""
+    """Computes the tables of rotary positions. They are not stored on disk, and they are empty in a model that was
+    built on the device "meta"."""
     trunk.rotary_emb = type(trunk.rotary_emb)(config=trunk.config, device=device)
 
 
@@ -203,7 +205,7 @@ def save(
     Args:
         source: a model folder whose tokenizer, templates and generation config are copied.
         templates: file name -> text. These files are written instead of the files of the same name in `source`.
-        tensors: the tensors to write. None writes the model's `state`.
+        tensors: the tensors to write. None means the model's `state`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Computes how STEP3-VL pads, scales and crops a picture. This file works on sizes only, not on pixels.
 
 The rules and thresholds are taken from the published serving code (window choice, rounding at 0.2, limit of 3,024
-pixels). That code states them for 728-pixel views. Here they scale with the size of the view, which is a
+pixels). That code states them for 728-pixel views. In this file, they scale with the size of the view, which is a
 reconstruction.
 """
 
@@ -49,8 +49,8 @@ class CropGrid:
 
 
 def squared(size: Size) -> Size:
-    """Returns the size after padding. A thin strip (short side under 32 pixels, ratio of sides over 4) becomes a
-    square."""
+    """Returns the size after padding. A thin strip is padded to a square if its short side is under 32 pixels and its
+    long side is more than 4 times as long. All other pictures are not padded."""
     width, height = size
     thin = min(width, height) < 32 and max(width, height) > 4 * min(width, height)
     return (max(size), max(size)) if thin else size
@@ -90,7 +90,7 @@ def _rounded(length: int, window: int) -> int:
 def picture_tokens(size: Size, global_size: int, crop_size: int, global_tokens: int, crop_tokens: int) -> int:
     """Returns the number of prompt tokens of a picture.
 
-    A picture has the tokens of its crops and of its global view, each with a start token and an end token. A newline
+    The tokens of each crop, and those of the global view, are enclosed by a start token and an end token. A newline
     token follows each row of crops except the last.
     """
     grid = crop_grid(resized(squared(size), global_size), global_size, crop_size)

@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The maximum number of logits in memory at a time (16 MiB in float32), and the minimum number of tokens at a time.
+# The maximum number of logits that are in memory at a time (16 MiB in float32), and the minimum number of tokens whose
+# logits are computed at a time.
 LOGITS, LEAST = 1 << 22, 256
 
 
 def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Returns the logprob of each target token, and the entropy of the distribution it is drawn from, in nats.
+    """Returns the logprob of each target token, and the entropy of the distribution that it is drawn from, in nats.
 
     Logits are computed for a few tokens at a time, and are computed again in the backward pass. Both computations are
     in float32, because bfloat16 would round a logprob of -12 by up to 0.03. The head's gradient is accumulated in one
@@ -24,7 +25,7 @@ def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: f
     Returns: logprobs [n], entropies [n]; float32.
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # autocast has no effect inside a torch.autograd.Function, so cast here
+    if torch.is_autocast_enabled(device):  # autocast has no effect inside a torch.autograd.Function, so we cast here
         hidden, head = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, head))
     found: Any = _TokenLogprobs.apply(hidden, head, targets.to(hidden.device), temperature)
     return found

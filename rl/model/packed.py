@@ -12,10 +12,11 @@ from rl.model.logprobs import token_logprobs
 
 
 def embed(words: nn.Embedding, token_ids: Tensor, image_slots: Tensor, features: Sequence[Tensor]) -> Tensor:
-    """Returns the decoder's inputs: word embeddings, in which `features` replace the image slots in order.
+    """Returns the decoder's inputs: the embedding of each token. At the image slots, the rows of `features` replace the
+    embeddings, in order.
 
     Args:
-        token_ids: [T] int64. An image token outside of the slots was sampled by the policy. It is embedded as a word.
+        token_ids: [T] int64. An image token outside of the slots was sampled by the policy. It is embedded like a word.
         image_slots: [T] bool, True on the prompt tokens that stand for a picture.
         features: [image tokens, hidden] for each picture.
     Returns: [T, hidden].
@@ -46,8 +47,8 @@ def hidden_states(trunk: Any, row: PackedRow, features: Mapping[str, Tensor]) ->
 
 
 def recompute_layers(trunk: Any) -> None:
-    """Makes the trunk keep only the inputs of its layers. All other activations are computed again in the backward
-    pass."""
+    """Changes the trunk so that it keeps only the inputs of its layers. All other activations are computed again in the
+    backward pass."""
     trunk.gradient_checkpointing_enable({"use_reentrant": False})
     trunk.train()  # transformers recomputes only in training mode, which changes nothing else: there is no dropout
 

@@ -1,4 +1,4 @@
-"""Selects the class (model family) that builds the model of a config. A new family is added here."""
+"""Selects the class (model family) that builds the model of a config. To add a family, add its class here."""
 
 from transformers import PretrainedConfig
 
@@ -11,6 +11,6 @@ FAMILIES: dict[str, type[Architecture]] = {StepVLConfig.model_type: StepVL}
 
 
 def family(config: PretrainedConfig) -> type[Architecture]:
-    """Returns the class for a config's `model_type`. The class for all unlisted types is TextModel, which checks the
-    type when the model is built."""
+    """Returns the class for a config's `model_type`. For all types that are not in FAMILIES, this is TextModel, which
+    checks the type when the model is built."""
     return FAMILIES.get(config.model_type, TextModel)

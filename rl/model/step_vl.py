@@ -1,7 +1,7 @@
 """STEP3-VL in plain torch: Perception Encoder, two stride-2 convolutions, linear projector, Qwen3 decoder.
 
-Modules have the names of the tensors on disk, so a checkpoint loads without a mapping of names. Source: STEP3-VL-10B
-report (arXiv 2601.09668), section 2, and the published serving code.
+Modules have the names of the tensors on disk, so a checkpoint can be loaded without changing names. Source:
+STEP3-VL-10B report (arXiv 2601.09668), section 2, and the published serving code.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,9 @@ ROPE_THETA = 1e4
 def rope_2d(head_dim: int, grid: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Returns the cosines and sines of the vision tower's 2-D rotary positions.
 
-    The first half of a head's channels rotates with the column, the second half with the row. The two channels of a
-    pair share a frequency. `grid` is the maximum number of rows, and of columns.
+    In each head, the angles of the first half of the channels depend on the column, and those of the second half depend
+    on the row. The two channels of a pair have the same frequency. `grid` is the maximum number of rows, and also the
+    maximum number of columns.
 
     Returns: cos, sin, each [rows * columns, head_dim] float32.
     """
@@ -115,7 +116,8 @@ class Transformer(nn.Module):
 
 
 class PerceptionEncoder(nn.Module):
-    """Encodes square views as tokens: patches, absolute and rotary positions, layers, two stride-2 convolutions."""
+    """Encodes square views as tokens, with patches, absolute and rotary positions, layers and two stride-2
+    convolutions."""
 
     def __init__(self, config: StepVLVisionConfig) -> None:
         super().__init__()
@@ -131,8 +133,8 @@ class PerceptionEncoder(nn.Module):
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(self.grid**2, width))
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Returns the absolute positions [rows * columns, width]. They are resized bilinearly for views smaller than
-        the grid."""
+        """Returns the embeddings of the absolute positions, [rows * columns, width]. For views smaller than the grid,
+        the embeddings are resized bilinearly."""
         if (rows, columns) == (self.grid, self.grid):
             return self.positional_embedding
         table = self.positional_embedding.unflatten(0, (self.grid, self.grid)).permute(2, 0, 1)[None]
@@ -182,8 +184,8 @@ class StepVL(Architecture):
         return views(picture, self.config.global_size, self.config.crop_size)
 
     def features(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
-        """Returns the features of each picture, [image tokens, hidden]. Features of the crops come first, then those of
-        the global view."""
+        """Returns the features of each picture, [image tokens, hidden]. In each tensor, the features of the crops come
+        first, then the features of the global view."""
         all_views = [self.views(p) for p in pictures]
         global_views = self._encode([v.global_view for v in all_views])
         crops = self._encode([crop for v in all_views for crop in v.crops])

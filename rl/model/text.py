@@ -1,4 +1,5 @@
-"""The Architecture of text-only Hugging Face decoders, which accept no pictures. All their parameters are trained."""
+"""The Architecture of text-only Hugging Face decoders, which accept no pictures. All parameters of these models are
+trained."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ FAMILIES = ("qwen3", "qwen2", "llama")
 
 
 class TextModel(Architecture):
-    """A decoder trunk and its head. Their tensors have the same names on disk as with `AutoModelForCausalLM`."""
+    """A decoder trunk and its head. The tensors have the same names on disk as those of `AutoModelForCausalLM`."""
 
     frozen_prefixes: ClassVar[dict[str, tuple[str, ...]]] = {"encoder": (), "projector": ()}
 
@@ -38,7 +39,7 @@ class TextModel(Architecture):
 
 
 def check_packable(config: PretrainedConfig) -> None:
-    """Raises ValueError if packed rows do not support the decoder's kind of attention."""
+    """Raises ValueError if the decoder's attention cannot be computed on packed rows."""
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layers != {"full_attention"}:
         raise ValueError(

@@ -1,8 +1,8 @@
 """Adapters of public data sets. Each adapter is a function that converts a row of the data set to our columns.
 
-The adapters follow the data sets' cards and loaders. Each docstring says which points the card and the loader leave
-open. The task of the rows comes from the recipe (`{path: ..., adapter: ..., task: math}`). The ids of the rows are
-made of file name and line.
+The adapters follow the data sets' cards and loaders. If the card and the loader leave a point open, the docstring of
+the adapter says so. The task of the rows comes from the recipe (`{path: ..., adapter: ..., task: math}`). The id of a
+row is made of its file name and line.
 """
 
 import json
@@ -14,7 +14,7 @@ from rl.types import Prompt, Rollout
 Row = Mapping[str, Any]
 Adapter = Callable[[Row], dict[str, Any]]
 EMPTY_PROMPT = Prompt("", "", ())
-THOUSAND = 1000  # Perception-R1's coordinates run from 0 to 1000 along each side of the picture
+THOUSAND = 1000  # Perception-R1's coordinates go from 0 to 1000 along each side of the picture
 
 
 def get_adapter(name: str) -> Adapter:
@@ -27,8 +27,8 @@ def get_adapter(name: str) -> Adapter:
 def open_reasoner_zero(row: Row) -> dict[str, Any]:
     """Converts a row of Open-Reasoner-Zero's training files, such as orz_math_57k_collected.json.
 
-    A row is a list of two messages: {from, value} and {from, ground_truth: {value, pass_at_n}}. `datasets` names them
-    "0" and "1". Some files have no pass_at_n.
+    A row is a list of two messages: {from, value} and {from, ground_truth: {value, pass_at_n}}. The library `datasets`
+    names these columns "0" and "1". Some files have no pass_at_n.
     """
     question, answer = row["0"]["value"], row["1"]["ground_truth"]
     meta = {name: answer[name] for name in ("pass_at_n",) if answer.get(name) is not None}
@@ -91,8 +91,9 @@ def pacore_train(row: Row) -> dict[str, Any]:
 def vision_arena_chat(row: Row) -> dict[str, Any]:
     """Converts a row of VisionArena-Chat.
 
-    A row has `conversation` (each {role, content} is in its own list) and `images`. The prompt is the first question
-    with all pictures. Later messages are not used, because they contain answers of the models that the arena compared.
+    A row has `conversation` (a list of lists, each with one {role, content}) and `images`. The prompt is the first
+    question with all pictures. Later messages are not used, because some are answers of the models that the arena
+    compared.
     """
     return _arena(row, "conversation", ("conversation_id", "language", "categories"))
 
@@ -132,8 +133,8 @@ def _arena(row: Row, conversation: str, meta: Sequence[str]) -> dict[str, Any]:
 
 
 def _messages(conversation: Any) -> list[dict[str, str]]:
-    """Returns all messages as {role, content}. In `conversation` they may have the keys from/value instead, and may be
-    in nested lists."""
+    """Returns all messages as {role, content}. In `conversation`, a message may have the keys from/value instead of
+    role/content, and messages may be in nested lists."""
     if isinstance(conversation, str):
         return [{"role": "user", "content": conversation}]
     if isinstance(conversation, list):

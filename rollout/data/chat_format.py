@@ -1,4 +1,4 @@
-"""Checks the messages and pictures of a data row, and converts their different notations to one format.
+"""Checks the messages and pictures of a data row. Rows may use different notations, which are converted to one format.
 
 Only the header of a picture is read here. Pixels are decoded later, when they are needed.
 """
@@ -24,8 +24,8 @@ Part = dict[str, Any]  # one part of a message's content
 
 
 def parse_chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[Message], list[Any]]:
-    """Returns the messages of a row with `{"type": "image"}` placeholders, and the picture source of each placeholder,
-    in order.
+    """Returns two lists: the messages of a row, with `{"type": "image"}` placeholders for its pictures, and the picture
+    source of each placeholder, in order.
 
     Args:
         reserved: texts that the messages must not contain.
@@ -37,7 +37,7 @@ def parse_chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[Me
     if not isinstance(column, list):
         raise InvalidRow(f"images must be a list, but is {describe(column)}")
     messages = row.get("messages")
-    if isinstance(messages, str) and messages.strip():  # a plain question; if it has no marks, its pictures come first
+    if isinstance(messages, str) and messages.strip():  # a plain question; without marks, its pictures come first
         marks = MARK * len(column) if MARK not in messages else ""
         messages = [{"role": "user", "content": marks + messages}]
     if not isinstance(messages, list) or not messages:
@@ -54,12 +54,12 @@ def parse_chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[Me
 
 
 def open_picture(source: Any, folder: Path, known: dict[Path, Picture]) -> Picture:
-    """Returns the picture of a source, after a check of its header.
+    """Opens the picture of a source and checks the picture's header.
 
     Args:
         source: a path, encoded bytes, base64 (alone or in a data: URL), the {bytes, path} of a Hugging Face Image
             column, or the {digest} of a sample whose picture is not stored.
-        folder: paths are relative to this folder.
+        folder: the folder that relative paths start from.
         known: path -> picture, for pictures that were opened before. A newly opened picture is added.
     Raises: InvalidRow.
     """
@@ -103,8 +103,8 @@ def _picture_sources(parts: list[Part], column: list[Any]) -> list[Any]:
 
 
 def _content_parts(number: int, message: Any) -> list[Part]:
-    """Returns the content of message `number` as text parts and image parts. Each mark in a text becomes an image
-    part."""
+    """Returns the content of message `number` as text parts and image parts. Each mark `<image>` in a text becomes an
+    image part."""
     if not isinstance(message, dict):
         raise InvalidRow(f"message {number} must be {{role, content}}, but is {describe(message)}")
     extra = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
@@ -130,7 +130,7 @@ def _parse_part(number: int, part: Any) -> list[Part]:
     match keys:
         case {"type": "image", **rest} if rest.keys() <= {"image"}:
             return [keys]
-        case {"type": "image", "digest": str(digest), **rest} if not rest:  # a sample stores a digest for picture bytes
+        case {"type": "image", "digest": str(digest), **rest} if not rest:  # samples store a digest instead of bytes
             return [{"type": "image", "image": {"digest": digest}}]
         case {"type": "text", "text": str(text), **rest} if not rest:
             return _split_at_marks(text)

@@ -15,8 +15,8 @@ class RawRow:
     """A row as it is stored. If a row cannot be parsed, `values` is None and `problem` says why."""
 
     file: str
-    line: int  # counts from 1 the lines of a JSONL file, or the rows of any other source
-    folder: Path  # paths in the row are relative to this folder
+    line: int  # number of the line in a JSONL file, or of the row in any other source, counted from 1
+    folder: Path  # the folder that relative paths in the row start from
     values: Mapping[str, Any] | None
     problem: str = ""
 
@@ -72,8 +72,8 @@ def _json_row(line: bytes) -> tuple[Mapping[str, Any] | None, str]:
 
 
 def _shards(path: Path) -> list[Path]:
-    """Returns the files in a folder that `python -m stages.curate` wrote: the names of these files are numbers. Returns
-    [] for any other folder, which is then read as a data set."""
+    """If `python -m stages.curate` wrote the folder `path`, returns the folder's files, whose names are numbers.
+    Otherwise returns [], and the caller reads the folder as a data set."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else []
     return files if all(file.stem.isdigit() for file in files) else []
 

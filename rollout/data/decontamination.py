@@ -1,4 +1,5 @@
-"""Finds training rows that overlap a benchmark: they have the same question, or share a long sequence of words."""
+"""Finds training rows that overlap a benchmark: rows with the same question, or with the same long sequence of
+words."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,8 +14,9 @@ class Benchmarks:
 
     Args:
         rows: the rows of the benchmarks.
-        length: a training row overlaps a benchmark if they share this many consecutive words. Shorter texts are
-            compared as a whole. The report says 64-grams. Using words and signs in lower case is a reconstruction.
+        length: a training row overlaps a benchmark if the same sequence of this many words is in both. Shorter texts
+            are compared as a whole. The report says 64-grams. That their units are words and signs in lower case is a
+            reconstruction.
     """
 
     def __init__(self, rows: Iterable[Prompt], length: int) -> None:
@@ -29,9 +31,10 @@ class Benchmarks:
                 self._runs.setdefault(run, row.id)
 
     def shared(self, row: Prompt) -> str | None:
-        """Describes in words what a row shares with a benchmark row. Returns None if they share nothing.
+        """Returns a text that says how a row overlaps a benchmark row, or None if it overlaps no benchmark row.
 
-        The same words with other pictures are another question. For example, "How many are there?" fits many pictures.
+        A question with the same words but other pictures is a different question. For example, "How many are there?"
+        fits many pictures.
         """
         words = words_of(row)
         for pictures, identity in self._questions.get(words, ()):

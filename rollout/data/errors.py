@@ -9,7 +9,8 @@ SHOWN = 20  # maximum number of bad rows in an error message
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used. `line` counts from 1 the lines of a JSONL file, or the rows of any other source."""
+    """A row that cannot be used. `line` is the number of the line in a JSONL file, or of the row in any other source,
+    counted from 1."""
 
     file: str
     line: int
@@ -20,7 +21,8 @@ class BadRow:
 
 
 class RowError(ValueError):
-    """Some rows cannot be used. `bad` has all bad rows. The message lists the first 20 and gives the total."""
+    """The error for rows that cannot be used. `bad` has all bad rows. The error message lists the first 20 of them and
+    gives the total number."""
 
     def __init__(self, bad: Sequence[BadRow]) -> None:
         self.bad = tuple(bad)
@@ -28,7 +30,8 @@ class RowError(ValueError):
 
 
 class InvalidRow(Exception):
-    """The current row cannot be used. The message is the reason. rows.py converts this error into a BadRow."""
+    """The error for a single row that cannot be used. The error message is the reason. rows.py converts this error into
+    a BadRow."""
 
 
 def listing(bad: Sequence[BadRow]) -> list[str]:
@@ -38,7 +41,7 @@ def listing(bad: Sequence[BadRow]) -> list[str]:
 
 
 def describe(value: Any) -> str:
-    """Returns the type of a value and the shortened value, for the message of an InvalidRow."""
+    """Returns a text with the type of a value and the shortened value, for the message of an InvalidRow."""
     return "missing" if value is None else f"{type(value).__name__} {shorten(value)}"
 
 

@@ -1,4 +1,5 @@
-"""The order in which a run draws its prompts. It depends only on the seed and a position, so any run can continue."""
+"""Defines the order in which a run draws its prompts. The order depends only on the seed and a position, so an
+interrupted run can continue in the same order."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ class Order(Protocol):
 
 
 class PromptOrder:
-    """Repeated passes over all prompts, each in a new shuffled order. Every pass contains every prompt once.
+    """Goes through all prompts in repeated passes, each in a new random order. Every pass contains every prompt once.
 
-    The only state is the position: the number of prompts drawn since the run began. The caller stores it. Pass e is
-    sorted by SHA-256 of (seed, e, id). So the order depends neither on Python's version nor on the order of the rows on
-    disk. A call that crosses the end of a pass may return the same prompt twice.
+    The only state is the position: the number of prompts drawn since the run began. The caller stores the position.
+    Pass e is sorted by SHA-256 of (seed, e, id). So the order depends neither on Python's version nor on the order of
+    the rows on disk. A call that crosses the end of a pass may return the same prompt twice.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
@@ -30,7 +31,8 @@ class PromptOrder:
         self._passes: dict[int, list[Prompt]] = {}  # number of a pass -> its prompts, for the last two passes
 
     def prompts_at(self, position: int, count: int) -> list[Prompt]:
-        """Returns prompts number `position` to `position + count - 1`, counted over all passes in sequence."""
+        """Returns prompts number `position` to `position + count - 1`, counted through all passes, one after
+        another."""
         places = (divmod(number, len(self._prompts)) for number in range(position, position + count))
         return [self._shuffled(epoch)[place] for epoch, place in places]
 
@@ -47,9 +49,9 @@ class PromptOrder:
 class MixedOrder:
     """Mixes the prompts of several orders by weight.
 
-    Each order has a share of the prompts. The prompt at position n comes from the order that is furthest behind its
-    share of the first n + 1 prompts. So in every part of the run, the numbers of prompts are in proportion to the
-    weights. The only state is the position, as in PromptOrder.
+    The share of an order is its weight divided by the sum of all weights. The prompt at position n comes from the order
+    that is furthest behind its share of the first n + 1 prompts. So in every part of the run, the numbers of prompts
+    are in proportion to the weights. The only state is the position, as in PromptOrder.
 
     Args:
         weights: one positive number per order.

@@ -1,7 +1,7 @@
-"""Reads data files, checks every row and converts the rows to Prompts. It needs no model and no tokenizer.
+"""Reads data files, checks every row and converts the rows to Prompts. This needs no model and no tokenizer.
 
 A row is `{"id", "task", "messages", "ground_truth" or "reference", "meta", "images"}`. PaCoRe rows also have
-`{"messages_pool", "pool_accuracy", "pool_accepted"}`. All rows are checked before a run starts anything, and all
+`{"messages_pool", "pool_accuracy", "pool_accepted"}`. All rows are checked before a run starts any other work, and all
 problems are reported together.
 """
 
@@ -29,14 +29,15 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one or more sources, in file order. Usable rows are prompts; `bad` has the others."""
+    """The rows of one or more sources, in file order. `prompts` has the usable rows, and `bad` has all other rows."""
 
     prompts: tuple[Prompt, ...]
     sources: tuple[int, ...]  # for each prompt, the index of its source
     bad: tuple[BadRow, ...]
 
     def checked(self, on_bad_row: Literal["stop", "skip"] = "stop") -> Self:
-        """Returns the rows. Raises RowError if some are bad, unless bad rows are skipped and other rows are left."""
+        """Returns these rows. Raises RowError if there are bad rows and `on_bad_row` is "stop", or if all rows are
+        bad."""
         if self.bad and (on_bad_row == "stop" or not self.prompts):
             raise RowError(self.bad)
         return self
@@ -51,10 +52,10 @@ class _Reader:
     unique: bool = True
     columns: Mapping[str, str] = field(default_factory=dict)  # belongs to the current source, like the next 3 fields
     adapter: Adapter | None = None
-    task: str | None = None  # the task of rows without a task
+    task: str | None = None  # the task that rows without a task get
     name: str = ""  # rows without an id get an id that begins with this name
     seen: dict[str, str] = field(default_factory=dict)  # id -> FILE:LINE of the first row with this id
-    pictures: dict[Path, Picture] = field(default_factory=dict)  # a picture that many rows share is hashed only once
+    pictures: dict[Path, Picture] = field(default_factory=dict)  # a picture used by many rows is hashed only once
 
 
 def read(
@@ -69,10 +70,10 @@ def read(
     """Reads all rows of the sources, in file order. Each row becomes a Prompt or a BadRow.
 
     Args:
-        columns: {our column: the data's column}, for sources without an adapter. A dotted name reads a value inside a
-            column. If no id is mapped, rows need no id: it is then made of file name and line.
+        columns: {our column: the data's column}, for sources without an adapter. A dotted name selects a value inside a
+            column. If `columns` are given without `id`, a row without an id gets an id made of file name and line.
         reserved: control tokens of the model (`<im_patch>`, ...). A row is bad if its text contains a control token,
-            because the tokenizer would not read it as text.
+            because the tokenizer would not treat this token as text.
         tasks: the tasks that have a reward. None accepts any task.
         problem: an additional check, which returns the reason why a prompt cannot be used, or None.
         unique: if True, every row needs an id that no other row has.
@@ -111,9 +112,10 @@ def read(
 
 
 def read_samples(source: str | Path) -> list[Rollout]:
-    """Reads rows with a response (samples), such as a run's rollouts/ files, in file order.
+    """Reads samples, which are rows with a response, in file order. For example, a run's rollouts/ files contain
+    samples.
 
-    A sample has the column `response` and may have `finish` ("stop" or "length"). All columns of a row are optional. A
+    A sample has the column `response` and may have `finish` ("stop" or "length"). All other columns are optional. A
     sample without an id gets an id made of its line number. Several samples may have the same id.
     Raises: a RowError that lists the samples that cannot be used; ValueError for the same reasons as `read`.
     """
@@ -213,8 +215,9 @@ _ABSENT = object()
 
 
 def _look_up(values: Any, name: str) -> Any:
-    """Returns the value of a dotted name such as "a.b": values["a.b"] if that key exists. Otherwise the parts of the
-    name are looked up in nested mappings and lists. Returns _ABSENT if there is no such value."""
+    """Returns the value of a dotted name such as "a.b". If there is a key "a.b", this is the value of that key.
+    Otherwise the parts of the name are looked up in nested mappings and lists. Returns _ABSENT if there is no such
+    value."""
     if isinstance(values, Mapping) and name in values:
         return values[name]
     first, dot, rest = name.partition(".")
@@ -239,7 +242,7 @@ def _rename_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> di
     read = {ours for ours in COLUMNS if ours not in columns} | {theirs.partition(".")[0] for theirs in columns.values()}
     for name in [n for n, value in values.items() if n not in read | set(columns.values()) and value is not None]:
         near = difflib.get_close_matches(name, set(COLUMNS) - set(row), n=1, cutoff=0.85)
-        if near:  # an error, because ignoring a column `image` would silently train on text alone
+        if near:  # an error: if a column `image` were ignored, the run would train on text without pictures
             raise InvalidRow(f"column {name!r} is not read; did you mean {near[0]!r}? (data.columns can rename it)")
     return row
 

@@ -1,4 +1,5 @@
-"""The client of a vLLM endpoint. It limits the requests under way, sends urgent requests first, and retries."""
+"""The client of a vLLM endpoint. It limits the number of requests under way, sends urgent requests first, and retries
+failed requests."""
 
 import asyncio
 import heapq
@@ -16,7 +17,8 @@ from rollout.pacore.prompt import Chat
 from rollout.pacore.rounds import PromptTooLong, Reply
 
 RETRY_S = (0.5, 30.0)
-"""Seconds before the first retry, and maximum seconds before any retry. The time doubles with each retry."""
+"""The waiting time before the first retry, and the maximum waiting time, in seconds. The time doubles with each
+retry."""
 TOO_LONG_MESSAGES = ("maximum context length", "max_tokens must be at least 1", "longer than the maximum model length")
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 GREEDY = 1e-5  # vLLM samples greedily at temperatures below this value
@@ -49,7 +51,7 @@ class PrioritySemaphore:
 
     @asynccontextmanager
     async def acquire(self, urgency: int, count: int = 1) -> AsyncIterator[None]:
-        """A context manager that holds `count` slots. If there are fewer slots, it holds all of them."""
+        """A context manager that holds `count` slots. If the semaphore has fewer slots, it holds all slots."""
         count = min(count, self._total)
         turn = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (-urgency, next(self._numbers), count, turn))
@@ -194,8 +196,8 @@ class EndpointClient:
 
 
 def _reply_count(body: Mapping[str, Any]) -> int:
-    """Returns the number of replies that a request asks for, or 1 if that number is invalid. The endpoint then refuses
-    the request."""
+    """Returns the number of replies that a request asks for, or 1 if that number is invalid. The endpoint will then
+    refuse the request."""
     count = body.get("n")
     return count if isinstance(count, int) and count > 0 else 1
 

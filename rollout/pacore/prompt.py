@@ -1,8 +1,9 @@
-"""Makes the prompts of PaCoRe's synthesis: a problem and messages, which are final answers of earlier attempts.
+"""Makes the prompts of PaCoRe's synthesis. A prompt contains a problem and messages: the final answers of earlier
+attempts.
 
 The prompts have the parts described in the PaCoRe paper (arXiv 2601.05593): an instruction, the problem, the numbered
-messages, a closing request. The default wording is ours. A policy that was trained with another template has that
-template in its folder.
+messages, a closing request. The default wording is ours. If a policy was trained with another template, its model
+folder contains that template.
 """
 
 import random
@@ -17,7 +18,7 @@ from rl.types import SYNTHESIS_TEMPLATE, PooledAnswers, Prompt
 
 TEMPLATE = Path(__file__).with_name("pacore.jinja")
 VARIABLES = {"problem", "messages"}
-_PICTURE = "\ue000"  # marks a picture while the template is rendered; a private-use character, removed from texts
+_PICTURE = "\ue000"  # a private-use character that marks a picture while the template is rendered
 
 Chat = Sequence[Mapping[str, Any]]  # {role, content} of each message, in the format of OpenAI's API
 
@@ -49,8 +50,8 @@ class SynthesisPrompt:
             raise ValueError(f"the template {path} must use problem and messages; it uses {', '.join(sorted(used))}")
 
     def chat(self, prompt: Prompt) -> tuple[Mapping[str, Any], ...]:
-        """Returns the chat that the policy sees. If the prompt has messages to show, the chat contains them; otherwise
-        it is the prompt's own chat.
+        """Returns the chat that the policy sees. If `prompt.shown` is given, the chat contains its messages. Otherwise
+        the chat of the prompt is returned unchanged.
 
         Raises: ValueError if the template fails.
         """
@@ -62,8 +63,9 @@ class SynthesisPrompt:
             raise ValueError(f"row {prompt.id}: the template fails: {error}") from error
 
     def with_messages(self, chat: Chat, messages: Sequence[str]) -> Chat:
-        """Replaces the last entry of a chat with the problem (the text of that entry) and the messages. The pictures
-        keep their places in the problem. Without messages, the chat is returned unchanged.
+        """Renders the last entry of a chat with the template. The text of this entry is the problem, to which the
+        template adds the messages. The pictures keep their places in the problem. Without messages, the chat is
+        returned unchanged.
 
         Raises: jinja2.TemplateError if the template fails.
         """
@@ -77,11 +79,12 @@ class SynthesisPrompt:
 
 
 def draw_messages(prompt: Prompt, least: int, most: int, seed: str) -> Prompt:
-    """Returns the prompt with |M| ~ U(least, most) messages from its pool, drawn without replacement and in random
-    order.
+    """Returns the prompt with messages drawn from its `messages_pool`, without replacement and in random order. Their
+    number is drawn uniformly from `least` to `most`.
 
-    This is the training procedure of the PaCoRe paper; the report draws from 16 to 24 messages. If the pool has fewer
-    than `most` messages, its size replaces `most`. Raises ValueError if the pool has fewer than `least` messages.
+    This is the training procedure of the PaCoRe paper; the report draws from 16 to 24 messages. If the prompt has fewer
+    than `most` messages, the number of its messages is the maximum. Raises ValueError if the prompt has fewer than
+    `least` messages.
     """
     pool = prompt.messages_pool
     if len(pool) < least:
@@ -93,8 +96,8 @@ def draw_messages(prompt: Prompt, least: int, most: int, seed: str) -> Prompt:
 
 
 def _with_marks(content: str | Sequence[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
-    """Joins a message's content into one text, with a mark for each part that is not text. Returns the text and these
-    parts."""
+    """Joins a message's content into one text, with a mark for each part that is not text. Returns this text, and the
+    parts that are not text."""
     if isinstance(content, str):
         return content.replace(_PICTURE, ""), []
     other_parts = [part for part in content if part["type"] != "text"]
@@ -103,8 +106,8 @@ def _with_marks(content: str | Sequence[Mapping[str, Any]]) -> tuple[str, list[M
 
 
 def _without_marks(text: str, other_parts: Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
-    """Replaces the marks in a text with their parts. If a template repeats the problem, its pictures are repeated
-    too."""
+    """Replaces each mark in a text with the part that it stands for. If a template repeats the problem, the pictures of
+    the problem are repeated too."""
     first, *others = text.split(_PICTURE)
     if not others:
         return text

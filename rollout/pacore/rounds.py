@@ -1,8 +1,9 @@
 """Inference with SeRe (one trajectory) or PaCoRe (many trajectories in parallel, then a synthesis of their answers).
 
-In PaCoRe (arXiv 2601.05593), every round samples several trajectories. Only their final answers (compaction) are put
-into the prompts of the next round, as messages. The last round is one trajectory, the synthesis. The plan in the
-STEP3-VL-10B report is `(16,)`: 16 trajectories, then the synthesis. The plan `()` is SeRe.
+In PaCoRe (arXiv 2601.05593), every round samples several trajectories. Only the final answers of these trajectories are
+put into the prompts of the next round, as messages (compaction). The last round is one trajectory, the synthesis. A
+plan gives the number of trajectories of each round before the synthesis. The plan in the STEP3-VL-10B report is
+`(16,)`: 16 trajectories, then the synthesis. The plan `()` is SeRe.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from rollout.pacore.prompt import Chat, SynthesisPrompt
 from rollout.pool import seed_of
 
 Result = TypeVar("Result")
-MAX_TRAJECTORIES = 4096  # maximum in a round; a larger number must be a typing error
+MAX_TRAJECTORIES = 4096  # maximum of one round; a larger number is taken for a typing error
 
 
 class PromptTooLong(Exception):
@@ -52,7 +53,7 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class Round:
-    """The trajectories of one round. All their prompts contain the same number of messages."""
+    """The trajectories of one round. The prompts of all these trajectories contain the same number of messages."""
 
     replies: tuple[Reply, ...]
     shown: int = 0  # number of messages in the prompt of each trajectory
@@ -107,11 +108,11 @@ async def run_rounds(
     """Samples all rounds of a problem.
 
     Args:
-        plan: the number of trajectories of each round before the last; () is SeRe.
-        seed: identifies the problem. The seed of every trajectory is derived from it.
-        answers: the number of replies in the last round. An evaluation uses more than one. With 0 there is no last
-            round.
-        first_rounds: rounds from an earlier run. They replace the rounds of `plan`.
+        plan: the number of trajectories of each round before the last round; () is SeRe.
+        seed: a text that identifies the problem. The seed of every trajectory is derived from this text.
+        answers: the number of replies in the last round. An evaluation uses more than one reply. With 0 there is no
+            last round.
+        first_rounds: rounds from an earlier run. They are used in place of the rounds of `plan`.
     Raises: PromptTooLong if the problem alone leaves no room for a response.
     """
     rounds = tuple(first_rounds) or await sample_trajectories(chat, plan, sample, synthesis, seed)
@@ -135,8 +136,8 @@ async def sample_trajectories(
 async def _round(
     chat: Chat, messages: Sequence[str], count: int, number: int, sample: Sampler, synthesis: SynthesisPrompt, seed: str
 ) -> Round:
-    """Samples `count` trajectories. Without messages, one request samples all of them. With messages, each trajectory
-    sees the messages in its own random order. Messages that do not fit into the prompt are left out."""
+    """Samples `count` trajectories. Without messages, one request samples all trajectories. With messages, each
+    trajectory sees the messages in its own random order. Messages that do not fit into the prompt are left out."""
 
     async def attempt(shown: int) -> list[Reply]:
         if not shown:
@@ -150,10 +151,11 @@ async def _round(
 
 
 async def fit_messages(messages: int, attempt: Callable[[int], Awaitable[Result]]) -> tuple[Result, int]:
-    """Calls `attempt` with the number of messages to show. If it raises PromptTooLong, calls it again with fewer.
+    """Calls `attempt` with the number of messages that the prompt should contain. If it raises PromptTooLong, calls it
+    again with fewer messages.
 
-    Returns the result and the number of messages shown. Raises PromptTooLong if the prompt is too long even without
-    messages.
+    Returns the result, and the number of messages in the prompt that was short enough. Raises PromptTooLong if the
+    prompt is too long even without messages.
     """
     shown = messages
     while True:
@@ -177,5 +179,6 @@ async def _gather(requests: Iterable[Coroutine[Any, Any, list[Reply]]]) -> list[
 
 
 def draw_order(messages: int, shown: int, seed: str) -> list[int]:
-    """Draws `shown` of `messages` messages for one trajectory. Returns their indices in random order."""
+    """Draws which messages the prompt of one trajectory contains: `shown` of `messages` messages. Returns their indices
+    in random order."""
     return random.Random(seed).sample(range(messages), shown)

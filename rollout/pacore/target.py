@@ -1,4 +1,4 @@
-"""Finds or starts the server of a command's model: a given endpoint, or a server that runs as long as the command."""
+"""Serves the model of a command, either at a given endpoint or with a new server that runs as long as the command."""
 
 import argparse
 import hashlib
@@ -31,7 +31,8 @@ class ModelTarget:
     concurrency: int = 256
 
     def weights_digest(self) -> str | None:
-        """Returns a digest of the sizes and times of the weight files, or None if the model is not a local folder."""
+        """Returns a digest of the sizes and modification times of the weight files, or None if the model is not a local
+        folder."""
         if self.url is not None or not Path(self.model).is_dir():
             return None
         files = [(file.name, file.stat()) for file in sorted(Path(self.model).glob("*.safetensors"))]
@@ -40,7 +41,7 @@ class ModelTarget:
 
     def synthesis_template(self, template: Path | None) -> Path | None:
         """Returns `template` if it is given, else the template in the model's folder. With an endpoint, the model's
-        folder is unknown, so `template` is always returned."""
+        folder is unknown, so `template` is returned even if it is None."""
         return template if self.url else synthesis_template(hf_folder.local_folder(self.model), template)
 
     @contextmanager

@@ -1,6 +1,6 @@
 """Typed client for a vLLM engine, which runs in another process.
 
-A method that returns a Future returns at once, without waiting for the result. Tested in tests/rl/test_remote.py.
+If a method returns a Future, it does not wait for the result. Tested in tests/rl/test_remote.py.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class EngineClient:
         return self.remote.stream(Engine.stream, requests)
 
     def load(self, weights: Any, step: int) -> Future[None]:
-        """Loads new weights: a mapping from names on disk to tensors, or the Future of such a mapping."""
+        """Loads new weights. `weights` is a mapping from names on disk to tensors, or the Future of such a mapping."""
         return self.remote.start(Engine.load, weights, step)
 
     def encodings(self) -> Future[int]:

@@ -1,9 +1,9 @@
 """A vLLM engine that samples responses with their logprobs, and loads new weights while it runs.
 
-An engine is a plain object that needs its own process, which rl/actors.py starts. It sets environment variables before
-torch and vLLM are imported, and vLLM changes torch for the whole process. The result of `generate` depends on the
-weights and on the requests of that call, never on earlier calls. How vLLM batches the requests changes only the last
-digits.
+An engine is a plain object. It needs a process of its own, because it sets environment variables before torch and vLLM
+are imported, and because vLLM changes torch for the whole process. rl/actors.py starts this process. The result of
+`generate` depends on the weights and on the requests of that call, never on earlier calls. The way vLLM batches the
+requests changes only the last digits of the result.
 """
 
 import os
@@ -49,7 +49,7 @@ class Engine:
         threads: the number of OpenMP threads on CPU.
         kv_cache_gib: memory for keys and values in GiB, on CPU only. vLLM only accepts whole GiB.
         gpu_memory_utilization: fraction of the GPU's memory that vLLM may take, on GPU only.
-        max_images_per_prompt: requests with more pictures are refused.
+        max_images_per_prompt: maximum number of pictures in a request. Requests with more pictures are refused.
         yarn: factor by which YaRN extends the decoder's positions.
         verbose: if True, vLLM writes its log.
     """
@@ -122,11 +122,11 @@ class Engine:
     def stream(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Completion]]]:
         """Samples one response per request.
 
-        Yields: the responses that an engine step finished, each with the index of its request. While no response
-            finishes, an empty list every few seconds shows that the engine is alive. A response has the prompt ids with
-            image slots expanded, and the response ids, including the stop token if it was sampled. Its logprobs are in
-            nats and belong to the distribution that was sampled from. At temperature 0, they belong to the model's own
-            distribution.
+        Yields: lists of (index of the request, response) with the responses that an engine step finished. As long as no
+            response is finished, an empty list is yielded every few seconds, to show that the engine is alive. A
+            response has the prompt ids with all image tokens of each picture. Its response ids include the stop token
+            if it was sampled. The logprobs are in nats, under the distribution that the tokens were sampled from. At
+            temperature 0, they are under the model's own distribution.
         Raises: ValueError, with index and reason, for a request that cannot be served; RuntimeError if vLLM aborts a
             request, or if an earlier `load` failed.
         """
@@ -147,8 +147,8 @@ class Engine:
 
         Args:
             token_ids: the tokens of a sequence, with one image token per picture.
-        Returns: one value for each token except the first, after image slots are expanded. The values of image tokens
-            have no meaning.
+        Returns: one value for each token except the first. Here, a picture counts as all of its image tokens. The
+            values of image tokens have no meaning.
         """
         from vllm import SamplingParams
 
@@ -169,7 +169,7 @@ class Engine:
         Args:
             weights: names on disk -> full tensors. If a tensor of a layer is sent, all tensors of this layer must be
                 sent. Tied embeddings are sent twice, as embedding and as head.
-            step: the number of updates that these weights have had; becomes the engine's `policy_step`.
+            step: the number of policy updates that led to these weights. It becomes the engine's `policy_step`.
         Raises: ValueError if the embeddings are tied and embedding or head is missing. After any other error (a tensor
             that the model does not have, a layer with missing tensors, too little shared memory) the engine must be
             restarted, and every later call raises an error that says so.
@@ -187,8 +187,8 @@ class Engine:
         self._broken = None
 
     def encodings(self) -> int:
-        """Returns the number of pictures that the engine's vision tower has encoded, including pictures during its
-        start-up."""
+        """Returns the number of pictures that the engine's vision tower has encoded, including the pictures that vLLM
+        encodes at the start."""
         return self._llm.apply_model(_pictures_encoded)[0]
 
     def close(self) -> None:
@@ -199,7 +199,7 @@ class Engine:
             del self._llm
 
     def _run(self, prompts: list[Any], params: "list[SamplingParams]") -> "Iterator[list[tuple[int, RequestOutput]]]":
-        """Yields the outputs that each engine step finished, each with the index of its prompt."""
+        """Yields lists of (index of the prompt, output) with the outputs that an engine step finished."""
         from vllm.exceptions import VLLMClientError
 
         self._reset_caches()
@@ -224,8 +224,8 @@ class Engine:
     def _reset_caches(self) -> None:
         """Deletes cached keys and values, pixels and picture features.
 
-        After a `load`, they belong to the old weights. Before a `stream`, they would make the last digits of the
-        results depend on earlier calls: vLLM does not compute cached tokens again, which changes the batches.
+        After a `load`, the cached data belongs to the old weights. During a `stream`, cached data would change the last
+        digits of the results: vLLM does not compute cached tokens again, so the batches would depend on earlier calls.
         """
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache; are requests still running?")
@@ -237,8 +237,8 @@ class Engine:
             raise RuntimeError(self._broken)
 
     def _prompt_length(self, index: int, request: Request) -> int:
-        """Returns the number of prompt tokens after image slots are expanded. Raises ValueError if the request cannot
-        be served."""
+        """Returns the number of prompt tokens, including all image tokens of each picture. Raises ValueError if the
+        request cannot be served."""
         pictures = len(request.images)
         slots = request.prompt_ids.count(self._image_token_id) if self._image_token_id is not None else 0
         if pictures != slots:
@@ -318,7 +318,7 @@ def cpu_variables(threads: int, kv_cache_gib: int) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # no binding, because several engines share the cores
         "OMP_NUM_THREADS": str(threads),
-        "TORCHDYNAMO_DISABLE": "1",  # else torch compiles for 40 s a sampler that requests with seeds do not use
+        "TORCHDYNAMO_DISABLE": "1",  # else torch spends 40 s on compiling a sampler that requests with seeds do not use
     }
 
 
@@ -403,7 +403,8 @@ def _picture_tokens(llm: "LLM") -> Any:
 
 
 def _prompts(pairs: Sequence[tuple[Sequence[int], Sequence[Picture]]]) -> list[Any]:
-    """Returns the prompts in vLLM's format. Each distinct picture is decoded once, and its digest is its id in vLLM."""
+    """Returns the prompts in vLLM's format. Each distinct picture is decoded once. The digest of a picture is its id in
+    vLLM."""
     decoded = {picture.digest: picture for _, pictures in pairs for picture in pictures}
     images = {digest: picture.load() for digest, picture in decoded.items()}
     prompts: list[Any] = []

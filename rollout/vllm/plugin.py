@@ -1,6 +1,7 @@
 """The vLLM plugin (entry point group `vllm.general_plugins`). vLLM calls `register` in each of its processes.
 
-It only registers names. vLLM imports rollout/vllm/step_vl.py and the weight transfer backend when it needs them.
+`register` only registers names. vLLM imports rollout/vllm/step_vl.py and the weight transfer backend when it needs
+them.
 Tested in tests/rollout/vllm/test_engine.py.
 """
 
@@ -8,7 +9,8 @@ from rollout.weights.base import BACKEND, MODULE
 
 
 def register() -> None:
-    """Registers STEP3-VL's config, our model class PatchedStepVL and the weight transfer backend. Idempotent.
+    """Registers STEP3-VL's config, our model class PatchedStepVL and the weight transfer backend. It may be called
+    several times.
 
     Because `AutoConfig` then knows the config class, no checkpoint needs `trust_remote_code`.
     """

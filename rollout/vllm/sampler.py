@@ -1,8 +1,8 @@
 """A faster sampler for vLLM requests that have a seed. It draws one random number per sampled token.
 
-For each token, vLLM draws one random number for every entry of the vocabulary, with one call per request. On a CPU this
-takes more than a third of an engine's time. Our sampler inverts the cumulative distribution at one uniform number,
-which samples from the same distribution.
+For each token, vLLM's own sampler draws one random number for every entry of the vocabulary, with one call per request.
+On a CPU this takes more than a third of an engine's time. Our sampler draws one uniform number for each token, and
+inverts the cumulative distribution at this number. Its tokens have the same distribution.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ METHODS = ("forward_cpu", "forward_native")  # the first is used on CPUs, the se
 
 
 def inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """Returns for each row the first token whose cumulative probability exceeds the uniform number: [n] int64.
+    """Returns [n] int64: for each row, the first token whose cumulative probability exceeds the uniform number.
 
     Args:
         logprobs: [n, vocabulary] nats; -inf for tokens that must not be sampled.
@@ -28,10 +28,10 @@ def inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def install() -> None:
-    """Replaces vLLM's sampler in this process. Idempotent.
+    """Replaces vLLM's sampler in this process. It may be called several times.
 
-    Our sampler is used in a step if all its requests have seeds and none uses top-k or top-p. In all other steps, the
-    replacement calls vLLM's own sampler.
+    Our sampler is used in a step if all requests of the step have seeds and none of them uses top-k or top-p. In all
+    other steps, the replacement calls vLLM's own sampler.
     """
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 

@@ -1,7 +1,7 @@
 """Starts vLLM's OpenAI-compatible server in a separate process, for a judge or for a policy at inference.
 
-The server is a plain object, which rl/actors.py creates on the node with the GPUs for it. The server's process ends
-when the process with this object ends. Tested in tests/rollout/test_generate.py.
+A Server is a plain object. rl/actors.py creates it on the node that has the GPUs for it. If the process that created
+this object ends, the server's process ends too. Tested in tests/rollout/test_generate.py.
 """
 
 import os
@@ -67,7 +67,7 @@ class Server:
     ) -> None:
         self.host = host or _node_address()
         with socket.socket() as free:
-            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier server may be open
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # old connections to this port may still be open
             free.bind((self.host, port or 0))
             self.port: int = free.getsockname()[1]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed when this object is deleted
@@ -114,7 +114,7 @@ class Server:
         """Ends the server and all its processes. Processes that still run after ten seconds are killed."""
         with suppress(ProcessLookupError):  # the server has already ended
             os.killpg(self._process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):  # the next lines kill it
+        with suppress(subprocess.TimeoutExpired):  # the next lines kill the server
             self._process.wait(timeout=10)
         with suppress(ProcessLookupError):  # all processes of the group have ended
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -134,7 +134,8 @@ class Server:
 
 @contextmanager
 def serving(model: str, device: str, options: Mapping[str, str | int | float | bool] | None = None) -> Iterator[Server]:
-    """Context with a server on this machine, which may use all CPU cores. It may not be ready yet."""
+    """A context manager that yields a server on this machine. The server may use all CPU cores, and may not be ready
+    yet."""
     server = Server(
         model,
         host="127.0.0.1",
@@ -164,8 +165,8 @@ def _arguments(model: str, device: str, options: Mapping[str, str | int | float 
 
 
 def _cpu_options(model: str, options: Mapping[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
-    """Returns options that a server on CPU needs: without them, requests with seeds crash its worker. `whole_prompts`
-    explains why."""
+    """Returns options that a server on CPU needs. Without them, requests with seeds crash the server's worker.
+    `whole_prompts` explains why."""
     max_length = options.get("max-model-len")
     if max_length is None:
         from transformers import AutoConfig

@@ -1,7 +1,7 @@
 """vLLM's STEP3-VL model with two fixes, which PatchedStepVL describes.
 
-rollout/vllm/plugin.py registers the class under the architecture's own name. vLLM imports it to load such a model.
-With the sizes of STEP3-VL-10B, it computes exactly the same results as vLLM's own class.
+rollout/vllm/plugin.py registers PatchedStepVL under the name of STEP3-VL's architecture, so vLLM uses it for all
+STEP3-VL models. With the sizes of STEP3-VL-10B, PatchedStepVL computes exactly the same results as vLLM's own class.
 Tested in tests/rollout/vllm/test_engine.py and tests/rollout/vllm/test_parity.py.
 """
 
@@ -28,7 +28,7 @@ PUBLISHED_GLOBAL_SIZE = 728  # vLLM's MAX_IMAGE_SIZE is for a global view with s
 
 
 def largest_side(global_size: int) -> int:
-    """Returns the maximum length of a picture's longer side in pixels. Larger pictures are scaled down to it.
+    """Returns the maximum length of a picture's longer side in pixels. Larger pictures are scaled down to this length.
 
     The limit is 3,024 for views of 728 pixels. For other views it is scaled in proportion, which is a reconstruction.
     """
@@ -51,7 +51,7 @@ class ScaledPatcher(ImagePatcher):
         return min(short, self.crop_size) if long / short > 4 else self.crop_size
 
     def get_image_size_for_preprocess(self, img_width: int, img_height: int) -> tuple[int, int]:
-        """Returns the width and height of a picture after it is scaled down to the limit, if it is larger."""
+        """Returns the width and height of a picture after scaling. Only a picture over the limit is scaled down."""
         limit = largest_side(self.global_size)
         if max(img_height, img_width) > limit:
             scale = limit / max(img_height, img_width)
@@ -77,7 +77,8 @@ class ScaledProcessingInfo(Step3VLProcessingInfo):
     """Gives vLLM the picture processor, and the picture size that takes the most tokens."""
 
     def get_image_processor(self, **kwargs: object) -> ScaledImageProcessor:
-        """Returns the picture processor. Raises ValueError for overrides, because the learner could not apply them."""
+        """Returns the picture processor. Raises ValueError if `kwargs` are given, because the learner could not apply
+        them."""
         if kwargs:
             raise ValueError(f"mm_processor_kwargs {sorted(kwargs)} are not supported: sizes come from the config")
         config = self.ctx.get_hf_config(StepVLConfig)
@@ -100,7 +101,8 @@ class PatchedStepVL(StepVLForConditionalGeneration):
     """vLLM's STEP3-VL model with two fixes. Weights, tensor names and results are the same as in vLLM's class.
 
     1. Picture sizes and token counts come from the config. vLLM's class only has the values of the 10B model.
-    2. A batch with one picture does not crash on CPU. `_process_image_features` explains why vLLM's class does.
+    2. A batch with one picture does not crash on CPU. vLLM's class crashes, for a reason that `_process_image_features`
+       explains.
     """
 
     pictures_encoded = 0  # number of pictures that the vision tower of this process has encoded

@@ -52,7 +52,8 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
 
 
 class Receiver(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
-    """The part of the backend in the worker, which attaches to segments and loads their tensors, layer by layer."""
+    """The part of the backend that runs in a worker. It attaches to segments and loads their tensors, layer by
+    layer."""
 
     init_info_cls = HostInitInfo
     update_info_cls = HostUpdateInfo
@@ -73,7 +74,7 @@ class Receiver(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
         segment = SharedMemory(name=update_info.segment)
         try:
             # Tensors are copied because vLLM keeps them until the whole layer has arrived. The rest of the layer may
-            # come with the next segment, when this one is gone.
+            # come with the next segment, when this segment no longer exists.
             model.load_weights(
                 (str(tensor["name"]), _view(segment, tensor).to(self.device, copy=True))
                 for tensor in update_info.tensors
@@ -112,7 +113,7 @@ def _partly_loaded(model: torch.nn.Module) -> Iterator[str]:
     uninitialised memory."""
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
-        padded = isinstance(layer, VocabParallelEmbedding)  # vLLM pads its rows, so it never looks complete
+        padded = isinstance(layer, VocabParallelEmbedding)  # vLLM pads such a layer, so it never looks complete
         if not padded and info.can_load() and 0 < info.load_numel < (info.load_numel_total or 0):
             yield name
 

@@ -45,7 +45,7 @@ def test_a_prompt_has_one_image_token_per_picture_and_ends_where_the_response_be
 def test_the_length_counts_every_picture_in_full(folder: Path) -> None:
     chat = Chat(folder)
     alone = chat.length(asking("Hello"))
-    assert chat.length(asking("Hello", PICTURE)) == alone + 16 + 2  # 2 for its start token and its end token
+    assert chat.length(asking("Hello", PICTURE)) == alone + 16 + 2  # 2 for the picture's start token and end token
 
 
 def test_text_keeps_the_think_tags_and_drops_control_tokens(folder: Path) -> None:

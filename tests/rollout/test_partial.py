@@ -1,5 +1,5 @@
-"""Tests partial rollouts: in which iteration each group is complete, and that every sampled token is used once with the
-right logprob and policy step."""
+"""Tests partial rollouts: in which iteration each group is complete, and whether every sampled token is used once, with
+the right logprob and policy step."""
 
 import json
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def partial(lengths: Sequence[int], *, wanted: int, chunk: int, room: int = 50) 
 
 
 def learned(sampler: PartialRollouts, engine: Counting) -> None:
-    """Loads new weights into the engine, as after one more iteration."""
+    """Loads new weights into the engine, as a run does after each iteration."""
     engine.step += 1
     sampler.load("weights", engine.step)
 

@@ -76,8 +76,8 @@ def test_a_prompt_that_fills_the_sequence_is_refused_by_name() -> None:
 
 
 class Mortal(Echo):
-    """An engine that sends two answers at a time and dies after `answers` answers. With 0 it also dies in `load`; with
-    None it does not die."""
+    """An engine that sends two answers at a time and dies after `answers` answers. If `answers` is 0, the engine also
+    dies in `load`. If `answers` is None, it does not die."""
 
     def __init__(self, answers: int | None = None) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Mortal(Echo):
 
 
 class Dead(Ready):
-    """The result of a call to a dead engine: it raises an error."""
+    """The Future that a dead engine returns. Its result is an error."""
 
     def result(self, patience: float | None = None) -> Any:
         raise self.value

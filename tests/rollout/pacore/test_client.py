@@ -43,7 +43,8 @@ def test_a_request_for_several_replies_takes_one_slot_per_reply_or_all_slots() -
         await asyncio.gather(use("a", 3), use("b", 2), use("c", 1), use("d", 100))
         return events
 
-    # There is no room for b while a runs. There is room for c, but it must not overtake b. d takes all slots.
+    # While a holds its slots, there is no room for b. There is room for c, but c must not overtake b. d takes all
+    # slots.
     assert asyncio.run(scenario()) == ["+a", "-a", "+b", "+c", "-b", "-c", "+d", "-d"]
 
 

@@ -21,8 +21,7 @@ def reply(text: str, tokens: int = 5, finish: Any = "stop") -> Reply:
 
 
 class Model:
-    """A model that replies with `script`, a function of (text of the last message, seed). `requests` stores all
-    requests."""
+    """A model whose replies `script` computes from (text of the last message, seed). `requests` stores all requests."""
 
     def __init__(self, script: Callable[[str, int], Reply]) -> None:
         self.script = script

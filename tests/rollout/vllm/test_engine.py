@@ -166,7 +166,7 @@ def test_the_same_call_gives_the_same_bits_after_other_calls(step_vl: Served) ->
     shown = (tiny.picture(tiny.FOUR_CROPS, 1), tiny.picture(tiny.NO_CROP, 2))
     ask = [Request((tiny.IMAGE, tiny.IMAGE, *tiny.word_ids(150, i % 2)), shown, 8, seed=i) for i in range(4)]
     first = step_vl.engine.generate(ask)
-    step_vl.engine.generate(ask[:1])  # without a reset, its keys, values and pictures would stay in the caches
+    step_vl.engine.generate(ask[:1])  # without a reset, the caches would keep the data of this request
     step_vl.engine.generate(requests(3))
     assert step_vl.engine.generate(ask) == first
     assert [a.response_ids for a in first] == [a.response_ids for a in step_vl.engine.generate(ask)]
