@@ -287,7 +287,7 @@ class Endpoint:
         return choice.message.content or ""
 
     def _on_status(self, error: "APIStatusError") -> _Failure:
-        """Returns a failure if a retry may help. Otherwise raises Refused or Unreachable."""
+        """Returns the failure if a retry may help; otherwise raises Refused or Unreachable."""
         status = error.status_code
         message = self._public(error.message.removeprefix(f"Error code: {status} - "))
         if status in (400, 413, 422) or (status == 403 and _MODERATED.search(message)):

@@ -170,10 +170,10 @@ class MathVerify:
     Compares the last `\\boxed{...}` of the answer. Without a box, it compares the last result that the library finds in
     the text. It also reads the text after the last "Answer:" (or the whole answer if it is short) as a formula. Three
     cases do not use the library's rules. Words are compared letter by letter, because the library reads them as
-    products of variables. Two numbers with a base must also have the same base. 25% equals both 25 and 0.25 if only one
-    of the two texts has the percent sign. A ground truth that is plain text and no mathematics is compared as in
-    `exact`. A row is invalid if its ground truth is LaTeX that cannot be parsed, or if comparing it with an answer
-    would take too long.
+    products of variables. Two numbers with a base must also have the same base. If only one of the two texts has a
+    percent sign, 25% equals 25 and also equals 0.25. A ground truth that is plain text and no mathematics is compared
+    as in `exact`. A row is invalid if its ground truth is LaTeX that cannot be parsed, or if comparing it with an
+    answer would take too long.
 
     The library's own time limits are off. They use SIGALRM, which cannot interrupt a long operation inside one
     bytecode, and which fails outside the main thread. Instead of these limits, the runner kills the process.

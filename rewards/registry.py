@@ -292,7 +292,7 @@ def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(alias, path)
     assert spec and spec.loader, path
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # at the end, so that files beside the reward hide no other modules
+        sys.path.append(str(path.parent))  # at the end: files beside the reward do not shadow modules
     module = sys.modules[alias] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -31,7 +31,7 @@ def last_boxed(text: str) -> str | None:
 def marked_answer(answer: str, window: int = WINDOW) -> str | None:
     """Returns the marked part of an answer: the last `\\boxed{...}` if there is one, else the text after the last
     "Answer:", else the whole answer. Searches only the last `window` characters. Returns None if the answer is longer
-    than `window` and these characters have no mark."""
+    than `window` characters and the last `window` characters contain neither of these marks."""
     tail = answer[-window:]
     if (boxed := last_boxed(tail)) is not None:
         return boxed

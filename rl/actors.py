@@ -102,7 +102,7 @@ class _Fetched(Mapping[str, Any]):
 
 @contextmanager
 def signals_as_raised() -> Iterator[None]:
-    """Raises the exception of a signal handler, if a SystemError hides it.
+    """If a SystemError hides an exception that a signal handler raised, raises that exception.
 
     A signal may arrive at the moment at which Ray stops waiting. Ray then returns a value although the exception of the
     signal handler is pending, and Python raises a SystemError.

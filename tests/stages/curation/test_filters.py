@@ -469,7 +469,7 @@ def test_texts_of_models_are_escaped_in_the_html_report(tmp_path: Path) -> None:
 
 @dataclass
 class Attempt:
-    """Runs a curation in one folder, if needed several times. `run` can kill the curation after a number of answers of
+    """Runs a curation in one folder, once or several times. `run` can kill the curation after a number of answers of
     the engines or of the judge."""
 
     folder: Path
