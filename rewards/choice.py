@@ -18,7 +18,8 @@ _PHRASE = re.compile(
 )
 _FIRST = re.compile(rf"{_DECORATION}{_WORD}{_DECORATION}([A-J])(?![\w'\u2019-])", re.IGNORECASE)
 _LABEL_ENDS = re.compile(rf"\s{{0,8}}+(?:{_CLOSING}|$)")
-# Finds a second letter after the first: after a comma or a word such as "or", or before a mark such as a bracket.
+# Finds a second letter behind the first letter. A comma or a word such as "or" must stand before the second letter, or
+# a mark such as a bracket after it.
 _SECOND = re.compile(
     rf"(?:{_CLOSING}|\s){{0,12}}+"
     rf"(?:(?<=,)|(?:[,;/&+]|or\b|and\b))\s{{0,8}}+{_WORD}[*_(\[{{\"'`$]{{0,8}}+([A-J])(?![\w'\u2019-]|\s{{1,4}}[a-z])"

@@ -110,8 +110,8 @@ class Citation:
 
     limit     maximum number of different references in an answer; an answer with more references offends
 
-    Raises ValueError if the resolver does not exist. Raises Invalid if the resolver raises an exception, because the
-    policy did not cause this exception.
+    Raises ValueError if the resolver does not exist. If the resolver raises an exception, raises Invalid, because the
+    policy is not the cause.
     """
 
     def __init__(self, allowed: list[str] | None = None, resolver: str | None = None, limit: int = 200):
@@ -251,7 +251,7 @@ def _trimmed(link: str) -> str:
 def _listed(text: str) -> Iterator[Reference]:
     """Yields each list entry that contains no link or identifier, and each mark such as "[3]" that refers to no
     entry."""
-    listing, headed = False, False  # below the heading of a list; below or after any such heading
+    listing, headed = False, False  # in a list with a heading; after any such heading
     numbers: set[str] = set()
     prose: list[str] = []
     for whole in text.split("\n"):
@@ -283,9 +283,9 @@ def _listed(text: str) -> Iterator[Reference]:
 def _is_entry(item: str, numbered: bool, listing: bool) -> bool:
     """True if a line is an entry of a reference list.
 
-    A line under a heading is an entry if it is numbered "[1]". Any other line must look like a publication. The reason
-    is that other lists may also have a heading such as "Sources", and that lines numbered "[1]" without a heading may
-    be the steps of a solution.
+    A line under a heading is an entry if it is numbered "[1]". Any other line must look like a publication. Without
+    this rule, two kinds of lines would be entries by mistake: items of another list under a heading such as "Sources",
+    and steps of a solution that are numbered "[1]" but have no such heading.
     """
     if numbered and listing:
         return bool(item.strip())

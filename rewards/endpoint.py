@@ -89,7 +89,7 @@ class SampleClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops the clock inside the with block. Pauses may be nested, and pauses of several tasks may overlap."""
+        """Stops the clock while the with block runs. Pauses may be nested, and pauses of several tasks may overlap."""
         self._used, self._pauses = self.elapsed, self._pauses + 1
         self._reschedule()
         try:
@@ -105,7 +105,8 @@ class SampleClock:
         self._reschedule()
 
     async def limit(self, seconds: float, awaitable: Awaitable[Result]) -> Result:
-        """Returns the result of `awaitable`. If `elapsed` exceeds `seconds`, cancels it and raises TimeoutError."""
+        """Returns the result of `awaitable`. If `elapsed` exceeds `seconds`, cancels `awaitable` and raises
+        TimeoutError."""
         self._limit = seconds
         try:
             async with asyncio.timeout(None) as self._scope:
@@ -126,7 +127,7 @@ clock: ContextVar[SampleClock | None] = ContextVar("clock", default=None)
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Stops the clock of the current sample inside the with block. Does nothing if there is no clock."""
+    """Stops the current sample's clock while the with block runs. Does nothing if there is no clock."""
     if running := clock.get():
         with running.paused():
             yield
@@ -260,7 +261,8 @@ class Endpoint:
             self._slots.release()
 
     async def _once(self, request: Mapping[str, Any]) -> str | _Failure:
-        """Sends the request once. Returns the reply's text, or a failure if the request may be sent again."""
+        """Sends the request once. Returns the reply's text. If the request failed and a retry may help, returns the
+        failure; if no retry can help, raises the error."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAIError
         from openai.types.chat import ChatCompletion
 
@@ -287,7 +289,7 @@ class Endpoint:
         return choice.message.content or ""
 
     def _on_status(self, error: "APIStatusError") -> _Failure:
-        """Returns the failure if a retry may help; otherwise raises Refused or Unreachable."""
+        """If a retry may help, returns the failure; otherwise raises Refused or Unreachable."""
         status = error.status_code
         message = self._public(error.message.removeprefix(f"Error code: {status} - "))
         if status in (400, 413, 422) or (status == 403 and _MODERATED.search(message)):

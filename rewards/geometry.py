@@ -47,7 +47,7 @@ EITHER = re.compile(f"{_BOX}|{_NAMED_BOX}|{_POINT}|{_NAMED_POINT}", re.IGNORECAS
 # The text allowed between two shapes of one list: punctuation, numbers, "and", quoted keys and labels, tags.
 _GLUE = re.compile(
     r"(?:[\s,;:.\d\[\](){}]|and\b|\"[^\"\n]*+\"|'[^'\n]*+'|\w{1,20}+="
-    r"|\A/\w{1,20}+>|<\w{1,20}+\s?\Z|[\"']\Z"  # the rest of a tag or key whose other part is in the match of a shape
+    r"|\A/\w{1,20}+>|<\w{1,20}+\s?\Z|[\"']\Z"  # part of a tag or key; a shape's match has the other part
     r"|<[^<>\n]{1,100}+>|>[^<>\n]{0,100}+</\w{1,20}+>|/?>)*+"
 )
 _GAP = 300  # maximum number of characters between two shapes of one list
@@ -56,7 +56,7 @@ _GAP = 300  # maximum number of characters between two shapes of one list
 def answer_part(answer: str) -> str | None:
     """Returns the part of an answer whose boxes and points count: the content of the last `\\boxed{...}`, else the text
     after the last "Answer:", else the whole answer. The content of `\\boxed{...}` is put in brackets, because it may
-    have no brackets. Returns None if the answer marks nothing and is longer than LONGEST."""
+    have none of its own. Returns None if the answer has neither a box nor "Answer:" and is longer than LONGEST."""
     boxed = last_boxed(answer[-LONGEST:])
     return marked_answer(answer, LONGEST) if boxed is None else f"[{boxed}]"
 
@@ -69,8 +69,8 @@ def shapes(pattern: re.Pattern[str], answer: str, last_list: bool = False) -> li
     corners such as `(x1, y1), (x2, y2)`, numbers between tags such as `<box>` and `<point>`, and named numbers (see
     `_named`).
 
-    If `last_list` is True, returns only the last shape and the other shapes in the same list. The list is interrupted
-    by any words that are not labels. Shapes before the last list are ignored, because they are earlier thoughts.
+    If `last_list` is True, returns only the last shape and the other shapes in the same list. A list ends at the first
+    word that is not a label. Shapes before the last list are ignored, because they are earlier thoughts.
     """
     text = answer_part(answer) or ""
     found: list[Shape] = []
@@ -89,8 +89,8 @@ def _listed_together(gap: str) -> bool:
 
 
 def usable(found: Sequence[Shape], size: tuple[float, float]) -> tuple[list[Shape], str]:
-    """Returns the usable shapes of an answer as fractions of the picture, and the reason why the first unusable shape
-    cannot be used ("" if there is none)."""
+    """Returns the usable shapes of an answer as fractions of the picture. Also returns why the first unusable shape
+    cannot be used, or "" if all shapes are usable."""
     if len(found) > MOST:
         return [], f"more than {MOST} boxes or points"
     checked = [usable_shape(numbers, size) for numbers in found]

@@ -43,11 +43,10 @@ def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
 
     The last action of the answer counts. A click is a point, or a box (a click on its middle), in any usual notation,
     such as `click(x, y)` or {"action": "click", "point": [x, y]}. The task is declared done by `done()`, `DONE`,
-    {"action": "terminate"} and similar texts. A click is a hit if it is in the true box or on its edge. For any other
-    click, the smallest of the `elements` that contain the click is compared with the true box. If the IoU of the two
-    boxes is above 0.5, the click is near. Without `elements` no click is near. (A box in the answer that has an IoU
-    above 0.5 with the true box is always a hit, because its middle is then in the true box.) Anything else, such as
-    unreadable text, is a miss.
+    {"action": "terminate"} and similar texts. A click is a hit if it is in the true box or on its edge. Any other click
+    is near if the smallest of the `elements` that contain the click has an IoU above 0.5 with the true box. Without
+    `elements` no click is near. (A box in the answer that has an IoU above 0.5 with the true box is always a hit,
+    because its middle is then in the true box.) Anything else, such as unreadable text, is a miss.
 
     The values, the threshold, the definition of a near click and the rules for reading answers are reconstructions.
     """

@@ -111,12 +111,14 @@ class Judge(Generic[V]):
         self._canaries: OrderedDict[str, _Canary] = OrderedDict()
 
     def setup(self, needed: Set[str], optional: Set[str] = frozenset()) -> None:
-        """Finds the endpoint and loads the template (see `load`). Raises ValueError if one of them cannot be used."""
+        """Finds the endpoint and loads the template (see `load`). Raises ValueError if the endpoint or the template
+        cannot be used."""
         self.endpoint: Endpoint = endpoint(self.name)
         self.load(needed, optional)
 
     def load(self, needed: Set[str], optional: Set[str] = frozenset()) -> None:
-        """Loads the template. It must use `rules` and all variables in `needed`. It may use those in `optional`."""
+        """Loads the template. The template must use `rules` and all variables in `needed`. It may also use the
+        variables in `optional`."""
         needed = needed | {"rules"}
         environment = Environment(
             loader=FileSystemLoader(self.path.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -141,8 +143,8 @@ class Judge(Generic[V]):
         written  template variables that the policy wrote. Each text is cut to `max_chars` and put between marks
         vote     index of the verdict; verdicts with different indices have different seeds
 
-        Raises Unjudgeable if the texts in `written` are the cause that there is no verdict, Invalid if the judge is the
-        cause, and Unreachable if the endpoint does not answer.
+        Raises Unjudgeable if there is no verdict because of the texts in `written`, Invalid if there is none because of
+        the judge, and Unreachable if the endpoint does not answer.
         """
         texts = {key: cut(clean(text), self.max_chars) for key, text in written.items()}
         why = ""
@@ -157,7 +159,8 @@ class Judge(Generic[V]):
             except Unreachable as e:
                 if e.status is None or e.status < 500:
                     raise
-                # Perhaps the server fails only on this text. Then the sample would wait for the server forever.
+                # Perhaps the server fails only on this text: without this check, the sample would wait for the server
+                # forever.
                 await self._check(row, shown, texts, 0.0)
                 why = e.why
         await self._check(row, shown, texts, CANARY_S)
@@ -177,8 +180,8 @@ class Judge(Generic[V]):
         return verdict
 
     def prompt(self, row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str]) -> str:
-        """Returns the text that the judge reads. Takes the same arguments as `ask`, but does not shorten them. Call
-        `setup` or `load` first."""
+        """Returns the text that the judge reads. Takes the same arguments as `ask`, but does not shorten the texts.
+        Call `setup` or `load` first."""
         texts = {key: clean(value) for key, value in {**shown, **written}.items() if isinstance(value, str)}
         # The marks depend on a hash of the texts, so no text can contain its own marks.
         nonce = _digest(self.path.name, row.id, *texts.values())[:16]

@@ -18,14 +18,14 @@ LANGUAGES = [
     "ar", "fa", "hi", "vi", "id", "th", "sv", "cs", "he", "el", "ro", "hu", "fi", "da",
 ]  # fmt: skip
 NEAR = ({"da", "nb", "nn"}, {"id", "ms"}, {"bs", "hr", "sr"}, {"cs", "sk"})
-"""Groups of languages that cannot be distinguished in short texts. The confidences of a group are added up. The sum is
-the confidence of the group's first language that is loaded."""
+"""Groups of languages that cannot be distinguished in short texts. The identifier's confidences in the languages of a
+group are added up. The group's first loaded language gets the sum; the other languages get none."""
 
 MAX_CHUNKS = 160  # maximum number of text pieces for the identifier; of more pieces, an even selection is used
 CHUNK = 40  # minimum number of letters in a piece: the identifier is often wrong about shorter pieces
 TELLING = 20  # minimum weight of prose (about one per Latin letter) for identifying its language
 SURE, UNLIKELY = 0.9, 0.05  # a piece is foreign if a language has confidence >= SURE and the main language <= UNLIKELY
-TERM_WORDS = 3  # maximum number of words of a Latin name, acronym or term inside text of another script
+TERM_WORDS = 3  # up to this many Latin words in a row, inside text of another script, are a name or a term
 
 _KNOWN: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 # Each common word of a language makes it COMMON times likelier that a piece is in this language. At most MAX_COMMON
@@ -88,8 +88,9 @@ class Identifier:
         return {self.nearest(code) for code, names in self.names.items() if names.search(text.casefold())}
 
     def analysed(self, text: str, known: str | None = None) -> Languages:
-        """Returns the languages of a text. If the text is an answer, `known` is its question. Then two kinds of words
-        do not count as a foreign script: words that the question contains, and one more word."""
+        """Returns the languages of a text. If the text is an answer, `known` is its question. Then the words in a
+        script other than the answer's main script are ignored if the question contains all these words, or all but
+        one."""
         text = plain(text)
         prose = without_code_and_quotations(text)
         by_script = script_runs(prose)
@@ -134,8 +135,8 @@ class Identifier:
                 yield (main if main and sure else f"{script} script"), weight
 
     def confidences(self, text: str, candidates: Sequence[str]) -> dict[str, float]:
-        """Returns the confidence in each candidate. Confidences within a group of NEAR are added up. The sum over all
-        candidates is 1. Returns {} if no candidate fits."""
+        """Returns the confidence in each candidate. The confidences in languages of the same group in NEAR are added
+        up. All returned confidences together give 1. Returns {} if no candidate fits."""
         found: dict[str, float] = {}
         words = text.casefold().split()
         for one in self.detector.compute_language_confidence_values(text):
@@ -159,7 +160,7 @@ def same_script(label: str, others: Iterable[str]) -> bool:
 
 
 def _is_one_word(script: str, texts: set[str], known: str) -> bool:
-    """True if the question `known` contains all of `texts`, or all but a single word."""
+    """True if the question `known` contains all of `texts`, or all except one text that is a single word."""
     if len(texts) > MAX_CHUNKS:
         return False
     unknown = [text for text in texts if text not in known]
@@ -179,7 +180,7 @@ def _chunks(runs: Sequence[Run]) -> list[tuple[str, float]]:
         if weight >= CHUNK:
             chunks.append((". ".join(texts), weight))
             texts, weight = [], 0.0
-    if texts and chunks:  # a short rest cannot be identified alone, so it is joined to the last piece
+    if texts and chunks:  # these texts are too short to be identified alone, so they join the last piece
         last, before = chunks.pop()
         chunks.append((". ".join([last, *texts]), before + weight))
     elif texts:

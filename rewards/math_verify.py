@@ -75,8 +75,9 @@ class TooMuch(Exception):
 
 
 def digits(expression: Any) -> float:
-    """Returns an upper estimate of how many decimal digits the numbers have when a sympy expression is evaluated. Looks
-    only at the form of the expression. Raises TooMuch if there are too many digits or terms.
+    """Estimates how many decimal digits the longest number has while a sympy expression is evaluated. The true number
+    of digits is at most this estimate. Looks only at the form of the expression. Raises TooMuch if there are too many
+    digits or terms.
 
     Covers powers, factorials, sums and products, nested in any way. Integrals, limits and similar expressions are
     accepted without an estimate.
@@ -143,8 +144,8 @@ def _without_percent(text: str) -> tuple[str, bool]:
 
 
 def _readings(text: str, percent: bool) -> list[str]:
-    """Returns the texts that the library parses for a result: the result itself and, for a percentage, also the result
-    divided by 100."""
+    """Returns the texts that the library parses for a result: the result itself and, if it had a percent sign, also the
+    result divided by 100."""
     return [f"\\boxed{{{text}}}", *([rf"\boxed{{\frac{{{text}}}{{100}}}}"] if percent else [])]
 
 
@@ -170,8 +171,8 @@ class MathVerify:
     Compares the last `\\boxed{...}` of the answer. Without a box, it compares the last result that the library finds in
     the text. It also reads the text after the last "Answer:" (or the whole answer if it is short) as a formula. Three
     cases do not use the library's rules. Words are compared letter by letter, because the library reads them as
-    products of variables. Two numbers with a base must also have the same base. If only one of the two texts has a
-    percent sign, 25% equals 25 and also equals 0.25. A ground truth that is plain text and no mathematics is compared
+    products of variables. Two numbers with a base must also have the same base. A percentage equals two numbers without
+    a percent sign: 25% equals 25, and it equals 0.25. A ground truth that is plain text and no mathematics is compared
     as in `exact`. A row is invalid if its ground truth is LaTeX that cannot be parsed, or if comparing it with an
     answer would take too long.
 

@@ -57,7 +57,8 @@ def _true_texts(rollout: Rollout) -> list[str]:
 
 
 def _transcription(answer: str, true: str, limit: int) -> str:
-    """Returns the part of the answer that is compared; "" if the answer marks nothing and is longer than `limit`."""
+    """Returns the part of the answer that is compared; "" if no part is marked and the answer is longer than
+    `limit`."""
     marks_itself = marked_answer(true, len(true)) != true.strip()
     text = answer if marks_itself else marked_answer(answer, limit) or ""
     fenced = _FENCE.fullmatch(text) if len(text) <= limit else None

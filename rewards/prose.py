@@ -48,8 +48,8 @@ _ENVIRONMENT = re.compile(
     r"\\(begin|end)\{(?:equation|align|aligned|alignat|gather|gathered|multline|split|cases|array|eqnarray|math|"
     r"displaymath|tabular|verbatim|lstlisting|minted|tikzpicture|[a-zA-Z]?matrix|smallmatrix)\*?\}"
 )
-# Each alternative that needs an end mark searches a bounded length, and stops at the next start mark of the same kind.
-# So unbalanced marks cost only linear time, and do not hide the text after them.
+# A start mark without an end mark must not hide the text after it, and must cost only linear time. So the search for an
+# end mark has a bounded length, and stops at the next start mark of the same kind.
 _NOT_PROSE = re.compile(
     r"""
       `{1,2}+[^`\n]{1,400}+`{1,2}+
@@ -95,7 +95,7 @@ def script_runs(prose: str) -> dict[str, list[Run]]:
             words = [("Kana" if s == "Han" else s, w) for s, w in words]
         korean = any(s == "Hangul" for s, _ in words)
         for run in _joined(words):
-            # A few Han characters in a Korean sentence only explain a Korean word, and do not count.
+            # A few Han characters in a Korean sentence do not count: they only explain a Korean word.
             if not (run.script == "Han" and korean and len(run.text) <= 4):
                 found.setdefault(run.script, []).append(run)
     return found

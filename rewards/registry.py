@@ -141,7 +141,7 @@ def reward(
     lowest      the lowest value that the reward can return; truncated responses and unreadable text get this value
     highest     the value of a fully right response
     on_timeout  what happens to a sample that runs out of time or memory. "invalid": it is left out of the loss.
-                "lowest": it gets the lowest value; choose this if nothing but the policy's text can cause it
+                "lowest": it gets the lowest value; for rewards whose time and memory depend only on the policy's text
     verifiable  True if a response that states only the row's ground truth gets `highest`; `python -m rewards try` then
                 checks this. The response is the ground truth itself if it is text, else its JSON. If such a response
                 does not get `highest`, pass a function instead: it converts a ground truth into a response that gets
@@ -207,8 +207,8 @@ def names() -> list[str]:
 
 
 def all_rewards() -> list[Reward]:
-    """Returns the rewards of all `names`, sorted by name. Raises ValueError for an entry point that cannot be
-    loaded."""
+    """Returns the rewards of all names that `names()` returns, sorted by name. Raises ValueError for an entry point
+    that cannot be loaded."""
     by_name = {reward.name: reward for name in names() for reward in _REGISTRY.get(name, []) or [_by_name(name)]}
     return [by_name[name] for name in sorted(by_name)]
 
@@ -223,7 +223,7 @@ def get(
 
     `base_dir` is the folder that `file.py:Name` is relative to (default: the current folder). Raises ValueError if the
     target does not exist (the message suggests the nearest name), or if the parameters do not fit the reward's
-    signature. If `endpoints` is given, also raises ValueError if a parameter names an endpoint that is not in it.
+    signature. If `endpoints` is given, a parameter that names an endpoint outside `endpoints` also raises ValueError.
     """
     reward = _by_place(target, Path(base_dir or ".")) if ":" in target else _by_name(target)
     bound = BoundReward(reward, _checked(reward, dict(params or {})))
@@ -292,7 +292,7 @@ def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(alias, path)
     assert spec and spec.loader, path
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # at the end: files beside the reward do not shadow modules
+        sys.path.append(str(path.parent))  # last, so that other files in this folder do not hide modules
     module = sys.modules[alias] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -317,7 +317,7 @@ def _member(module: ModuleType, name: str, target: str) -> Reward:
 
 
 def _declaration(value: Any) -> Reward | None:
-    # looks only in the object's own __dict__, because a subclass of a reward must not inherit the declaration
+    # getattr(value, "__reward__") would also find the declaration of a base class; a subclass must not inherit it
     return getattr(value, "__dict__", {}).get("__reward__")
 
 
@@ -355,7 +355,7 @@ def _typed(reward: Reward, parameter: inspect.Parameter | None, key: str, value:
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
     try:
         return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # pydantic models and dataclasses have their own configuration, so no other may be given
+    except PydanticUserError:  # pydantic models and dataclasses have their own config and accept no other
         return TypeAdapter(annotation)
 
 

@@ -46,7 +46,7 @@ class Verifier:
     rule         "majority": the answer is right if more than half of the verdicts say so. "all": it is right if all
                  verdicts say so
     process      True: the judge also sees the reasoning, and rejects a right answer that the reasoning does not support
-    temperature  the judge's sampling temperature. It must be above 0 for several votes, or all votes would be the same
+    temperature  the judge's sampling temperature. With several votes it must be above 0, so that votes can differ
     max_tokens   maximum length of one verdict, including the thinking of a reasoning judge
     max_chars    maximum number of characters that the judge sees of the answer, and of the reasoning. The middle of a
                  longer text is cut out: the judge sees a short start and a long end

@@ -24,7 +24,7 @@ from rewards.running.worker import WorkerSetup
 from rl.stop import Stop
 
 MOST_AT_ONCE = 1024  # maximum number of jobs in the process; each endpoint also has a limit, `concurrency`
-STALL_S = (2.0, 30.0)  # minimum and maximum of a time limit: a process silent for longer counts as blocked
+STALL_S = (2.0, 30.0)  # shortest and longest time limit after which a silent process counts as blocked
 PROBE_S = (2.0, 60.0)  # seconds between probes of an endpoint that does not answer: first pause and longest pause
 
 
@@ -63,7 +63,7 @@ class _AwayEndpoint:
     probe: Job | None = None
 
     def schedule_next_probe(self) -> None:
-        """Sets a longer pause before the next probe. To be called when a probe has ended without an answer."""
+        """Sets a longer pause before the next probe. Call this when the endpoint has not answered a probe."""
         self.probe = None
         self.pause_s = min(PROBE_S[1], 2 * self.pause_s)
         self.probe_at = time.monotonic() + self.pause_s * random.uniform(0.8, 1.2)
@@ -240,8 +240,9 @@ class AsyncPool(RewardPool):
         _resolve(job, outcomes)
 
     def _on_process_lost(self, error: Exception) -> None:
-        """Handles a process that has ended or cannot be started. A job that ran alone is the cause. If several jobs
-        ran, each of them is run again alone."""
+        """Handles a process that has ended or cannot be set up. If it cannot be set up, all jobs get invalid outcomes.
+        If it ended while one suspect job ran alone, this job is the cause. Otherwise each job that was running is run
+        again alone."""
         self._terminate_process()
         if isinstance(error, SetupFailed):
             for job in (*self._running.values(), *self._suspects, *self._queued()):
@@ -273,7 +274,8 @@ class AsyncPool(RewardPool):
         away.held.append(job)
 
     def _probe_or_give_up(self) -> None:
-        """Queues the probes that are due. If an endpoint has not answered for longer than `max_wait`, its jobs fail."""
+        """Queues the probes that are due. If an endpoint has not answered for longer than its `max_wait`, the jobs that
+        wait for it fail."""
         now = time.monotonic()
         for endpoint, away in list(self._away.items()):
             if now - away.since > self.setup.endpoints[endpoint].max_wait:

@@ -79,8 +79,8 @@ class PartBuilder:
         return self._part(f"row judge {name}", spec, "row judge", 1.0, {})
 
     def _part(self, place: str, spec: config.ScorerSpec, kind: Kind, factor: float, counts: dict[str, int]) -> Part:
-        """Builds a part. `counts` says how often each name was used in the task: the second `exact` is called
-        `exact_2`."""
+        """Builds a part. `counts` maps each reward's name to its number of uses in the task so far, so that the second
+        `exact` is called `exact_2`."""
         try:
             bound = get(spec.use, spec.params, self.folder, self.endpoints)
         except ValueError as e:
@@ -117,8 +117,8 @@ class PendingScore:
             self.future.set_result(Scored(rollout, task.bound("lowest"), details={"truncated": True}))
 
     def add(self, part: int, finished: Future[list[Outcome]], index: int) -> None:
-        """Adds the outcome of part number `part`. This is item `index` of the result of `finished`. If `finished` has
-        failed or was cancelled, the future of this rollout fails or is cancelled too."""
+        """Adds the outcome of part number `part`. The outcome is item `index` of the result of `finished`. If
+        `finished` has failed or was cancelled, the future of this rollout fails or is cancelled too."""
         if self.future.done():
             return
         if finished.cancelled():

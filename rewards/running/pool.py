@@ -166,12 +166,12 @@ class ComputePool(RewardPool):
         return True
 
     def stuck_job_ended(self) -> None:
-        """To be called when a slot has given away its turn and the job of this slot has ended."""
+        """Call this when a job has ended whose slot had given away its turn."""
         with self._lock:
             self._stuck -= 1
 
     def keeps(self, slot: "_Slot") -> bool:
-        """Returns True if a slot without a process should continue. Otherwise removes the slot."""
+        """Returns True if a slot without a process should continue. Otherwise removes the slot and returns False."""
         with self._lock:
             if len(self._slots) - self._stuck <= self.workers + 1:
                 return True
@@ -248,7 +248,7 @@ class _Slot:
         return job is not None
 
     def _load(self) -> str | None:
-        """Loads every scorer. Returns an error message if one cannot be loaded, else None."""
+        """Loads every scorer. Returns an error message if a scorer cannot be loaded, else None."""
         failed: str | None = None
         for scorer in self.pool.setup.scorers:
             try:
@@ -304,8 +304,8 @@ class _Slot:
         return list(outcomes)
 
     def _on_slow(self, seconds: float) -> bool:
-        """Gives away the turn if another job is waiting. Returns True if this method need not be called again for this
-        job."""
+        """Gives away the turn if another job is waiting. Returns True once the process has lost its priority; then this
+        method is not called again for the job."""
         late = seconds >= HUNG_S
         self.stuck = self.stuck or self.pool.give_turn(grow=late)
         if self.stuck and late:

@@ -73,7 +73,8 @@ class WorkerProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def terminate(self) -> None:
-        """Kills the process, waits for its end and closes the connection. Other threads must not use it afterwards."""
+        """Kills the process, waits for its end and closes the connection. Afterwards, other threads must not use this
+        object."""
         self.kill()
         self.process.wait()
         self.connection.close()
@@ -130,9 +131,9 @@ class ComputeProcess(WorkerProcess):
         """Returns the outcomes in order (see rewards.running.worker.to_outcome), and True if the process must be
         replaced.
 
-        The time limit `timeout_s` starts when the scorer is loaded. While there is no answer, `on_slow` is called after
-        every `patience_s` seconds, with the seconds passed so far. When it returns True, it is not called again. Raises
-        SetupFailed, TimeoutError or ProcessDied.
+        The time limit `timeout_s` starts when the scorer is loaded. While there is no answer, `on_slow` is called every
+        `patience_s` seconds, with the seconds passed so far. Once `on_slow` has returned True, it is not called again.
+        Raises SetupFailed, TimeoutError or ProcessDied.
         """
         self.send((scorer, list(items)))
         self.wait_until_loaded(setup_s)

@@ -220,7 +220,8 @@ class RewardRunner:
         self.close()
 
     def _submit_part(self, part: Part, index: int, batch: Sequence[PendingScore]) -> None:
-        """Scores a batch with part number `index` of the task. Each pending score gets its outcome."""
+        """Scores a batch with part number `index` of the task. Adds to each pending score the outcome of its
+        rollout."""
 
         def on_outcomes(finished: Future[list[Outcome]]) -> None:
             for place, one in enumerate(batch):
@@ -268,7 +269,7 @@ class Scoring:
     def __init__(self, runner: RewardRunner, per_prompt: int):
         self._runner, self._per_prompt = runner, per_prompt
         self._futures: dict[int, Future[Scored]] = {}
-        self._incomplete: dict[int, dict[int, Rollout]] = {}  # for group rewards: prompts that lack some rollouts
+        self._incomplete: dict[int, dict[int, Rollout]] = {}  # for group rewards: prompts that still lack rollouts
 
     def add(self, place: int, rollout: Rollout) -> None:
         """Scores a rollout. `place` is its index in the batch, where a prompt's rollouts are next to each other."""
@@ -291,7 +292,7 @@ class Scoring:
 
 
 def _has_value(finished: Future[list[Outcome]]) -> bool:
-    """True if the outcome has a value. Only such an outcome is reused; else the judge is asked again."""
+    """True if the outcome has a value. An outcome without a value is not reused: the judge is asked again."""
     return not finished.cancelled() and not finished.exception() and "value" in finished.result()[0]
 
 

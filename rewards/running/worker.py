@@ -80,7 +80,7 @@ class RewardWorker:
             outcomes = [{"invalid": describe_error(e)}] * len(items)
         finally:
             limit_memory(None)
-        # A library may keep memory from call to call. Later samples cannot use this memory.
+        # A library may keep memory after a call. If it keeps over half of a sample's memory, the process is replaced.
         return outcomes, address_space() - self.baseline > room // 2
 
 

@@ -76,7 +76,7 @@ class Command:
     def end(self, patience: float = 30) -> None:
         """Kills every process that carries the mark."""
         deadline = time.monotonic() + patience
-        while (found := self.marked()) and time.monotonic() < deadline:  # repeated: a process may start others
+        while (found := self.marked()) and time.monotonic() < deadline:  # a process may start others meanwhile
             for pid, _ in found:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -16,7 +16,7 @@ class Echo:
         self.loaded: list[tuple[Any, int]] = []
 
     def stream(self, requests: Sequence[Request]) -> list[list[tuple[int, Completion]]]:
-        """Returns completions in pairs. The last request comes first."""
+        """Returns the completions two at a time, beginning with the last request."""
         self.asked += requests
         made = [Completion(r.prompt_ids, (r.prompt_ids[0], r.seed), (-0.5, -0.5), "stop") for r in requests]
         pairs = list(enumerate(made))[::-1]
@@ -43,7 +43,8 @@ class Letters:
 
 
 def in_turns(streams: Sequence[list], patience: float = 0) -> Iterator[tuple[int, Any]]:
-    """Yields one step of each stream in turn, until all streams are exhausted."""
+    """Yields the first step of every stream, then the second step of every stream, and so on, until no stream has a
+    step left."""
     for step in range(max(map(len, streams))):
         yield from ((number, stream[step]) for number, stream in enumerate(streams) if step < len(stream))
 

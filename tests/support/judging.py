@@ -30,8 +30,8 @@ def judging(script: Script | list[Any], **options: Any) -> Iterator[JudgeServer]
 
 
 def score(target: str, *rollouts: Rollout | Prompt, **params: Any) -> Any:
-    """Scores rollouts or rows at the same time with one reward instance. Returns a Score for one of them, or a list of
-    Scores for several."""
+    """Scores rollouts or rows at the same time with one reward instance. Returns one Score for a single rollout or row,
+    else a list of Scores."""
 
     async def all_of_them() -> list[Score]:
         bound = get(target, {"endpoint": "judge", **params})

@@ -19,7 +19,7 @@ IMAGE_WORDS = ("<im_patch>", "<im_start>", "<im_end>", "<patch_start>", "<patch_
 SPECIAL = ("<pad>", "<eos>", *IMAGE_WORDS)
 WORDS = tuple(f"w{i}" for i in range(40))
 EOS, IMAGE = SPECIAL.index("<eos>"), SPECIAL.index("<im_patch>")
-VOCABULARY = 56  # larger than the number of words; not a multiple of 64, because vLLM rounds up to that
+VOCABULARY = 56  # larger than the number of words; not a multiple of 64, so vLLM must round it up
 # The views have 6 x 6 and 5 x 5 tokens of 28 pixels. With such similar sizes, a picture can have exactly one crop.
 GLOBAL_SIZE, CROP_SIZE = 168, 140
 NO_CROP, ONE_CROP, FOUR_CROPS = (60, 50), (168, 150), (200, 190)  # (width, height) in pixels
