@@ -68,7 +68,7 @@ class _Holder:
 
 class RemoteFuture(Generic[R]):
     """The result of a remote call. A RemoteFuture can be an argument of another `start`, or a value in a mapping that
-    is an argument. The process that is called then gets the result directly, without a copy in this process."""
+    is such an argument. The result then goes directly from process to process, and this process makes no copy."""
 
     def __init__(self, reference: Any) -> None:
         self.reference = reference
@@ -104,8 +104,8 @@ class _Fetched(Mapping[str, Any]):
 def signals_as_raised() -> Iterator[None]:
     """If a SystemError hides an exception that a signal handler raised, raises that exception.
 
-    A signal may arrive at the moment at which Ray stops waiting. Ray then returns a value although the exception of the
-    signal handler is pending, and Python raises a SystemError.
+    A signal may arrive at the moment at which Ray stops waiting. Ray then returns a value although the signal handler
+    has raised an exception, and Python raises a SystemError.
     """
     try:
         yield
@@ -226,9 +226,9 @@ class Team(Generic[T]):
 
 
 def _actor(factory: Any, cpus: float, gpus: float, environment: Mapping[str, str] | None) -> Any:
-    """Starts a process in which the object will be created. `ps` and Ray's dashboard show the process under the name of
-    the object's class."""
-    name = getattr(factory, "__self__", factory).__name__  # for a class method (of_rank): its class
+    """Starts a process in which the object will be created. `ps` and Ray's dashboard show the class of the object as
+    the name of the process."""
+    name = getattr(factory, "__self__", factory).__name__  # if `factory` is a class method (of_rank), its class
     remote: Any = ray.remote(type(name, (_Holder,), {}))
     return remote.options(num_cpus=cpus, num_gpus=gpus).remote(dict(environment or {}))
 
@@ -303,7 +303,7 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
     """Joins the Ray cluster at RAY_ADDRESS, or starts a cluster on this machine if RAY_ADDRESS is not set.
 
     Ray sets RAY_ADDRESS in a submitted job. When the `with` block ends, a cluster that was started here stops. A
-    cluster that was joined continues, but our actors in it end.
+    cluster that was joined continues, but the actors of this run end.
     """
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -332,7 +332,7 @@ def node_address() -> str:
 
 
 def is_local_cluster() -> bool:
-    """True if `cluster` starts a cluster on this machine instead of joining one."""
+    """True if `cluster` starts a cluster on this machine; False if it joins a running cluster."""
     return not os.environ.get("RAY_ADDRESS")
 
 

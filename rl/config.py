@@ -32,14 +32,14 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _penalties_as_mappings(value: Any) -> Any:
-    """Reads a name without options as a penalty with default options."""
+    """If a list item is only the name of a penalty, returns a penalty with default options for it."""
     if not isinstance(value, list | tuple):
         return value
     return tuple({"use": item} if isinstance(item, str) else item for item in value)
 
 
 def _rewards_as_tuple(value: Any) -> Any:
-    """Reads a single mapping as a list with one reward."""
+    """Returns a single mapping as a tuple with one reward, and a list as a tuple."""
     return (value,) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
 
 
@@ -63,8 +63,8 @@ SECRETS = ("api_key", "access_token", "secret", "password")
 
 
 class OptionError(ValueError):
-    """Raised if an option has a value of the right type, but the run cannot work with this value. `key` is the dotted
-    name of the option."""
+    """Raised if the value of an option has the right type, but the run cannot use it. `key` is the dotted name of the
+    option."""
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f"{key} {problem}")
@@ -90,9 +90,9 @@ class Model(Options):
     chat_template: Path | None = None
     """Jinja file that replaces the model's own chat template."""
     yarn: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
-    """Factor by which YaRN multiplies the decoder's number of positions. The decoder can then process sequences that
-    are longer than those that it was trained on. The engines and the learner use this factor, and it is stored in saved
-    policies. The attention temperature stays the same. PaCoRe's evaluation uses a factor of 2.0."""
+    """Factor by which YaRN multiplies the decoder's number of positions. The decoder can then process longer sequences
+    than the sequences of its training. The engines and the learner use this factor, and saved policies contain it. The
+    attention temperature does not change. PaCoRe's evaluation uses a factor of 2.0."""
 
 
 class Source(Options):
@@ -109,21 +109,22 @@ class Source(Options):
     """The task of rows that have no value in the column `task`."""
     weight: Positive | None = None
     """Weight of this source. The share of prompts that come from a source is its weight divided by the sum of all
-    weights. If no source has a weight, every row is used equally often."""
+    weights. If no source has a weight, every row is used equally often, no matter which source it comes from."""
     limit: Count | None = None
-    """Number of rows to read, counted from the start of this source; null: all rows."""
+    """Only this number of rows is read, from the start of this source; null: all rows."""
     streaming: bool = False
     """true: rows of a hub dataset are read without downloading the whole dataset first."""
 
 
 def _sources_as_mappings(value: Any) -> Any:
-    """Reads a path without options as a source with default options."""
+    """If a source is only a path, returns a source with this path and default options for it."""
     sources = value if isinstance(value, list | tuple) else [value]
     return tuple({"path": source} if isinstance(source, str) else source for source in sources)
 
 
 def _dump_sources(sources: Any, dump: Callable[[Any], list[dict[str, Any]]]) -> Any:
-    """Leaves out options that have their default value. If only the path is left, writes a source as its path."""
+    """Writes only the options of a source that do not have their default value. A source with no such options is
+    written as its path."""
     dumped = [{name: value for name, value in item.items() if value not in (None, {}, False)} for item in dump(sources)]
     return [item["path"] if list(item) == ["path"] else item for item in dumped]
 
@@ -136,10 +137,10 @@ class Data(Options):
     """Training rows: a JSONL, JSON or Parquet file, a Hugging Face dataset (folder or hub id), or a list of such
     sources. Each source may also be a mapping with its own options."""
     eval: Sources = ()
-    """Held-out rows for evaluation. The same forms are possible as in data.train. Without held-out rows, the run makes
-    no evaluations."""
+    """Held-out rows for evaluation. They have one of the forms of data.train. Without held-out rows, the run makes no
+    evaluations."""
     eval_limit: Count | None = None
-    """Number of held-out rows that are evaluated for each task. The first rows of the task are used; null: all rows."""
+    """For each task, only this number of held-out rows is evaluated, from the first row on; null: all rows."""
     columns: dict[str, str] = {}
     """Maps our column names to the column names in the data. The mapping applies to all sources without an adapter."""
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -158,15 +159,15 @@ class ScorerSpec(Options):
     """Time limit, in seconds, for scoring one response. null: the limit that the reward itself declares. If it declares
     no limit, the limit is 10 s, or 600 s if the reward asks a judge."""
     memory_mb: Annotated[int, Field(ge=64)] = 2048
-    """Memory limit for scoring, in MiB. Memory that was needed to load the reward does not count."""
+    """Memory limit for scoring, in MiB. The memory that loading the reward needs is not part of this limit."""
 
 
 class PenaltySpec(ScorerSpec):
     magnitude: Fraction = 1.0
-    """A penalty returns an offence from 0 to 1. The magnitude is the share of the reward that an offence of 1 removes.
-    With a magnitude of 1, an offence of 1 lowers the reward to its lowest value. In the report, the penalty for
-    citations sets the reward to zero. The magnitudes of the other penalties are unpublished; 1 is the value of Step 3.5
-    Flash."""
+    """A penalty returns a number from 0 (no offence) to 1 (full offence). The magnitude is the share of the reward that
+    a full offence removes. With a magnitude of 1, a full offence lowers the reward to its lowest value. In the report,
+    the penalty for citations sets the reward to zero. The report does not give the magnitudes of the other penalties; 1
+    is the value of Step 3.5 Flash."""
 
 
 class RewardSpec(ScorerSpec):
@@ -203,8 +204,8 @@ class EndpointOptions(Options):
     images: bool = False
     """true: the pictures of a prompt are sent to the model."""
     serve: dict[str, str | int | float | bool] = {}
-    """Arguments of `vllm serve`, for a model that the run serves. The arguments are written with their long names, for
-    example {max-model-len: 8192}."""
+    """Arguments of `vllm serve`, for a model that the run serves. Use the long names of the arguments, for example
+    {max-model-len: 8192}."""
     structured: bool = True
     """true: the server supports response_format and restricts each reply to a JSON schema; false: only the prompt asks
     for JSON."""
@@ -215,11 +216,11 @@ Filter = Literal["decontamination", "checkability", "relevance", "difficulty", "
 
 class Decontamination(Options):
     against: Sources = ()
-    """Benchmarks. The same forms are possible as in data.train. Rows that overlap a benchmark are dropped. Without
-    benchmarks, the rows of data.eval are used."""
+    """Benchmarks, in one of the forms of data.train. Training rows that overlap a benchmark are dropped: rows with the
+    same question, or with a common n-gram. If no benchmarks are named, the rows of data.eval are the benchmark."""
     ngram: Count = 64
-    """Length of an n-gram: a sequence of n words and symbols. A row is dropped if it has an n-gram that a benchmark has
-    too. The report uses 64-grams, but does not say what unit they are made of."""
+    """Length of an n-gram: a sequence of n words and symbols. A row is dropped if one of its n-grams also occurs in a
+    benchmark. The report uses 64-grams, but does not say whether they consist of words, characters or tokens."""
 
 
 class Checkability(Options):
@@ -250,11 +251,11 @@ class Difficulty(Options):
 
 class SynthesisFilterOptions(Options):
     rollouts: Annotated[int, Field(ge=2)] = 24
-    """Number of responses that the policy gives to each row. The prompt contains messages; the options of `synthesis`
-    say how many. A row is kept if some of its responses are accepted, but not all. The report does not give the number;
-    this default is the same as for `difficulty` (reconstruction)."""
+    """Number of responses that the policy gives to each row. Each prompt contains messages; the options of `synthesis`
+    set the number of messages. A row is kept if some of its responses are accepted, but not all. The report does not
+    give the number of responses; the default is the same as for `difficulty` (reconstruction)."""
     max_sequence_length: Annotated[int, Field(ge=16)] = 65_536
-    """Maximum total number of tokens of problem, messages and response (report: the limit of the stage PaCoRe)."""
+    """Maximum total number of tokens of problem, messages and response (report: the limit of the PaCoRe stage)."""
 
 
 class CurationOptions(Options):
@@ -264,15 +265,15 @@ class CurationOptions(Options):
     rows: Count | None = None
     """Number of rows of data.train to curate. The rows are evenly spaced over the data; null: all rows."""
     block: Count = 1024
-    """Number of rows that are curated at a time. These rows form a block: they go through all filters together and are
-    written to one file. The engines get all prompts of a block at once."""
+    """Number of rows in a block. The rows of a block go through all filters together and are written to one file,
+    before the next block starts. The engines get all prompts of a block at once."""
     decontamination: Decontamination = Decontamination()
     """Options of the filter that drops rows which overlap a benchmark."""
     checkability: Checkability = Checkability()
     """Options of the filter in which a judge says whether question and ground truth are suitable for training."""
     relevance: Relevance = Relevance()
-    """Options of the filter in which a vision-language model grades how much a question and its pictures depend on each
-    other."""
+    """Options of the filter in which a vision-language model grades how much question and pictures have to do with
+    each other."""
     difficulty: Difficulty = Difficulty()
     """Options of the filter in which the policy responds to each row. The final answers of these responses become the
     row's pool of messages."""
@@ -311,7 +312,7 @@ class Preference(Options):
 
 
 class SynthesisOptions(Options):
-    """Options of messages and of prompts that contain messages. A message is the final answer of an earlier attempt at
+    """Options of messages and of the prompts that contain them. A message is the final answer of an earlier attempt at
     the same problem."""
 
     pool: Literal["cached", "online"] = "cached"
@@ -322,15 +323,15 @@ class SynthesisOptions(Options):
     most_messages: Count = 24
     """Maximum number of messages in a prompt (report)."""
     accuracy_over: Fraction | None = None
-    """A row is used only if the share of accepted messages in its pool is above this value (PaCoRe paper: 0). null: all
-    rows."""
+    """A row is used only if the share of the messages in its pool that were accepted is above this value (PaCoRe paper:
+    0). null: all rows."""
     accuracy_under: Fraction | None = None
-    """A row is used only if the share of accepted messages in its pool is below this value (PaCoRe paper: 9/24 in
-    mathematics, 15/24 in code). null: all rows."""
+    """A row is used only if the share of the messages in its pool that were accepted is below this value (PaCoRe paper:
+    9/24 in mathematics, 15/24 in code). null: all rows."""
     template: Path | None = None
-    """Jinja file that combines problem and messages into one text. null: pacore.jinja in the model's folder, or
-    rollout/pacore/pacore.jinja if that file does not exist. Saved policies contain a copy of the file that is named
-    here."""
+    """Jinja file that combines problem and messages into one text. null: the file pacore.jinja in the model's folder,
+    or, if the folder has no such file, rollout/pacore/pacore.jinja. If a file is named here, saved policies contain a
+    copy of it."""
     online_rollouts: Count = 24
     """With `pool: online`: number of attempts at each prompt. The messages of the prompt are drawn from the final
     answers of these attempts (report: 24 rollouts)."""
@@ -353,8 +354,8 @@ class VerlLoss(Options):
 
 
 class VerlCorrection(Options):
-    """Options of verl's rollout correction. The correction computes the learner's probability divided by the engine's
-    probability. By this ratio, it weights or rejects tokens or responses."""
+    """Options of verl's rollout correction. The correction divides the learner's probability by the engine's
+    probability. This ratio decides how much weight a token or response has, or whether it is rejected."""
 
     rollout_is: Literal["token", "sequence"] | None = None
     """token: each token has its own importance weight; sequence: all tokens of a response have the same weight; null:
@@ -406,8 +407,9 @@ class PPO(Options):
     critic_minibatches: Count
     """Number of optimizer steps of the critic per iteration."""
     ratio: Literal["none", "clip"] = "none"
-    """The importance ratio of the policy to the policy before the update. none: the loss has no ratio, as in the text
-    of the report; clip: the loss has the clipped ratio of the report's Eq. 2."""
+    """The importance ratio: the probability of a token under the current policy, divided by its probability under the
+    policy before the update. none: the loss has no ratio, as in the text of the report; clip: the loss has the clipped
+    ratio of the report's Eq. 2."""
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """With `ratio: clip`, the ratio is clipped to the range from 1 - clip to 1 + clip (reconstruction, from
     Open-Reasoner-Zero)."""
@@ -451,10 +453,11 @@ class Partial(Options):
     complete; unfinished responses continue in the next iteration."""
 
     extra_prompts: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Number of additional prompts for which responses are sampled. It is given as a share of prompts_per_iteration and
-    rounded up."""
+    """Number of additional prompts for which responses are sampled, as a share of prompts_per_iteration. The resulting
+    number is rounded up."""
     chunk_tokens: Count = 1024
-    """Number of new tokens of each response after which the run checks whether enough groups are complete."""
+    """Each time that each unfinished response has got this number of new tokens, the run checks whether enough groups
+    are complete."""
 
 
 class RolloutOptions(Options):
@@ -477,8 +480,8 @@ class RolloutOptions(Options):
     weights."""
     partial: Partial | None = None
     """Options of partial rollouts; {} means the default options. With partial rollouts, the longest responses are cut
-    and continue in the next iteration with newer weights, so that the other responses need not wait for them. Each
-    token keeps the logprob from the weights that sampled it. null: every response is sampled to its end."""
+    and continue in the next iteration with newer weights, so that an iteration does not wait for its longest responses.
+    Each token keeps the logprob that it had when it was sampled. null: every response is sampled to its end."""
     save: Count | Literal["all", "none"] = "all"
     """Number of samples per iteration that are written to rollouts/. The values `all` and `none` are allowed too."""
     logprob_check: Count = 8
@@ -488,13 +491,13 @@ class RolloutOptions(Options):
     """Maximum number of tokens of a response that is sampled for logprob_check. The engines need one step for each
     token."""
     logprob_gap_limit: Positive = 0.05
-    """The run stops if the mean |engine - learner| logprob (nats per token) is above this value. If nothing is wrong,
-    the mean is 0.01 to 0.04 in bfloat16 on a GPU, and less than 0.0001 in float32."""
+    """The run stops if the mean |engine - learner| logprob (nats per token) is above this value. Without an error in
+    engine or learner, the mean is 0.01 to 0.04 in bfloat16 on a GPU, and less than 0.0001 in float32."""
 
 
 class Learner(Options):
     ranks: Count = 1
-    """Number of processes that the policy is split over (FSDP2). The critic is split over the same number of other
+    """The policy is split over this number of processes (FSDP2). The critic is split over the same number of further
     processes. Each process takes one GPU."""
     token_budget: Count = 32_768
     """Maximum number of tokens in one forward pass. This option changes memory use and speed, but not the result."""
@@ -510,7 +513,7 @@ class Learner(Options):
     that takes longer counts as hung, and all processes are started again from the newest checkpoint."""
     features_mib: Count = 65_536
     """Size in MiB of the cache for image features of the frozen encoder. While the cache has room, each picture is
-    encoded only once. Features that do not fit in Ray's object store are moved to disk."""
+    encoded only once. Ray moves features that do not fit in its object store to disk."""
 
 
 class Checkpoint(Options):
@@ -530,16 +533,16 @@ class Evaluation(Options):
     batch: Count = 256
     """Number of held-out prompts that are sent to the engines at a time."""
     sampled_rows: Count | None = None
-    """Number of rows of each task that are evaluated by sampling at the end of a chain. For each of these rows, 16
-    answers and a synthesis are sampled; null: all rows."""
+    """Number of rows of each task in the evaluation at the end of a chain. This evaluation samples 16 answers and a
+    synthesis for each row; null: all rows."""
 
 
 class Log(Options):
     trackers: Trackers = ("tensorboard",)
     """Trackers that get the metrics in addition to metrics.jsonl: one or several of tensorboard, wandb and mlflow."""
     timeline: bool = False
-    """true: the run writes timeline.json (Chrome trace format), which shows when each process works, and what it waits
-    for. Open the file in ui.perfetto.dev."""
+    """true: the run writes timeline.json (Chrome trace format). The file shows when each process works, and what it
+    waits for. Open the file in ui.perfetto.dev."""
 
 
 class Config(Options):
@@ -574,9 +577,9 @@ class Config(Options):
     """The run stops if the share of invalid samples in an iteration is larger than this value. A sample is invalid if a
     reward or its endpoint failed."""
     max_restarts: Annotated[int, Field(ge=0)] = 10
-    """Maximum number of times that a run replaces processes which died or hung. The run stops at the next failure. If
-    an engine fails, or a judge that the run serves, only this process is replaced. If policy or critic fails, all
-    processes are started again from the newest checkpoint."""
+    """Maximum number of times that a run replaces processes which died or hung. After that, the next failure stops the
+    run. If an engine fails, or if a judge that the run serves fails, only this process is replaced. If the policy or
+    the critic fails, all processes are started again from the newest checkpoint."""
     max_start_s: Positive = 3600.0
     """Time limit, in seconds, for the start of a process. A process that takes longer counts as hung."""
     endpoints: dict[str, EndpointOptions] = {}
@@ -608,8 +611,8 @@ class Config(Options):
         return self.prompts_per_iteration * self.rollouts_per_prompt
 
     def prompt_range(self, iteration: int) -> range:
-        """Returns the positions of the prompts for which an iteration starts to sample responses. The prompts form an
-        endless sequence, and the first iteration is iteration 1.
+        """Returns the positions, in the endless sequence of prompts, of the prompts for which an iteration starts to
+        sample responses. The first iteration is iteration 1.
 
         With partial rollouts, the first iteration starts more prompts than it finishes.
         """

@@ -82,7 +82,8 @@ def _main(args: argparse.Namespace) -> int:
 def config_of(args: argparse.Namespace) -> Config:
     """Returns the config of the recipe, with the model and rows from the command line. Raises RecipeError."""
     rows = [f"data.train={args.data}", f"data.eval={args.data}"] if args.data else []
-    overrides = [f"model.path={args.model}", *args.overrides, *rows]  # sets mandatory options that recipes can lack
+    # These overrides set mandatory options too, because a recipe need not have them.
+    overrides = [f"model.path={args.model}", *args.overrides, *rows]
     return load(find_recipe(args.recipe), profile=args.profile, overrides=overrides).config
 
 

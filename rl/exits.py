@@ -29,7 +29,8 @@ class InputError(ValueError):
 
 @contextmanager
 def as_input_error() -> Iterator[None]:
-    """Turns a ValueError or an OSError of the `with` block into an InputError. Example: a file cannot be read."""
+    """If the `with` block raises a ValueError or an OSError, for example because a file cannot be read, raises an
+    InputError instead."""
     try:
         yield
     except (ValueError, OSError) as error:

@@ -7,7 +7,7 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """Raised if a signal asked the run to stop and no update is in progress.
+    """Raised between two updates if a signal has asked the run to stop.
 
     This class is a BaseException, so that `except Exception` does not catch it.
     """

@@ -7,7 +7,8 @@ GO_ON = "continue with --resume (a curation: with the same command)"  # the advi
 class Stop(RuntimeError):
     """Ends the run. The message says why the run ends and what the user can do; finished iterations are kept.
 
-    `saves` is True if this iteration has not changed any weight yet. A checkpoint can then still be written.
+    `saves` says whether the run writes a checkpoint before it ends. It may be True only if this iteration has not
+    changed any weight yet.
     """
 
     def __init__(self, message: str, *, saves: bool) -> None:

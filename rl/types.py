@@ -83,7 +83,7 @@ class PooledAnswers:
     """Final answers of earlier attempts at a problem. A prompt contains these answers, in this order."""
 
     texts: tuple[str, ...]
-    accepted: tuple[bool, ...] | None = None  # for each text: True if it is correct; None if unknown
+    accepted: tuple[bool, ...] | None = None  # for each text, whether it is correct; None if this is unknown
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Prompt:
     messages_pool: tuple[str, ...] = ()  # final answers of earlier attempts, for PaCoRe
     pool_accuracy: float | None = None  # share of the answers in messages_pool that were accepted
     pool_accepted: tuple[bool, ...] = ()  # for each answer in messages_pool: True if accepted; () if unknown
-    shown: PooledAnswers | None = None  # earlier answers that the prompt contains beside the problem
+    shown: PooledAnswers | None = None  # earlier answers that the prompt contains in addition to the problem
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Rollout:
 
     @property
     def steps(self) -> tuple[tuple[int, int], ...]:
-        """(policy_step, number of tokens) of every piece. A response that was not sampled in pieces is one piece."""
+        """(policy_step, number of tokens) of every piece. If the response was sampled at once, it is a single piece."""
         return self.pieces or ((self.policy_step, len(self.response_ids)),)
 
     @property

@@ -28,7 +28,7 @@ from rl.recipe.stages import registered
 
 CURATE = "curate"
 LINK = "chain"
-"""Name, in provenance, of the layer whose values are paths of earlier steps' results."""
+"""Name of the layer whose values are the paths of earlier steps' results. Provenance shows this name."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def load_chain(
     Args:
         folder: the absolute path of the run folder. Each step writes its results there, and later steps read these
             results.
-        first: the first stage that is run. Earlier steps are left out, except the curation of this stage's rows.
+        first: the first stage that is run. Earlier steps are left out, but the curation that makes the rows of this
+            stage is kept.
         begun: True if the file `recipe` was saved by a run.
     Raises:
         RecipeError: if a recipe cannot be used. The message is all that the user needs.
@@ -217,8 +218,8 @@ def _sections(entry: _Entry, written: Layers) -> list[Layer]:
 
 
 def _sets_critic(entry: _Entry, written: Layers) -> bool:
-    """True if a layer sets the critic that this stage starts from. If the critic is set for the whole chain, a path
-    applies to the first stage only, but null applies to all stages."""
+    """True if a layer sets the critic that this stage starts from. A critic can also be set for the whole chain: a path
+    then applies to the first stage only, but null applies to all stages."""
     own = [part for layer in entry.layers for part in layer.for_stage(entry.stage)] + _sections(entry, written)
     return any("model.critic" in layer.flat for layer in own) or any(
         layer.flat.get("model.critic", "") is None for layer in written.ordered
@@ -231,7 +232,7 @@ def _check_not_set(key: str, entry: _Entry, written: Layers, why: str) -> None:
 
 
 def _keys(entry: _Entry, written: Layers, prefix: str) -> list[str]:
-    """Returns the dotted names that the step's layers set and that begin with `prefix`."""
+    """Returns the dotted names that begin with `prefix` and have a value in one of the step's layers."""
     layers = (*entry.layers, *written.ordered, *_sections(entry, written))
     return sorted({key for layer in layers for key in layer.flat if key.startswith(prefix)})
 

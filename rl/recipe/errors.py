@@ -174,8 +174,8 @@ def _problem(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, str]:
 
 
 def _place(detail: ErrorDetails, values: dict[str, Any]) -> tuple[str, Any]:
-    """Returns the dotted key of an error and the value of this key. For a union type, pydantic adds names to the key;
-    they are left out."""
+    """Returns the dotted key of an error and the value of this key. If the option has a union type, pydantic adds names
+    of types to the key; the returned key does not have these names."""
     parts: list[str] = []
     value: Any = values
     for part in detail["loc"]:

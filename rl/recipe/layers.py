@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rl.recipe.errors import RecipeError, check_names
 from rl.recipe.stages import registered
 
-SHIPPED = Path(__file__).resolve().parents[2] / "recipes"  # beside the package rl, in a clone and when installed
+SHIPPED = Path(__file__).resolve().parents[2] / "recipes"  # beside the package rl, in a clone and in an installation
 COMMAND_LINE = "command line"
 
 
@@ -41,22 +41,22 @@ class Layer:
         return flatten(plain(self.values))
 
     def for_stage(self, stage: str) -> tuple["Layer", ...]:
-        """Returns this layer. If it has a section for this stage, returns a second layer with the values of the
-        section."""
+        """Returns this layer. If the layer has a section for this stage, also returns a second layer with the values of
+        the section."""
         if stage not in self.stages:
             return (self,)
         return self, replace(self, label=f"{self.label}, {stage}", values=self.stages[stage], stages={})
 
     @cached_property
     def resets(self) -> frozenset[str]:
-        """Sections in which this layer deletes the values of earlier layers. They are the rewards whose `use` this
-        layer sets, and the sections `serve` of the endpoints whose `model` or `url` this layer sets."""
+        """Sections in which this layer deletes the values of earlier layers. If the layer sets `use` of a reward, the
+        section is this reward. If it sets `model` or `url` of an endpoint, the section is `serve` of this endpoint."""
         rewards = {key.removesuffix(".use") for key in self.flat if re.fullmatch(r"rewards\.[^.]+(\.use)?", key)}
         judges = (re.fullmatch(r"(endpoints\.[^.]+)\.(model|url)", key) for key, value in self.flat.items() if value)
         return frozenset({*rewards, *(f"{judge[1]}.serve" for judge in judges if judge)})
 
     def touches(self, key: str) -> bool:
-        """True if the layer sets `key`, an option below `key`, or an option above `key` (to a list or null)."""
+        """True if the layer sets `key`, an option inside `key`, or a section around `key` (to a list or null)."""
         return any(f"{own}.".startswith(f"{key}.") or f"{key}.".startswith(f"{own}.") for own in self.flat)
 
 
@@ -68,8 +68,8 @@ class Layers:
     main: str  # error messages name this file for values that no layer sets
 
     def origin(self, key: str) -> Layer | None:
-        """Returns the last layer that sets exactly this key. If no layer sets exactly this key, returns the last layer
-        that touches it."""
+        """Returns the last layer that sets exactly this key. If there is no such layer, returns the last layer that
+        touches the key."""
         later_first = self._since_reset(key)[::-1]
         exact = (layer for layer in later_first if key in layer.flat)
         return next(exact, None) or next((layer for layer in later_first if layer.touches(key)), None)
@@ -90,8 +90,8 @@ class Layers:
         return self.ordered[resetting[-1] if resetting else 0 :]
 
     def merged(self) -> DictConfig:
-        """Merges the layers with OmegaConf. Two rules are added. Before a layer is merged, the sections in its `resets`
-        are emptied. The value ??? removes the value that the option had in earlier layers."""
+        """Merges the layers with OmegaConf, and with two additional rules. Before a layer is merged, the sections in
+        its `resets` are emptied. The value ??? removes the value that the option had in earlier layers."""
         merged = OmegaConf.create({})
         for layer in self.ordered:
             for key in layer.resets:
@@ -125,7 +125,7 @@ def read(file: Path, label: str | None = None, derived: tuple[Path, ...] = ()) -
 
     Args:
         label: the name of the file's layer in provenance; None: the name of the file.
-        derived: the files that are based on this file. If the file itself is one of them, they form a circle.
+        derived: the files that have this file as a base recipe. If the file itself is one of them, this is an error.
     """
     where = shown(file)
     if (real := file.resolve()) in derived:

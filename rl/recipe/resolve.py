@@ -2,7 +2,7 @@
 
 Later layers win: stage defaults < `base:` recipe < recipe < profile < key=value. OmegaConf reads and merges the layers,
 and the classes of rl.config check the result. A relative path starts at the folder of the file that contains it; in
-key=value, it starts at the working directory. All paths become absolute, so that a saved recipe means the same in every
+key=value, it starts at the working directory. All paths become absolute, so that a saved recipe does not depend on the
 working directory.
 """
 
@@ -51,7 +51,7 @@ class Resolved:
 
     def plain(self) -> dict[str, Any]:
         """Returns every value in a form that JSON can store. Paths are absolute. A secret is stored only as the name of
-        its environment variable. When a recipe with these values is loaded, it gives the same config."""
+        its environment variable. Loading a recipe with these values gives the same config."""
         return self.config.model_dump(mode="json")
 
     def yaml(self) -> str:
@@ -60,7 +60,7 @@ class Resolved:
 
 
 def yaml_of(values: Mapping[str, Any]) -> str:
-    """Returns the text of a recipe with these values. When the recipe is loaded, it gives the same values."""
+    """Returns the text of a recipe with these values. Loading the recipe gives the same values."""
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(dict(values))))
 
 
@@ -220,8 +220,8 @@ def _make_paths_absolute(values: dict[str, Any], layers: Layers) -> None:
 
 
 def _make_reward_absolute(reward: Any, key: str, layers: Layers) -> None:
-    """Makes the paths of a reward absolute, in place. The paths are the file in `use` and some parameters: those that
-    begin with ./, ../ or ~/, and those that are the path of an existing file."""
+    """Makes the paths of a reward absolute, in place. The paths are the file in `use`, parameters that begin with ./,
+    ../ or ~/, and parameters that are the path of an existing file."""
     if not isinstance(reward, dict):
         return
 

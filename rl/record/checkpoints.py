@@ -31,7 +31,7 @@ class Written:
     """Duration and size of one finished checkpoint."""
 
     seconds: float  # time in seconds until everything was on disk
-    blocked: float  # during this part of `seconds`, training waited
+    blocked: float  # the part of `seconds` in which training waited
     bytes: int
 
 
@@ -40,7 +40,7 @@ class Checkpoints:
 
     Args:
         folder: the folder that contains the checkpoints.
-        keep: this number of checkpoints, the newest ones, is kept.
+        keep: the number of newest checkpoints that are kept.
         keep_every: a checkpoint is kept too if the number of its iteration is a multiple of this number.
         expected: the estimated size of a checkpoint in bytes. It is used to check the free disk space before the first
             checkpoint.
@@ -142,8 +142,8 @@ class Checkpoints:
         return None
 
     def _delete_old(self) -> Stop | None:
-        """Deletes old checkpoints. If a checkpoint cannot be deleted, returns a Stop that the caller raises, because
-        old checkpoints would fill the disk."""
+        """Deletes old checkpoints. If this fails, returns a Stop that the caller raises, because old checkpoints would
+        fill the disk."""
         for old in finished(self.folder)[: -self.keep]:
             if not self.keep_every or int(old.name) % self.keep_every:
                 try:

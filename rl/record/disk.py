@@ -30,7 +30,8 @@ def check_room(folder: Path, wanted: int, what: str) -> None:
 
 @contextlib.contextmanager
 def writing(what: object) -> Generator[None, None, None]:
-    """Turns an OSError of the `with` block into a Stop that names `what`. Examples: the disk is full or read-only."""
+    """If the `with` block raises an OSError, for example because the disk is full, raises a Stop that names `what`
+    instead."""
     try:
         yield
     except OSError as error:
@@ -38,7 +39,7 @@ def writing(what: object) -> Generator[None, None, None]:
 
 
 def not_written(what: object, error: Exception) -> Stop:
-    """Returns a Stop for the case that `what` cannot be written. The caller raises it."""
+    """Returns a Stop which says that `what` could not be written. The caller raises it."""
     return Stop(f"{what} could not be written: {error}. Make room or repair the folder, and {GO_ON}.", saves=False)
 
 

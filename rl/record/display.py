@@ -42,7 +42,8 @@ class ShownRun(Protocol):
 
 
 def _harmless(method: Callable[Concatenate["Display", P], None]) -> Callable[Concatenate["Display", P], None]:
-    """Turns any error of a display method into one warning, so that a run continues when its terminal is gone."""
+    """Catches any error of a display method and prints one warning, so that a run continues when its terminal is
+    gone."""
 
     @functools.wraps(method)
     def guarded(self: "Display", *args: P.args, **kwargs: P.kwargs) -> None:
@@ -176,7 +177,7 @@ class Display:
         return [f"reward/{name.removeprefix(prefix)}" for name in self._metrics if name.startswith(prefix)]
 
     def _recent(self, name: str) -> list[float]:
-        """Returns the last values of a metric. Returns as many values as fit beside the other columns of the table."""
+        """Returns the last values of a metric: as many as fit beside the other columns of the table."""
         room = max(1, self._console.width - NARROW + 10)
         return list(self._history.get(name, ()))[-room:]
 
@@ -230,7 +231,7 @@ class Display:
         wide = self._console.width >= NARROW
         rows: list[RenderableType] = [self._progress()]
         rows.append(self._now())
-        if self._metrics:  # the table is last because a terminal with few lines cuts off the end
+        if self._metrics:  # the table comes last, because a terminal with few lines does not show the end
             rows += [Text(), *self._time_bar(wide), Text(), self._task_table(wide)]
         return rows
 

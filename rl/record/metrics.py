@@ -59,8 +59,8 @@ def _fits(words: list[str], pattern: list[str]) -> bool:
 
 
 def check(metrics: Mapping[str, Any]) -> None:
-    """Raises ValueError for a metric that has no entry, or whose value is not a finite number. The value of `stage`
-    must be text instead."""
+    """Raises ValueError if a metric has no entry, or if its value has the wrong type. The value of `stage` must be
+    text. All other values must be finite numbers."""
     for name, value in metrics.items():
         describe(name)
         wanted = "a text" if name in _TEXT else "a finite number"
@@ -77,7 +77,8 @@ def is_finite_number(value: Any) -> bool:
 
 
 def task_name_problem(task: str) -> str | None:
-    """Returns why `task` cannot be the name of a task, or None if it can. Metric names contain the names of tasks."""
+    """Returns the reason why a task cannot have the name `task`, or None if the name is allowed. Metric names contain
+    the names of tasks."""
     if "/" in task:
         return f"task {task!r} has a '/', which metric names use to separate a task from its parts"
     if any(f"{room}/{task}" in _BY_NAME for room in ("reward", "eval")):
@@ -92,9 +93,9 @@ def rollout_metrics(scored: Sequence[Scored], rollouts_per_prompt: int) -> dict[
         scored: the samples of the iteration. Samples of the same prompt are next to each other.
         rollouts_per_prompt: samples per prompt; must divide the number of samples.
     Returns:
-        Rewards are means over valid samples, and lengths are means over all samples. If a mean has no samples, the
-        metric is left out. For example, a task whose samples are all invalid has no mean reward. `reward/std` is the
-        population standard deviation.
+        Rewards are means over valid samples, and lengths are means over all samples. A mean over no samples is left
+        out. For example, a task whose samples are all invalid has no mean reward. `reward/std` is the population
+        standard deviation.
     """
     if not scored or len(scored) % rollouts_per_prompt:
         raise ValueError(f"{len(scored)} samples do not split into groups of {rollouts_per_prompt}")

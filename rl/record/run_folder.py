@@ -1,5 +1,5 @@
-"""Reads and writes the folder of a run, which holds recipe, metrics and samples. If a crash left an incomplete line or
-file, it is ignored.
+"""Reads and writes the folder of a run, which holds recipe, metrics and samples. Incomplete lines and files that a
+crash left behind are ignored.
 
 RUN_DIR contains recipe.yaml, metrics.jsonl, rollouts/000001.jsonl.gz, checkpoints/ and policy/. This module does not
 import torch. If a file cannot be written because the disk is full or read-only, the functions raise a Stop that names

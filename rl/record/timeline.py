@@ -20,11 +20,11 @@ class SpanSource(Protocol):
 
 
 class Timeline:
-    """Appends events to one file. After every `write`, the file is complete JSON.
+    """Appends events to one file. The file is valid JSON after every `write`.
 
     Args:
         path: the file; events are appended if it exists.
-        sources: maps the name of a process in the timeline to the process.
+        sources: the processes, by their names in the timeline.
     """
 
     def __init__(self, path: Path, sources: Mapping[str, SpanSource]) -> None:
@@ -39,8 +39,8 @@ class Timeline:
         self._own.append((process, (name, start, end)))
 
     def replaced(self, name: str, source: SpanSource) -> None:
-        """From now on, `name` stands for the new process `source`. Spans of the old process that were not read yet are
-        lost."""
+        """From now on, `name` stands for the new process `source`. The spans that were not yet read from the old
+        process are lost."""
         self._sources[name] = source
         self._pending.pop(name, None)
 
@@ -64,8 +64,8 @@ class Timeline:
 
 
 def _event(kind: str, process: str, name: str, **more: Any) -> dict[str, Any]:
-    """Returns one event. The process id in the event is a hash of the process name. A resumed run therefore continues
-    the same line of the timeline."""
+    """Returns one event. The process id in the event is a hash of the process name. After a resume, a process therefore
+    keeps its line in the timeline."""
     return {"ph": kind, "pid": zlib.crc32(process.encode()) >> 1, "tid": 0, "name": name, **more}
 
 

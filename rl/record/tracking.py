@@ -23,7 +23,8 @@ class Tracker(Protocol):
 class TensorBoard:
     """Writes event files to RUN_DIR/tracking/tensorboard.
 
-    After a resume, TensorBoard hides the values that were logged earlier for `first_step` and later steps.
+    After a resume, TensorBoard hides the values that the run had logged for `first_step` and later steps before the
+    resume.
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any], first_step: int) -> None:

@@ -1,4 +1,5 @@
-"""Tests that options are frozen and strictly typed, that each has a sentence, and that contradictions are refused."""
+"""Tests that options are frozen and strictly typed, that each option has a description, and that contradictions are
+refused."""
 
 import subprocess
 import sys

@@ -1,4 +1,5 @@
-"""Tests how a recipe is found by its name or path. tests/rl/recipe/test_resolve.py tests how layers are merged."""
+"""Tests how a name or path is turned into the file of a recipe. tests/rl/recipe/test_resolve.py tests how layers are
+merged."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Tests that checkpoints are complete or absent, old ones are deleted, and damaged ones are not used."""
+"""Tests that a checkpoint is complete or absent, and that old checkpoints are deleted and damaged checkpoints are not
+used."""
 
 import json
 import threading

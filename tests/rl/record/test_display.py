@@ -64,7 +64,7 @@ def test_a_terminal_gets_a_panel_with_tasks_trend_and_time() -> None:
     with Display(ShownRun(), screen) as display:
         display.evaluation({"iteration": 0, "eval/counting": 0.125, "eval/pointing": 0.375})
         display.iteration(line(1))
-        display.evaluation(line(1))  # no eval/* here: the last evaluation stays on the screen
+        display.evaluation(line(1))  # line(1) has no eval/*, so the last evaluation stays on the screen
         display.phase("critic")
         display.iteration(line(2))
     text = shown(screen)

@@ -77,7 +77,7 @@ def test_invalid_samples_count_only_in_the_invalid_fraction() -> None:
     scored = [sample("a", 1.0), sample("a", math.nan, invalid="endpoint down")]
     metrics = rollout_metrics(scored, rollouts_per_prompt=2)
     assert (metrics["reward/mean"], metrics["reward/invalid_fraction"]) == (1.0, 0.5)
-    assert metrics["reward/flat_group_fraction"] == 1.0  # only one reward is valid
+    assert metrics["reward/flat_group_fraction"] == 1.0  # the group has only one valid reward
 
 
 def test_a_mean_over_no_samples_is_left_out() -> None:
