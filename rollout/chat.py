@@ -94,7 +94,7 @@ class Chat:
         """Returns the text of the sampled ids. Control tokens are removed, think tags are kept.
 
         Some chat templates end the prompt with the opening think tag. In this case, the tag is put before the text.
-        Otherwise a response that was cut during its thinking would look like an answer.
+        Without the tag, a response that was cut during its thinking would look like an answer.
         """
         visible = [i for i in response_ids if i in self._think or i not in self._control]
         opened = self.tokenizer.decode(prompt_ids[-4:]).rstrip().endswith(THINK_OPEN)

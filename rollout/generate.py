@@ -67,8 +67,8 @@ def make_settings(target: ModelTarget, template: Path | None, **others: Any) -> 
 
 
 def problem_digest(problem: Prompt) -> str:
-    """Returns a digest of the problem's messages and pictures. It shows whether two problems with the same id are the
-    same."""
+    """Returns a digest of the problem's messages and pictures. Two problems with the same id are the same problem if
+    their digests are equal."""
     content = json.dumps([problem.messages, [picture.digest for picture in problem.images]], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -111,8 +111,8 @@ async def generate(
     Args:
         sample: sends the requests. It must limit how many requests are under way at a time, as EndpointClient does.
         on_result: is called once per problem with the problem's rounds, or with the reason why there is no answer.
-        first_rounds: problem id -> rounds from an earlier run. They are used in place of the first rounds that the
-            settings describe.
+        first_rounds: problem id -> rounds from an earlier run. They replace the first rounds that the settings
+            describe.
         under_way: maximum number of problems that are answered at a time. The pictures of these problems are in memory.
     """
 
@@ -157,7 +157,7 @@ def _first_error(error: BaseException) -> BaseException:
 
 def read_records(path: Path, data: bytes) -> Iterator[dict[str, Any]]:
     """Parses the complete lines of an OUT file. Raises ValueError if a line is not from an OUT file."""
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # splitlines() would split texts too
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # splitlines() also splits inside texts
         try:
             record = json.loads(line)
             if not {"id", "problem", "settings"} <= record.keys():

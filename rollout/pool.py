@@ -71,7 +71,7 @@ class EnginePool:
         self.policy_step = 0
         self.replaced = 0  # number of engines replaced so far
         self._weights: Any = None  # the weights that all engines have loaded; a replacement loads them too
-        self._encoded: dict[int, int] = {}  # engine -> pictures that it had encoded at the last `encodings`
+        self._encoded: dict[int, int] = {}  # engine -> number of pictures encoded when `encodings` was last called
         self._encoded_by_dead = 0
 
     def sample(
@@ -86,8 +86,8 @@ class EnginePool:
         """Samples `per_prompt` responses to each prompt. The responses to one prompt have consecutive indices.
 
         Args:
-            purpose: a text from which the seeds are derived too. Samples for another purpose then get other seeds than
-                the iteration's own samples.
+            purpose: a text that is part of what seeds are derived from. So samples for different purposes get different
+                seeds.
             longest: maximum number of tokens of prompt and response together. None means `max_sequence_length`.
         """
         named = (purpose,) if purpose else ()

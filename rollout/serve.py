@@ -52,7 +52,7 @@ class PacoreProxy:
         client: the client that calls the vLLM endpoint.
         name: the model's name for clients of the proxy.
         plan: the number of trajectories in each round before the synthesis.
-        mode: the mode of requests whose model name contains no mode.
+        mode: the default mode, for requests whose model name contains no mode.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class PacoreProxy:
                 yield self._rewrite_line(line, body, rounds)
 
     def _rewrite_line(self, line: bytes, body: Mapping[str, Any], rounds: Sequence[Round]) -> bytes:
-        """Changes a line of the endpoint's stream: it gets the model name of the request, and the usage of all
+        """Changes a line of the endpoint's stream: the line gets the model name of the request, and the usage of all
         trajectories."""
         if not line.startswith(b"data: {"):
             return line

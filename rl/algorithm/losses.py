@@ -70,7 +70,7 @@ def policy_gradient_loss(
             None means 1 everywhere.
     Returns:
         The loss (scalar) and the sums approx_kl and clip_fraction (always 0 here).
-    Source: the STEP3-VL-10B report, section 3.2.1. The report's words are read as rho = 1. This is a reconstruction,
+    Source: the STEP3-VL-10B report, section 3.2.1. We read the report's words as rho = 1. This is a reconstruction,
     based on the option `use_offpolicy_without_is` of SteptronOss.
     """
     gain = _weighted(advantages, mask, weights)
@@ -125,8 +125,8 @@ def tis_weights(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, cap
 
     The weights correct the difference between the engine that sampled the tokens and the policy that learns from them.
     With `tis_policy: current`, pi is the current policy. The weights then also correct the changes of the policy during
-    the update. With `tis_policy: before_update`, pi is the policy before the update, and these changes are not
-    corrected. The report does not say which policy is meant.
+    the update. With `tis_policy: before_update`, pi is the policy before the update, and the weights do not correct the
+    changes during the update. The report does not say which of these two policies it uses.
 
     Args:
         logprobs: [N, R] nats, computed by the learner with either the current weights or the weights before the update.

@@ -4,8 +4,8 @@ verl is imported inside the functions, because its import takes ten seconds and 
 
 How verl differs from our gae.py and losses.py (test_verl_bridge.py tests each point):
 - verl's "vanilla" policy loss clips twice if the advantage is negative (dual clip, c = 3). Our default for c is so
-  large that the second clip has no effect. Then the loss equals losses.clipped_policy_loss. A recipe can set c with
-  `clip_ratio_c`.
+  large that the second clip has no effect. With this default, the loss equals losses.clipped_policy_loss. A recipe can
+  set c with `clip_ratio_c`.
 - verl's GAE always whitens the advantages, with the sample variance. In verl, the advantages of masked tokens are not
   0. verl's returns equal ours. verl's advantages equal ours if ours are whitened in the same way.
 - verl's value loss clips the change of the value. With a clip range so large that it has no effect, the loss equals
@@ -71,8 +71,8 @@ def policy_loss(name: str, parameters: Parameters | None = None) -> "VerlPolicyL
         name: the loss's name in verl's registry.
         parameters: the loss's parameters, with verl's names and meanings (clip_ratio, clip_ratio_low, tau_pos,
             dro_beta, ...). clip_ratio sets both clip_ratio_low and clip_ratio_high. Parameters that are not given have
-            verl's defaults, except `clip_ratio_c`. The default of `clip_ratio_c` has no effect in vanilla. In dppo_* it
-            is 20 and caps the weight.
+            verl's defaults, except `clip_ratio_c`. For vanilla, the default of `clip_ratio_c` is so large that it has
+            no effect. For dppo_*, it is 20, which caps the weight.
     Raises:
         ValueError: verl has no such loss, the loss does not read a given parameter, a parameter is missing, or the
             loss is refused. A loss is also refused if its gradient depends on how a minibatch is split. This function
@@ -164,7 +164,7 @@ def _check_parameters(name: str, given: Parameters) -> None:
 
 
 def _actor_config(name: str, given: Parameters, compute: Callable[..., Any]) -> Any:
-    """Returns verl's ActorConfig. The given parameters are set in the fields that verl's losses read."""
+    """Returns verl's ActorConfig, with the given parameters in the fields that verl's losses read."""
     from verl.workers.config import ActorConfig, PolicyLossConfig
 
     values = {"loss_agg_mode": _default_aggregation(compute), **_DEFAULTS.get(name, {}), **given}
@@ -215,7 +215,7 @@ def _depends_on_split(loss: VerlPolicyLoss) -> bool:
 class RolloutCorrection:
     """verl's correction of the difference between the engine that sampled the tokens and the policy that learns."""
 
-    weights: Tensor | None  # [N, R] for a PolicyLoss, 0 where the given mask is False; None without rollout_is
+    weights: Tensor | None  # [N, R] for a PolicyLoss, 0 where the given mask is False; None if rollout_is is None
     mask: Tensor  # [N, R] bool, the mask for the policy loss: the given mask without the rejected tokens
     sums: Sums  # tis_mean and tis_capped_fraction over `mask`, as in losses.tis_weights
 

@@ -101,7 +101,7 @@ def _groups(valid: Sequence[Scored]) -> list[Group]:
 def minibatches(groups: Sequence[Group], count: int, seed: str) -> list[list[Group]]:
     """Shuffles the groups with `seed` and distributes them to `count` minibatches with similar numbers of responses.
 
-    Groups are kept whole, so that each prompt is computed only once. If there are fewer groups than minibatches, the
+    Groups are not split, so that each prompt is computed only once. But if there are fewer groups than minibatches, the
     largest groups are split in half. If there are fewer responses than minibatches, fewer minibatches are returned.
     """
     order = list(groups)

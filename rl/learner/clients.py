@@ -83,7 +83,8 @@ class CriticClient(LearnerClient[Critic]):
     """Calls rl.learner.critic.Critic in the processes of the critic."""
 
     def values(self, batch: Batch, features: Features) -> tuple[Tensor, Tensor]:
-        """Returns two tensors: the values before each response token [N, R], and after the last response token [N]."""
+        """Returns two tensors: the value before each response token [N, R], and the value after the last response token
+        [N]."""
         return self.remote.start(Critic.values, batch, features).result()
 
     def update(self, batch: Batch, targets: Targets, features: Features, iteration: int) -> Future[dict[str, float]]:

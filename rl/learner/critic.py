@@ -59,8 +59,8 @@ class Critic(Sharded):
     A critic is a plain object. Ray creates one such object in the process of each rank.
 
     Args:
-        folder: model folder. The critic starts from its decoder, unless `options.model.critic` names a critic to start
-            from.
+        folder: model folder. The critic starts from this model's decoder, unless `options.model.critic` names a critic
+            to start from.
     """
 
     def __init__(self, folder: str, options: LearnerOptions, ranks: Ranks | None = None) -> None:
@@ -84,8 +84,8 @@ class Critic(Sharded):
             return self.model(row, features)
 
     def values(self, batch: Batch, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns two tensors: the values before each response token [N, R] (0 outside the mask), and after the last
-        response token [N].
+        """Returns two tensors: the value before each response token [N, R] (0 outside the mask), and the value after
+        the last response token [N].
 
         If the update is a single step over the whole batch, the graph of the last packed row is kept, and the update
         uses it again. This is correct because the weights do not change before the update. It takes no additional
@@ -147,7 +147,7 @@ class Critic(Sharded):
         If the method `values` kept the graph of a packed row, this packed row comes first, with its values.
         """
         last, self._last_graph = self._last_graph, None
-        # All ranks get the same calls, so all ranks take the same branch.
+        # All ranks get the same calls, so this condition has the same result on all ranks.
         if last is None or last.groups != batch.groups:
             yield from ((row, None) for row in self.rows(groups))
             return

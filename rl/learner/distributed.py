@@ -40,7 +40,7 @@ class Ranks:
                 BACKENDS[device], init_method=f"tcp://{address}", rank=rank, world_size=count, timeout=TIMEOUT
             )
             self.mesh = init_device_mesh(device, (count,))
-            group: Any = dist.new_group(backend="gloo")  # Any: the declared type also covers other processes
+            group: Any = dist.new_group(backend="gloo")  # Any: torch's type has a case for non-members too
             self.checkpoint_group = group
 
     @property
@@ -74,7 +74,7 @@ class Ranks:
         `like`."""
         if not isinstance(like, DTensor):
             return full.to(self.device)
-        # With src_data_rank=None every rank cuts its shard from its own copy, and nothing is sent.
+        # With src_data_rank=None every rank cuts its shard from its own `full`, and the ranks send no data.
         return distribute_tensor(full.to(self.device), like.device_mesh, like.placements, src_data_rank=None)
 
     def full_tensor(self, tensor: Tensor) -> Tensor:

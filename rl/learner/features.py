@@ -41,8 +41,8 @@ class FeatureStore:
         return result
 
     def trim(self, using: Iterable[str] = ()) -> None:
-        """Drops the least recently used features until the rest fits into the limit. Keeps features whose digest is in
-        `using`."""
+        """Drops the least recently used features until the other features fit into the limit. Never drops features
+        whose digest is in `using`."""
         for sizes in [encoder.encoded() for encoder in self._encoders]:
             encoded = sizes.result()
             self.forwards += len(encoded)

@@ -51,7 +51,7 @@ def policy_loss(ppo: PPO) -> PolicyLoss:
 
 
 def needs_old_logprobs(ppo: PPO) -> bool:
-    """True if an update needs logprobs that the weights before the update give. These logprobs cost an additional
+    """True if an update needs the logprobs under the weights before the update. These logprobs cost an additional
     forward pass over the batch."""
     return ppo.ratio == "clip" or ppo.tis_policy == "before_update" or ppo.rollout_correction is not None
 
@@ -168,8 +168,9 @@ class Policy(Sharded):
     ) -> tuple[MinibatchSize, Sums]:
         """Accumulates the gradients of one minibatch, one packed row at a time.
 
-        Returns: two values. The first is the number of tokens and responses that verl's correction did not reject (it
-        may reject all of them). The second has the statistics of the minibatch, summed over these tokens.
+        Returns: two values. The first is the size of the minibatch, without the tokens and responses that verl's
+        correction rejected. It may be 0. The second has the statistics of the minibatch, summed over the tokens that
+        were not rejected.
         """
         correction = self._correction(groups, batch, old)
         chosen = batch.response_mask if correction is None else correction.mask

@@ -1,5 +1,5 @@
-"""Defines the base class of policy and critic. It has a decoder, which may be split over several ranks, and it reads
-and writes checkpoints."""
+"""Defines the base class of policy and critic. The class has a decoder, which may be split over several ranks, and it
+reads and writes checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -90,8 +90,8 @@ class Sharded:
         the copies are on disk.
 
         Args:
-            model: folder for the weights, written by rank 0.
-            state: folder for the training state. Every rank writes its own shards.
+            model: folder into which rank 0 writes the weights.
+            state: folder into which every rank writes its own shards of the training state.
         Returns: the number of optimizer steps made, which `restore` needs.
         """
         tensors = self.full_state()

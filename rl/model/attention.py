@@ -133,7 +133,7 @@ class Layout:
 def sees(group: Tensor, owner: Tensor, row: Tensor, column: Tensor) -> Tensor:
     """True where token `row` sees token `column`. `group` and `owner` are the two tensors of `Layout.owners`.
 
-    This function is the definition: all implementations must agree with it.
+    This function defines what is visible, and all implementations of attention must agree with it.
     """
     shared = (owner[column] == 0) | (owner[row] == owner[column])
     return (column <= row) & (group[row] == group[column]) & shared
@@ -195,8 +195,8 @@ class _GroupsOnCPU(torch.autograd.Function):
 
     The forward pass calls torch's flash kernel for CPUs once for each batch of segments. It also calls the kernel once
     for each group, for the attention of the responses to their prompt. The backward kernel gets the log-sum-exp over
-    all tokens that a token sees. So the backward pass can call it for each of these parts separately, and add the
-    gradients.
+    all tokens that a token sees. So the backward pass can call this kernel separately for each batch of segments and
+    for each group, and add the gradients.
     """
 
     @staticmethod

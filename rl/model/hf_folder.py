@@ -219,7 +219,8 @@ def save(
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    """Copies tokenizer, templates and generation config. Weights and files that exist already are not copied."""
+    """Copies tokenizer, templates and generation config. Copies no weights, and keeps files that `folder` already
+    has."""
     for file in sorted(source.iterdir()):
         companion = file.suffix in {".json", ".jinja", ".txt", ".model"} and file.name != INDEX
         if companion and not (folder / file.name).exists():

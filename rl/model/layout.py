@@ -1,8 +1,8 @@
 """Computes how STEP3-VL pads, scales and crops a picture. This file works on sizes only, not on pixels.
 
 The rules and thresholds are taken from the published serving code (window choice, rounding at 0.2, limit of 3,024
-pixels). That code states them for 728-pixel views. In this file, they scale with the size of the view, which is a
-reconstruction.
+pixels). The published code gives the thresholds only for 728-pixel views. In this file, the thresholds scale with the
+size of the view, which is a reconstruction.
 """
 
 from dataclasses import dataclass

@@ -16,7 +16,8 @@ def embed(words: nn.Embedding, token_ids: Tensor, image_slots: Tensor, features:
     embeddings, in order.
 
     Args:
-        token_ids: [T] int64. An image token outside of the slots was sampled by the policy. It is embedded like a word.
+        token_ids: [T] int64. An image token that is not in a slot was sampled by the policy, and is embedded like a
+            word.
         image_slots: [T] bool, True on the prompt tokens that stand for a picture.
         features: [image tokens, hidden] for each picture.
     Returns: [T, hidden].
@@ -50,14 +51,14 @@ def recompute_layers(trunk: Any) -> None:
     """Changes the trunk so that it keeps only the inputs of its layers. All other activations are computed again in the
     backward pass."""
     trunk.gradient_checkpointing_enable({"use_reentrant": False})
-    trunk.train()  # transformers recomputes only in training mode, which changes nothing else: there is no dropout
+    trunk.train()  # transformers recomputes only in training mode; without dropout, this mode changes nothing else
 
 
 def pairs_per_token(config: PretrainedConfig) -> float:
     """Returns how many (query, key) pairs of attention cost as much as one token in the linear layers.
 
-    The cost is counted in floating-point operations. A token costs 2 per weight of the linear layers. A pair costs 4
-    per channel of the query heads.
+    The cost is counted in floating-point operations. A token costs 2 operations per weight of the linear layers. A pair
+    costs 4 operations per channel of the query heads.
     """
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head

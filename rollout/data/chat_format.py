@@ -37,7 +37,7 @@ def parse_chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[Me
     if not isinstance(column, list):
         raise InvalidRow(f"images must be a list, but is {describe(column)}")
     messages = row.get("messages")
-    if isinstance(messages, str) and messages.strip():  # a plain question; without marks, its pictures come first
+    if isinstance(messages, str) and messages.strip():  # a plain question; its pictures come first, unless it has marks
         marks = MARK * len(column) if MARK not in messages else ""
         messages = [{"role": "user", "content": marks + messages}]
     if not isinstance(messages, list) or not messages:
@@ -60,7 +60,7 @@ def open_picture(source: Any, folder: Path, known: dict[Path, Picture]) -> Pictu
         source: a path, encoded bytes, base64 (alone or in a data: URL), the {bytes, path} of a Hugging Face Image
             column, or the {digest} of a sample whose picture is not stored.
         folder: the folder that relative paths start from.
-        known: path -> picture, for pictures that were opened before. A newly opened picture is added.
+        known: path -> picture, for pictures that were opened before. This function adds the pictures that it opens.
     Raises: InvalidRow.
     """
     if isinstance(source, dict) and (digest := source.get("digest")):

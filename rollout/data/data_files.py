@@ -72,8 +72,8 @@ def _json_row(line: bytes) -> tuple[Mapping[str, Any] | None, str]:
 
 
 def _shards(path: Path) -> list[Path]:
-    """If `python -m stages.curate` wrote the folder `path`, returns the folder's files, whose names are numbers.
-    Otherwise returns [], and the caller reads the folder as a data set."""
+    """Returns the files of a folder that `python -m stages.curate` wrote. The names of such files are numbers. For any
+    other path, returns [], and the caller tries to read the path as a data set."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else []
     return files if all(file.stem.isdigit() for file in files) else []
 

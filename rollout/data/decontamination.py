@@ -15,8 +15,8 @@ class Benchmarks:
     Args:
         rows: the rows of the benchmarks.
         length: a training row overlaps a benchmark if the same sequence of this many words is in both. Shorter texts
-            are compared as a whole. The report says 64-grams. That their units are words and signs in lower case is a
-            reconstruction.
+            are compared as a whole. The report says 64-grams, but does not give their units. The units here, words and
+            signs in lower case, are a reconstruction.
     """
 
     def __init__(self, rows: Iterable[Prompt], length: int) -> None:

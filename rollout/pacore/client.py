@@ -190,14 +190,14 @@ class EndpointClient:
         if answer.status != 400 or not any(message in text for message in TOO_LONG_MESSAGES):
             raise RequestRefused(self.url, answer.status, text)
         unlimited = {name: value for name, value in body.items() if name not in TOKEN_LIMITS}
-        if len(unlimited) < len(body):  # prompt + token limit exceed the context, so the context alone limits the reply
+        if len(unlimited) < len(body):  # perhaps only prompt + token limit are too long: retry without the limit
             return await self._post(unlimited)
         raise PromptTooLong(text)
 
 
 def _reply_count(body: Mapping[str, Any]) -> int:
-    """Returns the number of replies that a request asks for, or 1 if that number is invalid. The endpoint will then
-    refuse the request."""
+    """Returns the number of replies that a request asks for, or 1 if that number is invalid. The endpoint refuses a
+    request with an invalid number."""
     count = body.get("n")
     return count if isinstance(count, int) and count > 0 else 1
 

@@ -82,8 +82,8 @@ def draw_messages(prompt: Prompt, least: int, most: int, seed: str) -> Prompt:
     """Returns the prompt with messages drawn from its `messages_pool`, without replacement and in random order. Their
     number is drawn uniformly from `least` to `most`.
 
-    This is the training procedure of the PaCoRe paper; the report draws from 16 to 24 messages. If the prompt has fewer
-    than `most` messages, the number of its messages is the maximum. Raises ValueError if the prompt has fewer than
+    This is the training procedure of the PaCoRe paper; the report draws from 16 to 24 messages. If the pool has fewer
+    than `most` messages, the size of the pool is used in place of `most`. Raises ValueError if the pool has fewer than
     `least` messages.
     """
     pool = prompt.messages_pool
@@ -96,8 +96,8 @@ def draw_messages(prompt: Prompt, least: int, most: int, seed: str) -> Prompt:
 
 
 def _with_marks(content: str | Sequence[Mapping[str, Any]]) -> tuple[str, list[Mapping[str, Any]]]:
-    """Joins a message's content into one text, with a mark for each part that is not text. Returns this text, and the
-    parts that are not text."""
+    """Joins the parts of a message's content into one text, in which a mark replaces each part that is not text.
+    Returns this text, and the replaced parts."""
     if isinstance(content, str):
         return content.replace(_PICTURE, ""), []
     other_parts = [part for part in content if part["type"] != "text"]

@@ -1,4 +1,5 @@
-"""Serves the model of a command, either at a given endpoint or with a new server that runs as long as the command."""
+"""Gives a command its model: at an endpoint that the user names, or on a new server that runs as long as the
+command."""
 
 import argparse
 import hashlib
@@ -87,7 +88,7 @@ def serve_options(
         )
     options: dict[str, str | int | float | bool] = {"max-model-len": max_length or trained, "generation-config": "vllm"}
     if (dtype := getattr(getattr(config, "text_config", config), "dtype", None)) is not None:
-        options["dtype"] = str(dtype).removeprefix("torch.")  # the saved dtype; by default vLLM does not keep float32
+        options["dtype"] = str(dtype).removeprefix("torch.")  # the saved dtype; vLLM's default changes float32
     if yarn:
         options["hf-overrides"] = json.dumps(overrides(config))
     return {**options, **more}

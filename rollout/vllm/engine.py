@@ -147,8 +147,8 @@ class Engine:
 
         Args:
             token_ids: the tokens of a sequence, with one image token per picture.
-        Returns: one value for each token except the first. Here, a picture counts as all of its image tokens. The
-            values of image tokens have no meaning.
+        Returns: one value for each token except the first. A picture has one value for each of its image tokens. These
+        values have no meaning.
         """
         from vllm import SamplingParams
 
@@ -168,7 +168,7 @@ class Engine:
 
         Args:
             weights: names on disk -> full tensors. If a tensor of a layer is sent, all tensors of this layer must be
-                sent. Tied embeddings are sent twice, as embedding and as head.
+                sent. Tied embeddings must be sent twice, as embedding and as head.
             step: the number of policy updates that led to these weights. It becomes the engine's `policy_step`.
         Raises: ValueError if the embeddings are tied and embedding or head is missing. After any other error (a tensor
             that the model does not have, a layer with missing tensors, too little shared memory) the engine must be
@@ -323,7 +323,7 @@ def cpu_variables(threads: int, kv_cache_gib: int) -> dict[str, str]:
 
 
 def offline(model: str) -> dict[str, str]:
-    """Returns environment variables that keep the hub client offline if the model is a folder."""
+    """If the model is a folder, returns environment variables that keep the hub client offline, else {}."""
     return {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
 
 

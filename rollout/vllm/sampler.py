@@ -24,7 +24,7 @@ def inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
     # float64 is needed because the error of a float32 sum over a vocabulary exceeds the probability of rare tokens.
     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
-    return drawn.clamp_(max=logprobs.shape[1] - 1)  # NaN gives an index past the end; the token's logprob is NaN then
+    return drawn.clamp_(max=logprobs.shape[1] - 1)  # NaN gives an index past the end; then the logprob is NaN too
 
 
 def install() -> None:

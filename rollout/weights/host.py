@@ -43,8 +43,8 @@ class HostInitInfo(WeightTransferInitInfo):
 class HostUpdateInfo(WeightTransferUpdateInfo):
     """The name of a segment, and the places of the tensors in it.
 
-    `tensors` has one `{"name", "dtype", "shape", "offset"}` per tensor. These are the name on disk, the torch dtype
-    without "torch.", the shape, and the index of the tensor's first byte in the segment.
+    `tensors` has one `{"name", "dtype", "shape", "offset"}` per tensor. These values are the name on disk, the torch
+    dtype without "torch.", the shape, and the index of the tensor's first byte in the segment.
     """
 
     segment: str

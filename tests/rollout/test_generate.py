@@ -238,7 +238,7 @@ def test_a_problem_that_is_too_long_is_reported_and_the_others_are_answered(
     failed, found = sorted(records(out), key=lambda record: record["id"])
     assert "leaves no room for a response" in failed["error"] and found["answer"] == "4"
     assert "1 without an answer; the first, 0" in capsys.readouterr().err
-    code, _ = scripted(tmp_path, [Reply("5")])  # if repeated, the same command sends only this problem
+    code, _ = scripted(tmp_path, [Reply("5")])  # the repeated command sends only this problem
     assert code == generate.DONE
     assert {r["id"]: r["answer"] for r in records(out) if "error" not in r} == {"0": "5", "1": "4"}
 
