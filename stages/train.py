@@ -48,12 +48,12 @@ def train(
 ) -> bool:
     """Runs the plan to its end. Continues from the newest intact checkpoint in `folder` if there is one.
 
-    If policy or critic dies, restarts all processes from the newest checkpoint. Does this at most `max_restarts` times.
+    If policy or critic dies, restarts all processes from the newest checkpoint, at most `max_restarts` times.
 
     Args:
         recipe: all values of the recipe, for the trackers.
-        interrupts: optional. The caller can pass it and ask it afterwards whether a stop was requested just before the
-            run ended.
+        interrupts: optional. A caller that passes this object can ask the object after the run whether a stop was
+            requested just before the run ended.
     Returns: False if the run was interrupted. An interrupted run has saved a checkpoint and can be resumed.
     """
     interrupts, restarts = interrupts or Interrupts(), Restarts(plan.config.max_restarts, display.message)
