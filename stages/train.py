@@ -153,8 +153,8 @@ class _Run:
             while_waiting=self._handle_outages,
         )
         sync(done, self._prompts(done + 1), self.services, self.state)
-        # The engines have encoded pictures while they started; these are not reported. The learner has encoded pictures
-        # in `sync`; these count for the first iteration.
+        # The pictures that the engines have encoded up to now are not reported. The pictures that the learner has
+        # encoded in `sync` are reported with the first iteration.
         self.state.reported = replace(self.state.encodings, learner=0)
         self.done = self.saved = done if self.start else None
         resuming = f", resuming after iteration {done}" if self.start else ""
