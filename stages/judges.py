@@ -15,7 +15,7 @@ from rollout.vllm.server import Server
 from stages.plan import judge_gpus, served_here
 
 PATIENCE_S = 60.0
-"""The process of a judge is asked whether its server runs, and must answer within this number of seconds."""
+"""Seconds within which the process of a judge must say whether its server runs, or must close its server."""
 
 
 class Judges:

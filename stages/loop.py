@@ -62,7 +62,7 @@ class Services:
     features: FeatureStore
     stage: Stage
     updates_in_parallel: bool = False  # True if policy and critic do not share a processor
-    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # while inside, a run may be interrupted
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # a run may be interrupted in this context
     while_waiting: Callable[[], None] = lambda: None  # called repeatedly while another thread samples
 
 
@@ -139,8 +139,8 @@ def ppo_iteration(
 ) -> tuple[dict[str, float], list[Scored]]:
     """Samples and scores rollouts, updates policy and critic, and loads the new weights into the engines.
 
-    Returns the metrics and the samples. `services.interruptible` marks the part before the first update. An
-    interruption in this part loses nothing.
+    Returns the metrics and the samples. The part before the first update runs inside `services.interruptible`: if the
+    run is interrupted in this part, nothing is lost.
 
     With `rollout.max_staleness: 1`, the samples of this iteration were made while the previous iteration was training.
     Before the update, this function loads the newest weights into the engines, and starts a second thread. This thread

@@ -1,4 +1,4 @@
-"""The stage PaCoRe. Each prompt contains pooled answers. Metrics show whether the policy only copies them.
+"""The stage PaCoRe. Each prompt contains pooled answers. Metrics show whether the policy only copies these answers.
 
 Pooled answers are the final answers of earlier attempts at the problem (PaCoRe, arXiv 2601.05593; STEP3-VL-10B report,
 3.2.4). The data rows contain these answers, or the current policy generates them (`synthesis.pool: online`).
@@ -178,8 +178,9 @@ def within_bounds(options: SynthesisOptions, accuracy: float | None) -> bool:
 def with_pool(prompt: Prompt, scored: Sequence[Scored], accept: Accept, reserved: Sequence[str]) -> Prompt:
     """Returns the prompt with a new pool: the final answers of the attempts `scored`.
 
-    Two kinds of responses are left out. A response that was cut while thinking has no final answer. If an answer
-    contains the text of a control token (`reserved`), the tokenizer would read it as that token.
+    Two kinds of responses are left out: responses that were cut while thinking, because they have no final answer, and
+    responses whose answer contains the text of a control token (`reserved`), because the tokenizer would convert this
+    text into the control token.
     """
     usable = [s for s in scored if s.rollout.answer and not any(token in s.rollout.answer for token in reserved)]
     correct = tuple(is_accepted(s, accept) for s in usable)
@@ -214,8 +215,8 @@ SHARES: Mapping[str, Callable[[float], bool]] = {
 
 
 def synthesis_metrics(scored: Sequence[Scored], accept: Accept) -> dict[str, float]:
-    """Returns the `pacore/*` metrics of responses to prompts with pooled answers. A metric is left out if no sample
-    belongs to it."""
+    """Returns the `pacore/*` metrics of responses to prompts with pooled answers. Leaves out a metric if there is no
+    sample from which it can be computed."""
     seen = [s for s in scored if s.invalid is None and s.rollout.prompt.shown and s.rollout.prompt.shown.texts]
     if not seen:
         return {}

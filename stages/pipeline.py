@@ -259,9 +259,9 @@ def before_and_after(
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Returns two mappings: held-out rewards per task family, and win rates, both at the start and after each stage.
 
-    A stage first evaluates before it trains. This evaluation also measures the previous stage, unless
-    `comparable_evaluation` of this stage is False. The table uses the evaluation for those task families that the
-    previous stage did not evaluate itself.
+    Each stage evaluates once before it trains. Unless the stage's `comparable_evaluation` is False, this evaluation
+    also measures the previous stage: its results are used for the task families that the previous stage did not
+    evaluate itself.
 
     Args:
         stages: name of the stage -> lines of its metrics.jsonl.

@@ -48,12 +48,12 @@ def train(
 ) -> bool:
     """Runs the plan to its end. Continues from the newest intact checkpoint in `folder` if there is one.
 
-    If policy or critic dies, restarts all processes from the newest checkpoint. Does this at most `max_restarts` times.
+    If policy or critic dies, restarts all processes from the newest checkpoint, at most `max_restarts` times.
 
     Args:
         recipe: all values of the recipe, for the trackers.
-        interrupts: optional. The caller can pass it and ask it afterwards whether a stop was requested just before the
-            run ended.
+        interrupts: optional. A caller that passes this object can ask the object after the run whether a stop was
+            requested just before the run ended.
     Returns: False if the run was interrupted. An interrupted run has saved a checkpoint and can be resumed.
     """
     interrupts, restarts = interrupts or Interrupts(), Restarts(plan.config.max_restarts, display.message)
@@ -153,8 +153,8 @@ class _Run:
             while_waiting=self._handle_outages,
         )
         sync(done, self._prompts(done + 1), self.services, self.state)
-        # The engines have encoded pictures while they started; these are not reported. The learner has encoded pictures
-        # in `sync`; these count for the first iteration.
+        # The pictures that the engines have encoded up to now are not reported. The pictures that the learner has
+        # encoded in `sync` are reported with the first iteration.
         self.state.reported = replace(self.state.encodings, learner=0)
         self.done = self.saved = done if self.start else None
         resuming = f", resuming after iteration {done}" if self.start else ""

@@ -101,8 +101,8 @@ def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[str]:
-    """Returns circles of imports, such as `a.py -> b.py -> a.py`. The search is depth-first. It may miss a circle that
-    overlaps with a circle that was found before."""
+    """Returns import cycles, such as `a.py -> b.py -> a.py`. The search is depth-first, so it may miss a cycle that
+    shares files with a cycle found before."""
     found, done, path = [], set(), []
 
     def visit(file: str) -> None:
@@ -120,9 +120,9 @@ def circles(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def work_in_command(file: str, source: str) -> list[str]:
-    """Returns one sentence for each public function in a command file. Other files may need such a function, but no
-    file may import a command. Allowed are `parser`, `main`, and functions whose only argument is the parsed
-    arguments."""
+    """Returns one sentence for each public function in a command file, except `parser`, `main`, and functions whose
+    only argument is the parsed arguments. All other public functions belong in other files, because no file may import
+    a command."""
     return [
         f"{file}: {node.name}() does not belong in a command; move it to a file that others may import"
         for node in ast.parse(source).body

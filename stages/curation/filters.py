@@ -45,7 +45,8 @@ class Decision:
     """The decision of a filter about one row."""
 
     row: CandidateRow
-    # None if the row is kept, else the reason. It has no details of this row, so that equal reasons can be counted.
+    # None if the row is kept, else the reason for the drop. The reason contains no details of the row, so that equal
+    # reasons can be counted.
     dropped: str | None = None
     detail: str = ""  # details of the reason for this row
     filter: str = ""  # name of the filter that dropped the row; "" if it is kept
@@ -107,7 +108,7 @@ class CheckabilityFilter:
         if positive == len(votes):
             return Decision(noted)
         failed = [vote for vote in votes if vote.invalid is not None]
-        if len(failed) + positive == len(votes):  # all votes say "valid", but some votes are missing
+        if len(failed) + positive == len(votes):  # some votes failed, and all others say "valid"
             return _not_scored(row, failed)
         negative = (vote for vote in votes if vote.invalid is None and vote.value != 1)
         reason = next((text for vote in negative if (text := _reason(vote))), "")
@@ -231,8 +232,8 @@ def drop_reason(accepted: Sequence[bool]) -> str | None:
 
 
 def _decide_by_accuracy(filter_name: str, row: CandidateRow, samples: Sequence[Sample], accept: Accept) -> Decision:
-    """Decides with `drop_reason`. If a row is dropped although some of its scores are invalid, the reason is "could not
-    be scored", because valid scores could have changed the decision."""
+    """Decides by the valid scores, with `drop_reason`. If this drops the row and some of its scores are invalid, the
+    reason is "could not be scored": if all scores were valid, the row might be kept."""
     valid = [sample for sample in samples if sample.score.invalid is None]
     failed = [sample.score for sample in samples if sample.score.invalid is not None]
     accepted = [is_accepted(sample.score, accept) for sample in valid]
@@ -244,7 +245,7 @@ def _decide_by_accuracy(filter_name: str, row: CandidateRow, samples: Sequence[S
 
 
 def _not_scored(row: CandidateRow, failed: Sequence[Scored | RowScore]) -> Decision:
-    """Drops a row because some of its scores are invalid, and valid scores could change the decision."""
+    """Drops a row with invalid scores that might have been kept if all scores were valid."""
     return Decision(row, "could not be scored", str(failed[0].invalid))
 
 

@@ -70,7 +70,7 @@ class CurationFolder:
     def _check_same(self, config: Config, digest: str) -> None:
         saved, state = self.path / RECIPE, self.path / STATE
         if not saved.is_file() or not state.is_file():
-            return  # the earlier attempt ended before it asked a model anything
+            return  # nothing to compare: the earlier attempt ended before it asked a model anything
         if changed := [c for c in differences(load(saved).config, config) if _changes_answers(c.key)]:
             listed = "".join(f"\n  {change}" for change in changed)
             raise InputError(f"{self.path} was started with another recipe:{listed}\nUse another --out for this recipe")
@@ -162,7 +162,7 @@ def shortened(prompt: Prompt, most: int = 200) -> str:
 
 
 def _changes_answers(key: str) -> bool:
-    """True if an option can change answers or decisions. Among the options of an endpoint, only `model` can."""
+    """True if an option can change answers or decisions. Of an endpoint's options, only `model` can change them."""
     return key.startswith(RELEVANT) or (key.startswith("endpoints.") and key.endswith(".model"))
 
 

@@ -60,8 +60,8 @@ def pass_at_k(row: EvaluatedRow, config: Config) -> float:
 
 
 def majority_at_k(row: EvaluatedRow, config: Config) -> float:
-    """Returns 1 if the majority answer is correct, else 0. The first attempt with this answer decides. Returns 0 if
-    there is no majority answer."""
+    """Returns 1 if the majority answer is correct, else 0. The score of the first attempt with this answer says whether
+    the answer is correct. If there is no majority answer, returns 0."""
     votes = [vote(scored.rollout.answer) for scored in row.attempts]
     winner = majority(votes)
     return float(winner is not None and is_accepted(row.attempts[votes.index(winner)], config.accept))

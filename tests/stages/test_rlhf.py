@@ -69,7 +69,7 @@ def test_responses_that_cannot_be_compared_count_as_lost_and_without_comparisons
     assert rlhf().evaluation([empty, cut]) == {}
     assert preference_metrics([sample(8, 6), empty, cut, invalid])["genrm/win_rate"] == pytest.approx(1 / 3)
     sums = replace(cut, rollout=replace(cut.rollout, prompt=replace(ROW, task="sums")))
-    # The task of `sums` has no comparisons, so `sums` does not count as a loss.
+    # No sample of the task "sums" was compared with a reference, so the sample `sums` does not count as a loss.
     assert preference_metrics([sample(8, 6), sums])["genrm/win_rate"] == 1
 
 
