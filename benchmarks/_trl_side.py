@@ -1,8 +1,8 @@
 """Runs TRL's side of benchmarks.iteration in a separate process: `python -m benchmarks._trl_side FOLDER`.
 
-`iteration.make` writes the model and the prompts to FOLDER before. This program writes its results to FOLDER/trl.json.
-This file is not tested, because TRL is not installed. tests/benchmarks/test_harness.py only tests that the benchmark
-iteration/trl is registered.
+Before this program starts, `iteration.make` has written the model and the prompts to FOLDER. This program writes its
+results to FOLDER/trl.json. This file is not tested, because TRL is not installed. tests/benchmarks/test_harness.py only
+tests that the benchmark iteration/trl is registered.
 """
 
 import json

@@ -4,8 +4,8 @@
 The import of this file takes several seconds. The settings are the fastest that work here:
 - Everything is computed in float32, because our side uses float32 too. verl's default is bfloat16.
 - Gradient checkpointing is off, because it would compute every layer a second time. The entropy is not computed, and
-  nothing is offloaded. torch.compile is off, because verl uses it only for the entropy. FSDP2 does not shard the
-  weights again between forward and backward, which saves copies.
+  nothing is offloaded. torch.compile is off, because verl uses it only for the entropy. After the forward pass, FSDP2
+  keeps the whole weights for the backward pass, which saves copies.
 - Attention is computed by transformers' SDPA. Without a GPU, there is no flash attention, and FlexAttention has no
   backward pass. In a packed row, a mask keeps the rollouts apart. SDPA also computes the token pairs that the mask
   discards, so one long row is slower than several short rows. `VerlEngine.tune` finds the fastest micro-batch size for
@@ -39,8 +39,8 @@ from verl.plugin.platform.platform_cuda import PlatformCUDA
 from verl.utils.tensordict_utils import assign_non_tensor
 from verl.utils.torch_functional import logprobs_from_logits_naive
 
-ROWS = (2, 4, 8)  # micro-batch sizes that `tune` tries, as multiples of the longest rollout
-SLOWER = 1.2  # `tune` tries no larger size if a step takes more than this many times the best time
+ROWS = (2, 4, 8)  # `tune` tries micro-batches of this many times the tokens of the longest rollout
+SLOWER = 1.2  # if a step takes longer than this factor times the best time, `tune` tries no larger micro-batch
 
 
 class CpuPlatform(PlatformCUDA):
@@ -55,7 +55,7 @@ class CpuPlatform(PlatformCUDA):
         return torch.cpu
 
     def current_device(self) -> Any:
-        """Returns the device that verl moves tensors to. It is a name, because a number would mean an accelerator."""
+        """Returns the name of the device that verl moves tensors to. A number would mean an accelerator."""
         return "cpu"
 
 
@@ -143,7 +143,7 @@ class VerlEngine:
     """
 
     def __init__(self, folder: Path, token_budget: int) -> None:
-        set_platform(CpuPlatform())  # the engine's import reads the platform, so it must be set before
+        set_platform(CpuPlatform())  # before the engine's import, which reads the platform
         with warnings.catch_warnings(action="ignore"):  # verl warns about every engine that is not installed
             from verl.workers.engine.fsdp import FSDPEngineWithLMHead, transformer_impl
         from verl.trainer.config import CheckpointConfig

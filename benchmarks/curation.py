@@ -18,9 +18,9 @@ def curation() -> Result:
     """Samples the responses of the difficulty filter, with all rows in one queue (ours_s) and row by row (other_s).
 
     A real vLLM engine with the CPU profile runs the scale model. It samples 24 responses to each of 64 problems. The
-    responses are not scored. max_abs_diff compares the length of each response on both sides, and is the largest
-    difference. It is 0 if both sides sampled the same tokens. It can be larger than 0, because rounding in the last
-    digits of a probability can change which tokens are sampled.
+    responses are not scored. max_abs_diff is the largest difference between the lengths of one response on both sides.
+    If both sides sampled the same tokens, max_abs_diff is 0. It can be larger, because rounding in the last digits of a
+    probability can change which tokens are sampled.
     """
     from rl.actors import cluster, merge_streams, place
     from rl.recipe.resolve import load

@@ -44,12 +44,12 @@ def targets() -> Result:
     the [N, R] tensors, as the code of Open-Reasoner-Zero and verl does. Unlike that code, our loop writes into one
     tensor instead of a list.
 
-    ratio is other_s / ours_s, both in wall-clock seconds. The result is from the case with the smallest ratio, and
-    `more` has the ratios of all cases. Our call takes a hundredth of the loop's time, so each of our measurements is
-    the median of five calls. `first_call_s` is the time of the first call in the process; this call also compiles the
-    code. `ratio_in_place` is the smallest ratio for another loop, which allocates no memory in its steps and is
-    measured only once. max_abs_diff is the largest difference, in any case, between our results and those of a float64
-    loop. `loop_max_abs_diff` is the same difference for the float32 loop.
+    ratio is other_s / ours_s, both in wall-clock seconds. ours_s, other_s and ratio are from the case with the smallest
+    ratio, and `more` has the ratios of all cases. Our call takes a hundredth of the loop's time, so each of our
+    measurements is the median of five calls. `first_call_s` is the time of the first call in the process; this call
+    also compiles the code. `ratio_in_place` is the smallest ratio for another loop, which allocates no memory in its
+    steps and is measured only once. max_abs_diff is the largest difference, in any case, between our results and those
+    of a float64 loop. `loop_max_abs_diff` is the same difference for the float32 loop.
     """
     small = batch(1, 256)
     first_call_s, _ = timed(lambda: gae(*small, gamma=1, lam=1))

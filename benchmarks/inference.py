@@ -68,9 +68,9 @@ def answer_all(
 def parallel() -> Result:
     """Answers 64 problems, each with 16 trajectories and a synthesis: all problems at once, and one after another.
 
-    Both sides sample the 16 trajectories of a problem at the same time. max_abs_diff compares the token count of each
-    problem on both sides, and is the largest difference. It is 0 if both sides sampled the same tokens. It can be
-    larger than 0, because rounding in the last digits of a probability can change the tokens.
+    Both sides sample the 16 trajectories of a problem at the same time. max_abs_diff is the largest difference between
+    the token counts of one problem on both sides. If both sides sampled the same tokens, max_abs_diff is 0. It can be
+    larger, because rounding in the last digits of a probability can change the tokens.
     """
     target, rows = serving(), problems()
     counted: dict[str, list[float]] = {}

@@ -246,7 +246,7 @@ def compare(made: Work, other: Side, sequences: Sequence[int]) -> Result:
     cost of these sequences, divided by the cost when each group computes its prompt only once.
     """
     ours = packed(made, pack(made.groups, BUDGET, None))
-    ours()  # computes the gradients, and is a warm-up
+    ours()  # a warm-up, which also computes the gradients
     gradients = ours.gradients()
     other()
     gradient_diff = max(float((x - gradients[name]).abs().max()) for name, x in other.gradients().items())

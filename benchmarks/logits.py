@@ -25,9 +25,10 @@ KIB = 1024 if sys.platform == "linux" else 1  # ru_maxrss is in KiB on Linux and
 def logits() -> Result:
     """Compares the peak memory of our logprobs with that of plain logits. The goal is a ratio of at least 8.
 
-    The input has 4,096 tokens, a vocabulary of 151,936 and float32 values. Each side runs in a process of its own. It
-    computes the mean logprob plus the mean entropy, forward and backward. The peak memory of each process grows. ratio
-    is the growth on the other side, divided by the growth on our side. ours_s and other_s are seconds.
+    The input has 4,096 tokens, a vocabulary of 151,936 and float32 values. Each side runs in its own process, which
+    computes the mean logprob plus the mean entropy, forward and backward. This computation raises the peak memory of
+    the process. ratio is the other side's growth of peak memory, divided by our side's growth. ours_s and other_s are
+    seconds.
     """
     found = {}
     for side in ("ours", "plain"):

@@ -144,7 +144,7 @@ def one_step_off() -> Result:
         state, start = LoopState(), 0.0
         for iteration in range(count + 1):
             ppo_iteration(iteration + 1, asked, asked, services, state, Clock())
-            start = start or time.perf_counter()  # skips the first iteration: no samples were made ahead for it
+            start = start or time.perf_counter()  # starts after the first iteration, which has no samples made ahead
         took = time.perf_counter() - start
         state.ahead.settle()
         return took / count

@@ -128,7 +128,7 @@ def timed(runner: RewardRunner, rollouts: Sequence[Rollout]) -> tuple[list[float
 
 @benchmark("rewards/math")
 def mathematics() -> Result:
-    """Compares the CPU time of scoring 2,000 answers in the runner and with Math-Verify alone; the goal is at most 1.3.
+    """Compares the CPU time of scoring 2,000 answers in the runner and with Math-Verify alone; goal: ratio at most 1.3.
 
     Our side scores with the reward `math_verify`. The other side is one process that parses the ground truth and the
     answer and verifies them, without time limits. ours_s and other_s are CPU seconds (user and system) of a new process
@@ -161,7 +161,7 @@ def mathematics() -> Result:
 def fresh(side: str) -> tuple[float, float, list[float]]:
     """Runs one side in a new process. Returns CPU seconds, wall-clock seconds and scores."""
     start = time.monotonic()
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # the workers use 0 too; it sets the order of sympy's sets
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # as in the workers, so that sympy's sets have the same order
     command = [sys.executable, "-m", "benchmarks.rewards", side]
     root = Path(__file__).parent.parent
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

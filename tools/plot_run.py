@@ -1,8 +1,8 @@
 """Draws the learning curve of a run folder: `python tools/plot_run.py RUN_DIR OUT.svg`.
 
 There is one panel for each task. Points are the training reward of every iteration, the line is the moving average of
-the points, and diamonds are the reward on held-out rows. The same metrics give a file with the same bytes. All colours
-can be read on white and on black.
+the points, and diamonds are the reward on held-out rows. If two runs have the same metrics, their files have the same
+bytes. All colours can be read on white and on black.
 """
 
 import json
@@ -28,7 +28,7 @@ STYLE = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Draws RUN_DIR/metrics.jsonl to OUT.svg. Returns 0. If this is impossible, prints a message and returns 2."""
+    """Draws RUN_DIR/metrics.jsonl to OUT.svg. Returns 0. If it cannot draw, prints a message and returns 2."""
     if len(arguments) != 2:
         print("usage: python tools/plot_run.py RUN_DIR OUT.svg", file=sys.stderr)
         return 2
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def drawing(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws the metrics of one stage: one panel per task, and then the legend, in the place of one more panel."""
+    """Draws the metrics of one stage: one panel per task. The legend takes the place of one more panel."""
     tasks = sorted(name.removeprefix(LENGTH) for name in set().union(*lines) if name.startswith(LENGTH))
     rows = 1 + len(tasks) // COLUMNS
     figure = Figure(figsize=(COLUMNS * WIDTH, rows * HEIGHT), layout="constrained")

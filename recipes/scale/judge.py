@@ -41,7 +41,7 @@ START = Path(__file__).parent / "model"
 BATCH = 16  # pairs per step
 THINGS = (world.CROWD[0], world.OPEN_CROWD[1])  # minimum and maximum number of things in a picture
 PEAK_LR, WARM_UP = 1.5e-3, 50
-READING = 0.375  # up to this share of the steps, 3 of 4 pairs are from draw_guesses; after it, 1 of 2
+READING = 0.375  # in this first share of the steps, draw_guesses draws 3 of 4 pairs; in the other steps, 1 of 2
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,9 @@ def draw_pair(rng: Generator, split: world.Split, things: tuple[int, int] = THIN
 
 
 def draw_guesses(rng: Generator, split: world.Split, things: tuple[int, int] = THINGS) -> Pair:
-    """Draws a crowd and two descriptions with the right places and mostly wrong names. With such descriptions, the
-    judge learns to read. With good descriptions only, it would learn to copy what it sees in the picture."""
+    """Draws a crowd and two descriptions with the right places and mostly wrong names. From such descriptions, the
+    judge learns to read the text. If all descriptions were good, the judge would learn to copy what it sees in the
+    picture."""
     crowd = world.draw_crowd(rng, split, things)
     return Pair(crowd, _guesses(crowd, rng), _guesses(crowd, rng))
 
@@ -206,7 +207,7 @@ def _judge() -> Judge[Comparison]:
 
 def problem_of(pair: Pair) -> Problem:
     """Renders a pair as a prompt of the judge, with the code of the reward `genrm`."""
-    row = Prompt(pair.first, "describing", ())  # the id determines the marks that the reward puts around each text
+    row = Prompt(pair.first, "describing", ())  # the delimiters that the reward puts around each text depend on the id
     shown = f"(picture 1)\n{world.describe(pair.crowd).question}"
     text = _judge().prompt(row, {"question": shown}, {"response_a": pair.first, "response_b": pair.second})
     return Problem("judging", text, "", pair.crowd)
@@ -281,9 +282,9 @@ def _read(text: str) -> tuple[float, float] | None:
 def report(
     model: StepVL, prompter: Prompter, number: int, seed: int = 0, things: tuple[int, int] = THINGS
 ) -> dict[str, float]:
-    """Tests the judge on `number` held-out preferences. Returns how often the better response gets the better grade: if
-    it is shown first, if it is shown second, and by the mean of both orders, which the reward uses. Also returns the
-    share of invalid verdicts."""
+    """Tests the judge on `number` held-out preferences. Returns how often the better response gets the better grade:
+    when it is shown first, when it is shown second, and by the mean grades of both orders, which the reward uses. Also
+    returns the share of invalid verdicts."""
     rng = np.random.default_rng([seed, 1 << 20])
     pairs = [draw_preference(rng, "heldout", things) for _ in range(number)]
     first, second = grades(model, prompter, pairs), grades(model, prompter, [pair.swapped for pair in pairs])

@@ -116,8 +116,8 @@ def draw_pictures(rng: Generator, pictures: int) -> list[Scene]:
 
 @dataclass(frozen=True)
 class Sightings:
-    """Says where the things of S scenes are. A scene has N image tokens. `seen` is True for a token if it contains a
-    thing's centre. The other fields are valid only for such tokens."""
+    """Says where the things of S scenes are. A scene has N image tokens. `seen` is True for each token that contains a
+    thing's centre. Where `seen` is False, the other fields have no meaning."""
 
     seen: Tensor  # [S, N] bool
     color: Tensor  # [S, N] int64, index into COLORS
@@ -167,8 +167,8 @@ def sightings(scenes: Sequence[Scene], grid: int) -> Sightings:
 class SightHead(nn.Module):
     """Linear heads: from an image token, they predict if a thing's centre is there, and the thing's place and name.
 
-    Names are scored by similarity to the decoder's word embeddings. So the token of a red ring becomes similar to the
-    words "red" and "ring" before the decoder is trained.
+    The score of a colour or shape is the similarity of the image token to the decoder's embedding of this word. So the
+    token of a red ring becomes similar to the embeddings of "red" and "ring" before the decoder is trained.
     """
 
     def __init__(self, model: StepVL, tokenizer: Any) -> None:
@@ -183,7 +183,7 @@ class SightHead(nn.Module):
             self.register_buffer(kind, LIKENESS * embeddings, persistent=False)
 
 
-LIKENESS = 5.0  # multiplies the word embeddings, which are short vectors; else image tokens would have to be long
+LIKENESS = 5.0  # factor for the word embeddings: they are short, so without it the image tokens would have to be long
 
 
 def sight_loss(model: StepVL, head: SightHead, scenes: Sequence[Scene]) -> Tensor:
@@ -217,7 +217,7 @@ class PackedDemonstrations:
     is_response: Tensor  # [T] bool; True on the tokens of responses
     is_message: Tensor  # [T] bool; in prompts with pooled answers, True on the tokens after the picture
     layout: Layout
-    scenes: list[Scene]  # in the order in which their image tokens are in the row
+    scenes: list[Scene]  # in the order of their image tokens in the row
 
 
 def pack(prompter: Prompter, batch: Demonstrations) -> PackedDemonstrations:
@@ -256,7 +256,8 @@ def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
     hidden = model.model(
         inputs_embeds=inputs[None], position_ids=row.position_ids[None], use_cache=False, layout=row.layout
     ).last_hidden_state[0]
-    # In the row, a response or message follows its own question. So the token before predicts each of its tokens.
+    # In the row, a response or message directly follows its own question. So every token of a response or message is
+    # predicted by the token before it.
     total = torch.zeros(())
     for mask in (row.is_response, row.is_message):
         if len(places := mask.nonzero()[:, 0]):

@@ -47,15 +47,16 @@ REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # the same rewards as in rec
     "arithmetic": ("math_verify", {}),
     "worksheet": ("exact", {}),
 }
-# The greedy held-out reward of every task should be in this range: not 0, and with room for RL to improve.
+# Range for the mean reward of greedy responses to the held-out problems of a task. It is above 0, and RL can still
+# improve the reward.
 READY = (0.2, 0.6)
 VISION_PREFIXES = ("vision_model.", "vit_large_projector.")
 PEAK_LR, WARM_UP, BETAS = 2e-3, 50, (0.9, 0.98)
 PICTURES = 8  # scenes per step; the number of other problems is a multiple of this number
 HORIZON = 3000  # after this many decoder steps the learning rate would be almost 0; training ends earlier
-LAST = 400  # in this many steps, directly before the part with messages, most demonstrations are rough
-# A batch in the part with messages has this many scenes without messages, worksheets without messages, and problems
-# with messages (per task).
+LAST = 400  # the number of steps, directly before the part with messages, in which most demonstrations are rough
+# Contents of a batch in the part with messages: the number of scenes without messages, of worksheets without messages,
+# and of problems with messages (per task).
 PLAIN, SHEETS, WITH_MESSAGES = 3, 10, 4
 
 
@@ -253,8 +254,7 @@ def things_per_scene(done: float) -> tuple[int, int]:
 
 
 def both_writers(problem: Problem) -> float:
-    """Returns the probability that the rough writer answers a problem. Most of the decoder's training uses this
-    value."""
+    """Returns the probability that the rough writer answers a problem, for most of the decoder's training."""
     return 0.4
 
 

@@ -39,8 +39,8 @@ HELDOUT_BYTES = 32  # 32 of 256 pictures and sums are held out
 SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in the shipped files
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
 OPEN_SEEDS: dict[Split, int] = {"train": 3, "heldout": 4}
-CROWD = (3, 5)  # number of things in a crowd (least, most); any constant count is right in at most 4 of 10 problems
-OPEN_CROWD = (5, 8)  # the same for open questions; mostly more things than in the warm start, so that RL can improve
+CROWD = (3, 5)  # least and most things in a crowd; an answer that is always the same is right in at most 4 of 10 cases
+OPEN_CROWD = (5, 8)  # least and most things for open questions; mostly more than in the warm start, so RL can improve
 SHIPPED = Path(__file__).parent / "data"
 
 
@@ -92,7 +92,7 @@ class Thing:
         if self.shape == "ring":
             return (u**2 + v**2 <= 1) & (u**2 + v**2 >= 0.25)
         if self.shape == "triangle":
-            return u <= (v + 1) / 2 + 0.5 / self.half  # the last term makes the tip one pixel wide, so the box is tight
+            return u <= (v + 1) / 2 + 0.5 / self.half  # the last term: a tip one pixel wide, so it touches the box
         if self.shape == "cross":
             return (u <= 0.36) | (np.abs(v) <= 0.36)
         return np.ones((2 * self.half, 2 * self.half), dtype=bool)

@@ -4,7 +4,7 @@ The *exact* writer does the work: it gives coordinates with two decimals, counts
 of a sum. The *rough* writer guesses: it points at the centre of one of nine equal parts of the picture, rounds boxes,
 always counts two things, and does not carry in sums. Some answers of the rough writer are right. Most demonstrations
 are from the rough writer. RL has to find out which writer's answers earn more. The responses of both writers are short.
-Already the first words differ between the two writers.
+The first words of a response already show which writer wrote it.
 
 A whole worksheet is too long for one response. The exact writer computes all sums except one, which is chosen at
 random, and answers 0 for that sum. A single response never contains all results, but many responses together do.
@@ -123,8 +123,8 @@ def _rough_description(problem: Problem, rng: Generator) -> str:
 
 
 def without_carrying(left: int, right: int) -> int:
-    """Returns `left + right`, computed digit by digit without carrying. In a subtraction, the smaller of two digits is
-    subtracted from the larger."""
+    """Returns `left + right`, computed digit by digit without carrying. If `right` is negative, this is a subtraction:
+    in each column, the smaller digit is subtracted from the larger."""
     tens, ones = (_digit(a, b, right < 0) for a, b in zip(divmod(left, 10), divmod(abs(right), 10), strict=True))
     return 10 * tens + ones
 
@@ -154,10 +154,11 @@ OTHER_THING = 0.1  # share of the answers that are about a wrong thing of the sc
 
 
 def answers_of_others(problem: Problem, number: int, rng: Generator) -> tuple[str, ...]:
-    """Returns `number` final answers of random quality, which replace the pooled answers of a policy.
+    """Returns `number` final answers of random quality, for prompts of the warm start. In RL, a policy samples these
+    answers.
 
-    If a task asks for coordinates, the answers to a problem differ by a spread that is drawn once per problem. In the
-    other tasks, each answer is from one of the two writers.
+    If a task asks for coordinates, each answer has random errors, and the size of the errors is drawn once per problem.
+    In the other tasks, each answer is from one of the two writers.
     """
     if problem.task in REASONING:
         careful = rng.uniform(*CAREFUL.get(problem.task, (0.0, 1.0)))

@@ -28,8 +28,7 @@ ALLOWED = {
     "Apache-2.0 WITH LLVM-exception",
 }  # SPDX identifiers
 
-# Maps texts that authors write instead of an SPDX identifier, in the field License or in a classifier, to the
-# identifier.
+# Name of a licence that authors write in the field License or in a classifier -> its SPDX identifier.
 SPDX = {
     "3-Clause BSD License": "BSD-3-Clause",
     "Apache": "Apache-2.0",
@@ -85,7 +84,7 @@ def licence_of(name: str, stated: PackageMetadata) -> str:
     classifiers = [c.rpartition(" :: ")[2] for c in stated.get_all("Classifier") or () if c.startswith("License ::")]
     named = [classifier for classifier in classifiers if classifier not in SAYS_NOTHING]
     first, _, rest = (stated.get_all("License") or [""])[0].strip().partition("\n")
-    if first and not (rest and named):  # several lines are a licence's text; the classifiers then give its name
+    if first and not (rest and named):  # a text of several lines is the licence itself; its name is in the classifiers
         named.append(first.strip())
     known = dict.fromkeys(SPDX.get(one, one) for one in named)
     return " AND ".join(f"({one})" if " OR " in one else one for one in known) or "none stated"

@@ -1,4 +1,5 @@
-"""Rewards for answers that are right and brief. This package is an example. Recipes find its rewards by entry points.
+"""Rewards for answers that are right and brief. This package is an example. Recipes find the package's rewards through
+its entry points.
 
 It has one reward of each kind: a function, a class that loads something once, a reward that compares the responses to
 one prompt, and a penalty. The names that recipes use are in pyproject.toml.

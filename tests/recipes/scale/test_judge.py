@@ -18,7 +18,7 @@ from rl.model import hf_folder
 from rl.model.config import register
 
 SHIPPED = Path(judge.__file__).parent / "judge"
-AGREES = 0.85  # minimum share of held-out preferences that the judge agrees with, in each order
+AGREES = 0.85  # minimum share of held-out preferences that the judge agrees with, in each order of the responses
 MEGABYTE = 1 << 20
 CROWD = Scene((255, 255, 255), (Thing("red", "ring", 20, 20, 10), Thing("blue", "cross", 60, 60, 10)))
 
@@ -116,7 +116,7 @@ def test_the_shipped_judge_is_small_and_agrees_with_heldout_preferences_in_eithe
     report = json.loads((SHIPPED.parent / "judge_report.json").read_text())
     assert report["better shown first"] >= AGREES and report["better shown second"] >= AGREES
     model, prompter = shipped
-    seen = judge.report(model, prompter, 64, seed=1)  # preferences that the report did not use
+    seen = judge.report(model, prompter, 64, seed=1)  # with this seed: other preferences than in the shipped report
     assert min(seen["better shown first"], seen["better shown second"]) >= AGREES - 0.1, seen
     assert seen["no verdict"] <= 0.05
 

@@ -100,7 +100,7 @@ def test_a_thing_is_seen_at_the_token_that_contains_its_centre() -> None:
     assert seen.places[0, 13].tolist() == pytest.approx(at + box, abs=0.01)
 
 
-@pytest.mark.parametrize("stopped", [2, 4])  # stopped in the vision part; stopped in the decoder part
+@pytest.mark.parametrize("stopped", [2, 4])  # step 2 is in the vision part, step 4 in the decoder part
 def test_an_interrupted_warm_start_ends_with_the_same_weights(tmp_path: Path, stopped: int) -> None:
     whole = warm_start.Trainer(tmp_path / "whole", STEPS)
     for _ in range(6):

@@ -82,7 +82,7 @@ def test_the_teachers_description_is_right_except_for_one_shape() -> None:
         wrong = [(s, t) for s, t in zip(said, crowd.things, strict=True) if s != t.described]
         assert all(s.rpartition(" ")[0] == t.described.rpartition(" ")[0] for s, t in wrong)
         slips.append(len(wrong))
-    assert max(slips) == 1 and 0.6 < fmean(slips) < 0.9  # the guessed shape is right in a quarter of the cases
+    assert max(slips) == 1 and 0.6 < fmean(slips) < 0.9  # expected mean 0.75: a random shape is right in 1 of 4 cases
 
 
 def test_there_are_256_heldout_problems_of_each_task() -> None:
@@ -150,7 +150,7 @@ def test_counting_goes_through_the_things_one_by_one() -> None:
 
 
 def test_the_exact_writer_is_nearly_always_right_except_on_worksheets(heldout: list[Problem]) -> None:
-    for task in set(world.TASKS) - {"worksheet"}:  # below 1, because boxes are rounded to two decimals
+    for task in set(world.TASKS) - {"worksheet"}:  # the mean is below 1, because boxes have two decimals
         assert mean_score(heldout, task, EXACT) > 0.9, task
 
 
@@ -208,7 +208,7 @@ def test_a_worksheet_with_its_exact_answer_fits_into_the_cpu_profiles_sequence(w
 
 
 def test_descriptions_name_the_things_in_reading_order() -> None:
-    things = (Thing("blue", "cross", 60, 20, 10), Thing("red", "ring", 90, 90, 10))  # in a crowd's order of things
+    things = (Thing("blue", "cross", 60, 20, 10), Thing("red", "ring", 90, 90, 10))  # in reading order, like any crowd
     problem = world.describe(Scene((255, 255, 255), things))
     rng = np.random.default_rng(0)
     assert EXACT(problem, rng) == "<think>one by one</think>top blue cross, bottom right red ring"
@@ -232,7 +232,7 @@ def test_answers_to_sums_repeat_the_steps_after_the_thinking() -> None:
 
 @pytest.mark.parametrize(
     ("left", "right", "guess"),
-    # 27 + 15 loses the carry of 7 + 5. In 42 - 8, the ones are |2 - 8| = 6. 85 + 20 loses the carry of 8 + 2.
+    # 27 + 15: the carry of 7 + 5 is lost. 42 - 8: the ones are |2 - 8| = 6. 85 + 20: the carry of 8 + 2 is lost.
     [(12, 35, 47), (27, 15, 32), (42, -8, 46), (85, 20, 5)],
 )
 def test_the_rough_writer_forgets_to_carry(left: int, right: int, guess: int) -> None:
