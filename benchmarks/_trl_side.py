@@ -1,8 +1,8 @@
 """Runs TRL's side of benchmarks.iteration in a separate process: `python -m benchmarks._trl_side FOLDER`.
 
 Before this program starts, `iteration.make` has written the model and the prompts to FOLDER. This program writes its
-results to FOLDER/trl.json. This file is not tested, because TRL is not installed. tests/benchmarks/test_harness.py only
-tests that the benchmark iteration/trl is registered.
+results to FOLDER/trl.json. This file itself has no test, because TRL is not installed. That the benchmark iteration/trl
+is registered is tested in tests/benchmarks/test_harness.py.
 """
 
 import json

@@ -16,8 +16,8 @@ The import of this file takes several seconds. The settings are the fastest that
   (unless the embedding uses the same weight).
 - The loss is verl's `ppo_loss` with the policy loss "gpg", which is the plain policy gradient.
 
-This file has no tests; the benchmark compares verl's logprobs and gradients with ours. tests/benchmarks/test_harness.py
-only tests that the benchmark is registered.
+This file itself has no test; the benchmark compares verl's logprobs and gradients with ours. That the benchmark is
+registered is tested in tests/benchmarks/test_harness.py.
 """
 
 import sys
