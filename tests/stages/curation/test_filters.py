@@ -5,17 +5,17 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rl.config import Accept, Checkability, Difficulty, Relevance, Source, SynthesisFilterOptions, SynthesisOptions
-from rl.types import Completion, Picture, PooledAnswers, Prompt, Request, Rollout, RowScore, Scored
+from rl.types import Completion, Picture, Prompt, Request, Rollout, RowScore, Scored
 from rollout.data.decontamination import Benchmarks
 from rollout.data.rows import read
-from rollout.pacore.prompt import SynthesisPrompt, draw_messages
+from rollout.pacore.prompt import SynthesisPrompt
 from rollout.pool import seed_of
 from stages.curation.answers import Answers
 from stages.curation.filters import (
@@ -325,52 +325,6 @@ def test_rows_whose_pools_are_too_small_too_long_or_out_of_bounds_are_dropped(
     with answers(tmp_path) as known:
         (decision,) = synthesis_filter(right_times(COUNTS), rows, **bounds)(rows, known)
     assert decision.dropped == why
-
-
-def test_draws_have_16_to_24_different_messages_and_depend_on_the_seed_only() -> None:
-    pool = [f"m{n}" for n in range(24)]
-    accepted = tuple(n % 2 == 0 for n in range(24))
-
-    def drawn(size: int, seed: str) -> PooledAnswers:
-        prompt = replace(row("a").prompt, messages_pool=tuple(pool[:size]), pool_accepted=accepted[:size])
-        shown = draw_messages(prompt, 16, 24, seed).shown
-        assert shown is not None and shown.accepted == tuple(accepted[pool.index(text)] for text in shown.texts)
-        return shown
-
-    draws = [drawn(24, f"seed {n}").texts for n in range(200)]
-    assert {len(draw) for draw in draws} == set(range(16, 25))
-    assert all(len(set(draw)) == len(draw) for draw in draws)
-    assert any(list(draw) != sorted(draw, key=pool.index) for draw in draws)
-    assert drawn(24, "seed 3").texts == draws[3]
-    assert {len(drawn(16, f"{n}").texts) for n in range(20)} == {16}
-    with pytest.raises(ValueError, match="row a: its pool has 15 messages, but at least 16 are drawn"):
-        drawn(15, "")
-
-
-def test_a_prompt_without_messages_is_the_unchanged_problem() -> None:
-    prompt = row("a").prompt
-    assert SynthesisPrompt().chat(prompt) is prompt.messages
-    assert SynthesisPrompt().chat(replace(prompt, shown=PooledAnswers(()))) is prompt.messages
-
-
-def test_pictures_stay_where_they_are_in_the_problem(tmp_path: Path) -> None:
-    template = tmp_path / "t.jinja"
-    template.write_text("{{ problem }}|{% for m in messages %}{{ m }}|{% endfor %}")
-    content = ({"type": "text", "text": "See "}, {"type": "image"}, {"type": "text", "text": "!"})
-    prompt = Prompt("a", "t", ({"role": "user", "content": content},), images=(Picture.of(png()),))
-    prompt = replace(prompt, shown=PooledAnswers(("x\ue000", "y")))
-    assert SynthesisPrompt(template).chat(prompt)[0]["content"] == [
-        {"type": "text", "text": "See "},
-        {"type": "image"},
-        {"type": "text", "text": "!|x|y|"},
-    ]
-
-
-@pytest.mark.parametrize("text", ["{{ problem }}", "{{ problem }}{{ messages }}{{ title }}", "{{ problem"])
-def test_a_template_that_cannot_work_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "t.jinja").write_text(text)
-    with pytest.raises(ValueError, match=r"t\.jinja"):
-        SynthesisPrompt(tmp_path / "t.jinja")
 
 
 def prompt_with_text(text: str, identity: str = "a", images: tuple[Picture, ...] = ()) -> Prompt:
