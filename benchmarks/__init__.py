@@ -1,2 +1,2 @@
-"""The benchmarks. They measure the figures and limits that the docs state. `python -m benchmarks` runs all
+"""The benchmarks. They measure the numbers and limits that the docs state. `python -m benchmarks` runs all
 benchmarks."""

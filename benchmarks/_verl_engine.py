@@ -5,19 +5,19 @@ The import of this file takes several seconds. The settings are the fastest that
 - Everything is computed in float32, because our side uses float32 too. verl's default is bfloat16.
 - Gradient checkpointing is off, because it would compute every layer a second time. The entropy is not computed, and
   nothing is offloaded. torch.compile is off, because verl uses it only for the entropy. After the forward pass, FSDP2
-  keeps the whole weights for the backward pass, which saves copies.
+  keeps the unsharded weights for the backward pass, because this avoids copies.
 - Attention is computed by transformers' SDPA. Without a GPU, there is no flash attention, and FlexAttention has no
-  backward pass. In a packed row, a mask keeps the rollouts apart. SDPA also computes the token pairs that the mask
+  backward pass. In a packed row, a mask separates the rollouts. SDPA also computes the token pairs that the mask
   discards, so one long row is slower than several short rows. `VerlEngine.tune` finds the fastest micro-batch size for
   a batch.
 - Flash attention has a kernel for logprobs. Without this kernel, verl loops over the tokens in Python, which takes a
-  tenth of the time of a step. This file replaces the loop by verl's `logprobs_from_logits_naive`, and replaces nothing
-  else. verl's fused head does not work here: when the head is called, FSDP2 has already sharded the head's weight
-  (unless the embedding uses the same weight).
+  tenth of the time of a step. This file replaces the loop with verl's `logprobs_from_logits_naive`. It replaces nothing
+  else in verl. verl's fused head does not work here: when the head is called, FSDP2 has already sharded the head's
+  weight (unless the embedding uses the same weight).
 - The loss is verl's `ppo_loss` with the policy loss "gpg", which is the plain policy gradient.
 
-This file itself has no test; the benchmark compares verl's logprobs and gradients with ours. That the benchmark is
-registered is tested in tests/benchmarks/test_harness.py.
+This file itself has no test; the benchmark compares verl's logprobs and gradients with ours. The registration of the
+benchmark is tested in tests/benchmarks/test_harness.py.
 """
 
 import sys
@@ -39,12 +39,12 @@ from verl.plugin.platform.platform_cuda import PlatformCUDA
 from verl.utils.tensordict_utils import assign_non_tensor
 from verl.utils.torch_functional import logprobs_from_logits_naive
 
-ROWS = (2, 4, 8)  # `tune` tries micro-batches of this many times the tokens of the longest rollout
+ROWS = (2, 4, 8)  # `tune` tries micro-batches with 2, 4 and 8 times the tokens of the longest rollout
 SLOWER = 1.2  # if a step takes longer than this factor times the best time, `tune` tries no larger micro-batch
 
 
 class CpuPlatform(PlatformCUDA):
-    """Lets verl use the CPU as its device. The engine calls only these methods."""
+    """Lets verl use the CPU as its device. The engine calls only the methods that are defined here."""
 
     @property
     def device_name(self) -> str:
@@ -55,15 +55,16 @@ class CpuPlatform(PlatformCUDA):
         return torch.cpu
 
     def current_device(self) -> Any:
-        """Returns the name of the device that verl moves tensors to. A number would mean an accelerator."""
+        """Returns the name of the device that verl moves tensors to. If this were a number, torch would use an
+        accelerator."""
         return "cpu"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Says how verl splits a batch into micro-batches. A micro-batch is one forward and backward pass."""
+    """The way in which verl splits a batch into micro-batches. A micro-batch is one forward and backward pass."""
 
-    tokens: int | None  # maximum tokens per micro-batch, without padding; None: one rollout per micro-batch
+    tokens: int | None  # maximum tokens per micro-batch, not counting padding; None: one rollout per micro-batch
     padded: bool = False  # True: one padded row per rollout; False: one packed row per micro-batch
 
     def __str__(self) -> str:

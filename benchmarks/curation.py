@@ -19,8 +19,8 @@ def curation() -> Result:
 
     A real vLLM engine with the CPU profile runs the scale model. It samples 24 responses to each of 64 problems. The
     responses are not scored. max_abs_diff is the largest difference between the lengths of one response on both sides.
-    If both sides sampled the same tokens, max_abs_diff is 0. It can be larger, because rounding in the last digits of a
-    probability can change which tokens are sampled.
+    If both sides sampled the same tokens, max_abs_diff is 0. The difference can be larger, because rounding in the last
+    digits of a probability can change which tokens are sampled.
     """
     from rl.actors import cluster, merge_streams, place
     from rl.recipe.resolve import load

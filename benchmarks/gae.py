@@ -22,7 +22,8 @@ Targets = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class CaseResult:
-    """The results of one case: the seconds of each side, and how far its results are from those of a float64 loop."""
+    """The results of one case: the seconds of each side, and its largest difference from the results of a float64
+    loop."""
 
     ours_s: float
     loop_s: float
@@ -39,17 +40,17 @@ class CaseResult:
 def targets() -> Result:
     """Computes advantages and returns of 1,024 x 65,536 tokens; the goal is to be 50 times faster than a torch loop.
 
-    Each response fills at least half of its row, and the rest of the row is padding. Inside a response, one in five
-    stretches of 256 tokens is masked, like text that comes from tools. In each step, the loop computes one column of
-    the [N, R] tensors, as the code of Open-Reasoner-Zero and verl does. Unlike that code, our loop writes into one
-    tensor instead of a list.
+    Each response fills at least half of its row, and the rest of the row is padding. Inside a response, about one in
+    five stretches of 256 tokens is masked, as text from tools would be. In each step, the loop computes one column of
+    the [N, R] tensors, as the code of Open-Reasoner-Zero and verl does. That code collects the columns in a list; the
+    loop here writes them into one tensor.
 
     ratio is other_s / ours_s, both in wall-clock seconds. ours_s, other_s and ratio are from the case with the smallest
-    ratio, and `more` has the ratios of all cases. Our call takes a hundredth of the loop's time, so each of our
-    measurements is the median of five calls. `first_call_s` is the time of the first call in the process; this call
-    also compiles the code. `ratio_in_place` is the smallest ratio for another loop, which allocates no memory in its
-    steps and is measured only once. max_abs_diff is the largest difference, in any case, between our results and those
-    of a float64 loop. `loop_max_abs_diff` is the same difference for the float32 loop.
+    ratio, and `more` has the ratios of all cases. Our call takes only a hundredth of the loop's time, so each
+    measurement of our side is the median of five calls. `first_call_s` is the time of the first call in the process;
+    this call also compiles the code. `ratio_in_place` is the smallest ratio of all cases for another loop. This loop
+    allocates no memory in its steps, and is measured only once. max_abs_diff is the largest difference, in any case,
+    between our results and those of a float64 loop. `loop_max_abs_diff` is the same difference for the float32 loop.
     """
     small = batch(1, 256)
     first_call_s, _ = timed(lambda: gae(*small, gamma=1, lam=1))

@@ -1,4 +1,4 @@
-"""Measures how the time of an iteration grows when one dimension of its size grows, and plots this to growth.svg.
+"""Measures how the time of an iteration grows when one dimension of its size grows, and plots the times to growth.svg.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered).
 """
@@ -52,7 +52,8 @@ DIMENSIONS = {
 
 
 class Tokens:
-    """Replaces the chat template: a prompt is made of random tokens, and the row's `meta["tokens"]` says how many."""
+    """Replaces the chat template: a prompt consists of random tokens, and the row's `meta["tokens"]` is their
+    number."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
@@ -70,10 +71,10 @@ class Tokens:
 
 @benchmark("growth")
 def growth() -> Result:
-    """Measures how the seconds per distinct token grow if one dimension of an iteration is 8 times as large.
+    """Measures how the seconds per distinct token grow if one dimension of an iteration becomes 8 times as large.
 
     Runs real iterations with a vLLM engine, a critic, a policy and the weight update of the engine. Only the scoring is
-    not real: it costs no time. The decoder has a hidden size of 256. The base size is 2 prompts of 128 tokens, with 4
+    simulated, and takes no time. The decoder has a hidden size of 256. The base size is 2 prompts of 128 tokens, with 4
     responses of 64 tokens to each prompt. Each of these four numbers is multiplied by 1, 2, 4 and 8, while the other
     three stay the same. Every repeat runs each size once, and growth.svg shows the median seconds. Each dimension has a
     ratio: the seconds per distinct token with 8 times the base number, divided by the seconds per distinct token at the
@@ -131,7 +132,7 @@ def processes() -> Iterator[Callable[[Size], dict[str, float]]]:
     recipe = Path(__file__).parent.parent / "recipes/rlvr.yaml"
     base = load(recipe, profile="cpu", overrides=["max_sequence_length=2048"]).config
     chat: Any = Tokens(SIZES["vocab_size"])
-    stage = STAGES["rlvr"](cast(Any, None))  # RLVR does not use the tools
+    stage = STAGES["rlvr"](cast(Any, None))  # RLVR does not use its argument `tools`
     numbers = itertools.count(1)
 
     def iteration(size: Size) -> dict[str, float]:

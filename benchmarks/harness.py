@@ -1,4 +1,4 @@
-"""Code that all benchmarks share: it registers benchmarks, measures two sides in turns, and records the results."""
+"""Code that all benchmarks use. It registers benchmarks, measures two sides in turns, and saves the results."""
 
 import importlib
 import inspect
@@ -62,7 +62,7 @@ def entries() -> dict[str, Entry]:
 
 def interleaved(ours: Callable[[], float], other: Callable[[], float], repeats: int) -> tuple[float, float]:
     """Calls both sides in turns. Each call returns seconds. The result has the median of these seconds for each side.
-    The side that goes first changes with every turn, so that other load on the machine affects both sides."""
+    The sides alternate in going first, so that other load on the machine affects both sides."""
     took: dict[Callable[[], float], list[float]] = {ours: [], other: []}
     for turn in range(repeats):
         for side in (ours, other) if turn % 2 == 0 else (other, ours):

@@ -1,4 +1,4 @@
-"""Measures how fast vLLM's server runs PaCoRe with the scale model: parallel problems, prefix cache, speculation.
+"""Measures how parallel problems, the prefix cache and speculation change the speed of PaCoRe in vLLM's server.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmarks are registered).
 """
@@ -66,11 +66,11 @@ def answer_all(
 
 @benchmark("inference/parallel")
 def parallel() -> Result:
-    """Answers 64 problems, each with 16 trajectories and a synthesis: all problems at once, and one after another.
+    """Answers 64 problems, each with 16 trajectories and a synthesis: all at once (ours_s), and one by one (other_s).
 
     Both sides sample the 16 trajectories of a problem at the same time. max_abs_diff is the largest difference between
-    the token counts of one problem on both sides. If both sides sampled the same tokens, max_abs_diff is 0. It can be
-    larger, because rounding in the last digits of a probability can change the tokens.
+    the token counts of one problem on both sides. If both sides sampled the same tokens, max_abs_diff is 0. The
+    difference can be larger, because rounding in the last digits of a probability can change the tokens.
     """
     target, rows = serving(), problems()
     counted: dict[str, list[float]] = {}
@@ -91,7 +91,7 @@ def parallel() -> Result:
 
 @benchmark("inference/prefix_cache")
 def prefix_cache() -> Result:
-    """Samples 16 trajectories for each problem with a long prompt, with and without vLLM's prefix cache.
+    """Samples 16 trajectories for each long prompt, with (ours_s) and without (other_s) vLLM's prefix cache.
 
     `hit_rate` is the share of prompt tokens whose keys and values were in the cache. The cache stores only whole blocks
     of 128 tokens. At most 15/16 of the tokens in these blocks can be hits, because the first of the 16 trajectories
@@ -141,7 +141,7 @@ def _cache(url: str) -> tuple[float, float]:
 
 @benchmark("inference/ngram")
 def ngram() -> Result:
-    """Samples syntheses, which quote pooled answers, with and without vLLM's n-gram speculation.
+    """Samples syntheses, which quote pooled answers, with (ours_s) and without (other_s) vLLM's n-gram speculation.
 
     Both sides get the same trajectories and sample 16 syntheses of each problem at temperature 1. Speculation must not
     change the distribution of the sampled tokens. If it did, the mean token counts of both sides would differ.

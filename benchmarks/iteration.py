@@ -1,4 +1,4 @@
-"""Compares one of our training iterations with one of TRL's GRPO trainer, on the same model and prompts.
+"""Compares one of our training iterations with an iteration of TRL's GRPO trainer, on the same model and prompts.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered).
 """
@@ -19,12 +19,12 @@ from typing import Any
 from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
 
 ROOT = Path(__file__).resolve().parent.parent
-TRL = "1.16.0"  # this file supports this version; the result contains the version that was used
+TRL = "1.16.0"  # the version that this file supports; the result contains the version that was used
 
 PROMPTS, GROUP = 8, 8
 PROMPT_TOKENS, RESPONSE_TOKENS = 64, 128
 LIMIT = RESPONSE_TOKENS + 8  # maximum tokens of a response; all responses end before this limit
-WARM_UP, MEASURED, RUNS = 2, 6, 2  # per run: warm-up iterations (TRL compiles), measured iterations; number of runs
+WARM_UP, MEASURED, RUNS = 2, 6, 2  # iterations for warm-up (TRL compiles) and for measurement, per run; runs
 THREADS = 2
 LEARNING_RATE = 1e-6
 BETAS = (0.9, 0.95)
@@ -53,12 +53,12 @@ def even_words(rollout: Rollout) -> float:
 
 @benchmark("iteration/trl")
 def trl() -> Result:
-    """Compares an iteration of ours, which also trains a critic, with TRL's GRPO trainer. The goal is a ratio above 1.
+    """Compares our iteration, which also trains a critic, with one of TRL's GRPO trainer. The goal is a ratio above 1.
 
     Both sides sample 8 responses to each of 8 prompts from the same random Qwen3, score them with the same function and
-    make one optimizer step. Both sides use float32, two threads and no KL term. The model is built so that every
-    response ends after exactly 128 tokens. Our side is `python -m rl.run` with the CPU profile. An iteration of our
-    side includes generation by vLLM, scoring in separate processes, the critic's values and update, the policy's
+    make one optimizer step. Both sides use float32, two threads and no KL term. The weights of the model are chosen so
+    that every response ends after exactly 128 tokens. Our side is `python -m rl.run` with the CPU profile. An iteration
+    of our side includes generation by vLLM, scoring in separate processes, the critic's values and update, the policy's
     update, and the weight sync to vLLM with a check of the sync. TRL's side has the settings that are fastest on a CPU:
     transformers generates the whole batch. The update is compiled and uses no gradient checkpointing. TRL's vLLM mode
     cannot load new weights on a CPU.
@@ -106,7 +106,7 @@ def median(iterations: Sequence[Mapping[str, float]], name: str) -> float:
 
 
 def share_of_even(text: str) -> float:
-    """Returns the reward, which both sides use: the share of the response's words that have an even number."""
+    """Returns the reward of a response: the share of its words that have an even number. Both sides use this reward."""
     words = text.split()
     return sum(int(word.partition(".")[0]) % 2 == 0 for word in words) / max(1, len(words))
 
@@ -114,10 +114,10 @@ def share_of_even(text: str) -> float:
 def make(folder: Path) -> int:
     """Writes model/ with its tokenizer, train.jsonl and reward.py. Returns the number of the model's parameters.
 
-    All responses must have the same length. The model itself has to ensure this, because our side does not score cut
-    responses and cannot ignore the end token. So each word of the vocabulary belongs to one position of a response, and
-    two parts of the weights are not random: the embedding of a word encodes the word's position, and the head predicts
-    the words of the next position. After the last position, the head predicts the end token.
+    All responses must have the same length. The model itself has to ensure this, because our side does not score
+    truncated responses and cannot ignore the end token. So each word of the vocabulary belongs to one position of a
+    response, and two parts of the weights are not random: the embedding of a word encodes the word's position, and the
+    head predicts the words of the next position. After the last position, the head predicts the end token.
     """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers

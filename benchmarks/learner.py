@@ -1,10 +1,10 @@
 """Measures the learner's step in two ways: with shared prompts, and with a copy of the prompt for every rollout.
 
 A step is the forward and backward pass of all rows of a minibatch, without an optimizer step. Our side shares prompts.
-Three other sides copy the prompt: our packing, padded batches, and verl. Each of these sides is measured with four
-shapes of a group. All sides use the same decoder, rollouts and advantages, in float32. Each result contains the largest
-differences between the logprobs and between the gradients of both sides. Tested in tests/benchmarks/test_harness.py
-(only that the benchmarks are registered).
+It is compared with three other sides, which copy the prompt: our packing, padded batches, and verl. Each comparison is
+made with four shapes of a minibatch. All sides use the same decoder, rollouts and advantages, in float32. Each result
+contains the largest differences between the logprobs and between the gradients of both sides. Tested in
+tests/benchmarks/test_harness.py (only that the benchmarks are registered).
 """
 
 import random
@@ -47,8 +47,8 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a minibatch: it has `groups` groups. Each group is one prompt of `prompt` tokens with `responses`
-    responses."""
+    """The shape of a minibatch. It has `groups` groups. Each group consists of one prompt of `prompt` tokens and
+    `responses` responses."""
 
     groups: int
     prompt: int
@@ -125,7 +125,8 @@ def work(shape: Shape) -> Work:
 
 @dataclass(eq=False)
 class Side:
-    """One implementation of the step. A call runs the step, stores its logprobs and returns its seconds."""
+    """One implementation of the step. A call runs the step, stores the logprobs, and returns the duration in
+    seconds."""
 
     step: Callable[[], list[Tensor]]  # computes the gradients and returns the logprobs of each row
     gradients: Callable[[], dict[str, Tensor]]  # returns parameter name -> gradient in the last step
@@ -149,7 +150,7 @@ def side(made: Work, step: Callable[[], list[Tensor]]) -> Side:
 
 
 def backward(made: Work, logprobs: Sequence[Tensor], rows: Sequence[int]) -> None:
-    """Backpropagates the policy-gradient loss of `rows`. The loss is normalized by the size of the whole minibatch."""
+    """Backpropagates the policy-gradient loss of `rows`. The loss is divided by the size of the whole minibatch."""
     flat, gains = torch.cat(list(logprobs))[None], torch.cat([made.advantages[row] for row in rows])[None]
     everything = torch.ones(flat.shape, dtype=torch.bool)
     policy_gradient_loss(flat, flat.detach(), gains, everything, size=made.size)[0].backward()
@@ -211,8 +212,8 @@ def padded(made: Work) -> Side:
 
 
 def sequence(made: Work, tokens: int) -> Callable[[], float]:
-    """Returns a function that measures the forward and backward pass of one causal sequence. The function computes as
-    many logits as our side."""
+    """Returns a function that measures the forward and backward pass of one causal sequence. It computes the same
+    number of logits as our side does."""
     trunk = made.model.model
     ids = torch.randint(0, SIZES["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
     chosen = slice(tokens - made.size.tokens, tokens)
@@ -231,16 +232,17 @@ def sequence(made: Work, tokens: int) -> Callable[[], float]:
 
 
 def cost(made: Work, tokens: int, pairs: int) -> float:
-    """Returns the floating-point operations of a forward pass: those for the tokens, for the token pairs in attention,
-    and for the head on the response tokens. The unit is the cost of one token in the matrices of a layer."""
+    """Returns the number of floating-point operations of a forward pass. It is a sum of three costs: the tokens in the
+    layers' matrices, the token pairs in attention, and the response tokens in the head. The unit is the cost of one
+    token in the layers' matrices."""
     per_layer = pairs_per_token(made.config) * 2 * SIZES["num_attention_heads"] * SIZES["head_dim"]  # weights per layer
     head = SIZES["vocab_size"] * SIZES["hidden_size"] / (per_layer * SIZES["num_hidden_layers"])
     return tokens + pairs / pairs_per_token(made.config) + made.size.tokens * head
 
 
 def compare(made: Work, other: Side, sequences: Sequence[int]) -> Result:
-    """Measures the time of shared prompts and of another side in turns, and compares the logprobs and gradients of
-    both.
+    """Measures the times of our side (shared prompts) and of another side in turns. Compares their logprobs and
+    gradients.
 
     `sequences` has the lengths of the causal sequences that the other side computes. The ceiling of the ratio is the
     cost of these sequences, divided by the cost when each group computes its prompt only once.
@@ -278,8 +280,8 @@ def against_padded(made: Work) -> Result:
 def against_verl(made: Work) -> Result:
     """Compares shared prompts with verl's FSDP2 engine, which uses its fastest split for this minibatch.
 
-    The ceiling is the same as in `against_packed`, because verl does not share prompts. verl packs or pads the
-    rollouts, whichever is faster.
+    The ceiling is the same as in `against_packed`, because verl does not share prompts. verl packs the rollouts or pads
+    them, depending on which is faster.
     """
     from benchmarks._verl_engine import VerlEngine, verl_batch
 

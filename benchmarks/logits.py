@@ -26,9 +26,9 @@ def logits() -> Result:
     """Compares the peak memory of our logprobs with that of plain logits. The goal is a ratio of at least 8.
 
     The input has 4,096 tokens, a vocabulary of 151,936 and float32 values. Each side runs in its own process, which
-    computes the mean logprob plus the mean entropy, forward and backward. This computation raises the peak memory of
-    the process. ratio is the other side's growth of peak memory, divided by our side's growth. ours_s and other_s are
-    seconds.
+    computes the mean logprob plus the mean entropy, forward and backward. The growth of the process's peak memory
+    during this computation is measured. ratio is the growth of the other side, divided by the growth of our side.
+    ours_s and other_s are seconds.
     """
     found = {}
     for side in ("ours", "plain"):

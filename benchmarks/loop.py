@@ -1,4 +1,4 @@
-"""Measures how long the weight transfer of a real run takes, and what sampling ahead gains with emulated generation.
+"""Measures how long the weight transfer of a real run takes, and how much faster iterations are with sampling ahead.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmarks are registered). The loop is tested in
 tests/stages/test_loop.py.
@@ -25,9 +25,9 @@ SHARE_GOAL, SPEED_GOAL = 0.03, 1.2
 def sync() -> Result:
     """Measures the share of weight transfer in the time of an iteration with the CPU profile; the goal is at most 0.03.
 
-    Runs the shipped recipe. ours_s is the time in which the policy returns its weights and the engine loads them,
-    as recorded in the run's timeline. other_s is the time of the whole iteration, and ratio is ours_s / other_s. Both
-    times are medians over all iterations except the first two. The check after a weight sync is not included.
+    Runs the shipped recipe rlvr.yaml. ours_s is the time in which the policy returns its weights and the engine loads
+    them, as recorded in the run's timeline. other_s is the time of the whole iteration, and ratio is ours_s / other_s.
+    Both times are medians over all iterations except the first two. The check after a weight sync is not included.
     """
     from benchmarks.iteration import start
 
@@ -128,7 +128,7 @@ def one_step_off() -> Result:
     pause = 0.0
 
     class UncheckedPolicy(PolicyClient):
-        """Skips the comparison of logprobs with the engine, because no engine runs."""
+        """A policy client that does not compare logprobs with the engine, because no engine runs."""
 
         def logprob_gap(self, rollouts: Any, features: Any) -> float:
             return 0.0
@@ -139,12 +139,12 @@ def one_step_off() -> Result:
         options = recipe.rollout.model_copy(update={"max_staleness": staleness})
         config = recipe.model_copy(update={"rollout": options})
         sampler = Emulated(pause, SIZES["vocab_size"])
-        stage = STAGES["rlvr"](cast(Any, None))  # RLVR does not use the tools
+        stage = STAGES["rlvr"](cast(Any, None))  # RLVR does not use its argument `tools`
         services = Services(config, sampler, Rewards(), *clients, FeatureStore([], 1), stage)
         state, start = LoopState(), 0.0
         for iteration in range(count + 1):
             ppo_iteration(iteration + 1, asked, asked, services, state, Clock())
-            start = start or time.perf_counter()  # starts after the first iteration, which has no samples made ahead
+            start = start or time.perf_counter()  # after iteration 1, whose samples were not made ahead
         took = time.perf_counter() - start
         state.ahead.settle()
         return took / count

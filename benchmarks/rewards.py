@@ -56,14 +56,15 @@ def rollout(text: str, truth: str | None = None, row: str = "row") -> Rollout:
 
 @benchmark("rewards/hung")
 def hung() -> Result:
-    """Compares the throughput of scoring 64 samples with and without a hung one; the goal is a ratio of at least 0.9.
+    """Compares the throughput of scoring 64 samples with and without a hung sample; goal: ratio at least 0.9.
 
     There is one worker per core. A sample computes for about 50 ms and then sleeps for 50 ms. Every sample computes a
     fixed amount, so the samples are slower if another process uses the cores. The hung sample is in the middle of the
     batch and computes until its time limit of 6 s.
 
     ours_s is the time until the other 63 samples are scored. other_s is the time of 64 samples without a hung sample.
-    ratio is (63 / ours_s) / (64 / other_s). `all_s` is the time until the hung sample has also reached its time limit.
+    ratio is (63 / ours_s) / (64 / other_s). `all_s` is the time until all samples are done, including the hung sample,
+    which ends at its time limit.
     """
     with half_and_half() as runner:
         fine = [rollout("." * (1 + place)) for place in range(SAMPLES)]
@@ -130,7 +131,7 @@ def timed(runner: RewardRunner, rollouts: Sequence[Rollout]) -> tuple[list[float
 def mathematics() -> Result:
     """Compares the CPU time of scoring 2,000 answers in the runner and with Math-Verify alone; goal: ratio at most 1.3.
 
-    Our side scores with the reward `math_verify`. The other side is one process that parses the ground truth and the
+    Our side scores with the reward `math_verify`. The other side is one process. It parses the ground truth and the
     answer and verifies them, without time limits. ours_s and other_s are CPU seconds (user and system) of a new process
     from start to end, child processes included. The time of imports counts on both sides. On our side, each worker, the
     reserve process and the parent process import the packages. ratio is ours_s / other_s. `wall_speed_up` is the
@@ -161,7 +162,7 @@ def mathematics() -> Result:
 def fresh(side: str) -> tuple[float, float, list[float]]:
     """Runs one side in a new process. Returns CPU seconds, wall-clock seconds and scores."""
     start = time.monotonic()
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # as in the workers, so that sympy's sets have the same order
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # as in workers: sympy's sets then have the same order
     command = [sys.executable, "-m", "benchmarks.rewards", side]
     root = Path(__file__).parent.parent
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -2,9 +2,9 @@
 
 `try` scores samples as a run would, in processes that can be killed. It prints the score, the details and the time of
 each sample. If the reward compares responses with ground truths, `try` also scores each ground truth as a response, and
-checks that it gets the maximum. The exit code is 0 for success, and 2 for wrong input or a ground truth that does not
-get the maximum. It is 1 for any other error, such as an endpoint that does not answer. Tested in
-tests/runs/test_reward_guide.py.
+checks that this response gets the highest value. The exit code is 0 for success, and 2 for wrong input or a ground
+truth that does not get the highest value. It is 1 for any other error, such as an endpoint that does not answer. Tested
+in tests/runs/test_reward_guide.py.
 """
 
 import argparse
@@ -190,7 +190,8 @@ def _runner(target: Target, workers: int) -> RewardRunner:
     runner = RewardRunner(tasks, workers=workers, endpoints=endpoints, row_judges=judges)
     if unserved := [name for name in sorted(runner.endpoint_names()) if not target.endpoints[name].url]:
         raise ValueError(
-            f"endpoint {unserved[0]!r} has no url, because a run serves it; start its server and set the url to try it"
+            f"endpoint {unserved[0]!r} has no url, because a run starts its server; "
+            "to use `try`, start the server and set the url"
         )
     runner.on_outage = _print_outage
     return runner
@@ -207,7 +208,7 @@ def _score_rows(runner: RewardRunner, samples: Sequence[Rollout]) -> list[Scored
 def _print_outage(outage: Outage) -> None:
     if outage.again:
         return
-    state = f"does not answer: {outage.why}; trying for {MOST_WAIT_S:.0f} s" if outage.why else "is back"
+    state = f"does not answer: {outage.why}; trying again for up to {MOST_WAIT_S:.0f} s" if outage.why else "is back"
     print(f"endpoint {outage.endpoint} {state}", file=sys.stderr)
 
 
@@ -239,7 +240,8 @@ def _as_table(samples: Sequence[Rollout], scored: Sequence[Scored]) -> Iterator[
 
 
 def _check_truths(runner: RewardRunner, target: Target, prompts: Sequence[Prompt]) -> int:
-    """Scores each ground truth as a response, and checks that each reward in `target.verifiable` gives the maximum.
+    """Scores each ground truth as a response, and checks that each reward in `target.verifiable` gives this response
+    the highest value.
 
     Returns the exit code.
     """
@@ -250,9 +252,9 @@ def _check_truths(runner: RewardRunner, target: Target, prompts: Sequence[Prompt
         line for task, spec in target.verifiable.items() for line in _failing(runner, task, spec, distinct.values())
     ]
     if not wrong:
-        print(f"ground truths: all {len(distinct)} score the maximum as responses", file=sys.stderr)
+        print(f"ground truths: as responses, all {len(distinct)} get the highest value", file=sys.stderr)
         return DONE
-    print(f"ground truths: {len(wrong)} do not score the maximum as responses:", file=sys.stderr)
+    print(f"ground truths: as responses, {len(wrong)} do not get the highest value:", file=sys.stderr)
     print(*wrong[:SHOWN], *(["  ..."] if len(wrong) > SHOWN else []), sep="\n", file=sys.stderr)
     return WRONG_INPUT
 

@@ -15,16 +15,16 @@ class Certainty(Finding):
 
 @penalty("calibration", timeout_s=600)
 class Calibration:
-    """1.0 for an answer the judge calls overconfident, else 0.0.
+    """1.0 for an answer that the judge calls overconfident, else 0.0.
 
     endpoint    the judge. It sees the question (with pictures, if it takes pictures), the reasoning and the answer
     max_tokens  maximum length of one verdict, including the thinking of a reasoning judge
     max_chars   maximum number of characters that the judge sees of the answer, and of the reasoning. The middle of a
                 longer text is cut out: the judge sees a short start and a long end
 
-    An empty answer does not offend. If the judge gives no verdict on an answer, but judges a harmless answer to the
-    same row, the answer offends. The report suppresses "unjustified certainty". It publishes neither a prompt nor a
-    magnitude. The prompt is a reconstruction.
+    An empty answer does not offend. If the judge gives no verdict on an answer, but gives a verdict on a harmless
+    answer to the same row, the policy's answer offends. The training in the report suppresses "unjustified certainty".
+    The report publishes no prompt and no magnitude. The prompt is a reconstruction.
     """
 
     def __init__(self, endpoint: EndpointName, max_tokens: MaxTokens = 2048, max_chars: MaxChars = 16_000):

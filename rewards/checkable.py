@@ -26,7 +26,7 @@ class Validity(Verdict):
 class Checkable:
     """1.0 if the judge calls the row's problem and ground truth valid, else 0.0.
 
-    Used by `python -m stages.curate`, which makes several passes.
+    Used by `python -m stages.curate`, which makes several passes over the rows.
 
     endpoint     the judge. It sees the question (with pictures, if it takes pictures) and the ground truth
     vote         the number of the pass; each pass has a different seed
@@ -35,8 +35,8 @@ class Checkable:
     max_tokens   maximum length of one verdict, including the thinking of a reasoning judge
     template     a Jinja file that replaces rewards/prompts/checkable.jinja. That file lists the variables
 
-    In the report, GPT-OSS-120B makes four passes per prompt. The report does not publish the question to the judge. In
-    the PaCoRe paper, the question is whether problem and answer are valid. The judge's prompt is a reconstruction.
+    In the report, GPT-OSS-120B makes four passes per prompt. The report does not publish what the judge is asked. In
+    the PaCoRe paper, the judge is asked whether problem and answer are valid. The judge's prompt is a reconstruction.
     """
 
     def __init__(

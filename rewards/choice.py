@@ -18,8 +18,8 @@ _PHRASE = re.compile(
 )
 _FIRST = re.compile(rf"{_DECORATION}{_WORD}{_DECORATION}([A-J])(?![\w'\u2019-])", re.IGNORECASE)
 _LABEL_ENDS = re.compile(rf"\s{{0,8}}+(?:{_CLOSING}|$)")
-# Finds a second letter behind the first letter. A comma or a word such as "or" must stand before the second letter, or
-# a mark such as a bracket after it.
+# Finds a second letter behind the first letter. Either a comma or a word such as "or" must stand before the second
+# letter, or a mark such as a bracket must stand after the second letter.
 _SECOND = re.compile(
     rf"(?:{_CLOSING}|\s){{0,12}}+"
     rf"(?:(?<=,)|(?:[,;/&+]|or\b|and\b))\s{{0,8}}+{_WORD}[*_(\[{{\"'`$]{{0,8}}+([A-J])(?![\w'\u2019-]|\s{{1,4}}[a-z])"
@@ -33,7 +33,7 @@ _ANYWHERE = re.compile(
 
 @reward("choice", on_timeout="lowest", verifiable=True)
 def choice(rollout: Rollout) -> Score:
-    """1.0 for the letter or the text of the right option; 0.0 for a wrong option, several letters or none.
+    """1.0 for the letter or the text of the right option; 0.0 for a wrong option, several letters or no letter.
 
     Only one part of the answer counts. This part is the last `\\boxed{...}` if there is one, else the text after the
     last "Answer:", else the text after the last "the answer is", else the whole answer if it is short. The part must
@@ -48,7 +48,7 @@ def choice(rollout: Rollout) -> Score:
     true = _true_letter(rollout, options)
     text = marked_answer(rollout.answer)
     if text is None:
-        return Score(0.0, {"why": "a long answer that marks no choice"})
+        return Score(0.0, {"why": 'a long answer without \\boxed{...} and without "Answer:"'})
     marked = text != rollout.answer
     if not marked and (phrases := list(_PHRASE.finditer(text))):
         text, marked = text[phrases[-1].end() :], True
@@ -79,7 +79,9 @@ def _options(rollout: Rollout) -> dict[str, str]:
     if isinstance(given, list | tuple) and len(given) <= len(LETTERS):
         given = dict(zip(LETTERS, given, strict=False))
     if not isinstance(given, Mapping) or not all(_letter(key) for key in given):
-        raise Invalid(f"the options of row {row} are no list of at most {len(LETTERS)} and no mapping with keys A to J")
+        raise Invalid(
+            f"the options of row {row} must be a list of at most {len(LETTERS)}, or a mapping with keys A to J"
+        )
     return {_letter(key): normalised(str(text)) for key, text in given.items()}
 
 
@@ -90,7 +92,9 @@ def _true_letter(rollout: Rollout, options: Mapping[str, str]) -> str:
         return letter
     matching = [key for key, option in options.items() if option == normalised(str(truth))]
     if len(matching) != 1:
-        raise Invalid(f"choice needs a letter A to J, or the text of one of the row's options; row {row} has {truth!r}")
+        raise Invalid(
+            f"the ground truth of row {row} is {truth!r}; it must be the letter (A to J) or the text of one option"
+        )
     return matching[0]
 
 

@@ -17,7 +17,7 @@ from rewards import Invalid, Rollout, Score, penalty
 from rewards.registry import load_module
 from rewards.text import visible, words_of
 
-MAX_LENGTH = 2048  # maximum length of a URL or identifier; a longer one is an offence
+MAX_LENGTH = 2048  # maximum length of a URL or identifier; a longer URL or identifier offends
 MAX_ENTRY = 500  # only this many characters of an entry of a reference list are compared
 MAX_ASKED = 20  # maximum number of resolver calls per answer, so that no answer can cause a timeout
 
@@ -86,13 +86,13 @@ class Citation:
     a file. Under a heading such as "References", "Sources" or "参考文献", a line is an entry if it is numbered "[1]",
     or if it has a year and looks like a publication. Elsewhere, a line is an entry if it is numbered "[1]", begins with
     authors and has a year. If an entry contains a link or identifier, only this link or identifier is checked. An entry
-    without a link or identifier counts as fabricated unless it is confirmed. If the answer has such a heading, a mark
+    without a link or identifier counts as fabricated if nothing confirms it. If the answer has such a heading, a mark
     such as "[3]" after a word must refer to an entry with this number. Without a heading, "[3]" is not a reference,
-    because it may be an index or a list. Links in program code and formulas count too. Books and papers that a sentence
-    mentions are not checked.
+    because it may be an index or a list. Links in program code and formulas count too. Books and papers that are only
+    mentioned in a sentence are not checked.
 
     A reference is confirmed if it appears in the prompt's messages (of any role), in the row's ground truth, or in the
-    teacher's response. (If two models give the same link independently, the link is not invented.) The parameters
+    teacher's response. (A link that teacher and policy give independently is probably not invented.) The parameters
     `allowed` and `resolver` can also confirm a reference. URLs are compared without scheme, "www.", fragment, tracking
     parameters and final slash. DOIs are compared without regard to case. arXiv identifiers are compared without their
     version. URLs with a user name, invisible characters or a malformed host are never confirmed.
@@ -116,12 +116,12 @@ class Citation:
 
     def __init__(self, allowed: list[str] | None = None, resolver: str | None = None, limit: int = 200):
         if limit < 1:
-            raise ValueError(f"citation: limit is {limit}; it is 1 or more")
+            raise ValueError(f"citation: limit is {limit}; it must be 1 or more")
         self.resolver_name, self.limit = resolver, limit
         self.resolver: Callable[[str], Any] | None = None
         entries = [entry.strip() for entry in allowed or []]
         if not all(entries):
-            raise ValueError(f"citation: allowed is {allowed}; its entries are domains, URLs or DOI prefixes")
+            raise ValueError(f"citation: allowed is {allowed}; its entries must be domains, URLs or DOI prefixes")
         self.doi_prefixes = tuple(e.lower() for e in entries if re.match(r"10\.\d", e))
         self.domains = {e.lower().removeprefix("www.") for e in entries if "/" not in e and not re.match(r"10\.\d", e)}
         self.urls = {_url(e, e).id for e in entries if "/" in e and not re.match(r"10\.\d", e)}
@@ -186,7 +186,8 @@ class Citation:
 def references(text: str, original: str) -> Iterator[Reference]:
     """Yields the links, identifiers and list entries of a text. Equal references are yielded only once.
 
-    `text` is `original` without invisible characters. A URL that is in `text` but not in `original` is malformed.
+    `text` is `original` without invisible characters. A URL that is in `text` but not in `original` is malformed,
+    because it has invisible characters in `original`.
     """
     found = [m[0] for pattern in (_LINK, _BARE) for m in pattern.finditer(text)]
     for url in dict.fromkeys([*found, *(m[1] for m in _MARKDOWN.finditer(text))]):
@@ -199,7 +200,7 @@ def _identifiers(text: str) -> Iterator[Reference]:
     for match in _DOI.finditer(text):
         doi = _trimmed(match[2]).lower()
         suffix = doi.partition("/")[2]
-        # A quotient such as 10.2500/4 is no DOI, unless "doi" stands before it.
+        # A text such as 10.2500/4 may be a quotient, so it counts as a DOI only if "doi" stands before it.
         if suffix[:1].isalnum() and (match[1] or len(suffix) > 5 or re.search(r"[a-z]", suffix)):
             yield _doi(doi)
     for match in _ARXIV.finditer(text):
@@ -251,7 +252,7 @@ def _trimmed(link: str) -> str:
 def _listed(text: str) -> Iterator[Reference]:
     """Yields each list entry that contains no link or identifier, and each mark such as "[3]" that refers to no
     entry."""
-    listing, headed = False, False  # in a list with a heading; after any such heading
+    listing, headed = False, False  # listing: in a list under a heading; headed: after the first such heading
     numbers: set[str] = set()
     prose: list[str] = []
     for whole in text.split("\n"):
@@ -283,9 +284,9 @@ def _listed(text: str) -> Iterator[Reference]:
 def _is_entry(item: str, numbered: bool, listing: bool) -> bool:
     """True if a line is an entry of a reference list.
 
-    A line under a heading is an entry if it is numbered "[1]". Any other line must look like a publication. Without
-    this rule, two kinds of lines would be entries by mistake: items of another list under a heading such as "Sources",
-    and steps of a solution that are numbered "[1]" but have no such heading.
+    A line under a heading is an entry if it is numbered "[1]". Any other line is an entry only if it looks like a
+    publication. Without this rule, two kinds of lines would be entries by mistake: items of another list under a
+    heading such as "Sources", and steps of a solution that are numbered "[1]" but have no such heading.
     """
     if numbered and listing:
         return bool(item.strip())
@@ -300,8 +301,8 @@ def _words(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Removes invisible characters and lone surrogates, and converts full-width letters, and the signs of links, to
-    ASCII."""
+    """Removes invisible characters and lone surrogates. Converts full-width letters, and the full-width signs ". /
+    ://", to ASCII."""
     plain = visible(text).translate({0xFF0E: ".", 0xFF0F: "/"} | {0xFF21 + i: 0x41 + i for i in range(58)})
     return plain.replace("：//", "://")
 

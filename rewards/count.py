@@ -1,4 +1,4 @@
-"""Reward `count`: compares the number of things in the answer, or their points, with the ground truth."""
+"""Reward `count`: compares the number, or the points, in the answer with the ground truth."""
 
 import math
 import re
@@ -25,24 +25,24 @@ _SMALL = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 _SMALL += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _WORDS = {word: n for n, word in enumerate(_SMALL)} | {word: 10 * n for n, word in enumerate(_TENS, 2)} | {"none": 0}
-# Finds numbers, but skips those inside a power, fraction, name or longer number: "9^9", "3/4", "B2", "1.2.3".
+# Finds numbers, but skips numbers inside a power, fraction, name or longer number: "9^9", "3/4", "B2", "1.2.3".
 _FIGURES = re.compile(r"(?<![\w.,^/\u2212-])\d{1,15}+(?:,\d{3})*+(?:\.\d{0,15}+)?(?![\w^/]|[-.,]\d)")
 _SPELLED = re.compile(rf"\b(?:({'|'.join(_TENS)})[- ])?({'|'.join(_WORDS)})\b")
 
 
 @reward("count", on_timeout="lowest", verifiable=True)
 class Count:
-    """1.0 for the true number, else 0.0. If the ground truth is a list of points, scores the answer's points.
+    """1.0 for the true number, else 0.0. If the ground truth is a list of points, the points in the answer are scored.
 
-    If the ground truth is a number, the last number in figures counts. If the answer has no figures, the last number in
-    words counts. Only one part of the answer is searched: the last `\\boxed{...}`, else the text after the last
-    "Answer:", else the whole answer if it is short. Coordinates of points and boxes are skipped.
+    If the ground truth is a number, the last number in digits ("12") counts. If the answer has no number in digits, the
+    last number in words ("twelve") counts. Only one part of the answer is searched: the last `\\boxed{...}`, else the
+    text after the last "Answer:", else the whole answer if it is short. Coordinates of points and boxes are skipped.
 
     If the ground truth is a list of points, the answer must give the points, as in Perception-R1. Given and true points
-    are matched one to one so that the sum of max(0, 1 - d / radius) is the largest. d is the Euclidean distance in
-    fractions of the picture. The value is this sum / max(number of given points, number of true points). A missing
-    point costs as much as a superfluous one. An answer that only states a number earns 0.0, because nothing in it can
-    be checked against the picture.
+    are matched one to one so that the sum of max(0, 1 - d / radius) is the largest. d is the Euclidean distance of a
+    given point from its true point, with x in picture widths and y in picture heights. The value is this sum /
+    max(number of given points, number of true points). A missing point costs as much as a superfluous point. An answer
+    that only states a number earns 0.0, because a number alone does not show where the things are.
 
     The report describes no reward for counting. Formula and radius are a reconstruction.
     """
@@ -60,14 +60,16 @@ class Count:
         true = _true_number(rollout)
         text = marked_answer(rollout.answer)
         if text is None:
-            return Score(0.0, {"why": "a long answer that marks no result"})
+            return Score(0.0, {"why": 'a long answer without \\boxed{...} and without "Answer:"'})
         number = _number(text)
         if number is None:
             return Score(0.0, {"why": "no number in the answer", "answer": text[:200]})
         return Score(float(number == true), {"number": number})
 
     def _points(self, rollout: Rollout) -> Score:
-        true = true_shapes(rollout, self.coordinates, 2, "a number or a list of points [x, y] (0 for none)")
+        true = true_shapes(
+            rollout, self.coordinates, 2, "a number, or a list of points [x, y] (0 if there is no point)"
+        )
         found = shapes(POINTS, rollout.answer)
         if not found:
             return Score(0.0, {"why": "no point in the answer"})

@@ -80,7 +80,7 @@ class SampleClock:
         self._used, self._since = 0.0, time.monotonic()
         self._pauses = 0
         self._limit = 0.0
-        self._scope: asyncio.Timeout | None = None  # while limit() runs
+        self._scope: asyncio.Timeout | None = None  # set while limit() runs
 
     @property
     def elapsed(self) -> float:
@@ -278,14 +278,16 @@ class Endpoint:
         except APIStatusError as e:
             return self._on_status(e)
         except (OpenAIError, json.JSONDecodeError) as e:
-            return _Failure(f"{self.spec.url} answered with no chat completion: {self._public(e)}")
+            return _Failure(f"{self.spec.url} sent an answer that is no chat completion: {self._public(e)}")
         if not isinstance(completion, ChatCompletion) or not completion.choices:
-            return _Failure(f"{self.spec.url} answered with no chat completion: {self._public(completion)}")
+            return _Failure(f"{self.spec.url} sent an answer that is no chat completion: {self._public(completion)}")
         choice = completion.choices[0]
         if choice.finish_reason == "content_filter" or choice.message.refusal:
-            raise Refused(f"withheld its reply: {self._public(choice.message.refusal or choice.finish_reason)}")
+            raise Refused(
+                f"the model withheld its reply: {self._public(choice.message.refusal or choice.finish_reason)}"
+            )
         if choice.finish_reason == "length":
-            raise Unparsable(f"did not finish its reply within {request['max_tokens']} tokens")
+            raise Unparsable(f"the model did not finish its reply within {request['max_tokens']} tokens")
         return choice.message.content or ""
 
     def _on_status(self, error: "APIStatusError") -> _Failure:
@@ -343,4 +345,4 @@ def parsed(text: str, answer: type[Answer]) -> Answer:
     except ValidationError as e:
         first = e.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise Unparsable(f"replied with no {answer.__name__}: {place + ': ' if place else ''}{first['msg']}") from None
+        raise Unparsable(f"the reply is no {answer.__name__}: {place + ': ' if place else ''}{first['msg']}") from None

@@ -16,5 +16,5 @@ def exact(rollout: Rollout) -> Score:
         raise Invalid(f"exact needs text or a number as ground truth; row {rollout.prompt.id} has {truth!r}")
     found = marked_answer(rollout.answer, WINDOW + len(str(truth)))
     if found is None:
-        return Score(0.0, {"why": "a long answer that marks no result"})
+        return Score(0.0, {"why": 'a long answer without \\boxed{...} and without "Answer:"'})
     return Score(float(normalised(found) == normalised(str(truth))), {"answer": found[:200]})

@@ -13,11 +13,11 @@ Tag = Annotated[str, Field(pattern=r"^[A-Za-z][\w-]{0,40}$")]
 def format_tags(
     rollout: Rollout, tags: Annotated[tuple[Tag, ...], Field(min_length=1)] = ("think",), answer_tag: Tag | None = None
 ) -> Score:
-    """1.0 for `<think>...</think>` and then an answer; each tag is opened and closed once, in the order of `tags`.
+    """1.0 if each of `tags` is opened and closed once, in this order, and an answer follows; else 0.0.
 
     Only white space may stand before and between the tagged parts. After them comes the answer, which must not be
-    empty. If `answer_tag` is given, the answer must be inside this tag, and nothing may follow the tag. A part in one
-    of `tags` may be empty, because a model that is told not to think leaves it empty.
+    empty. If `answer_tag` is given, the answer must be inside this tag, and nothing may follow the tag. The parts in
+    `tags` may be empty, because a model that is told not to think leaves `<think></think>` empty.
 
     The report mentions no format reward. This reward is a reconstruction of a usual format reward.
     """
@@ -31,10 +31,10 @@ def _breach(text: str, tags: tuple[str, ...], answer_tag: str | None) -> str:
     for tag in (*tags, *([answer_tag] if answer_tag else [])):
         opening, closing = f"<{tag}>", f"</{tag}>"
         if text.count(opening) != 1 or text.count(closing) != 1:
-            return f"{opening} and {closing} are not there once each"
+            return f"{opening} and {closing} do not occur exactly once each"
         start = text.index(opening)
         if start < end or text[end:start].strip():
-            return f"{opening} does not follow at once"
+            return f"{opening} is not at the beginning or directly after the previous tag"
         end = text.index(closing) + len(closing)
         if end <= start:
             return f"{closing} comes before {opening}"

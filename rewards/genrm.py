@@ -57,13 +57,13 @@ class GenRM:
                  longer text is cut out: the judge sees a short start and a long end
     template     a Jinja file that replaces rewards/prompts/genrm.jinja. That file lists the variables
     length_control  this number is subtracted from s_answer if the answer is twice as long as the reference, two times
-                 this number if the answer is four times as long, and so on. 0 ignores the length
+                 this number if the answer is four times as long, and so on. With 0, the length does not matter
 
     An empty answer scores 0.0. If the judge gives no comparison for an answer, but gives a comparison for a harmless
-    answer to the same row, the answer also scores 0.0. A row without a reference is invalid. In the report, a model
-    compares the response with a teacher's response, gives reasons and returns a fine-grained score. The grades, the
-    criteria, the use of both orders and the scale are reconstructions. The win probability (Bradley and Terry 1952) and
-    the cost of length follow Step 3.5 Flash.
+    answer to the same row, the policy's answer also scores 0.0. A row without a reference is invalid. In the report, a
+    model compares the response with a teacher's response, gives reasons and returns a fine-grained score. The grades,
+    the criteria, the use of both orders and the scale are reconstructions. The win probability (Bradley and Terry 1952)
+    and the cost of length follow Step 3.5 Flash.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class GenRM:
         length_control: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0,
     ):
         if rule == "linear" and scale is not None:
-            raise ValueError(f"genrm: scale is {scale:g}, but rule: linear has no scale; remove it")
+            raise ValueError(f"genrm: scale is {scale:g}, but rule: linear has no scale; remove the scale")
         self.rule, self.scale, self.max_chars = rule, scale or SCALE, max_chars
         self.length_control = length_control
         self.judge = Judge(

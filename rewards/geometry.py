@@ -47,7 +47,7 @@ EITHER = re.compile(f"{_BOX}|{_NAMED_BOX}|{_POINT}|{_NAMED_POINT}", re.IGNORECAS
 # The text allowed between two shapes of one list: punctuation, numbers, "and", quoted keys and labels, tags.
 _GLUE = re.compile(
     r"(?:[\s,;:.\d\[\](){}]|and\b|\"[^\"\n]*+\"|'[^'\n]*+'|\w{1,20}+="
-    r"|\A/\w{1,20}+>|<\w{1,20}+\s?\Z|[\"']\Z"  # part of a tag or key; a shape's match has the other part
+    r"|\A/\w{1,20}+>|<\w{1,20}+\s?\Z|[\"']\Z"  # part of a tag or key; the other part is in the match of a shape
     r"|<[^<>\n]{1,100}+>|>[^<>\n]{0,100}+</\w{1,20}+>|/?>)*+"
 )
 _GAP = 300  # maximum number of characters between two shapes of one list
@@ -55,15 +55,16 @@ _GAP = 300  # maximum number of characters between two shapes of one list
 
 def answer_part(answer: str) -> str | None:
     """Returns the part of an answer whose boxes and points count: the content of the last `\\boxed{...}`, else the text
-    after the last "Answer:", else the whole answer. The content of `\\boxed{...}` is put in brackets, because it may
-    have none of its own. Returns None if the answer has neither a box nor "Answer:" and is longer than LONGEST."""
+    after the last "Answer:", else the whole answer. The content of `\\boxed{...}` is put in brackets, because it may be
+    numbers without brackets. Returns None if the answer is longer than LONGEST and has no `\\boxed{...}` and no
+    "Answer:"."""
     boxed = last_boxed(answer[-LONGEST:])
     return marked_answer(answer, LONGEST) if boxed is None else f"[{boxed}]"
 
 
 def shapes(pattern: re.Pattern[str], answer: str, last_list: bool = False) -> list[Shape]:
     """Returns all shapes that `pattern` finds in the `answer_part` of an answer, in order. Their numbers are not
-    converted to fractions. If there are too many shapes, returns the first MOST + 1.
+    converted to fractions. If there are more than MOST shapes, returns the first MOST + 1.
 
     Finds `[x1, y1, x2, y2]` and `[x, y]` (alone, in lists, as values in JSON), the same shapes in round brackets, two
     corners such as `(x1, y1), (x2, y2)`, numbers between tags such as `<box>` and `<point>`, and named numbers (see
@@ -106,7 +107,7 @@ def usable_shape(numbers: Shape, size: tuple[float, float]) -> Shape | str:
     if not all(-1 <= c <= 2 for c in fractions):
         return "a coordinate is more than a picture's size outside the picture"
     if len(fractions) == 4 and not _is_box(fractions):
-        return "not a box: x1 < x2 and y1 < y2 is needed"
+        return "not a box: x1 < x2 and y1 < y2 are needed"
     return fractions
 
 
@@ -124,7 +125,7 @@ def picture_size(rollout: Rollout, coordinates: Coordinates) -> tuple[float, flo
         side = 1.0 if coordinates == "unit" else 1000.0
         return side, side
     if not rollout.prompt.images:
-        raise Invalid(f"coordinates: pixel needs a picture, and row {rollout.prompt.id} has none")
+        raise Invalid(f"coordinates 'pixel' need a picture, but row {rollout.prompt.id} has none")
     width, height = rollout.prompt.images[0].size
     return float(width), float(height)
 
@@ -133,8 +134,8 @@ def true_shape(rollout: Rollout, value: Any, coordinates: Coordinates, lengths: 
     """Returns a box or point of the row's ground truth as fractions of the picture. `lengths` has the allowed numbers
     of coordinates: 4 for a box, 2 for a point.
 
-    Raises Invalid if `value` is no such box or point, or if it does not fit `coordinates`. The message contains `want`,
-    which describes the values that the reward takes.
+    Raises Invalid if `value` is not such a box or point, or if it does not fit `coordinates`. The message contains
+    `want`, which describes the values that the reward takes.
     """
     row = rollout.prompt.id
     if not is_shape(value) or len(value) not in lengths:
@@ -146,12 +147,15 @@ def true_shape(rollout: Rollout, value: Any, coordinates: Coordinates, lengths: 
             f"'{coordinates}'; set the reward's parameter coordinates to unit, thousand or pixel"
         )
     if len(fractions) == 4 and not _is_box(fractions):
-        raise Invalid(f"the ground truth of row {row}, {value!r}, is no box: x1 < x2 and y1 < y2")
+        raise Invalid(f"the ground truth of row {row}, {value!r}, is no box: x1 < x2 and y1 < y2 are needed")
     return fractions
 
 
 def true_shapes(rollout: Rollout, coordinates: Coordinates, length: int, want: str) -> list[Shape]:
-    """Returns the shapes of the row's ground truth (one, or a list) as fractions of the picture. Raises Invalid."""
+    """Returns the shapes of the row's ground truth (one shape or a list) as fractions of the picture.
+
+    Raises Invalid as `true_shape` does, and if there are more than MOST shapes.
+    """
     value, row = rollout.prompt.ground_truth, rollout.prompt.id
     several = isinstance(value, list | tuple) and bool(value) and all(isinstance(v, list | tuple) for v in value)
     values = list(value) if several else [value]
@@ -170,7 +174,7 @@ def best_pairs(scores: np.ndarray) -> np.ndarray:
 
     Returns the scores of the matched pairs, in descending order.
     """
-    from scipy.optimize import linear_sum_assignment  # imported here: it takes half a second and much address space
+    from scipy.optimize import linear_sum_assignment  # takes half a second and much address space
 
     return np.sort(scores[linear_sum_assignment(scores, maximize=True)])[::-1]
 

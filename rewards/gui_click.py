@@ -36,7 +36,7 @@ _BARE_DONE = re.compile(rf"\W{{0,8}}+(?:{'|'.join(_DONE)})\W{{0,8}}+", re.IGNORE
 # The reward is not `verifiable`, because the highest value is 2, but a row with an element to click earns at most 1.
 @reward("gui_click", on_timeout="lowest", lowest=MISS, highest=COMPLETED, needs="ground_truth")
 def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
-    """Hit 1, near 0.5, miss -1; task rightly declared done 2, declared done too early -0.5.
+    """1 for a hit, 0.5 for a near click, -1 for a miss; 2 if the task is rightly declared done, -0.5 if too early.
 
     If there is an element to click, the ground truth is {"box": [x1, y1, x2, y2]}. It may also have "elements", a list
     of the boxes of all elements of the screen. If nothing is left to do, the ground truth is {"done": true}.
@@ -53,16 +53,16 @@ def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
     target, elements = _truth(rollout, coordinates)
     action = _action(rollout.answer)
     if action is None:
-        return Score(MISS, {"why": "no click and no completion in the answer"})
+        return Score(MISS, {"why": "the answer has no click and does not declare the task done"})
     if action == "done":
         return Score(COMPLETED if target is None else STOPPED_EARLY, {"outcome": "declared done"})
     if isinstance(action, str):
-        return Score(MISS, {"why": f"the action is {action}"})
+        return Score(MISS, {"why": f"the action is {action}, not a click"})
     clicked = usable_shape(action, picture_size(rollout, coordinates))
     if isinstance(clicked, str):
         return Score(MISS, {"why": clicked})
     if target is None:
-        return Score(MISS, {"outcome": "a click when the task was done"})
+        return Score(MISS, {"outcome": "a click, although the task was already done"})
     point = centre(clicked)
     if inside(point, target):
         return Score(HIT, {"outcome": "hit"})

@@ -21,7 +21,7 @@ from rewards.geometry import (
 
 @reward("iou", on_timeout="lowest", verifiable=True)
 class IoU:
-    """Sum of IoU ** power over matched boxes / max(number of given boxes, number of true boxes).
+    """(Sum of IoU ** power over matched boxes) / max(number of given boxes, number of true boxes).
 
     Given and true boxes are matched one to one so that the sum of IoU is the largest (Hungarian method). A missing box
     costs as much as a superfluous box. So an answer with several boxes for one object never earns more than its best
@@ -33,9 +33,9 @@ class IoU:
     all boxes in one part of the answer count. This part is the last `\\boxed{...}`, else the text after the last
     "Answer:", else the whole answer.
 
-    The report names IoU with a strict, decaying shape. It gives no formula. Power 2 is a reconstruction: Perception-R1,
-    which the report cites, describes IoU, and the released code of Perception-R1 squares it. The division by the number
-    of boxes is a reconstruction too.
+    The report names a reward from IoU with a strict, decaying shape, but gives no formula. Power 2 is a reconstruction:
+    Perception-R1, which the report cites, describes IoU, and the released code of Perception-R1 squares it. The
+    division by the number of boxes is a reconstruction too.
     """
 
     def __init__(self, power: Annotated[float, Field(gt=0)] = 2, coordinates: Coordinates = "unit") -> None:

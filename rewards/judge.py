@@ -1,10 +1,11 @@
 """Asks a judge for verdicts on untrusted text. Shared by all rewards that ask a judge.
 
-A Judge fills a prompt of rewards/prompts/ and asks for a verdict. The policy's text cannot pose as instructions: it
-stands between marks that the policy cannot predict, and chat tokens in the text are replaced. The policy's text also
-cannot cause its sample to be left out of the loss. If the judge gives no verdict, the same prompt is sent again, with a
-harmless response instead of the text. This prompt is called a canary. If the judge answers the canary, the text was the
-cause, and the sample gets its lowest value. If the judge does not answer the canary, the sample is invalid.
+A Judge fills a prompt of rewards/prompts/ and asks for a verdict. The judge can distinguish the policy's text from
+instructions: the text stands between marks that the policy cannot predict, and chat tokens in the text are replaced.
+The policy's text also cannot cause its sample to be left out of the loss. If the judge gives no verdict, the same
+prompt is sent again, with a harmless response instead of the text. This prompt is called a canary. If the judge answers
+the canary, the text was the cause, and the sample gets its lowest value. If the judge does not answer the canary, the
+sample is invalid.
 """
 
 import asyncio
@@ -159,7 +160,7 @@ class Judge(Generic[V]):
             except Unreachable as e:
                 if e.status is None or e.status < 500:
                     raise
-                # Perhaps the server fails only on this text: without this check, the sample would wait for the server
+                # The server may fail only on this text. Without this check, the sample would then wait for the server
                 # forever.
                 await self._check(row, shown, texts, 0.0)
                 why = e.why
@@ -258,8 +259,8 @@ async def together(*verdicts: Awaitable[V]) -> list[V]:
 
 
 def question(row: Prompt) -> str:
-    """Returns the row's chat as text. Pictures become "(picture 1)" and so on. Roles are named, unless the chat is a
-    single user message."""
+    """Returns the row's chat as text. Pictures become "(picture 1)" and so on. The role stands before each message,
+    except if the chat is a single user message."""
     pictures, turns = 0, []
     for message in row.messages:
         content = message["content"]
@@ -280,7 +281,7 @@ def truth(row: Prompt) -> str:
     """Returns the row's ground truth as text. Raises Invalid if the row has none."""
     text = "" if row.ground_truth is None else as_response(row.ground_truth)
     if not clean(text).strip():
-        raise Invalid(f"row {row.id} has no ground truth to judge by")
+        raise Invalid(f"row {row.id} has no ground truth for the judge")
     return text
 
 

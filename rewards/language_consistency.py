@@ -1,7 +1,7 @@
 """Behaviour penalty `language_consistency`: the answer is in another language than the question, or in two languages.
 
-The report discourages "code-switching and question-answer language mismatch" with a model-based penalty and gives
-neither the model nor a threshold. The method (rewards.prose, rewards.languages) and all numbers are reconstructions.
+The report discourages "code-switching and question-answer language mismatch" with a model-based penalty. It names no
+model and no threshold. The method (rewards.prose, rewards.languages) and all numbers are reconstructions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ class LanguageConsistency:
     ):
         self.identifier = Identifier(languages or LANGUAGES, accurate)
         if len(self.identifier.languages) < 2:
-            raise ValueError(f"language_consistency: languages is {languages}; it needs two or more languages")
+            raise ValueError(f"language_consistency: languages is {languages}; at least two languages are needed")
         if not 0 <= tolerance < 1:
             raise ValueError(f"language_consistency: tolerance is {tolerance}; it must be at least 0 and below 1")
         self.tolerance, self.reasoning = tolerance, reasoning
@@ -86,7 +86,7 @@ class LanguageConsistency:
         if main is None or found.total < TELLING:
             hidden = ", and nearly all of it is code, formulas or quotations" if found.dropped > 10 * TELLING else ""
             other = main and allowed and found.total >= 2 * SCRIPT_TELLING and not same_script(main, allowed)
-            return f"another script: {main}" if other else f"too little prose to tell{hidden}"
+            return f"another script: {main}" if other else f"too little prose to identify its language{hidden}"
         if allowed and not _agrees(main, allowed):
             return f"another language: {main}"
         foreign = {

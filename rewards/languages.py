@@ -21,9 +21,9 @@ NEAR = ({"da", "nb", "nn"}, {"id", "ms"}, {"bs", "hr", "sr"}, {"cs", "sk"})
 """Groups of languages that cannot be distinguished in short texts. The identifier's confidences in the languages of a
 group are added up. The group's first loaded language gets the sum; the other languages get none."""
 
-MAX_CHUNKS = 160  # maximum number of text pieces for the identifier; of more pieces, an even selection is used
+MAX_CHUNKS = 160  # maximum number of text pieces for the identifier; of more pieces, evenly spaced ones are used
 CHUNK = 40  # minimum number of letters in a piece: the identifier is often wrong about shorter pieces
-TELLING = 20  # minimum weight of prose (about one per Latin letter) for identifying its language
+TELLING = 20  # minimum weight of prose whose language is identified; a Latin letter weighs about 1
 SURE, UNLIKELY = 0.9, 0.05  # a piece is foreign if a language has confidence >= SURE and the main language <= UNLIKELY
 TERM_WORDS = 3  # up to this many Latin words in a row, inside text of another script, are a name or a term
 

@@ -70,17 +70,16 @@ def _based(text: str) -> tuple[str, str] | None:
 
 
 class TooMuch(Exception):
-    """Raised for an expression that would take too long to evaluate. The message says why, as in "a number of more than
-    30000 digits"."""
+    """Raised for an expression that would take too long to evaluate. The message is the reason, for example "a number
+    of more than 30000 digits"."""
 
 
 def digits(expression: Any) -> float:
-    """Estimates how many decimal digits the longest number has while a sympy expression is evaluated. The true number
-    of digits is at most this estimate. Looks only at the form of the expression. Raises TooMuch if there are too many
-    digits or terms.
+    """Estimates how many decimal digits the longest number has while a sympy expression is evaluated. Looks only at the
+    form of the expression, and does not evaluate it. Raises TooMuch if there are too many digits or terms.
 
-    Covers powers, factorials, sums and products, nested in any way. Integrals, limits and similar expressions are
-    accepted without an estimate.
+    For powers, factorials, sums and products, nested in any way, the true number of digits is at most the estimate.
+    Integrals, limits and similar expressions are accepted without an estimate.
     """
     if getattr(expression, "is_Rational", False):
         return math.log10(max(abs(expression.p), expression.q) + 1)
@@ -150,7 +149,8 @@ def _readings(text: str, percent: bool) -> list[str]:
 
 
 def _boxed(truth: object) -> str:
-    """Converts a ground truth into a response: puts it in a box, unless it is a whole solution that has a box."""
+    """Converts a ground truth into a response: puts it in a box. A ground truth that already has a box stays
+    unchanged."""
     return text if last_boxed(text := str(truth)) else f"\\boxed{{{text}}}"
 
 
@@ -160,7 +160,7 @@ class Truth:
 
     text: str  # the result of `plain` without its percent sign
     percent: bool
-    words: str | None  # the normalised text if it is no formula
+    words: str | None  # the normalised text if it is one word or no mathematics, else None
     values: Sequence[list[Any]]  # one list for each of `_readings`; empty if the text is no mathematics
 
 
@@ -168,20 +168,21 @@ class Truth:
 class MathVerify:
     """1.0 if the answer equals the ground truth as mathematics: 1/2, 0.5 and \\frac{2}{4} are the same.
 
-    Compares the last `\\boxed{...}` of the answer. Without a box, it compares the last result that the library finds in
-    the text. It also reads the text after the last "Answer:" (or the whole answer if it is short) as a formula. Three
-    cases do not use the library's rules. Words are compared letter by letter, because the library reads them as
-    products of variables. Two numbers with a base must also have the same base. A percentage equals two numbers without
-    a percent sign: 25% equals 25, and it equals 0.25. A ground truth that is plain text and no mathematics is compared
-    as in `exact`. A row is invalid if its ground truth is LaTeX that cannot be parsed, or if comparing it with an
-    answer would take too long.
+    Compares the last `\\boxed{...}` of the answer. If the answer has no box, two results count: the last result that
+    the library finds in the text, and the text after the last "Answer:" (or the whole answer if it is short), read as a
+    formula. The value is 1.0 if one of these results is equal to the ground truth. In three cases, the library's rules
+    are not used. Words are compared letter by letter, because the library reads them as products of variables. Two
+    numbers with a base must also have the same base. A percentage equals two numbers without a percent sign: 25% equals
+    both 25 and 0.25. A ground truth that is plain text and no mathematics is compared as in `exact`. A row is invalid
+    if its ground truth is LaTeX that cannot be parsed, or if comparing it with an answer would take too long.
 
     The library's own time limits are off. They use SIGALRM, which cannot interrupt a long operation inside one
-    bytecode, and which fails outside the main thread. Instead of these limits, the runner kills the process.
+    bytecode, and which fails outside the main thread. Instead, the runner kills a process that exceeds the time limit
+    of a sample.
     """
 
     def setup(self) -> None:
-        logging.getLogger("math_verify").setLevel(logging.ERROR)  # the library warns that its time limits are off
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # hides the warning that the time limits are off
         self._truth = lru_cache(maxsize=256)(self._read_truth)
         self._verify(
             self._parse("\\boxed{1}"), self._parse("\\boxed{1}")
@@ -235,9 +236,9 @@ class MathVerify:
         if len(text) > LONGEST_BOX:
             raise refuse(f"has more than {LONGEST_BOX} characters")
         if _depth(text) > DEEPEST:
-            raise refuse(f"has brackets nested more than {DEEPEST} deep")
+            raise refuse(f"has more than {DEEPEST} levels of nested brackets")
         if _EAGER.search(text) and _TOO_MUCH_FOR_EAGER.search(text):
-            raise refuse("asks for a binomial coefficient or a common divisor beside large or nested numbers")
+            raise refuse("has a binomial coefficient or a common divisor with large or nested numbers")
         values = [self._parse(reading) for reading in _readings(text, percent)]
         mathematics = [one for one in values[0] if not isinstance(one, str)]
         if not normalised(text) or (not mathematics and any(c in text for c in "\\{}")):
@@ -247,7 +248,7 @@ class MathVerify:
         except TooMuch as e:
             raise refuse(f"leads to {e}, which takes too long to evaluate") from None
         except RecursionError:
-            raise refuse("is nested too deep") from None
+            raise refuse("has too many nested levels") from None
         words = normalised(text) if not mathematics or _WORD.fullmatch(text) else None
         return Truth(text, percent, words, values if mathematics else [])
 

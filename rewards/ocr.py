@@ -12,8 +12,8 @@ from rewards.text import folded, marked_answer
 LONGEST_TRUTH = 20_000
 """Maximum number of characters of a true text. The time of a comparison grows with the product of the two lengths."""
 LONGEST_TIMES, LONGEST_PLUS = 4, 64
-"""An answer with more characters than 4 * (characters of the true text) + 64 is not compared, because it could earn
-little more than 1/4."""
+"""An answer with more characters than 4 * (characters of the true text) + 64 is not compared, because it could not earn
+much more than 1/4."""
 
 _FENCE = re.compile(r"```\w{0,20}+\n(.*)\n```", re.DOTALL)
 
@@ -28,8 +28,8 @@ def ocr(rollout: Rollout, case_sensitive: bool = True) -> Score:
 
     The transcription is the answer's last `\\boxed{...}` if there is one, else the text after the last "Answer:", else
     the whole answer. A code fence around the transcription is removed. If the true text itself contains `\\boxed{...}`
-    or "Answer:", the whole answer is the transcription. The ground truth is one text or a list of acceptable texts. The
-    text that is nearest to the transcription counts.
+    or "Answer:", the whole answer is the transcription. The ground truth is one text or a list of acceptable texts. Of
+    several texts, the text that is nearest to the transcription counts.
 
     The report describes no reward for reading text. Perception-R1, which the report cites, uses edit distance. The
     normalisation here is a reconstruction.
@@ -40,7 +40,7 @@ def ocr(rollout: Rollout, case_sensitive: bool = True) -> Score:
         text = _transcription(rollout.answer, true, limit)
         if len(text) <= limit and len(given := _comparable(text, case_sensitive)) <= limit:
             best = max(best, Levenshtein.normalized_similarity(given, wanted))
-    return Score(best) if best else Score(0.0, {"why": "nothing in common with the true text, or far longer"})
+    return Score(best) if best else Score(0.0, {"why": "no similarity to the true text, or far longer than this text"})
 
 
 def _true_texts(rollout: Rollout) -> list[str]:

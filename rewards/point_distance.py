@@ -41,12 +41,14 @@ def point_distance(
     no, (...)" gives one point, "[[...], [...]]" gives two points. A list of n points earns 1/n of the value that the
     best of these points would earn. An answer without a usable point earns 0.0.
 
-    The report asks for strict distance decay. It gives neither a formula nor a radius. The formula, the radius and the
-    rule for lists are reconstructions.
+    The report asks for strict distance decay. It gives no formula and no radius. The formula, the radius and the rule
+    for lists are reconstructions.
     """
     given, row = rollout.prompt.ground_truth, rollout.prompt.id
     if isinstance(given, list | tuple) and any(isinstance(one, list | tuple | dict) for one in given):
-        raise Invalid(f"row {row} has a list of points as ground truth; point_distance takes one point, count a list")
+        raise Invalid(
+            f"row {row} has a list of points as ground truth, but point_distance takes one point; use the reward count"
+        )
     true = true_shape(rollout, given, coordinates, (2, 4), "[x, y], or the box [x1, y1, x2, y2] to point into")
     found = shapes(POINTS, rollout.answer, last_list=True)
     if not found:

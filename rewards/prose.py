@@ -40,7 +40,7 @@ WORD = re.compile(
     "|".join(f"(?P<{s}>[{r}][{r}\u0300-\u036f]*+(?:['’][{r}\u0300-\u036f]++)*+)" for s, r in RANGES.items())
 )
 _LETTERS_PER_SIGN = {"Han": 3, "Kana": 2, "Hangul": 2}
-UNSPACED = {"Han": 4, "Kana": 8, "Thai": 12}  # number of letters in a long word, for scripts without blanks
+UNSPACED = {"Han": 4, "Kana": 8, "Thai": 12}  # maximum letters of one word, for scripts without blanks
 _HIRAGANA, _HIRAGANA_OR_HAN = re.compile("[ぁ-ゖ]"), re.compile(f"[ぁ-ゖ{RANGES['Han']}]")
 
 _FENCE = re.compile(r"^[ \t>]{0,16}+(`{3,}+|~{3,}+)([^\n]*+)$", re.MULTILINE)
@@ -88,9 +88,9 @@ def script_runs(prose: str) -> dict[str, list[Run]]:
     japanese = _is_japanese(prose)
     for sentence in _SENTENCE.findall(prose):
         words = [(m.lastgroup or "", m[0]) for m in WORD.finditer(sentence)]
-        words = [(s, w) for s, w in words if not (s == "Greek" and len(w) < 3)]  # letters of formulas
+        words = [(s, w) for s, w in words if not (s == "Greek" and len(w) < 3)]  # skips letters of formulas
         han = sum(len(w) for s, w in words if s == "Han")
-        # A short Japanese phrase may have only Han characters; a sentence of a dozen characters has kana too.
+        # A short Japanese phrase may have only Han characters. A Japanese sentence with 12 Han characters has kana too.
         if _is_japanese(sentence) or (japanese and han < 12):
             words = [("Kana" if s == "Han" else s, w) for s, w in words]
         korean = any(s == "Hangul" for s, _ in words)
@@ -102,7 +102,7 @@ def script_runs(prose: str) -> dict[str, list[Run]]:
 
 
 def without_code_and_quotations(text: str) -> str:
-    """Puts a blank in place of code, formulas, quotations, URLs, tags and words with digits."""
+    """Replaces code, formulas, quotations, URLs, tags and words with digits by white space."""
     text = _cut(text, _fenced(text))
     text = _cut(text, _environments(text))
     return _NOT_PROSE.sub(" ", text)

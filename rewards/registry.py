@@ -58,7 +58,8 @@ class Reward:
 
     @property
     def asynchronous(self) -> bool:
-        """True for an async reward, such as a reward that asks an endpoint. One process scores many samples at once."""
+        """True for an async reward, such as a reward that asks an endpoint. One process scores many samples at once
+        with such a reward."""
         function = self.target.__call__ if inspect.isclass(self.target) else self.target
         return inspect.iscoroutinefunction(function)
 
@@ -69,7 +70,8 @@ class Reward:
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """The parameters that a recipe may set: those of a class's `__init__`; for a function, all but the first."""
+        """The parameters that a recipe may set: for a class, the parameters of `__init__`; for a function, all
+        parameters but the first."""
         parameters = list(inspect.signature(self.target).parameters.values())
         return {p.name: p for p in (parameters if inspect.isclass(self.target) else parameters[1:])}
 
@@ -137,7 +139,8 @@ def reward(
 ) -> Callable[[Target], Target]:
     """Registers a reward: a `def`, an `async def`, or a class with `__call__` (and `setup()` if it loads something).
 
-    group       True if the reward takes the list of all rollouts of one prompt, and returns a list of scores in order
+    group       True if the reward takes the list of all rollouts of one prompt, and returns a list of scores in the
+                same order
     lowest      the lowest value that the reward can return; truncated responses and unreadable text get this value
     highest     the value of a fully right response
     on_timeout  what happens to a sample that runs out of time or memory. "invalid": it is left out of the loss.
@@ -185,7 +188,7 @@ def _register(name: str, **declared: Any) -> Callable[[Target], Target]:
     def register(target: Target) -> Target:
         entry = Reward(name, target, **declared)
         if entry.on_timeout not in ("invalid", "lowest"):
-            problem = f"on_timeout is {entry.on_timeout!r}; it is 'invalid' or 'lowest'"
+            problem = f"on_timeout is {entry.on_timeout!r}; it must be 'invalid' or 'lowest'"
             raise ValueError(f"{entry.kind} {name!r}: {problem}")
         others = [r for r in _REGISTRY.get(name, []) if r.source != entry.source]
         _REGISTRY[name] = [*others, entry]
@@ -254,7 +257,7 @@ def _by_name(name: str) -> Reward:
         try:
             loaded = entry.load()
         except Exception as e:  # the package's own code may raise anything
-            raise ValueError(f"entry point {name} = {entry.value} does not load: {type(e).__name__}: {e}") from e
+            raise ValueError(f"entry point {name} = {entry.value} cannot be loaded: {type(e).__name__}: {e}") from e
         return _declared(loaded, f"entry point {name} = {entry.value}")
     known = names()
     raise ValueError(f"no reward is called {name!r}{_nearest(name, known)}; there are: {', '.join(known)}")
@@ -278,7 +281,7 @@ def load_module(place: str, base_dir: Path) -> ModuleType:
         try:
             return importlib.import_module(place)
         except Exception as e:  # the module's own code may raise anything
-            raise ValueError(f"cannot import {place}: {type(e).__name__}: {e}; run where Python finds it") from e
+            raise ValueError(f"cannot import {place}: {type(e).__name__}: {e}; run where Python can find it") from e
     path = (base_dir / place).resolve()
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
@@ -298,7 +301,7 @@ def _load_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as e:  # the file's own code may raise anything
         del sys.modules[alias]
-        raise ValueError(f"reward file {path} does not import: {type(e).__name__}: {e}") from e
+        raise ValueError(f"reward file {path} cannot be imported: {type(e).__name__}: {e}") from e
     return module
 
 
@@ -355,7 +358,7 @@ def _typed(reward: Reward, parameter: inspect.Parameter | None, key: str, value:
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
     try:
         return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # pydantic models and dataclasses have their own config and accept no other
+    except PydanticUserError:  # pydantic models and dataclasses have their own config, so a second config is an error
         return TypeAdapter(annotation)
 
 

@@ -28,7 +28,7 @@ class Grade(Verdict):
 
 @row_judge("relevant", timeout_s=600)
 class Relevant:
-    """The judge's grade from 0.0 to 1.0. Used by `python -m stages.curate`.
+    """The judge's grade, from 0.0 (lowest) to 1.0 (highest). Used by `python -m stages.curate`.
 
     endpoint     the judge, a vision-language model (`images: true` in the recipe). It sees question and pictures
     reasons      True: the judge gives reasons before its grade
@@ -37,7 +37,7 @@ class Relevant:
     template     a Jinja file that replaces rewards/prompts/relevant.jinja. That file lists the variables
 
     In the report, an early STEP3-VL-10B rates "semantic correlation and mutual contribution between images and
-    questions". The report publishes neither prompt nor threshold. Both are reconstructions.
+    questions". The report publishes no prompt and no threshold. Prompt and threshold are reconstructions.
     """
 
     def __init__(
@@ -61,7 +61,9 @@ class Relevant:
     def setup(self) -> None:
         self.judge.setup({"question"}, {"reasons"})
         if not self.judge.endpoint.spec.images:
-            raise ValueError(f"endpoint {self.judge.name} gets no pictures; relevant needs `images: true`")
+            raise ValueError(
+                f"endpoint {self.judge.name} gets no pictures; the row judge relevant needs `images: true`"
+            )
 
     async def __call__(self, row: Prompt) -> Score:
         grade = await self.judge.ask(row, {"question": question(row), "reasons": self.reasons}, {})

@@ -27,9 +27,9 @@ class RewardModel:
 
     The chat consists of the text of the row's messages and of `rollout.answer`, without the reasoning. Control tokens
     in the answer are replaced by blanks, so that the answer cannot end its message and start another message. An empty
-    answer gets 0. The text is cut to `max_length`, so the policy's text cannot make scoring slow. So a sample that runs
-    out of time is invalid, not a bad answer. The report has no such reward; the preference reward in the report is a
-    generative judge.
+    answer gets 0. The text is cut to `max_length`, so the policy's text cannot make scoring slow. So if a sample runs
+    out of time, the policy's text is not the cause, and the sample is invalid. The report has no such reward; the
+    preference reward in the report is a generative judge.
     """
 
     def __init__(
@@ -48,7 +48,9 @@ class RewardModel:
             raise ValueError(f"reward_model: {self.path} is no model folder, it has no config.json")
         config = AutoConfig.from_pretrained(self.path)
         if config.num_labels != 1:
-            raise ValueError(f"reward_model: {self.path} has {config.num_labels} labels (num_labels); a reward has 1")
+            raise ValueError(
+                f"reward_model: {self.path} has {config.num_labels} labels (num_labels); a reward model must have 1"
+            )
         tokenizer: Any = AutoTokenizer.from_pretrained(self.path)
         self.tokenizer = tokenizer
         if not self.tokenizer.chat_template:

@@ -14,7 +14,7 @@ _BRACES = re.compile(r"\\boxed\s{0,8}+\{|\\.|[{}]", re.DOTALL)
 
 
 def last_boxed(text: str) -> str | None:
-    """Returns the content of the `\\boxed{...}` that closes last, or None. Escaped braces are ignored."""
+    """Returns the content of the `\\boxed{...}` whose closing brace comes last, or None. Escaped braces are ignored."""
     opened: list[int | None] = []  # for each open brace: start of its content if it opens a box, else None
     span = None
     for token in _BRACES.finditer(text):
@@ -31,7 +31,7 @@ def last_boxed(text: str) -> str | None:
 def marked_answer(answer: str, window: int = WINDOW) -> str | None:
     """Returns the marked part of an answer: the last `\\boxed{...}` if there is one, else the text after the last
     "Answer:", else the whole answer. Searches only the last `window` characters. Returns None if the answer is longer
-    than `window` characters and the last `window` characters contain neither of these marks."""
+    than `window` characters and its last `window` characters contain no `\\boxed{...}` and no "Answer:"."""
     tail = answer[-window:]
     if (boxed := last_boxed(tail)) is not None:
         return boxed

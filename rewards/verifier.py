@@ -39,7 +39,7 @@ class ProcessVerdict(AnswerVerdict):
 
 @reward("verifier", timeout_s=600, needs="ground_truth")
 class Verifier:
-    """1.0 for an answer the judge calls correct, else 0.0.
+    """1.0 for an answer that the judge calls correct, else 0.0.
 
     endpoint     the judge. It sees the question (with pictures, if it takes pictures), the ground truth and the answer
     votes        number of verdicts, which are requested at the same time with different seeds
@@ -53,10 +53,10 @@ class Verifier:
     template     a Jinja file that replaces rewards/prompts/verifier.jinja. That file lists the variables. A relative
                  path starts at the folder in which the run is started
 
-    An empty answer scores 0.0. If the judge gives no verdict on an answer, but judges a harmless answer to the same
-    row, the answer also scores 0.0. The report names the properties of its verifier (independent of form, equal
-    expressions accepted, process consistency). It publishes neither a prompt nor a number of votes. The prompt and the
-    number of votes are reconstructions.
+    An empty answer scores 0.0. If the judge gives no verdict on an answer, but gives a verdict on a harmless answer to
+    the same row, the policy's answer also scores 0.0. The report names the properties of its verifier (independent of
+    form, equal expressions accepted, process consistency). It publishes no prompt and no number of votes. The prompt
+    and the number of votes are reconstructions.
     """
 
     def __init__(
@@ -71,7 +71,9 @@ class Verifier:
         template: str | None = None,
     ):
         if votes > 1 and temperature == 0:
-            raise ValueError(f"verifier: {votes} votes at temperature 0 are all the same; raise it or set votes: 1")
+            raise ValueError(
+                f"verifier: {votes} votes at temperature 0 are all the same; raise the temperature or set votes: 1"
+            )
         self.votes, self.rule, self.process = votes, rule, process
         self.judge: Judge[AnswerVerdict] = Judge(
             endpoint,

@@ -27,7 +27,8 @@ P = ParamSpec("P")
 
 
 class _Holder:
-    """Lives in the process of the actor. Creates the object there and calls the methods of the object."""
+    """The class of the Ray actor. A _Holder creates an object in the actor's process and calls the methods of this
+    object."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         os.environ.update(environment)
@@ -228,7 +229,7 @@ class Team(Generic[T]):
 def _actor(factory: Any, cpus: float, gpus: float, environment: Mapping[str, str] | None) -> Any:
     """Starts a process in which the object will be created. `ps` and Ray's dashboard show the class of the object as
     the name of the process."""
-    name = getattr(factory, "__self__", factory).__name__  # if `factory` is a class method (of_rank), its class
+    name = getattr(factory, "__self__", factory).__name__  # the class, also if `factory` is a class method (of_rank)
     remote: Any = ray.remote(type(name, (_Holder,), {}))
     return remote.options(num_cpus=cpus, num_gpus=gpus).remote(dict(environment or {}))
 

@@ -32,7 +32,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _penalties_as_mappings(value: Any) -> Any:
-    """If a list item is only the name of a penalty, returns a penalty with default options for it."""
+    """Replaces each list item that is only the name of a penalty. The new item is this penalty with default options."""
     if not isinstance(value, list | tuple):
         return value
     return tuple({"use": item} if isinstance(item, str) else item for item in value)
@@ -98,7 +98,7 @@ class Model(Options):
 class Source(Options):
     path: str
     """A JSONL, JSON or Parquet file, or a Hugging Face dataset (folder or hub id). The split `train` of a dataset is
-    read, unless `path:SPLIT` names another split."""
+    read. The form `path:SPLIT` selects another split."""
     adapter: str | None = None
     """Name of a public dataset. Its columns are converted to our columns. All names are in rollout/data/adapters.py.
     null: the rows already have our columns."""
@@ -117,7 +117,7 @@ class Source(Options):
 
 
 def _sources_as_mappings(value: Any) -> Any:
-    """If a source is only a path, returns a source with this path and default options for it."""
+    """Replaces each source that is only a path. The new source has this path and default options."""
     sources = value if isinstance(value, list | tuple) else [value]
     return tuple({"path": source} if isinstance(source, str) else source for source in sources)
 
@@ -137,7 +137,7 @@ class Data(Options):
     """Training rows: a JSONL, JSON or Parquet file, a Hugging Face dataset (folder or hub id), or a list of such
     sources. Each source may also be a mapping with its own options."""
     eval: Sources = ()
-    """Held-out rows for evaluation. They have one of the forms of data.train. Without held-out rows, the run makes no
+    """Held-out rows for evaluation, in one of the forms of data.train. Without held-out rows, the run makes no
     evaluations."""
     eval_limit: Count | None = None
     """For each task, only this number of held-out rows is evaluated, from the first row on; null: all rows."""
@@ -200,7 +200,7 @@ class EndpointOptions(Options):
     timeout and after a broken connection."""
     max_wait: Positive = 3600.0
     """Maximum time, in seconds, that the run waits for an endpoint that does not answer. The run saves a checkpoint
-    before it waits. After this time it stops."""
+    before it waits. After this time, the run stops."""
     images: bool = False
     """true: the pictures of a prompt are sent to the model."""
     serve: dict[str, str | int | float | bool] = {}
@@ -272,8 +272,7 @@ class CurationOptions(Options):
     checkability: Checkability = Checkability()
     """Options of the filter in which a judge says whether question and ground truth are suitable for training."""
     relevance: Relevance = Relevance()
-    """Options of the filter in which a vision-language model grades how much question and pictures have to do with
-    each other."""
+    """Options of the filter in which a vision-language model grades how closely question and pictures are related."""
     difficulty: Difficulty = Difficulty()
     """Options of the filter in which the policy responds to each row. The final answers of these responses become the
     row's pool of messages."""
@@ -323,11 +322,11 @@ class SynthesisOptions(Options):
     most_messages: Count = 24
     """Maximum number of messages in a prompt (report)."""
     accuracy_over: Fraction | None = None
-    """A row is used only if the share of the messages in its pool that were accepted is above this value (PaCoRe paper:
-    0). null: all rows."""
+    """Lower limit of the share of accepted messages in a row's pool. A row is used only if its share is above this
+    value (PaCoRe paper: 0). null: no lower limit."""
     accuracy_under: Fraction | None = None
-    """A row is used only if the share of the messages in its pool that were accepted is below this value (PaCoRe paper:
-    9/24 in mathematics, 15/24 in code). null: all rows."""
+    """Upper limit of the share of accepted messages in a row's pool. A row is used only if its share is below this
+    value (PaCoRe paper: 9/24 in mathematics, 15/24 in code). null: no upper limit."""
     template: Path | None = None
     """Jinja file that combines problem and messages into one text. null: the file pacore.jinja in the model's folder,
     or, if the folder has no such file, rollout/pacore/pacore.jinja. If a file is named here, saved policies contain a
@@ -355,7 +354,8 @@ class VerlLoss(Options):
 
 class VerlCorrection(Options):
     """Options of verl's rollout correction. The correction divides the learner's probability by the engine's
-    probability. This ratio decides how much weight a token or response has, or whether it is rejected."""
+    probability. This ratio decides how much weight a token or response has, and whether the token or response is
+    rejected."""
 
     rollout_is: Literal["token", "sequence"] | None = None
     """token: each token has its own importance weight; sequence: all tokens of a response have the same weight; null:
@@ -372,9 +372,9 @@ class VerlCorrection(Options):
     def _does_something(self) -> "VerlCorrection":
         key = "ppo.rollout_correction.verl"
         if self.rollout_is is None and self.rollout_rs is None:
-            raise OptionError(key, "neither weighs nor rejects; set rollout_is or rollout_rs")
+            raise OptionError(key, "has no weights and no rejection; set rollout_is or rollout_rs")
         if (self.rollout_rs is None) != (self.rollout_rs_threshold is None):
-            raise OptionError(key, "rollout_rs and rollout_rs_threshold go together; set both or neither")
+            raise OptionError(key, "has only one of rollout_rs and rollout_rs_threshold; set both or none")
         return self
 
 
@@ -456,8 +456,8 @@ class Partial(Options):
     """Number of additional prompts for which responses are sampled, as a share of prompts_per_iteration. The resulting
     number is rounded up."""
     chunk_tokens: Count = 1024
-    """Each time that each unfinished response has got this number of new tokens, the run checks whether enough groups
-    are complete."""
+    """Number of new tokens that each unfinished response gets before the run checks again whether enough groups are
+    complete."""
 
 
 class RolloutOptions(Options):
@@ -611,8 +611,8 @@ class Config(Options):
         return self.prompts_per_iteration * self.rollouts_per_prompt
 
     def prompt_range(self, iteration: int) -> range:
-        """Returns the positions, in the endless sequence of prompts, of the prompts for which an iteration starts to
-        sample responses. The first iteration is iteration 1.
+        """Returns the positions of the prompts for which an iteration starts to sample responses. A position is an
+        index into the endless sequence of prompts. The first iteration is iteration 1.
 
         With partial rollouts, the first iteration starts more prompts than it finishes.
         """
@@ -632,7 +632,7 @@ def _unbuilt(config: Config) -> Iterator[OptionError]:
     for key, built in ONLY_BUILT.items():
         if (value := attrgetter(key)(config)) not in built:
             allowed = " or ".join(map(_shown, built))
-            yield OptionError(key, f"= {_shown(value)} is not built yet; it can only be {allowed}")
+            yield OptionError(key, f"= {_shown(value)} is not implemented yet; it can only be {allowed}")
 
 
 def _contradictions(config: Config) -> Iterator[OptionError]:
@@ -671,18 +671,18 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
         yield OptionError("ppo.clip", "is not read by verl's losses; set clip_ratio in ppo.policy_loss.params")
     for name, endpoint in config.endpoints.items():
         if endpoint.url is not None and endpoint.serve:
-            yield OptionError(f"endpoints.{name}.serve", "is for models that the run serves; leave out the url")
+            yield OptionError(f"endpoints.{name}.serve", "is for models that the run serves; leave out url or serve")
 
 
 def _stored_secrets(config: Config) -> Iterator[OptionError]:
-    """Yields an error for each parameter that holds a secret. The file recipe.yaml stores all values. A parameter may
-    therefore hold only the name of an environment variable that contains the secret."""
+    """Yields an error for each parameter that seems to be a secret. The file recipe.yaml stores all values. A parameter
+    may therefore hold only the name of an environment variable that contains the secret."""
     for task, rewards in config.rewards.items():
         for scorer in (scorer for reward in rewards for scorer in (reward, *reward.penalties)):
             for name in _names(scorer.params):
                 if name.lower().endswith(SECRETS):
                     key = f"rewards.{task}.params.{name}"
-                    problem = f"would be stored in recipe.yaml; name its environment variable, as in {name}_env"
+                    problem = f"would be stored in recipe.yaml; use an environment variable, as in {name}_env"
                     yield OptionError(key, problem)
 
 

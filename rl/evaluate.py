@@ -1,4 +1,5 @@
-"""Measures a policy on held-out rows: pass@1, pass@K, majority vote and PaCoRe, with tokens and confidence intervals.
+"""Measures a policy on held-out rows: pass@1, pass@K, majority vote and PaCoRe, with token counts and confidence
+intervals.
 
     python -m rl.evaluate --model DIR --data FILE [--recipe RECIPE] [--modes sere,majority,pacore] [--json]
 
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
     p.add_argument("--cache", type=Path, help="JSONL that stores the model's responses; an existing file is read first")
     p.add_argument("--trajectories", type=Path, metavar="FILE", help="cache of another evaluation, or OUT of "
-                   "rollout.generate; its first round is used, and no first round is sampled")  # fmt: skip
+                   "rollout.generate; the first round is read from FILE and is not sampled again")  # fmt: skip
     p.add_argument("--blind", action="store_true", help="use only rows with pictures, each with the pictures of "
                    "another row: measures the reward of answers that do not depend on the picture")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -82,7 +83,7 @@ def _main(args: argparse.Namespace) -> int:
 def config_of(args: argparse.Namespace) -> Config:
     """Returns the config of the recipe, with the model and rows from the command line. Raises RecipeError."""
     rows = [f"data.train={args.data}", f"data.eval={args.data}"] if args.data else []
-    # These overrides set mandatory options too, because a recipe need not have them.
+    # These overrides also set mandatory options, because the recipe may have no values for them.
     overrides = [f"model.path={args.model}", *args.overrides, *rows]
     return load(find_recipe(args.recipe), profile=args.profile, overrides=overrides).config
 

@@ -56,7 +56,7 @@ def _new(args: argparse.Namespace) -> Resolved | Chain:
         return load(recipe, stage=args.stage, **layers)
     except MissingOption as missing:
         if args.profile is None and not has_gpus():
-            raise InputError(f"{NO_GPU.format(recipe=args.recipe)}\nThen: {missing}") from missing
+            raise InputError(f"{NO_GPU.format(recipe=args.recipe)}\nIn addition: {missing}") from missing
         raise
 
 
@@ -121,7 +121,7 @@ def _resumed_chain(recipe: Path, args: argparse.Namespace) -> Chain:
 def _check_changes(changed: Sequence[Change], may_change: Set[str], allowed: Sequence[str]) -> None:
     """Raises InputError for options that may not change when a run is resumed."""
     if unchanged := set(allowed) - {change.key for change in changed}:
-        raise InputError(f"--allow {sorted(unchanged)[0]}: no such option changes; leave it out")
+        raise InputError(f"--allow {sorted(unchanged)[0]}: the overrides do not change this option; leave it out")
     changes = [change for change in changed if change.key not in may_change | set(allowed)]
     if changes:
         listed = "".join(f"\n  {change}" for change in changes)

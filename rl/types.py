@@ -19,7 +19,7 @@ from PIL import Image
 Finish = Literal["stop", "length"]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 SYNTHESIS_TEMPLATE = "pacore.jinja"
-"""Name of a template file in a model folder. The template writes a problem and earlier answers to it as one prompt; the
+"""Name of a template file in a model folder. The template combines a problem and earlier answers into one prompt. The
 model was trained with such prompts."""
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
@@ -106,8 +106,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response. P is the number of prompt tokens (with expanded image slots), R the number of response
-    tokens. The policy sampled all response tokens."""
+    """One sampled response. P is the number of prompt tokens, with all image tokens of each picture. R is the number of
+    response tokens. The policy sampled all response tokens."""
 
     prompt: Prompt
     text: str  # decoded response_ids without special tokens, but with think tags
@@ -120,7 +120,8 @@ class Rollout:
 
     @property
     def steps(self) -> tuple[tuple[int, int], ...]:
-        """(policy_step, number of tokens) of every piece. If the response was sampled at once, it is a single piece."""
+        """(policy_step, number of tokens) of every piece. A response that was sampled in one iteration is a single
+        piece."""
         return self.pieces or ((self.policy_step, len(self.response_ids)),)
 
     @property
@@ -137,7 +138,7 @@ class Rollout:
 
     @property
     def answer(self) -> str:
-        """The final answer, as `answer_of` finds it."""
+        """The final answer: the result of `answer_of`."""
         return answer_of(self.text)
 
 
@@ -152,7 +153,7 @@ class Scored:
 
     rollout: Rollout
     reward: float
-    invalid: str | None = None  # reason why the loss ignores the sample; never the text of the response
+    invalid: str | None = None  # reason why the loss ignores the sample; never contains the response
     parts: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -183,8 +184,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """The result of a Request: the prompt ids (with expanded image slots), the sampled ids, and the logprob (in nats)
-    of each sampled id."""
+    """The result of a Request: the prompt ids (with all image tokens of each picture), the sampled ids, and the logprob
+    (in nats) of each sampled id."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]

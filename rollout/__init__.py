@@ -1,2 +1,2 @@
-"""Everything that samples rollouts: data rows, vLLM engines, the pool of engines, weight transfer, PaCoRe at
-inference."""
+"""The code that samples rollouts: it reads data rows, runs vLLM engines, and loads new weights into them. Also has
+PaCoRe at inference."""

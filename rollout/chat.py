@@ -32,11 +32,11 @@ class Chat:
         if template is not None:
             self.tokenizer.chat_template = template.read_text()
         if not self.tokenizer.chat_template:
-            raise ValueError(f"{folder} has no chat template; name a Jinja file in model.chat_template of the recipe")
+            raise ValueError(f"{folder} has no chat template; set model.chat_template of the recipe to a Jinja file")
         self.image = family(self.config).image_token(self.config)
         if self.image and self.tokenizer.convert_tokens_to_ids(self.image.text) != self.image.id:
             raise ValueError(
-                f"{folder}: the tokenizer does not give {self.image.text} the config's image_token_id {self.image.id}"
+                f"{folder}: the tokenizer's id of {self.image.text} is not the config's image_token_id {self.image.id}"
             )
 
         self._control = frozenset(self.tokenizer.all_special_ids)
@@ -54,8 +54,8 @@ class Chat:
 
         The last result is cached, because this method is called with the same Prompt object for every response of a
         group.
-        Raises: ValueError with the row's id if the row has pictures and the model is a text model, or if the template
-            drops a picture or fails.
+        Raises: ValueError, with the row's id, if the row has pictures but the model is a text model, if the template
+            leaves out a picture, or if the template fails.
         """
         last = self._last  # read only once, because several threads may use this object
         if last is None or last[0] is not prompt:
@@ -73,7 +73,7 @@ class Chat:
                 return_dict=False,
             )
         except TemplateError as error:
-            raise ValueError(f"row {prompt.id}: the chat template refuses its messages: {error}") from error
+            raise ValueError(f"row {prompt.id}: the chat template fails on the row's messages: {error}") from error
         image_tokens = ids.count(self.image.id) if self.image else 0
         if image_tokens != len(prompt.images):
             raise ValueError(

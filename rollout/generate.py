@@ -37,7 +37,7 @@ class Settings:
     """The options that the answers depend on. Every line of OUT contains them, under these names."""
 
     model: str
-    trajectories: tuple[int, ...]  # number of trajectories in each round before the last; () is SeRe
+    trajectories: tuple[int, ...]  # number of trajectories in each round before the last round; () is SeRe
     temperature: float = 1.0
     seed: int = 0
     max_tokens: int | None = None  # maximum tokens of one reply; None means that only the context limits a reply
@@ -189,10 +189,10 @@ class AnswerFile:
             if changed := [key for key, value in self._settings.items() if settings.get(key) != value]:
                 key = changed[0]
                 raise ValueError(
-                    f"{self.path} was begun with {key} = {settings.get(key)!r}, not {self._settings[key]!r}; give "
+                    f"{self.path} was started with {key} = {settings.get(key)!r}, not {self._settings[key]!r}; give "
                     "another OUT file"
                 )
-            self.records[record["id"]] = record  # if a problem has several lines, the last one counts
+            self.records[record["id"]] = record  # if a problem has several lines, the last line counts
         if len(complete) < len(data):
             os.truncate(self.path, len(complete))
 
@@ -261,10 +261,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("problems", metavar="IN", help="JSONL, Parquet or data set with the problems (as for data.train)")
     p.add_argument("out", metavar="OUT", type=Path, help="JSONL file to write, or to continue")
-    p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url: the model's name there")
+    p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url: its name at the endpoint")
     p.add_argument("--mode", choices=("sere", "pacore"), default="sere", help="one trajectory, or many and a synthesis")
-    p.add_argument("--trajectories", default="16", metavar="PLAN", help="trajectories per round: 16 (default) or 32,4")
-    p.add_argument("--template", type=Path, help="Jinja file of the synthesis prompt; default: the model's, or ours")
+    p.add_argument("--trajectories", default="16", metavar="PLAN", help="trajectories per round, e.g. 32,4; default 16")
+    p.add_argument("--template", type=Path, help="Jinja file of the synthesis prompt; default: the model's, if any")
     p.add_argument("--temperature", type=float, default=1.0)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-tokens", type=int, help="maximum tokens of a reply; default: only the context limits a reply")
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lambda: _main(args),
         input_errors=(ValueError, FileNotFoundError),
         failures=(RuntimeError, OSError, TemplateError),
-        resume=f"The same command continues from what is in {args.out}",
+        resume=f"The same command continues from the results in {args.out}",
     )
 
 
@@ -307,7 +307,7 @@ def _main(args: argparse.Namespace) -> int:
     print(f"{args.out}: {len(problems) - len(failed)} answers, {tokens:,} tokens sampled")
     if failed:
         reason = answers.records[failed[0].id]["error"]
-        print(f"{len(failed)} without an answer; the first, {failed[0].id}: {reason}", file=sys.stderr)
+        print(f"{len(failed)} problems have no answer; the first is {failed[0].id}: {reason}", file=sys.stderr)
         print("The same command tries them again", file=sys.stderr)
     return FAILED if failed else DONE
 
@@ -338,7 +338,7 @@ def run(
         done += 1
         if time.monotonic() - reported > REPORT_S or done == len(unanswered):
             reported = time.monotonic()
-            print(f"{done} of {len(unanswered)} problems, {reported - started:.0f} s", file=sys.stderr, flush=True)
+            print(f"{done} of {len(unanswered)} problems done, {reported - started:.0f} s", file=sys.stderr, flush=True)
 
     fields: dict[str, Any] = {"temperature": settings.temperature}
     if settings.max_tokens:

@@ -45,7 +45,7 @@ class DraftGroup:
     """A prompt and its responses, some of which may be unfinished."""
 
     prompt: Prompt
-    name: tuple[int, int]  # (the group's first iteration, index in that iteration); seeds are derived from it
+    name: tuple[int, int]  # (the group's first iteration, index in that iteration); the seeds depend on it
     drafts: tuple[Draft, ...]
 
     @property
@@ -59,8 +59,8 @@ class DraftGroup:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> Self:
-        """Restores a group from the result of `record`. Raises ValueError if there is no longer a row with the group's
-        prompt id.
+        """Restores a group from the value that `DraftGroup.record` returned. Raises ValueError if there is no longer a
+        row with the group's prompt id.
 
         Args:
             prompts: row id -> row.
@@ -79,7 +79,7 @@ class PartialRollouts:
     iteration.
 
     Args:
-        chunk: the number of tokens by which every unfinished response grows at a time.
+        chunk: the number of tokens by which every unfinished response grows in one step.
     """
 
     def __init__(self, pool: EnginePool, *, wanted: int, chunk: int) -> None:
@@ -97,7 +97,11 @@ class PartialRollouts:
         return [group.record() for group in self._unfinished.get(iteration, ())]
 
     def resume(self, iteration: int, unfinished: Iterable[Mapping[str, Any]], prompts: Sequence[Prompt]) -> None:
-        """Continues after `iteration` with the groups that `unfinished` returned for that iteration."""
+        """Continues after `iteration`.
+
+        Args:
+            unfinished: the groups that the method `unfinished` returned for this iteration.
+        """
         by_id = {prompt.id: prompt for prompt in prompts}
         self._unfinished = {iteration: [DraftGroup.from_record(record, by_id) for record in unfinished]}
 

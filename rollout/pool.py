@@ -86,8 +86,7 @@ class EnginePool:
         """Samples `per_prompt` responses to each prompt. The responses to one prompt have consecutive indices.
 
         Args:
-            purpose: a text that is part of what seeds are derived from. So samples for different purposes get different
-                seeds.
+            purpose: a text on which the seeds depend. So samples for different purposes get different seeds.
             longest: maximum number of tokens of prompt and response together. None means `max_sequence_length`.
         """
         named = (purpose,) if purpose else ()
@@ -189,7 +188,7 @@ class EnginePool:
                     missing.discard(share[position])
                     yield share[position], completion
             if missing and not replaced:
-                raise RuntimeError(f"the engines returned {len(flat) - len(missing)} of {len(flat)} responses")
+                raise RuntimeError(f"the engines returned only {len(flat) - len(missing)} of {len(flat)} responses")
 
     def rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
         """Converts a completion into a Rollout. The completion must have been sampled with the current weights."""

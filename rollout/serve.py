@@ -38,7 +38,7 @@ BAD_REQUEST, NOT_FOUND, BAD_GATEWAY = 400, 404, 502
 
 
 class InvalidRequest(Exception):
-    """A request cannot be answered. The error has the reason and the HTTP status."""
+    """The error for a request that cannot be answered. It has the reason and the HTTP status."""
 
     def __init__(self, reason: str, status: int = BAD_REQUEST) -> None:
         super().__init__(reason)
@@ -177,8 +177,8 @@ class PacoreProxy:
                 yield self._rewrite_line(line, body, rounds)
 
     def _rewrite_line(self, line: bytes, body: Mapping[str, Any], rounds: Sequence[Round]) -> bytes:
-        """Changes a line of the endpoint's stream: the line gets the model name of the request, and the usage of all
-        trajectories."""
+        """Changes a line of the endpoint's stream: sets the model name of the request, and adds the tokens of all
+        trajectories to the usage."""
         if not line.startswith(b"data: {"):
             return line
         chunk = json.loads(line.removeprefix(b"data: "))
@@ -221,7 +221,7 @@ def _check_pacore(body: Mapping[str, Any]) -> None:
     content = last.get("content")
     parts = content if isinstance(content, list) else []
     if not isinstance(content, str) and not (parts and all(map(_is_part, parts))):
-        raise InvalidRequest("the last content must be a text, or a list of parts that have a type")
+        raise InvalidRequest("the content of the last message must be a text, or a list of parts with a type")
     if body.get("n", 1) != 1:
         raise InvalidRequest(f"n = {body['n']}: PaCoRe gives one answer; set n to 1")
     if used := [name for name in UNSUPPORTED_FIELDS if body.get(name)]:
@@ -269,11 +269,11 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m rollout.serve", description="Serves a model with two modes, SeRe and PaCoRe."
     )
-    p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url: the model's name there")
+    p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url: its name at the endpoint")
     p.add_argument("--name", help="the model's name for clients; default: the value of --model")
     p.add_argument("--mode", choices=MODES, default="pacore", help="mode of requests without a mode (default: pacore)")
-    p.add_argument("--trajectories", default="16", metavar="PLAN", help="trajectories per round: 16 (default) or 32,4")
-    p.add_argument("--template", type=Path, help="Jinja file of the synthesis prompt; default: the model's, or ours")
+    p.add_argument("--trajectories", default="16", metavar="PLAN", help="trajectories per round, e.g. 32,4; default 16")
+    p.add_argument("--template", type=Path, help="Jinja file of the synthesis prompt; default: the model's, if any")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     p.add_argument("--port", type=int, default=9000)
     add_target_options(p)

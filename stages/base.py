@@ -15,7 +15,7 @@ class SampleAndScore(Protocol):
     """Samples responses with the current policy, and scores these responses."""
 
     def __call__(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> list[Scored]:
-        """Returns `per_prompt` scored rollouts for each prompt. In the list, the rollouts of a prompt stand next to
+        """Returns `per_prompt` scored rollouts for each prompt. In the list, the rollouts of a prompt are next to
         each other."""
         ...
 
@@ -77,8 +77,9 @@ class Stage:
         """Returns None if this stage can use the row, else the reason why not.
 
         Args:
-            trains: True for a training row, False for a held-out one.
-        Raises: ValueError if the row cannot be used. The message gives the reason.
+            trains: True for a training row, False for a held-out row.
+        Raises: ValueError if no prompt can be made from the row, for example because the chat template fails. The
+            caller then uses the error message as the reason.
         """
         return room_problem(chat.length(prompt), "pictures", config)
 

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     args = parser().parse_intermixed_args(arguments)
-    return run_command(lambda: _main(args), resume=f"The same command continues from what is in {args.out}")
+    return run_command(lambda: _main(args), resume=f"The same command continues from the results in {args.out}")
 
 
 def _main(args: argparse.Namespace) -> int:

@@ -77,7 +77,7 @@ class Judges:
         old = self._processes[name]
         self._serving = [judge for judge in self._serving if judge is not old]
         with suppress(WorkerDied):
-            old.start(Server.close).result(PATIENCE_S)  # ends processes that the dead server has left; they hold memory
+            old.start(Server.close).result(PATIENCE_S)  # ends child processes of the server that still use memory
         old.end()
         self._processes[name] = self._start(name)
         try:

@@ -259,8 +259,8 @@ def require_valid(scored: list[AnyScore], limit: float) -> list[AnyScore]:
 
 
 def catch_up(iteration: int, prompts: Sequence[Prompt], services: Services, state: LoopState) -> dict[str, float]:
-    """Calls `sync`, unless the engines already have the weights that `iteration` has produced. Returns the metric
-    rollout/logprob_gap."""
+    """Waits for the thread that samples ahead. Then calls `sync` if the engines do not have the weights of `iteration`
+    yet. Returns the metric rollout/logprob_gap."""
     state.ahead.settle(services.while_waiting)
     if services.sampler.policy_step < iteration:
         sync(iteration, prompts, services, state)

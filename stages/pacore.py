@@ -27,7 +27,8 @@ SHORTEST_QUOTE = 3  # minimum length of a quoted answer; shorter answers, such a
 
 
 class Pacore(Stage):
-    """Trains on prompts with pooled answers. All defaults except critic_minibatches are from the report."""
+    """Trains on prompts with pooled answers. All defaults except critic_minibatches are from the STEP3-VL-10B
+    report."""
 
     name = "pacore"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -37,20 +38,20 @@ class Pacore(Stage):
         "max_sequence_length": 65_536,
         "ppo": {"minibatches": 1, "critic_minibatches": 1},
     }
-    selection = "has a pool_accuracy within synthesis.accuracy_over and synthesis.accuracy_under"
+    selection = "has a pool_accuracy between synthesis.accuracy_over and synthesis.accuracy_under"
     comparable_evaluation = False  # held-out prompts contain pooled answers
 
     @classmethod
     def option_problems(cls, config: Config) -> Iterable[OptionError]:
-        """Refuses options that would make the training off-policy. In the report, each iteration is one optimizer step
-        on samples of the current weights."""
+        """Refuses options that would make the training off-policy. In the STEP3-VL-10B report, each iteration is one
+        optimizer step on samples of the current weights."""
         why = "trains on samples from older weights, but the stage pacore is strictly on-policy"
         if config.ppo.minibatches != 1:
-            yield OptionError("ppo.minibatches", f"= {config.ppo.minibatches} {why}, set 1")
+            yield OptionError("ppo.minibatches", f"= {config.ppo.minibatches} {why}; set 1")
         if config.rollout.max_staleness:
-            yield OptionError("rollout.max_staleness", f"= {config.rollout.max_staleness} {why}, set 0")
+            yield OptionError("rollout.max_staleness", f"= {config.rollout.max_staleness} {why}; set 0")
         if config.rollout.partial:
-            yield OptionError("rollout.partial", f"{why}, leave it out")
+            yield OptionError("rollout.partial", f"{why}; leave it out")
 
     @classmethod
     def curation_problem(cls, config: Config, curation: CurationOptions) -> str | None:
@@ -58,8 +59,8 @@ class Pacore(Stage):
         if not _cached(config) or ("difficulty" in curation.filters and curation.difficulty.rollouts >= least):
             return None
         return (
-            f"the stage pacore needs {least} messages in each row, which the filter difficulty makes: add it to "
-            "curate.filters, and set curate.difficulty.rollouts to at least this number"
+            f"the stage pacore needs {least} messages in each row. The filter difficulty makes these messages: add "
+            "difficulty to curate.filters, and set curate.difficulty.rollouts to at least this number"
         )
 
     @classmethod
@@ -73,7 +74,7 @@ class Pacore(Stage):
         if trains and _cached(config) and len(prompt.messages_pool) < options.least_messages:
             return (
                 f"its messages_pool has {len(prompt.messages_pool)} messages, but synthesis.least_messages is "
-                f"{options.least_messages}; python -m stages.curate makes pools; synthesis.pool: online needs no pools"
+                f"{options.least_messages}; make pools with python -m stages.curate, or set synthesis.pool: online"
             )
         if _cached(config) and prompt.messages_pool:
             tokens = longest_with_messages(prompt, chat, options.most_messages)
@@ -110,7 +111,7 @@ class Pacore(Stage):
         ]
         if not usable:
             raise Stop(
-                f"iteration {iteration}: no prompt has {least} new messages whose accuracy is within "
+                f"iteration {iteration}: no prompt has {least} new messages whose accuracy is between "
                 f"synthesis.accuracy_over = {self.options.accuracy_over} and synthesis.accuracy_under = "
                 f"{self.options.accuracy_under}. The policy gives too few final answers, or the rows are too easy or "
                 "too hard for it now. Loosen the bounds, allow longer responses, or use other rows",
@@ -198,8 +199,8 @@ def is_accepted(scored: Scored, accept: Accept) -> bool:
 
 
 def longest_with_messages(prompt: Prompt, chat: "Chat", most: int) -> int:
-    """Returns how many tokens the prompt has if it contains the longest messages of the pool. The number of messages is
-    `most`."""
+    """Returns the number of tokens of the prompt with the longest messages of its pool: `most` messages, or all
+    messages if the pool is smaller."""
     by_length = sorted(prompt.messages_pool, key=lambda text: len(chat.tokenizer(text).input_ids), reverse=True)
     longest = replace(prompt, messages_pool=tuple(by_length[:most]), pool_accepted=())
     return chat.length(draw_messages(longest, len(longest.messages_pool), most, "all of them"))

@@ -94,15 +94,15 @@ def _follows_curation(step: Step, chain: Chain) -> bool:
 
 
 def _stage_lines(step: Step, checked: Config) -> dict[str, str]:
-    """Returns replacements for the lines that the stage adds to the plan: line that was made in the check -> line that
-    is right for the curated rows."""
+    """The check makes some lines of the plan without the curated rows. Returns replacements for these lines: line from
+    the check -> line that is correct for the curated rows."""
     stage = stage_class(checked.stage)
     return dict(zip(stage.plan_lines(checked), stage.plan_lines(step.resolved.config), strict=True))
 
 
 def _linked(line: str, step: Step, chain: Chain) -> str:
-    """Returns a line of a step's plan in which the files used in the check are replaced by the results of earlier
-    steps."""
+    """Returns a line of a step's plan. Replaces the names of files that only the check used by the names of the files
+    that earlier steps will write."""
     if step is chain.steps[0]:
         return line
     config, first = step.resolved.config, chain.steps[0].resolved.config
@@ -114,8 +114,8 @@ def _linked(line: str, step: Step, chain: Chain) -> str:
 
 
 def _checkable(step: Step, chain: Chain) -> Config:
-    """Returns a config with which a step can be checked. It names existing files in place of the results of earlier
-    steps, which do not exist yet."""
+    """Returns a config with which a step can be checked. The results of earlier steps do not exist yet, so this config
+    contains the names of existing files instead."""
     config, first = step.resolved.config, chain.steps[0].resolved.config
     if step is chain.steps[0]:
         return config
@@ -186,7 +186,7 @@ def _train(chain: Chain, step: Step, *, verbose: bool) -> bool:
         folder = StageFolder.resume(path) if begun else StageFolder.create(path, resolved.yaml())
     folder.chain, folder.resumable = chain, chain.folder
     folder.write_recipe(resolved.yaml())
-    # A shorter run may have left the folder policy/, which would mark this stage as finished.
+    # An earlier run with fewer iterations may have written policy/. This folder would mark the stage as finished.
     shutil.rmtree(path / "policy", ignore_errors=True)
     try:
         with Display(resolved.config) as display:
@@ -259,9 +259,9 @@ def before_and_after(
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Returns two mappings: held-out rewards per task family, and win rates, both at the start and after each stage.
 
-    Each stage evaluates once before it trains. Unless the stage's `comparable_evaluation` is False, this evaluation
-    also measures the previous stage: its results are used for the task families that the previous stage did not
-    evaluate itself.
+    Each stage evaluates once before it trains. This first evaluation also measures the policy that the stage starts
+    from: its results are used for the task families that the previous stage did not evaluate itself. If the stage's
+    `comparable_evaluation` is False, its first evaluation is only used if no earlier stage has evaluated.
 
     Args:
         stages: name of the stage -> lines of its metrics.jsonl.
@@ -282,8 +282,8 @@ def before_and_after(
 
 
 def final_table(chain: Chain) -> FinalTable:
-    """Evaluates the last policy, and returns the results of all stages together with those of this evaluation. The
-    answers of the policy are stored, so that a repeated evaluation does not sample them again."""
+    """Evaluates the last policy. Returns the results of all stages, and the results of this evaluation. The answers of
+    the policy are stored, so that a repeated evaluation does not sample them again."""
     (chain.folder / FINAL).mkdir(exist_ok=True)
     evaluated = [config for step in chain.trained() if (config := step.resolved.config).data.eval]
     # Measure -> config of the last stage that has this measure

@@ -30,7 +30,7 @@ from stages import stage_class
 from stages.base import Stage
 
 FLOAT32 = 4  # bytes
-BYTES_PER_TOKEN = 1.5  # estimate for rollouts/: a token has about four characters, and compression leaves a third
+BYTES_PER_TOKEN = 1.5  # estimate for rollouts/: about four characters per token, compressed to a third
 MOST_REWARD_WORKERS = 32  # more processes would rarely have work, and each process needs memory for its libraries
 
 
@@ -194,7 +194,7 @@ def _check_positions(config: Config, model: PretrainedConfig) -> None:
     if needed > available:
         raise ValueError(
             f"max_sequence_length = {needed} is more than the {available} positions of {config.model.path}; lower it, "
-            f"or extend them with model.yarn: {math.ceil(needed / trained)}"
+            f"or extend the positions with model.yarn: {math.ceil(needed / trained)}"
         )
 
 
@@ -202,12 +202,12 @@ def check_accept(config: Config) -> None:
     """Raises ValueError if `accept.by_task` names a task without rewards."""
     if unknown := [task for task in config.accept.by_task if task not in config.rewards]:
         known = ", ".join(sorted(config.rewards))
-        raise ValueError(f"accept.by_task: {unknown[0]!r} is not a task with rewards; such tasks are {known}")
+        raise ValueError(f"accept.by_task: {unknown[0]!r} is not a task with rewards; tasks with rewards are {known}")
 
 
 def _selected(config: Config, rows: Rows) -> tuple[Rows, int]:
-    """Returns the rows that the stage selects, and the number of rows that it does not select. Raises ValueError if it
-    selects none."""
+    """Returns the rows that the stage selects, and the number of rows that it does not select. Raises ValueError if the
+    stage selects no row."""
     stage = stage_class(config.stage)
     indices = [n for n, prompt in enumerate(rows.prompts) if stage.selects(prompt, config)]
     if rows.prompts and not indices:
@@ -263,7 +263,7 @@ def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: Reward
     only if no usable rows remain.
 
     Args:
-        trains: True for training rows, False for held-out ones.
+        trains: True for training rows, False for held-out rows.
     """
     stage, data = stage_class(config.stage), config.data
 
@@ -286,7 +286,7 @@ def skipped_lines(bad: Sequence[BadRow]) -> list[str]:
 
 
 def _order(config: Config, rows: Rows) -> Order:
-    """Returns the order of the training rows. The order mixes the sources by weight. Without weights, it uses all rows
+    """Returns the order of the training rows. The order mixes the sources by weight. Without weights, all rows are used
     equally often."""
     weights = [source.weight for source in config.data.train]
     if None in weights:

@@ -22,7 +22,7 @@ PERCENTILES = (10, 50, 90)
 
 
 class Rlhf(Stage):
-    """Trains with a judge. All defaults except critic_minibatches are from the report."""
+    """Trains with a judge. All defaults except critic_minibatches are from the STEP3-VL-10B report."""
 
     name = "rlhf"
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -57,8 +57,8 @@ def reference_problem(prompt: Prompt, preference: Preference) -> str | None:
         return None
     if prompt.ground_truth is not None:
         return (
-            f"row {prompt.id!r} has a ground_truth, but RLHF is for rows that cannot be verified; keep it for RLVR, or "
-            f"allow its task with preference.verifiable_tasks: [{prompt.task}]"
+            f"row {prompt.id!r} has a ground_truth, but RLHF is for rows that cannot be verified; keep this row for "
+            f"RLVR, or allow its task with preference.verifiable_tasks: [{prompt.task}]"
         )
     if prompt.reference is None:
         return f"row {prompt.id!r} has no reference (the teacher's response to compare answers with)"

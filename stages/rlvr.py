@@ -10,7 +10,7 @@ from stages.base import Stage
 
 
 class Rlvr(Stage):
-    """Trains on verifiable rewards. All defaults except critic_minibatches are from the report."""
+    """Trains on verifiable rewards. All defaults except critic_minibatches are from the STEP3-VL-10B report."""
 
     name = "rlvr"
     defaults: ClassVar[Mapping[str, Any]] = {

@@ -34,7 +34,7 @@ from stages.plan import Plan, device, evaluates, saves, skipped_lines
 from stages.processes import Processes, Restarts
 
 POLL_S = 0.2  # seconds between two checks of whether a checkpoint is written completely
-UNFINISHED = "begun.json"  # file in a checkpoint's state/; holds unfinished responses of partial rollouts
+UNFINISHED = "begun.json"  # file in a checkpoint's state/; contains the unfinished responses of partial rollouts
 
 
 def train(
@@ -52,8 +52,8 @@ def train(
 
     Args:
         recipe: all values of the recipe, for the trackers.
-        interrupts: optional. A caller that passes this object can ask the object after the run whether a stop was
-            requested just before the run ended.
+        interrupts: optional. After the run, the caller can read from this object whether a stop was requested just
+            before the run ended.
     Returns: False if the run was interrupted. An interrupted run has saved a checkpoint and can be resumed.
     """
     interrupts, restarts = interrupts or Interrupts(), Restarts(plan.config.max_restarts, display.message)

@@ -7,8 +7,9 @@ SIGKILL to the driver alone (driver), to the whole process group of the driver (
 class Policy, Critic or Engine. The fault `hang` is a SIGSTOP to an engine that samples. If a fault ends the run, the
 run is resumed.
 
-Both runs must have every iteration exactly once, with all samples. Metrics, samples and weights must be equal bit for
-bit, unless a fault hit an engine. A new engine forms other batches, so the last digits of its logprobs differ.
+Both runs must have every iteration exactly once, with all samples. If no fault was of the kind Engine or hang, metrics,
+samples and weights must also be equal bit for bit. After such a fault, a new engine answers the open requests in other
+batches, so the last digits of its logprobs differ.
 """
 
 import argparse
@@ -54,7 +55,7 @@ class Faults:
 
 
 def run_with_faults(folder: Path, iterations: int, faults: int, kinds: Sequence[str], rng: random.Random) -> Faults:
-    """Makes a complete run, in which faults occur until there have been `faults` of them."""
+    """Makes a complete run and causes at most `faults` faults in it."""
     made = Faults()
     command = Command(*recipe(iterations), "--output", folder)
     deadline = time.monotonic() + PATIENCE_S
@@ -78,15 +79,15 @@ def run_with_faults(folder: Path, iterations: int, faults: int, kinds: Sequence[
 
 
 def strike(command: Command, kind: str) -> str | None:
-    """Causes a fault of this kind and returns the kind. Returns None if the process to be killed or stopped does not
-    exist now."""
+    """Causes a fault of this kind and returns the kind. Returns None if the process that the fault needs does
+    not exist at the moment."""
     if kind == "driver":
         command.process.kill()
     elif kind == "group":
         os.killpg(command.process.pid, signal.SIGKILL)
     else:
-        # Only an engine that samples is stopped. If an engine hung while it starts, the run would notice it only after
-        # max_start_s (an hour).
+        # Only an engine that samples is stopped. If an engine were stopped while it starts, the run would notice this
+        # only after max_start_s (one hour).
         found = named(command, "Engine.stream" if kind == "hang" else kind)
         if not found:
             return None

@@ -76,5 +76,5 @@ def runner(plugins: Path) -> Iterator[RewardRunner]:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes clients of endpoints retry without delay."""
+    """Makes clients of endpoints retry almost without delay."""
     hurry(monkeypatch)

@@ -88,8 +88,8 @@ def file_of(module: str, sources: Mapping[str, str]) -> str | None:
 
 
 def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
-    """Returns file -> files of this repository that it imports. For `from package import module`, this is the file
-    of the module, not that of the package."""
+    """Returns file -> files of this repository that it imports. For `from package import module`, the
+    imported file is that of the module, not that of the package."""
     return {
         file: {
             imported
@@ -120,9 +120,9 @@ def circles(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def work_in_command(file: str, source: str) -> list[str]:
-    """Returns one sentence for each public function in a command file, except `parser`, `main`, and functions whose
-    only argument is the parsed arguments. All other public functions belong in other files, because no file may import
-    a command."""
+    """Returns one sentence for each public function that a command file must not have. Such a file may have `parser`,
+    `main`, and functions whose only argument is the parsed arguments. All other public functions belong in other files,
+    because no file may import a command."""
     return [
         f"{file}: {node.name}() does not belong in a command; move it to a file that others may import"
         for node in ast.parse(source).body

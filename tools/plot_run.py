@@ -2,7 +2,7 @@
 
 There is one panel for each task. Points are the training reward of every iteration, the line is the moving average of
 the points, and diamonds are the reward on held-out rows. If two runs have the same metrics, their files have the same
-bytes. All colours can be read on white and on black.
+bytes. All colours are readable on a white and on a black background.
 """
 
 import json
@@ -15,7 +15,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 COLUMNS, WIDTH, HEIGHT = 3, 2.9, 1.8  # panels in a row; width and height of a panel in inches
-LENGTH = "response/tokens_mean/"  # prefix of a metric that exists for every task, and only for tasks
+LENGTH = "response/tokens_mean/"  # prefix of a metric that exists for every task and for nothing else
 WINDOW = 4  # number of iterations before and after a point in the moving average
 BLUE, LIGHT_BLUE, ORANGE, GREY = "#3a86d8", "#85b5e8", "#d9730d", "#787878"
 STYLE = {
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def drawing(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws the metrics of one stage: one panel per task. The legend takes the place of one more panel."""
+    """Draws the metrics of one stage, with one panel per task. The legend fills one more panel."""
     tasks = sorted(name.removeprefix(LENGTH) for name in set().union(*lines) if name.startswith(LENGTH))
     rows = 1 + len(tasks) // COLUMNS
     figure = Figure(figsize=(COLUMNS * WIDTH, rows * HEIGHT), layout="constrained")

@@ -21,7 +21,7 @@ SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_declared: list[object] = []  # Library objects; if they were deleted, torch would drop the declared operators
+_declared: list[object] = []  # Library objects, which must stay alive: if one is deleted, torch drops its operators
 
 
 class PreparedLoader(importlib.machinery.SourceFileLoader):
@@ -48,7 +48,7 @@ class TorchvisionFinder:
 
 
 def declare_missing_operators(package_file: str) -> None:
-    """Declares SCHEMAS unless torch has CUDA or torchvision's own extension provides them.
+    """Declares the operators in SCHEMAS. If torch has CUDA, or if torchvision's own extension loads, does nothing.
 
     `package_file` is torchvision's `__init__.py`. The extension `_C` is in the same folder.
     """
@@ -64,7 +64,7 @@ def declare_missing_operators(package_file: str) -> None:
 
 
 def _extension_loads(package_file: str) -> bool:
-    """Loads torchvision's extension and returns True if that works. torchvision can then load it again without any
+    """Loads torchvision's extension. Returns True if this works. If torchvision then loads it again, this has no
     effect."""
     import torch
 

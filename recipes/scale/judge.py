@@ -41,7 +41,7 @@ START = Path(__file__).parent / "model"
 BATCH = 16  # pairs per step
 THINGS = (world.CROWD[0], world.OPEN_CROWD[1])  # minimum and maximum number of things in a picture
 PEAK_LR, WARM_UP = 1.5e-3, 50
-READING = 0.375  # in this first share of the steps, draw_guesses draws 3 of 4 pairs; in the other steps, 1 of 2
+READING = 0.375  # in this share of the steps, at the start, draw_guesses draws 3 of 4 pairs; later 1 of 2
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Correctness:
-    """Says how correct a description is. `right` is the number of things that are described correctly. `of` is the
+    """Measures how correct a description is. `right` is the number of things that are described correctly. `of` is the
     number of things in the description or in the picture, whichever is larger."""
 
     right: int
@@ -73,7 +73,7 @@ class Correctness:
 
 def correctness(response: str, crowd: Scene) -> Correctness:
     """Counts the things that are described correctly. If a description names several things at one place, only the
-    first can be right."""
+    first of them can be right."""
     named = _by_place(response)
     right = sum(named.get(thing.place) == thing.name for thing in crowd.things)
     return Correctness(right, max(len(crowd.things), len(_items(response))))
@@ -154,7 +154,7 @@ def draw_preference(rng: Generator, split: world.Split, things: tuple[int, int] 
 
 def draw_response(crowd: Scene, rng: Generator) -> str:
     """Draws a description. It is a teacher's answer, an unrelated text, or a list of the things with random mistakes:
-    wrong shapes, colours or places, and things that are left out, repeated or invented."""
+    wrong shapes, colours or places, and missing, repeated or invented things."""
     kind = rng.random()
     if kind < 0.2:
         return world.teachers_words(crowd, rng)
@@ -199,7 +199,7 @@ def _beside_the_point(rng: Generator) -> str:
 
 @cache
 def _judge() -> Judge[Comparison]:
-    """Returns the judge of the reward `genrm`. It has no endpoint, because it only renders prompts."""
+    """Returns the judge of the reward `genrm`. The judge has no endpoint, because it only renders prompts."""
     judge = GenRM("judge", template=str(TEMPLATE)).judge
     judge.load(SHOWN)
     return judge
@@ -207,7 +207,7 @@ def _judge() -> Judge[Comparison]:
 
 def problem_of(pair: Pair) -> Problem:
     """Renders a pair as a prompt of the judge, with the code of the reward `genrm`."""
-    row = Prompt(pair.first, "describing", ())  # the delimiters that the reward puts around each text depend on the id
+    row = Prompt(pair.first, "describing", ())  # pair.first is the id; the delimiters around each text depend on it
     shown = f"(picture 1)\n{world.describe(pair.crowd).question}"
     text = _judge().prompt(row, {"question": shown}, {"response_a": pair.first, "response_b": pair.second})
     return Problem("judging", text, "", pair.crowd)
@@ -282,9 +282,9 @@ def _read(text: str) -> tuple[float, float] | None:
 def report(
     model: StepVL, prompter: Prompter, number: int, seed: int = 0, things: tuple[int, int] = THINGS
 ) -> dict[str, float]:
-    """Tests the judge on `number` held-out preferences. Returns how often the better response gets the better grade:
-    when it is shown first, when it is shown second, and by the mean grades of both orders, which the reward uses. Also
-    returns the share of invalid verdicts."""
+    """Tests the judge on `number` held-out preferences. Returns the share of pairs in which the better response gets
+    the better grade: when this response is shown first, when it is shown second, and by the mean grades of both orders,
+    which the reward uses. Also returns the share of invalid verdicts."""
     rng = np.random.default_rng([seed, 1 << 20])
     pairs = [draw_preference(rng, "heldout", things) for _ in range(number)]
     first, second = grades(model, prompter, pairs), grades(model, prompter, [pair.swapped for pair in pairs])

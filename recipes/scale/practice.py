@@ -37,7 +37,7 @@ COPIES = 0.5  # share of the demonstrations that repeat a pooled answer
 
 
 class Prompter:
-    """Renders problems as token ids, with the tokenizer's chat template and the image tokens of the picture."""
+    """Converts problems to token ids, with the tokenizer's chat template and the image tokens of the picture."""
 
     def __init__(self, tokenizer: Any, image_tokens: int) -> None:
         self.tokenizer = tokenizer
@@ -116,7 +116,7 @@ def draw_pictures(rng: Generator, pictures: int) -> list[Scene]:
 
 @dataclass(frozen=True)
 class Sightings:
-    """Says where the things of S scenes are. A scene has N image tokens. `seen` is True for each token that contains a
+    """The places of the things in S scenes. A scene has N image tokens. `seen` is True for each token that contains a
     thing's centre. Where `seen` is False, the other fields have no meaning."""
 
     seen: Tensor  # [S, N] bool
@@ -136,7 +136,7 @@ def pixels(model: StepVL, scenes: Sequence[Scene]) -> Tensor:
     colors = (torch.from_numpy(np.stack([s.palette for s in scenes])).float() / 255 - MEAN.flatten()) / STD.flatten()
     canvas = torch.from_numpy(np.stack([s.pixels for s in scenes])).long()  # [S, P, P]
     image = colors[torch.arange(len(canvas))[:, None, None], canvas].permute(0, 3, 1, 2)
-    side = (model.config.global_size,) * 2  # a view is larger than a picture, so antialiasing would change nothing
+    side = (model.config.global_size,) * 2  # a view is larger than a picture, so antialiasing would have no effect
     return F.interpolate(image, size=side, mode="bilinear", align_corners=False)
 
 
@@ -149,7 +149,7 @@ def features(model: StepVL, scenes: Sequence[Scene]) -> dict[int, Tensor]:
 
 
 def sightings(scenes: Sequence[Scene], grid: int) -> Sightings:
-    """Returns where the things are on the grid of the vision tower's output tokens."""
+    """Finds the things' places on the grid of the vision tower's output tokens."""
     shape = (len(scenes), grid * grid)
     seen = torch.zeros(shape, dtype=torch.bool)
     color, form = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
@@ -165,7 +165,7 @@ def sightings(scenes: Sequence[Scene], grid: int) -> Sightings:
 
 
 class SightHead(nn.Module):
-    """Linear heads: from an image token, they predict if a thing's centre is there, and the thing's place and name.
+    """Linear heads. For each image token, they predict whether a thing's centre is there, and its place and name.
 
     The score of a colour or shape is the similarity of the image token to the decoder's embedding of this word. So the
     token of a red ring becomes similar to the embeddings of "red" and "ring" before the decoder is trained.
@@ -183,7 +183,7 @@ class SightHead(nn.Module):
             self.register_buffer(kind, LIKENESS * embeddings, persistent=False)
 
 
-LIKENESS = 5.0  # factor for the word embeddings: they are short, so without it the image tokens would have to be long
+LIKENESS = 5.0  # factor for the short word embeddings; without it, image tokens would need large norms
 
 
 def sight_loss(model: StepVL, head: SightHead, scenes: Sequence[Scene]) -> Tensor:
@@ -256,8 +256,8 @@ def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
     hidden = model.model(
         inputs_embeds=inputs[None], position_ids=row.position_ids[None], use_cache=False, layout=row.layout
     ).last_hidden_state[0]
-    # In the row, a response or message directly follows its own question. So every token of a response or message is
-    # predicted by the token before it.
+    # In the row, a response or message directly follows its own question. So every token of a response or
+    # message is predicted from the previous token of the row.
     total = torch.zeros(())
     for mask in (row.is_response, row.is_message):
         if len(places := mask.nonzero()[:, 0]):

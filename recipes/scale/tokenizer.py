@@ -1,4 +1,4 @@
-"""The scale model's tokenizer: one token for each word of the world, each digit, and each byte of any other text.
+"""The scale model's tokenizer: one token for each word in the problems, each digit, and each byte of other text.
 
 Tested in tests/recipes/scale/test_world.py.
 """
@@ -34,7 +34,8 @@ CHAT_TEMPLATE = Path(__file__).with_name("chat.jinja").read_text()
 
 
 def words(more: Sequence[str] = ()) -> list[str]:
-    """Returns all tokens of more than one byte. `more` has further words, which do not occur in the world."""
+    """Returns all tokens of more than one byte. `more` has further words, which do not occur in the problems of
+    world.py."""
     places = sorted({word for place in PLACES for word in place.split()})
     plain = dict.fromkeys([*WORDS, *COLORS, *SHAPES, *places, *more])
     marks = ["\\boxed{", "0.", " 0.", ", ", " + ", " - "]

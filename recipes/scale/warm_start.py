@@ -1,4 +1,4 @@
-"""Supervised warm start of the scale model: trains random weights until the model answers, but not yet well.
+"""Supervised warm start of the scale model: trains random weights until the model gives mediocre answers.
 
     python -m recipes.scale.warm_start --out runs/scale
 
@@ -47,14 +47,14 @@ REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # the same rewards as in rec
     "arithmetic": ("math_verify", {}),
     "worksheet": ("exact", {}),
 }
-# Range for the mean reward of greedy responses to the held-out problems of a task. It is above 0, and RL can still
-# improve the reward.
+# The goal of the warm start for each task: the mean reward of greedy responses to held-out problems is in this range.
+# Then some responses get a reward, and RL can still improve the reward.
 READY = (0.2, 0.6)
 VISION_PREFIXES = ("vision_model.", "vit_large_projector.")
 PEAK_LR, WARM_UP, BETAS = 2e-3, 50, (0.9, 0.98)
 PICTURES = 8  # scenes per step; the number of other problems is a multiple of this number
-HORIZON = 3000  # after this many decoder steps the learning rate would be almost 0; training ends earlier
-LAST = 400  # the number of steps, directly before the part with messages, in which most demonstrations are rough
+HORIZON = 3000  # after this number of decoder steps the learning rate would be almost 0; training ends earlier
+LAST = 400  # in this number of steps, directly before the part with messages, most demonstrations are rough
 # Contents of a batch in the part with messages: the number of scenes without messages, of worksheets without messages,
 # and of problems with messages (per task).
 PLAIN, SHEETS, WITH_MESSAGES = 3, 10, 4
@@ -92,7 +92,8 @@ def config(words: Any) -> StepVLConfig:
 
 def new_model(words: Any, seed: int) -> StepVL:
     """Returns a model with random weights. Only the position embeddings are not random: they are 2-D sines and cosines.
-    With random position embeddings the model learns the format of answers, but for a long time nothing about places."""
+    With random position embeddings, the model soon learns the format of answers, but learns nothing about places for a
+    long time."""
     torch.manual_seed(seed)
     model = StepVL(config(words))
     model.model.set_attn_implementation(attention.NAME)
@@ -140,7 +141,7 @@ class TrainingSteps:
 
     @property
     def alone(self) -> int:
-        """Number of steps before the last part, in which prompts contain pooled answers."""
+        """Number of steps of the first two parts. The prompts of these parts contain no pooled answers."""
         return self.eyes + self.words
 
     @property

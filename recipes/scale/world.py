@@ -22,7 +22,7 @@ from PIL import Image
 
 Split = Literal["train", "heldout"]
 TASKS = ("pointing", "grounding", "counting", "arithmetic", "worksheet")  # tasks with a ground truth
-PIXELS = 112  # width and height of every picture; less than the scale model's view (224), so there are no crops
+PIXELS = 112  # width and height of every picture; smaller than the scale model's view (224), so there are no crops
 COLORS = {
     "red": (214, 40, 40),
     "green": (44, 160, 70),
@@ -35,18 +35,18 @@ LABELS = "pqrs"  # names of a worksheet's sums
 DIVISOR = 3  # worksheets ask for remainders after division by this number
 SHAPES = ("ring", "square", "triangle", "cross")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-HELDOUT_BYTES = 32  # 32 of 256 pictures and sums are held out
+HELDOUT_BYTES = 32  # on average, 32 of 256 pictures and sums are held out
 SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in the shipped files
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
 OPEN_SEEDS: dict[Split, int] = {"train": 3, "heldout": 4}
-CROWD = (3, 5)  # least and most things in a crowd; an answer that is always the same is right in at most 4 of 10 cases
-OPEN_CROWD = (5, 8)  # least and most things for open questions; mostly more than in the warm start, so RL can improve
+CROWD = (3, 5)  # least and most things in a crowd; an answer that never changes is right in at most 4 of 10 cases
+OPEN_CROWD = (5, 8)  # least and most things for open questions; mostly more than in the warm start: RL can improve
 SHIPPED = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One coloured shape. `x` and `y` are its centre and `half` is half of its side, all in pixels."""
+    """One coloured shape. (`x`, `y`) is its centre and `half` is half of its side length, all in pixels."""
 
     color: str
     shape: str
@@ -92,7 +92,7 @@ class Thing:
         if self.shape == "ring":
             return (u**2 + v**2 <= 1) & (u**2 + v**2 >= 0.25)
         if self.shape == "triangle":
-            return u <= (v + 1) / 2 + 0.5 / self.half  # the last term: a tip one pixel wide, so it touches the box
+            return u <= (v + 1) / 2 + 0.5 / self.half  # the last term widens the tip to one pixel
         if self.shape == "cross":
             return (u <= 0.36) | (np.abs(v) <= 0.36)
         return np.ones((2 * self.half, 2 * self.half), dtype=bool)
@@ -141,15 +141,15 @@ class Problem:
     truth: list[float] | str
     scene: Scene | None = None
     targets: tuple[Thing, ...] = ()  # the things that the question is about, in reading order
-    terms: tuple[int, ...] = ()  # arithmetic: signed numbers to add up
+    terms: tuple[int, ...] = ()  # arithmetic: the numbers to add, with their signs
     lines: tuple[tuple[int, int], ...] = ()  # worksheet: the two terms of each sum
     messages: tuple[str, ...] = ()  # pooled answers that the prompt contains (PaCoRe)
     reference: str = ""  # describing: the teacher's answer
 
 
 def split_of(content: bytes) -> Split:
-    """Returns the split that a picture or sum belongs to. A hash of the content decides the split. So no problem of
-    training or of the warm start is ever a held-out problem, whatever the seed is."""
+    """Returns the split that a picture or sum belongs to. A hash of the content determines the split. So with any seed,
+    no problem of training or of the warm start is a held-out problem."""
     return "heldout" if hashlib.sha256(content).digest()[0] < HELDOUT_BYTES else "train"
 
 

@@ -3,8 +3,8 @@
 The *exact* writer does the work: it gives coordinates with two decimals, counts things one by one, and writes each step
 of a sum. The *rough* writer guesses: it points at the centre of one of nine equal parts of the picture, rounds boxes,
 always counts two things, and does not carry in sums. Some answers of the rough writer are right. Most demonstrations
-are from the rough writer. RL has to find out which writer's answers earn more. The responses of both writers are short.
-The first words of a response already show which writer wrote it.
+are from the rough writer. RL has to find out which writer's answers get more reward. The responses of both writers are
+short. The first words of a response already show which writer wrote it.
 
 A whole worksheet is too long for one response. The exact writer computes all sums except one, which is chosen at
 random, and answers 0 for that sum. A single response never contains all results, but many responses together do.
@@ -124,7 +124,7 @@ def _rough_description(problem: Problem, rng: Generator) -> str:
 
 def without_carrying(left: int, right: int) -> int:
     """Returns `left + right`, computed digit by digit without carrying. If `right` is negative, this is a subtraction:
-    in each column, the smaller digit is subtracted from the larger."""
+    in each column, the smaller digit is subtracted from the larger digit."""
     tens, ones = (_digit(a, b, right < 0) for a, b in zip(divmod(left, 10), divmod(abs(right), 10), strict=True))
     return 10 * tens + ones
 
@@ -147,14 +147,14 @@ ROUGH_OPENING = "<think>maybe"  # every rough response starts with these words, 
 
 
 REASONING = ("counting", "arithmetic", "worksheet")
-SLIPS = (0.0, 0.12)  # range of the standard deviation of the coordinates in pooled answers, as fractions of the picture
-ALL_SLIP = 0.02  # standard deviation of the error that all answers to a problem share
-CAREFUL = {"worksheet": (0.6, 1.0)}  # range from which the share of exact answers is drawn; other tasks: (0, 1)
-OTHER_THING = 0.1  # share of the answers that are about a wrong thing of the scene
+SLIPS = (0.0, 0.12)  # range for the standard deviation of coordinates in pooled answers, as fractions of the picture
+ALL_SLIP = 0.02  # standard deviation of an error that is the same in all answers to a problem
+CAREFUL = {"worksheet": (0.6, 1.0)}  # the share of exact answers is drawn from this range; other tasks: (0, 1)
+OTHER_THING = 0.1  # share of the answers that describe another thing of the scene instead of the target
 
 
 def answers_of_others(problem: Problem, number: int, rng: Generator) -> tuple[str, ...]:
-    """Returns `number` final answers of random quality, for prompts of the warm start. In RL, a policy samples these
+    """Returns `number` final answers of random quality, for prompts of the warm start. In RL, a policy samples such
     answers.
 
     If a task asks for coordinates, each answer has random errors, and the size of the errors is drawn once per problem.
@@ -196,8 +196,8 @@ def compare(problem: Problem, rng: Generator) -> str:
 
 
 def usual_lines(messages: Sequence[str]) -> list[str]:
-    """Returns the most frequent result of each line of a worksheet. If results are equally frequent, the first is
-    returned."""
+    """Returns the most frequent result of each line of a worksheet. If several results are equally frequent, returns
+    the result that comes first."""
     results_of_each = [re.findall(r"=(\d+)", message) for message in messages]
     return [Counter(results).most_common(1)[0][0] for results in zip(*results_of_each, strict=True)]
 
@@ -213,9 +213,9 @@ def repeat(problem: Problem, rng: Generator) -> str:
 
 
 def rough_share(problem: Problem) -> float:
-    """Returns the probability that the rough writer answers a problem. It is lower for problems about two of the
-    colours, and for sums without subtraction. So a model that imitates both writers is exact on some problems and rough
-    on most."""
+    """Returns the probability that the rough writer answers a problem. The probability is lower for problems about two
+    of the colours, and for sums without subtraction. So a model that imitates both writers is exact on some problems
+    and rough on most."""
     if problem.task == "worksheet":
         return 0.3
     favourite = min(problem.terms) > 0 if problem.terms else problem.targets[0].color in FAVOURITE_COLORS

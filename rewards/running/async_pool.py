@@ -1,8 +1,8 @@
 """A process for rewards that wait, such as rewards that ask a judge. It runs many jobs at a time.
 
 If a job blocks or kills the process, all jobs that were running start again, one at a time, to find the cause. If an
-endpoint does not answer, the jobs that ask it are held. From time to time, one of these jobs is sent as a probe, until
-the endpoint answers or its `max_wait` is over.
+endpoint does not answer, the jobs that ask it wait. From time to time, one of these jobs is sent as a probe, until the
+endpoint answers or its `max_wait` is over.
 """
 
 import atexit
@@ -257,7 +257,7 @@ class AsyncPool(RewardPool):
 
     def _blame(self, job: Job, kind: str, error: Exception) -> None:
         for away in self._away.values():
-            if away.probe is job:  # the job's failure says nothing about the endpoint
+            if away.probe is job:  # the job's failure does not show whether the endpoint answers
                 away.schedule_next_probe()
         _resolve(job, job.same_outcome(kind, error))
 

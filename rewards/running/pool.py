@@ -1,9 +1,9 @@
 """Worker processes for rewards that compute. They take jobs from a queue and return outcomes.
 
-`workers` processes compute at a time. A process that dies is replaced at once. A process whose job takes longer than
-usual gives its turn to a reserve process. If the job takes even longer, the process computes only on idle cores. At the
-job's time limit, the process is killed. So a hung sample hardly slows down other samples. Tested in
-tests/rewards/running/test_runner.py.
+A process needs a turn to compute, and there are `workers` turns. A process that dies is replaced at once. A process
+whose job takes longer than usual gives its turn to a reserve process. If the job takes even longer, the process
+computes only on idle cores. At the job's time limit, the process is killed. So a hung sample hardly slows down other
+samples. Tested in tests/rewards/running/test_runner.py.
 """
 
 import atexit
@@ -21,11 +21,12 @@ from rl.types import Prompt, Rollout
 
 Outcome = Mapping[str, Any]
 """The result for one rollout or row: {"value", "details"}, {"invalid": reason}, {"exhausted": message that time or
-memory ran out} or {"away": endpoint, "why"}. It also has the "seconds" that scoring took."""
+memory ran out} or {"away": endpoint that does not answer, "why": its error}. It also has the "seconds" that scoring
+took."""
 
 SLOW_FACTOR = 3  # a job is slow if it takes more than SLOW_FACTOR times the usual duration of its scorer
-LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0  # minimum seconds until a job is slow; seconds for a first job
-HUNG_S = 1.0  # a process whose job takes longer gets only idle cores from then on, and is replaced later
+LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0  # minimum seconds until a job is slow; seconds for a scorer's first job
+HUNG_S = 1.0  # a process whose job takes longer than this gets only idle cores, and is replaced after the job
 MOST_RESERVES = 8
 
 
@@ -152,7 +153,7 @@ class ComputePool(RewardPool):
     def give_turn(self, *, grow: bool) -> bool:
         """Gives the caller's turn to a reserve process if a job is waiting. Returns True if the turn was given away.
 
-        With `grow`, starts a reserve process if there is none.
+        If `grow` is True and no reserve process is free, starts another reserve process.
         """
         with self._lock:
             if self.closed or self.jobs.empty():
@@ -166,7 +167,7 @@ class ComputePool(RewardPool):
         return True
 
     def stuck_job_ended(self) -> None:
-        """Call this when a job has ended whose slot had given away its turn."""
+        """Call this when the job of a slot has ended and the slot had given away its turn."""
         with self._lock:
             self._stuck -= 1
 
@@ -324,7 +325,8 @@ class _Slot:
             return self.process
 
     def _replace(self) -> None:
-        """Ends the process and starts a new process, which loads while the outcome is delivered."""
+        """Ends the process. If the job was not hung, starts a new process, which loads while the outcome is
+        delivered."""
         self._terminate()
         if not self.hung:
             self._running_process()

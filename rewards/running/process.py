@@ -1,4 +1,4 @@
-"""The parent's side of one worker process: starts it, sends it jobs and kills it. Handles no queues and no scores.
+"""Starts one worker process, sends jobs to it and kills it. This code runs in the parent process.
 
 Tested in tests/rewards/running/test_runner.py.
 """

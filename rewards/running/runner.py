@@ -48,10 +48,10 @@ class RewardRunner:
 
     A task's reward is the sum of weight * value over its rewards. Penalties first lower each value towards the lowest
     value of its reward (rewards.penalty). Raises ValueError, before any process is started, for a reward, parameter or
-    endpoint that does not exist. A sample is invalid if one of its rewards or penalties raises an exception, dies,
-    returns no number, or runs out of time or memory. Its score then contains the reason. But if the reward declares
-    on_timeout="lowest", a sample that runs out of time or memory gets the lowest value (for a penalty: an offence of
-    1). Other samples are not affected.
+    endpoint that does not exist. A sample is invalid if one of its rewards or penalties raises an exception, returns no
+    number, runs out of time or memory, or if its process dies. Its score then contains the reason. But if the reward
+    declares on_timeout="lowest", a sample that runs out of time or memory gets the lowest value (for a penalty: an
+    offence of 1). Other samples are not affected.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RewardRunner:
         row_judges: Mapping[str, config.ScorerSpec] = MappingProxyType({}),
     ):
         if workers < 1:
-            raise ValueError(f"{workers} reward workers; at least 1 is needed")
+            raise ValueError(f"the number of reward workers is {workers}; at least 1 is needed")
         self.on_outage: Callable[[Outage], None] = lambda outage: None  # called in the thread that waits for scores
         folder = Path(base_dir).resolve()
         self._endpoints = dict(endpoints or {})
@@ -97,7 +97,7 @@ class RewardRunner:
         return {name for part in self._parts for name in part.bound.endpoints}
 
     def penalties(self) -> frozenset[str]:
-        """Returns the names of all penalties, as in `Scored.parts`."""
+        """Returns the names of all penalties. These names are keys of `Scored.parts`."""
         return frozenset(part.name for part in self._parts if part.bound.reward.kind == "penalty")
 
     def problem(self, prompt: Prompt) -> str | None:
@@ -107,7 +107,7 @@ class RewardRunner:
         for part in self._tasks[prompt.task].parts:
             needed = part.bound.reward.needs
             if needed and getattr(prompt, needed) is None:
-                return f"row {prompt.id!r} has no {needed}, which {part.name} (task {prompt.task}) compares with"
+                return f"row {prompt.id!r} has no {needed}, which {part.name} (task {prompt.task}) needs"
         return None
 
     def url(self, endpoint: str) -> str:
@@ -269,7 +269,7 @@ class Scoring:
     def __init__(self, runner: RewardRunner, per_prompt: int):
         self._runner, self._per_prompt = runner, per_prompt
         self._futures: dict[int, Future[Scored]] = {}
-        self._incomplete: dict[int, dict[int, Rollout]] = {}  # for group rewards: prompts that still lack rollouts
+        self._incomplete: dict[int, dict[int, Rollout]] = {}  # for group rewards: prompt -> its rollouts so far
 
     def add(self, place: int, rollout: Rollout) -> None:
         """Scores a rollout. `place` is its index in the batch, where a prompt's rollouts are next to each other."""
@@ -287,7 +287,9 @@ class Scoring:
     def results(self) -> list[Scored]:
         """Waits for all scores and returns them in the order of their places."""
         if self._incomplete:
-            raise ValueError(f"{len(self._incomplete)} prompts have not all of their {self._per_prompt} rollouts yet")
+            raise ValueError(
+                f"{len(self._incomplete)} prompts do not have all of their {self._per_prompt} rollouts yet"
+            )
         return self._runner.results([self._futures[place] for place in sorted(self._futures)])
 
 

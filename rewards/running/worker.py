@@ -108,8 +108,8 @@ def to_outcome(bound: BoundReward, result: Any) -> dict[str, Any]:
         return {"invalid": f"returned {value}; a {bound.reward.kind} is between {zero} and 1"}
     if value < bound.reward.lowest:
         return {
-            "invalid": f"returned {value}, but its lowest value, which truncated responses get, is "
-            f"{bound.reward.lowest}; declare it: @reward({bound.reward.name!r}, lowest=...)"
+            "invalid": f"returned {value}, but its lowest value is {bound.reward.lowest} (truncated responses get this "
+            f"value); declare the lowest value that the reward can return: @reward({bound.reward.name!r}, lowest=...)"
         }
     try:
         details = json.loads(json.dumps(dict(score.details)))

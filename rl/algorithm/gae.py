@@ -68,7 +68,7 @@ def _check(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: flo
     if values.dim() != 2 or len(set(shapes.values())) > 1:
         raise ValueError(f"rewards, values and mask must have the same shape [N, R], but are {shapes}")
     if bootstrap is not None and bootstrap.shape != values.shape[:1]:
-        raise ValueError(f"bootstrap is {tuple(bootstrap.shape)} for {len(values)} responses; pass one value each")
+        raise ValueError(f"bootstrap has shape {tuple(bootstrap.shape)}; pass {len(values)} values, one per response")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype}; pass a bool tensor (mask.bool())")
     for name, value in (("gamma", gamma), ("lam", lam)):
@@ -96,7 +96,7 @@ def _gae_rows(
     for i in range(start, stop):
         a_next, v_next = 0.0, bootstrap[i]
         for back in range(width):
-            t = np.uint64(width - 1 - back)  # unsigned: tests for negative indices make the loop a third slower
+            t = np.uint64(width - 1 - back)  # uint64: an index that may be negative makes the loop a third slower
             if mask[i, t]:
                 a_next = rewards[i, t] + gamma * v_next - values[i, t] + decay * a_next
                 v_next = values[i, t]
@@ -124,8 +124,9 @@ def _array(x: Tensor, dtype: torch.dtype) -> np.ndarray:
 def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
     """Returns (A - mean) / max(std, 1e-8) for all chosen tokens of the batch, and 0 where the mask is False.
 
-    The variance is a sum divided by N, not by N - 1. Means are computed in float64. A float32 mean of equal advantages
-    would have a rounding error. Divided by 1e-8, this error would give advantages of order 1.
+    The variance of N advantages is a sum divided by N, not by N - 1. Means are computed in float64. In float32, the
+    mean of equal advantages would have a rounding error. This error would be divided by 1e-8 and give advantages of
+    order 1.
 
     Raises:
         ValueError: no token is chosen.
@@ -149,6 +150,6 @@ def terminal_rewards(scores: Tensor, mask: Tensor) -> Tensor:
     """
     last = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), -1).amax(1)
     if (lost := (last < 0) & (scores != 0)).any():
-        raise ValueError(f"responses {lost.nonzero().flatten().tolist()} have a score but no token to pay it on")
+        raise ValueError(f"responses {lost.nonzero().flatten().tolist()} have a score but no token")
     rewards = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
     return rewards.scatter_(1, last.clamp(min=0)[:, None], scores[:, None])

@@ -48,11 +48,11 @@ _DEFAULTS: dict[str, Parameters] = {
     "dppo_kl": {"clip_ratio_c": 20.0},
 }
 _REFUSED = {
-    "clip_cov": "its gradient depends on how a minibatch is split: it drops tokens, drawn at random, by their "
-    "covariance within the part it is given",
-    "kl_cov": "its gradient depends on how a minibatch is split: it penalises the tokens of largest covariance "
-    "within the part it is given",
-    "bypass_mode": "it takes the engine's logprobs for the old policy's and makes weights of its own; "
+    "clip_cov": "its gradient depends on how a minibatch is split: it drops random tokens, selected by their "
+    "covariance within one part of the minibatch",
+    "kl_cov": "its gradient depends on how a minibatch is split: it penalises the tokens with the largest covariance "
+    "within one part of the minibatch",
+    "bypass_mode": "it uses the engine's logprobs as the old policy's logprobs, and computes its own weights; "
     "set ppo.ratio, ppo.tis_cap and ppo.rollout_correction instead",
 }
 
@@ -72,7 +72,7 @@ def policy_loss(name: str, parameters: Parameters | None = None) -> "VerlPolicyL
         parameters: the loss's parameters, with verl's names and meanings (clip_ratio, clip_ratio_low, tau_pos,
             dro_beta, ...). clip_ratio sets both clip_ratio_low and clip_ratio_high. Parameters that are not given have
             verl's defaults, except `clip_ratio_c`. For vanilla, the default of `clip_ratio_c` is so large that it has
-            no effect. For dppo_*, it is 20, which caps the weight.
+            no effect. For dppo_*, the default is 20, which is the upper limit of the weight.
     Raises:
         ValueError: verl has no such loss, the loss does not read a given parameter, a parameter is missing, or the
             loss is refused. A loss is also refused if its gradient depends on how a minibatch is split. This function
@@ -92,7 +92,7 @@ def policy_loss(name: str, parameters: Parameters | None = None) -> "VerlPolicyL
     if _depends_on_split(loss):
         raise ValueError(
             f"verl's policy loss {name} with {given} is refused: on an example its gradient depends on how the "
-            "minibatch is split; write it as a sum over tokens or responses (verl's agg_loss does that)"
+            "minibatch is split; write the loss as a sum over tokens or responses (verl's agg_loss does that)"
         )
     return loss
 
@@ -134,7 +134,7 @@ class VerlPolicyLoss:
             dataclasses.replace(self.config, global_batch_info=self._global_batch_info(size)),
             None if weights is None else torch.where(mask, weights, 0.0),
         )
-        if self.name == "geo_mean":  # verl divides by the rows of this call and ignores global_batch_info
+        if self.name == "geo_mean":  # verl divides by the number of rows of this call and ignores global_batch_info
             loss = loss * (len(mask) / size.responses)
         clipped = metrics.get("actor/pg_clipfrac", 0.0) * mask.sum()
         return loss, {"approx_kl": kl_sum(logprobs, old_logprobs, mask), "clip_fraction": clipped.to(loss.dtype)}
@@ -160,7 +160,7 @@ def _check_parameters(name: str, given: Parameters) -> None:
         if key != "loss_agg_mode" and not isinstance(value, int | float):
             raise ValueError(f"{key} of verl's policy loss {name} is {value!r}; give a number")
     if given.get("loss_agg_mode") == "seq-mean-token-sum-norm" and "loss_scale_factor" not in given:
-        raise ValueError("loss_agg_mode seq-mean-token-sum-norm needs loss_scale_factor, the tokens to divide by")
+        raise ValueError("loss_agg_mode seq-mean-token-sum-norm needs loss_scale_factor, the number to divide by")
 
 
 def _actor_config(name: str, given: Parameters, compute: Callable[..., Any]) -> Any:
@@ -188,8 +188,8 @@ def _fields_of(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _depends_on_split(loss: VerlPolicyLoss) -> bool:
-    """Computes the gradient for six example responses, once as a whole and once in two parts. Returns True if they
-    differ."""
+    """Computes the gradient for six example responses, once for the whole minibatch and once in two parts. Returns True
+    if the two gradients differ."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([3, 5, 2, 12, 9, 7])
     mask = torch.arange(12) < lengths[:, None]

@@ -23,7 +23,7 @@ from rl.model.packed import hidden_states
 
 
 class ValueModel(nn.Module):
-    """A decoder trunk and a linear value head without bias. Parameters have the names of the tensors on disk."""
+    """A decoder trunk and a linear value head without bias. Parameters have the same names as the tensors on disk."""
 
     def __init__(self, trunk: Any, hidden: int) -> None:
         super().__init__()
@@ -59,8 +59,8 @@ class Critic(Sharded):
     A critic is a plain object. Ray creates one such object in the process of each rank.
 
     Args:
-        folder: model folder. The critic starts from this model's decoder, unless `options.model.critic` names a critic
-            to start from.
+        folder: model folder. The critic starts from this model's decoder, or from the weights in `options.model.critic`
+            if this option is set.
     """
 
     def __init__(self, folder: str, options: LearnerOptions, ranks: Ranks | None = None) -> None:

@@ -70,8 +70,8 @@ class Ranks:
         return torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
 
     def local_shard(self, full: Tensor, like: Tensor) -> Tensor:
-        """Returns this rank's shard of `full`. Every rank must have all of `full`, which is split in the same way as
-        `like`."""
+        """Returns this rank's shard of `full`. Every rank must pass the whole tensor `full`. It is split in the same
+        way as `like`."""
         if not isinstance(like, DTensor):
             return full.to(self.device)
         # With src_data_rank=None every rank cuts its shard from its own `full`, and the ranks send no data.

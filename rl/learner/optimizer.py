@@ -26,7 +26,7 @@ class Optimizer:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], ppo: PPO, *, lr: float, warmup: int) -> None:
         self.parameters, self.ppo, self.lr, self.warmup = dict(parameters), ppo, lr, warmup
-        self.steps, self.skipped = 0, 0  # number of steps made; number of steps skipped since then
+        self.steps, self.skipped = 0, 0  # steps made; steps skipped since the last step that was made
         self.adamw = torch.optim.AdamW(
             self.parameters.values(), lr=lr, betas=ppo.betas, weight_decay=ppo.weight_decay, eps=1e-8, fused=True
         )
@@ -49,8 +49,8 @@ class Optimizer:
             self.skipped += 1
             if self.skipped >= self.ppo.max_skipped_steps:
                 raise FloatingPointError(
-                    f"the gradient norm is {norm} at optimizer step {self.steps + 1}, for the {self.skipped}. time in "
-                    "a row (ppo.max_skipped_steps)"
+                    f"the gradient norm is {norm} at optimizer step {self.steps + 1}; skipped steps in a row: "
+                    f"{self.skipped} (ppo.max_skipped_steps)"
                 )
             return None
         self.skipped = 0

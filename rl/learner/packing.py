@@ -20,8 +20,8 @@ class PackedRow:
     """The input of one forward pass: T tokens. Of these, n tokens belong to k responses. All other tokens belong to
     prompts.
 
-    If `counts` is False, the results and the gradient of the packed row are ignored. Such a packed row only serves to
-    let every rank make the same number of forward and backward passes.
+    If `counts` is False, the results and the gradient of the packed row are ignored. Such packed rows are added so that
+    all ranks make the same number of forward and backward passes.
     """
 
     token_ids: Tensor  # [T] int64
@@ -90,9 +90,9 @@ def balanced(work: Sequence[float], parts: int) -> list[list[int]]:
     """Distributes the indices of `work` over `parts` lists whose sums of work are nearly equal.
 
     Uses the largest differencing method (Karmarkar and Karp, 1982, section 6). At first, each index has a partition of
-    its own: `parts` lists, one of which contains the index. Each step merges the two partitions whose lists differ most
-    in work. The largest list of one partition is merged with the smallest list of the other partition, and so on. The
-    method ends when one partition is left.
+    its own: `parts` lists, one of which contains the index. Each step merges the two partitions in which the largest
+    and the smallest list differ most. The largest list of one partition is merged with the smallest list of the other
+    partition, and so on. The method ends when one partition is left.
     """
     heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = []
     for index, amount in enumerate(work):
@@ -132,8 +132,8 @@ def _split_group(group: Group, token_budget: int) -> list[Group]:
     for index, response in enumerate(group.responses):
         if prompt + len(response) > token_budget:
             raise ValueError(
-                f"a prompt of {prompt} tokens with a response of {len(response)} does not fit learner.token_budget "
-                f"{token_budget}; make it at least max_sequence_length"
+                f"a prompt of {prompt} tokens with a response of {len(response)} is larger than learner.token_budget "
+                f"{token_budget}; set learner.token_budget to at least max_sequence_length"
             )
         if used + len(response) > token_budget:
             parts.append([])

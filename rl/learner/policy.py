@@ -51,8 +51,8 @@ def policy_loss(ppo: PPO) -> PolicyLoss:
 
 
 def needs_old_logprobs(ppo: PPO) -> bool:
-    """True if an update needs the logprobs under the weights before the update. These logprobs cost an additional
-    forward pass over the batch."""
+    """True if an update needs the logprobs of the policy before the update. These logprobs cost an additional forward
+    pass over the batch."""
     return ppo.ratio == "clip" or ppo.tis_policy == "before_update" or ppo.rollout_correction is not None
 
 
@@ -169,8 +169,8 @@ class Policy(Sharded):
         """Accumulates the gradients of one minibatch, one packed row at a time.
 
         Returns: two values. The first is the size of the minibatch, without the tokens and responses that verl's
-        correction rejected. It may be 0. The second has the statistics of the minibatch, summed over the tokens that
-        were not rejected.
+        correction rejected. This size may be 0. The second has the statistics of the minibatch, summed over the tokens
+        that were not rejected.
         """
         correction = self._correction(groups, batch, old)
         chosen = batch.response_mask if correction is None else correction.mask

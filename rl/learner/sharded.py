@@ -71,7 +71,8 @@ class Sharded:
         raise NotImplementedError
 
     def read_model(self, folder: Path) -> None:
-        """Loads the weights that `write_model` wrote. Raises CheckpointError with the names of missing tensors."""
+        """Loads the weights that `write_model` wrote. Raises CheckpointError if tensors are missing. The message names
+        these tensors."""
         missing = dict(self.optimizer.parameters)
         with torch.no_grad():
             for name, tensor in hf_folder.read_tensors(folder):

@@ -1,8 +1,9 @@
-"""Defines the base class of model families. It has everything that the learner needs to know about a vision-language
-model.
+"""Defines Architecture, the base class of all model families. The class has all methods and attributes of a
+vision-language model that the learner needs.
 
-Attributes have the names of the tensors on disk. rl/model/packed.py runs the decoder trunk on packed rows. There are
-two families: StepVL (rl/model/step_vl.py) and text-only Hugging Face decoders (rl/model/text.py).
+The attributes of a model have the same names as its tensors on disk. rl/model/packed.py runs the decoder trunk on
+packed rows. There are two families: StepVL (rl/model/step_vl.py) and text-only Hugging Face decoders
+(rl/model/text.py).
 
 Tested in tests/rl/model/test_step_vl.py and tests/rl/model/test_text.py.
 """
@@ -23,7 +24,7 @@ class ImageToken:
 
     text: str  # the token's text in the tokenizer
     id: int
-    expansion: Callable[[Size], int]  # (width, height) of a picture in pixels -> number of prompt tokens it takes
+    expansion: Callable[[Size], int]  # (width, height) of a picture in pixels -> number of prompt tokens of the picture
 
 
 class Architecture(nn.Module):

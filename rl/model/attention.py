@@ -1,10 +1,10 @@
 """Attention over packed groups: each response sees its prompt and its own tokens, and nothing else.
 
-The function is registered with transformers as `packed_groups`, so that the decoders of transformers run on packed rows
-unchanged. The keys and values of a prompt are computed once for all its responses. No matrix of size [T, T] is
-allocated. On a CPU, the visible (query, key) pairs are divided into a few dense or causal rectangles. Attention is
-computed for each rectangle, and the log-sum-exp of each result is used to merge the results. On a GPU, a FlexAttention
-block mask describes the visible pairs.
+The function `packed_groups` is registered with transformers. The decoders of transformers can then run on packed rows
+without any change. The keys and values of a prompt are computed once for all its responses. No matrix of size [T, T] is
+allocated. A (query, key) pair is visible if the query token sees the key token. On a CPU, the visible pairs are divided
+into a few blocks, each with full or causal attention. Attention is computed for each block, and the log-sum-exp of each
+result is used to merge the results. On a GPU, a FlexAttention block mask describes the visible pairs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,9 +39,9 @@ class Segments:
     """A batch of n segments of up to L tokens. A segment is a prompt or a response. One call computes the causal
     self-attention of all segments of the batch.
 
-    Segments shorter than L are padded with repeats of their last token. Causal attention hides the repeats from the
-    tokens before them. So it is enough to drop the results of the repeats, and to set the gradient of the repeats to 0
-    in the backward pass.
+    Segments shorter than L are padded with repeats of their last token. Attention is causal, so the other tokens do not
+    see the repeats. The results of the repeats are dropped, and the gradient of these results is set to 0 in the
+    backward pass.
     """
 
     tokens: Tensor  # [n, L] int64, indices of the tokens in the packed row
@@ -133,7 +133,7 @@ class Layout:
 def sees(group: Tensor, owner: Tensor, row: Tensor, column: Tensor) -> Tensor:
     """True where token `row` sees token `column`. `group` and `owner` are the two tensors of `Layout.owners`.
 
-    This function defines what is visible, and all implementations of attention must agree with it.
+    All implementations of attention must agree with this function.
     """
     shared = (owner[column] == 0) | (owner[row] == owner[column])
     return (column <= row) & (group[row] == group[column]) & shared
@@ -143,9 +143,9 @@ def batches_of(segments: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]
     """Distributes segments (first token, length) to batches, the longest segments first. Each batch is computed in one
     call.
 
-    Every call has a cost. Padding has a cost too, because all segments of a batch are padded to the length of the
-    longest. All segments of up to SMALL tokens share a batch. Longer segments share a batch only if the shortest has at
-    least ALIKE times as many tokens as the longest.
+    Fewer batches need fewer calls, but more padding, because all segments of a batch are padded to the length of its
+    longest segment. If the longest segment of a batch has at most SMALL tokens, the batch takes all shorter segments.
+    Otherwise, it takes only segments with at least ALIKE times as many tokens as the longest segment.
     """
     batches: list[list[tuple[int, int]]] = []
     for segment in sorted(segments, key=lambda s: (-s[1], s[0])):
@@ -194,9 +194,9 @@ class _GroupsOnCPU(torch.autograd.Function):
     """Attention on a CPU; inputs and outputs are [T, heads, D].
 
     The forward pass calls torch's flash kernel for CPUs once for each batch of segments. It also calls the kernel once
-    for each group, for the attention of the responses to their prompt. The backward kernel gets the log-sum-exp over
-    all tokens that a token sees. So the backward pass can call this kernel separately for each batch of segments and
-    for each group, and add the gradients.
+    for each group, for the attention of the responses to their prompt. For each token, the backward kernel gets the
+    log-sum-exp over all tokens that this token sees. So the backward pass can call the kernel separately for each batch
+    of segments and for each group, and add the gradients.
     """
 
     @staticmethod
@@ -240,9 +240,9 @@ class _GroupsOnCPU(torch.autograd.Function):
 def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Returns the attention outputs [n, L, heads, D] and their log-sum-exp [n, L, heads].
 
-    q, k and v are [n, L, heads, D]; k and v may have fewer heads. This calls the private operator that
-    scaled_dot_product_attention uses. No public function for CPUs returns the log-sum-exp, which is needed to merge the
-    parts.
+    q, k and v are [n, L, heads, D]; k and v may have fewer heads than q. The function calls a private operator of
+    torch, because no public function for CPUs returns the log-sum-exp. scaled_dot_product_attention uses the same
+    operator.
     """
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, scale=scale
@@ -254,7 +254,8 @@ def _flash_backward(*given: Tensor, causal: bool, scale: float) -> tuple[Tensor,
     """Returns the gradients of q, k and v.
 
     `given` has six tensors: the gradient of the outputs, q, k, v, the outputs, and the log-sum-exp of the outputs. The
-    outputs and the log-sum-exp must be those of the attention to all tokens that a token sees.
+    outputs and the log-sum-exp must be results of attention to all tokens that a token sees, not only to the tokens in
+    k and v.
     """
     heads_first = (x.transpose(1, 2) for x in given)
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads_first, 0.0, causal, scale=scale)

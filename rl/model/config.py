@@ -144,8 +144,8 @@ def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfi
     """Returns the config with the decoder's positions extended `factor` times by YaRN (arXiv 2309.00071).
 
     The temperature of attention does not change, as in PaCoRe's evaluation (arXiv 2601.05593), which uses the factor
-    2.0. The factor multiplies the number of trained positions, even if the config was extended before. If `factor` is
-    None, the config is not changed.
+    2.0. The factor multiplies the number of positions that the model was trained with, even if the config already uses
+    YaRN. If `factor` is None, the config is not changed.
 
     Raises: ValueError if the config extends its positions by another method.
     """
@@ -154,7 +154,7 @@ def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfi
     text = getattr(config, "text_config", config)
     rope = dict(text.rope_parameters)
     if (kind := rope.get("rope_type", "default")) not in ("default", "yarn"):
-        raise ValueError(f"its positions are extended by {kind} already; YaRN cannot extend them again")
+        raise ValueError(f"the positions are already extended by {kind}; YaRN cannot extend them again")
     trained = trained_positions(config)
     text.rope_parameters = {
         "rope_theta": rope["rope_theta"],

@@ -1,6 +1,6 @@
 """Reads and writes Hugging Face model folders (config.json and safetensors).
 
-The parameters of a model have the names of the tensors on disk.
+The parameters of a model have the same names as its tensors on disk.
 """
 
 import json
@@ -28,16 +28,16 @@ VALUE_HEAD = "value_head.weight"
 
 
 class CheckpointError(ValueError):
-    """The error for a model folder that cannot be used. The error message gives the folder and the reason."""
+    """Raised if a model folder cannot be used. The error message gives the folder and the reason."""
 
 
 def local_folder(path: str | Path) -> Path:
-    """Returns `path` if it is a folder. Otherwise `path` is a hub id. Then the model is downloaded if necessary, and
-    the local copy is returned."""
+    """Returns `path` if it is a folder. Otherwise, `path` must be a hub id. The function then downloads the model if
+    necessary, and returns the folder of the local copy."""
     if Path(path).is_dir():
         return Path(path)
     if Path(path).is_absolute() or str(path).count("/") != 1:
-        raise CheckpointError(f"model.path {path} is neither a folder nor a hub id like owner/name")
+        raise CheckpointError(f"model.path {path} is not a folder, and it is not a hub id like owner/name")
     try:
         return Path(snapshot_download(str(path)))
     except Exception as error:  # the hub client raises many types of errors, which all mean the same to the user
@@ -74,15 +74,15 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         names: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
         return {name: folder / file for name, file in names.items()}
     if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}; only safetensors are read")
+        raise CheckpointError(f"{folder} has no {WEIGHTS} and no {INDEX}; only safetensors are read")
     with safe_open(folder / WEIGHTS, "pt") as file:
         return {name: folder / WEIGHTS for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def check(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
-    """Checks a model folder without reading the weights, and returns its config. So a dry run can use this check.
+    """Checks a model folder and returns its config. Does not read the weights, so that a dry run can make this check.
 
-    Raises: CheckpointError with the names of missing or extra tensors and wrong shapes.
+    Raises: CheckpointError if tensors are missing, unknown or of the wrong shape. The message names these tensors.
     """
     folder = Path(folder)
     config = read_config(folder, yarn=yarn)
@@ -130,11 +130,12 @@ def load(
     """Loads the model in a folder with all its weights.
 
     Args:
-        prepare: a function that is called with the model before its weights take memory. It may split the parameters
-            over processes.
-        local_shard: (full tensor, its parameter) -> this process's shard of the full tensor. None keeps full tensors.
+        prepare: a function that is called with the model before its weights take memory. The function may split the
+            parameters over processes.
+        local_shard: a function (full tensor, its parameter) -> this process's shard of the full tensor. None: this
+            process keeps the full tensors.
         yarn: the factor by which YaRN extends the positions.
-    Raises: CheckpointError with the names of missing or extra tensors and wrong shapes.
+    Raises: CheckpointError if tensors are missing, unknown or of the wrong shape. The message names these tensors.
     """
     folder = Path(folder)
     model = build(check(folder, yarn=yarn))
@@ -155,7 +156,7 @@ def load(
 def check_critic(folder: str | Path, config: PretrainedConfig) -> None:
     """Checks that a folder holds a critic for a model with this config, that is, the decoder and a value head.
 
-    Raises: CheckpointError with the names of missing or extra tensors and wrong shapes.
+    Raises: CheckpointError if tensors are missing, unknown or of the wrong shape. The message names these tensors.
     """
     folder, model = Path(folder), build(config)
     expected = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
@@ -175,7 +176,7 @@ def _check_shapes(files: Mapping[str, Path], expected: Mapping[str, Tensor]) -> 
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 wanted = tuple(expected[name].shape) if name in expected else None
                 if wanted is not None and (got := tuple(opened.get_slice(name).get_shape())) != wanted:
-                    raise CheckpointError(f"{file}: {name} is {got}, the config asks for {wanted}")
+                    raise CheckpointError(f"{file}: {name} has shape {got}, but the config needs {wanted}")
 
 
 def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -205,7 +206,7 @@ def save(
     Args:
         source: a model folder whose tokenizer, templates and generation config are copied.
         templates: file name -> text. These files are written instead of the files of the same name in `source`.
-        tensors: the tensors to write. None means the model's `state`.
+        tensors: the tensors to write. None means the result of `state(model)`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +220,7 @@ def save(
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    """Copies tokenizer, templates and generation config. Copies no weights, and keeps files that `folder` already
+    """Copies tokenizer, templates and generation config, but no weights. Does not replace files that `folder` already
     has."""
     for file in sorted(source.iterdir()):
         companion = file.suffix in {".json", ".jinja", ".txt", ".model"} and file.name != INDEX

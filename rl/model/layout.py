@@ -1,8 +1,8 @@
 """Computes how STEP3-VL pads, scales and crops a picture. This file works on sizes only, not on pixels.
 
-The rules and thresholds are taken from the published serving code (window choice, rounding at 0.2, limit of 3,024
-pixels). The published code gives the thresholds only for 728-pixel views. In this file, the thresholds scale with the
-size of the view, which is a reconstruction.
+The rules and thresholds are taken from the published serving code (choice of the window size, rounding at 0.2 of a
+window, limit of 3,024 pixels). The published code gives the thresholds only for 728-pixel views. In this file, the
+thresholds scale with the size of the view, which is a reconstruction.
 """
 
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ def _rounded(length: int, window: int) -> int:
 def picture_tokens(size: Size, global_size: int, crop_size: int, global_tokens: int, crop_tokens: int) -> int:
     """Returns the number of prompt tokens of a picture.
 
-    The tokens of each crop, and those of the global view, are enclosed by a start token and an end token. A newline
+    A start token and an end token enclose the tokens of each crop, and also the tokens of the global view. A newline
     token follows each row of crops except the last.
     """
     grid = crop_grid(resized(squared(size), global_size), global_size, crop_size)

@@ -5,17 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The maximum number of logits that are in memory at a time (16 MiB in float32), and the minimum number of tokens whose
-# logits are computed at a time.
+# LOGITS: the number of logits that are in memory at a time (16 MiB in float32). LEAST: the minimum number of tokens
+# whose logits are computed at a time, even if there are then more than LOGITS logits in memory.
 LOGITS, LEAST = 1 << 22, 256
 
 
 def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Returns the logprob of each target token, and the entropy of the distribution that it is drawn from, in nats.
+    """Returns the logprob of each target token, and the entropy of the distribution from which the token is drawn, in
+    nats.
 
-    Logits are computed for a few tokens at a time, and are computed again in the backward pass. Both computations are
-    in float32, because bfloat16 would round a logprob of -12 by up to 0.03. The head's gradient is accumulated in one
-    tensor.
+    Logits are computed for a few tokens at a time, and are computed again in the backward pass. After the matrix
+    product, everything is computed in float32, because bfloat16 would round a logprob of -12 by up to 0.03. The
+    gradient of `head` is accumulated in one tensor.
 
     Args:
         hidden: [n, hidden], the hidden states that predict the targets.

@@ -16,8 +16,8 @@ def embed(words: nn.Embedding, token_ids: Tensor, image_slots: Tensor, features:
     embeddings, in order.
 
     Args:
-        token_ids: [T] int64. An image token that is not in a slot was sampled by the policy, and is embedded like a
-            word.
+        token_ids: [T] int64. An image token that is not in a slot was sampled by the policy. Such a token is embedded
+            like a word.
         image_slots: [T] bool, True on the prompt tokens that stand for a picture.
         features: [image tokens, hidden] for each picture.
     Returns: [T, hidden].
@@ -48,8 +48,8 @@ def hidden_states(trunk: Any, row: PackedRow, features: Mapping[str, Tensor]) ->
 
 
 def recompute_layers(trunk: Any) -> None:
-    """Changes the trunk so that it keeps only the inputs of its layers. All other activations are computed again in the
-    backward pass."""
+    """Changes the trunk so that a forward pass keeps only the inputs of the layers. All other activations are computed
+    again in the backward pass."""
     trunk.gradient_checkpointing_enable({"use_reentrant": False})
     trunk.train()  # transformers recomputes only in training mode; without dropout, this mode changes nothing else
 
@@ -67,7 +67,8 @@ def pairs_per_token(config: PretrainedConfig) -> float:
 
 
 class PolicyModel(nn.Module):
-    """The trained part of a model: its decoder trunk and its head. Parameters have the names of the tensors on disk."""
+    """The trained part of a model: its decoder trunk and its head. Parameters have the same names as the tensors on
+    disk."""
 
     def __init__(self, trunk: Any, head: nn.Linear) -> None:
         super().__init__()

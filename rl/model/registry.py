@@ -11,6 +11,6 @@ FAMILIES: dict[str, type[Architecture]] = {StepVLConfig.model_type: StepVL}
 
 
 def family(config: PretrainedConfig) -> type[Architecture]:
-    """Returns the class for a config's `model_type`. For all types that are not in FAMILIES, this is TextModel, which
+    """Returns the class for a config's `model_type`. If the type is not in FAMILIES, returns TextModel. TextModel
     checks the type when the model is built."""
     return FAMILIES.get(config.model_type, TextModel)

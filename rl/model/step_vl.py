@@ -1,6 +1,6 @@
 """STEP3-VL in plain torch: Perception Encoder, two stride-2 convolutions, linear projector, Qwen3 decoder.
 
-Modules have the names of the tensors on disk, so a checkpoint can be loaded without changing names. Source:
+Modules have the same names as the tensors on disk, so a checkpoint can be loaded without changing names. Source:
 STEP3-VL-10B report (arXiv 2601.09668), section 2, and the published serving code.
 """
 
@@ -25,13 +25,13 @@ def rope_2d(head_dim: int, grid: int, rows: int, columns: int) -> tuple[Tensor, 
     """Returns the cosines and sines of the vision tower's 2-D rotary positions.
 
     In each head, the angles of the first half of the channels depend on the column, and those of the second half depend
-    on the row. The two channels of a pair have the same frequency. `grid` is the maximum number of rows, and also the
-    maximum number of columns.
+    on the row. Neighbouring channels form pairs, and the two channels of a pair have the same frequency. `grid` is the
+    maximum number of rows, and also the maximum number of columns.
 
     Returns: cos, sin, each [rows * columns, head_dim] float32.
     """
     if max(rows, columns) > grid:
-        raise ValueError(f"a view of {rows} x {columns} patches is larger than the tower's {grid} x {grid}")
+        raise ValueError(f"a view of {rows} x {columns} patches is larger than the tower's maximum {grid} x {grid}")
     frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))
     row = (torch.arange(rows).float()[:, None] * frequencies).repeat_interleave(2, dim=-1)
     column = (torch.arange(columns).float()[:, None] * frequencies).repeat_interleave(2, dim=-1)
@@ -108,7 +108,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The layers of the vision tower, with their names on disk."""
+    """The layers of the vision tower. The attribute has the same name as on disk."""
 
     def __init__(self, config: StepVLVisionConfig) -> None:
         super().__init__()
@@ -116,8 +116,8 @@ class Transformer(nn.Module):
 
 
 class PerceptionEncoder(nn.Module):
-    """Encodes square views as tokens, with patches, absolute and rotary positions, layers and two stride-2
-    convolutions."""
+    """Encodes square views as tokens. The parts are a patch embedding, absolute and rotary positions, transformer
+    layers and two stride-2 convolutions."""
 
     def __init__(self, config: StepVLVisionConfig) -> None:
         super().__init__()
@@ -154,7 +154,8 @@ class PerceptionEncoder(nn.Module):
 
 
 class StepVL(Architecture):
-    """The STEP3-VL model: vision tower, projector, decoder and head, with their names on disk."""
+    """The STEP3-VL model: vision tower, projector, decoder and head. Attributes have the same names as the tensors on
+    disk."""
 
     frozen_prefixes: ClassVar[dict[str, tuple[str, ...]]] = {
         "encoder": ("vision_model.",),

@@ -21,7 +21,7 @@ class TextModel(Architecture):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         if config.model_type not in FAMILIES:
-            raise ValueError(f"model_type {config.model_type!r} is not built; text models can be {', '.join(FAMILIES)}")
+            raise ValueError(f"model_type {config.model_type!r} is not supported; only {', '.join(FAMILIES)} are")
         self.model = AutoModel.from_config(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -32,7 +32,7 @@ class TextModel(Architecture):
         return None
 
     def features(self, pictures: Sequence[Image.Image]) -> list[Tensor]:
-        """Raises ValueError unless `pictures` is empty."""
+        """Returns an empty list. Raises ValueError if `pictures` is not empty."""
         if pictures:
             raise ValueError(f"{self.config.model_type} is a text model, but a prompt shows pictures")
         return []

@@ -98,7 +98,8 @@ def load_chain(
             stage is kept.
         begun: True if the file `recipe` was saved by a run.
     Raises:
-        RecipeError: if a recipe cannot be used. The message is all that the user needs.
+        RecipeError: if a recipe cannot be used. The message tells the user everything that is needed to correct the
+            recipe.
     """
     written = written_layers(recipe, profile, overrides)
     entries = _entries(written, begun=begun)
@@ -143,7 +144,7 @@ def _entries(written: Layers, *, begun: bool) -> list[_Entry]:
     source = next(layer for layer in reversed(files) if layer.chain is not None)
     where, items = source.where, source.chain
     if not isinstance(items, list) or not items:
-        raise RecipeError(f"{where}: chain is a list of recipes, such as [rlvr.yaml, pacore.yaml]")
+        raise RecipeError(f"{where}: chain must be a list of recipes, such as [rlvr.yaml, pacore.yaml]")
     entries = [_entry(item, source) for item in items]
     names = [entry.name for entry in entries]
     if repeated := [name for name in names if names.count(name) > 1]:
@@ -157,10 +158,10 @@ def _entry(item: Any, source: Layer) -> _Entry:
     curates = isinstance(item, dict) and list(item) == [CURATE]
     file = item[CURATE] if curates else item
     if not isinstance(file, str):
-        raise RecipeError(f"{source.where}: chain holds {item}; give a recipe's name or path, or curate: RECIPE")
+        raise RecipeError(f"{source.where}: chain has the entry {item}; give a recipe name or path, or curate: RECIPE")
     layers = tuple(read(find_recipe(file, f"{source.where}: chain: ", source.folder)))
     if any(layer.chain is not None for layer in layers):
-        raise RecipeError(f"{source.where}: chain holds {file}, which is a chain itself")
+        raise RecipeError(f"{source.where}: chain has the entry {file}, which is a chain itself")
     stage = stage_of(Layers(layers, layers[-1].where))
     return _Entry(CURATE if curates else stage, layers, stage)
 
@@ -172,7 +173,7 @@ def _check_sections(written: Layers, entries: Sequence[_Entry]) -> None:
         raise RecipeError(f"command line: {unused[0]}.* is for the stage {unused[0]}; the chain has {', '.join(known)}")
     if staged := [layer for layer in written.ordered if "stage" in layer.values]:
         raise RecipeError(
-            f"{staged[-1].where}: the recipes in a chain name their stages, the chain itself has none; leave out stage"
+            f"{staged[-1].where}: a chain has no stage, because each of its recipes has its own; leave out stage"
         )
 
 
@@ -180,7 +181,7 @@ def _from(entries: Sequence[_Entry], first: str, where: str) -> list[_Entry]:
     names = [entry.name for entry in entries]
     stages = [name for name in names if name in registered()]
     if first not in stages:
-        raise RecipeError(f"{where}: the chain has no stage {first} to begin with; it has {', '.join(stages)}")
+        raise RecipeError(f"{where}: the chain cannot begin with the stage {first}; its stages are {', '.join(stages)}")
     start = names.index(first)
     if start and names[start - 1] == CURATE:
         start -= 1  # this curation makes the rows of the stage `first`
@@ -200,9 +201,9 @@ def _links(entry: _Entry, steps: Sequence[Step], folder: Path, written: Layers) 
             model["critic"] = str(folder / last.name / "checkpoints" / newest / "critic")
         links["model"] = model
         if entry.name != CURATE:
-            _check_not_set("model.path", entry, written, f"it starts from the policy of {last.name}")
+            _check_not_set("model.path", entry, written, f"the stage starts from the policy of {last.name}")
     if steps and steps[-1].curates:
-        _check_not_set("data.train", entry, written, "it trains on the rows of the curation before it")
+        _check_not_set("data.train", entry, written, "the stage trains on the rows of the previous curation")
         renamed = [key.removeprefix("data.columns.") for key in _keys(entry, written, "data.columns.")]
         columns = {name: name for name in renamed}  # curated rows have our column names
         rows: dict[str, Any] = {"path": str(folder / CURATE / "rows")}

@@ -1,4 +1,4 @@
-"""Makes error messages about recipes: about unknown option names, and about values that do not fit.
+"""Makes error messages about recipes: about unknown option names, and about values that are not allowed.
 
 Every message names the file, the option, the value and the allowed values. This module looks up options in rl.config.
 rl.recipe.layers handles the files.
@@ -36,7 +36,7 @@ class MissingOption(RecipeError):
 class Declared:
     """An option that is declared in rl.config."""
 
-    section: bool  # True if the option has options below it, which are declared too
+    section: bool  # True if the option contains other options, which are declared too
     meaning: str = ""  # the description of the option in rl.config
     is_list: bool = False  # True if the value may be a list of sections
 
@@ -150,7 +150,8 @@ def explain(details: Sequence[ErrorDetails], values: dict[str, Any], where: Call
 
 
 def explain_option(problem: OptionError, values: dict[str, Any], where: Callable[[str], str]) -> str:
-    """Returns the message for a value that a stage refuses. The message has the same form as those of `explain`."""
+    """Returns the message for a value that a stage refuses. The message has the same form as the messages of
+    `explain`."""
     return _line(problem.key, str(problem), declared(values), where)
 
 

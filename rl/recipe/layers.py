@@ -56,7 +56,8 @@ class Layer:
         return frozenset({*rewards, *(f"{judge[1]}.serve" for judge in judges if judge)})
 
     def touches(self, key: str) -> bool:
-        """True if the layer sets `key`, an option inside `key`, or a section around `key` (to a list or null)."""
+        """True if the layer sets `key` or an option inside `key`, or if it sets a section that contains `key` to a list
+        or to null."""
         return any(f"{own}.".startswith(f"{key}.") or f"{key}.".startswith(f"{own}.") for own in self.flat)
 
 
@@ -103,7 +104,7 @@ class Layers:
                 for key in (key for key, value in layer.flat.items() if value == "???"):  # OmegaConf.merge ignores ???
                     OmegaConf.update(merged, key, "???")
             except (TypeError, OmegaConfBaseException) as error:
-                problem = f"a list stands where other layers have options, or the reverse: {first_line(error)}"
+                problem = f"a list and a mapping of options cannot be merged: {first_line(error)}"
                 raise RecipeError(f"{layer.where}: {problem}") from None
         return merged
 
@@ -125,7 +126,8 @@ def read(file: Path, label: str | None = None, derived: tuple[Path, ...] = ()) -
 
     Args:
         label: the name of the file's layer in provenance; None: the name of the file.
-        derived: the files that have this file as a base recipe. If the file itself is one of them, this is an error.
+        derived: the files that have this file as a base recipe. If the list contains the file itself, RecipeError is
+            raised.
     """
     where = shown(file)
     if (real := file.resolve()) in derived:
@@ -171,7 +173,7 @@ def _parse(file: Path, where: str) -> DictConfig:
     except (yaml.YAMLError, OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise RecipeError(f"{where}: cannot be read: {first_line(error)}") from None
     if not isinstance(values, DictConfig):
-        raise RecipeError(f"{where}: holds a list; a recipe is a mapping of options to values")
+        raise RecipeError(f"{where}: the file contains a list; a recipe must be a mapping of options to values")
     return values
 
 
@@ -207,7 +209,7 @@ def find_recipe(written: str, where: str = "", folder: Path | None = None) -> Pa
     near = get_close_matches(Path(written).stem, known, n=1)
     advice = f"; did you mean {known[near[0]]}?" if near else ""
     raise RecipeError(
-        f"{where}no recipe {written}: there is no such file, and the shipped ones are {', '.join(shipped)}{advice}"
+        f"{where}no recipe {written}: there is no such file, and the shipped recipes are {', '.join(shipped)}{advice}"
     )
 
 

@@ -90,17 +90,18 @@ def load(
         overrides: texts `key=value` with values in YAML.
         stage: the stage to run; a recipe of another stage is refused.
     Raises:
-        RecipeError: if the recipe cannot be used. The message is all that the user needs. Unknown names are reported
-            first, then mandatory values that are missing (MissingOption), then values that do not fit.
+        RecipeError: if the recipe cannot be used. The message tells the user everything that is needed to correct the
+            recipe. Unknown names are reported first, then mandatory values that are missing (MissingOption), then
+            values that do not fit.
     """
     written = written_layers(Path(recipe) if recipe else None, profile, overrides)
     if chained := [layer for layer in written.ordered if layer.chain is not None]:
         raise RecipeError(
-            f"{chained[-1].where}: has a chain of recipes, which only rl.run can run; name one of its recipes"
+            f"{chained[-1].where}: the recipe is a chain, which only rl.run can run; name one recipe of the chain"
         )
     chosen = stage_of(written, stage)
     if unused := [name for name in written.ordered[-1].stages if name != chosen]:
-        raise RecipeError(f"command line: {unused[0]}.* is for the stage {unused[0]}, but this one is {chosen}")
+        raise RecipeError(f"command line: {unused[0]}.* is for the stage {unused[0]}, but the run's stage is {chosen}")
     return resolve(written, chosen, profile)
 
 
@@ -139,11 +140,12 @@ def differences(saved: Config, new: Config) -> list[Change]:
 
 
 def stage_of(layers: Layers, required: str | None = None) -> str:
-    """Returns the stage that the layers name.
+    """Returns the stage that the layers name, or `required` if they name no stage.
 
     Args:
         required: the stage that --stage names; None without --stage.
-    Raises: RecipeError if no layer names a stage, if the stage is unknown, or if it is not `required`.
+    Raises: MissingOption if the layers name no stage and `required` is None. RecipeError if the stage is unknown, or if
+        it is not the required stage.
     """
     naming = [layer for layer in layers.ordered if "stage" in layer.values]
     stage = str(naming[-1].values.stage) if naming else required
@@ -152,9 +154,9 @@ def stage_of(layers: Layers, required: str | None = None) -> str:
         raise MissingOption(f"{layers.main}: stage is missing; it is one of {stages}")
     if stage not in registered():
         where = naming[-1].where if naming else "--stage"
-        raise RecipeError(f"{where}: no stage {stage}; there are {stages}")
+        raise RecipeError(f"{where}: there is no stage {stage}; the stages are {stages}")
     if required and stage != required:
-        raise RecipeError(f"{naming[-1].where}: its stage is {stage}, so --stage {required} is not in it")
+        raise RecipeError(f"{naming[-1].where}: the recipe's stage is {stage}, so --stage {required} cannot be used")
     return stage
 
 

@@ -1,8 +1,8 @@
 """Gives recipes access to the registered stages: their names, default values and rules.
 
-The stages themselves are in stages/, which rl may not import. Installed packages register their stages in the entry
-point group `rl.stages`: each entry point refers to a mapping from stage names to classes that have the form of
-stages.base.Stage.
+The stages themselves are in stages/, which the package rl may not import. Installed packages register their stages in
+the entry point group `rl.stages`: each entry point refers to a mapping from stage names to classes that have the form
+of stages.base.Stage.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,5 +48,5 @@ def option_problems(config: Config) -> Iterator[OptionError]:
     for name, rules in stages.items():
         for key in rules.own_options:
             if attrgetter(key)(config) and key not in own.own_options:
-                yield OptionError(key, f"is for the stage {name}, but this one is {config.stage}")
+                yield OptionError(key, f"is for the stage {name}, but the stage of this recipe is {config.stage}")
     yield from own.option_problems(config)

@@ -1,7 +1,7 @@
 """Writes and reads the checkpoints of a run. A checkpoint is a folder that is either complete or absent. No file is a
 Python pickle.
 
-    000020/policy/, critic/  complete weights in Hugging Face layout; policy/ loads in vLLM
+    000020/policy/, critic/  complete weights in Hugging Face layout; vLLM can load policy/
            state/            run.json: counters; policy/, critic/: optimizer state of each rank (safetensors)
            manifest.json     size and SHA-256 of every other file; written last
 

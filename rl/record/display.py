@@ -1,5 +1,5 @@
-"""Shows the progress of a run: a live panel in a terminal, plain lines elsewhere. An error of the display never ends
-the run.
+"""Shows the progress of a run: a live panel in a terminal, or plain lines in a file or pipe. An error of the display
+never ends the run.
 
 The display shows metrics from metrics.jsonl, their moving averages, and the remaining time. rl/record/metrics.yaml
 explains the metrics.
@@ -57,7 +57,7 @@ def _harmless(method: Callable[Concatenate["Display", P], None]) -> Callable[Con
 
 
 class _Console(Console):
-    """A console that goes silent when its output pipe is closed (`| head`). rich's own console would end the
+    """A console that prints nothing more after its output pipe was closed (`| head`). rich's own console would end the
     process."""
 
     def on_broken_pipe(self) -> None:
@@ -67,7 +67,7 @@ class _Console(Console):
 class Display:
     """Shows one stage of a run.
 
-    Used as a context manager, it restores the terminal even after an error:
+    A Display is a context manager. At the end of the `with` block it restores the terminal, even after an error:
 
         with Display(config) as display:
             display.evaluation(metrics_of_iteration_0)

@@ -45,10 +45,10 @@ def describe(name: str) -> Metric:
         if meaning := stage.own_metrics.get(name):
             return Metric(name, "neither", meaning)
     near = difflib.get_close_matches(name, _BY_NAME, n=1)
-    hint = f"; the nearest is {near[0]}" if near else ""
+    hint = f"; the most similar name is {near[0]}" if near else ""
     raise ValueError(
-        f"metric {name!r} has no sentence in rl/record/metrics.yaml{hint}; add one there, or to "
-        "own_metrics of its stage, to log it"
+        f"metric {name!r} has no entry in rl/record/metrics.yaml{hint}; to log the metric, add an entry there, "
+        "or to own_metrics of its stage"
     )
 
 

@@ -23,8 +23,8 @@ class Tracker(Protocol):
 class TensorBoard:
     """Writes event files to RUN_DIR/tracking/tensorboard.
 
-    After a resume, TensorBoard hides the values that the run had logged for `first_step` and later steps before the
-    resume.
+    A resumed run may log `first_step` and later steps a second time. TensorBoard then hides the older values of these
+    steps.
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any], first_step: int) -> None:
@@ -94,10 +94,10 @@ TRACKERS: dict[str, tuple[str, str, Callable[[Path, Mapping[str, Any], int], Tra
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises ValueError for a tracker that does not exist or whose package is missing. Does not import the packages."""
+    """Raises ValueError if a tracker does not exist or if its package is missing. Does not import the packages."""
     for name in names:
         if name not in TRACKERS:
-            raise ValueError(f"log.trackers: there is no {name!r}; choose from {', '.join(TRACKERS)}")
+            raise ValueError(f"log.trackers: there is no tracker {name!r}; choose from {', '.join(TRACKERS)}")
         module, package, _ = TRACKERS[name]
         if importlib.util.find_spec(module) is None:
             raise ValueError(f"log.trackers: the package of {name} is missing; run `pip install {package}`")
@@ -142,7 +142,7 @@ class Trackers:
             act(self._open[name])
         except Exception as problem:  # no exception of a tracker may end the run
             del self._open[name]
-            logger.warning("log.trackers: %s failed and is left out from now on: %r", name, problem)
+            logger.warning("log.trackers: %s failed and gets no more metrics: %r", name, problem)
 
 
 def _is_curve(name: str, value: object) -> bool:

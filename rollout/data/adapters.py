@@ -1,7 +1,8 @@
-"""Adapters of public data sets. Each adapter is a function that converts a row of the data set to our columns.
+"""Adapters of public data sets. Each adapter is a function that converts a row of one data set to the columns of
+rollout/data/rows.py.
 
-The adapters follow the data sets' cards and loaders. If the card and the loader leave a point open, the docstring of
-the adapter says so. The task of the rows comes from the recipe (`{path: ..., adapter: ..., task: math}`). The id of a
+The adapters follow the data sets' cards and loaders. If card and loader do not document a detail, the docstring of the
+adapter says so. The task of the rows comes from the recipe (`{path: ..., adapter: ..., task: math}`). The id of a
 row is made of its file name and line.
 """
 
@@ -28,7 +29,7 @@ def open_reasoner_zero(row: Row) -> dict[str, Any]:
     """Converts a row of Open-Reasoner-Zero's training files, such as orz_math_57k_collected.json.
 
     A row is a list of two messages: {from, value} and {from, ground_truth: {value, pass_at_n}}. The library `datasets`
-    names these columns "0" and "1". Some files have no pass_at_n.
+    converts the two messages to the columns "0" and "1". Some files have no pass_at_n.
     """
     question, answer = row["0"]["value"], row["1"]["ground_truth"]
     meta = {name: answer[name] for name in ("pass_at_n",) if answer.get(name) is not None}
@@ -69,11 +70,11 @@ def perception_r1_counting(row: Row) -> dict[str, Any]:
 def pacore_train(row: Row) -> dict[str, Any]:
     """Converts a row of PaCoRe-Train-8k.
 
-    A row has `conversation`, `responses` (the cached messages) and `ground_truth`. The card leaves three points open.
-    Messages may have the keys role/content or from/value; this function reads both. Responses may contain thinking,
-    which is removed. The ground truth may be a value, {answer: value} or {value: value}; all three are read. Coding
-    problems have test cases in a format that is not documented. So a ground truth that is neither text nor number is
-    refused.
+    A row has `conversation`, `responses` (the cached messages) and `ground_truth`. The card does not document
+    three details. Messages may have the keys role/content or from/value; this function reads both. Responses may
+    contain thinking, which is removed. The ground truth may be a value, {answer: value} or {value: value}; this
+    function reads all three. Coding problems have test cases in a format that is not documented. So this function
+    accepts only texts and numbers as ground truth.
     """
     truth = row["ground_truth"]
     if isinstance(truth, Mapping):

@@ -37,7 +37,7 @@ def parse_chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[Me
     if not isinstance(column, list):
         raise InvalidRow(f"images must be a list, but is {describe(column)}")
     messages = row.get("messages")
-    if isinstance(messages, str) and messages.strip():  # a plain question; its pictures come first, unless it has marks
+    if isinstance(messages, str) and messages.strip():  # a question; without marks, its pictures come first
         marks = MARK * len(column) if MARK not in messages else ""
         messages = [{"role": "user", "content": marks + messages}]
     if not isinstance(messages, list) or not messages:
@@ -98,7 +98,7 @@ def _picture_sources(parts: list[Part], column: list[Any]) -> list[Any]:
         raise InvalidRow("pictures are both in messages and in the column images; use one of the two")
     open_places = len(places) - len(own)
     if open_places != len(column):
-        raise InvalidRow(f"{open_places} {MARK} mark(s) in messages for {len(column)} picture(s) in images")
+        raise InvalidRow(f"messages has {open_places} mark(s) {MARK}, but images has {len(column)} picture(s)")
     return own or list(column)
 
 
@@ -134,7 +134,7 @@ def _parse_part(number: int, part: Any) -> list[Part]:
             return [{"type": "image", "image": {"digest": digest}}]
         case {"type": "text", "text": str(text), **rest} if not rest:
             return _split_at_marks(text)
-    raise InvalidRow(f"message {number}: {shorten(keys)} is neither {{type: text, text}} nor {{type: image, image}}")
+    raise InvalidRow(f"message {number}: {shorten(keys)} must be {{type: text, text}} or {{type: image, image}}")
 
 
 def _split_at_marks(text: str) -> list[Part]:
@@ -159,7 +159,7 @@ def _check_header(picture: Picture, name: str) -> Picture:
     try:
         width, height = picture.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-        raise InvalidRow(f"{name} does not open as a picture: {problem}") from problem
+        raise InvalidRow(f"{name} cannot be opened as a picture: {problem}") from problem
     if width < 1 or height < 1:
         raise InvalidRow(f"{name} is {width} x {height} pixels")
     return picture

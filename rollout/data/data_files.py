@@ -15,7 +15,7 @@ class RawRow:
     """A row as it is stored. If a row cannot be parsed, `values` is None and `problem` says why."""
 
     file: str
-    line: int  # number of the line in a JSONL file, or of the row in any other source, counted from 1
+    line: int  # in a JSONL file: number of the line; in other sources: number of the row; both counted from 1
     folder: Path  # the folder that relative paths in the row start from
     values: Mapping[str, Any] | None
     problem: str = ""
@@ -30,7 +30,7 @@ def raw_rows(source: str, *, streaming: bool = False) -> Iterator[RawRow]:
     """
     path = Path(source)
     if streaming and path.is_file():
-        raise ValueError(f"{path}: streaming is for data sets; leave it out, a file is never copied")
+        raise ValueError(f"{path} is a file, but streaming is only for data sets; leave out streaming")
     if path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz")):
         return _jsonl(path)
     if path.is_file() and path.suffix == ".json":
@@ -85,7 +85,7 @@ def _json(path: Path) -> Iterator[RawRow]:
     except (ValueError, RecursionError) as problem:
         raise ValueError(f"{path} is not JSON: {problem}") from problem
     if not isinstance(rows, list):
-        raise ValueError(f"{path} holds {type(rows).__name__} instead of an array of rows")
+        raise ValueError(f"{path} contains {type(rows).__name__} instead of an array of rows")
     for number, row in enumerate(rows, start=1):
         if isinstance(row, list):
             row = {str(place): value for place, value in enumerate(row)}
@@ -127,7 +127,7 @@ def _load_dataset(name: str, split: str, streaming: bool) -> Any:
     try:
         if any((Path(name) / kind).exists() for kind in ("dataset_dict.json", "state.json")):
             if streaming:
-                raise ValueError("it was written by save_to_disk and is never copied; leave out streaming")
+                raise ValueError("a dataset that save_to_disk wrote cannot be streamed; leave out streaming")
             saved = datasets.load_from_disk(name)
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(name, split=split, streaming=streaming)

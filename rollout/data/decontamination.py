@@ -14,9 +14,9 @@ class Benchmarks:
 
     Args:
         rows: the rows of the benchmarks.
-        length: a training row overlaps a benchmark if the same sequence of this many words is in both. Shorter texts
-            are compared as a whole. The report says 64-grams, but does not give their units. The units here, words and
-            signs in lower case, are a reconstruction.
+        length: a training row overlaps a benchmark if both contain the same sequence of this many words. Whole
+            questions are also compared, so a shorter question can overlap too. The STEP3-VL-10B report says 64-grams,
+            but does not give their units. The units of this class (words and signs, in lower case) are our choice.
     """
 
     def __init__(self, rows: Iterable[Prompt], length: int) -> None:
@@ -42,7 +42,7 @@ class Benchmarks:
                 return f"the question of {identity}"
         for run in _runs(words, self.length):
             if run in self._runs:
-                return f"{self.length} words in a row with {self._runs[run]}"
+                return f"the same {self.length} consecutive words as {self._runs[run]}"
         return None
 
 

@@ -1,4 +1,4 @@
-"""Describes data rows that cannot be used, with file, line and reason, and defines the error that lists them."""
+"""Defines how data rows that cannot be used are reported: with file, line and reason."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ SHOWN = 20  # maximum number of bad rows in an error message
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used. `line` is the number of the line in a JSONL file, or of the row in any other source,
-    counted from 1."""
+    """A row that cannot be used. In a JSONL file, `line` is the number of the line. In any other source, it is the
+    number of the row. Both are counted from 1."""
 
     file: str
     line: int

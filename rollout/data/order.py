@@ -20,8 +20,8 @@ class PromptOrder:
     """Goes through all prompts in repeated passes, each in a new random order. Every pass contains every prompt once.
 
     The only state is the position: the number of prompts drawn since the run began. The caller stores the position.
-    Pass e is sorted by SHA-256 of (seed, e, id). So the order depends neither on Python's version nor on the order of
-    the rows on disk. A call that crosses the end of a pass may return the same prompt twice.
+    Pass e is sorted by SHA-256 of (seed, e, id). So the order does not depend on Python's version or on the order
+    of the rows on disk. A call that crosses the end of a pass may return the same prompt twice.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
@@ -31,8 +31,7 @@ class PromptOrder:
         self._passes: dict[int, list[Prompt]] = {}  # number of a pass -> its prompts, for the last two passes
 
     def prompts_at(self, position: int, count: int) -> list[Prompt]:
-        """Returns prompts number `position` to `position + count - 1`, counted through all passes, one after
-        another."""
+        """Returns prompts number `position` to `position + count - 1`. The numbers continue from pass to pass."""
         places = (divmod(number, len(self._prompts)) for number in range(position, position + count))
         return [self._shuffled(epoch)[place] for epoch, place in places]
 
@@ -50,8 +49,8 @@ class MixedOrder:
     """Mixes the prompts of several orders by weight.
 
     The share of an order is its weight divided by the sum of all weights. The prompt at position n comes from the order
-    that is furthest behind its share of the first n + 1 prompts. So in every part of the run, the numbers of prompts
-    are in proportion to the weights. The only state is the position, as in PromptOrder.
+    that is furthest behind its share of the first n + 1 prompts. So in every part of the run, the number of prompts
+    from each order is in proportion to the order's weight. The only state is the position, as in PromptOrder.
 
     Args:
         weights: one positive number per order.

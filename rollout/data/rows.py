@@ -78,9 +78,10 @@ def read(
         problem: an additional check, which returns the reason why a prompt cannot be used, or None.
         unique: if True, every row needs an id that no other row has.
     Returns:
-        The rows. The `messages` of a prompt contain text and `{"type": "image"}` placeholders without a source, in the
-        order of `images`. Content without a picture is always one str, because text-only chat templates need a str.
-    Raises: ValueError if a source is missing, of an unknown kind, unreadable as a whole, or empty.
+        The rows. The `messages` of a prompt contain text and one placeholder `{"type": "image"}` for each picture. The
+        pictures are not in the placeholders, but in `images`, in the same order. Content without a picture is always
+        one str, because text-only chat templates need a str.
+    Raises: ValueError if a source does not exist, has an unknown type, cannot be read at all, or has no rows.
     """
     reader = _Reader(tuple(reserved), tasks, unique)
     prompts: list[Prompt] = []
@@ -88,7 +89,7 @@ def read(
     bad: list[BadRow] = []
     for number, source in enumerate(sources):
         if source.adapter and source.columns:
-            raise ValueError(f"{source.path}: an adapter knows its columns; leave out one of adapter and columns")
+            raise ValueError(f"{source.path}: a source with an adapter must not have columns; leave out one of the two")
         reader.adapter = get_adapter(source.adapter) if source.adapter else None
         reader.columns = {} if source.adapter else _checked_columns({**(columns or {}), **source.columns})
         reader.task = source.task
@@ -137,7 +138,7 @@ def read_samples(source: str | Path) -> list[Rollout]:
 def _checked_columns(columns: Mapping[str, str]) -> Mapping[str, str]:
     unknown = [name for name in columns if name not in COLUMNS]
     if unknown:
-        raise ValueError(f"data.columns: {unknown[0]!r} is not a column of rows; these are {', '.join(COLUMNS)}")
+        raise ValueError(f"data.columns: {unknown[0]!r} is not a column of rows; columns are {', '.join(COLUMNS)}")
     return columns
 
 
@@ -199,8 +200,8 @@ def _our_columns(values: Mapping[str, Any], raw: RawRow, reader: _Reader) -> dic
         try:
             row = {name: value for name, value in reader.adapter(values).items() if value is not None}
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as problem:
-            reason = f"has no {problem}" if isinstance(problem, KeyError) else str(problem)
-            raise InvalidRow(f"is not a row of {reader.adapter.__name__}: {reason}") from problem
+            reason = f"it has no {problem}" if isinstance(problem, KeyError) else str(problem)
+            raise InvalidRow(f"does not fit the adapter {reader.adapter.__name__}: {reason}") from problem
     else:
         row = _rename_columns(values, reader.columns)
     foreign = reader.adapter or (reader.columns and "id" not in reader.columns)
@@ -215,8 +216,8 @@ _ABSENT = object()
 
 
 def _look_up(values: Any, name: str) -> Any:
-    """Returns the value of a dotted name such as "a.b". If there is a key "a.b", this is the value of that key.
-    Otherwise the parts of the name are looked up in nested mappings and lists. Returns _ABSENT if there is no such
+    """Returns the value of a dotted name such as "a.b". If there is a key "a.b", returns the value of this key.
+    Otherwise looks up the parts of the name in nested mappings and lists. Returns _ABSENT if there is no such
     value."""
     if isinstance(values, Mapping) and name in values:
         return values[name]
@@ -261,7 +262,7 @@ def _task(row: Mapping[str, Any], tasks: Collection[str] | None) -> str:
     if problem := task_name_problem(task):
         raise InvalidRow(problem)
     if tasks is not None and task not in tasks:
-        raise InvalidRow(f"task {task!r} has no reward; the recipe has {', '.join(sorted(tasks)) or 'none'}")
+        raise InvalidRow(f"task {task!r} has no reward; rewards exist for {', '.join(sorted(tasks)) or 'none'}")
     return task
 
 

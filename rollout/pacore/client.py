@@ -29,11 +29,11 @@ FULL_DISTRIBUTION = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalt
 
 
 class EndpointUnreachable(RuntimeError):
-    """The endpoint still does not answer after all retries."""
+    """The error if an endpoint does not answer after all retries, or if it returns a wrong number of replies."""
 
 
 class RequestRefused(RuntimeError):
-    """The endpoint answers a request with an error. `body` is the text of the answer."""
+    """The error if an endpoint answers a request with an error status. `body` is the text of the answer."""
 
     def __init__(self, url: str, status: int, body: str) -> None:
         super().__init__(f"{url} answers {status}: {body[:500]}")
@@ -51,7 +51,8 @@ class PrioritySemaphore:
 
     @asynccontextmanager
     async def acquire(self, urgency: int, count: int = 1) -> AsyncIterator[None]:
-        """A context manager that holds `count` slots. If the semaphore has fewer slots, it holds all slots."""
+        """A context manager that waits for `count` free slots and uses them. If the semaphore has fewer slots in total,
+        it uses all slots."""
         count = min(count, self._total)
         turn = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (-urgency, next(self._numbers), count, turn))
@@ -87,7 +88,7 @@ class EndpointClient:
         concurrency: maximum number of replies under way at a time.
         retries: number of retries after status 429, 5xx or a broken connection.
         fields: fields that are added to every request: temperature, max_tokens, ...
-        key_env: environment variable that holds the endpoint's key, if the endpoint needs a key.
+        key_env: environment variable that contains the endpoint's key, if the endpoint needs a key.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class EndpointClient:
         self.fields = {"temperature": 1.0, **FULL_DISTRIBUTION, **(fields or {})}
         self._slots, self._session = PrioritySemaphore(concurrency), None
         if key_env is not None and not os.environ.get(key_env):
-            raise ValueError(f"the environment has no {key_env}, which must hold the key of {url}")
+            raise ValueError(f"the environment variable {key_env} is not set; it must contain the key of {url}")
         self._headers = {"Authorization": f"Bearer {os.environ[key_env]}"} if key_env else {}
 
     _session: aiohttp.ClientSession | None
@@ -140,7 +141,7 @@ class EndpointClient:
         count_fields = {"n": count, "return_token_ids": True} if count > 1 else {}
         replies = parse_replies(await self.complete({**body, **count_fields}, urgency))
         if len(replies) != count:
-            raise EndpointUnreachable(f"{self.url} gave {len(replies)} replies for n = {count}; is it vLLM?")
+            raise EndpointUnreachable(f"{self.url} returned {len(replies)} replies for n = {count}; is it vLLM?")
         return replies
 
     async def complete(self, body: Mapping[str, Any], urgency: int = 0) -> dict[str, Any]:
@@ -190,7 +191,7 @@ class EndpointClient:
         if answer.status != 400 or not any(message in text for message in TOO_LONG_MESSAGES):
             raise RequestRefused(self.url, answer.status, text)
         unlimited = {name: value for name, value in body.items() if name not in TOKEN_LIMITS}
-        if len(unlimited) < len(body):  # perhaps only prompt + token limit are too long: retry without the limit
+        if len(unlimited) < len(body):  # perhaps prompt and limit together are too long: retry without the limit
             return await self._post(unlimited)
         raise PromptTooLong(text)
 

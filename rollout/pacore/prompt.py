@@ -47,11 +47,11 @@ class SynthesisPrompt:
         except (OSError, TemplateError) as error:
             raise ValueError(f"the template {path} cannot be used: {error}") from error
         if used != VARIABLES:
-            raise ValueError(f"the template {path} must use problem and messages; it uses {', '.join(sorted(used))}")
+            raise ValueError(f"the template {path} must use problem and messages, but uses {', '.join(sorted(used))}")
 
     def chat(self, prompt: Prompt) -> tuple[Mapping[str, Any], ...]:
-        """Returns the chat that the policy sees. If `prompt.shown` is given, the chat contains its messages. Otherwise
-        the chat of the prompt is returned unchanged.
+        """Returns the chat that the policy sees. If `prompt.shown` is given, the chat contains the pooled answers of
+        `prompt.shown`. Otherwise the chat of the prompt is returned unchanged.
 
         Raises: ValueError if the template fails.
         """
@@ -82,13 +82,13 @@ def draw_messages(prompt: Prompt, least: int, most: int, seed: str) -> Prompt:
     """Returns the prompt with messages drawn from its `messages_pool`, without replacement and in random order. Their
     number is drawn uniformly from `least` to `most`.
 
-    This is the training procedure of the PaCoRe paper; the report draws from 16 to 24 messages. If the pool has fewer
-    than `most` messages, the size of the pool is used in place of `most`. Raises ValueError if the pool has fewer than
-    `least` messages.
+    This is the training procedure of the PaCoRe paper. In the STEP3-VL-10B report, the number is from 16 to 24. If the
+    pool has fewer than `most` messages, the size of the pool is used in place of `most`. Raises ValueError if the pool
+    has fewer than `least` messages.
     """
     pool = prompt.messages_pool
     if len(pool) < least:
-        raise ValueError(f"row {prompt.id}: its pool has {len(pool)} messages, but at least {least} are drawn")
+        raise ValueError(f"row {prompt.id}: its pool has {len(pool)} messages, but at least {least} are needed")
     draw = random.Random(seed)
     chosen = draw.sample(range(len(pool)), draw.randint(least, min(most, len(pool))))
     accepted = tuple(prompt.pool_accepted[n] for n in chosen) if prompt.pool_accepted else None
@@ -106,8 +106,8 @@ def _with_marks(content: str | Sequence[Mapping[str, Any]]) -> tuple[str, list[M
 
 
 def _without_marks(text: str, other_parts: Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
-    """Replaces each mark in a text with the part that it stands for. If a template repeats the problem, the pictures of
-    the problem are repeated too."""
+    """Replaces the marks in a text with `other_parts`, in order. If a template repeats the problem, the pictures of the
+    problem are repeated too."""
     first, *others = text.split(_PICTURE)
     if not others:
         return text

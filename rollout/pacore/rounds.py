@@ -17,7 +17,7 @@ from rollout.pacore.prompt import Chat, SynthesisPrompt
 from rollout.pool import seed_of
 
 Result = TypeVar("Result")
-MAX_TRAJECTORIES = 4096  # maximum of one round; a larger number is taken for a typing error
+MAX_TRAJECTORIES = 4096  # maximum in one round; parse_plan refuses larger numbers as typing errors
 
 
 class PromptTooLong(Exception):
@@ -91,7 +91,7 @@ def parse_plan(text: str) -> tuple[int, ...]:
     except ValueError:
         plan = ()
     if not plan or not all(0 < count <= MAX_TRAJECTORIES for count in plan):
-        raise ValueError(f"{text!r} is not a plan of trajectories; write the number of each round, as in 16 or 32,4")
+        raise ValueError(f"{text!r} is not a plan of trajectories; write the number for each round, such as 16 or 32,4")
     return plan
 
 
@@ -151,8 +151,8 @@ async def _round(
 
 
 async def fit_messages(messages: int, attempt: Callable[[int], Awaitable[Result]]) -> tuple[Result, int]:
-    """Calls `attempt` with the number of messages that the prompt should contain. If it raises PromptTooLong, calls it
-    again with fewer messages.
+    """Calls `attempt` with the number of messages that the prompt should contain. If `attempt` raises PromptTooLong,
+    calls it again with fewer messages.
 
     Returns the result, and the number of messages in the prompt that was short enough. Raises PromptTooLong if the
     prompt is too long even without messages.
@@ -179,6 +179,6 @@ async def _gather(requests: Iterable[Coroutine[Any, Any, list[Reply]]]) -> list[
 
 
 def draw_order(messages: int, shown: int, seed: str) -> list[int]:
-    """Draws which messages the prompt of one trajectory contains: `shown` of `messages` messages. Returns their indices
+    """Draws `shown` of `messages` messages for the prompt of one trajectory. Returns the indices of the drawn messages
     in random order."""
     return random.Random(seed).sample(range(messages), shown)

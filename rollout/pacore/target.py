@@ -1,5 +1,5 @@
-"""Gives a command its model: at an endpoint that the user names, or on a new server that runs as long as the
-command."""
+"""Selects where a command calls its model: at an endpoint that the user gives, or on a new server that ends together
+with the command."""
 
 import argparse
 import hashlib
@@ -83,12 +83,12 @@ def serve_options(
     trained = positions(config)
     if max_length is not None and max_length > trained:
         raise ValueError(
-            f"--max-length {max_length} is more than the {trained} positions of {folder}; YaRN extends them, as in "
+            f"--max-length {max_length} is more than the {trained} positions of {folder}; extend the positions with "
             f"--yarn {-(-max_length * (yarn or 1) // trained):g}"
         )
     options: dict[str, str | int | float | bool] = {"max-model-len": max_length or trained, "generation-config": "vllm"}
     if (dtype := getattr(getattr(config, "text_config", config), "dtype", None)) is not None:
-        options["dtype"] = str(dtype).removeprefix("torch.")  # the saved dtype; vLLM's default changes float32
+        options["dtype"] = str(dtype).removeprefix("torch.")  # the config's dtype; without it, vLLM changes float32
     if yarn:
         options["hf-overrides"] = json.dumps(overrides(config))
     return {**options, **more}
@@ -97,11 +97,11 @@ def serve_options(
 def add_target_options(p: argparse.ArgumentParser) -> None:
     """Adds the command-line options that say how the model is served."""
     p.add_argument("--url", help="endpoint that serves the model, such as http://host:8000/v1; default: start a server")
-    p.add_argument("--key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
+    p.add_argument("--key-env", metavar="NAME", help="environment variable that contains the endpoint's key")
     p.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="the server's device; auto: cuda if possible"
     )
-    p.add_argument("--max-length", type=int, help="maximum tokens of a sequence; default: the model's positions")
+    p.add_argument("--max-length", type=int, help="maximum tokens of a sequence; default: the model's maximum")
     p.add_argument("--yarn", type=float, metavar="FACTOR", help="extend the model's positions by this factor with YaRN")
     p.add_argument(
         "--serve", action="append", default=[], metavar="NAME[=VALUE]", help="an additional argument of vLLM's server"
@@ -114,7 +114,7 @@ def target_of(args: argparse.Namespace) -> ModelTarget:
     parts = [option.partition("=") for option in args.serve]
     options = {name: value if sign else True for name, sign, value in parts}
     if args.url and (options or args.yarn or args.max_length):
-        raise ValueError("--serve, --yarn and --max-length are for a server that this command starts; leave out --url")
+        raise ValueError("--serve, --yarn and --max-length only work without --url; leave out --url or these options")
     return ModelTarget(
         args.model,
         url=args.url,

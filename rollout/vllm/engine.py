@@ -32,7 +32,7 @@ MAX_SEQUENCES, STEP_TOKENS = 256, 65_536  # on CPU: maximum number of sequences 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 MIN_TEMPERATURE = 0.01  # vLLM raises lower temperatures to this value, except 0
-HEARTBEAT_S = 2.0  # maximum seconds between two yields of `stream`, unless an engine step takes longer
+HEARTBEAT_S = 2.0  # maximum seconds between two yields of `stream` (more if one engine step takes longer)
 CAN_CHANGE_LATE = {"HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "VLLM_CPU_KVCACHE_SPACE"}
 """Environment variables that may still be changed after the import of vLLM."""
 
@@ -115,7 +115,7 @@ class Engine:
             self.load({EMBEDDING: embedding, HEAD: embedding}, 0)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Returns one response per request, in order. `stream` describes the responses."""
+        """Returns one response per request, in order. The docstring of `stream` describes the responses."""
         completions = dict(pair for finished in self.stream(requests) for pair in finished)
         return [completions[index] for index in range(len(requests))]
 
@@ -135,7 +135,7 @@ class Engine:
         self._require_usable()
         if len({request.temperature == 0 for request in requests}) > 1:
             raise ValueError(
-                "greedy (temperature 0) and sampled requests in one call: vLLM would ignore all seeds; split them"
+                "greedy (temperature 0) and sampled requests must not be in one call: vLLM would ignore all seeds"
             )
         lengths = [self._prompt_length(i, request) for i, request in enumerate(requests)]
         prompts = _prompts([(request.prompt_ids, request.images) for request in requests])
@@ -160,7 +160,7 @@ class Engine:
         ((_, output),) = [pair for finished in steps for pair in finished]
         ids, logprobs = output.prompt_token_ids, output.prompt_logprobs
         if ids is None or logprobs is None or len(ids) != length:
-            raise RuntimeError(f"vLLM scored a prompt of {length} tokens but returned {ids}")
+            raise RuntimeError(f"vLLM scored a prompt of {length} tokens but returned the ids {ids}")
         return _logprobs(ids[1:], logprobs[1:])
 
     def load(self, weights: "Mapping[str, np.ndarray | Tensor]", step: int) -> None:
@@ -170,15 +170,15 @@ class Engine:
             weights: names on disk -> full tensors. If a tensor of a layer is sent, all tensors of this layer must be
                 sent. Tied embeddings must be sent twice, as embedding and as head.
             step: the number of policy updates that led to these weights. It becomes the engine's `policy_step`.
-        Raises: ValueError if the embeddings are tied and embedding or head is missing. After any other error (a tensor
-            that the model does not have, a layer with missing tensors, too little shared memory) the engine must be
-            restarted, and every later call raises an error that says so.
+        Raises: ValueError if the embeddings are tied and embedding or head is missing. After any other error, all
+            later calls raise RuntimeError, and the engine must be restarted. Such errors are a tensor that the model
+            does not have, a layer with missing tensors, or too little shared memory.
         """
         if self._broken:
             raise RuntimeError(self._broken)
         if self._tied and not {EMBEDDING, HEAD} <= weights.keys():
             raise ValueError(f"this model's embeddings are tied: send both {EMBEDDING} and {HEAD}")
-        self._broken = "a load() failed and left some weights old and some new: restart the engine"
+        self._broken = "a load() failed, so some weights are old and some are new: restart the engine"
         self._llm.start_weight_update()
         self._sender.send(weights, lambda update_info: self._llm.update_weights({"update_info": update_info}))
         self._llm.finish_weight_update(weight_version=str(step))
@@ -262,8 +262,8 @@ class Engine:
 
         if request.seed < 0 or 0 < request.temperature < MIN_TEMPERATURE:
             raise ValueError(
-                f"seed {request.seed}, temperature {request.temperature}: a seed must not be negative (vLLM would "
-                f"draw one) and a temperature must be 0 or at least {MIN_TEMPERATURE} (vLLM would raise it)"
+                f"seed {request.seed}, temperature {request.temperature}: the seed must not be negative (vLLM "
+                f"would use a random seed), and the temperature must be 0 or at least {MIN_TEMPERATURE}"
             )
         return SamplingParams(
             max_tokens=request.max_tokens,
@@ -295,7 +295,7 @@ def stop_ids(model: str, config: "PretrainedConfig") -> tuple[int, ...]:
         named.append(GenerationConfig.from_pretrained(model).eos_token_id)
     ids = {i for ids in named if ids is not None for i in (ids if isinstance(ids, Iterable) else (ids,))}
     if not ids:
-        raise ValueError(f"{model} names no eos_token_id in config, generation config or tokenizer")
+        raise ValueError(f"{model} has no eos_token_id in its config, generation config or tokenizer")
     return tuple(sorted(ids))
 
 
@@ -353,8 +353,8 @@ def _set_environment(variables: Mapping[str, str]) -> None:
 
 
 def _require_plugin() -> None:
-    """Raises RuntimeError if our vLLM plugin is not installed. vLLM's helper processes need it to find our model
-    class."""
+    """Raises RuntimeError if our vLLM plugin is not installed. vLLM's helper processes need the plugin to find
+    our model class."""
     if not any(point.name == PLUGIN for point in entry_points(group=PLUGIN_GROUP)):
         raise RuntimeError(f"entry point {PLUGIN!r} of group {PLUGIN_GROUP!r} is missing: pip install --no-deps -e .")
 
@@ -423,7 +423,7 @@ def _completion(output: "RequestOutput", prompt_length: int) -> Completion:
         raise RuntimeError(f"vLLM ended request {output.request_id} with {sampled.finish_reason!r}")
     prompt_ids = output.prompt_token_ids
     if prompt_ids is None or len(prompt_ids) != prompt_length:
-        raise RuntimeError(f"vLLM expanded a prompt of {prompt_length} tokens to {len(prompt_ids or ())}")
+        raise RuntimeError(f"a prompt should have {prompt_length} tokens in vLLM, but has {len(prompt_ids or ())}")
     ids = tuple(sampled.token_ids)
     return Completion(tuple(prompt_ids), ids, tuple(_logprobs(ids, sampled.logprobs)), sampled.finish_reason)
 

@@ -2,7 +2,7 @@
 
 For each token, vLLM's own sampler draws one random number for every entry of the vocabulary, with one call per request.
 On a CPU this takes more than a third of an engine's time. Our sampler draws one uniform number for each token, and
-inverts the cumulative distribution at this number. Its tokens have the same distribution.
+inverts the cumulative distribution at this number. The tokens have the same distribution as those of vLLM's sampler.
 """
 
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ def _replacement(original: Any) -> Any:
         if len(generators) != len(logits) or k is not None or p is not None:
             return original(self, logits, generators, k, p)
         if self.logprobs_mode != "processed_logprobs":
-            raise ValueError(f"logprobs_mode is {self.logprobs_mode!r}; our engines report processed_logprobs")
+            raise ValueError(f"logprobs_mode is {self.logprobs_mode!r}, but must be processed_logprobs")
         logprobs = logits.log_softmax(-1, dtype=torch.float32)
         uniform = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
         for row, generator in generators.items():

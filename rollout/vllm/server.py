@@ -21,11 +21,12 @@ from rollout.vllm.engine import cpu_variables, offline, whole_prompts
 
 LAST_LINES = 15  # number of lines of the server's log that an error message shows
 START = """\
-# Watches the server: its children can outlive it, so this ends all of them when the process that started it is gone.
+# Starts the server and waits for its end. If the process that started this script ends first, kills the process group:
+# the server, its child processes and this script.
 import ctypes, os, signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, lambda *_: None)  # the server gets it as well and ends, and then this does
+signal.signal(signal.SIGTERM, lambda *_: None)  # the server also gets SIGTERM and ends; then this script ends
 parent = int(sys.argv[1])
-def end_with_this():  # the server gets SIGTERM when this process is gone, which Ray may kill by force
+def end_with_this():  # sends SIGTERM to the server if this script is killed, for example by Ray
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 server = subprocess.Popen(

@@ -30,7 +30,8 @@ PUBLISHED_GLOBAL_SIZE = 728  # vLLM's MAX_IMAGE_SIZE is for a global view with s
 def largest_side(global_size: int) -> int:
     """Returns the maximum length of a picture's longer side in pixels. Larger pictures are scaled down to this length.
 
-    The limit is 3,024 for views of 728 pixels. For other views it is scaled in proportion, which is a reconstruction.
+    The limit is 3,024 for views of 728 pixels. For other view sizes, the limit is scaled in proportion. This scaling is
+    our assumption.
     """
     return round(MAX_IMAGE_SIZE * global_size / PUBLISHED_GLOBAL_SIZE)
 
@@ -51,7 +52,7 @@ class ScaledPatcher(ImagePatcher):
         return min(short, self.crop_size) if long / short > 4 else self.crop_size
 
     def get_image_size_for_preprocess(self, img_width: int, img_height: int) -> tuple[int, int]:
-        """Returns the width and height of a picture after scaling. Only a picture over the limit is scaled down."""
+        """Returns the width and height of a picture after scaling. Only pictures above the limit are scaled down."""
         limit = largest_side(self.global_size)
         if max(img_height, img_width) > limit:
             scale = limit / max(img_height, img_width)

@@ -29,7 +29,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 Weight = np.ndarray | Tensor
-SEGMENT_BYTES = 256 * 2**20  # maximum size of a batch of tensors; a larger tensor becomes a batch with only this tensor
+SEGMENT_BYTES = 256 * 2**20  # maximum size of a batch of tensors; a tensor that is larger is sent alone, in one batch
 ALIGNMENT = 64
 SHARED_MEMORY_FOLDER = "/dev/shm"
 
@@ -52,8 +52,8 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
 
 
 class Receiver(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
-    """The part of the backend that runs in a worker. It attaches to segments and loads their tensors, layer by
-    layer."""
+    """The part of the backend that runs in a worker process of vLLM. It attaches to segments and loads their tensors,
+    layer by layer."""
 
     init_info_cls = HostInitInfo
     update_info_cls = HostUpdateInfo
@@ -93,7 +93,7 @@ class Receiver(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
             )
 
     def shutdown(self) -> None:
-        """Does nothing, because no resources are held between updates."""
+        """Does nothing, because this object has no open resources between updates."""
 
 
 class Sender:
@@ -185,5 +185,5 @@ def _require_shared_memory(size: int) -> None:
     if size > free:
         raise RuntimeError(
             f"sending weights needs {size / 2**20:.0f} MiB of shared memory but {SHARED_MEMORY_FOLDER} has "
-            f"{free / 2**20:.0f} MiB free; enlarge it (docker run --shm-size=...)"
+            f"{free / 2**20:.0f} MiB free; provide more shared memory (docker run --shm-size=...)"
         )

@@ -76,7 +76,7 @@ class DecontaminationFilter:
 
 
 def row_judges(config: Config) -> dict[str, ScorerSpec]:
-    """Returns the row judges of the recipe's filters: name of the pass -> judge."""
+    """Returns one row judge for each pass of the recipe's filters: name of the pass -> judge."""
     judges: dict[str, ScorerSpec] = {}
     if "checkability" in config.curate.filters:
         options = config.curate.checkability
@@ -135,7 +135,7 @@ class RelevanceFilter:
         if grade.value >= self.options.at_least:
             return Decision(noted)
         detail = f"{grade.value:g}. {_reason(grade)}".strip()
-        return Decision(noted, "picture and question do not need each other", detail)
+        return Decision(noted, "the pictures are not relevant to the question", detail)
 
 
 def _judge(
@@ -194,7 +194,7 @@ class SynthesisFilter:
                 prompt = self.with_messages(decision.row.prompt)
                 tokens = self.policy.chat.length(prompt)
             except ValueError as error:  # the synthesis template or the chat template refuses a message
-                decisions[index] = Decision(decision.row, "cannot be shown with its messages", str(error))
+                decisions[index] = Decision(decision.row, "a template fails on its messages", str(error))
                 continue
             if tokens < self.options.max_sequence_length:
                 prompts[index] = prompt
@@ -225,15 +225,15 @@ class SynthesisFilter:
 
 def drop_reason(accepted: Sequence[bool]) -> str | None:
     """Returns None if a row is kept, else the reason why it is dropped. A row is kept if some of its responses are
-    accepted and others are rejected (report, 3.2.3)."""
+    accepted and others are rejected (STEP3-VL-10B report, 3.2.3)."""
     if not any(accepted):
         return "never accepted"
     return "always accepted" if all(accepted) else None
 
 
 def _decide_by_accuracy(filter_name: str, row: CandidateRow, samples: Sequence[Sample], accept: Accept) -> Decision:
-    """Decides by the valid scores, with `drop_reason`. If this drops the row and some of its scores are invalid, the
-    reason is "could not be scored": if all scores were valid, the row might be kept."""
+    """Applies `drop_reason` to the valid scores. If the row is dropped and some of its scores are invalid, the reason
+    is "could not be scored" instead, because the row might be kept if all scores were valid."""
     valid = [sample for sample in samples if sample.score.invalid is None]
     failed = [sample.score for sample in samples if sample.score.invalid is not None]
     accepted = [is_accepted(sample.score, accept) for sample in valid]
@@ -245,7 +245,7 @@ def _decide_by_accuracy(filter_name: str, row: CandidateRow, samples: Sequence[S
 
 
 def _not_scored(row: CandidateRow, failed: Sequence[Scored | RowScore]) -> Decision:
-    """Drops a row with invalid scores that might have been kept if all scores were valid."""
+    """Drops a row that has invalid scores. The row might have been kept if all scores were valid."""
     return Decision(row, "could not be scored", str(failed[0].invalid))
 
 

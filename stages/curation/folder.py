@@ -43,17 +43,17 @@ class CurationFolder:
 
     @contextmanager
     def locked(self, config: Config, recipe: str, digest: str) -> Iterator[None]:
-        """Locks the folder for this process. The folder must be new or hold the same curation.
+        """Locks the folder for this process. The folder must be new or contain the same curation.
 
         Args:
             digest: the digest of the rows and of all other files that the filters use.
-        Raises: InputError if the folder holds something else, or if another process writes there.
+        Raises: InputError if the folder contains something else, or if another process writes there.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; give a folder as --out")
         names = {entry.name.removesuffix(".partial") for entry in self.path.iterdir()} if self.path.exists() else set()
         if names and RECIPE not in names:
-            raise InputError(f"{self.path} is not empty and holds no curation; give another folder as --out")
+            raise InputError(f"{self.path} is not empty and contains no curation; give another folder as --out")
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with as_input_error():
@@ -120,7 +120,7 @@ class CurationFolder:
     def _picture_part(self, picture: Picture) -> dict[str, Any]:
         """Returns the part of a chat message that refers to the picture by a path relative to the rows file.
 
-        A picture held as bytes is first written to a file.
+        If the picture is given as bytes, these are first written to a file.
         """
         if not isinstance(picture.source, bytes):
             return {"type": "image", "image": os.path.relpath(picture.source, (self.path / "rows").resolve())}
@@ -154,7 +154,7 @@ def row_record(row: CandidateRow, part_of: Callable[[Picture], dict[str, Any]] =
 
 
 def shortened(prompt: Prompt, most: int = 200) -> str:
-    """Returns the text of the last chat turn for the report. A text of more than `most` characters is cut."""
+    """Returns the text of the prompt's last message, for the report. A text of more than `most` characters is cut."""
     content = prompt.messages[-1]["content"]
     parts = [content] if isinstance(content, str) else [p.get("text", "(picture) ") for p in content]
     text = "".join(parts)

@@ -40,8 +40,8 @@ class DropReason:
 
 @dataclass(frozen=True)
 class Histogram:
-    """A histogram of rows by the share of accepted responses. One bar counts the rows with share 0, one bar the rows
-    with share 1, and bars of equal width the rows in between."""
+    """A histogram of rows by the share of accepted responses. The first bar counts the rows with share 0. The last bar
+    counts the rows with share 1. The bars between have equal width and count all other rows."""
 
     filter: str
     bars: tuple[tuple[str, int], ...]

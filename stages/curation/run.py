@@ -42,7 +42,7 @@ from stages.curation.sampling import PolicySampler
 from stages.plan import Plan, make_plan, skipped_lines
 from stages.processes import Restarts, Samplers
 
-ORDER = ("decontamination", "checkability", "relevance", "difficulty", "synthesis")  # the order in the report
+ORDER = ("decontamination", "checkability", "relevance", "difficulty", "synthesis")  # as in the STEP3-VL report
 POLICY_FILTERS = {"difficulty", "synthesis"}  # filters that sample responses of the policy
 SECTIONS = {"seed", "model", "data", "rewards", "endpoints", "rollout", "accept", "synthesis", "curate"}
 """The sections of a recipe that a curation uses."""
@@ -60,13 +60,14 @@ class Curation:
         """Returns the plan of this curation as lines, for --dry-run."""
         plan, c = self.plan, self.plan.config.curate
         texts = {
-            "decontamination": f"{self.benchmarks.rows if self.benchmarks else 0} benchmark rows share neither the "
-            f"question nor {c.decontamination.ngram} consecutive words and signs",
-            "checkability": f"{c.checkability.passes} pass(es) of {c.checkability.endpoint} all call the row valid",
-            "relevance": f"{c.relevance.endpoint} grades at least {c.relevance.at_least:g}",
-            "difficulty": f"{c.difficulty.rollouts} responses of {plan.model}, of which some but not all are accepted",
+            "decontamination": f"{self.benchmarks.rows if self.benchmarks else 0} benchmark rows; a row must not share "
+            f"its question or {c.decontamination.ngram} consecutive words and signs with them",
+            "checkability": f"{c.checkability.passes} pass(es) of {c.checkability.endpoint}; all must call the row "
+            "valid",
+            "relevance": f"the grade of {c.relevance.endpoint} must be at least {c.relevance.at_least:g}",
+            "difficulty": f"{c.difficulty.rollouts} responses of {plan.model}; some but not all must be accepted",
             "synthesis": f"{c.synthesis.rollouts} responses with {plan.config.synthesis.least_messages} to "
-            f"{plan.config.synthesis.most_messages} messages, of which some but not all are accepted",
+            f"{plan.config.synthesis.most_messages} messages; some but not all must be accepted",
         }
         return [
             f"rows       {sum(map(len, blocks_of(plan)))} of {len(plan.train)}, in blocks of {c.block}",
@@ -79,7 +80,7 @@ class Curation:
 
         Args:
             recipe: the text of the resolved recipe.
-        Raises: InputError if the folder holds something else.
+        Raises: InputError if the folder contains something else.
         """
         folder, plan, blocks = CurationFolder(path), self.plan, blocks_of(self.plan)
         sources = [source.path for source in plan.config.data.train]
@@ -125,19 +126,19 @@ def _check_judges(config: Config) -> None:
 
 
 def _check_thresholds(plan: Plan) -> None:
-    """Raises InputError if the threshold of a task accepts all possible rewards, or rejects all."""
+    """Raises InputError if the threshold of a task accepts all possible rewards, or rejects all of them."""
     tasks = sorted({prompt.task for prompt in plan.train})
     for task in tasks if POLICY_FILTERS & set(plan.config.curate.filters) else ():
         least, lowest, highest = plan.config.accept.of(task), plan.rewards.lowest(task), plan.rewards.highest(task)
         if not lowest < least <= highest + ROUNDING:
             raise InputError(
-                f"accept: responses of task {task} are accepted from a reward of {least:g}, but its rewards are "
+                f"accept: for task {task}, the limit {least:g} accepts all responses or none, because the rewards are "
                 f"between {lowest:g} and {highest:g}; set accept.least, or accept.by_task"
             )
 
 
 def _filter_names(config: Config) -> list[str]:
-    """Returns the names of the recipe's filters, in the report's order."""
+    """Returns the names of the recipe's filters, in the order of ORDER."""
     return [name for name in ORDER if name in config.curate.filters]
 
 
@@ -145,7 +146,7 @@ def _benchmarks(config: Config) -> Benchmarks:
     """Reads the rows of the benchmarks. These rows need no task."""
     sources = config.curate.decontamination.against or config.data.eval
     if not sources:
-        raise InputError("curate.decontamination.against names no benchmark, and data.eval has none either")
+        raise InputError("the filter decontamination has no benchmark: set curate.decontamination.against or data.eval")
     with_task = [source.model_copy(update={"task": source.task or "benchmark"}) for source in sources]
     rows = read(with_task, columns=config.data.columns, unique=False)
     if rows.bad:
@@ -229,7 +230,7 @@ def apply_filters(
 
 @contextmanager
 def _filters(plan: Plan, benchmarks: Benchmarks | None, verbose: bool) -> Iterator[Mapping[str, Filter]]:
-    """Starts the processes that the recipe's filters need. Yields the filters in the report's order."""
+    """Starts the processes that the recipe's filters need. Yields the filters in the order of ORDER."""
     config, c = plan.config, plan.config.curate
     limit = config.max_invalid_fraction
     filters: dict[str, Filter] = {}

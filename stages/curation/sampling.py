@@ -19,7 +19,7 @@ from rollout.pool import seed_of
 from stages.curation.answers import Answers
 from stages.loop import AnyScore, require_valid
 
-ENOUGH_TO_JUDGE = 24  # if there are fewer scores, a few invalid ones do not prove that the reward fails
+ENOUGH_TO_JUDGE = 24  # with fewer scores, a few invalid scores do not prove that the reward fails
 Record = Mapping[str, Any]
 Item = TypeVar("Item", Rollout, Prompt)
 
@@ -98,8 +98,8 @@ class PolicySampler:
         ]
 
     def requests(self, filter_name: str, prompt: Prompt, numbers: Sequence[int], longest: int) -> list[Request]:
-        """Returns one request per number. Each seed is computed from the row and the number, so a restart does not
-        change it."""
+        """Returns one request per number. The seed of a request depends on the row and the number, so it is the same
+        after a restart."""
         ids, room = self.chat.prompt_ids(prompt), longest - self.chat.length(prompt)
         seeds = [seed_of(self.seed, filter_name, prompt.id, n) for n in numbers]
         return [Request(ids, prompt.images, room, seed, self.temperature) for seed in seeds]
@@ -128,7 +128,7 @@ class Scores(Generic[Item, AnyScore]):
         self._waiting: dict[tuple[str, int], Future[AnyScore]] = {}
 
     def submit(self, group: Sequence[tuple[int, Item]]) -> Sequence[Future[AnyScore]]:
-        """Starts to score items, each given with its number. Returns one future per item."""
+        """Starts to score the items of a group of (number, item) pairs. Returns one future per item."""
         raise NotImplementedError
 
     def restore(self, item: Item, record: Record) -> AnyScore:
@@ -136,8 +136,8 @@ class Scores(Generic[Item, AnyScore]):
         raise NotImplementedError
 
     def request(self, row_id: str, group: Sequence[tuple[int, Item]]) -> None:
-        """Scores the given items of one row together. Uses the stored scores instead if all of them are stored and
-        valid."""
+        """Scores the given items of one row together. If valid scores of all these items are stored, uses the stored
+        scores instead."""
         records = {n: self.answers.get(self.kind, row_id, n) for n, _ in group}
         if all(record is not None and record["invalid"] is None for record in records.values()):
             for n, item in group:
@@ -148,7 +148,7 @@ class Scores(Generic[Item, AnyScore]):
             future.add_done_callback(lambda done, n=n: self._on_done(row_id, n, done))
 
     def _on_done(self, row_id: str, number: int, future: Future[AnyScore]) -> None:
-        """Stores a score when it arrives. If storing fails in this worker thread, ignores the error: `wait` stores the
+        """Stores a score when it arrives. Runs in a worker thread and ignores an error of storing: `wait` stores the
         score again, and raises the error if this fails too."""
         if not future.cancelled() and not future.exception():
             with suppress(Stop):
@@ -160,8 +160,8 @@ class Scores(Generic[Item, AnyScore]):
         self.answers.put(self.kind, row_id, number, {"reward": value, "invalid": score.invalid, "details": details})
 
     def wait(self, limit: float) -> dict[tuple[str, int], AnyScore]:
-        """Returns all scores: (row id, number) -> score. Raises Stop if the share of invalid scores is above `limit`.
-        So many invalid scores mean that the reward itself fails, and not only some rows."""
+        """Returns all scores: (row id, number) -> score. Raises Stop if there are at least ENOUGH_TO_JUDGE scores and
+        the share of invalid scores is above `limit`. Then the reward itself fails, and not only some rows."""
         scored = self.scorer.results(list(self._waiting.values()))
         for (row_id, number), score in zip(self._waiting, scored, strict=True):
             self._store(row_id, number, score)  # the callback `_on_done` may not have stored this score yet

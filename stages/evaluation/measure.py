@@ -103,7 +103,7 @@ def measure(config: Config, target: ModelTarget, questions: Questions) -> "Evalu
 
 @contextmanager
 def _judges(config: Config, rewards: RewardRunner, device: str) -> Iterator[None]:
-    """Serves on this machine the judges that have no url. Raises RuntimeError if a judge cannot be served."""
+    """Starts a server on this machine for each judge without a url. Raises RuntimeError if a judge cannot be served."""
     with ExitStack() as stack:
         judges = served_here(config, rewards).items()
         servers = {name: stack.enter_context(serving(judge.model, device, judge.serve)) for name, judge in judges}
@@ -123,7 +123,7 @@ def _rows(config: Config, limit: int | None) -> list[Prompt]:
     """Returns the held-out rows. Raises RowError if some rows cannot be used."""
     data = config.data
     if not data.eval:
-        raise InputError("there are no rows to evaluate on; name a file with --data")
+        raise InputError("there are no rows to evaluate on; give a file with --data")
     rows = read(data.eval, columns=data.columns, tasks=config.rewards.keys(), problem=reward_runner(config).problem)
     return limited(rows.checked(data.on_bad_row).prompts, limit or data.eval_limit)
 
@@ -134,7 +134,7 @@ def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
 
     Args:
         prompts: rows with pictures.
-    Raises: InputError if there are no rows, or if a row finds no other row with these properties.
+    Raises: InputError if there are no rows, or if there is no such other row for one of the rows.
     """
     if not prompts:
         raise InputError("--blind: no row has a picture")
@@ -150,8 +150,8 @@ def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
         )
         if (images := next(others, None)) is None:
             raise InputError(
-                f"--blind: no other row of task {prompt.task} has {len(seen)} pictures to show in place of those of "
-                f"row {prompt.id}"
+                f"--blind: no other row of task {prompt.task} has {len(seen)} pictures that can replace the pictures "
+                f"of row {prompt.id}"
             )
         found.append(replace(prompt, images=images))
     return found
@@ -165,7 +165,7 @@ def _options(config: Config) -> dict[str, str | bool]:
 
 def _first_rounds(path: Path, prompts: Sequence[Prompt]) -> dict[str, tuple[Round, ...]]:
     """Reads the first round of each row from a file, and returns row id -> first round. Raises InputError if a row is
-    missing in the file or has changed since then."""
+    missing in the file, or has changed since the file was written."""
     rounds: dict[str, tuple[Round, ...]] = {}
     problems = {prompt.id: problem_digest(prompt) for prompt in prompts}
     data = path.read_bytes()
@@ -173,7 +173,7 @@ def _first_rounds(path: Path, prompts: Sequence[Prompt]) -> dict[str, tuple[Roun
         if "error" in record or record["id"] not in problems:
             continue
         if record["problem"] != problems[record["id"]]:
-            raise InputError(f"{path}: the problem of row {record['id']} has changed since then")
+            raise InputError(f"{path}: the problem of row {record['id']} has changed since this file was written")
         rounds[record["id"]] = parse_record(record).rounds[:1]
     if missing := [p.id for p in prompts if p.id not in rounds]:
         raise InputError(f"{path} has no trajectories of row {missing[0]} ({len(missing)} rows are missing)")

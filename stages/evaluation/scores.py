@@ -1,5 +1,5 @@
-"""Computes the figures of an evaluation: pass@1, pass@K, majority vote and PaCoRe, with confidence intervals. Pure
-functions."""
+"""Computes the figures of an evaluation: pass@1, pass@K, majority vote and PaCoRe, with confidence intervals. All
+functions are pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -22,13 +22,13 @@ def trivial(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     @benchmark("test/one")
     def one() -> Result:
-        """Nothing over nothing."""
+        """Measures nothing. Returns a constant result."""
         ran.append("one")
         return Result(2.0, 3.0, 1.5, more={"goal": "none"})
 
     @benchmark("test/two")
     def two() -> Result:
-        """Nothing once more."""
+        """Measures nothing. Returns another constant result."""
         ran.append("two")
         return Result(0.123456, 1 / 3, 2.7, 2.0, 1e-7)
 
@@ -62,7 +62,7 @@ def test_a_benchmark_without_a_docstring_or_with_the_name_of_another_is_refused(
         benchmark("test/silent")(lambda: Result(1.0, 1.0, 1.0))
 
     def again() -> Result:
-        """Belongs to another file."""
+        """Has the same name as a benchmark in another file."""
         return Result(1.0, 1.0, 1.0)
 
     with pytest.raises(ValueError, match="two benchmarks are called 'rewards/hung'"):

@@ -1,4 +1,4 @@
-"""Tests the row judge `checkable`: the texts that the judge sees, and the value for each of its verdicts."""
+"""Tests the row judge `checkable`: the texts that the judge sees, and the value for each verdict of the judge."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def test_pictures_are_shown_where_the_endpoint_takes_them(images: bool) -> None:
 
 
 def test_a_row_without_ground_truth_and_a_judge_without_verdict_are_invalid() -> None:
-    with judging([]), pytest.raises(Invalid, match="row row-1 has no ground truth to judge by"):
+    with judging([]), pytest.raises(Invalid, match="row row-1 has no ground truth for the judge"):
         score("checkable", rollout("", truth=None).prompt)
     with judging([Reply("no verdict")]), pytest.raises(Invalid, match="no verdict on row row-1"):
         score("checkable", ROW)

@@ -1,4 +1,4 @@
-"""Tests endpoints (requests to servers that are slow, absent, strict, wrong or busy) and the sample's clock."""
+"""Tests requests to slow, absent, strict, wrong or busy endpoints, and the clock that limits the time of a sample."""
 
 import asyncio
 import email.utils
@@ -269,7 +269,7 @@ def test_the_client_library_is_imported_only_when_an_endpoint_is_created() -> No
 
 
 async def limited(seconds: float, awaitable: Any) -> float:
-    """Scores a sample as the async worker does. Returns the seconds that count against the sample."""
+    """Awaits `awaitable` with a time limit, like the async worker. Returns the seconds that count towards the limit."""
     running = SampleClock()
     clock.set(running)
     await running.limit(seconds, awaitable)

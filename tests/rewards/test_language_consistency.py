@@ -1,4 +1,4 @@
-"""Tests the penalty `language_consistency`: answers in another language than the question, or in two."""
+"""Tests the penalty `language_consistency`: answers in another language than the question, or in two languages."""
 
 # ruff: noqa: RUF001  # texts in many scripts
 
@@ -267,7 +267,7 @@ def test_switching_the_language_within_a_text_offends(penalty: BoundReward, ques
 
 
 def test_a_share_up_to_the_tolerance_does_not_offend() -> None:
-    answer = f"{ENGLISH * 6} {CHINESE}"  # a share of about 12 %
+    answer = f"{ENGLISH * 6} {CHINESE}"  # the share of Chinese is about 12 %
     assert judged(get("language_consistency", {"tolerance": 0.3}), answer).value == 0.0
     assert judged(get("language_consistency", {"tolerance": 0.05}), answer).value == 1.0
 

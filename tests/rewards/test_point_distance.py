@@ -58,7 +58,7 @@ def test_a_list_of_points_scores_its_best_value_divided_by_their_number() -> Non
 
 
 def test_a_list_of_true_points_is_refused_and_count_is_named_instead() -> None:
-    with pytest.raises(Invalid, match=r"row-1 .*count a list"):
+    with pytest.raises(Invalid, match=r"row-1 .*use the reward count"):
         score("point_distance", "[0.5, 0.5]", [[0.5, 0.5], [0.1, 0.1]])
 
 

@@ -81,7 +81,7 @@ def test_a_file_is_also_found_by_module_and_by_entry_point(tmp_path: Path, monke
         ("absent.py:x", "there is no file"),
         ("mine.py:right_and_shirt", "did you mean 'right_and_short'"),
         ("mine.py:helper", "put @reward"),
-        ("broken.py:x", "broken.py does not import: ZeroDivisionError"),
+        ("broken.py:x", "broken.py cannot be imported: ZeroDivisionError"),
         ("no_such_module:x", "cannot import no_such_module"),
     ],
 )

@@ -23,5 +23,5 @@ def test_without_reasons_only_the_grade_is_asked_for() -> None:
 
 
 def test_a_judge_that_sees_no_pictures_is_refused() -> None:
-    with judging([]), pytest.raises(ValueError, match="gets no pictures; relevant needs `images: true`"):
+    with judging([]), pytest.raises(ValueError, match="gets no pictures; the row judge relevant needs `images: true`"):
         score("relevant", rollout("").prompt)

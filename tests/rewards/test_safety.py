@@ -1,4 +1,4 @@
-"""Tests the penalty `safety`: the texts that the judge sees, and the value for each of its findings."""
+"""Tests the penalty `safety`: the texts that the judge sees, and the value for each finding of the judge."""
 
 from typing import Any
 

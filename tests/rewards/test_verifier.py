@@ -1,4 +1,4 @@
-"""Tests the reward `verifier`: the texts that the judge sees, and the value that follows from its verdicts."""
+"""Tests the reward `verifier`: the texts that the judge sees, and the value that follows from the judge's verdicts."""
 
 import base64
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tests that a process which hangs is noticed after `patience` seconds, and that a team which hangs is killed."""
+"""Tests that a hanging process is noticed after `patience` seconds, and that a hanging team of processes is killed."""
 
 import os
 import signal

@@ -31,7 +31,7 @@ def test_a_data_url_has_the_picture_in_a_format_that_servers_can_read():
     [
         ("<think> a </think> b ", "a", "b"),
         ("a</think>b</think>c", "a</think>b", "c"),  # the text is split at the last tag
-        ("<think>cut", "cut", ""),  # the thinking was not closed
+        ("<think>cut", "cut", ""),  # </think> is missing
         (" no tag ", "", "no tag"),
     ],
 )

@@ -70,7 +70,7 @@ def test_the_error_for_a_folder_without_a_template_names_the_option(folder: Path
             file.write_text("{}" if name.endswith("json") else "")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match=r"has no chat template; name a Jinja file in model.chat_template"):
+    with pytest.raises(ValueError, match=r"has no chat template; set model.chat_template of the recipe"):
         Chat(folder)
 
 
@@ -85,7 +85,7 @@ def test_a_tokenizer_without_the_models_image_token_is_refused(folder: Path) -> 
     config = StepVLConfig.from_pretrained(folder)
     config.image_token_id = 3
     config.save_pretrained(folder)
-    with pytest.raises(ValueError, match="does not give <im_patch> the config's image_token_id 3"):
+    with pytest.raises(ValueError, match="tokenizer's id of <im_patch> is not the config's image_token_id 3"):
         Chat(folder)
 
 

@@ -37,7 +37,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with two held-out problems of each family. The pictures are in the same folder."""
+    """A file with two held-out problems of each of four tasks. Its folder also has the pictures."""
     folder = tmp_path_factory.mktemp("problems")
     lines = ROWS.read_text().splitlines()
     folder.joinpath("rows.jsonl").write_text("\n".join(lines[i] for i in range(0, 1024, 128)) + "\n")
@@ -101,7 +101,7 @@ def test_an_out_file_with_other_settings_is_refused(
     answered: Path, problems: Path, url: str, capsys: pytest.CaptureFixture
 ) -> None:
     assert generate.main(arguments(problems, answered, url, "--seed", "5")) == WRONG_INPUT
-    assert "was begun with seed = 0, not 5; give another OUT file" in capsys.readouterr().err
+    assert "was started with seed = 0, not 5; give another OUT file" in capsys.readouterr().err
 
 
 def test_an_evaluation_measures_cached_trajectories(
@@ -152,9 +152,9 @@ def test_a_cache_with_other_settings_is_refused(
         scripted = [one if one != url else server.url for one in options]
         assert evaluate.main([*scripted, "--trajectories", str(answered)]) == 0
         assert evaluate.main([*scripted, "--trajectories", str(answered), "--syntheses", "2"]) == WRONG_INPUT
-        assert "was begun with answers = 1, not 2" in capsys.readouterr().err
+        assert "was started with answers = 1, not 2" in capsys.readouterr().err
         assert evaluate.main([*scripted, "--attempts", "2"]) == WRONG_INPUT
-        assert "was begun with trajectories = [], not [2]" in capsys.readouterr().err
+        assert "was started with trajectories = [], not [2]" in capsys.readouterr().err
 
 
 def test_rows_without_an_answer_are_left_out_and_counted(
@@ -237,8 +237,8 @@ def test_a_problem_that_is_too_long_is_reported_and_the_others_are_answered(
     assert code == generate.FAILED
     failed, found = sorted(records(out), key=lambda record: record["id"])
     assert "leaves no room for a response" in failed["error"] and found["answer"] == "4"
-    assert "1 without an answer; the first, 0" in capsys.readouterr().err
-    code, _ = scripted(tmp_path, [Reply("5")])  # the repeated command sends only this problem
+    assert "1 problems have no answer; the first is 0" in capsys.readouterr().err
+    code, _ = scripted(tmp_path, [Reply("5")])  # the repeated command sends only problem 0
     assert code == generate.DONE
     assert {r["id"]: r["answer"] for r in records(out) if "error" not in r} == {"0": "5", "1": "4"}
 
@@ -262,7 +262,7 @@ def test_an_endpoint_that_refuses_the_model_ends_the_command_and_earlier_answers
     code, out = scripted(tmp_path, script)
     assert code == generate.FAILED and [r["id"] for r in records(out)] == ["0"]
     stderr = capsys.readouterr().err
-    assert "answers 404" in stderr and "The same command continues from what is in" in stderr
+    assert "answers 404" in stderr and "The same command continues from the results in" in stderr
 
 
 def test_temporary_errors_of_the_endpoint_are_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +285,7 @@ def test_a_file_that_another_program_wrote_is_not_changed(tmp_path: Path) -> Non
     [
         (("--mode", "pacore", "--trajectories", "x"), "'x' is not a plan of trajectories"),
         (("--yarn", "2"), "leave out --url"),
-        (("--key-env", "NO_SUCH_KEY"), "the environment has no NO_SUCH_KEY"),
+        (("--key-env", "NO_SUCH_KEY"), "the environment variable NO_SUCH_KEY is not set"),
     ],
 )
 def test_invalid_arguments_are_refused(

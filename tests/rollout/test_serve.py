@@ -271,8 +271,8 @@ def test_models_are_listed_with_their_modes() -> None:
         ({"n": 2}, "PaCoRe gives one answer; set n to 1"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, "use the mode sere"),
         ({"messages": [*ASK, {"role": "assistant", "content": "4"}]}, "the last message must be from the user"),
-        ({"messages": [{"role": "user", "content": 4}]}, "content must be a text, or a list of parts"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content must be a text, or a list of parts"),
+        ({"messages": [{"role": "user", "content": 4}]}, "must be a text, or a list of parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "must be a text, or a list of parts"),
         ({"messages": []}, "messages must be a list that is not empty"),
     ],
 )

@@ -75,7 +75,7 @@ def test_the_same_command_again_starts_nothing(curated: tuple[Path, str], capsys
         (("curate.difficulty.rollouts=4",), "was started with another recipe:\n  curate.difficulty.rollouts"),
         (("synthesis.least_messages=2",), "was started with another recipe:\n  synthesis.least_messages"),
         (("accept.least=0.5",), "was started with another recipe:\n  accept.least"),
-        (("curate.filters=[decontamination]", "data.eval=[]"), "names no benchmark"),
+        (("curate.filters=[decontamination]", "data.eval=[]"), "has no benchmark"),
         (("synthesis.template={tmp}/none.jinja",), "none.jinja cannot be used"),
         (("synthesis.most_messages=2",), "synthesis.most_messages = 2 is less than least_messages"),
         (("curate.filters=[dificulty]",), "curate.filters"),
@@ -98,7 +98,7 @@ def test_a_command_that_cannot_run_gets_one_clear_message(
 def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     assert main([*map(str, CPU[1:]), "--out", str(tmp_path), *SMALL]) == 2
-    assert "is not empty and holds no curation" in capsys.readouterr().err
+    assert "is not empty and contains no curation" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +106,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path, capsys: py
     said = capsys.readouterr().out
     for part in (
         "512 of 2560, in blocks of 1024",
-        "1280 benchmark rows share neither",
+        "1280 benchmark rows; a row must not share",
         "1 pass(es) of checker",
         "16 to 24 messages",
     ):
@@ -119,7 +119,7 @@ def test_with_a_served_judge_and_a_kill_every_row_goes_through_all_filters_once(
     out = tmp_path / "out"
     options = (
         "curate.rows=256",
-        "curate.checkability.passes=2",  # the scale model's verdicts are random, so 1/4 of the rows are kept
+        "curate.checkability.passes=2",  # the scale model's verdicts are random, so two passes keep 1/4 of the rows
         "curate.difficulty.rollouts=8",
         "synthesis.least_messages=2",
         "synthesis.most_messages=4",

@@ -1,7 +1,7 @@
 """Tests README, CONTRIBUTING and docs/: the commands in them work. The files, options, metrics and messages that they
 name exist.
 
-The tests of this file run each command. Commands that would train are run with --dry-run. Commands without a dry run
+The tests of this file run the commands. Commands that would train are run with --dry-run. Commands without a dry run
 have tests in other files, which ELSEWHERE names. docs/writing_rewards.md has its own test file, test_reward_guide.py.
 """
 
@@ -283,7 +283,7 @@ def test_every_option_and_metric_that_a_page_names_exists(page: str) -> None:
     options = declared({"rewards": {"NAME": {}}, "endpoints": {"NAME": {}}}).keys() | {"rewards.NAME"}
     for span in spans(page):
         option = re.match(rf"(?:(?:rlvr|rlhf|pacore)\.)?((?:{sections})(?:\.\w+)+)", span)
-        if option and not (ROOT / "/".join(span.split(".")[:2])).exists():  # not a Python module
+        if option and not (ROOT / "/".join(span.split(".")[:2])).exists():  # this is not a Python package
             name = re.sub(r"^(rewards|endpoints)\.\w+", r"\1.NAME", option[1])
             assert name in options or name.startswith(tuple(f"{free}." for free in FREE)), f"{page}: {span}"
         if re.fullmatch(r"(reward|eval|response|pacore|genrm|penalty|policy|value|time|checkpoint)/[\w/<>]+", span):

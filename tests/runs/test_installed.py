@@ -38,7 +38,7 @@ class Installation:
     def run(self, *arguments: object, folder: Path) -> str:
         """Runs `python -m ...`, asserts that it succeeds, and returns its standard output."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "executable", str(self.python))  # `run` then starts this interpreter
+            patch.setattr(sys, "executable", str(self.python))  # so `run` starts this interpreter
             code, out, err = run(*arguments, folder=folder, environment=WITHOUT_CLONE)
         assert code == 0, err
         return out
@@ -54,8 +54,8 @@ def pip(*arguments: object) -> None:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installation:
     folder = tmp_path_factory.mktemp("installed")
     source, wheels, environment = folder / "source", folder / "wheels", folder / "venv"
-    # The source is copied, because setuptools builds inside the source folder: it would put files of earlier builds
-    # into the wheel.
+    # The source is copied, because setuptools builds inside the source folder. Without the copy, files of earlier
+    # builds would get into the wheel.
     for name in (*PACKAGES, "tests", "tools"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):

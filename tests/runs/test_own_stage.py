@@ -58,7 +58,7 @@ def test_the_plan_of_the_users_stage_is_printed_and_its_name_is_listed(package: 
     code, out, err = run(*given, folder=tmp_path, environment=package)
     assert (code, err) == (0, "") and "order      longest question first" in out
     code, _, err = run(*given, "stage=easiest", folder=tmp_path, environment=package)
-    assert code == 2 and "no stage easiest; there are" in err and "hardest" in err
+    assert code == 2 and "no stage easiest; the stages are" in err and "hardest" in err
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def test_the_length_limit_is_checked_with_the_longest_messages(tmp_path: Path, c
 def test_bounds_that_exclude_every_pool_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     train = f"data.train={rows(tmp_path, 24, 0.5)}"
     said = refused(capsys, train, "synthesis.accuracy_under=0.375")
-    assert "none of the 4 rows has a pool_accuracy within synthesis.accuracy_over" in said
+    assert "none of the 4 rows has a pool_accuracy between synthesis.accuracy_over" in said
     assert main([str(ROOT / "recipes/pacore.yaml"), "--profile", "cpu", "--dry-run", train]) == 0
     assert "messages   16 to 24 of the rows' pools" in capsys.readouterr().out
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.command import PATIENCE, ROOT, SMALL_RUN, Command, metrics
 
-# The tests set a token. Otherwise, whether the cluster requires a token would depend on the machine.
+# The tests set a token, so that the cluster requires a token on every machine.
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 

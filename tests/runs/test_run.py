@@ -170,8 +170,8 @@ def test_sampling_ahead_lags_one_update_behind_and_engine_and_learner_still_agre
 
 
 def test_the_learner_encodes_each_picture_once(ahead: Path) -> None:
-    # Each weight sync checks prompts of the coming iteration. The last sync has checked prompts of the last iteration,
-    # so no other picture was encoded.
+    # Each weight sync checks prompts of the coming iteration. After the last iteration, the sync checks prompts of
+    # this last iteration. So the learner has encoded only pictures of the three iterations.
     assert sum(line.get("time/learner_encodings", 0) for line in metrics(ahead)) == len(pictures(ahead))
 
 
@@ -290,7 +290,7 @@ def test_resuming_refuses_changed_values_and_names_them(
     assert main(allowed) == 0
     capsys.readouterr()
     assert main([*allowed, "--allow", "ppo.lamb"]) == 2
-    assert "--allow ppo.lamb: no such option changes" in capsys.readouterr().err
+    assert "--allow ppo.lamb: the overrides do not change this option" in capsys.readouterr().err
     assert main([str(ROOT / "recipes/rlvr.yaml"), "--allow", "ppo.gamma"]) == 2
     assert "--allow is for --resume" in capsys.readouterr().err
 
@@ -365,5 +365,5 @@ def test_the_saved_checkpoint_is_a_whole_model_folder(finished: tuple[Path, str]
     folder, start = finished[0] / "checkpoints/000002/policy", ROOT / "recipes/scale/model"
     assert {path.name for path in folder.iterdir()} >= {path.name for path in start.iterdir()}
     assert (folder / "tokenizer.json").read_bytes() == (start / "tokenizer.json").read_bytes()
-    saved, before = hf_folder.load(folder).state_dict(), hf_folder.load(start).state_dict()  # checks every tensor
+    saved, before = hf_folder.load(folder).state_dict(), hf_folder.load(start).state_dict()  # load checks every tensor
     assert any(not torch.equal(saved[name], before[name]) for name in before)  # training has changed the weights

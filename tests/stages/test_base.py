@@ -92,7 +92,7 @@ def test_the_loop_uses_the_new_stages_prompts_and_reports_its_metrics(tmp_path: 
     metrics, _ = ppo_iteration(1, PROMPTS, PROMPTS, services, LoopState(), Clock())
     assert metrics["reversed/first"] == 3.0
     check_metrics({"reversed/first": 3.0, "iteration": 1, "stage": "reversed"})
-    with pytest.raises(ValueError, match="metric 'reversed/last' has no sentence"):
+    with pytest.raises(ValueError, match="metric 'reversed/last' has no entry"):
         check_metrics({"reversed/last": 3.0})
     assert evaluate(PROMPTS, services)["eval/rows"] == 4.0
 

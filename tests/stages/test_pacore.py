@@ -41,7 +41,7 @@ class Chat:
     def length(self, prompt: Prompt) -> int:
         return 10 + sum(len(text) for text in (prompt.shown.texts if prompt.shown else ()))
 
-    class tokenizer:  # calling this class replaces calling a tokenizer
+    class tokenizer:  # the stage calls this class like a tokenizer
         def __init__(self, text: str) -> None:
             self.input_ids = text
 
@@ -263,8 +263,8 @@ def test_a_response_repeats_the_majority_if_its_vote_equals_the_majority_vote() 
     [
         ("Answer 2 forgets to carry.", 1 / 4),
         ("References 1, 3 and 4 agree; attempt #2 does not.", 1.0),
-        ("<think>one says 1200</think>4", 1 / 4),  # quoted
-        # A single digit does not count as a quote. A quote outside of the reasoning does not count either.
+        ("<think>one says 1200</think>4", 1 / 4),  # the reasoning quotes the second message
+        # 7 is too short for a quote, and 1200 is not in the reasoning.
         ("<think>it is 7</think>1200", 0.0),
         ("Answer 9", 0.0),
     ],

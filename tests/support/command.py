@@ -69,14 +69,14 @@ class Command:
         os.killpg(self.process.pid, signal.SIGINT)
 
     def kill(self) -> None:
-        """Kills only the command's main process with SIGKILL, as a crash would."""
+        """Kills only the command's main process, with SIGKILL. This simulates a crash."""
         self.process.kill()
         self.process.communicate()
 
     def end(self, patience: float = 30) -> None:
         """Kills every process that carries the mark."""
         deadline = time.monotonic() + patience
-        while (found := self.marked()) and time.monotonic() < deadline:  # a process may start others meanwhile
+        while (found := self.marked()) and time.monotonic() < deadline:  # marked processes may start new processes
             for pid, _ in found:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -12,9 +12,9 @@ from typing import Any
 from rl.types import Completion, Picture, Request
 from rollout.vllm.engine import Engine
 
-PATIENCE_S = 300.0  # seconds for one call
+PATIENCE_S = 300.0  # maximum seconds for one call
 
-_engines: dict[int, Engine] = {}  # exists in the separate process only
+_engines: dict[int, Engine] = {}  # key -> engine; has entries only in the separate process
 
 
 class RemoteEngine:
@@ -54,8 +54,8 @@ class EngineProcess:
         return RemoteEngine(self, self._count)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Calls an importable function in the separate process. If PATIENCE_S or the time limit of the test is over
-        before the call returns, the process is killed."""
+        """Calls an importable function in the separate process. The process is killed if the call does not return
+        within PATIENCE_S seconds, or within the time limit of the test."""
         call = self._pool.submit(function, *arguments)
         try:
             return call.result(timeout=PATIENCE_S)

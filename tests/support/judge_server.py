@@ -32,8 +32,8 @@ Script = Callable[[dict[str, Any]], "Reply | dict[str, Any] | str"]
 
 
 class JudgeServer:
-    """Answers each request with `script(request)`. If `script` is a list of replies, sends these replies in order and
-    repeats the last reply.
+    """Answers each request with `script(request)`. If `script` is a list of replies, the server sends these replies
+    in order and repeats the last reply.
 
     requests  the bodies of the requests, in order
     headers   the headers of the requests, in order
@@ -119,7 +119,7 @@ def text_of(request: dict[str, Any]) -> str:
 
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Removes delays: there is no wait before a retry, and clients load no certificates (the judge uses plain HTTP)."""
+    """Removes delays: retries wait at most 20 ms, and clients load no certificates (the judge uses plain HTTP)."""
     monkeypatch.setattr(endpoint, "RETRY_S", (0.01, 0.02))
     monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
 

@@ -41,7 +41,7 @@ def config(model: str, **ppo: object) -> Config:
 def options(ppo: Mapping[str, object] | None = None, **changed: Any) -> LearnerOptions:
     """Returns the learner's options from `config`. `ppo` replaces options of the section ppo.
 
-    `changed` replaces options of the sections `model` and `learner`, and other learner options.
+    `changed` replaces options of the sections `model` and `learner`, and other fields of LearnerOptions.
     """
     made = LearnerOptions.of(config("unused", **(ppo or {})))
     sections: dict[str, Any] = {
@@ -52,7 +52,8 @@ def options(ppo: Mapping[str, object] | None = None, **changed: Any) -> LearnerO
 
 
 def group(prompt: int, *responses: int, first_row: int = 0, images: tuple[str, ...] = ()) -> Group:
-    """Returns a group whose token ids count up from 10. Each image adds 4 image tokens at the start of the prompt."""
+    """Returns a group. `prompt` and `responses` are numbers of text tokens. The ids of the prompt count up from 10, and
+    the ids of response i from 20 + i. Each image adds 4 image tokens at the start of the prompt."""
     ids = (IMAGE_TOKEN,) * 4 * len(images) + tuple(range(10, 10 + prompt))
     made = tuple(tuple(range(20 + i, 20 + i + n)) for i, n in enumerate(responses))
     return Group(ids, images, made, tuple(range(first_row, first_row + len(responses))))

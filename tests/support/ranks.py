@@ -1,4 +1,4 @@
-"""Runs processes that work together in a test, such as the ranks of a model. No process outlives the test."""
+"""Runs processes that work together in a test, such as the ranks of a model. All processes end with the test."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -10,11 +10,11 @@ def run_together(target: Callable[..., object], arguments: Sequence[tuple[Any, .
     """Calls `target` once per entry of `arguments`. Each call runs in its own process. Waits until all calls have
     ended.
 
-    At the end, all processes are killed, even after a time-out of pytest.
+    At the end, all processes that still run are killed, even after a time-out of pytest.
 
     Raises: TimeoutError if the calls take longer than `limit_s` seconds; RuntimeError if a call fails.
     """
-    # The processes are daemons, because an interpreter that ends waits for all other child processes.
+    # The processes are daemons. The interpreter would wait for other child processes before it ends.
     processes = [get_context("spawn").Process(target=target, args=given, daemon=True) for given in arguments]
     deadline = time.monotonic() + limit_s
     try:

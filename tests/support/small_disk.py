@@ -1,4 +1,4 @@
-"""Mounts a real disk of a few MiB, which can become read-only. Needs the permission to mount."""
+"""Mounts a real file system of a few MiB, which can be made read-only. Needs the permission to mount."""
 
 import subprocess
 from collections.abc import Iterator

@@ -19,7 +19,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 @reward("right_and_brief", on_timeout="lowest", verifiable=str)
 def right_and_brief(rollout: Rollout, limit: Annotated[int, Field(gt=0)] = 200) -> Score:
-    """1.0 for a right response of at most `limit` characters, limit / length for a longer one, else 0.0."""
+    """1.0 for a right response of at most `limit` characters, limit / length for a longer right response, else 0.0."""
     length = len(rollout.text)
     if not is_right(rollout):
         return Score(0.0, {"why": "wrong", "characters": length})
@@ -77,9 +77,10 @@ def repeated_lines(rollout: Rollout) -> Score:
 
 
 def is_right(rollout: Rollout) -> bool:
-    """True if the marked result of an answer (in `\\boxed{...}`, or after "Answer:") is the ground truth.
+    """True if the result that an answer gives is the ground truth, after normalisation.
 
-    Raises Invalid for a row whose ground truth is neither text nor a number.
+    The result is the last `\\boxed{...}`, else the text after the last "Answer:", else the whole answer if it is short.
+    The ground truth must be text or a number; otherwise Invalid is raised.
     """
     truth = rollout.prompt.ground_truth
     if not isinstance(truth, str | int | float):

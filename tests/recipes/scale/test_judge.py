@@ -18,7 +18,7 @@ from rl.model import hf_folder
 from rl.model.config import register
 
 SHIPPED = Path(judge.__file__).parent / "judge"
-AGREES = 0.85  # minimum share of held-out preferences that the judge agrees with, in each order of the responses
+AGREES = 0.85  # the judge must agree with at least this share of held-out preferences, in both orders of responses
 MEGABYTE = 1 << 20
 CROWD = Scene((255, 255, 255), (Thing("red", "ring", 20, 20, 10), Thing("blue", "cross", 60, 60, 10)))
 
@@ -29,7 +29,7 @@ CROWD = Scene((255, 255, 255), (Thing("red", "ring", 20, 20, 10), Thing("blue", 
         ("top left red ring, middle blue cross", 2, 2),
         ("middle blue cross", 1, 2),
         ("top left red ring, middle blue ring", 1, 2),
-        ("top left red ring, top left red ring, middle blue cross", 2, 3),  # a repeated thing counts only once
+        ("top left red ring, top left red ring, middle blue cross", 2, 3),  # a repeated thing is right only once
         ("top left red ring, middle blue cross, right red ring, left red ring", 2, 4),
         ("[0.50, 0.25]", 0, 2),
     ],
@@ -116,7 +116,7 @@ def test_the_shipped_judge_is_small_and_agrees_with_heldout_preferences_in_eithe
     report = json.loads((SHIPPED.parent / "judge_report.json").read_text())
     assert report["better shown first"] >= AGREES and report["better shown second"] >= AGREES
     model, prompter = shipped
-    seen = judge.report(model, prompter, 64, seed=1)  # with this seed: other preferences than in the shipped report
+    seen = judge.report(model, prompter, 64, seed=1)  # this seed draws other preferences than the shipped report
     assert min(seen["better shown first"], seen["better shown second"]) >= AGREES - 0.1, seen
     assert seen["no verdict"] <= 0.05
 

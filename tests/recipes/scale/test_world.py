@@ -82,7 +82,8 @@ def test_the_teachers_description_is_right_except_for_one_shape() -> None:
         wrong = [(s, t) for s, t in zip(said, crowd.things, strict=True) if s != t.described]
         assert all(s.rpartition(" ")[0] == t.described.rpartition(" ")[0] for s, t in wrong)
         slips.append(len(wrong))
-    assert max(slips) == 1 and 0.6 < fmean(slips) < 0.9  # expected mean 0.75: a random shape is right in 1 of 4 cases
+    # The shape of one thing is drawn at random from 4 shapes. It is wrong in 3 of 4 cases, so the mean is about 0.75.
+    assert max(slips) == 1 and 0.6 < fmean(slips) < 0.9
 
 
 def test_there_are_256_heldout_problems_of_each_task() -> None:
@@ -117,8 +118,8 @@ def test_the_same_seed_gives_the_same_problems_and_another_seed_different_proble
 def test_a_box_touches_its_shape_on_all_four_sides(shape: str) -> None:
     scene = Scene((255, 255, 255), (Thing("red", shape, x=40, y=60, half=12),))
     rows, columns = np.nonzero(scene.pixels)
-    # The box goes from x = 40 - 12 = 28 to 52 and from y = 48 to 72. The last pixel of the box is one before the box's
-    # edge.
+    # The box goes from x = 40 - 12 = 28 to 52 and from y = 48 to 72. The last pixels are 51 and 71, because the
+    # edges 52 and 72 are outside.
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == (28, 48, 51, 71)
     assert scene.things[0].box == (28 / 112, 48 / 112, 52 / 112, 72 / 112)
 
@@ -150,7 +151,7 @@ def test_counting_goes_through_the_things_one_by_one() -> None:
 
 
 def test_the_exact_writer_is_nearly_always_right_except_on_worksheets(heldout: list[Problem]) -> None:
-    for task in set(world.TASKS) - {"worksheet"}:  # the mean is below 1, because boxes have two decimals
+    for task in set(world.TASKS) - {"worksheet"}:  # the mean is below 1, because boxes are rounded to two decimals
         assert mean_score(heldout, task, EXACT) > 0.9, task
 
 
@@ -208,7 +209,8 @@ def test_a_worksheet_with_its_exact_answer_fits_into_the_cpu_profiles_sequence(w
 
 
 def test_descriptions_name_the_things_in_reading_order() -> None:
-    things = (Thing("blue", "cross", 60, 20, 10), Thing("red", "ring", 90, 90, 10))  # in reading order, like any crowd
+    # These things are in reading order, like the things of every crowd.
+    things = (Thing("blue", "cross", 60, 20, 10), Thing("red", "ring", 90, 90, 10))
     problem = world.describe(Scene((255, 255, 255), things))
     rng = np.random.default_rng(0)
     assert EXACT(problem, rng) == "<think>one by one</think>top blue cross, bottom right red ring"
@@ -232,7 +234,7 @@ def test_answers_to_sums_repeat_the_steps_after_the_thinking() -> None:
 
 @pytest.mark.parametrize(
     ("left", "right", "guess"),
-    # 27 + 15: the carry of 7 + 5 is lost. 42 - 8: the ones are |2 - 8| = 6. 85 + 20: the carry of 8 + 2 is lost.
+    # 27 + 15: the carry of 7 + 5 is lost. 42 - 8: the last digit is |2 - 8| = 6. 85 + 20: the carry of 8 + 2 is lost.
     [(12, 35, 47), (27, 15, 32), (42, -8, 46), (85, 20, 5)],
 )
 def test_the_rough_writer_forgets_to_carry(left: int, right: int, guess: int) -> None:

@@ -18,7 +18,7 @@ def test_async_rewards_run_concurrently_in_one_process(runner: RewardRunner) -> 
     start = time.monotonic()
     scored = runner.score([rollout("sleep 0.5", task="waits", truth=str(i)) for i in range(40)])
     assert {one.reward for one in scored} == {0.25} and len({one.details["pid"] for one in scored}) == 1
-    assert time.monotonic() - start < 5.0  # they would take 20 s one after the other
+    assert time.monotonic() - start < 5.0  # one after the other, the 40 rewards would take 20 s
 
 
 @pytest.mark.parametrize(

@@ -76,5 +76,5 @@ def test_rollouts_may_be_added_in_any_order_and_a_group_is_scored_when_complete(
 def test_an_incomplete_group_is_an_error(runner: RewardRunner) -> None:
     scoring = runner.begin(per_prompt=2)
     scoring.add(0, rollout("x", task="rank"))
-    with pytest.raises(ValueError, match="1 prompts have not all of their 2 rollouts yet"):
+    with pytest.raises(ValueError, match="1 prompts do not have all of their 2 rollouts yet"):
         scoring.results()

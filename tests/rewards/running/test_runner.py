@@ -43,7 +43,7 @@ def test_order_is_kept_and_the_parameters_reach_the_reward(runner: RewardRunner)
         ("refuse", "the judge is away"),
         ("return None", "returned None, which is no number"),
         ("return float('nan')", "returned nan"),
-        ("return -0.5", "declare it: @reward('obey', lowest=...)"),
+        ("return -0.5", "declare the lowest value that the reward can return: @reward('obey', lowest=...)"),
         ("return Score(1,{'x':{1}})", "can't be written as JSON"),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_row_without_the_ground_truth_that_its_reward_needs_is_a_problem(runne
     rows = [Prompt("p1", "exact", (), ground_truth="5"), Prompt("p2", "exact", ()), Prompt("p3", "obey", ())]
     assert [runner.problem(row) for row in rows] == [
         None,
-        "row 'p2' has no ground_truth, which exact (task exact) compares with",
+        "row 'p2' has no ground_truth, which exact (task exact) needs",
         None,
     ]
 
@@ -194,7 +194,7 @@ def test_closing_ends_all_processes_including_hung_ones_and_their_children(plugi
     child = made.score([rollout("child")])[0].details["pid"]
     hung, queued = made.submit(rollout("hang")), [made.submit(rollout("hang")) for _ in range(5)]
     time.sleep(0.1)
-    assert len(workers()) - len(before) in (2, 3)  # the reserve process starts a little later
+    assert len(workers()) - len(before) in (2, 3)  # the reserve process may not have started yet
     made.close()
     assert workers() == before
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
@@ -224,7 +224,7 @@ def test_workers_end_with_their_parent_even_when_they_hang(plugins: Path, end: s
     assert int(parent.stdout.readline())
     time.sleep(0.3)
     children = psutil.Process(parent.pid).children(recursive=True)
-    assert len(children) in (2, 3)  # the reserve process starts a little later
+    assert len(children) in (2, 3)  # the reserve process may not have started yet
     if end == "kill":
         os.kill(parent.pid, signal.SIGKILL)
     assert parent.wait(timeout=20) == (0 if end == "exit" else -signal.SIGKILL)

@@ -20,8 +20,8 @@ def row(*numbers: float) -> Tensor:
 def loop_gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: object, lam: object, bootstrap: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Computes the definition of GAE token by token, in the dtype of `values`. gamma and lam may have a value per row,
-    [N]."""
+    """Computes GAE by its definition, token by token, in the dtype of `values`. gamma and lam are numbers, or arrays
+    [N] with one value per row."""
     r, v, here = rewards.T.numpy(), values.T.numpy(), mask.T.numpy()
     gamma, decay = (np.asarray(x, v.dtype) for x in (gamma, np.asarray(gamma) * np.asarray(lam)))
     advantages = np.zeros_like(v)
@@ -105,7 +105,7 @@ def test_advantages_of_long_responses_are_the_rounded_float64_result() -> None:
     cases = [(1.0, 1.0), (1.0, 0.999), (1.0, 0.95), (0.9999, 1.0), (0.99, 0.9), (1.0, 0.0), (0.0, 1.0)]
     rewards, values, _ = random_case(2, 65_536, holes=False)
     mask = torch.stack([torch.ones(65_536), torch.rand(65_536, generator=torch.Generator().manual_seed(2))]) > 0.3
-    # Each (gamma, lam) is a row of one batch, so that the slow loop runs only once per precision.
+    # One batch has two rows for each (gamma, lam), so that the slow loop runs only once per precision.
     gamma, lam = np.repeat(np.array(cases), 2, axis=0).T
     many = [x.repeat(len(cases), 1) for x in (rewards, values, mask)]
     exact = loop_gae(many[0].double(), many[1].double(), many[2], gamma, lam)
@@ -128,7 +128,7 @@ def set_threads() -> Iterator[Callable[[int], None]]:
 def test_the_result_is_the_same_for_any_number_of_threads(
     set_threads: Callable[[int], None],
 ) -> None:
-    rewards, values, mask = random_case(50_001, 64, holes=True)  # four tasks for threads; the last task is smaller
+    rewards, values, mask = random_case(50_001, 64, holes=True)  # the threads get four tasks; the last task is smaller
     set_threads(1)
     alone = gae(rewards, values, mask, gamma=0.99, lam=0.9)
     set_threads(3)

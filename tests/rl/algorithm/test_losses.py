@@ -199,7 +199,7 @@ def test_gradients_and_statistics_do_not_depend_on_how_a_minibatch_is_split(loss
 
     everything = slice(0, 9)
     whole = run((slice(0, 6), everything))
-    # The split is between rows with different numbers of tokens, and also inside responses.
+    # The minibatch is split between rows with different numbers of tokens, and also inside responses.
     split = run((slice(0, 1), everything), (slice(1, 6), slice(0, 4)), (slice(1, 6), slice(4, 9)))
     torch.testing.assert_close(split[0], whole[0])
     assert split[1] == pytest.approx(whole[1])
@@ -209,7 +209,7 @@ def test_explained_variance_of_a_perfect_a_constant_and_a_wrong_critic() -> None
     returns, mask = row(1, 2, 3, 99), row(1, 1, 1, 0).bool()
     assert explained_variance(returns, returns, mask) == 1
     assert explained_variance(row(7, 7, 7, 7), returns, mask) == 0
-    assert explained_variance(-returns, returns, mask) == -3  # the errors are twice the returns, so it is 1 - 2^2
+    assert explained_variance(-returns, returns, mask) == -3  # errors are twice the returns: 1 - 2^2 = -3
 
 
 def test_explained_variance_of_equal_returns_is_not_a_number() -> None:

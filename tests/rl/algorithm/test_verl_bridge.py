@@ -39,8 +39,8 @@ class Case:
         self.weights = tis_weights(self.old, self.rollout, self.mask, cap=1.2)[0]
 
     def run(self, loss: PolicyLoss, *parts: slice, weighted: bool = True) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Returns loss, gradient and metrics. Each range of rows in `parts` is one call, with the width of its longest
-        response."""
+        """Calls `loss` once for each range of rows in `parts`, with the width of the longest response in the range.
+        Returns the summed loss, its gradient, and the summed metrics."""
         leaf = self.logprobs.clone().requires_grad_()
         total, metrics = torch.zeros((), dtype=leaf.dtype), {}
         for part in parts or (slice(0, 6),):

@@ -1,4 +1,5 @@
-"""Clients return the same numbers as plain objects in this process. tests/rl/test_actors.py tests other processes."""
+"""Tests that clients return the same numbers as plain objects in this process. tests/rl/test_actors.py tests calls to
+other processes."""
 
 from pathlib import Path
 

@@ -43,7 +43,7 @@ def test_a_folder_without_a_critic_of_the_model_is_refused(folder, tmp_path):
     critic.write_model(critic.full_state(), tmp_path / "critic")
     hf_folder.check_critic(tmp_path / "critic", model)
     critic.write_model({**critic.full_state(), "value_head.weight": torch.zeros(1, 3)}, tmp_path / "other")
-    with pytest.raises(hf_folder.CheckpointError, match=r"value_head.weight is \(1, 3\), the config asks for"):
+    with pytest.raises(hf_folder.CheckpointError, match=r"value_head.weight has shape \(1, 3\), but the config needs"):
         hf_folder.check_critic(tmp_path / "other", model)
     policy.write_model(policy.full_state(), tmp_path / "policy")
     with pytest.raises(
@@ -75,7 +75,7 @@ def test_an_update_that_reuses_a_forward_pass_gives_the_same_weights(folder):
         given = (batch, make_targets(batch, *critic.values(batch, features), cfg.ppo), features)
         if not keeps:
             other = collate([Scored(Rollout(Prompt("p", "t", ()), "", "stop", (10,), (12,), (0.0,)), 0)])
-            critic.values(other, {})  # replaces the kept graph with the graph of another batch
+            critic.values(other, {})  # this call replaces the kept graph with the graph of another batch
         critic.update(*given, 1)
         critic.update(*given, 2)  # in both cases, no graph is kept for the second update
         weights.append({name: parameter.detach() for name, parameter in critic.model.named_parameters()})

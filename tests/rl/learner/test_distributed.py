@@ -123,7 +123,7 @@ def trained(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> 
 
 
 def continued(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> None:
-    """Loads the checkpoint in `results`, which another number of ranks saved, and makes one more iteration."""
+    """Loads the checkpoint in `results`, which a different number of ranks has saved, and makes one more iteration."""
     pair = Pair.of(ranks, case, str(folder / "model"))
     pair.restore(results)
     pair.iterate(ITERATIONS + 1)
@@ -140,7 +140,7 @@ def one_of_two(rank: int, address: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
-    """A folder with the results of all cases, run in one process and in two: <case>/<number of ranks>."""
+    """A folder with results. Each case is run with one rank and with two ranks: <case>/<number of ranks>."""
     folder = tmp_path_factory.mktemp("ranks")
     alone = Ranks("cpu", threads=1)
     for name, case in CASES.items():

@@ -1,5 +1,5 @@
 """Tests packed rows: they contain each prompt once, give the same logprobs as one rollout per row, and every rank gets
-the same number of them."""
+the same number of packed rows."""
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ def test_a_packed_row_has_the_prompt_once_and_responses_continue_its_positions()
     (row,) = pack([group(3, 2, 1)], 100, None)
     assert row.token_ids.tolist() == [10, 11, 12, 20, 21, 21]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 3]
-    # the prompt's last token predicts a response's first token; the token before it predicts every other token
+    # The prompt's last token predicts the first token of each response. Each later token of a response is predicted by
+    # the previous token of this response.
     assert row.before.tolist() == [2, 3, 2]
     assert row.last.tolist() == [4, 5]
 
@@ -82,7 +83,8 @@ def test_a_rank_without_work_gets_a_row_that_does_not_count():
 
 
 def test_work_is_shared_evenly():
-    # the method merges the largest differences: 8 - 7 = 1, 6 - 5 = 1, 4 - 1 = 3, 3 - 1 = 2, so the sums are 14 and 16
+    # Each step replaces the two largest numbers by their difference: 8 - 7 = 1, 6 - 5 = 1, 4 - 1 = 3, 3 - 1 = 2. The
+    # last difference is that of the two sums, 16 and 14.
     assert balanced([8, 7, 6, 5, 4], 2) == [[0, 2], [1, 3, 4]]
     assert balanced([], 2) == [[], []]
     work = torch.empty(200).log_normal_(0, 1, generator=torch.Generator().manual_seed(0)).tolist()

@@ -18,7 +18,7 @@ def targets_of(batch: Batch, policy: Policy) -> Targets:
 
 
 def gradients(policy: Policy, batch: Batch, budget: int, old: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """Returns the gradients of a minibatch with the whole batch, in packed rows of at most `budget` tokens."""
+    """Returns the gradients of one minibatch: the whole batch, in packed rows of at most `budget` tokens."""
     learner = policy.options.learner.model_copy(update={"token_budget": budget})
     policy.options = replace(policy.options, learner=learner)
     policy._accumulate(batch.groups, batch, targets_of(batch, policy), features_of(policy), old)
@@ -90,7 +90,8 @@ def test_a_rewarded_response_becomes_more_likely_and_a_punished_response_less_li
 
 
 def test_the_two_readings_of_the_report_agree_while_policy_and_engine_are_the_same(folder):
-    # rho = 1 and nothing is clipped, so Eq. 2 and the plain policy gradient have the same gradient
+    # The ratio is 1 and nothing is clipped, so the clipped loss (the report's Eq. 2) and the plain policy gradient have
+    # the same gradient.
     found = []
     for ppo in ({"ratio": "none"}, {"ratio": "clip"}):
         policy = Policy(folder, options(ppo))

@@ -25,7 +25,7 @@ def test_saving_and_restoring_continues_bit_for_bit(folder, tmp_path):
     step(policy, critic, 1)
     models = {"policy": policy, "critic": critic}
     steps = {name: model.save(tmp_path / name, tmp_path / "state" / name) for name, model in models.items()}
-    step(policy, critic, 2)  # makes a step while the checkpoint is being written
+    step(policy, critic, 2)  # this step runs while the checkpoint is being written
     while not policy.written() or not critic.written():
         pass
     other, valuer = Policy(folder, cfg), Critic(folder, cfg)

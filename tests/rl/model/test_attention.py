@@ -19,7 +19,7 @@ LAYOUTS = {
 
 
 def inputs(length: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Returns q, k and v in the layout that transformers uses: [1, heads, T, D], with heads after tokens in memory."""
+    """Returns q, k and v as transformers makes them: shape [1, heads, T, D], stored in memory as [1, T, heads, D]."""
     generator = torch.Generator().manual_seed(length)
     made = [torch.randn(1, length, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     return [x.to(dtype).transpose(1, 2) for x in made]

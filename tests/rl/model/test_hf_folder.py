@@ -41,7 +41,7 @@ def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(5)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(hf_folder.CheckpointError, match=r"model\.norm\.weight is \(5,\), the config asks for \(32,\)"):
+    with pytest.raises(hf_folder.CheckpointError, match=r"model\.norm\.weight has shape \(5,\), but .* needs \(32,\)"):
         hf_folder.load(tmp_path)
 
 

@@ -12,7 +12,7 @@ FULL = (728, 504, 169, 81)
     [
         ((224, 224), 171),  # small and square: only the global view, with a start token and an end token
         ((3024, 3024), 36 * 83 + 171 + 5),  # 6 x 6 crops, 5 newlines
-        ((728, 728), 4 * 83 + 171 + 1),  # 728 / 504 = 1.44 and 0.44 > 0.2, so 2 x 2 crops
+        ((728, 728), 4 * 83 + 171 + 1),  # 728 / 504 = 1.44 is rounded up, because 0.44 > 0.2: 2 x 2 crops
         ((600, 300), 2 * 83 + 171),  # ratio 2: one row of 2 crops with the size of the short side, no newline
     ],
 )

@@ -1,4 +1,4 @@
-"""Tests that logprobs and entropies computed in parts equal those computed from all logits at once, with gradients."""
+"""Tests logprobs and entropies computed in parts: values and gradients equal those computed from all logits at once."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from rl.model.logprobs import token_logprobs
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_computed_in_parts_have_the_same_values_and_gradients(monkeypatch, temperature):
-    monkeypatch.setattr(logprobs, "LOGITS", 70)  # 7 tokens at a time
+    monkeypatch.setattr(logprobs, "LOGITS", 70)  # 7 tokens at a time, because the vocabulary has 10 tokens
     monkeypatch.setattr(logprobs, "LEAST", 1)
     torch.manual_seed(0)
     hidden, head = torch.randn(20, 6, requires_grad=True), torch.randn(10, 6, requires_grad=True)

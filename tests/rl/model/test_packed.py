@@ -23,5 +23,5 @@ def test_different_numbers_of_slots_and_features_are_refused():
 
 def test_the_cost_of_attention_by_hand():
     # Channels: 4 x 8 = 32 in query heads, 2 x 2 x 8 = 32 in keys and values, 32 hidden and 48 intermediate.
-    # A layer has 32 * (2 * 32 + 32) + 3 * 32 * 48 = 7,680 weights. A pair costs as much as 2 * 32 = 64 weights.
+    # A layer has 32 * (2 * 32 + 32) + 3 * 32 * 48 = 7,680 weights. A (query, key) pair costs as much as 64 weights.
     assert pairs_per_token(text_model().config) == 7680 / 64

@@ -1,4 +1,4 @@
-"""Tests which class builds the model of a config, and the image token of each family."""
+"""Tests which class builds the model of a config, and the image token of each model family."""
 
 import json
 
@@ -28,5 +28,5 @@ def test_only_families_that_accept_pictures_have_an_image_token():
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(hf_folder.CheckpointError, match="'gpt2' is not built"):
+    with pytest.raises(hf_folder.CheckpointError, match="'gpt2' is not supported"):
         hf_folder.load(tmp_path)

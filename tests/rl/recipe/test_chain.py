@@ -99,11 +99,11 @@ def test_a_critic_of_the_whole_chain_applies_to_the_first_stage_but_null_to_all(
 
 
 def test_options_that_name_results_of_earlier_steps_cannot_be_set() -> None:
-    assert "pacore.model.path cannot be set in a chain: it starts from the policy of rlvr" in refusal(
+    assert "pacore.model.path cannot be set in a chain: the stage starts from the policy of rlvr" in refusal(
         "pacore.model.path=./x"
     )
     assert "pacore.data.train cannot be set in a chain" in refusal("pacore.data.train=x.jsonl")
-    assert "the recipes in a chain name their stages, the chain itself has none" in refusal(text=MINE + "stage: rlvr\n")
+    assert "a chain has no stage, because each of its recipes has its own" in refusal(text=MINE + "stage: rlvr\n")
 
 
 def test_curated_rows_have_our_column_names_even_if_the_rows_of_problems_do_not() -> None:
@@ -120,9 +120,9 @@ def test_a_curation_that_makes_too_few_messages_for_the_next_stage_is_refused() 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("chain: []", "chain is a list of recipes"),
-        ("chain: rlvr.yaml", "chain is a list of recipes"),
-        ("chain: [3]", "chain holds 3; give a recipe's name or path"),
+        ("chain: []", "chain must be a list of recipes"),
+        ("chain: rlvr.yaml", "chain must be a list of recipes"),
+        ("chain: [3]", "chain has the entry 3; give a recipe name or path"),
         ("chain: [rlvr.yaml, rlvr.yaml]", "chain has rlvr twice"),
         ("chain: [rlvr.yaml, {curate: curate.yaml}]", "curate belongs between two stages"),
         ("chain: [{curate: curate.yaml}, pacore.yaml]", "curate belongs between two stages"),
@@ -136,7 +136,7 @@ def test_a_chain_that_cannot_run_is_refused(text: str, message: str) -> None:
 
 def test_a_stage_that_the_chain_does_not_have_is_refused() -> None:
     assert "rlhf.* is for the stage rlhf; the chain has rlvr, curate, pacore" in refusal("rlhf.iterations=3")
-    assert "no stage rlhf to begin with; it has rlvr, pacore" in refusal(first="rlhf")
+    assert "the chain cannot begin with the stage rlhf; its stages are rlvr, pacore" in refusal(first="rlhf")
     assert "chain belongs in a recipe file" in refusal("chain=[rlvr.yaml]")
 
 

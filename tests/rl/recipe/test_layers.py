@@ -37,7 +37,7 @@ def test_a_file_has_precedence_if_it_is_given_as_a_path() -> None:
     Path("recipes").mkdir()
     for file in ("rlvr", "rlvr.yaml", "recipes/rlvr.yaml", "mine"):
         Path(file).write_text("seed: 1")
-    assert find_recipe("rlvr") == SHIPPED / "rlvr.yaml"  # a name, not a path
+    assert find_recipe("rlvr") == SHIPPED / "rlvr.yaml"  # "rlvr" is a name, not a path
     for written in ("./rlvr", "rlvr.yaml", "recipes/rlvr.yaml", "mine", str(Path("rlvr.yaml").absolute())):
         assert find_recipe(written) == Path(written)
 
@@ -53,15 +53,15 @@ def test_paths_in_a_recipe_are_relative_to_its_folder_and_never_to_the_clone() -
     Path("mine/rlvr.yaml").write_text("seed: 1")
     assert find_recipe("rlvr.yaml", folder=Path("mine")) == Path("mine/rlvr.yaml")
     assert find_recipe("rlhf.yaml", folder=Path("mine")) == SHIPPED / "rlhf.yaml"
-    # A run folder has the recipes of its chain in recipes/. If such a file is lost, a shipped recipe must not take its
-    # place.
+    # A run folder has the recipes of its chain in recipes/. If such a file is lost, a shipped recipe must not be used
+    # instead.
     with pytest.raises(RecipeError, match=r"^run/recipe.yaml: chain: no recipe recipes/rlvr.yaml"):
         find_recipe("recipes/rlvr.yaml", "run/recipe.yaml: chain: ", Path("mine"))
 
 
 def test_the_message_for_an_unknown_name_has_the_shipped_recipes_and_the_nearest_name() -> None:
     Path("counting.yaml").write_text("base: rlvr")
-    listed = "there is no such file, and the shipped ones are curate, pacore, rlhf, rlvr, step3_vl"
+    listed = "there is no such file, and the shipped recipes are curate, pacore, rlhf, rlvr, step3_vl"
     for written, advice in (
         ("rvlr", "; did you mean rlvr?"),
         ("rlfh.yaml", "; did you mean rlhf?"),

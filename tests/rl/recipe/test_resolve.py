@@ -41,7 +41,7 @@ def refusal(text: str = "", *overrides: str, profile: str | None = None) -> str:
     return str(caught.value)
 
 
-# What ships
+# Shipped recipes
 
 
 GIVEN = [ROWS, "model.path=owner/name", "endpoints.judge.model=owner/judge"]
@@ -194,7 +194,7 @@ def test_a_section_named_after_a_stage_is_for_that_stage_only():
     small = load(SHIPPED / "pacore.yaml", profile="cpu", overrides=["pacore.iterations=7", "iterations=9"])
     assert (small.config.max_sequence_length, small.config.iterations) == (1024, 7)
     assert small.provenance["max_sequence_length"] == "profile cpu, pacore"
-    with pytest.raises(RecipeError, match=r"pacore\.\* is for the stage pacore, but this one is rlvr"):
+    with pytest.raises(RecipeError, match=r"pacore\.\* is for the stage pacore, but the run's stage is rlvr"):
         load(SHIPPED / "rlvr.yaml", profile="cpu", overrides=["pacore.iterations=7"])
     assert "the section pacore must have options of that stage" in refusal("pacore: 5")
     assert "pacore.stage cannot be" in refusal("pacore: {stage: rlvr}")
@@ -292,8 +292,8 @@ def test_an_unknown_name_is_reported_before_a_missing_value():
     ("ppo: 3", "mine.yaml: ppo = 3 should be a mapping of options"),
     ("ppo: [3]", "mine.yaml: ppo is a list; it should be a mapping of options"),
     ("  box: {params: {power: 2}}", "mine.yaml: rewards.box.use is missing"),
-    ("ppo: {kl: 0.1}", "mine.yaml: ppo.kl = 0.1 is not built yet; it can only be 0"),
-    ("chain: [rlvr.yaml]", "mine.yaml: has a chain of recipes, which only rl.run can run"),
+    ("ppo: {kl: 0.1}", "mine.yaml: ppo.kl = 0.1 is not implemented yet; it can only be 0"),
+    ("chain: [rlvr.yaml]", "mine.yaml: the recipe is a chain, which only rl.run can run"),
 ])  # fmt: skip
 def test_a_value_that_does_not_fit_is_reported_with_its_file_and_what_is_allowed(written: str, message: str):
     assert message in refusal(written)
@@ -320,16 +320,16 @@ def test_the_message_for_a_missing_value_has_its_name():
 def test_a_stage_other_than_the_recipes_is_refused():
     file = write("mine.yaml", MINE)
     assert load(file, stage="rlvr").config.stage == "rlvr"
-    with pytest.raises(RecipeError, match=r"mine.yaml: its stage is rlvr, so --stage rlhf is not in it"):
+    with pytest.raises(RecipeError, match=r"mine.yaml: the recipe's stage is rlvr, so --stage rlhf cannot be used"):
         load(file, stage="rlhf")
-    with pytest.raises(RecipeError, match="command line: no stage rl; there are rlvr"):
+    with pytest.raises(RecipeError, match="command line: there is no stage rl; the stages are rlvr"):
         load(file, overrides=["stage=rl"])
 
 
 @pytest.mark.parametrize("text, message", [
     ("seed: 1\nppo: [1\niterations: 2\n", "r.yaml, line 3: not valid YAML"),
     ("seed: 1\nseed: 2\n", "r.yaml, line 2: not valid YAML: found duplicate key seed"),
-    ("- seed\n", "r.yaml: holds a list"),
+    ("- seed\n", "r.yaml: the file contains a list"),
     ("base: nowhere.yaml\n", "r.yaml: base: no recipe nowhere.yaml: there is no such file"),
     ("base: ???\n", "r.yaml: base: no recipe ???"),
 ])  # fmt: skip

@@ -27,7 +27,7 @@ def test_an_option_of_another_stage_is_refused() -> None:
     assert list(option_problems(config(stage="rlhf", **named))) == []
     (problem,) = option_problems(config(**named))
     assert problem.key == "preference.verifiable_tasks"
-    assert "is for the stage rlhf, but this one is rlvr" in str(problem)
+    assert "is for the stage rlhf, but the stage of this recipe is rlvr" in str(problem)
 
 
 def test_the_message_without_an_installed_package_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint_keeps_the_earlier_checkpoints(
         written(folder, 1)
         made = Checkpoints(folder, keep=1)
         with pytest.raises(Stop, match=r"iteration 2 could not be written: .*No space left on device"):
-            made.begin(2, saver("w" * (1 << 21)))  # more than `expected`
+            made.begin(2, saver("w" * (1 << 21)))  # 2 MiB do not fit on the disk
             made.settle()
         assert made.newest() == folder / "000001"
         assert written(folder, 3) == ["000001", "000003"]  # the unfinished checkpoint was deleted

@@ -48,12 +48,12 @@ def test_describe_returns_the_entry_of_a_metric(name: str, entry: str) -> None:
 
 @pytest.mark.parametrize("name", ["policy/los", "eval", "eval/", "eval/a/b", "reward/a/b/c", "response/x/y", ""])
 def test_a_name_without_a_sentence_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="has no sentence"):
+    with pytest.raises(ValueError, match="has no entry"):
         describe(name)
 
 
 def test_the_message_for_an_unknown_metric_has_the_nearest_name() -> None:
-    with pytest.raises(ValueError, match="the nearest is policy/loss"):
+    with pytest.raises(ValueError, match="the most similar name is policy/loss"):
         check({"iteration": 1, "policy/los": 0.5})
 
 
@@ -69,7 +69,7 @@ def test_rewards_are_averaged_over_all_samples_tasks_and_parts() -> None:
     assert metrics["reward/mean"] == 0.5
     assert metrics["reward/std"] == pytest.approx(math.sqrt(0.125))  # (0.25 + 0.25 + 0 + 0) / 4
     assert (metrics["reward/a"], metrics["reward/b"], metrics["reward/b/format"]) == (0.5, 0.5, 1.0)
-    assert metrics["reward/flat_group_fraction"] == 0.5  # b differs, a is flat
+    assert metrics["reward/flat_group_fraction"] == 0.5  # the rewards of b differ; a is a flat group
     check(metrics)
 
 

@@ -49,7 +49,7 @@ def test_a_folder_in_which_a_run_is_writing_is_refused_until_it_ends(tmp_path: P
         RunFolder.resume(run.path)
     run.release()
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "mine\n"
-    RunFolder.resume(run.path)  # works, because the process that held the lock has ended
+    RunFolder.resume(run.path)  # this works, because the process that had the lock has ended
 
 
 def test_a_folder_that_holds_a_run_is_refused_with_advice_to_resume(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_metrics_are_one_line_per_iteration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
-        ({"iteration": 2, "policy/los": 1.0}, "no sentence"),
+        ({"iteration": 2, "policy/los": 1.0}, "no entry"),
         ({"iteration": 2, "policy/loss": math.nan}, "nan, not a finite number"),
         ({"iteration": 1, "policy/loss": 1.0}, "already has iteration 1, so 1 cannot follow"),
     ],
@@ -202,7 +202,7 @@ def test_truncating_deletes_later_iterations_and_partial_files(tmp_path: Path) -
         run.write_metrics({"iteration": n, "policy/loss": 0.1})
         run.write_rollouts(n, [sample()])
     with run.metrics.open("ab") as file:
-        file.write(b'{"iteration": 4, "pol')  # the process was killed in the middle of a line
+        file.write(b'{"iteration": 4, "pol')  # as if the process was killed while it wrote this line
     (run.rollouts / "000004.jsonl.gz.partial").write_bytes(b"")
     run.release()
     resumed = RunFolder.resume(run.path)

@@ -59,7 +59,7 @@ def test_wandb_gets_each_number_and_a_resumed_run_keeps_its_id(tmp_path: Path, m
 def test_an_unknown_tracker_and_a_missing_package_are_reported_before_a_tracker_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(ValueError, match="there is no 'tensorbord'; choose from tensorboard, wandb, mlflow"):
+    with pytest.raises(ValueError, match="there is no tracker 'tensorbord'; choose from tensorboard, wandb, mlflow"):
         check_trackers(["tensorbord"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="the package of mlflow is missing; run `pip install mlflow`"):

@@ -87,7 +87,7 @@ def test_vision_arena_battle_keeps_the_winner(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("adapter", "stored", "why"),
     [
-        ("open_reasoner_zero", {"question": "?"}, "is not a row of open_reasoner_zero: has no '0'"),
+        ("open_reasoner_zero", {"question": "?"}, "does not fit the adapter open_reasoner_zero: it has no '0'"),
         ("perception_r1_grounding", {"image": "a", "problem": "x", "solution": "[1, 2]"}, "is not a list of 4 numbers"),
         (
             "perception_r1_grounding",

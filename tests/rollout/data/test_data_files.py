@@ -47,7 +47,7 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path: Path, name: str, conten
 
 
 def test_streaming_is_refused_for_a_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="streaming is for data sets"):
+    with pytest.raises(ValueError, match="streaming is only for data sets"):
         read([Source(path=str(jsonl(tmp_path, row())), streaming=True)])
 
 
@@ -63,5 +63,5 @@ def test_a_streamed_data_set_gives_the_same_rows_and_pictures(tmp_path: Path) ->
 
 def test_a_json_file_that_is_not_an_array_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text('{"rows": []}')
-    with pytest.raises(ValueError, match=r"rows.json holds dict instead of an array"):
+    with pytest.raises(ValueError, match=r"rows.json contains dict instead of an array"):
         read_rows(tmp_path / "rows.json")

@@ -19,14 +19,15 @@ def question(text: str, identity: str = "a", images: tuple[Picture, ...] = ()) -
         ("What is 12 + 5?", "the question of b"),
         ("what  is 12 + 5?", "the question of b"),
         ("What is 12 - 5?", None),
-        ("so 1 2 3 4 then", "4 words in a row with c"),
+        ("so 1 2 3 4 then", "the same 4 consecutive words as c"),
         ("so 1 2 3 then", None),
     ],
 )
 def test_a_benchmark_is_recognised_by_its_question_or_by_a_long_passage(text: str, shared: str | None) -> None:
     benchmarks = Benchmarks([question("What is 12 + 5?", "b"), question("one 1 2 3 4", "c")], length=4)
     if shared is None:
-        assert benchmarks.shared(question(text)) in (None, "4 words in a row with b")  # the common beginning
+        # A common beginning is allowed.
+        assert benchmarks.shared(question(text)) in (None, "the same 4 consecutive words as b")
     else:
         assert benchmarks.shared(question(text)) == shared
 

@@ -64,15 +64,15 @@ def test_columns_can_have_other_names(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": " "}]}, "message 0 is empty"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "key 'name'"),
         ({"messages": [*CHAT, {"role": "assistant", "content": "2"}]}, "last message is from 'assistant'"),
-        ({"messages": user({"type": "image_url", "image_url": "x"})}, "is neither {type: text"),
+        ({"messages": user({"type": "image_url", "image_url": "x"})}, "must be {type: text"),
         ({"messages": user(text("<im_patch>"))}, "contains '<im_patch>', a control token of the model"),
-        ({"messages": user(text("<image>?"))}, "1 <image> mark(s) in messages for 0 picture(s)"),
+        ({"messages": user(text("<image>?"))}, "messages has 1 mark(s) <image>, but images has 0 picture(s)"),
         (
             {"messages": user(text("?")), "images": ["ok.png"]},
-            "0 <image> mark(s) in messages for 1 picture(s)",
+            "messages has 0 mark(s) <image>, but images has 1 picture(s)",
         ),
         ({"messages": user({"type": "image", "image": "no.png"})}, "no.png does not exist"),
-        ({"messages": user({"type": "image", "image": "bad.png"})}, "bad.png does not open as a picture"),
+        ({"messages": user({"type": "image", "image": "bad.png"})}, "bad.png cannot be opened as a picture"),
         ({"messages": user({"type": "image", "image": "http://x/y.png"})}, "is a URL; save it"),
         ({"image": "ok.png"}, "column 'image' is not read; did you mean 'images'?"),
         ({"ground_truth": float("nan")}, "ground_truth cannot be written as JSON"),
@@ -80,7 +80,7 @@ def test_columns_can_have_other_names(tmp_path: Path) -> None:
         ({"meta": [1]}, "meta must be an object"),
         ({"messages": "?", "images": ["data:image/png,abc"]}, "is a data URL without base64"),
         ({"messages": "?", "images": ["data:image/png;base64,a"]}, "is not base64"),
-        ({"messages": "?", "images": ["data:image/png;base64,YWJj"]}, "the picture in base64 does not open"),
+        ({"messages": "?", "images": ["data:image/png;base64,YWJj"]}, "the picture in base64 cannot be opened"),
         ({"messages_pool": "one"}, "messages_pool must be a list of texts"),
         ({"messages_pool": ["one", " "]}, "messages_pool must be a list of texts"),
         ({"pool_accuracy": 1.5}, "pool_accuracy must be between 0 and 1, but is float 1.5"),
@@ -95,7 +95,7 @@ def test_a_bad_row_says_what_is_wrong(tmp_path: Path, changes: dict[str, Any], r
 
 def test_a_task_without_a_reward_is_named(tmp_path: Path) -> None:
     path = jsonl(tmp_path, row())
-    assert reasons(path, tasks=["counting", "chat"]) == ["task 'sums' has no reward; the recipe has chat, counting"]
+    assert reasons(path, tasks=["counting", "chat"]) == ["task 'sums' has no reward; rewards exist for chat, counting"]
     assert len(read_rows(path, tasks=["sums"])) == 1
 
 
@@ -166,7 +166,7 @@ def test_samples_are_rows_with_a_response_and_need_no_other_columns(tmp_path: Pa
     bare, whole, seen = read_samples(file)
     assert (bare.prompt.id, bare.prompt.messages, bare.prompt.ground_truth, bare.text) == ("line 1", (), 5, "5")
     assert (whole.prompt.task, whole.finish, len(whole.prompt.messages)) == ("sums", "length", 1)
-    assert [picture.digest for picture in seen.prompt.images] == ["d1"]  # the digest of a picture given as bytes
+    assert [picture.digest for picture in seen.prompt.images] == ["d1"]  # the sample has only the picture's digest
 
 
 @pytest.mark.parametrize(

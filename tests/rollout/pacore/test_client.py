@@ -1,6 +1,6 @@
 """Tests the client of an endpoint: the order of requests, and the parsing of replies.
 
-tests/rollout/test_serve.py and test_generate.py test its requests, retries and errors.
+tests/rollout/test_serve.py and test_generate.py test the client's requests, retries and errors.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ def test_the_most_urgent_request_is_next_and_a_cancelled_request_returns_its_slo
         await asyncio.sleep(0)
         gone.cancel()
         await asyncio.gather(*tasks)
-        async with asyncio.timeout(1), slots.acquire(0):  # no slot was lost
+        async with asyncio.timeout(1), slots.acquire(0):  # possible only if no slot was lost
             order.append("last")
         return order
 
@@ -43,8 +43,8 @@ def test_a_request_for_several_replies_takes_one_slot_per_reply_or_all_slots() -
         await asyncio.gather(use("a", 3), use("b", 2), use("c", 1), use("d", 100))
         return events
 
-    # While a holds its slots, there is no room for b. There is room for c, but c must not overtake b. d takes all
-    # slots.
+    # There are 4 slots. While "a" uses 3 slots, "b" must wait for 2 slots. "c" needs only 1 slot, but it must not start
+    # before "b". "d" takes all slots.
     assert asyncio.run(scenario()) == ["+a", "-a", "+b", "+c", "-b", "-c", "+d", "-d"]
 
 

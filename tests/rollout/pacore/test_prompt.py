@@ -28,7 +28,7 @@ def test_draws_have_all_sizes_and_no_duplicates_and_depend_only_on_the_seed() ->
     assert any(list(draw) != sorted(draw, key=pool.index) for draw in draws)
     assert drawn(24, "seed 3").texts == draws[3]
     assert {len(drawn(16, f"{n}").texts) for n in range(20)} == {16}
-    with pytest.raises(ValueError, match="row a: its pool has 15 messages, but at least 16 are drawn"):
+    with pytest.raises(ValueError, match="row a: its pool has 15 messages, but at least 16 are needed"):
         drawn(15, "")
 
 

@@ -21,14 +21,14 @@ def reply(text: str, tokens: int = 5, finish: Any = "stop") -> Reply:
 
 
 class Model:
-    """A model whose replies `script` computes from (text of the last message, seed). `requests` stores all requests."""
+    """A scripted model. `script` returns the reply to (text of the last message, seed). `requests` has all requests."""
 
     def __init__(self, script: Callable[[str, int], Reply]) -> None:
         self.script = script
         self.requests: list[tuple[str, int, int]] = []
 
     async def __call__(self, chat: Chat, seed: int, urgency: int, count: int = 1) -> list[Reply]:
-        """Returns `count` replies. Like vLLM, it adds 1 to the seed for each reply of a request."""
+        """Returns `count` replies. As in vLLM, their seeds are `seed`, `seed` + 1, and so on."""
         text = str(chat[-1]["content"])
         self.requests += [(text, seed + n, urgency) for n in range(count)]
         await asyncio.sleep(0)
@@ -148,7 +148,7 @@ def test_a_plan_is_parsed_to_the_number_of_trajectories_per_round(text: str, pla
 @pytest.mark.parametrize("text", ["", "0", "16;4", "-1", "many", "100000"])
 def test_an_invalid_plan_is_refused(text: str) -> None:
     with pytest.raises(
-        ValueError, match="not a plan of trajectories; write the number of each round, as in 16 or 32,4"
+        ValueError, match="not a plan of trajectories; write the number for each round, such as 16 or 32,4"
     ):
         parse_plan(text)
 

@@ -1,4 +1,4 @@
-"""Tests the vLLM engine: the problems of vLLM that it avoids, weight transfer with backend host, refused requests."""
+"""Tests the vLLM engine: problems of vLLM that the engine avoids, weight transfer by backend host, refused requests."""
 
 import copy
 from collections.abc import Iterator
@@ -127,7 +127,7 @@ def test_weights_larger_than_a_segment_are_sent_in_batches_and_leave_no_shared_m
     before = shared_memory_segments()
     model = changed(tied.model, 6)
     arrays = {name: tensor.numpy() for name, tensor in all_weights(model).items()}
-    assert engine_process.run(_load_in_pieces, tied.engine._key, arrays, 20_000) > 5  # so layers span several segments
+    assert engine_process.run(_load_in_pieces, tied.engine._key, arrays, 20_000) > 5  # so layers need several segments
     assert_sampled_from(model, tied.engine.generate(requests()))
     assert shared_memory_segments() == before
 
@@ -214,11 +214,11 @@ def test_each_request_keeps_its_own_seed(step_vl: Served) -> None:
     batch = [Request(prompt, (), 12, seed=seed) for seed in (1, 2, 1)]
     one, two, again = (answer.response_ids for answer in step_vl.engine.generate(batch))
     assert one == again
-    assert one != two  # also shows that top_k 1 of the folder's generation config is ignored
+    assert one != two  # this also shows that top_k 1 of the folder's generation config is ignored
 
 
 def test_greedy_and_sampled_requests_in_one_call_are_refused(step_vl: Served) -> None:
-    with pytest.raises(ValueError, match="split them"):
+    with pytest.raises(ValueError, match="must not be in one call"):
         step_vl.engine.generate([*requests(1), *requests(1, temperature=0.0)])
 
 
@@ -305,7 +305,7 @@ def test_the_scaled_processor_equals_vllms_for_the_published_sizes(engine_proces
 
 
 def test_more_prompts_than_fit_into_one_step_give_the_same_responses_again(step_vl: Served) -> None:
-    """If a step has room for only part of a prompt, vLLM rewinds the generator, which fails on CPU."""
+    """If a step had room for only part of a prompt, vLLM would rewind the random generator, which fails on CPUs."""
     shown = [tiny.picture(tiny.NO_CROP, seed) for seed in range(40)]
     prompt = (*tiny.word_ids(4), tiny.IMAGE, *tiny.word_ids(6, seed=1))
     requests = [Request(prompt, (shown[i % 40],), max_tokens=2, seed=i) for i in range(300)]

@@ -1,4 +1,5 @@
-"""Tests the sampler with one uniform number per token. tests/rollout/vllm/test_engine.py tests that vLLM uses it."""
+"""Tests the sampler, which uses one uniform random number per token. tests/rollout/vllm/test_engine.py tests that vLLM
+uses this sampler."""
 
 import torch
 

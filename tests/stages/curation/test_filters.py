@@ -41,7 +41,7 @@ ROLLOUTS = 24
 
 
 class Killed(BaseException):
-    """Raised to simulate kill -9: the test and the curation run in one process."""
+    """Simulates kill -9. A real kill would also end the test, which runs in the same process as the curation."""
 
 
 class Chat:
@@ -269,7 +269,7 @@ def test_relevance_asks_about_rows_with_pictures_only(tmp_path: Path) -> None:
     assert dropped(decisions) == {
         "none": None,
         "least": None,
-        "less": "picture and question do not need each other",
+        "less": "the pictures are not relevant to the question",
     }
     assert set(judge.asked) == {("relevance/0", "least"), ("relevance/0", "less")}
 

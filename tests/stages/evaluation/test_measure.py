@@ -37,7 +37,7 @@ def test_a_blind_policy_sees_the_pictures_of_other_rows_of_its_task() -> None:
     assert [row.images for row in blinded(rows)] == [(two,), (two,), (one,), (one,), (three,)]
     assert [row.id for row in blinded(rows)] == ["0", "1", "2", "3", "4"]
     with pytest.raises(
-        InputError, match="no other row of task boxes has 1 pictures to show in place of those of row 0"
+        InputError, match="no other row of task boxes has 1 pictures that can replace the pictures of row 0"
     ):
         blinded(rows[:2])
     with pytest.raises(InputError, match="no row has a picture"):
