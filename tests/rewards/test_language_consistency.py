@@ -296,7 +296,7 @@ def test_similar_languages_count_as_one(penalty: BoundReward) -> None:
 @pytest.mark.parametrize(
     ("params", "said"),
     [
-        ({"languages": ["en"]}, "two or more"),
+        ({"languages": ["en"]}, "at least two"),
         ({"languages": ["en", "xx"]}, r"no language is called \['xx'\]"),
         ({"tolerance": 1.0}, "tolerance is 1.0"),
     ],
