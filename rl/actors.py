@@ -20,6 +20,7 @@ from rl.stop import SourceDied, WorkerDied
 
 ROOT = Path(__file__).parent.parent
 SILENT = "a worker process of the run gave no sign of life for {:g} s"
+NICENESS = "RAY_worker_niceness"  # Ray reads this variable in each worker process
 MOST_SPANS = 10_000  # a process keeps at most this number of spans until they are fetched
 T = TypeVar("T")
 R = TypeVar("R")
@@ -309,8 +310,10 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # Ray gives its workers the niceness 15, so another program on the machine would get almost all the time of a core.
+    niceness = {NICENESS: os.environ.get(NICENESS, "0")}
     options: dict[str, Any] = {
-        "runtime_env": {"env_vars": {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}},
+        "runtime_env": {"env_vars": {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"} | niceness},
         "log_to_driver": verbose,
         "logging_level": "info" if verbose else "error",
     }

@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.command import ROOT, Command, metrics, named, run, samples, without_times
+from tests.support.patience import Deadline
 
 ITERATIONS, PROMPTS, ROLLOUTS = 12, 8, 4
 KINDS = ("driver", "group", "Policy", "Critic", "Engine", "hang")
@@ -58,11 +59,11 @@ def run_with_faults(folder: Path, iterations: int, faults: int, kinds: Sequence[
     """Makes a complete run and causes at most `faults` faults in it."""
     made = Faults()
     command = Command(*recipe(iterations), "--output", folder)
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = Deadline(PATIENCE_S)
     while True:
         hit_at = time.monotonic() + rng.uniform(*GAP_S)
         while command.process.poll() is None and (len(made.kinds) >= faults or time.monotonic() < hit_at):
-            assert time.monotonic() < deadline, f"not done after {PATIENCE_S} s; faults so far: {made.kinds}"
+            assert not deadline.passed(), f"not done after {PATIENCE_S} s; faults so far: {made.kinds}"
             time.sleep(0.1)
         if command.process.poll() is not None:
             code, _, err = command.finish()

@@ -12,6 +12,7 @@ import pytest
 from tests.support import engine_process
 from tests.support.command import MARK, ROOT, Command, end_all
 from tests.support.engine_process import EngineProcess
+from tests.support.patience import Deadline
 
 FAMILY = """
 import subprocess, sys, time
@@ -26,9 +27,9 @@ def family(tmp_path: Path) -> Command:
     ends them."""
     (tmp_path / "family.py").write_text(FAMILY)
     command = Command("family", folder=tmp_path)
-    deadline = time.monotonic() + 30
+    deadline = Deadline(30)
     while len(command.marked()) < 2:
-        assert time.monotonic() < deadline
+        assert not deadline.passed()
         time.sleep(0.05)
     return command
 

@@ -189,4 +189,7 @@ def _environment(model: str, device: str, threads: int, kv_cache_gib: int) -> di
     variables = {"VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     if device == "cpu":
         variables |= cpu_variables(threads, kv_cache_gib)
+        # The model runs in the process of the scheduler. If it had a process of its own, both would wait for each other
+        # in busy loops.
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return variables | offline(model)

@@ -3,7 +3,6 @@
 # ruff: noqa: RUF001  # look-alike letters and headings in several scripts
 
 import importlib
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from rewards import Invalid, Rollout, Score, get
 from rewards.citation import MAX_ASKED
 from rl.types import Prompt
+from tests.support.patience import at_most
 
 HALF = 1 << 19  # number of characters of a hostile text
 QUESTION = "Compare with https://Example.org/Report?id=7, doi:10.1000/ABC.5 and arXiv:1706.03762v2, please."
@@ -270,8 +270,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_text_is_scored_in_bounded_time(kind: str) -> None:
-    start = time.monotonic()
-    score = offence(HOSTILE[kind])
-    assert time.monotonic() - start < 5
+    with at_most(5):
+        score = offence(HOSTILE[kind])
     assert score.value in (0.0, 1.0)
     assert len(str(score.details)) < 3000

@@ -2,7 +2,6 @@
 
 # ruff: noqa: RUF001  # texts in many scripts
 
-import time
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from rewards import Rollout, Score, get
 from rewards.registry import BoundReward
 from rl.types import Prompt
+from tests.support.patience import at_most
 
 MEGABYTE = 1 << 20
 QUESTION = "How long is the longest side of this triangle, and how do you know?"
@@ -329,18 +329,16 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_text_is_scored_in_bounded_time(penalty: BoundReward, kind: str) -> None:
-    start = time.monotonic()
-    assert judged(penalty, HOSTILE[kind]).value == 0.0
-    assert time.monotonic() - start < 5
+    with at_most(5):
+        assert judged(penalty, HOSTILE[kind]).value == 0.0
 
 
 @pytest.mark.parametrize(
     "text", ["字" * MEGABYTE, "a字" * MEGABYTE, "\ufdfa" * MEGABYTE, "la réponse est là. " * 50_000]
 )
 def test_megabytes_of_another_language_offend_in_bounded_time(penalty: BoundReward, text: str) -> None:
-    start = time.monotonic()
-    assert judged(penalty, text).value == 1.0
-    assert time.monotonic() - start < 8
+    with at_most(8):
+        assert judged(penalty, text).value == 1.0
 
 
 def test_invisible_characters_do_not_hide_a_language(penalty: BoundReward) -> None:

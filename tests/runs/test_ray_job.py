@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import PATIENCE, ROOT, SMALL_RUN, Command, metrics
+from tests.support.patience import Deadline
 
 # The tests set a token, so that the cluster requires a token on every machine.
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -44,7 +45,7 @@ def cluster() -> Iterator[tuple[str, Command]]:
 
 
 def _wait_for(url: str, head: Command) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = Deadline(PATIENCE)
     while True:
         try:
             urllib.request.urlopen(url, timeout=5).close()
@@ -53,7 +54,7 @@ def _wait_for(url: str, head: Command) -> None:
             return  # the server runs: it refuses this request only because the token is missing
         except OSError:
             assert head.process.poll() is None, head.finish()
-            assert time.monotonic() < deadline
+            assert not deadline.passed()
             time.sleep(0.5)
 
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from tests.support.patience import Deadline
+
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "STEP3_VL_RL_TEST_RUN"
 NOTHING: Mapping[str, str] = MappingProxyType({})
-PATIENCE = 240  # seconds that a small run may take on a busy machine
+PATIENCE = 240  # seconds that a small run may take on a machine without other work
 SMALL_RUN = (
     "rl.run",
     ROOT / "recipes/rlvr.yaml",
@@ -57,12 +59,16 @@ class Command:
 
     def finish(self, timeout: float = PATIENCE) -> tuple[int, str, str]:
         """Waits until the command ends. Returns exit code, standard output and standard error."""
-        try:
-            out, err = self.process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            self.end()
-            raise
-        return self.process.returncode, out, err
+        deadline = Deadline(timeout)
+        while True:
+            try:
+                out, err = self.process.communicate(timeout=min(timeout, 1.0))
+            except subprocess.TimeoutExpired:
+                if deadline.passed():
+                    self.end()
+                    raise
+            else:
+                return self.process.returncode, out, err
 
     def interrupt(self) -> None:
         """Sends SIGINT to every process of the process group, as a terminal does for Ctrl-C."""
@@ -75,8 +81,8 @@ class Command:
 
     def end(self, patience: float = 30) -> None:
         """Kills every process that carries the mark."""
-        deadline = time.monotonic() + patience
-        while (found := self.marked()) and time.monotonic() < deadline:  # marked processes may start new processes
+        deadline = Deadline(patience)
+        while (found := self.marked()) and not deadline.passed():  # marked processes may start new processes
             for pid, _ in found:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -88,8 +94,8 @@ class Command:
 
     def left_behind(self, patience: float = 20) -> list[str]:
         """Returns the command lines of the marked processes that still run after `patience` seconds."""
-        deadline = time.monotonic() + patience
-        while (found := [line for _, line in self.marked()]) and time.monotonic() < deadline:
+        deadline = Deadline(patience)
+        while (found := [line for _, line in self.marked()]) and not deadline.passed():
             time.sleep(0.2)
         return found
 
@@ -130,9 +136,9 @@ def run(
 
 def wait_until(condition: Callable[[], bool]) -> None:
     """Waits until the condition is true. Fails after PATIENCE seconds."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = Deadline(PATIENCE)
     while not condition():
-        assert time.monotonic() < deadline
+        assert not deadline.passed()
         time.sleep(0.05)
 
 

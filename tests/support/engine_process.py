@@ -4,13 +4,14 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rl.types import Completion, Picture, Request
 from rollout.vllm.engine import Engine
+from tests.support.patience import Deadline
 
 PATIENCE_S = 300.0  # maximum seconds for one call
 
@@ -56,9 +57,11 @@ class EngineProcess:
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls an importable function in the separate process. The process is killed if the call does not return
         within PATIENCE_S seconds, or within the time limit of the test."""
-        call = self._pool.submit(function, *arguments)
+        call, deadline = self._pool.submit(function, *arguments), Deadline(PATIENCE_S)
         try:
-            return call.result(timeout=PATIENCE_S)
+            while not call.done() and not deadline.passed():
+                wait([call], timeout=min(PATIENCE_S, 1.0))
+            return call.result(timeout=0)
         finally:
             if not call.done():
                 self._kill()

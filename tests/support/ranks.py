@@ -1,9 +1,10 @@
 """Runs processes that work together in a test, such as the ranks of a model. All processes end with the test."""
 
-import time
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from typing import Any
+
+from tests.support.patience import Deadline
 
 
 def run_together(target: Callable[..., object], arguments: Sequence[tuple[Any, ...]], *, limit_s: float) -> None:
@@ -16,12 +17,13 @@ def run_together(target: Callable[..., object], arguments: Sequence[tuple[Any, .
     """
     # The processes are daemons. The interpreter would wait for other child processes before it ends.
     processes = [get_context("spawn").Process(target=target, args=given, daemon=True) for given in arguments]
-    deadline = time.monotonic() + limit_s
+    deadline = Deadline(limit_s)
     try:
         for process in processes:
             process.start()
         for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+            while process.is_alive() and not deadline.passed():
+                process.join(min(limit_s, 1.0))
             if process.exitcode is None:
                 raise TimeoutError(f"{process.name} has not ended after {limit_s} s")
             if process.exitcode:

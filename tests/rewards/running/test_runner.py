@@ -13,6 +13,7 @@ import pytest
 from rewards.running.runner import RewardRunner
 from rl.config import RewardSpec
 from rl.types import Prompt
+from tests.support.patience import at_most
 from tests.support.reward_plugins import ROW_JUDGES, TASKS, rollout, spec
 
 
@@ -82,10 +83,9 @@ def test_a_sample_is_scored_again_after_its_process_died_once(runner: RewardRunn
     ],
 )
 def test_hostile_mathematics_scores_the_lowest_value_in_bounded_time(runner: RewardRunner, text: str) -> None:
-    start = time.monotonic()
-    (scored,) = runner.score([rollout(text, task="math")])
-    assert (scored.reward, scored.invalid) == (0.0, None)
-    assert time.monotonic() - start < 6.0
+    with at_most(6):
+        (scored,) = runner.score([rollout(text, task="math")])
+        assert (scored.reward, scored.invalid) == (0.0, None)
 
 
 def test_right_nested_mathematics_scores_one(runner: RewardRunner) -> None:
@@ -94,10 +94,9 @@ def test_right_nested_mathematics_scores_one(runner: RewardRunner) -> None:
 
 
 def test_a_truncated_response_gets_the_lowest_value_and_its_reward_never_runs(runner: RewardRunner) -> None:
-    start = time.monotonic()
-    (scored,) = runner.score([rollout("hang", task="obey_lowest", finish="length")])
-    assert (scored.reward, scored.invalid, scored.details) == (-1.0, None, {"truncated": True})
-    assert time.monotonic() - start < 0.9
+    with at_most(0.9):
+        (scored,) = runner.score([rollout("hang", task="obey_lowest", finish="length")])
+        assert (scored.reward, scored.invalid, scored.details) == (-1.0, None, {"truncated": True})
 
 
 def test_a_group_reward_sees_all_rollouts_of_one_prompt_and_only_those(runner: RewardRunner) -> None:

@@ -9,7 +9,10 @@ from rl.learner.batch import Batch, collate
 from rl.learner.policy import Policy
 from rl.learner.targets import Targets, make_targets
 from rl.types import Prompt, Rollout, Scored
+from tests.support.busy import busy_process
 from tests.support.learner import batch_of, features_of, options
+
+REPEATS = 200  # how often a test computes the same result
 
 
 def targets_of(batch: Batch, policy: Policy) -> Targets:
@@ -50,6 +53,21 @@ def test_gradients_do_not_depend_on_how_a_minibatch_is_split(folder, ppo):
     for name, gradient in whole.items():
         torch.testing.assert_close(split[name], gradient, atol=1e-6, rtol=1e-4)
     assert max(g.abs().max() for g in whole.values()) > 1e-3
+
+
+def test_a_gradient_has_the_same_bits_each_time_beside_a_busy_process(folder):
+    # All responses continue the last token of one prompt, so the gradient of this token is a sum of 400 terms. The sum
+    # is so large that torch uses several threads.
+    prompt = Prompt("0", "t", ())
+    policy = Policy(folder, options())
+    made = [tuple(range(10 + i % 40, 14 + i % 40)) for i in range(400)]
+    scored = [
+        Scored(Rollout(prompt, "", "stop", tuple(range(10, 18)), ids, (-4.0,) * 4), i % 3) for i, ids in enumerate(made)
+    ]
+    batch = collate(scored)
+    with busy_process():
+        first, *others = (gradients(policy, batch, 4096) for _ in range(REPEATS))
+    assert len({name for other in others for name in first if not torch.equal(other[name], first[name])}) == 0
 
 
 def test_only_the_decoder_is_trained_and_the_encoder_stays_bit_identical(folder):

@@ -10,6 +10,7 @@ import pytest
 
 from rl.record import tracking
 from rl.record.tracking import Trackers, check_trackers
+from tests.support.patience import Deadline
 
 
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:
@@ -47,8 +48,8 @@ def test_wandb_gets_each_number_and_a_resumed_run_keeps_its_id(tmp_path: Path, m
         trackers.close()
     identity = (tmp_path / "tracking" / "wandb_id").read_text()
     found = [0, 0]
-    deadline = time.monotonic() + 30  # offline, wandb's process may still write after finish() has returned
-    while found != [1, 1] and time.monotonic() < deadline:
+    deadline = Deadline(30)  # offline, wandb's process may still write after finish() has returned
+    while found != [1, 1] and not deadline.passed():
         time.sleep(0.1)
         files = [file.read_bytes() for file in tmp_path.rglob(f"run-{identity}.wandb")]
         assert len(files) == 2
