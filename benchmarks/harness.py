@@ -6,7 +6,10 @@ import json
 import os
 import pkgutil
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,17 @@ def interleaved(ours: Callable[[], float], other: Callable[[], float], repeats: 
         for side in (ours, other) if turn % 2 == 0 else (other, ours):
             took[side].append(side())
     return statistics.median(took[ours]), statistics.median(took[other])
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """Runs another process that computes without pause on one core during the `with` block."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def max_abs_diff(ours: Sequence[float], other: Sequence[float]) -> float:

@@ -39,7 +39,8 @@ class Ranks:
             # By default, the threads add the gradients of an indexed tensor in any order, so the last digits would
             # depend on what else the machine does.
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # would take time and change no result
+            options: Any = torch.utils.deterministic
+            options.fill_uninitialized_memory = False  # would take time and change no result
         if count > 1:
             dist.init_process_group(
                 BACKENDS[device], init_method=f"tcp://{address}", rank=rank, world_size=count, timeout=TIMEOUT

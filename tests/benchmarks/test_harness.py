@@ -48,6 +48,7 @@ def test_every_benchmark_has_a_docstring() -> None:
         "inference/parallel",
         "inference/prefix_cache",
         "iteration/trl",
+        "laptop/busy",
         "logits",
         "rewards/hung",
         "rewards/math",

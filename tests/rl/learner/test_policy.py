@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.harness import busy_process
 from rl.learner.batch import Batch, collate
 from rl.learner.policy import Policy
 from rl.learner.targets import Targets, make_targets
 from rl.types import Prompt, Rollout, Scored
-from tests.support.busy import busy_process
 from tests.support.learner import batch_of, features_of, options
 
 REPEATS = 200  # how often a test computes the same result
