@@ -1,11 +1,15 @@
 """Kills processes of a real run at random moments, and checks that the results are the same as without kills.
 
     python -m tests.chaos [--faults 10] [--seed 0] [--kinds driver group Policy Critic Engine hang]
+                          [--phases any sampling scoring update sync checkpoint] [--busy]
 
 The command makes the same small run of the CPU profile twice: once undisturbed, and once with faults. Most faults are a
 SIGKILL to the driver alone (driver), to the whole process group of the driver (group), or to a worker process of the
 class Policy, Critic or Engine. The fault `hang` is a SIGSTOP to an engine that samples. If a fault ends the run, the
 run is resumed.
+
+With `--phases`, each fault waits for one of these phases of an iteration. With `--busy`, another process keeps a core
+busy during the run with faults.
 
 Both runs must have every iteration exactly once, with all samples. If no fault was of the kind Engine or hang, metrics,
 samples and weights must also be equal bit for bit. After such a fault, a new engine answers the open requests in other
@@ -19,7 +23,9 @@ import random
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,61 +33,98 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.harness import busy_process
 from tests.support.command import ROOT, Command, metrics, named, run, samples, without_times
 from tests.support.patience import Deadline
 
 ITERATIONS, PROMPTS, ROLLOUTS = 12, 8, 4
+SLOW_REWARD = """
+import time
+from rewards import Rollout, reward
+
+
+@reward("slow")
+def slow(rollout: Rollout) -> float:
+    time.sleep(0.2)
+    return float(rollout.answer == str(rollout.prompt.ground_truth))
+"""
+"""A reward that makes the scoring of an iteration long enough for faults."""
+ACTORS = ("Engine", "Policy", "Critic")
+METHODS = {
+    "sampling": {"Engine.stream"},
+    "update": {"Policy.update", "Critic.update"},
+    "sync": {"Policy.weights", "Engine.load"},
+}
+"""The methods that run in a phase, as Ray names them."""
+PHASES = ("any", *METHODS, "scoring", "checkpoint")
 KINDS = ("driver", "group", "Policy", "Critic", "Engine", "hang")
 PATIENCE_S = 1800.0
 HANGS_AFTER_S = 20.0  # if an engine does not answer for this time, the run treats it as hung
 GAP_S = (2.0, 25.0)  # seconds between two faults
 
 
-def recipe(iterations: int) -> tuple[object, ...]:
-    """Returns the arguments of a run that lasts long enough for faults and saves checkpoints often."""
+def recipe(folder: Path, iterations: int) -> tuple[object, ...]:
+    """Returns the arguments of a run that lasts long enough for faults and saves checkpoints often. `folder` has a file
+    with the reward SLOW_REWARD."""
     return (
         "rl.run", ROOT / "recipes/rlvr.yaml", "--profile", "cpu", f"iterations={iterations}",
         f"prompts_per_iteration={PROMPTS}", f"rollouts_per_prompt={ROLLOUTS}", "data.eval_limit=4", "eval.every=1000",
         "checkpoint.every=2", "log.trackers=[]", "max_restarts=1000",
-        f"rollout.patience_s={HANGS_AFTER_S}",
+        f"rollout.patience_s={HANGS_AFTER_S}", f"rewards.counting={{use: {folder}/slow.py:slow}}",
     )  # fmt: skip
 
 
 @dataclass
 class Faults:
-    """The kinds of faults in a run, and how many times the run was resumed."""
+    """The faults of a run, each as "kind in phase", and how many times the run was resumed."""
 
-    kinds: list[str] = field(default_factory=list)
+    made: list[str] = field(default_factory=list)
     resumed: int = 0
 
 
-def run_with_faults(folder: Path, iterations: int, faults: int, kinds: Sequence[str], rng: random.Random) -> Faults:
+def run_with_faults(
+    folder: Path, iterations: int, faults: int, kinds: Sequence[str], phases: Sequence[str], rng: random.Random
+) -> Faults:
     """Makes a complete run and causes at most `faults` faults in it."""
-    made = Faults()
-    command = Command(*recipe(iterations), "--output", folder)
-    deadline = Deadline(PATIENCE_S)
+    found = Faults()
+    fresh = (*recipe(folder.parent, iterations), "--output", folder)
+    command = Command(*fresh)
+    deadline = Deadline(PATIENCE_S * (1 + faults / 10))
     while True:
-        hit_at = time.monotonic() + rng.uniform(*GAP_S)
-        while command.process.poll() is None and (len(made.kinds) >= faults or time.monotonic() < hit_at):
-            assert not deadline.passed(), f"not done after {PATIENCE_S} s; faults so far: {made.kinds}"
-            time.sleep(0.1)
+        hit_at, kind, phase = time.monotonic() + rng.uniform(*GAP_S), rng.choice(kinds), rng.choice(phases)
+        while command.process.poll() is None:
+            assert not deadline.passed(), f"the run takes too long; faults so far: {found.made}"
+            if len(found.made) >= faults or time.monotonic() < hit_at:
+                time.sleep(0.1)
+            elif phase in ("any", *phases_now(command, folder)):
+                if strike(command, kind):
+                    found.made.append(f"{kind} in {phase}")
+                break
         if command.process.poll() is not None:
             code, _, err = command.finish()
             if code == 0:
-                return made
-            assert code == -signal.SIGKILL, f"after {made.kinds} the run failed:\n{err}"
+                return found
+            assert code == -signal.SIGKILL, f"after {found.made} the run failed:\n{err}"
             assert command.left_behind(patience=120) == []
-            made.resumed += 1
-            begun = (folder / "recipe.yaml").exists()
-            again = ("rl.run", "--resume", folder) if begun else (*recipe(iterations), "--output", folder)
-            command = Command(*again)
-        elif kind := strike(command, rng.choice(kinds)):
-            made.kinds.append(kind)
+            found.resumed += 1
+            command = Command(*(("rl.run", "--resume", folder) if (folder / "recipe.yaml").exists() else fresh))
 
 
-def strike(command: Command, kind: str) -> str | None:
-    """Causes a fault of this kind and returns the kind. Returns None if the process that the fault needs does
-    not exist at the moment."""
+def phases_now(command: Command, folder: Path) -> set[str]:
+    """Returns the phases in which the run is now. Ray shows the method that an actor runs in the title of its
+    process."""
+    titles = [line.split()[0].removeprefix("ray::") for _, line in command.marked() if line.startswith("ray::")]
+    phases = {phase for phase, methods in METHODS.items() if methods & set(titles)}
+    if set(ACTORS) <= set(titles):  # the actors wait for the driver, which waits for the rewards
+        phases.add("scoring")
+    started = Path(f"/proc/{command.process.pid}").stat().st_mtime  # a partial checkpoint may be older than the command
+    if any(partial.stat().st_mtime > started for partial in (folder / "checkpoints").glob(".*.partial")):
+        phases.add("checkpoint")
+    return phases
+
+
+def strike(command: Command, kind: str) -> bool:
+    """Causes a fault of this kind. Returns False if the process that the fault needs does not exist at the moment."""
     if kind == "driver":
         command.process.kill()
     elif kind == "group":
@@ -91,9 +134,9 @@ def strike(command: Command, kind: str) -> str | None:
         # only after max_start_s (one hour).
         found = named(command, "Engine.stream" if kind == "hang" else kind)
         if not found:
-            return None
+            return False
         os.kill(found[0], signal.SIGSTOP if kind == "hang" else signal.SIGKILL)
-    return kind
+    return True
 
 
 def differences(calm: Path, faulty: Path, iterations: int, *, exact: bool) -> list[str]:
@@ -126,17 +169,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=["any"])
+    parser.add_argument("--busy", action="store_true", help="keep a core busy while faults occur")
     options = parser.parse_args(arguments)
     with TemporaryDirectory() as name:
         calm, faulty = Path(name, "calm"), Path(name, "faulty")
-        code, _, err = run(*recipe(options.iterations), "--output", calm, timeout=PATIENCE_S)
+        Path(name, "slow.py").write_text(SLOW_REWARD)
+        code, _, err = run(*recipe(Path(name), options.iterations), "--output", calm, timeout=PATIENCE_S)
         assert code == 0, err
-        faults = run_with_faults(faulty, options.iterations, options.faults, options.kinds, random.Random(options.seed))
-        exact = not {"Engine", "hang"} & set(faults.kinds)
-        found = differences(calm, faulty, options.iterations, exact=exact)
-    report = {"faults": faults.kinds, "resumed": faults.resumed, "exact": exact}
-    print(json.dumps({**report, "differences": found}))
-    return 1 if found else 0
+        with busy_process() if options.busy else nullcontext():
+            rng = random.Random(options.seed)
+            found = run_with_faults(faulty, options.iterations, options.faults, options.kinds, options.phases, rng)
+        exact = not any(fault.startswith(("Engine", "hang")) for fault in found.made)
+        differing = differences(calm, faulty, options.iterations, exact=exact)
+    print(
+        json.dumps({"faults": Counter(found.made), "resumed": found.resumed, "exact": exact, "differences": differing})
+    )
+    return 1 if differing else 0
 
 
 if __name__ == "__main__":
