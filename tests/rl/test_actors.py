@@ -27,6 +27,9 @@ class Sleeper:
     def nap(self) -> str:
         return "slept"
 
+    def priority(self) -> int:
+        return os.getpriority(os.PRIO_PROCESS, 0)
+
     def sleep(self) -> None:
         signal.pause()
 
@@ -45,6 +48,12 @@ def test_a_process_that_hangs_while_it_starts_is_noticed(joined: None, tmp_path:
     worker = place(Sleeper, str(tmp_path), 1000)
     with pytest.raises(WorkerDied, match=r"no sign of life for 1 s"):
         worker.ready(1)
+    worker.end()
+
+
+def test_a_process_has_the_priority_of_the_command(joined: None, tmp_path: Path) -> None:
+    worker = place(Sleeper, str(tmp_path), 0)
+    assert worker.start(Sleeper.priority).result(60) == os.getpriority(os.PRIO_PROCESS, 0)
     worker.end()
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
+from benchmarks.harness import busy_process
 from rl.model.config import StepVLConfig
 from rl.types import Completion, Request
 from tests.conftest import Served
@@ -49,6 +50,14 @@ def assert_sampled_from(model: Qwen3ForCausalLM, answers: list[Completion], temp
         torch.testing.assert_close(
             torch.tensor(answer.logprobs), expected_logprobs(model, answer, temperature), atol=1e-4, rtol=0
         )
+
+
+def test_a_call_gives_the_same_bits_each_time_beside_a_busy_process(step_vl: Served) -> None:
+    pictures = [tiny.picture(size) for size in (tiny.NO_CROP, tiny.FOUR_CROPS)]
+    shown = [Request((tiny.IMAGE, *tiny.word_ids(9, i)), (pictures[i % 2],), 12, seed=i) for i in range(4)]
+    with busy_process():
+        first, *others = (step_vl.engine.generate([*requests(8), *shown]) for _ in range(100))
+    assert all(other == first for other in others)
 
 
 def test_an_engine_with_tied_embeddings_starts_with_its_folders_weights(
