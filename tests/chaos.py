@@ -60,7 +60,7 @@ PHASES = ("any", *METHODS, "scoring", "checkpoint")
 KINDS = ("driver", "group", "Policy", "Critic", "Engine", "hang")
 PATIENCE_S = 1800.0
 HANGS_AFTER_S = 20.0  # if an engine does not answer for this time, the run treats it as hung
-GAP_S = (2.0, 25.0)  # seconds between two faults
+GAP_S = (1.0, 10.0)  # seconds between two faults
 
 
 def recipe(folder: Path, iterations: int) -> tuple[object, ...]:

@@ -64,7 +64,10 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
 def test_rows_without_a_pool_are_refused_with_advice(capsys: pytest.CaptureFixture) -> None:
     said = refused(capsys)
     assert "2560 bad data row(s)" in said
-    assert "its messages_pool has 0 messages, but synthesis.least_messages is 16; python -m stages.curate makes" in said
+    assert (
+        "its messages_pool has 0 messages, but synthesis.least_messages is 16; make pools with python -m stages.curate"
+        in said
+    )
 
 
 def rows(folder: Path, size: int, accuracy: float) -> Path:
