@@ -3,8 +3,8 @@
 `try` scores samples as a run would, in processes that can be killed. It prints the score, the details and the time of
 each sample. If the reward compares responses with ground truths, `try` also scores each ground truth as a response, and
 checks that this response gets the highest value. The exit code is 0 for success, and 2 for wrong input or a ground
-truth that does not get the highest value. It is 1 for any other error, such as an endpoint that does not answer. Tested
-in tests/runs/test_reward_guide.py.
+truth that does not get the highest value. It is 1 for any other error, such as an endpoint that does not answer.
+Tested in tests/runs/test_reward_guide.py.
 """
 
 import argparse

@@ -15,6 +15,15 @@ from tests.support.judge_server import hurry
 from tests.support.reward_plugins import PLUGINS, ROW_JUDGES, TASKS
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Prepares the tests for two processes (pytest-xdist). One process runs all tests that share engines, and each
+    other file runs as a whole. The files with the longest tests come first, so that both processes end together."""
+    items.sort(key=lambda item: "runs" not in item.path.parts)
+    for item in items:
+        shares_engines = "engine_process" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("engines" if shares_engines else str(item.path)))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
     """After each test, passed or failed, ends the commands that the test has started."""

@@ -200,7 +200,7 @@ def test_wrong_arguments_say_what_to_do() -> None:
         gae(x, x, x, gamma=1, lam=1)
     with pytest.raises(ValueError, match=r"gamma is 1\.5"):
         gae(x, x, mask, gamma=1.5, lam=1)
-    with pytest.raises(ValueError, match="one value each"):
+    with pytest.raises(ValueError, match="pass 1 values, one per response"):
         gae(x, x, mask, gamma=1, lam=1, bootstrap=torch.zeros(2))
 
 
