@@ -34,7 +34,8 @@ from trl import GRPOConfig, GRPOTrainer, __version__  # pyrefly: ignore[missing-
 
 
 class Stopwatch(TrainerCallback):
-    """Measures how many seconds each step takes. A step generates, scores and updates the weights."""
+    """Measures how many seconds each step takes. In a step, the trainer generates responses, scores them and updates
+    the weights."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -71,7 +72,7 @@ def main(folder: Path) -> None:
 def settings(folder: Path) -> Any:
     """Returns TRL's settings. A step generates the whole batch and makes one optimizer step.
 
-    Responses are generated with the default generation of transformers, which is the fastest mode that works here.
+    Responses are generated with the default generation of transformers, which is the fastest mode that works on a CPU.
     TRL's continuous batching took twice as long as this mode, and a static cache took 20% longer. TRL's vLLM mode fails
     at the first weight update, because vLLM has repacked the weights for the CPU. The update is compiled, so it is
     faster from the second step on. Other slow features are switched off.

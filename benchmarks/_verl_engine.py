@@ -1,7 +1,7 @@
 """Runs a training step in the engine of verl 0.9.1; benchmarks.learner compares this engine with our learner.
 
 `FSDPEngineWithLMHead` is the class that verl's trainers run. Here it runs with FSDP2 in one process on the CPU.
-The import of this file takes several seconds. The settings are the fastest that work here:
+The import of this file takes several seconds. These are the fastest settings that work on a CPU:
 - Everything is computed in float32, because our side uses float32 too. verl's default is bfloat16.
 - Gradient checkpointing is off, because it would compute every layer a second time. The entropy is not computed, and
   nothing is offloaded. torch.compile is off, because verl uses it only for the entropy. After the forward pass, FSDP2
@@ -11,8 +11,8 @@ The import of this file takes several seconds. The settings are the fastest that
   discards, so one long row is slower than several short rows. `VerlEngine.tune` finds the fastest micro-batch size for
   a batch.
 - Flash attention has a kernel for logprobs. Without this kernel, verl loops over the tokens in Python, which takes a
-  tenth of the time of a step. This file replaces the loop with verl's `logprobs_from_logits_naive`. It replaces nothing
-  else in verl. verl's fused head does not work here: when the head is called, FSDP2 has already sharded the head's
+  tenth of the time of a step. This file replaces the loop with verl's `logprobs_from_logits_naive`, and replaces
+  nothing else in verl. verl's fused head cannot be used: when the head is called, FSDP2 has already sharded the head's
   weight (unless the embedding uses the same weight).
 - The loss is verl's `ppo_loss` with the policy loss "gpg", which is the plain policy gradient.
 
@@ -55,7 +55,7 @@ class CpuPlatform(PlatformCUDA):
         return torch.cpu
 
     def current_device(self) -> Any:
-        """Returns the name of the device that verl moves tensors to. If this were a number, torch would use an
+        """Returns the name of the device that verl moves tensors to. A number instead of a name would make torch use an
         accelerator."""
         return "cpu"
 
@@ -135,10 +135,10 @@ def whole_logprobs(logits: Tensor, labels: Tensor, inplace_backward: bool = True
 class VerlEngine:
     """Runs forward and backward passes of a policy in verl's FSDP2 engine on one CPU rank, without optimizer steps.
 
-    If torch.distributed is not initialized yet, initializes it with this process as the only member.
+    The constructor initializes torch.distributed if necessary, with this process as the only member.
 
     Args:
-        folder: folder of a Hugging Face causal language model; the engine computes it in float32.
+        folder: folder of a Hugging Face causal language model. The engine computes in float32.
         token_budget: maximum tokens of one micro-batch. Before `tune` is called, verl makes as few micro-batches as
             this limit allows.
     """
@@ -214,8 +214,8 @@ class VerlEngine:
         }
 
     def tune(self, batch: VerlBatch) -> None:
-        """Measures several splits on this batch and selects the fastest. A split has one rollout per micro-batch, or
-        several rollouts that are packed or padded."""
+        """Measures several splits on this batch and selects the fastest. In a split, each micro-batch has one rollout,
+        or several rollouts that are packed or padded."""
 
         def measure(split: Split) -> float:
             self.split = split

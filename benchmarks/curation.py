@@ -15,12 +15,12 @@ ROWS, REPEATS = 64, 3
 
 @benchmark("curation")
 def curation() -> Result:
-    """Samples the responses of the difficulty filter, with all rows in one queue (ours_s) and row by row (other_s).
+    """Samples the responses for the difficulty filter, with all rows in one queue (ours_s) and row by row (other_s).
 
     A real vLLM engine with the CPU profile runs the scale model. It samples 24 responses to each of 64 problems. The
-    responses are not scored. max_abs_diff is the largest difference between the lengths of one response on both sides.
-    If both sides sampled the same tokens, max_abs_diff is 0. The difference can be larger, because rounding in the last
-    digits of a probability can change which tokens are sampled.
+    responses are not scored. For each response, the lengths on both sides are compared; max_abs_diff is the largest
+    difference. If both sides sampled the same tokens, max_abs_diff is 0. The difference can be larger, because rounding
+    in the last digits of a probability can change which tokens are sampled.
     """
     from rl.actors import cluster, merge_streams, place
     from rl.recipe.resolve import load

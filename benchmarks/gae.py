@@ -1,4 +1,4 @@
-"""Measures how long our code computes the advantages of a large batch, compared with a loop over time steps.
+"""Compares how long our code and a loop over time steps take to compute the advantages of a large batch.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered). The function `gae` is tested in
 tests/rl/algorithm/test_gae.py.
@@ -22,8 +22,8 @@ Targets = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class CaseResult:
-    """The results of one case: the seconds of each side, and its largest difference from the results of a float64
-    loop."""
+    """The results of one case: the seconds of each side, and the largest difference between the results of each side
+    and the results of a float64 loop."""
 
     ours_s: float
     loop_s: float
@@ -38,12 +38,12 @@ class CaseResult:
 
 @benchmark("gae")
 def targets() -> Result:
-    """Computes advantages and returns of 1,024 x 65,536 tokens; the goal is to be 50 times faster than a torch loop.
+    """Computes the advantages and the returns of 1,024 x 65,536 tokens. The goal: 50 times faster than a torch loop.
 
     Each response fills at least half of its row, and the rest of the row is padding. Inside a response, about one in
     five stretches of 256 tokens is masked, as text from tools would be. In each step, the loop computes one column of
-    the [N, R] tensors, as the code of Open-Reasoner-Zero and verl does. That code collects the columns in a list; the
-    loop here writes them into one tensor.
+    the [N, R] tensors, as the code of Open-Reasoner-Zero and verl does. Their code collects the columns in a list, but
+    the loop in this file writes the columns into one tensor.
 
     ratio is other_s / ours_s, both in wall-clock seconds. ours_s, other_s and ratio are from the case with the smallest
     ratio, and `more` has the ratios of all cases. Our call takes only a hundredth of the loop's time, so each
@@ -101,7 +101,7 @@ def batch(responses: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, T
 
 
 def loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Targets:
-    """Computes advantages and returns (GAE) with a loop that computes one column of the tensors per step."""
+    """Computes the advantages and the returns of GAE in a loop over the columns, one column per step."""
     advantages = torch.zeros_like(values)
     a_next = v_next = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
@@ -114,7 +114,7 @@ def loop(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 
 
 def loop_in_place(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Targets:
-    """Computes the same as `loop`, but allocates no memory inside the loop."""
+    """Computes the advantages and the returns like `loop`, but allocates no memory inside the loop."""
     advantages = torch.empty_like(values)
     a_next, v_next, step = (torch.zeros_like(values[:, 0]) for _ in range(3))
     for t in reversed(range(values.shape[1])):
@@ -128,8 +128,8 @@ def loop_in_place(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, l
 
 
 def by_column(x: Tensor) -> Tensor:
-    """Returns the same tensor with every column contiguous in memory. The float64 loop, which is not timed, is faster
-    with such tensors."""
+    """Returns a copy of the tensor in which every column is contiguous in memory. The float64 loop, whose time is not
+    measured, is faster with such tensors."""
     return x.T.contiguous().T
 
 

@@ -52,8 +52,7 @@ DIMENSIONS = {
 
 
 class Tokens:
-    """Replaces the chat template: a prompt consists of random tokens, and the row's `meta["tokens"]` is their
-    number."""
+    """Replaces the chat template. A prompt consists of random tokens. Their number is `meta["tokens"]` of the row."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
@@ -111,8 +110,8 @@ def growth() -> Result:
 def processes() -> Iterator[Callable[[Size], dict[str, float]]]:
     """Starts an engine, a policy and a critic, each in its own process.
 
-    Yields: a function that runs one iteration of a given size. The function returns the seconds of each phase, and as
-    "total" the seconds of the whole iteration.
+    Yields: a function that runs one iteration of a given size. The function returns the seconds of each phase. The
+    entry "total" is the seconds of the whole iteration.
     """
     from benchmarks.learner import SIZES, model_folder
     from benchmarks.loop import Rewards

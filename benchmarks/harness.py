@@ -64,8 +64,8 @@ def entries() -> dict[str, Entry]:
 
 
 def interleaved(ours: Callable[[], float], other: Callable[[], float], repeats: int) -> tuple[float, float]:
-    """Calls both sides in turns. Each call returns seconds. The result has the median of these seconds for each side.
-    The sides alternate in going first, so that other load on the machine affects both sides."""
+    """Calls both sides in turns. Each call returns a time in seconds. The result has the median of these times for each
+    side. Each side is called first in every second turn, so that other load on the machine affects both sides."""
     took: dict[Callable[[], float], list[float]] = {ours: [], other: []}
     for turn in range(repeats):
         for side in (ours, other) if turn % 2 == 0 else (other, ours):
@@ -95,7 +95,8 @@ def rounded(value: Any) -> Any:
 
 
 def save(records: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Writes the records to the results file, which is sorted by name. The lines of all other benchmarks stay."""
+    """Writes the records to the results file, which is sorted by name. The lines of all other benchmarks do not
+    change."""
     lines = path.read_text().splitlines() if path.exists() else []
     known = {line["name"]: line for line in map(json.loads, filter(str.strip, lines))}
     known |= {record["name"]: record for record in records}

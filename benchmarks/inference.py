@@ -1,4 +1,4 @@
-"""Measures how parallel problems, the prefix cache and speculation change the speed of PaCoRe in vLLM's server.
+"""Measures how parallel answers, the prefix cache and speculation change the speed of PaCoRe in vLLM's server.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmarks are registered).
 """
@@ -68,9 +68,9 @@ def answer_all(
 def parallel() -> Result:
     """Answers 64 problems, each with 16 trajectories and a synthesis: all at once (ours_s), and one by one (other_s).
 
-    Both sides sample the 16 trajectories of a problem at the same time. max_abs_diff is the largest difference between
-    the token counts of one problem on both sides. If both sides sampled the same tokens, max_abs_diff is 0. The
-    difference can be larger, because rounding in the last digits of a probability can change the tokens.
+    Both sides sample the 16 trajectories of a problem at the same time. For each problem, the token counts of both
+    sides are compared; max_abs_diff is the largest difference. If both sides sampled the same tokens, max_abs_diff is
+    0. The difference can be larger, because rounding in the last digits of a probability can change the tokens.
     """
     target, rows = serving(), problems()
     counted: dict[str, list[float]] = {}

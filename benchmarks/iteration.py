@@ -24,7 +24,7 @@ TRL = "1.16.0"  # the version that this file supports; the result contains the v
 PROMPTS, GROUP = 8, 8
 PROMPT_TOKENS, RESPONSE_TOKENS = 64, 128
 LIMIT = RESPONSE_TOKENS + 8  # maximum tokens of a response; all responses end before this limit
-WARM_UP, MEASURED, RUNS = 2, 6, 2  # iterations for warm-up (TRL compiles) and for measurement, per run; runs
+WARM_UP, MEASURED, RUNS = 2, 6, 2  # warm-up iterations (TRL compiles) and measured iterations of a run; number of runs
 THREADS = 2
 LEARNING_RATE = 1e-6
 BETAS = (0.9, 0.95)
@@ -53,15 +53,15 @@ def even_words(rollout: Rollout) -> float:
 
 @benchmark("iteration/trl")
 def trl() -> Result:
-    """Compares our iteration, which also trains a critic, with one of TRL's GRPO trainer. The goal is a ratio above 1.
+    """Compares our iteration, which also trains a critic, with an iteration of TRL's GRPO trainer. Goal: ratio above 1.
 
-    Both sides sample 8 responses to each of 8 prompts from the same random Qwen3, score them with the same function and
-    make one optimizer step. Both sides use float32, two threads and no KL term. The weights of the model are chosen so
-    that every response ends after exactly 128 tokens. Our side is `python -m rl.run` with the CPU profile. An iteration
-    of our side includes generation by vLLM, scoring in separate processes, the critic's values and update, the policy's
-    update, and the weight sync to vLLM with a check of the sync. TRL's side has the settings that are fastest on a CPU:
-    transformers generates the whole batch. The update is compiled and uses no gradient checkpointing. TRL's vLLM mode
-    cannot load new weights on a CPU.
+    Both sides sample 8 responses to each of 8 prompts from the same random Qwen3 model, score them with the same
+    function and make one optimizer step. Both sides use float32, two threads and no KL term. The weights of the model
+    are chosen so that every response ends after exactly 128 tokens. Our side is `python -m rl.run` with the CPU
+    profile. An iteration of our side includes generation by vLLM, scoring in separate processes, the critic's values
+    and update, the policy's update, and the weight sync to vLLM with a check of the sync. TRL's side has the settings
+    that are fastest on a CPU: transformers generates the whole batch, and the update is compiled and uses no gradient
+    checkpointing. TRL's vLLM mode is not used, because it cannot load new weights on a CPU.
 
     ours_s and other_s are medians over the iterations of all runs, without the first two iterations of each run. ratio
     is other_s / ours_s. max_abs_diff is the difference between the mean response lengths of both sides.
@@ -195,8 +195,8 @@ SIDES = {"ours": ours, "other": other}
 
 
 def start(module: str, *arguments: str, **environment: str) -> None:
-    """Runs a module in a new process. If the process fails, raises RuntimeError with the end of the process's standard
-    error."""
+    """Runs a module in a new process. Raises RuntimeError if the process fails. The message has the end of the
+    process's standard error."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "VLLM_", "OMP_"))}
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],

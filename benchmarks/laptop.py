@@ -11,21 +11,21 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.harness import Result, benchmark, busy_process
 
-ITERATIONS, WARM_UP = 7, 1  # iterations of a run, and how many of them are not counted
+ITERATIONS, WARM_UP = 7, 1  # iterations of a run; number of first iterations that are not measured
 GOAL = 2.0
 DEFAULTS = {"GOMP_SPINCOUNT": "300000", "RAY_worker_niceness": "15"}
-"""What the OpenMP library and Ray do by themselves: threads spin for some milliseconds, and workers have a low
+"""The default settings of the OpenMP library and of Ray: threads spin for some milliseconds, and workers have a low
 priority."""
 
 
 @benchmark("laptop/busy")
 def busy() -> Result:
-    """Compares iterations beside one busy process with iterations on a quiet machine; the goal is a ratio of at most 2.
+    """Compares iterations on a machine with one busy process and on a quiet machine. The goal is a ratio of at most 2.
 
-    Runs the shipped recipe rlvr with the CPU profile. ours_s is the median time of an iteration on the quiet machine,
-    other_s the median beside a process that computes without pause, and ratio is other_s / ours_s. A fair share of two
-    cores gives a ratio of 1.3 to 2. default_quiet_s is the time on the quiet machine with the default settings of the
-    OpenMP library and of Ray; ours_s should be at most 1.05 times this time.
+    Runs the shipped recipe rlvr with the CPU profile. ours_s is the median time of an iteration on the quiet machine.
+    other_s is the median time while another process computes without pause. ratio is other_s / ours_s. If both
+    processes share the two cores fairly, the ratio is 1.3 to 2. default_quiet_s is the time on the quiet machine with
+    the default settings of the OpenMP library and of Ray; ours_s should be at most 1.05 times this time.
     """
     sides = ("quiet", "busy", "default")
     times: dict[str, list[float]] = {side: [] for side in sides}
@@ -38,7 +38,7 @@ def busy() -> Result:
 
 
 def _seconds(environment: dict[str, str]) -> float:
-    """Makes a run and returns the median seconds of its iterations."""
+    """Makes a run and returns the median of its iterations' times, in seconds."""
     from benchmarks.iteration import start
 
     with TemporaryDirectory() as name:

@@ -1,10 +1,10 @@
 """Measures the learner's step in two ways: with shared prompts, and with a copy of the prompt for every rollout.
 
 A step is the forward and backward pass of all rows of a minibatch, without an optimizer step. Our side shares prompts.
-It is compared with three other sides, which copy the prompt: our packing, padded batches, and verl. Each comparison is
-made with four shapes of a minibatch. All sides use the same decoder, rollouts and advantages, in float32. Each result
-contains the largest differences between the logprobs and between the gradients of both sides. Tested in
-tests/benchmarks/test_harness.py (only that the benchmarks are registered).
+Our side is compared with three other sides, which copy the prompt: our packing with copied prompts, padded batches, and
+verl. Each comparison is made with four shapes of a minibatch. All sides use the same decoder, rollouts and advantages,
+in float32. Each result contains the largest differences between the logprobs and between the gradients of both sides.
+Tested in tests/benchmarks/test_harness.py (only that the benchmarks are registered).
 """
 
 import random
@@ -47,8 +47,8 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a minibatch. It has `groups` groups. Each group consists of one prompt of `prompt` tokens and
-    `responses` responses."""
+    """The shape of a minibatch. `groups` is the number of groups. Each group has one prompt. `prompt` is the number of
+    tokens of this prompt, and `responses` is the number of responses to it."""
 
     groups: int
     prompt: int
@@ -59,10 +59,10 @@ class Shape:
 
 
 SHAPES = {
-    "demo": Shape(12, 181, 8, 20, repeats=5, why="A small picture and short answers: 181 + 8 x 20 tokens"),
-    "rlvr": Shape(1, 150, 16, 375, repeats=5, why="The report's proportions at 1/8: 150 + 16 x 375 tokens"),
-    "pacore": Shape(1, 1000, 16, 375, repeats=3, why="A problem with messages at 1/16: 1,000 + 16 x 375 tokens"),
-    "judge": Shape(1, 3000, 16, 64, repeats=3, why="A long text and short verdicts: 3,000 + 16 x 64 tokens"),
+    "demo": Shape(12, 181, 8, 20, repeats=5, why="Small picture, short answers: prompt 181, 8 responses of 20 tokens"),
+    "rlvr": Shape(1, 150, 16, 375, repeats=5, why="The report's lengths / 8: prompt 150, 16 responses of 375 tokens"),
+    "pacore": Shape(1, 1000, 16, 375, repeats=3, why="PaCoRe's lengths / 16: prompt 1,000, 16 responses of 375 tokens"),
+    "judge": Shape(1, 3000, 16, 64, repeats=3, why="Long text, short verdicts: prompt 3,000, 16 verdicts of 64 tokens"),
 }
 
 
@@ -212,8 +212,8 @@ def padded(made: Work) -> Side:
 
 
 def sequence(made: Work, tokens: int) -> Callable[[], float]:
-    """Returns a function that measures the forward and backward pass of one causal sequence. It computes the same
-    number of logits as our side does."""
+    """Returns a function that measures the forward and backward pass of one causal sequence. The function computes the
+    same number of logits as our side."""
     trunk = made.model.model
     ids = torch.randint(0, SIZES["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
     chosen = slice(tokens - made.size.tokens, tokens)
@@ -232,20 +232,20 @@ def sequence(made: Work, tokens: int) -> Callable[[], float]:
 
 
 def cost(made: Work, tokens: int, pairs: int) -> float:
-    """Returns the number of floating-point operations of a forward pass. It is a sum of three costs: the tokens in the
-    layers' matrices, the token pairs in attention, and the response tokens in the head. The unit is the cost of one
-    token in the layers' matrices."""
+    """Returns the cost of a forward pass, based on its floating-point operations. The cost has three parts: the tokens
+    in the layers' matrices, the token pairs in attention, and the response tokens in the head. The unit is the cost of
+    one token in the layers' matrices."""
     per_layer = pairs_per_token(made.config) * 2 * SIZES["num_attention_heads"] * SIZES["head_dim"]  # weights per layer
     head = SIZES["vocab_size"] * SIZES["hidden_size"] / (per_layer * SIZES["num_hidden_layers"])
     return tokens + pairs / pairs_per_token(made.config) + made.size.tokens * head
 
 
 def compare(made: Work, other: Side, sequences: Sequence[int]) -> Result:
-    """Measures the times of our side (shared prompts) and of another side in turns. Compares their logprobs and
-    gradients.
+    """Measures the times of our side (shared prompts) and of another side in turns. Also compares the logprobs and the
+    gradients of both sides.
 
     `sequences` has the lengths of the causal sequences that the other side computes. The ceiling of the ratio is the
-    cost of these sequences, divided by the cost when each group computes its prompt only once.
+    cost of these sequences, divided by the cost of our side, which computes each prompt only once.
     """
     ours = packed(made, pack(made.groups, BUDGET, None))
     ours()  # a warm-up, which also computes the gradients
@@ -295,7 +295,7 @@ def against_verl(made: Work) -> Result:
 
 AGAINST = {
     "": (against_packed, "one copy of the prompt per rollout"),
-    "padded/": (against_padded, "rollouts padded to the longest"),
+    "padded/": (against_padded, "rollouts padded to the longest rollout"),
     "verl/": (against_verl, "verl 0.9.1's FSDP2 engine"),
 }
 

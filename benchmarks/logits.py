@@ -1,4 +1,4 @@
-"""Compares peak memory when logprobs and entropies are computed for a few tokens at a time or with all logits at once.
+"""Compares the peak memory of logprobs and entropies: computed for a few tokens at a time, or for all tokens at once.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered). The function `token_logprobs` is
 tested in tests/rl/model/test_logprobs.py.
@@ -23,7 +23,7 @@ KIB = 1024 if sys.platform == "linux" else 1  # ru_maxrss is in KiB on Linux and
 
 @benchmark("logits")
 def logits() -> Result:
-    """Compares the peak memory of our logprobs with that of plain logits. The goal is a ratio of at least 8.
+    """Compares the peak memory of our logprobs with the peak memory of plain logits. The goal is a ratio of at least 8.
 
     The input has 4,096 tokens, a vocabulary of 151,936 and float32 values. Each side runs in its own process, which
     computes the mean logprob plus the mean entropy, forward and backward. The growth of the process's peak memory
@@ -48,7 +48,7 @@ def logits() -> Result:
 
 
 def at_once(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Computes the same as `token_logprobs`, but with all logits at once."""
+    """Computes logprobs and entropies like `token_logprobs`, but with the logits of all tokens at once."""
     logs = (hidden @ head.T / temperature).log_softmax(-1)
     return logs.gather(-1, targets[:, None])[:, 0], -(logs.exp() * logs).sum(-1)
 

@@ -1,4 +1,4 @@
-"""Measures how long the weight transfer of a real run takes, and how much faster iterations are with sampling ahead.
+"""Measures the time of the weight transfer in a real run, and how much faster iterations are with sampling ahead.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmarks are registered). The loop is tested in
 tests/stages/test_loop.py.
@@ -23,7 +23,7 @@ SHARE_GOAL, SPEED_GOAL = 0.03, 1.2
 
 @benchmark("sync")
 def sync() -> Result:
-    """Measures the share of weight transfer in the time of an iteration with the CPU profile; the goal is at most 0.03.
+    """Measures which share of an iteration's time the weight transfer takes (CPU profile). The goal is at most 0.03.
 
     Runs the shipped recipe rlvr.yaml. ours_s is the time in which the policy returns its weights and the engine loads
     them, as recorded in the run's timeline. other_s is the time of the whole iteration, and ratio is ours_s / other_s.
@@ -144,7 +144,7 @@ def one_step_off() -> Result:
         state, start = LoopState(), 0.0
         for iteration in range(count + 1):
             ppo_iteration(iteration + 1, asked, asked, services, state, Clock())
-            start = start or time.perf_counter()  # after iteration 1, whose samples were not made ahead
+            start = start or time.perf_counter()  # after iteration 1, whose samples were not made in advance
         took = time.perf_counter() - start
         state.ahead.settle()
         return took / count

@@ -58,9 +58,9 @@ def rollout(text: str, truth: str | None = None, row: str = "row") -> Rollout:
 def hung() -> Result:
     """Compares the throughput of scoring 64 samples with and without a hung sample; goal: ratio at least 0.9.
 
-    There is one worker per core. A sample computes for about 50 ms and then sleeps for 50 ms. Every sample computes a
-    fixed amount, so the samples are slower if another process uses the cores. The hung sample is in the middle of the
-    batch and computes until its time limit of 6 s.
+    There is one worker per core. For each sample, the reward computes for about 50 ms and then sleeps for 50 ms. The
+    amount of computation is fixed, so scoring is slower if another process uses the cores. The hung sample is in the
+    middle of the batch. For this sample, the reward computes until the time limit of 6 s.
 
     ours_s is the time until the other 63 samples are scored. other_s is the time of 64 samples without a hung sample.
     ratio is (63 / ours_s) / (64 / other_s). `all_s` is the time until all samples are done, including the hung sample,
@@ -131,8 +131,8 @@ def timed(runner: RewardRunner, rollouts: Sequence[Rollout]) -> tuple[list[float
 def mathematics() -> Result:
     """Compares the CPU time of scoring 2,000 answers in the runner and with Math-Verify alone; goal: ratio at most 1.3.
 
-    Our side scores with the reward `math_verify`. The other side is one process. It parses the ground truth and the
-    answer and verifies them, without time limits. ours_s and other_s are CPU seconds (user and system) of a new process
+    Our side scores with the reward `math_verify`. The other side is one process. It parses each ground truth and answer
+    and verifies the answer, without time limits. ours_s and other_s are CPU seconds (user and system) of a new process
     from start to end, child processes included. The time of imports counts on both sides. On our side, each worker, the
     reserve process and the parent process import the packages. ratio is ours_s / other_s. `wall_speed_up` is the
     wall-clock time of the other side divided by that of our side.
@@ -195,7 +195,8 @@ def other(pairs: Sequence[tuple[str, str]]) -> list[float]:
 
 
 def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Returns (ground truth, response) pairs. About half of the responses are right, many of them in another form."""
+    """Returns (ground truth, response) pairs. About half of the responses are right. Many of the right responses have
+    another form than the ground truth."""
     draw = random.Random(seed)
     kinds = [integers, fractions, radicals, intervals, polynomials]
     made = []

@@ -1,4 +1,4 @@
-"""Rewards. A reward takes a Rollout and returns a score. Each reward has a file of its own.
+"""Rewards. A reward takes a Rollout and returns a score. Each built-in reward is in its own file.
 
 Authors of rewards import from this module. This module does not import torch.
 

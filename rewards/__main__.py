@@ -30,7 +30,7 @@ from rl.exits import DONE, WRONG_INPUT, run_command
 from rl.recipe.layers import find_recipe, shipped_recipes
 from rl.types import Prompt, Rollout, Scored
 
-TRIED = "tried"  # name of the task, or of the row judge, that scores all samples
+TRIED = "tried"  # the task that all samples get in `try`; also the name of the row judge
 SHOWN = 10  # maximum number of failing ground truths that are printed
 MOST_WAIT_S = 60.0  # maximum wait for an endpoint that does not answer; shorter than in a run, because a person waits
 
@@ -46,7 +46,7 @@ class Target:
 
     @property
     def verifiable(self) -> dict[str, RewardSpec]:
-        """The rewards that compare responses with ground truths. Each is a separate task: "0", "1", ..."""
+        """The rewards that compare responses with ground truths. Each gets a task of its own: "0", "1", ..."""
         verifiable = [spec for spec in self.specs if get(spec.use, spec.params).reward.truth_as_text]
         return {str(number): spec for number, spec in enumerate(verifiable)}
 
@@ -252,9 +252,9 @@ def _check_truths(runner: RewardRunner, target: Target, prompts: Sequence[Prompt
         line for task, spec in target.verifiable.items() for line in _failing(runner, task, spec, distinct.values())
     ]
     if not wrong:
-        print(f"ground truths: as responses, all {len(distinct)} get the highest value", file=sys.stderr)
+        print(f"all {len(distinct)} ground truths, scored as responses, get the highest value", file=sys.stderr)
         return DONE
-    print(f"ground truths: as responses, {len(wrong)} do not get the highest value:", file=sys.stderr)
+    print(f"{len(wrong)} ground truths, scored as responses, do not get the highest value:", file=sys.stderr)
     print(*wrong[:SHOWN], *(["  ..."] if len(wrong) > SHOWN else []), sep="\n", file=sys.stderr)
     return WRONG_INPUT
 

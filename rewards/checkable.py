@@ -1,4 +1,5 @@
-"""Row judge `checkable`: decides whether a problem has one result that can be checked, and a right ground truth."""
+"""Row judge `checkable`: decides whether a problem has one result that can be checked, and whether the ground truth is
+right."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,10 +34,10 @@ class Checkable:
     reasons      True: the judge gives reasons before its verdict
     temperature  the judge's sampling temperature
     max_tokens   maximum length of one verdict, including the thinking of a reasoning judge
-    template     a Jinja file that replaces rewards/prompts/checkable.jinja. That file lists the variables
+    template     a Jinja file to use instead of rewards/prompts/checkable.jinja. checkable.jinja lists the variables
 
-    In the report, GPT-OSS-120B makes four passes per prompt. The report does not publish what the judge is asked. In
-    the PaCoRe paper, the judge is asked whether problem and answer are valid. The judge's prompt is a reconstruction.
+    In the STEP3-VL report, GPT-OSS-120B makes four passes per prompt. The report does not publish the judge's prompt.
+    In the PaCoRe paper, the judge is asked whether problem and answer are valid. The prompt here is a reconstruction.
     """
 
     def __init__(

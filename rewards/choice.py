@@ -1,4 +1,4 @@
-"""Reward `choice`: 1.0 if the answer picks the right one of the options A to J, else 0.0."""
+"""Reward `choice`: 1.0 if the answer picks the right option (A to J), else 0.0."""
 
 import re
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _PHRASE = re.compile(
 )
 _FIRST = re.compile(rf"{_DECORATION}{_WORD}{_DECORATION}([A-J])(?![\w'\u2019-])", re.IGNORECASE)
 _LABEL_ENDS = re.compile(rf"\s{{0,8}}+(?:{_CLOSING}|$)")
-# Finds a second letter behind the first letter. Either a comma or a word such as "or" must stand before the second
+# Finds a second letter after the first letter. Either a comma or a word such as "or" must stand before the second
 # letter, or a mark such as a bracket must stand after the second letter.
 _SECOND = re.compile(
     rf"(?:{_CLOSING}|\s){{0,12}}+"
@@ -37,8 +37,8 @@ def choice(rollout: Rollout) -> Score:
 
     Only one part of the answer counts. This part is the last `\\boxed{...}` if there is one, else the text after the
     last "Answer:", else the text after the last "the answer is", else the whole answer if it is short. The part must
-    begin with the letter ("B", "(b)", "**B**", "B. Paris", "option B because ...") or be the text of an option. If the
-    answer marks no part, it may name one option anywhere ("I think it's B").
+    begin with the letter ("B", "(b)", "**B**", "B. Paris", "option B because ...") or be the text of an option. If no
+    part is marked, the answer may name one option anywhere ("I think it's B").
 
     The ground truth is a letter or the text of an option. The options come from the row's `meta["options"]`, which is a
     list in the order of the letters, or a mapping from letter to text. In rows without options only letters are
@@ -64,7 +64,7 @@ def _letters(text: str, marked: bool, options: Mapping[str, str]) -> set[str]:
     if len(plain) > 1 and (matching := {letter for letter, option in options.items() if option == plain}):
         return {min(matching)}
     first = _FIRST.match(text)
-    # "a cat" and "I think" begin with a word, not with a letter
+    # "a cat" and "I think" begin with the words "a" and "I", not with the letter of an option
     if first and (_LABEL_ENDS.match(text, first.end()) or first[1] in (LETTERS if marked else "BCDEFGHJ")):
         second = _SECOND.match(text, first.end())
         return {first[1].upper()} | ({(second[1] or second[2]).upper()} if second else set())
@@ -80,7 +80,7 @@ def _options(rollout: Rollout) -> dict[str, str]:
         given = dict(zip(LETTERS, given, strict=False))
     if not isinstance(given, Mapping) or not all(_letter(key) for key in given):
         raise Invalid(
-            f"the options of row {row} must be a list of at most {len(LETTERS)}, or a mapping with keys A to J"
+            f"the options of row {row} must be a list of at most {len(LETTERS)} texts, or a mapping with keys A to J"
         )
     return {_letter(key): normalised(str(text)) for key, text in given.items()}
 

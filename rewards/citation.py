@@ -1,7 +1,7 @@
-"""Behaviour penalty `citation`: references and links in an answer that no known source confirms.
+"""Behaviour penalty `citation`: the answer has references or links that no known source confirms.
 
-The report "zeros the reward" on fabricated references or links. It does not say how it detects fabrication. The rules
-for finding and confirming references are a reconstruction.
+The training in the STEP3-VL report "zeros the reward" of answers with fabricated references or links. The report does
+not say how fabrication is detected. The rules for finding and confirming references are reconstructions.
 """
 
 # ruff: noqa: RUF001  # patterns match punctuation and headings of several scripts
@@ -82,7 +82,7 @@ class Citation:
     The details contain the number of references and the first five references that offend.
 
     These count as references: links, DOIs, arXiv identifiers, and entries of a reference list. A link starts with a
-    scheme, with "www." or with a domain that has a path. The target of a markdown link also counts if it is a domain or
+    scheme, with "www." or with a domain before a path. The target of a markdown link also counts if it is a domain or
     a file. Under a heading such as "References", "Sources" or "参考文献", a line is an entry if it is numbered "[1]",
     or if it has a year and looks like a publication. Elsewhere, a line is an entry if it is numbered "[1]", begins with
     authors and has a year. If an entry contains a link or identifier, only this link or identifier is checked. An entry
@@ -102,7 +102,7 @@ class Citation:
     resolver  `pkg.module:function` or `file.py:function` (relative to the current folder). The function takes a
               normalised reference and returns True if the reference exists. References have the form
               "https://host/path", "doi:10.1000/182", "arxiv:1706.03762" or "text:<entry of a list>". They have at most
-              2,048 characters, and all are printable. The function is called at most 20 times per answer; an answer
+              2,048 characters, all of them printable. The function is called at most 20 times per answer; an answer
               that needs more calls offends. For example:
 
                   def in_catalogue(reference: str) -> bool:
@@ -110,8 +110,8 @@ class Citation:
 
     limit     maximum number of different references in an answer; an answer with more references offends
 
-    Raises ValueError if the resolver does not exist. If the resolver raises an exception, raises Invalid, because the
-    policy is not the cause.
+    Raises ValueError if the resolver does not exist. If the resolver raises an exception, the penalty raises Invalid,
+    because the policy is not the cause.
     """
 
     def __init__(self, allowed: list[str] | None = None, resolver: str | None = None, limit: int = 200):
@@ -284,9 +284,9 @@ def _listed(text: str) -> Iterator[Reference]:
 def _is_entry(item: str, numbered: bool, listing: bool) -> bool:
     """True if a line is an entry of a reference list.
 
-    A line under a heading is an entry if it is numbered "[1]". Any other line is an entry only if it looks like a
-    publication. Without this rule, two kinds of lines would be entries by mistake: items of another list under a
-    heading such as "Sources", and steps of a solution that are numbered "[1]" but have no such heading.
+    A line under a heading such as "Sources" is an entry if it is numbered "[1]". Any other line must look like a
+    publication to be an entry. Otherwise, two kinds of lines would be entries by mistake: items of other lists under
+    such a heading, and steps of a solution that are numbered "[1]" without such a heading.
     """
     if numbered and listing:
         return bool(item.strip())
@@ -301,8 +301,8 @@ def _words(text: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Removes invisible characters and lone surrogates. Converts full-width letters, and the full-width signs ". /
-    ://", to ASCII."""
+    """Removes invisible characters and lone surrogates. Converts full-width letters, periods and slashes to ASCII, and
+    also a full-width colon before "//"."""
     plain = visible(text).translate({0xFF0E: ".", 0xFF0F: "/"} | {0xFF21 + i: 0x41 + i for i in range(58)})
     return plain.replace("：//", "://")
 

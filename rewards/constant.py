@@ -1,4 +1,4 @@
-"""Reward `constant`: the same value for every complete response, for tasks that have only penalties."""
+"""Reward `constant`: 1.0 for every response that is not truncated. It is for tasks that have only penalties."""
 
 from rewards import Rollout, reward
 

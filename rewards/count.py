@@ -38,13 +38,14 @@ class Count:
     last number in words ("twelve") counts. Only one part of the answer is searched: the last `\\boxed{...}`, else the
     text after the last "Answer:", else the whole answer if it is short. Coordinates of points and boxes are skipped.
 
-    If the ground truth is a list of points, the answer must give the points, as in Perception-R1. Given and true points
-    are matched one to one so that the sum of max(0, 1 - d / radius) is the largest. d is the Euclidean distance of a
-    given point from its true point, with x in picture widths and y in picture heights. The value is this sum /
-    max(number of given points, number of true points). A missing point costs as much as a superfluous point. An answer
-    that only states a number earns 0.0, because a number alone does not show where the things are.
+    If the ground truth is a list of points, the answer must give the points, as in Perception-R1. The given
+    points are matched one to one with the true points, so that the sum of max(0, 1 - d / radius) over all pairs is as
+    large as possible. d is the Euclidean distance between the two points of a pair. For d, x is measured in picture
+    widths and y in picture heights. The value is the sum divided by max(number of given points, number of true points).
+    A missing point costs as much as a superfluous point. An answer that only states a number earns 0.0, because a
+    number alone does not show where the things are.
 
-    The report describes no reward for counting. Formula and radius are a reconstruction.
+    The STEP3-VL report describes no reward for counting. The formula and the radius are reconstructions.
     """
 
     def __init__(self, radius: Annotated[float, Field(gt=0)] = 0.1, coordinates: Coordinates = "unit") -> None:
@@ -52,7 +53,7 @@ class Count:
         self.coordinates: Coordinates = coordinates
 
     def setup(self) -> None:
-        best_pairs(np.ones((1, 1)))  # the first call imports scipy; this must not happen within the limits of a sample
+        best_pairs(np.ones((1, 1)))  # imports scipy now, so that the import does not count against a sample's limits
 
     def __call__(self, rollout: Rollout) -> Score:
         if isinstance(rollout.prompt.ground_truth, list | tuple):

@@ -1,7 +1,7 @@
 """Asks a model behind an OpenAI-compatible URL. Retries failed requests, limits concurrency, parses answers strictly.
 
-To ask a model, a reward declares a parameter of type EndpointName. Its value is the name of an endpoint of the recipe
-(`endpoints: {judge: {url: ..., model: ...}}`). The reward gets the endpoint in its `setup()`:
+To ask a model, a reward declares a parameter of type EndpointName. The value of the parameter is the name of an
+endpoint of the recipe (`endpoints: {judge: {url: ..., model: ...}}`). The reward gets the endpoint in its `setup()`:
 
     self.judge = endpoint(self.name)
     verdict, text = await self.judge.ask(messages, answer=Verdict, max_tokens=512, temperature=1.0, seed=3)
@@ -145,16 +145,16 @@ class EndpointSpec:
     api_key_env: str | None = None
     concurrency: int = 32  # maximum number of requests at a time
     timeout_s: float = 120.0  # time limit of one request
-    retries: int = 5  # maximum number per request, after 429, 5xx, a timeout or a broken connection
+    retries: int = 5  # maximum retries of one request, for example after HTTP status 429 or 5xx, or after a timeout
     images: bool = False  # True if requests to the model include pictures
     structured: bool = True  # True if the server supports response_format json_schema
-    max_wait: float = 3600.0  # seconds that samples wait if the endpoint does not answer; then the run ends
+    max_wait: float = 3600.0  # if the endpoint does not answer for more than this many seconds, the run stops
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.timeout_s <= 0 or self.retries < 0:
             raise ValueError(
-                f"endpoints.{self.name}: concurrency is {self.concurrency} (at least 1), timeout_s {self.timeout_s} "
-                f"(more than 0), retries {self.retries} (at least 0)"
+                f"endpoints.{self.name}: concurrency is {self.concurrency} (it must be at least 1), timeout_s is "
+                f"{self.timeout_s} (it must be more than 0), retries is {self.retries} (it must be at least 0)"
             )
 
 
@@ -195,7 +195,7 @@ class Endpoint:
     """A model behind a URL. May be used in one event loop only."""
 
     def __init__(self, spec: EndpointSpec):
-        from openai import AsyncOpenAI  # imported here because it takes over a second and only judges need it
+        from openai import AsyncOpenAI  # imported here: the import takes over a second, and only judges need it
 
         self.spec = spec
         self._key = _key(spec)
@@ -220,7 +220,7 @@ class Endpoint:
 
         Raises Unparsable if the reply is anything else, Refused if the endpoint refuses this request, and
         Unreachable after the last retry. The sample's `clock` does not count the wait for a free slot, the wait before
-        a retry, and requests that failed because of the endpoint.
+        a retry, or the time of requests that failed because of the endpoint.
         """
         request: dict[str, Any] = {
             "model": self.spec.model,
@@ -261,8 +261,8 @@ class Endpoint:
             self._slots.release()
 
     async def _once(self, request: Mapping[str, Any]) -> str | _Failure:
-        """Sends the request once. Returns the reply's text. If the request failed and a retry may help, returns the
-        failure; if no retry can help, raises the error."""
+        """Sends the request once. Returns the reply's text. If the request failed, returns the failure if a retry may
+        help, and raises the error if no retry can help."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAIError
         from openai.types.chat import ChatCompletion
 

@@ -6,7 +6,7 @@ from rewards.text import WINDOW, marked_answer, normalised
 
 @reward("exact", on_timeout="lowest", verifiable=lambda truth: str(truth))
 def exact(rollout: Rollout) -> Score:
-    """1.0 for equal texts, else 0.0. Case, the amount of white space and one final period do not matter.
+    """1.0 for equal texts, else 0.0. Letter case, the amount of white space and one final period do not matter.
 
     Only one part of the answer is compared: the last `\\boxed{...}` if there is one, else the text after the last
     "Answer:", else the whole answer. The ground truth is text or a number.

@@ -1,4 +1,4 @@
-"""Reward `format_tags`: 1.0 if the whole response, including its thinking, has the agreed tags, else 0.0."""
+"""Reward `format_tags`: 1.0 if the whole response, including its thinking, has the required tags, else 0.0."""
 
 from typing import Annotated
 
@@ -15,18 +15,18 @@ def format_tags(
 ) -> Score:
     """1.0 if each of `tags` is opened and closed once, in this order, and an answer follows; else 0.0.
 
-    Only white space may stand before and between the tagged parts. After them comes the answer, which must not be
+    Only white space may stand before and between the tagged parts. The answer follows the tagged parts, and must not be
     empty. If `answer_tag` is given, the answer must be inside this tag, and nothing may follow the tag. The parts in
     `tags` may be empty, because a model that is told not to think leaves `<think></think>` empty.
 
-    The report mentions no format reward. This reward is a reconstruction of a usual format reward.
+    The STEP3-VL report mentions no format reward. This reward follows usual format rewards.
     """
     why = _breach(rollout.text, tags, answer_tag)
     return Score(0.0, {"why": why}) if why else Score(1.0)
 
 
 def _breach(text: str, tags: tuple[str, ...], answer_tag: str | None) -> str:
-    """Returns the first rule that the text breaks, or "" if the text breaks no rule."""
+    """Returns a description of the first error in the tags, or "" if there is no error."""
     end, content = 0, ""
     for tag in (*tags, *([answer_tag] if answer_tag else [])):
         opening, closing = f"<{tag}>", f"</{tag}>"

@@ -1,4 +1,4 @@
-"""Reward `genrm`: a judge grades the answer and a teacher's reference. The difference of the grades gives the value."""
+"""Reward `genrm`: a judge grades the answer and a teacher's reference. The value is computed from both grades."""
 
 import math
 from pathlib import Path
@@ -42,28 +42,28 @@ class GenRM:
     """A generative reward model compares answer and reference, gives reasons, then grades both from 0 to 10.
 
     The judge makes two comparisons, one with the answer first and one with the reference first. The two grades of
-    each text are averaged, so that a preference for the first (or second) place cancels out. s_answer and s_reference
-    are these averages. `length_control` may lower s_answer. The rules are:
+    each text are averaged, so that it does not matter whether the judge prefers the first or the second text. s_answer
+    and s_reference are these averages. `length_control` may lower s_answer, but not below 0. `rule` is one of these:
 
         bradley_terry   1 / (1 + exp(-(s_answer - s_reference) / scale))     the chance that the answer wins
         linear          1/2 + (s_answer - s_reference) / 20
 
     endpoint     the judge. It sees the question (with pictures, if it takes pictures) and both texts, but not which of
                  them is the answer
-    rule, scale  see above. `scale` is in units of the grades, 2 by default, and is only for bradley_terry
+    rule, scale  see above. `scale` is used only by bradley_terry. It is in units of the grades; the default is 2
     temperature  the judge's sampling temperature
     max_tokens   maximum length of one comparison, including the thinking of a reasoning judge
     max_chars    maximum number of characters that the judge sees of the answer, and of the reference. The middle of a
                  longer text is cut out: the judge sees a short start and a long end
-    template     a Jinja file that replaces rewards/prompts/genrm.jinja. That file lists the variables
-    length_control  this number is subtracted from s_answer if the answer is twice as long as the reference, two times
-                 this number if the answer is four times as long, and so on. With 0, the length does not matter
+    template     a Jinja file to use instead of rewards/prompts/genrm.jinja. genrm.jinja lists the variables
+    length_control  if the answer is longer than the reference, length_control * log2(length of the answer / length of
+                 the reference) is subtracted from s_answer. With 0, the length does not matter
 
-    An empty answer scores 0.0. If the judge gives no comparison for an answer, but gives a comparison for a harmless
-    answer to the same row, the policy's answer also scores 0.0. A row without a reference is invalid. In the report, a
-    model compares the response with a teacher's response, gives reasons and returns a fine-grained score. The grades,
-    the criteria, the use of both orders and the scale are reconstructions. The win probability (Bradley and Terry 1952)
-    and the cost of length follow Step 3.5 Flash.
+    An empty answer scores 0.0. If the judge gives no comparison for the policy's answer, but gives a comparison for a
+    harmless answer to the same row, the policy's answer also scores 0.0. A row without a reference is invalid. In the
+    STEP3-VL report, a model compares the response with a teacher's response, gives reasons and returns a fine-grained
+    score. The grades, the criteria, the use of both orders and the scale are reconstructions. The win probability
+    (Bradley and Terry 1952) and the cost of length are those of the model Step 3.5 Flash.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Reads boxes and points from answers and data rows. Shared by the perception rewards."""
+"""Reads boxes and points from answers and data rows. The perception rewards use this module."""
 
 import math
 import re
@@ -14,7 +14,7 @@ Coordinates = Literal["unit", "thousand", "pixel"]
 """unit: fractions of the picture, 0 to 1. thousand: 0 to 1000. pixel: pixels of the data row's picture."""
 
 Shape = tuple[float, ...]
-"""(x1, y1, x2, y2) or (x, y)."""
+"""A box (x1, y1, x2, y2) or a point (x, y)."""
 
 MOST = 500
 """Maximum number of boxes or points in one answer or row. Matching n boxes with n boxes takes n^3 steps."""
@@ -55,9 +55,9 @@ _GAP = 300  # maximum number of characters between two shapes of one list
 
 def answer_part(answer: str) -> str | None:
     """Returns the part of an answer whose boxes and points count: the content of the last `\\boxed{...}`, else the text
-    after the last "Answer:", else the whole answer. The content of `\\boxed{...}` is put in brackets, because it may be
-    numbers without brackets. Returns None if the answer is longer than LONGEST and has no `\\boxed{...}` and no
-    "Answer:"."""
+    after the last "Answer:", else the whole answer. The content of `\\boxed{...}` is put in brackets, because it may
+    consist of numbers without brackets. Returns None if the answer is longer than LONGEST and has no `\\boxed{...}` and
+    no "Answer:"."""
     boxed = last_boxed(answer[-LONGEST:])
     return marked_answer(answer, LONGEST) if boxed is None else f"[{boxed}]"
 
@@ -71,7 +71,7 @@ def shapes(pattern: re.Pattern[str], answer: str, last_list: bool = False) -> li
     `_named`).
 
     If `last_list` is True, returns only the last shape and the other shapes in the same list. A list ends at the first
-    word that is not a label. Shapes before the last list are ignored, because they are earlier thoughts.
+    word that is not a label. Shapes before the last list are ignored, because they are earlier attempts.
     """
     text = answer_part(answer) or ""
     found: list[Shape] = []
@@ -105,7 +105,7 @@ def usable_shape(numbers: Shape, size: tuple[float, float]) -> Shape | str:
         return "a coordinate is not finite"
     fractions = as_fractions(numbers, size)
     if not all(-1 <= c <= 2 for c in fractions):
-        return "a coordinate is more than a picture's size outside the picture"
+        return "a coordinate lies outside the picture by more than the picture's size"
     if len(fractions) == 4 and not _is_box(fractions):
         return "not a box: x1 < x2 and y1 < y2 are needed"
     return fractions
@@ -131,8 +131,8 @@ def picture_size(rollout: Rollout, coordinates: Coordinates) -> tuple[float, flo
 
 
 def true_shape(rollout: Rollout, value: Any, coordinates: Coordinates, lengths: Sequence[int], want: str) -> Shape:
-    """Returns a box or point of the row's ground truth as fractions of the picture. `lengths` has the allowed numbers
-    of coordinates: 4 for a box, 2 for a point.
+    """Returns a box or point of the row's ground truth as fractions of the picture. `lengths` lists the allowed
+    numbers of coordinates: 4 for a box, 2 for a point.
 
     Raises Invalid if `value` is not such a box or point, or if it does not fit `coordinates`. The message contains
     `want`, which describes the values that the reward takes.
@@ -174,7 +174,7 @@ def best_pairs(scores: np.ndarray) -> np.ndarray:
 
     Returns the scores of the matched pairs, in descending order.
     """
-    from scipy.optimize import linear_sum_assignment  # takes half a second and much address space
+    from scipy.optimize import linear_sum_assignment  # this import takes half a second and much address space
 
     return np.sort(scores[linear_sum_assignment(scores, maximize=True)])[::-1]
 

@@ -33,7 +33,7 @@ _ACTION = re.compile(
 _BARE_DONE = re.compile(rf"\W{{0,8}}+(?:{'|'.join(_DONE)})\W{{0,8}}+", re.IGNORECASE)
 
 
-# The reward is not `verifiable`, because the highest value is 2, but a row with an element to click earns at most 1.
+# The reward is not `verifiable`: its highest value is 2, but no response to a row with an element to click gets 2.
 @reward("gui_click", on_timeout="lowest", lowest=MISS, highest=COMPLETED, needs="ground_truth")
 def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
     """1 for a hit, 0.5 for a near click, -1 for a miss; 2 if the task is rightly declared done, -0.5 if too early.
@@ -41,12 +41,13 @@ def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
     If there is an element to click, the ground truth is {"box": [x1, y1, x2, y2]}. It may also have "elements", a list
     of the boxes of all elements of the screen. If nothing is left to do, the ground truth is {"done": true}.
 
-    The last action of the answer counts. A click is a point, or a box (a click on its middle), in any usual notation,
-    such as `click(x, y)` or {"action": "click", "point": [x, y]}. The task is declared done by `done()`, `DONE`,
-    {"action": "terminate"} and similar texts. A click is a hit if it is in the true box or on its edge. Any other click
-    is near if the smallest of the `elements` that contain the click has an IoU above 0.5 with the true box. Without
-    `elements` no click is near. (A box in the answer that has an IoU above 0.5 with the true box is always a hit,
-    because its middle is then in the true box.) Anything else, such as unreadable text, is a miss.
+    The last action of the answer counts. A click is a point or a box, in any usual notation, such as `click(x, y)` or
+    {"action": "click", "point": [x, y]}. A box counts as a click on its middle. The task is declared done by `done()`,
+    `DONE`, {"action": "terminate"} and similar texts. A click is a hit if it is in the true box or on its edge. If a
+    click is no hit, the smallest of the `elements` that contain the click decides: the click is near if this element
+    has an IoU above 0.5 with the true box. Without `elements` no click is near. (A box in the answer that has an IoU
+    above 0.5 with the true box is always a hit, because its middle is then in the true box.) Anything else, such as
+    unreadable text, is a miss.
 
     The values, the threshold, the definition of a near click and the rules for reading answers are reconstructions.
     """

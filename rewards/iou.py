@@ -23,19 +23,19 @@ from rewards.geometry import (
 class IoU:
     """(Sum of IoU ** power over matched boxes) / max(number of given boxes, number of true boxes).
 
-    Given and true boxes are matched one to one so that the sum of IoU is the largest (Hungarian method). A missing box
-    costs as much as a superfluous box. So an answer with several boxes for one object never earns more than its best
-    box would earn alone. A box counts as superfluous if it has no area, lies far outside the picture or has coordinates
-    that are not finite.
+    The given boxes are matched one to one with the true boxes, so that the sum of the IoUs of the pairs is as large as
+    possible (Hungarian method). A missing box costs as much as a superfluous box. So an answer with several boxes for
+    one object never earns more than its best box would earn alone. A box counts as superfluous if it has no area, lies
+    far outside the picture or has coordinates that are not finite.
 
     If there is one true box, only the last box of the answer counts. But if this box is part of a list, all boxes of
     the list count: "[...], no, [...]" gives one box, "[[...], [...]]" gives two boxes. If there are several true boxes,
     all boxes in one part of the answer count. This part is the last `\\boxed{...}`, else the text after the last
     "Answer:", else the whole answer.
 
-    The report names a reward from IoU with a strict, decaying shape, but gives no formula. Power 2 is a reconstruction:
-    Perception-R1, which the report cites, describes IoU, and the released code of Perception-R1 squares it. The
-    division by the number of boxes is a reconstruction too.
+    The STEP3-VL report mentions a reward that is computed from IoU and decays strictly, but gives no formula. Power 2
+    is a reconstruction. The report cites Perception-R1. Perception-R1 describes IoU as the reward, but its released
+    code uses the square of IoU. The division by the number of boxes is a reconstruction too.
     """
 
     def __init__(self, power: Annotated[float, Field(gt=0)] = 2, coordinates: Coordinates = "unit") -> None:
@@ -43,7 +43,7 @@ class IoU:
         self.coordinates: Coordinates = coordinates
 
     def setup(self) -> None:
-        best_pairs(np.ones((1, 1)))  # the first call imports scipy; this must not happen within the limits of a sample
+        best_pairs(np.ones((1, 1)))  # imports scipy now, so that the import does not count against a sample's limits
 
     def __call__(self, rollout: Rollout) -> Score:
         true = true_shapes(rollout, self.coordinates, 4, "[x1, y1, x2, y2], or a list of such boxes")

@@ -1,11 +1,11 @@
-"""Asks a judge for verdicts on untrusted text. Shared by all rewards that ask a judge.
+"""Asks a judge for verdicts on untrusted text. All rewards that ask a judge use this module.
 
-A Judge fills a prompt of rewards/prompts/ and asks for a verdict. The judge can distinguish the policy's text from
-instructions: the text stands between marks that the policy cannot predict, and chat tokens in the text are replaced.
-The policy's text also cannot cause its sample to be left out of the loss. If the judge gives no verdict, the same
-prompt is sent again, with a harmless response instead of the text. This prompt is called a canary. If the judge answers
-the canary, the text was the cause, and the sample gets its lowest value. If the judge does not answer the canary, the
-sample is invalid.
+The class Judge fills in a prompt template of rewards/prompts/ and asks for a verdict. The judge can distinguish the
+policy's text from instructions: the text stands between marks that the policy cannot predict, and chat tokens in the
+text are replaced. The policy's text also cannot cause its sample to be left out of the loss. If the judge gives no
+verdict, the same prompt is sent again, with a harmless response instead of the policy's text. This second prompt is
+called a canary. If the judge answers the canary, the policy's text was the cause, and the sample gets its lowest value.
+If the judge does not answer the canary, the sample is invalid.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ HARMLESS = "I looked at this for a while, and I do not know the answer."
 """A canary contains this response instead of the policy's text."""
 REASON_CHARS = 500
 """Maximum number of characters of a judge's reasons that are stored in the details."""
-CANARIES = 4096  # maximum number of rows whose last canary is stored; the oldest row is removed first
+CANARIES = 4096  # maximum number of rows whose last canary is stored; the row that was stored first is removed first
 
 MaxTokens = Annotated[int, Field(ge=1)]
 MaxChars = Annotated[int, Field(ge=200)]
@@ -58,7 +58,8 @@ class Unjudgeable(Exception):
 
 
 class Verdict(BaseModel):
-    """Base class of the JSON objects that judges return. The reasons come before the decision."""
+    """Base class of the JSON objects that judges return. `reasoning` is the first field, so that the judge gives its
+    reasons before its decision."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -70,7 +71,7 @@ class Finding(Verdict):
 
     @property
     def offends(self) -> bool:
-        """True if the text offends."""
+        """True if the text breaks the rule of the penalty."""
         raise NotImplementedError
 
 
@@ -82,7 +83,7 @@ class _Canary:
     """The canary that was last sent for one row, and the result."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    sent: float = float("-inf")  # time.monotonic()
+    sent: float = float("-inf")  # when the canary was sent, from time.monotonic()
     failure: Invalid | Unreachable | None = None
 
 
@@ -131,7 +132,9 @@ class Judge(Generic[V]):
             raise ValueError(f"the judge's prompt {self.path} can't be used: {type(e).__name__}: {e}") from e
         if unknown := used - needed - optional:
             can = ", ".join(sorted(needed | optional))
-            raise ValueError(f"the judge's prompt {self.path} uses {', '.join(sorted(unknown))}; it can use {can}")
+            raise ValueError(
+                f"the judge's prompt {self.path} uses unknown variables: {', '.join(sorted(unknown))}; it can use {can}"
+            )
         if missing := needed - used:
             raise ValueError(f"the judge's prompt {self.path} has to use {' and '.join(sorted(missing))}")
 
@@ -144,8 +147,8 @@ class Judge(Generic[V]):
         written  template variables that the policy wrote. Each text is cut to `max_chars` and put between marks
         vote     index of the verdict; verdicts with different indices have different seeds
 
-        Raises Unjudgeable if there is no verdict because of the texts in `written`, Invalid if there is none because of
-        the judge, and Unreachable if the endpoint does not answer.
+        Raises Unjudgeable if the texts in `written` are the reason why there is no verdict. Raises Invalid if the judge
+        is the reason. Raises Unreachable if the endpoint does not answer.
         """
         texts = {key: cut(clean(text), self.max_chars) for key, text in written.items()}
         why = ""
@@ -160,8 +163,8 @@ class Judge(Generic[V]):
             except Unreachable as e:
                 if e.status is None or e.status < 500:
                     raise
-                # The server may fail only on this text. Without this check, the sample would then wait for the server
-                # forever.
+                # Perhaps the server fails only on this text. In this case, the sample would wait for the server forever
+                # without this check.
                 await self._check(row, shown, texts, 0.0)
                 why = e.why
         await self._check(row, shown, texts, CANARY_S)
@@ -196,7 +199,7 @@ class Judge(Generic[V]):
         return self.template.render({**shown, **blocks, "rules": rules}).strip()
 
     async def _check(self, row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str], good_s: float) -> None:
-        """Checks that the judge answers the row's canary now, or answered it at most `good_s` seconds ago.
+        """Checks that the judge answers the row's canary now, or answered the canary in the last `good_s` seconds.
 
         Raises Invalid if the judge gives no verdict on the canary, or Unreachable if the endpoint does not answer. The
         time of this check does not count against the sample's limit.
@@ -206,7 +209,7 @@ class Judge(Generic[V]):
         if len(self._canaries) > CANARIES:
             self._canaries.popitem(last=False)
         with waiting():
-            # While another sample's canary is being sent, this sample waits here and then uses the result.
+            # If another sample of this row sends the canary now, this sample waits here and then uses the result.
             async with canary.lock:
                 if canary.sent < (now if canary.failure else now - good_s):
                     sent = time.monotonic()
@@ -234,10 +237,10 @@ class Judge(Generic[V]):
 
 
 async def offence(judge: "Judge[Finding]", row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str]) -> Score:
-    """Returns the Score of a penalty that asks a judge: 1.0 if the text offends, else 0.0. See Judge.ask for arguments.
+    """Returns the Score of a penalty that asks a judge: 1.0 if the judge finds an offence, else 0.0.
 
-    `written` must contain the policy's `answer`. An empty answer does not offend, and the judge is not asked. If the
-    judge gives no verdict because of the answer, the answer offends.
+    The arguments are those of Judge.ask. `written` must contain the policy's `answer`. For an empty answer, the judge
+    is not asked and the Score is 0.0. If the judge gives no verdict because of the answer, the Score is 1.0.
     """
     if empty(written["answer"]):
         return Score(0.0, {"why": "an empty answer"})
@@ -309,8 +312,8 @@ def cut(text: str, most: int) -> str:
 
 
 def defused(text: str) -> str:
-    """Disables chat tokens and the judge's marks in `text` by replacing the first character of each with a similar
-    character. The length stays the same."""
+    """Disables chat tokens and the judge's marks in `text`: replaces the first character of each chat token, and the
+    brackets of each mark, by similar characters. The length stays the same."""
     return _CHAT_TOKEN.sub(lambda match: _LOOK_ALIKE[match[0]], text.translate(_MARKS))
 
 

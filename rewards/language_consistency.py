@@ -1,7 +1,8 @@
 """Behaviour penalty `language_consistency`: the answer is in another language than the question, or in two languages.
 
-The report discourages "code-switching and question-answer language mismatch" with a model-based penalty. It names no
-model and no threshold. The method (rewards.prose, rewards.languages) and all numbers are reconstructions.
+The STEP3-VL report discourages "code-switching and question-answer language mismatch" with a model-based penalty. The
+report names no model and no threshold. The method (rewards.prose, rewards.languages) and all numbers are
+reconstructions.
 """
 
 from collections.abc import Mapping, Sequence

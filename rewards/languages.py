@@ -1,4 +1,4 @@
-"""Identifies the languages of a text. If several languages share a script, lingua's identifier decides.
+"""Identifies the languages of a text. The library lingua distinguishes languages that share a script.
 
 Scripts, thresholds and the list of common words were made for this project.
 Tested in tests/rewards/test_language_consistency.py.
@@ -19,16 +19,18 @@ LANGUAGES = [
 ]  # fmt: skip
 NEAR = ({"da", "nb", "nn"}, {"id", "ms"}, {"bs", "hr", "sr"}, {"cs", "sk"})
 """Groups of languages that cannot be distinguished in short texts. The identifier's confidences in the languages of a
-group are added up. The group's first loaded language gets the sum; the other languages get none."""
+group are added up. The sum is the confidence in the first loaded language of the group. The other languages of the
+group get no confidence."""
 
-MAX_CHUNKS = 160  # maximum number of text pieces for the identifier; of more pieces, evenly spaced ones are used
+MAX_CHUNKS = 160  # maximum number of pieces that are identified; if there are more, evenly spaced pieces are chosen
 CHUNK = 40  # minimum number of letters in a piece: the identifier is often wrong about shorter pieces
-TELLING = 20  # minimum weight of prose whose language is identified; a Latin letter weighs about 1
-SURE, UNLIKELY = 0.9, 0.05  # a piece is foreign if a language has confidence >= SURE and the main language <= UNLIKELY
-TERM_WORDS = 3  # up to this many Latin words in a row, inside text of another script, are a name or a term
+TELLING = 20  # prose of less weight is too short to identify its language; a Latin letter has a weight of about 1
+# A piece is foreign if another language has confidence >= SURE and the main language has confidence <= UNLIKELY.
+SURE, UNLIKELY = 0.9, 0.05
+TERM_WORDS = 3  # up to this many Latin words in a row, inside text of another script, count as a name or a term
 
 _KNOWN: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-# Each common word of a language makes it COMMON times likelier that a piece is in this language. At most MAX_COMMON
+# Each common word of a language in a piece multiplies the confidence in this language by COMMON. At most MAX_COMMON
 # words count.
 COMMON, MAX_COMMON = 4.0, 6
 
@@ -39,7 +41,7 @@ class Languages:
     is known."""
 
     weights: dict[str, float] = field(default_factory=dict)  # label -> weight of prose, about 1 per Latin letter
-    dropped: float = 0.0  # number of letters in code, formulas and quotations, which are ignored
+    dropped: float = 0.0  # number of characters in code, formulas and quotations, which are ignored
 
     @property
     def total(self) -> float:
@@ -88,9 +90,9 @@ class Identifier:
         return {self.nearest(code) for code, names in self.names.items() if names.search(text.casefold())}
 
     def analysed(self, text: str, known: str | None = None) -> Languages:
-        """Returns the languages of a text. If the text is an answer, `known` is its question. Then the words in a
-        script other than the answer's main script are ignored if the question contains all these words, or all but
-        one."""
+        """Returns the languages of a text. If the text is an answer, `known` is its question. In this case, the
+        words in a script other than the answer's main script are ignored if the question contains all of these words,
+        or all but one."""
         text = plain(text)
         prose = without_code_and_quotations(text)
         by_script = script_runs(prose)
@@ -136,7 +138,7 @@ class Identifier:
 
     def confidences(self, text: str, candidates: Sequence[str]) -> dict[str, float]:
         """Returns the confidence in each candidate. The confidences in languages of the same group in NEAR are added
-        up. All returned confidences together give 1. Returns {} if no candidate fits."""
+        up. The returned confidences add up to 1. Returns {} if no candidate fits."""
         found: dict[str, float] = {}
         words = text.casefold().split()
         for one in self.detector.compute_language_confidence_values(text):
@@ -149,7 +151,7 @@ class Identifier:
         return {code: value / total for code, value in found.items()}
 
     def nearest(self, code: str) -> str:
-        """Returns the first loaded language of the code's group in NEAR, or the code if it is in no group."""
+        """Returns the first loaded language of the NEAR group that contains the code, or the code if no group does."""
         group = next((group for group in NEAR if code in group), {code})
         return next(c for c in self.languages if c in group)
 
@@ -194,7 +196,7 @@ def _script(label: str) -> str:
 
 def _pattern(names: str) -> re.Pattern[str]:
     """Returns a pattern that finds any of the names. Names in Latin script must be whole words. Names in other scripts
-    may also begin a longer word, because a case ending or a particle may follow."""
+    may also be the beginning of a longer word, because a case ending or a particle may follow."""
     parts = []
     for name in names.split():
         latin = re.match(f"[{RANGES['Latin']}]", name)

@@ -1,4 +1,4 @@
-"""Reward `math_verify`: 1.0 if the library Math-Verify finds the answer's last result equal to the ground truth."""
+"""Reward `math_verify`: 1.0 if the answer's last result equals the ground truth, according to Math-Verify."""
 
 import logging
 import math
@@ -40,8 +40,7 @@ _TOO_MUCH_FOR_EAGER = re.compile(
 
 def plain(result: str) -> str:
     """Normalises a result for the library. Removes a final period, dollar signs and a `\\text{}` around the whole
-    result. Rewrites notations that the library cannot read: blanks between thousands, the characters √ and ², and so
-    on."""
+    result. Rewrites notations that the library cannot read, such as blanks between groups of three digits, √ and ²."""
     text = result.replace(r"\$", "").strip("$ \n\t")
     for _ in range(4):
         if not text.endswith(".."):
@@ -75,8 +74,9 @@ class TooMuch(Exception):
 
 
 def digits(expression: Any) -> float:
-    """Estimates how many decimal digits the longest number has while a sympy expression is evaluated. Looks only at the
-    form of the expression, and does not evaluate it. Raises TooMuch if there are too many digits or terms.
+    """Estimates the number of decimal digits of the longest number that occurs when a sympy expression is evaluated.
+    Looks only at the form of the expression, and does not evaluate it. Raises TooMuch if there are too many digits or
+    terms.
 
     For powers, factorials, sums and products, nested in any way, the true number of digits is at most the estimate.
     Integrals, limits and similar expressions are accepted without an estimate.
@@ -112,7 +112,7 @@ def digits(expression: Any) -> float:
 
 def _value(expression: Any) -> float:
     """Returns the absolute value of a number, but at most 10^15; 1 for an expression without a value. Call `digits`
-    first, because it refuses expressions whose evaluation takes long."""
+    first, because it refuses expressions whose evaluation would take long."""
     try:
         return min(abs(complex(expression)), 1e15)
     except OverflowError:
@@ -170,11 +170,12 @@ class MathVerify:
 
     Compares the last `\\boxed{...}` of the answer. If the answer has no box, two results count: the last result that
     the library finds in the text, and the text after the last "Answer:" (or the whole answer if it is short), read as a
-    formula. The value is 1.0 if one of these results is equal to the ground truth. In three cases, the library's rules
+    formula. The value is 1.0 if one of these results is equal to the ground truth. In four cases, the library's rules
     are not used. Words are compared letter by letter, because the library reads them as products of variables. Two
-    numbers with a base must also have the same base. A percentage equals two numbers without a percent sign: 25% equals
-    both 25 and 0.25. A ground truth that is plain text and no mathematics is compared as in `exact`. A row is invalid
-    if its ground truth is LaTeX that cannot be parsed, or if comparing it with an answer would take too long.
+    numbers with a base, such as 52_8, are equal only if digits and base are the same. A percentage equals two numbers
+    without a percent sign: 25% equals both 25 and 0.25. A ground truth that is plain text and no mathematics is
+    compared as in `exact`. A row is invalid if its ground truth is LaTeX that cannot be parsed, or if comparing the
+    ground truth with an answer would take too long.
 
     The library's own time limits are off. They use SIGALRM, which cannot interrupt a long operation inside one
     bytecode, and which fails outside the main thread. Instead, the runner kills a process that exceeds the time limit

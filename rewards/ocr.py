@@ -10,7 +10,7 @@ from rewards.registry import as_response
 from rewards.text import folded, marked_answer
 
 LONGEST_TRUTH = 20_000
-"""Maximum number of characters of a true text. The time of a comparison grows with the product of the two lengths."""
+"""Maximum number of characters of a true text. The time of a comparison grows with the product of both lengths."""
 LONGEST_TIMES, LONGEST_PLUS = 4, 64
 """An answer with more characters than 4 * (characters of the true text) + 64 is not compared, because it could not earn
 much more than 1/4."""
@@ -28,11 +28,11 @@ def ocr(rollout: Rollout, case_sensitive: bool = True) -> Score:
 
     The transcription is the answer's last `\\boxed{...}` if there is one, else the text after the last "Answer:", else
     the whole answer. A code fence around the transcription is removed. If the true text itself contains `\\boxed{...}`
-    or "Answer:", the whole answer is the transcription. The ground truth is one text or a list of acceptable texts. Of
-    several texts, the text that is nearest to the transcription counts.
+    or "Answer:", the whole answer is the transcription. The ground truth is one text or a list of acceptable texts. If
+    there are several texts, the text that is nearest to the transcription counts.
 
-    The report describes no reward for reading text. Perception-R1, which the report cites, uses edit distance. The
-    normalisation here is a reconstruction.
+    The STEP3-VL report describes no reward for reading text. Perception-R1, which the report cites, uses edit distance.
+    The normalisation here is a reconstruction.
     """
     best = 0.0
     for true in _true_texts(rollout):

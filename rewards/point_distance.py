@@ -31,18 +31,18 @@ def _as_point(truth: Any) -> str:
 def point_distance(
     rollout: Rollout, radius: Annotated[float, Field(gt=0)] = 0.2, coordinates: Coordinates = "unit"
 ) -> Score:
-    """For a true point, max(0, 1 - d / radius) at the distance d. For a true box, 1.0 inside and 0.0 outside.
+    """For a true point, max(0, 1 - d / radius) at the distance d. For a true box, 1.0 inside the box, else 0.0.
 
-    A point at the target earns 1. A point farther away earns less, and a point at the distance `radius` or more earns
-    0. d is the Euclidean distance, with x in picture widths and y in picture heights, whatever `coordinates` the row
-    and the answer use. `radius` is in the same units. A point on the edge of a box is inside.
+    A point that is exactly at the true point earns 1. A point farther away earns less, and a point at the distance
+    `radius` or more earns 0. d is the Euclidean distance. For every value of `coordinates`, d and `radius` are measured
+    in picture widths (along x) and picture heights (along y). A point on the edge of a box is inside the box.
 
     Only the last point of the answer counts. But if this point is part of a list, all points of the list count: "(...),
     no, (...)" gives one point, "[[...], [...]]" gives two points. A list of n points earns 1/n of the value that the
     best of these points would earn. An answer without a usable point earns 0.0.
 
-    The report asks for strict distance decay. It gives no formula and no radius. The formula, the radius and the rule
-    for lists are reconstructions.
+    In the STEP3-VL report, the reward must decay strictly with the distance. The report gives no formula and no radius.
+    The formula, the radius and the rule for lists are reconstructions.
     """
     given, row = rollout.prompt.ground_truth, rollout.prompt.id
     if isinstance(given, list | tuple) and any(isinstance(one, list | tuple | dict) for one in given):

@@ -1,6 +1,7 @@
-"""Finds the prose of a text (without code, formulas and quotations) and splits it into runs of one script.
+"""Finds the prose of a text (the text without code, formulas and quotations) and splits the prose into runs.
 
-A run is a series of words in one script. The time is bounded, and grows linearly with the length of the text.
+A run is a series of words in one script, such as Latin or Cyrillic. The time grows linearly with the length of the text
+and is bounded, because long texts are cut.
 
 Tested in tests/rewards/test_language_consistency.py.
 """
@@ -40,7 +41,7 @@ WORD = re.compile(
     "|".join(f"(?P<{s}>[{r}][{r}\u0300-\u036f]*+(?:['’][{r}\u0300-\u036f]++)*+)" for s, r in RANGES.items())
 )
 _LETTERS_PER_SIGN = {"Han": 3, "Kana": 2, "Hangul": 2}
-UNSPACED = {"Han": 4, "Kana": 8, "Thai": 12}  # maximum letters of one word, for scripts without blanks
+UNSPACED = {"Han": 4, "Kana": 8, "Thai": 12}  # maximum letters of a word in scripts without blanks
 _HIRAGANA, _HIRAGANA_OR_HAN = re.compile("[ぁ-ゖ]"), re.compile(f"[ぁ-ゖ{RANGES['Han']}]")
 
 _FENCE = re.compile(r"^[ \t>]{0,16}+(`{3,}+|~{3,}+)([^\n]*+)$", re.MULTILINE)
@@ -48,8 +49,9 @@ _ENVIRONMENT = re.compile(
     r"\\(begin|end)\{(?:equation|align|aligned|alignat|gather|gathered|multline|split|cases|array|eqnarray|math|"
     r"displaymath|tabular|verbatim|lstlisting|minted|tikzpicture|[a-zA-Z]?matrix|smallmatrix)\*?\}"
 )
-# A start mark without an end mark must not hide the text after it, and must cost only linear time. So the search for an
-# end mark has a bounded length, and stops at the next start mark of the same kind.
+# If a start mark (such as a dollar sign) has no end mark, the text after the start mark must still count as prose, and
+# the search for the end mark must take only linear time. So this search has a maximum length, and stops at the next
+# start mark of the same kind.
 _NOT_PROSE = re.compile(
     r"""
       `{1,2}+[^`\n]{1,400}+`{1,2}+
@@ -83,14 +85,17 @@ class Run:
 
 
 def script_runs(prose: str) -> dict[str, list[Run]]:
-    """Returns script -> runs. A run ends where its sentence ends. Han characters near hiragana count as Japanese."""
+    """Returns a mapping from script to runs. A run ends where the script changes or the sentence ends.
+
+    Han characters near hiragana count as Japanese.
+    """
     found: dict[str, list[Run]] = {}
     japanese = _is_japanese(prose)
     for sentence in _SENTENCE.findall(prose):
         words = [(m.lastgroup or "", m[0]) for m in WORD.finditer(sentence)]
         words = [(s, w) for s, w in words if not (s == "Greek" and len(w) < 3)]  # skips letters of formulas
         han = sum(len(w) for s, w in words if s == "Han")
-        # A short Japanese phrase may have only Han characters. A Japanese sentence with 12 Han characters has kana too.
+        # A short Japanese phrase may have only Han characters. A Japanese sentence of 12 Han characters has kana too.
         if _is_japanese(sentence) or (japanese and han < 12):
             words = [("Kana" if s == "Han" else s, w) for s, w in words]
         korean = any(s == "Hangul" for s, _ in words)

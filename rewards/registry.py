@@ -58,8 +58,8 @@ class Reward:
 
     @property
     def asynchronous(self) -> bool:
-        """True for an async reward, such as a reward that asks an endpoint. One process scores many samples at once
-        with such a reward."""
+        """True for an async reward, such as a reward that asks an endpoint. With an async reward, one process scores
+        many samples at once."""
         function = self.target.__call__ if inspect.isclass(self.target) else self.target
         return inspect.iscoroutinefunction(function)
 
@@ -89,7 +89,7 @@ class Reward:
 class BoundReward:
     """A reward with checked parameters.
 
-    Calling it with a rollout returns the reward's result: a number, a Score, or an awaitable that gives a number or a
+    A call with a rollout returns the reward's result: a number, a Score, or an awaitable that gives a number or a
     Score. A group reward takes a list of rollouts and returns a list. A row judge takes a Prompt. The first call runs
     `setup()`.
     """
@@ -144,7 +144,8 @@ def reward(
     lowest      the lowest value that the reward can return; truncated responses and unreadable text get this value
     highest     the value of a fully right response
     on_timeout  what happens to a sample that runs out of time or memory. "invalid": it is left out of the loss.
-                "lowest": it gets the lowest value; for rewards whose time and memory depend only on the policy's text
+                "lowest": it gets the lowest value. Use "lowest" only if the time and the memory of the reward depend
+                only on the policy's text
     verifiable  True if a response that states only the row's ground truth gets `highest`; `python -m rewards try` then
                 checks this. The response is the ground truth itself if it is text, else its JSON. If such a response
                 does not get `highest`, pass a function instead: it converts a ground truth into a response that gets
@@ -169,9 +170,9 @@ def reward(
 def penalty(
     name: str, *, group: bool = False, on_timeout: OnTimeout = "invalid", timeout_s: float = 10.0
 ) -> Callable[[Target], Target]:
-    """Registers a behaviour penalty. It is written like a reward, and returns how badly the rollout offends, from 0
-    (not at all) to 1. A recipe lists penalties under a reward. The penalties lower the reward's value towards the
-    lowest value of the reward:
+    """Registers a behaviour penalty. It is written like a reward. It returns the offence, a number that says how badly
+    the rollout breaks a rule: from 0 (not at all) to 1 (fully). A recipe lists penalties under a reward. The penalties
+    lower the reward's value towards the lowest value of the reward:
 
         lowest + (value - lowest) * product over penalties of (1 - magnitude * offence)
     """

@@ -34,10 +34,10 @@ class Relevant:
     reasons      True: the judge gives reasons before its grade
     temperature  the judge's sampling temperature
     max_tokens   maximum length of one reply
-    template     a Jinja file that replaces rewards/prompts/relevant.jinja. That file lists the variables
+    template     a Jinja file to use instead of rewards/prompts/relevant.jinja. relevant.jinja lists the variables
 
-    In the report, an early STEP3-VL-10B rates "semantic correlation and mutual contribution between images and
-    questions". The report publishes no prompt and no threshold. Prompt and threshold are reconstructions.
+    In the STEP3-VL report, an early version of STEP3-VL-10B rates "semantic correlation and mutual contribution between
+    images and questions". The report publishes no prompt and no threshold. Prompt and threshold are reconstructions.
     """
 
     def __init__(

@@ -28,8 +28,8 @@ class RewardModel:
     The chat consists of the text of the row's messages and of `rollout.answer`, without the reasoning. Control tokens
     in the answer are replaced by blanks, so that the answer cannot end its message and start another message. An empty
     answer gets 0. The text is cut to `max_length`, so the policy's text cannot make scoring slow. So if a sample runs
-    out of time, the policy's text is not the cause, and the sample is invalid. The report has no such reward; the
-    preference reward in the report is a generative judge.
+    out of time, the policy's text is not the cause, and the sample is invalid. The STEP3-VL report has no such reward:
+    its preference reward is a generative judge.
     """
 
     def __init__(
@@ -59,7 +59,9 @@ class RewardModel:
         model, report = loaded
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])
-            raise ValueError(f"reward_model: {self.path} has no weights for {missing}; was it saved as a classifier?")
+            raise ValueError(
+                f"reward_model: {self.path} has no weights for {missing}; was the model saved as a classifier?"
+            )
         self.model = model.to(self.device).eval()
         self.room = min(self.max_length, getattr(config, "max_position_embeddings", self.max_length))
 

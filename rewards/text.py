@@ -1,4 +1,7 @@
-"""Finds the answer in a response and normalises text, in linear time. Shared by the rewards that compare text."""
+"""Finds the answer in a response, and normalises text. Rewards that compare text use these functions.
+
+The time of each function is linear in the length of the text.
+"""
 
 import re
 import unicodedata
@@ -6,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 WINDOW = 4096
-"""Rewards look only at this many characters at the end of an answer."""
+"""By default, only this many characters at the end of an answer are searched."""
 
 _ANSWER = re.compile(r"\banswer[ \t*]{0,4}:[ \t*]{0,4}", re.IGNORECASE)
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\{([^{}]*)\}")
@@ -14,8 +17,9 @@ _BRACES = re.compile(r"\\boxed\s{0,8}+\{|\\.|[{}]", re.DOTALL)
 
 
 def last_boxed(text: str) -> str | None:
-    """Returns the content of the `\\boxed{...}` whose closing brace comes last, or None. Escaped braces are ignored."""
-    opened: list[int | None] = []  # for each open brace: start of its content if it opens a box, else None
+    """Returns the content of the `\\boxed{...}` whose closing brace comes last, or None if there is no `\\boxed{...}`.
+    Escaped braces are ignored."""
+    opened: list[int | None] = []  # for each open brace: the start of its content if the brace opens a box, else None
     span = None
     for token in _BRACES.finditer(text):
         if token[0] == "}":
@@ -55,8 +59,8 @@ def visible(text: str) -> str:
 
 
 def folded(text: str) -> str:
-    """Converts `text` to Unicode form NFKC, removes invisible characters, and puts one blank in place of each stretch
-    of white space."""
+    """Converts `text` to Unicode form NFKC, removes invisible characters, and replaces each sequence of white space by
+    one blank."""
     text = unicodedata.normalize("NFKC", text)
     return " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
 

@@ -50,13 +50,13 @@ class Verifier:
     max_tokens   maximum length of one verdict, including the thinking of a reasoning judge
     max_chars    maximum number of characters that the judge sees of the answer, and of the reasoning. The middle of a
                  longer text is cut out: the judge sees a short start and a long end
-    template     a Jinja file that replaces rewards/prompts/verifier.jinja. That file lists the variables. A relative
-                 path starts at the folder in which the run is started
+    template     a Jinja file to use instead of rewards/prompts/verifier.jinja. verifier.jinja lists the variables. The
+                 path is absolute, or relative to the folder in which the run is started
 
-    An empty answer scores 0.0. If the judge gives no verdict on an answer, but gives a verdict on a harmless answer to
-    the same row, the policy's answer also scores 0.0. The report names the properties of its verifier (independent of
-    form, equal expressions accepted, process consistency). It publishes no prompt and no number of votes. The prompt
-    and the number of votes are reconstructions.
+    An empty answer scores 0.0. If the judge gives no verdict on the policy's answer, but gives a verdict on a harmless
+    answer to the same row, the policy's answer also scores 0.0. The STEP3-VL report says that its verifier ignores the
+    form of an answer, accepts equal expressions, and checks the consistency of the reasoning. The report publishes no
+    prompt and no number of votes. The prompt and the number of votes are reconstructions.
     """
 
     def __init__(

@@ -7,14 +7,15 @@ from rewards.text import last_boxed
 
 
 def vote(answer: str) -> str:
-    """Returns the vote of an answer (a response without its thinking). The vote is the last `\\boxed{...}`, else the
-    whole answer, in lower case and with single blanks; "" for an empty answer."""
+    """Returns the vote of an answer (a response without its thinking). The vote is the content of the last
+    `\\boxed{...}` if there is one, else the whole answer. The vote is in lower case and has single blanks. The vote of
+    an empty answer is ""."""
     boxed = last_boxed(answer)
     return " ".join((answer if boxed is None else boxed).lower().split())
 
 
 def majority(votes: Sequence[str]) -> str | None:
-    """Returns the most frequent non-empty vote; None if there is no vote. Of equally frequent votes, returns the
-    first."""
+    """Returns the most frequent non-empty vote; None if there is no vote. If several votes are equally frequent,
+    returns the first of them."""
     given = [one for one in votes if one]
     return Counter(given).most_common(1)[0][0] if given else None

@@ -1,4 +1,4 @@
-"""Shared by all stages: recipes, models, the PPO learner, checkpoints, and what a run records."""
+"""The code that all stages share: recipes, models, the PPO learner, checkpoints, and the records of a run."""
 
 import os
 

@@ -69,8 +69,9 @@ class _Holder:
 
 
 class RemoteFuture(Generic[R]):
-    """The result of a remote call. A RemoteFuture can be an argument of another `start`, or a value in a mapping that
-    is such an argument. The result then goes directly from process to process, and this process makes no copy."""
+    """The result of a remote call. A RemoteFuture can be an argument of another `start`. It can also be a value in a
+    mapping that is an argument. The result then goes directly from process to process, and this process makes no
+    copy."""
 
     def __init__(self, reference: Any) -> None:
         self.reference = reference
@@ -104,7 +105,8 @@ class _Fetched(Mapping[str, Any]):
 
 @contextmanager
 def signals_as_raised() -> Iterator[None]:
-    """If a SystemError hides an exception that a signal handler raised, raises that exception.
+    """A `with` block that restores the exception of a signal handler: if the block ends with a SystemError that another
+    exception caused, this other exception is raised instead.
 
     A signal may arrive at the moment at which Ray stops waiting. Ray then returns a value although the signal handler
     has raised an exception, and Python raises a SystemError.

@@ -100,8 +100,8 @@ class Source(Options):
     """A JSONL, JSON or Parquet file, or a Hugging Face dataset (folder or hub id). The split `train` of a dataset is
     read. The form `path:SPLIT` selects another split."""
     adapter: str | None = None
-    """Name of a public dataset. Its columns are converted to our columns. All names are in rollout/data/adapters.py.
-    null: the rows already have our columns."""
+    """Name of an adapter, which converts the columns of a public dataset to our columns. All adapters are in
+    rollout/data/adapters.py. null: the rows already have our columns."""
     columns: dict[str, str] = {}
     """Maps our column names to the column names in this source, in addition to data.columns. A dotted name such as
     extra.answer means the field `answer` inside the column `extra`."""
@@ -289,8 +289,8 @@ class Accept(Options):
     """Lowest reward that counts as right, for tasks that are not in by_task. The default is the highest reward of the
     verifiable tasks (reconstruction)."""
     by_task: dict[str, float] = {}
-    """Maps a task to the lowest reward that counts as right in this task. This is useful for a task whose rewards can
-    be between 0 and 1."""
+    """Maps a task to the lowest reward that counts as right in this task. This is useful for a task that also gives
+    rewards between 0 and 1, such as 0.5."""
 
     def of(self, task: str) -> float:
         """Returns the threshold of a task."""
@@ -403,7 +403,7 @@ class PPO(Options):
     these iterations."""
     minibatches: Count
     """Number of optimizer steps of the policy per iteration. The samples are divided among the steps, and each sample
-    is used once."""
+    is used in one step."""
     critic_minibatches: Count
     """Number of optimizer steps of the critic per iteration."""
     ratio: Literal["none", "clip"] = "none"
@@ -491,8 +491,9 @@ class RolloutOptions(Options):
     """Maximum number of tokens of a response that is sampled for logprob_check. The engines need one step for each
     token."""
     logprob_gap_limit: Positive = 0.05
-    """The run stops if the mean |engine - learner| logprob (nats per token) is above this value. Without an error in
-    engine or learner, the mean is 0.01 to 0.04 in bfloat16 on a GPU, and less than 0.0001 in float32."""
+    """The run stops if the mean absolute difference between the engine's and the learner's logprobs (nats per token) is
+    above this value. Without an error in engine or learner, the mean is 0.01 to 0.04 in bfloat16 on a GPU, and less
+    than 0.0001 in float32."""
 
 
 class Learner(Options):
@@ -645,7 +646,7 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
         ("curate.decontamination.against", config.curate.decontamination.against),
     ):
         if any(source.weight for source in sources):
-            yield OptionError(key, "has a source with a weight; only sources of data.train may have one")
+            yield OptionError(key, "has a source with a weight; only sources of data.train may have a weight")
     weights = [source.weight for source in config.data.train]
     if None in weights and any(weights):
         yield OptionError("data.train", "gives some of its sources a weight; give all sources a weight, or none")
@@ -676,7 +677,7 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
 
 def _stored_secrets(config: Config) -> Iterator[OptionError]:
     """Yields an error for each parameter that seems to be a secret. The file recipe.yaml stores all values. A parameter
-    may therefore hold only the name of an environment variable that contains the secret."""
+    may therefore contain the name of an environment variable, but not the secret itself."""
     for task, rewards in config.rewards.items():
         for scorer in (scorer for reward in rewards for scorer in (reward, *reward.penalties)):
             for name in _names(scorer.params):

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lambda: _main(args),
         input_errors=(ValueError, FileNotFoundError),
         failures=(RuntimeError, OSError, TemplateError),
-        resume=f"The same command continues from what is in {args.cache}" if args.cache else "",
+        resume=f"The same command continues from the responses in {args.cache}" if args.cache else "",
     )
 
 

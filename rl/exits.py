@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 NO_GPU = (
     "{recipe} is the full-size run: it needs a GPU for each vLLM engine, for the policy and for the critic, and this "
-    "machine has none.\nTo run it here with the small model that ships: add --profile cpu. To use your own small model "
+    "machine has none.\nTo run it here with the shipped small model: add --profile cpu. To use your own small model "
     "on the CPU: add learner.device=cpu."
 )
 
@@ -29,8 +29,8 @@ class InputError(ValueError):
 
 @contextmanager
 def as_input_error() -> Iterator[None]:
-    """If the `with` block raises a ValueError or an OSError, for example because a file cannot be read, raises an
-    InputError instead."""
+    """Converts a ValueError or an OSError in the `with` block to an InputError. For example, reading a missing file
+    raises an OSError."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -51,7 +51,8 @@ def run_command(
     Args:
         work: the command; returns its exit code.
         input_errors: exceptions after which the exit code is 2.
-        failures: exceptions after which the exit code is 1, unless they are `input_errors` too.
+        failures: exceptions after which the exit code is 1. For an exception that is also one of `input_errors`, the
+            exit code is 2.
         resume: advice on how to continue, printed after a failure and after an interruption.
         interrupted: message after Ctrl-C or SIGTERM.
     """

@@ -14,7 +14,8 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """Raises `Interrupted` after the first SIGINT or SIGTERM: at once inside `waiting()`, else at the next `check()`.
+    """Raises `Interrupted` after the first SIGINT or SIGTERM. Inside a `waiting()` block, the exception is raised at
+    once. Elsewhere, the next `check()` raises the exception.
 
     The second signal ends the process without saving.
     """

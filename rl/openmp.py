@@ -1,4 +1,5 @@
-"""Limits how long OpenMP threads spin while they wait for work. `import rl` does this in every process of a run.
+"""Limits how long OpenMP threads spin while they wait for work. `import rl` sets these limits in every process of a
+run.
 
 Engine, policy, critic and judges share the cores of a machine, with each other and with other programs. A thread that
 spins takes a core from a thread that has work. By default, threads of GNU's OpenMP library spin for some milliseconds
@@ -8,8 +9,8 @@ after each parallel loop, and threads of Intel's library for 200 ms.
 from collections.abc import MutableMapping
 
 LIMITS = {
-    "GOMP_SPINCOUNT": "500",  # GNU's library (torch, vLLM): some 20 microseconds, in turns of an empty loop
-    "KMP_BLOCKTIME": "0",  # Intel's library, which a user can preload: milliseconds
+    "GOMP_SPINCOUNT": "500",  # GNU's library (torch, vLLM): 500 turns of an empty loop, about 20 microseconds
+    "KMP_BLOCKTIME": "0",  # Intel's library, which a user can preload; the unit is milliseconds
 }
 CHOICES = {"OMP_WAIT_POLICY", *LIMITS}  # variables with which a user chooses how threads wait
 

@@ -27,7 +27,7 @@ class Future(Protocol[R_co]):
 
 
 class Remote(Protocol[T]):
-    """An object of type T that lives in another process, or in several processes that act as one object."""
+    """An object of type T in another process, or in several processes that act as one object."""
 
     def start(self, method: Callable[Concatenate[T, P], R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Starts `method(object, *args)` and returns at once. Calls to the same object run one after the other, in

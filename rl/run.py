@@ -111,7 +111,7 @@ def _resumed_chain(recipe: Path, args: argparse.Namespace) -> Chain:
         done = max((line["iteration"] for line in RunFolder(wanted.of(step)).read_metrics()), default=0)
         if not step.curates and done > step.resolved.config.iterations:
             raise InputError(
-                f"{step.name}.iterations = {step.resolved.config.iterations}, but {done} are done already; "
+                f"{step.name}.iterations = {step.resolved.config.iterations}, but {done} iterations are done already; "
                 "the policy cannot go back"
             )
     _check_changes(changes, may_change, args.allow)

@@ -179,7 +179,7 @@ class Request:
     images: tuple[Picture, ...]
     max_tokens: int
     seed: int
-    temperature: float = 1.0  # 0: greedy decoding; greedy and sampled requests never share a generate() call
+    temperature: float = 1.0  # 0: greedy decoding; greedy and sampled requests are never in the same generate() call
 
 
 @dataclass(frozen=True)

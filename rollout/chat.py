@@ -19,7 +19,7 @@ class Chat:
     Args:
         folder: a local Hugging Face folder.
         template: Jinja file that replaces the folder's chat template.
-        synthesis: the template for prompts that contain messages of earlier attempts. None uses the default template.
+        synthesis: the template for prompts that contain messages of earlier attempts. None means the default template.
     Raises: ValueError if there is no chat template, or if a model with vision has no image token.
     """
 
@@ -54,8 +54,8 @@ class Chat:
 
         The last result is cached, because this method is called with the same Prompt object for every response of a
         group.
-        Raises: ValueError, with the row's id, if the row has pictures but the model is a text model, if the template
-            leaves out a picture, or if the template fails.
+        Raises: ValueError in three cases: the row has pictures but the model is a text model, the template leaves out a
+            picture, or the template fails. The message contains the row's id.
         """
         last = self._last  # read only once, because several threads may use this object
         if last is None or last[0] is not prompt:
@@ -87,7 +87,7 @@ class Chat:
         return len(self.prompt_ids(prompt)) + sum(self.picture_tokens(p.size) - 1 for p in prompt.images)
 
     def picture_tokens(self, size: tuple[int, int]) -> int:
-        """Returns the number of prompt tokens of a picture of `size` (width, height)."""
+        """Returns the number of tokens that a picture takes in a prompt. `size` is (width, height) in pixels."""
         return self.image.expansion(size) if self.image else 0
 
     def text(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
@@ -101,7 +101,7 @@ class Chat:
         return (THINK_OPEN if opened else "") + self.tokenizer.decode(visible)
 
     def _plain(self, message: Any) -> dict[str, Any]:
-        """Replaces the image parts of a message with the image token, because every chat template supports text."""
+        """Replaces the image parts of a message with the image token, because some chat templates accept only text."""
         content = message["content"]
         if not isinstance(content, str):
             image = self.image.text if self.image else ""

@@ -42,7 +42,7 @@ class Settings:
     seed: int = 0
     max_tokens: int | None = None  # maximum tokens of one reply; None means that only the context limits a reply
     answers: int = 1  # number of replies in the last round
-    given: str | None = None  # the file that contains the first rounds
+    given: str | None = None  # file of an earlier evaluation, whose first rounds are used again
     wording: str | None = None  # digest of the synthesis template; None means the default template
     weights: str | None = None  # ModelTarget.weights_digest
     max_length: int | None = None
@@ -103,16 +103,16 @@ async def generate(
     first_rounds: Mapping[str, Sequence[Round]] = MappingProxyType({}),
     under_way: int = 64,
 ) -> None:
-    """Answers many problems at once.
+    """Answers many problems in parallel.
 
     The synthesis of a problem starts when all trajectories of this problem are done. The request for the synthesis is
     sent before all waiting requests for trajectories of other problems.
 
     Args:
-        sample: sends the requests. It must limit how many requests are under way at a time, as EndpointClient does.
+        sample: sends the requests. It must limit the number of simultaneous requests, as EndpointClient does.
         on_result: is called once per problem with the problem's rounds, or with the reason why there is no answer.
-        first_rounds: problem id -> rounds from an earlier run. They replace the first rounds that the settings
-            describe.
+        first_rounds: problem id -> rounds from an earlier run. They are used in place of the rounds that
+            `settings.trajectories` describes.
         under_way: maximum number of problems that are answered at a time. The pictures of these problems are in memory.
     """
 
@@ -175,7 +175,7 @@ class AnswerFile:
 
     def __init__(self, path: Path, settings: Settings) -> None:
         self.path, self._settings = path, settings.record
-        self.records: dict[str, dict[str, Any]] = {}  # by problem id
+        self.records: dict[str, dict[str, Any]] = {}  # problem id -> record
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             self._read()
@@ -264,7 +264,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url: its name at the endpoint")
     p.add_argument("--mode", choices=("sere", "pacore"), default="sere", help="one trajectory, or many and a synthesis")
     p.add_argument("--trajectories", default="16", metavar="PLAN", help="trajectories per round, e.g. 32,4; default 16")
-    p.add_argument("--template", type=Path, help="Jinja file of the synthesis prompt; default: the model's, if any")
+    p.add_argument(
+        "--template", type=Path, help="Jinja file of the synthesis prompt; default: the file in the model's folder"
+    )
     p.add_argument("--temperature", type=float, default=1.0)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-tokens", type=int, help="maximum tokens of a reply; default: only the context limits a reply")

@@ -1,10 +1,10 @@
-"""Partial rollouts: sampling stops when enough groups are complete; unfinished responses continue next iteration.
+"""Partial rollouts: sampling stops when enough groups are complete, and unfinished responses continue later.
 
-More prompts are in progress than an iteration needs. Step by step, every unfinished response grows by the same number
-of tokens. When enough groups are complete, these groups are the iteration's samples. All other groups are kept for the
-next iteration. So the longest responses do not delay an iteration. Every token keeps the logprob that it had under the
-weights that sampled it. The same recipe and seed select the same groups again, because sampling stops after a number of
-tokens, not after a time.
+More prompts are in progress than an iteration needs. Sampling works in steps. In each step, every unfinished response
+grows by up to `chunk` tokens. When enough groups are complete, these groups are the iteration's samples. All other
+groups are kept for the next iteration. So the longest responses do not delay an iteration. Every token keeps the
+logprob that it had under the weights that sampled it. A repeated run with the same recipe and seed selects the same
+groups, because sampling stops after a certain number of tokens, not after a certain time.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,7 +45,7 @@ class DraftGroup:
     """A prompt and its responses, some of which may be unfinished."""
 
     prompt: Prompt
-    name: tuple[int, int]  # (the group's first iteration, index in that iteration); the seeds depend on it
+    name: tuple[int, int]  # (the group's first iteration, index in that iteration); the seeds depend on this name
     drafts: tuple[Draft, ...]
 
     @property
@@ -75,11 +75,12 @@ class DraftGroup:
 
 
 class PartialRollouts:
-    """A sampler whose iterations end when `wanted` groups are complete. It keeps the unfinished groups for the next
+    """A sampler that ends an iteration when enough groups are complete. It keeps the other groups for the next
     iteration.
 
     Args:
-        chunk: the number of tokens by which every unfinished response grows in one step.
+        wanted: the number of complete groups that end an iteration.
+        chunk: the maximum number of tokens by which every unfinished response grows in one step.
     """
 
     def __init__(self, pool: EnginePool, *, wanted: int, chunk: int) -> None:
@@ -97,7 +98,7 @@ class PartialRollouts:
         return [group.record() for group in self._unfinished.get(iteration, ())]
 
     def resume(self, iteration: int, unfinished: Iterable[Mapping[str, Any]], prompts: Sequence[Prompt]) -> None:
-        """Continues after `iteration`.
+        """Restores the unfinished groups of an earlier run, so that sampling can continue after `iteration`.
 
         Args:
             unfinished: the groups that the method `unfinished` returned for this iteration.
@@ -107,15 +108,15 @@ class PartialRollouts:
 
     def sample(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> Iterator[tuple[int, Rollout]]:
         """Starts responses to `prompts`, and continues the groups that the previous iteration left unfinished. Stops
-        when `wanted` groups are complete.
+        when the number of complete groups reaches `wanted`.
 
         Yields (index, rollout) for each response of a complete group. If too many groups become complete at the same
-        time, the groups that started first are yielded.
+        time, the groups that started first are yielded. The others are kept for the next iteration.
         """
         groups = list(self._unfinished.get(iteration - 1, ()))
         groups += [DraftGroup(prompt, (iteration, n), (Draft(),) * per_prompt) for n, prompt in enumerate(prompts)]
         if len(groups) < self.wanted:
-            raise ValueError(f"{len(groups)} groups are in progress, fewer than the {self.wanted} that are wanted")
+            raise ValueError(f"only {len(groups)} groups are in progress, but {self.wanted} groups are wanted")
         count = 0
         while True:
             taken = [group for group in groups if group.complete][: self.wanted - count // per_prompt]
@@ -159,7 +160,7 @@ def _rollout(prompt: Prompt, draft: Draft, pool: EnginePool) -> Rollout:
 
 
 def _with_piece(pieces: tuple[tuple[int, int], ...], new: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """Appends a piece. If the same weights sampled the last piece, the new piece is joined with it."""
+    """Appends a piece. If the same weights sampled the last piece and the new piece, the two are joined."""
     if pieces and pieces[-1][0] == new[0]:
         return (*pieces[:-1], (new[0], pieces[-1][1] + new[1]))
     return (*pieces, new)

@@ -1,7 +1,7 @@
 """Uses all vLLM engines as one sampler, which returns rollouts for prompts.
 
-The work is distributed by a fixed rule (prompt i goes to engine i mod n), and every request has its own seed. So the
-same recipe gives the same samples again.
+With n engines, prompt i always goes to engine i mod n, and every request has its own seed. So a repeated run of the
+same recipe gives the same samples.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 class EngineHandle(Protocol):
-    """The calls to one engine in another process (rollout.vllm.client.EngineClient)."""
+    """The interface of clients that call an engine in another process, such as rollout.vllm.client.EngineClient."""
 
     def stream(self, requests: Sequence[Request]) -> Stream: ...
     def load(self, weights: Any, step: int) -> Future[None]: ...
@@ -26,9 +26,9 @@ class EngineHandle(Protocol):
 
 
 def seed_of(*parts: object) -> int:
-    """Returns a sampling seed, 0 <= seed < 2^31, derived from the values that identify a sample.
+    """Returns a sampling seed (0 <= seed < 2^31), which is computed from the values that identify a sample.
 
-    The seed is the same on every machine.
+    The same values give the same seed on every machine.
     """
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
@@ -36,11 +36,11 @@ def seed_of(*parts: object) -> int:
 class EnginePool:
     """Distributes the calls of `sample`, `greedy`, `check` and `load` over all engines.
 
-    `sample` and `greedy` yield (index, rollout) pairs as soon as the responses arrive. The index counts the responses
-    in the order of the prompts. The caller must read all pairs.
+    `sample` and `greedy` yield (index, rollout) pairs as soon as the responses arrive. The index is the number of the
+    response, counted in the order of the prompts. The caller must read all pairs.
 
     Args:
-        engines: the engines, which may run in any processes.
+        engines: clients of the engines. The engines may run in other processes.
         merge_streams: a function that is called with the streams of several engines and `patience`. It yields (index of
             the stream, value) in the order of arrival. If an engine died or hung, the last value of its stream is a
             WorkerDied.
@@ -49,7 +49,7 @@ class EnginePool:
         check_tokens: maximum number of tokens of a response that `check` samples.
         patience: an engine that sends nothing for this many seconds counts as dead.
         replacement: a function that is called with the number of a dead engine and the error. It returns a new engine,
-            or raises an error.
+            or raises an error. None means that dead engines are not replaced: the error is raised.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class EnginePool:
         self.check_tokens, self.patience, self.replacement = check_tokens, patience, replacement
         self.policy_step = 0
         self.replaced = 0  # number of engines replaced so far
-        self._weights: Any = None  # the weights that all engines have loaded; a replacement loads them too
-        self._encoded: dict[int, int] = {}  # engine -> number of pictures encoded when `encodings` was last called
+        self._weights: Any = None  # weights of the last `load`; an engine that replaces a dead engine loads them too
+        self._encoded: dict[int, int] = {}  # engine -> its number of encoded pictures at the last call of `encodings`
         self._encoded_by_dead = 0
 
     def sample(
@@ -104,7 +104,7 @@ class EnginePool:
         return in_order(self._rollouts(short, prompts))
 
     def greedy(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Rollout]]:
-        """Decodes one greedy response to each prompt."""
+        """Generates one greedy response (temperature 0) to each prompt."""
         requests = [self.requests(prompt, [()]) for prompt in prompts]
         return self._rollouts([[replace(r, seed=0, temperature=0.0) for r in g] for g in requests], prompts)
 
@@ -112,7 +112,7 @@ class EnginePool:
         """Loads new weights into all engines.
 
         Args:
-            weights: a mapping from tensor names on disk to tensors, or the Future of such a mapping.
+            weights: a mapping from the names of tensors in model files to tensors, or the Future of such a mapping.
         """
         self._weights, self.policy_step = weights, policy_step
         for number, pending in enumerate([engine.load(weights, policy_step) for engine in self.engines]):
@@ -124,8 +124,8 @@ class EnginePool:
                 self._replace(number, died)
 
     def encodings(self) -> int:
-        """Returns the number of pictures that the engines have encoded so far. Pictures that an engine did not report
-        before it died are not counted."""
+        """Returns the number of pictures that the engines have encoded so far. Pictures that an engine encoded, but did
+        not report before it died, are not counted."""
         for number, pending in enumerate([engine.encodings() for engine in self.engines]):
             try:
                 self._encoded[number] = pending.result(self.patience)
@@ -149,8 +149,8 @@ class EnginePool:
         longest, length = longest or self.max_sequence_length, self.chat.length(prompt)
         if length >= longest:
             raise ValueError(
-                f"row {prompt.id} has {length} tokens with its pictures and messages, which leaves "
-                f"no room for a response in a sequence of {longest}"
+                f"row {prompt.id} has {length} tokens with its pictures and messages, so there is "
+                f"no room for a response in a sequence of {longest} tokens"
             )
         return longest - length
 
@@ -165,8 +165,8 @@ class EnginePool:
     def complete(self, requests: Sequence[Sequence[Request]]) -> Iterator[tuple[int, Completion]]:
         """Yields (index of the request, completion) in the order of arrival.
 
-        The requests of one inner list are sent to the same engine, which computes their prompt once. If an engine
-        dies, the requests that it has not answered are sent to its replacement.
+        The requests of one inner list are sent to the same engine, which computes their common prompt only once. If
+        an engine dies, the requests that it has not answered are sent to the engine that replaces it.
         """
         owners = [row for row, group in enumerate(requests) for _ in group]
         flat = [request for group in requests for request in group]

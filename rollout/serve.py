@@ -117,8 +117,8 @@ class PacoreProxy:
         return response
 
     async def _report_in_stream(self, response: web.StreamResponse, error: Exception) -> None:
-        """Sends an error as an event of the stream. If the stream has not begun, raises the error instead, so that the
-        client gets an HTTP error status."""
+        """Sends an error as an event of the stream. If the stream has not begun, the error is raised instead, so that
+        the client gets an HTTP error status."""
         if not response.prepared:
             raise error
         await response.write(_event({"error": {"message": str(error), "type": type(error).__name__}}))
@@ -177,8 +177,8 @@ class PacoreProxy:
                 yield self._rewrite_line(line, body, rounds)
 
     def _rewrite_line(self, line: bytes, body: Mapping[str, Any], rounds: Sequence[Round]) -> bytes:
-        """Changes a line of the endpoint's stream: sets the model name of the request, and adds the tokens of all
-        trajectories to the usage."""
+        """Changes a line of the endpoint's stream: replaces the model name with the name that the client used, and adds
+        the tokens of all trajectories to the usage."""
         if not line.startswith(b"data: {"):
             return line
         chunk = json.loads(line.removeprefix(b"data: "))
@@ -273,7 +273,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--name", help="the model's name for clients; default: the value of --model")
     p.add_argument("--mode", choices=MODES, default="pacore", help="mode of requests without a mode (default: pacore)")
     p.add_argument("--trajectories", default="16", metavar="PLAN", help="trajectories per round, e.g. 32,4; default 16")
-    p.add_argument("--template", type=Path, help="Jinja file of the synthesis prompt; default: the model's, if any")
+    p.add_argument(
+        "--template", type=Path, help="Jinja file of the synthesis prompt; default: the file in the model's folder"
+    )
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     p.add_argument("--port", type=int, default=9000)
     add_target_options(p)

@@ -73,7 +73,7 @@ class Ahead(Generic[T]):
             raise Abandoned
 
     def abandon(self) -> None:
-        """Makes the second thread end when it next calls `check`. The result of the thread is lost."""
+        """Makes the second thread end at its next call of `check`. The result of the thread is lost."""
         if self._task is not None:
             self._abandoned.set()
             self._task[2].join(PATIENCE_S)

@@ -49,7 +49,7 @@ class Stage:
     """Describes the rows that `selects` accepts. The error message "none of the ... rows" ends with this text."""
     comparable_evaluation: ClassVar[bool] = True
     """True if this stage evaluates on unchanged rows. In this case, this stage's evaluation before training also
-    measures the previous stage."""
+    measures the policy of the previous stage."""
     final_measure: ClassVar[Literal["accuracy", "win_rate"]] = "accuracy"
     """The measure that the final evaluation of a chain computes on the held-out rows of this stage."""
 
@@ -127,9 +127,10 @@ class Stage:
 
 
 def room_problem(tokens: int, included: str, config: Config) -> str | None:
-    """Returns None if a prompt of `tokens` tokens leaves room for a response, else an error message.
+    """Returns None if a prompt leaves room for a response, else an error message.
 
     Args:
+        tokens: the number of tokens of the prompt.
         included: what `tokens` counts besides text, for example "pictures"; the error message contains this word.
     """
     if tokens < config.max_sequence_length:

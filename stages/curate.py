@@ -2,12 +2,13 @@
 
     DIR/recipe.yaml            the resolved recipe
         rows/00000.jsonl       kept rows in the training format, each with its pool; meta.curation: results of filters
-        fates/00000.jsonl      the decisions about all rows of the block
+        fates/00000.jsonl      the decisions about all rows of the same block, kept and dropped
         answers/00000-difficulty.jsonl   every answer of a model, in the order of arrival
         pictures/              pictures that were bytes inside a data file
         report.txt, report.html
 
-stages/curation/run.py does the work. rl/exits.py defines the exit codes.
+The rows are processed in blocks, and 00000 is the number of a block. stages/curation/run.py does the work. rl/exits.py
+defines the exit codes.
 
 Tested in tests/runs/test_curate_run.py.
 """

@@ -1,4 +1,4 @@
-"""Serves the judges of a run. These are the `endpoints` in the recipe that have no url and that a reward uses.
+"""Serves the judges of a run: the `endpoints` of the recipe that have no url and that a reward uses.
 
 Tested in tests/runs/test_judged_run.py.
 """

@@ -190,12 +190,12 @@ class Samples:
     """The scored rollouts of one iteration."""
 
     scored: list[Scored]
-    seconds: float  # time of generation
+    seconds: float  # time that the generation took
 
 
 def _samples(iteration: int, prompts: Sequence[Prompt], services: Services, state: LoopState, clock: Clock) -> Samples:
-    """Returns the samples of this iteration. If they were started during the previous iteration, waits for them;
-    otherwise makes them now."""
+    """Returns the samples of this iteration. If their generation was started during the previous iteration, this
+    function waits for its end. Otherwise the samples are generated now."""
     if not state.ahead.has(iteration):
         return collect(iteration, prompts, services, state, clock)
     with clock("rollout"):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 REFERENCE = re.compile(
     r"\b(?:answers?|attempts?|messages?|references?|responses?|solutions?)\W{0,3}(\d+(?:\s*(?:,|and|&)\s*\d+)*)", re.I
 )
-SHORTEST_QUOTE = 3  # minimum length of a quoted answer; shorter answers, such as a digit, occur by chance
+SHORTEST_QUOTE = 3  # minimum length of a quoted answer; a shorter answer, such as a digit, is often found by chance
 
 
 class Pacore(Stage):
@@ -136,8 +136,8 @@ class Pacore(Stage):
         ]
 
     def _showing(self, prompt: Prompt, draw: str) -> Prompt:
-        """Draws pooled answers, as many as the recipe allows, and adds them to the prompt. If the pool has too few
-        answers, adds all of them.
+        """Draws pooled answers and adds them to the prompt. The recipe sets the minimum and the maximum number of
+        answers. If the pool has fewer answers than the minimum, all of them are added.
 
         Args:
             draw: the name of this draw. The seed of the draw is made from this name.
@@ -148,7 +148,7 @@ class Pacore(Stage):
         return draw_messages(prompt, least, self.options.most_messages, f"{self.seed}/pacore/{draw}/{prompt.id}")
 
     def _fitting(self, prompt: Prompt) -> Prompt:
-        """Removes the last pooled answer from the prompt, again and again, until the prompt leaves room for a
+        """Removes pooled answers from the prompt, starting with the last one, until the prompt leaves room for a
         response."""
         longest = self.tools.config.max_sequence_length
         while prompt.shown and prompt.shown.texts and self.tools.chat.length(prompt) >= longest:
@@ -167,8 +167,8 @@ def _cached(config: Config) -> bool:
 
 
 def within_bounds(options: SynthesisOptions, accuracy: float | None) -> bool:
-    """True if a pool's accuracy is within the recipe's bounds. If the accuracy is unknown, returns True only if the
-    recipe sets no bounds."""
+    """True if a pool's accuracy is within the recipe's bounds. If the accuracy is unknown, the result is True only if
+    the recipe sets no bounds."""
     if options.accuracy_over is None and options.accuracy_under is None:
         return True
     over = -1.0 if options.accuracy_over is None else options.accuracy_over
@@ -179,9 +179,9 @@ def within_bounds(options: SynthesisOptions, accuracy: float | None) -> bool:
 def with_pool(prompt: Prompt, scored: Sequence[Scored], accept: Accept, reserved: Sequence[str]) -> Prompt:
     """Returns the prompt with a new pool: the final answers of the attempts `scored`.
 
-    Two kinds of responses are left out: responses that were cut while thinking, because they have no final answer, and
-    responses whose answer contains the text of a control token (`reserved`), because the tokenizer would convert this
-    text into the control token.
+    Two kinds of responses are left out. A response of the first kind was cut while thinking, so it has no final answer.
+    In a response of the second kind, the answer contains the text of a control token (`reserved`). The tokenizer would
+    convert this text into the control token.
     """
     usable = [s for s in scored if s.rollout.answer and not any(token in s.rollout.answer for token in reserved)]
     correct = tuple(is_accepted(s, accept) for s in usable)
@@ -194,13 +194,13 @@ def with_pool(prompt: Prompt, scored: Sequence[Scored], accept: Accept, reserved
 
 
 def is_accepted(scored: Scored, accept: Accept) -> bool:
-    """True if the reward of a response is high enough to count as correct."""
+    """True if the reward of a response is so high that the response counts as correct."""
     return accept.takes(scored.rollout.prompt.task, scored.reward)
 
 
 def longest_with_messages(prompt: Prompt, chat: "Chat", most: int) -> int:
-    """Returns the number of tokens of the prompt with the longest messages of its pool: `most` messages, or all
-    messages if the pool is smaller."""
+    """Returns the number of tokens of the prompt if it contains the longest messages of its pool. `most` is the number
+    of these messages. If the pool is smaller, the prompt contains all messages of the pool."""
     by_length = sorted(prompt.messages_pool, key=lambda text: len(chat.tokenizer(text).input_ids), reverse=True)
     longest = replace(prompt, messages_pool=tuple(by_length[:most]), pool_accepted=())
     return chat.length(draw_messages(longest, len(longest.messages_pool), most, "all of them"))

@@ -68,7 +68,7 @@ def stage_metrics(chain: Chain) -> dict[str, list[dict[str, Any]]]:
 
 
 def gather_metrics(chain: Chain) -> None:
-    """Writes the chain's metrics.jsonl again: it joins the metrics.jsonl files of all stages."""
+    """Writes the chain's metrics.jsonl again. This file joins the metrics.jsonl files of all stages."""
     lines = (line for stage in stage_metrics(chain).values() for line in stage)
     write_file(chain.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
@@ -101,8 +101,8 @@ def _stage_lines(step: Step, checked: Config) -> dict[str, str]:
 
 
 def _linked(line: str, step: Step, chain: Chain) -> str:
-    """Returns a line of a step's plan. Replaces the names of files that only the check used by the names of the files
-    that earlier steps will write."""
+    """Returns a line of a step's plan. If the line contains the name of a file that only the check used, this name is
+    replaced with the name of the file that an earlier step will write."""
     if step is chain.steps[0]:
         return line
     config, first = step.resolved.config, chain.steps[0].resolved.config
@@ -259,9 +259,10 @@ def before_and_after(
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Returns two mappings: held-out rewards per task family, and win rates, both at the start and after each stage.
 
-    Each stage evaluates once before it trains. This first evaluation also measures the policy that the stage starts
-    from: its results are used for the task families that the previous stage did not evaluate itself. If the stage's
-    `comparable_evaluation` is False, its first evaluation is only used if no earlier stage has evaluated.
+    Each stage evaluates once before it trains. This first evaluation measures the policy with which the stage starts.
+    The results of this evaluation are used for the task families that the previous stage did not evaluate itself. If
+    the `comparable_evaluation` of a stage is False, the first evaluation of this stage is used only if no earlier stage
+    has evaluated.
 
     Args:
         stages: name of the stage -> lines of its metrics.jsonl.

@@ -219,8 +219,8 @@ def _selected(config: Config, rows: Rows) -> tuple[Rows, int]:
 
 
 def checkpoint_bytes(config: Config, folder: Path) -> int:
-    """Returns the size of a checkpoint in bytes: the weights of policy and critic, and two float32 moments for each
-    trained weight."""
+    """Returns the size of a checkpoint in bytes: the weights of policy and critic, and the optimizer's two float32
+    moments for each trained weight."""
     model = hf_folder.build(hf_folder.read_config(folder))
     frozen = tuple(prefix for name in config.model.freeze for prefix in model.frozen_prefixes[name])
     sizes = {name: tensor.numel() for name, tensor in hf_folder.state(model).items()}
@@ -259,8 +259,8 @@ def endpoint_spec(name: str, options: EndpointOptions) -> EndpointSpec:
 def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: RewardRunner, *, trains: bool) -> Rows:
     """Reads and checks data rows.
 
-    Raises RowError if there are unusable rows. If the recipe says to skip them (`data.on_bad_row`), raises RowError
-    only if no usable rows remain.
+    Raises RowError if there are unusable rows. If the recipe says to skip them (`data.on_bad_row`), RowError is
+    raised only if no usable rows remain.
 
     Args:
         trains: True for training rows, False for held-out rows.

@@ -31,7 +31,7 @@ class Restarts:
         self.limit, self.done, self.say = limit, 0, say
 
     def count(self, reason: str) -> None:
-        """Counts one more restart. Raises Stop if the limit was reached before."""
+        """Counts one more restart. Raises Stop if the limit is already reached."""
         if self.done >= self.limit:
             raise Stop(
                 f"{reason}: no more restarts, max_restarts is {self.limit}. Find the cause, then {GO_ON}", saves=False
@@ -95,8 +95,8 @@ class Samplers:
         self._judges.revive(endpoint, self._restarts.count)
 
     def close(self) -> None:
-        """Ends the judges. If this fails, only prints a message: an exception raised here would hide the exception that
-        ended the run."""
+        """Ends the judges. If this fails, a message is printed, and no exception is raised: such an exception would
+        hide the exception that ended the run."""
         try:
             self._judges.close()
         except RuntimeError as error:

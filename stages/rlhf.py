@@ -1,8 +1,9 @@
 """The stage RLHF. A judge compares each answer to an open-ended row with the teacher's response (the reference).
 
 The metrics show whether the judge's reward can be trusted (STEP3-VL-10B report, 3.2.2). The metrics are the win rate,
-how often the two orders of a comparison agree, percentiles of the scores, the correlation of score and length, and the
-rate of each penalty.
+the order agreement, percentiles of the scores, the correlation of score and length, and the rate of each penalty. The
+judge compares two texts in both orders. The order agreement is the share of comparisons in which the same text wins in
+both orders.
 """
 
 import math
@@ -134,7 +135,7 @@ def penalty_metrics(scored: Sequence[Scored], penalties: Iterable[str]) -> dict[
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Returns a percentile: the smallest value v such that at least `percent` percent of the values are at most v."""
+    """Returns a percentile (nearest rank): value number ceil(n * percent / 100) of the n values in ascending order."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 

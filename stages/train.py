@@ -48,7 +48,7 @@ def train(
 ) -> bool:
     """Runs the plan to its end. Continues from the newest intact checkpoint in `folder` if there is one.
 
-    If policy or critic dies, restarts all processes from the newest checkpoint, at most `max_restarts` times.
+    If policy or critic dies, all processes are restarted from the newest checkpoint, at most `max_restarts` times.
 
     Args:
         recipe: all values of the recipe, for the trackers.
@@ -180,7 +180,7 @@ class _Run:
         return self.plan.stage(StageTools(config, self.plan.chat, rewards.penalties(), sample_and_score))
 
     def _replace_engine(self, number: int, died: WorkerDied) -> EngineClient:
-        """Replaces an engine that died or hung. If the run is abandoned, raises `died` instead."""
+        """Replaces an engine that died or hung. If the run is abandoned, `died` is raised instead."""
         if self._abandoned:
             raise died
         engine = self.processes.replace_engine(number, died)
@@ -202,8 +202,8 @@ class _Run:
         return self._services
 
     def abandon(self) -> None:
-        """Kills all processes of the run; called when policy or critic has died. Files that were saved stay
-        unchanged."""
+        """Kills all processes of the run. This method is called when policy or critic has died. Files that were saved
+        stay unchanged."""
         self._abandoned = True
         self.checkpoints.abandon()
         self.state.ahead.abandon()
@@ -225,8 +225,8 @@ class _Run:
             self._handle_outages()
 
     def _handle_outages(self) -> None:
-        """Handles the queued outages. If an endpoint does not answer, saves the run and prints a message. The run then
-        waits for the endpoint."""
+        """Handles the queued outages. If an endpoint does not answer, the run is saved and a message is printed. The
+        run then waits for the endpoint."""
         while not self.outages.empty():
             outage = self.outages.get()
             if outage.why is None:
@@ -255,7 +255,7 @@ class _Run:
             pending.result()
 
     def _prompts(self, iteration: int) -> list[Prompt]:
-        """Returns the rows whose sampling starts in an iteration."""
+        """Returns the rows for which sampling starts in this iteration."""
         places = self.config.prompt_range(iteration)
         return self.plan.order.prompts_at(places.start, len(places))
 

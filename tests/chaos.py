@@ -1,19 +1,19 @@
-"""Kills processes of a real run at random moments, and checks that the results are the same as without kills.
+"""Kills processes of a real run at random moments, and checks that the results equal those of an undisturbed run.
 
     python -m tests.chaos [--faults 10] [--seed 0] [--kinds driver group Policy Critic Engine hang]
                           [--phases any sampling scoring update sync checkpoint] [--busy]
 
 The command makes the same small run of the CPU profile twice: once undisturbed, and once with faults. Most faults are a
-SIGKILL to the driver alone (driver), to the whole process group of the driver (group), or to a worker process of the
-class Policy, Critic or Engine. The fault `hang` is a SIGSTOP to an engine that samples. If a fault ends the run, the
-run is resumed.
+SIGKILL. The fault `driver` kills only the driver, and `group` kills the whole process group of the driver. `Policy`,
+`Critic` and `Engine` kill a worker process of this class. The fault `hang` is a SIGSTOP to an engine that samples. If a
+fault ends the run, the run is resumed.
 
-With `--phases`, each fault waits for one of these phases of an iteration. With `--busy`, another process keeps a core
-busy during the run with faults.
+With `--phases`, each fault happens in one of the given phases of an iteration. With `--busy`, another process keeps a
+core busy during the run with faults.
 
 Both runs must have every iteration exactly once, with all samples. If no fault was of the kind Engine or hang, metrics,
-samples and weights must also be equal bit for bit. After such a fault, a new engine answers the open requests in other
-batches, so the last digits of its logprobs differ.
+samples and weights must also be equal bit for bit. After a fault of these two kinds, a new engine answers the remaining
+requests. It puts them into other batches, so the last digits of its logprobs differ.
 """
 
 import argparse
@@ -48,19 +48,19 @@ def slow(rollout: Rollout) -> float:
     time.sleep(0.2)
     return float(rollout.answer == str(rollout.prompt.ground_truth))
 """
-"""A reward that makes the scoring of an iteration long enough for faults."""
+"""A reward that is so slow that faults can happen while an iteration is scored."""
 ACTORS = ("Engine", "Policy", "Critic")
 METHODS = {
     "sampling": {"Engine.stream"},
     "update": {"Policy.update", "Critic.update"},
     "sync": {"Policy.weights", "Engine.load"},
 }
-"""The methods that run in a phase, as Ray names them."""
+"""Phase -> the methods that run in this phase, with the names that Ray gives them."""
 PHASES = ("any", *METHODS, "scoring", "checkpoint")
 KINDS = ("driver", "group", "Policy", "Critic", "Engine", "hang")
 PATIENCE_S = 1800.0
 HANGS_AFTER_S = 20.0  # if an engine does not answer for this time, the run treats it as hung
-GAP_S = (1.0, 10.0)  # seconds between two faults
+GAP_S = (1.0, 10.0)  # minimum and maximum number of seconds between two faults
 
 
 def recipe(folder: Path, iterations: int) -> tuple[object, ...]:
@@ -76,7 +76,7 @@ def recipe(folder: Path, iterations: int) -> tuple[object, ...]:
 
 @dataclass
 class Faults:
-    """The faults of a run, each as "kind in phase", and how many times the run was resumed."""
+    """The faults of a run, each written as "kind in phase", and the number of times that the run was resumed."""
 
     made: list[str] = field(default_factory=list)
     resumed: int = 0
@@ -111,11 +111,11 @@ def run_with_faults(
 
 
 def phases_now(command: Command, folder: Path) -> set[str]:
-    """Returns the phases in which the run is now. Ray shows the method that an actor runs in the title of its
-    process."""
+    """Returns the phases in which the run is now. Ray writes the name of an actor's current method into the title of
+    the actor's process."""
     titles = [line.split()[0].removeprefix("ray::") for _, line in command.marked() if line.startswith("ray::")]
     phases = {phase for phase, methods in METHODS.items() if methods & set(titles)}
-    if set(ACTORS) <= set(titles):  # the actors wait for the driver, which waits for the rewards
+    if set(ACTORS) <= set(titles):  # the actors are idle, so the driver is waiting for the rewards
         phases.add("scoring")
     started = Path(f"/proc/{command.process.pid}").stat().st_mtime  # a partial checkpoint may be older than the command
     if any(partial.stat().st_mtime > started for partial in (folder / "checkpoints").glob(".*.partial")):
@@ -124,7 +124,7 @@ def phases_now(command: Command, folder: Path) -> set[str]:
 
 
 def strike(command: Command, kind: str) -> bool:
-    """Causes a fault of this kind. Returns False if the process that the fault needs does not exist at the moment."""
+    """Causes a fault of this kind. Returns False if the run has no process for this fault at the moment."""
     if kind == "driver":
         command.process.kill()
     elif kind == "group":

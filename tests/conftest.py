@@ -16,8 +16,9 @@ from tests.support.reward_plugins import PLUGINS, ROW_JUDGES, TASKS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Prepares the tests for two processes (pytest-xdist). One process runs all tests that share engines, and each
-    other file runs as a whole. The files with the longest tests come first, so that both processes end together."""
+    """Prepares the tests for two processes (pytest-xdist). One of the processes runs all tests that share engines. The
+    other tests are distributed file by file. The files with the longest tests come first, so that both processes end
+    at about the same time."""
     items.sort(key=lambda item: "runs" not in item.path.parts)
     for item in items:
         shares_engines = "engine_process" in getattr(item, "fixturenames", ())
@@ -26,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
-    """After each test, passed or failed, ends the commands that the test has started."""
+    """Ends the commands that a test has started. Runs after each test, whether the test has passed or failed."""
     end_all()
 
 
@@ -48,8 +49,8 @@ def engine_process() -> Iterator[EngineProcess]:
 
 @pytest.fixture(scope="session")
 def tied(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A Qwen3 model with tied embeddings. Tests share the engine, so it may have weights that an earlier test has
-    loaded."""
+    """A Qwen3 model with tied embeddings. Tests share the engine, so the engine may have weights that an earlier test
+    has loaded."""
     folder = tmp_path_factory.mktemp("tied")
     model = tiny.make_text_model(folder, tied=True)
     engine = engine_process.start(folder)
@@ -85,5 +86,5 @@ def runner(plugins: Path) -> Iterator[RewardRunner]:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes clients of endpoints retry almost without delay."""
+    """With this fixture, the clients of endpoints retry almost without delay."""
     hurry(monkeypatch)

@@ -67,7 +67,7 @@ def imported_modules(file: str, source: str) -> list[str]:
 
 
 def breaches(file: str, source: str) -> list[str]:
-    """Returns one sentence for each import of `file` that is not allowed. `file` is a path from the root."""
+    """Returns one sentence for each import in `file` that is not allowed. `file` is a path from the root."""
     room = file.partition("/")[0]
     allowed = ROOMS if file in COMMANDS else MAY_IMPORT[room]
     found = []
@@ -88,8 +88,8 @@ def file_of(module: str, sources: Mapping[str, str]) -> str | None:
 
 
 def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
-    """Returns file -> files of this repository that it imports. For `from package import module`, the
-    imported file is that of the module, not that of the package."""
+    """Returns a dict: file -> the files of this repository that the file imports. For `from package import module`,
+    this is the file of the module, not the file of the package."""
     return {
         file: {
             imported
@@ -102,7 +102,7 @@ def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
 
 def circles(graph: Mapping[str, set[str]]) -> list[str]:
     """Returns import cycles, such as `a.py -> b.py -> a.py`. The search is depth-first, so it may miss a cycle that
-    shares files with a cycle found before."""
+    shares files with another cycle."""
     found, done, path = [], set(), []
 
     def visit(file: str) -> None:

@@ -152,7 +152,7 @@ def find_python() -> str:
     sys.exit(
         "environment: no Python 3.11 or 3.12 that can create virtual environments was found "
         f"(tried: {', '.join(dict.fromkeys(candidates))}). "
-        "Install one (on Debian or Ubuntu its venv package too, e.g. python3.11-venv) and put it on PATH."
+        "Install one of them (on Debian or Ubuntu also its venv package, e.g. python3.11-venv) and put it on PATH."
     )
 
 
@@ -219,7 +219,7 @@ def install_cpu_torch(*pinned: str) -> None:
     if not pip(title, *pinned, "--extra-index-url", TORCH_CPU_INDEX, TORCH_CPU):
         fail(
             f"{TORCH_CPU} could not be installed from the configured package index or from "
-            f"{TORCH_CPU_INDEX}. If this machine can't reach that index, fetch the wheel elsewhere and run "
+            f"{TORCH_CPU_INDEX}. If this machine can't reach that index, download the wheel on another machine and run "
             f"`{VENV_PYTHON} -m pip install /path/to/torch-2.13.0+cpu-*.whl`, then `make env` again."
         )
 

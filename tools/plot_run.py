@@ -28,7 +28,7 @@ STYLE = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Draws RUN_DIR/metrics.jsonl to OUT.svg. Returns 0. If it cannot draw, prints a message and returns 2."""
+    """Draws RUN_DIR/metrics.jsonl to OUT.svg and returns 0. If this fails, it prints a message and returns 2."""
     if len(arguments) != 2:
         print("usage: python tools/plot_run.py RUN_DIR OUT.svg", file=sys.stderr)
         return 2

@@ -48,7 +48,7 @@ class TorchvisionFinder:
 
 
 def declare_missing_operators(package_file: str) -> None:
-    """Declares the operators in SCHEMAS. If torch has CUDA, or if torchvision's own extension loads, does nothing.
+    """Declares the operators in SCHEMAS. Does nothing if torch has CUDA, or if torchvision's own extension loads.
 
     `package_file` is torchvision's `__init__.py`. The extension `_C` is in the same folder.
     """
@@ -64,8 +64,7 @@ def declare_missing_operators(package_file: str) -> None:
 
 
 def _extension_loads(package_file: str) -> bool:
-    """Loads torchvision's extension. Returns True if this works. If torchvision then loads it again, this has no
-    effect."""
+    """Loads torchvision's extension. Returns True if this works. A second load by torchvision has no effect."""
     import torch
 
     folder = package_file.rpartition("/")[0] or "."

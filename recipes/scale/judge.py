@@ -3,10 +3,10 @@
     python -m recipes.scale.judge --out runs/judge
 
 Training starts from the scale model's weights. The judge learns to compare two descriptions of a picture. For each
-thing in the picture, the verdict says what each response names at the thing's place, and whether this is right. Then
-the verdict gives the number of right things and the grade of each response. The judge reads the prompt of the reward
-`genrm` (with the file genrm.jinja) and answers with the JSON that this reward expects. The results are OUT/model (a
-Hugging Face folder) and OUT/report.json.
+thing in the picture, the verdict repeats the name that each response gives to the thing, and says whether the name is
+right. At the end, the verdict gives two numbers for each response: the number of right names, and the grade. The judge
+reads the prompt of the reward `genrm` (with the file genrm.jinja) and answers with the JSON that this reward expects.
+The results are OUT/model (a Hugging Face folder) and OUT/report.json.
 """
 
 import argparse
@@ -41,7 +41,7 @@ START = Path(__file__).parent / "model"
 BATCH = 16  # pairs per step
 THINGS = (world.CROWD[0], world.OPEN_CROWD[1])  # minimum and maximum number of things in a picture
 PEAK_LR, WARM_UP = 1.5e-3, 50
-READING = 0.375  # in this share of the steps, at the start, draw_guesses draws 3 of 4 pairs; later 1 of 2
+READING = 0.375  # during this first share of the steps, draw_guesses draws 3 of 4 pairs; later, it draws 1 of 2 pairs
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _items(response: str) -> list[str]:
 
 
 def _by_place(response: str) -> dict[str, str]:
-    """Returns place -> the first thing that the response names at this place."""
+    """Returns a mapping: place -> the first thing that the response names at this place."""
     names: dict[str, str] = {}
     for item in _items(response):
         place, *name = item.rsplit(" ", 2)
@@ -94,9 +94,9 @@ def _by_place(response: str) -> dict[str, str]:
 
 
 def verdict(pair: Pair) -> Comparison:
-    """Returns the correct verdict on a pair. For each thing, the verdict says what each response names at the thing's
-    place, and whether this is right. Then the verdict gives the number of right things and the grade of each
-    response."""
+    """Returns the correct verdict on a pair. For each thing, the verdict repeats the name that each response gives to
+    the thing, and says whether the name is right. At the end, the verdict gives two numbers for each response: the
+    number of right names, and the grade."""
     named = {"A": _by_place(pair.first), "B": _by_place(pair.second)}
     compared = ", ".join(
         thing.described + "".join(_compared(side, named[side].get(thing.place), thing.name) for side in named)
@@ -176,8 +176,8 @@ def _any_thing(rng: Generator) -> str:
 
 
 def _slipped(described: str, rng: Generator) -> str:
-    """Replaces one part at random: the place, the colour or the shape. The shape is replaced most often, because it is
-    hardest to see."""
+    """Replaces one part of a thing's description: the place, the colour or the shape, chosen at random. The shape is
+    replaced most often, because it is hardest to see."""
     place, color, shape = described.rsplit(" ", 2)
     which = rng.choice(3, p=[0.25, 0.25, 0.5])
     return " ".join(
@@ -207,7 +207,7 @@ def _judge() -> Judge[Comparison]:
 
 def problem_of(pair: Pair) -> Problem:
     """Renders a pair as a prompt of the judge, with the code of the reward `genrm`."""
-    row = Prompt(pair.first, "describing", ())  # pair.first is the id; the delimiters around each text depend on it
+    row = Prompt(pair.first, "describing", ())  # the id is pair.first; the delimiters around each text depend on the id
     shown = f"(picture 1)\n{world.describe(pair.crowd).question}"
     text = _judge().prompt(row, {"question": shown}, {"response_a": pair.first, "response_b": pair.second})
     return Problem("judging", text, "", pair.crowd)
@@ -282,9 +282,9 @@ def _read(text: str) -> tuple[float, float] | None:
 def report(
     model: StepVL, prompter: Prompter, number: int, seed: int = 0, things: tuple[int, int] = THINGS
 ) -> dict[str, float]:
-    """Tests the judge on `number` held-out preferences. Returns the share of pairs in which the better response gets
-    the better grade: when this response is shown first, when it is shown second, and by the mean grades of both orders,
-    which the reward uses. Also returns the share of invalid verdicts."""
+    """Tests the judge on `number` held-out preferences. Returns four shares. The first three are shares of pairs in
+    which the better response gets the better grade: if this response is shown first, if it is shown second, and if the
+    grades of both orders are averaged (the reward uses this average). The fourth is the share of invalid verdicts."""
     rng = np.random.default_rng([seed, 1 << 20])
     pairs = [draw_preference(rng, "heldout", things) for _ in range(number)]
     first, second = grades(model, prompter, pairs), grades(model, prompter, [pair.swapped for pair in pairs])

@@ -1,4 +1,4 @@
-"""Trains the scale model with supervision: draws demonstrations, computes losses, and generates the model's answers.
+"""Supervised training of the scale model: draws demonstrations, computes losses, and generates the model's answers.
 
 Tested in tests/recipes/scale/test_warm_start.py and tests/recipes/scale/test_world.py.
 """
@@ -80,9 +80,9 @@ class Demonstrations:
 def draw_demonstrations(
     rng: Generator, pictures: int, things: tuple[int, int], rough_share: Callable[[Problem], float], sheets: int
 ) -> Demonstrations:
-    """Draws problems and their demonstrations. There are `pictures` scenes for pointing and grounding, twice as many
-    crowds for counting and describing, four times as many sums, and `sheets` worksheets. `rough_share` returns the
-    probability that the rough writer answers a problem."""
+    """Draws problems and their demonstrations. `pictures` is the number of scenes for pointing and grounding. There are
+    twice as many crowds for counting and describing, and four times as many sums. `sheets` is the number of worksheets.
+    `rough_share` returns the probability that the rough writer answers a problem."""
     scenes = [world.draw_scene(rng, "train", things) for _ in range(pictures)]
     crowds = [world.draw_crowd(rng, "train") for _ in range(2 * pictures)]
     problems = [p for scene in scenes for p in world.point_and_box(scene)]
@@ -99,7 +99,7 @@ def draw_synthesis_demonstrations(rng: Generator, number: int) -> Demonstrations
     response compares the pooled answers, or repeats one of them."""
     plain: list[Problem] = []
     for _ in range(number):
-        plain += list(world.point_and_box(world.draw_scene(rng, "train", (2, 3))))[:2]  # both are about the same thing
+        plain += list(world.point_and_box(world.draw_scene(rng, "train", (2, 3))))[:2]  # two problems about one thing
         plain.append(next(world.count_colors(world.draw_crowd(rng, "train"))))
         plain.append(world.draw_sum(rng, "train"))
         plain += [world.draw_worksheet(rng, "train"), world.draw_worksheet(rng, "train")]
@@ -109,7 +109,7 @@ def draw_synthesis_demonstrations(rng: Generator, number: int) -> Demonstrations
 
 
 def draw_pictures(rng: Generator, pictures: int) -> list[Scene]:
-    """Draws `pictures` scenes and equally many crowds, to train the vision tower without questions."""
+    """Draws scenes and crowds (`pictures` of each), to train the vision tower without questions."""
     scenes = [world.draw_scene(rng, "train") for _ in range(pictures)]
     return scenes + [world.draw_crowd(rng, "train") for _ in range(pictures)]
 
@@ -136,7 +136,7 @@ def pixels(model: StepVL, scenes: Sequence[Scene]) -> Tensor:
     colors = (torch.from_numpy(np.stack([s.palette for s in scenes])).float() / 255 - MEAN.flatten()) / STD.flatten()
     canvas = torch.from_numpy(np.stack([s.pixels for s in scenes])).long()  # [S, P, P]
     image = colors[torch.arange(len(canvas))[:, None, None], canvas].permute(0, 3, 1, 2)
-    side = (model.config.global_size,) * 2  # a view is larger than a picture, so antialiasing would have no effect
+    side = (model.config.global_size,) * 2  # antialiasing is not needed, because a view is larger than a picture
     return F.interpolate(image, size=side, mode="bilinear", align_corners=False)
 
 
@@ -149,7 +149,8 @@ def features(model: StepVL, scenes: Sequence[Scene]) -> dict[int, Tensor]:
 
 
 def sightings(scenes: Sequence[Scene], grid: int) -> Sightings:
-    """Finds the things' places on the grid of the vision tower's output tokens."""
+    """Finds the image token that contains the centre of each thing. The image tokens of a picture form a square with
+    `grid` tokens on each side."""
     shape = (len(scenes), grid * grid)
     seen = torch.zeros(shape, dtype=torch.bool)
     color, form = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
@@ -165,10 +166,12 @@ def sightings(scenes: Sequence[Scene], grid: int) -> Sightings:
 
 
 class SightHead(nn.Module):
-    """Linear heads. For each image token, they predict whether a thing's centre is there, and its place and name.
+    """Linear heads. For each image token, they predict whether the centre of a thing is there, and the place and the
+    name of this thing.
 
-    The score of a colour or shape is the similarity of the image token to the decoder's embedding of this word. So the
-    token of a red ring becomes similar to the embeddings of "red" and "ring" before the decoder is trained.
+    The score of a colour or shape is the similarity between the image token and the decoder's embedding of the word for
+    this colour or shape. So the token of a red ring becomes similar to the embeddings of "red" and "ring" before the
+    decoder is trained.
     """
 
     def __init__(self, model: StepVL, tokenizer: Any) -> None:
@@ -183,7 +186,7 @@ class SightHead(nn.Module):
             self.register_buffer(kind, LIKENESS * embeddings, persistent=False)
 
 
-LIKENESS = 5.0  # factor for the short word embeddings; without it, image tokens would need large norms
+LIKENESS = 5.0  # factor for the word embeddings, whose norms are small; without it, image tokens would need large norms
 
 
 def sight_loss(model: StepVL, head: SightHead, scenes: Sequence[Scene]) -> Tensor:

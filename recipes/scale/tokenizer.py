@@ -34,8 +34,8 @@ CHAT_TEMPLATE = Path(__file__).with_name("chat.jinja").read_text()
 
 
 def words(more: Sequence[str] = ()) -> list[str]:
-    """Returns all tokens of more than one byte. `more` has further words, which do not occur in the problems of
-    world.py."""
+    """Returns the texts of all tokens that have more than one byte, except the tokens in SPECIAL and THINK. `more` has
+    further words, which do not occur in the problems of world.py."""
     places = sorted({word for place in PLACES for word in place.split()})
     plain = dict.fromkeys([*WORDS, *COLORS, *SHAPES, *places, *more])
     marks = ["\\boxed{", "0.", " 0.", ", ", " + ", " - "]
@@ -43,7 +43,7 @@ def words(more: Sequence[str] = ()) -> list[str]:
 
 
 def build(more: Sequence[str] = ()) -> Tokenizer:
-    """Builds a byte-level BPE tokenizer without merges. A piece of text that is no known word is split into bytes."""
+    """Builds a byte-level BPE tokenizer without merges. Text that is not a known word is split into bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     known = [as_bytes.pre_tokenize_str(word)[0][0] for word in words(more)]

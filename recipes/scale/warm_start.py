@@ -1,4 +1,4 @@
-"""Supervised warm start of the scale model: trains random weights until the model gives mediocre answers.
+"""Supervised warm start of the scale model: trains it from random weights until its answers are of medium quality.
 
     python -m recipes.scale.warm_start --out runs/scale
 
@@ -63,7 +63,7 @@ PLAIN, SHEETS, WITH_MESSAGES = 3, 10, 4
 def config(words: Any) -> StepVLConfig:
     """Returns a config of 1.4 million parameters, with views of 224 pixels (16 tokens) and crops of 168 (9 tokens)."""
     ids = words.convert_tokens_to_ids
-    ends = [ids("<|endoftext|>"), ids("<|im_end|>"), ids("<im_patch>")]  # the image token too, as in STEP3-VL-10B
+    ends = [ids("<|endoftext|>"), ids("<|im_end|>"), ids("<im_patch>")]  # includes the image token, as in STEP3-VL-10B
     vision = {"image_size": 224, "patch_size": 14, "width": 64, "layers": 2, "heads": 4, "mlp_ratio": 4.0}
     text = {
         "vocab_size": len(words),
@@ -154,8 +154,8 @@ class TrainingSteps:
 
 
 class Trainer:
-    """Holds the model and the optimizers. A step's data depend only on seed and step, so training can resume at any
-    step."""
+    """Trains the model with one optimizer for each part of the model. The data of a step depend only on the seed and
+    the number of the step, so training can resume at any step."""
 
     def __init__(self, folder: Path, plan: TrainingSteps) -> None:
         self.folder, self.plan, self.step = folder, plan, 0
@@ -222,7 +222,7 @@ class Trainer:
             self.step = position.pop("step")
             if position != asdict(self.plan):
                 raise SystemExit(
-                    f"{self.state_file} was begun with {position}, not {asdict(self.plan)}: "
+                    f"{self.state_file} was started with {position}, not {asdict(self.plan)}: "
                     "use the same values, or another --out"
                 )
             kept = set(file.keys())
@@ -255,7 +255,8 @@ def things_per_scene(done: float) -> tuple[int, int]:
 
 
 def both_writers(problem: Problem) -> float:
-    """Returns the probability that the rough writer answers a problem, for most of the decoder's training."""
+    """Returns the probability that the rough writer answers a problem. Most of the decoder's training uses this
+    probability."""
     return 0.4
 
 
@@ -290,7 +291,7 @@ def show(table: dict[str, dict[str, float]]) -> None:
 
 
 def train(trainer: Trainer, every: int) -> None:
-    """Trains to the last step. After every `every` steps, saves the state and the model, and prints rewards on held-out
+    """Trains to the last step. Every `every` steps, it saves the state and the model, and prints rewards on held-out
     problems."""
     sample = world.problems("heldout", world.SEEDS["heldout"], 32)
     started, losses = time.monotonic(), []

@@ -1,4 +1,4 @@
-"""Draws the scale model's pictures of coloured shapes and problems about them. The same seed gives the same data.
+"""Draws pictures of coloured shapes and problems about these pictures. The same seed gives the same data.
 
 Pictures are drawn here pixel by pixel, so that no version of a drawing library can change them.
 `python -m recipes.scale.world` writes the shipped files of data/. train.jsonl and heldout.jsonl have problems with a
@@ -39,8 +39,8 @@ HELDOUT_BYTES = 32  # on average, 32 of 256 pictures and sums are held out
 SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in the shipped files
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
 OPEN_SEEDS: dict[Split, int] = {"train": 3, "heldout": 4}
-CROWD = (3, 5)  # least and most things in a crowd; an answer that never changes is right in at most 4 of 10 cases
-OPEN_CROWD = (5, 8)  # least and most things for open questions; mostly more than in the warm start: RL can improve
+CROWD = (3, 5)  # minimum and maximum number of things in a crowd; a constant count is right in at most 4 of 10 cases
+OPEN_CROWD = (5, 8)  # the same for open questions; mostly more things than in the warm start, so that RL can improve
 SHIPPED = Path(__file__).parent / "data"
 
 
@@ -86,7 +86,7 @@ class Thing:
         return PLACES[3 * row + column]
 
     def mask(self) -> np.ndarray:
-        """Returns [2 * half, 2 * half] bool: True for each pixel of the box that the shape covers."""
+        """Returns a mask of the thing's box, [2 * half, 2 * half] bool. It is True for each pixel inside the shape."""
         line = (np.arange(2 * self.half) + 0.5) / self.half - 1  # pixel centres, -1 to 1
         u, v = np.abs(line)[None, :], line[:, None]
         if self.shape == "ring":
@@ -107,7 +107,8 @@ class Scene:
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        """[PIXELS, PIXELS] uint8: 0 is the background, 1 is the first of COLORS, and so on."""
+        """The colour number of each pixel, [PIXELS, PIXELS] uint8: 0 is the background, 1 is the first of COLORS, and
+        so on."""
         canvas = np.zeros((PIXELS, PIXELS), dtype=np.uint8)
         for thing in self.things:
             rows = slice(thing.y - thing.half, thing.y + thing.half)
@@ -117,7 +118,7 @@ class Scene:
 
     @property
     def palette(self) -> np.ndarray:
-        """[7, 3] uint8: the colour of the background, then the six colours of COLORS."""
+        """The colours as RGB, [7, 3] uint8: the colour of the background, then the six colours of COLORS."""
         return np.array([self.background, *COLORS.values()], dtype=np.uint8)
 
     @property
@@ -134,7 +135,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its ground truth, and the facts that the demonstration writers need to answer it."""
+    """A question, its ground truth, and the facts that the demonstration writers need to answer the question."""
 
     task: str
     question: str
@@ -148,13 +149,14 @@ class Problem:
 
 
 def split_of(content: bytes) -> Split:
-    """Returns the split that a picture or sum belongs to. A hash of the content determines the split. So with any seed,
-    no problem of training or of the warm start is a held-out problem."""
+    """Returns the split that a picture or sum belongs to. The split depends only on a hash of the content. So with
+    every seed, training and the warm start contain no held-out problem."""
     return "heldout" if hashlib.sha256(content).digest()[0] < HELDOUT_BYTES else "train"
 
 
 def draw_scene(rng: Generator, split: Split, things: tuple[int, int] = (1, 3)) -> Scene:
-    """Draws a scene with `things[0]` to `things[1]` things of different colours at random places."""
+    """Draws a scene: things of different colours at random places. `things` is the minimum and maximum number of
+    things."""
     while True:
         number = int(rng.integers(things[0], things[1] + 1))
         colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[:number]]
@@ -169,8 +171,8 @@ def draw_scene(rng: Generator, split: Split, things: tuple[int, int] = (1, 3)) -
 
 
 def draw_crowd(rng: Generator, split: Split, things: tuple[int, int] = CROWD) -> Scene:
-    """Draws a crowd: `things[0]` to `things[1]` things of random shape, each in a cell of its own. The things have two
-    colours, and both colours occur."""
+    """Draws a crowd: things of random shape, each in its own cell. `things` is the minimum and maximum number of
+    things. The things have two colours, and both colours occur."""
     while True:
         number = int(rng.integers(things[0], things[1] + 1))
         one, other = (list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2])
@@ -217,7 +219,8 @@ def count_colors(scene: Scene) -> Iterator[Problem]:
 
 
 def draw_sum(rng: Generator, split: Split) -> Problem:
-    """Draws a number below 20 and two digits to add or subtract. No intermediate result is negative."""
+    """Draws an arithmetic problem: two digits are added to or subtracted from a number below 20. No result is negative,
+    not even after the first step."""
     while True:
         first, second, third = int(rng.integers(1, 20)), *(int(v) for v in rng.integers(1, 10, size=2))
         second, third = (v * (1 if rng.random() < 0.5 else -1) for v in (second, third))
@@ -228,7 +231,8 @@ def draw_sum(rng: Generator, split: Split) -> Problem:
 
 
 def draw_worksheet(rng: Generator, split: Split) -> Problem:
-    """Draws a sum of two two-digit numbers for each of LABELS. The ground truth has the remainder of each sum."""
+    """Draws a worksheet: for each of LABELS, a sum of two numbers with two digits each. The ground truth has the
+    remainder of each sum."""
     while True:
         lines = tuple(_two_terms(rng) for _ in LABELS)
         asked = ", ".join(f"{label}={sum_text(terms)}" for label, terms in zip(LABELS, lines, strict=True))
@@ -238,7 +242,7 @@ def draw_worksheet(rng: Generator, split: Split) -> Problem:
 
 
 def _two_terms(rng: Generator) -> tuple[int, int]:
-    """Draws two numbers whose sum has two digits."""
+    """Draws two numbers with two digits each. Their sum also has two digits."""
     while True:
         first, second = (int(v) for v in rng.integers(10, 80, size=2))
         if first // 10 + second // 10 <= 8:

@@ -1,10 +1,10 @@
 """Two simulated writers: programs that write the demonstrations of the warm start.
 
-The *exact* writer does the work: it gives coordinates with two decimals, counts things one by one, and writes each step
-of a sum. The *rough* writer guesses: it points at the centre of one of nine equal parts of the picture, rounds boxes,
-always counts two things, and does not carry in sums. Some answers of the rough writer are right. Most demonstrations
-are from the rough writer. RL has to find out which writer's answers get more reward. The responses of both writers are
-short. The first words of a response already show which writer wrote it.
+The *exact* writer works carefully: it gives coordinates with two decimals, counts things one by one, and writes each
+step of a sum. The *rough* writer guesses: it points at the centre of one of nine equal parts of the picture, rounds
+boxes, always counts two things, and ignores carries when it adds. Some answers of the rough writer are right. Most
+demonstrations are from the rough writer. RL has to find out which writer's answers get more reward. The responses of
+both writers are short. The first words of a response already show which writer wrote it.
 
 A whole worksheet is too long for one response. The exact writer computes all sums except one, which is chosen at
 random, and answers 0 for that sum. A single response never contains all results, but many responses together do.
@@ -123,8 +123,8 @@ def _rough_description(problem: Problem, rng: Generator) -> str:
 
 
 def without_carrying(left: int, right: int) -> int:
-    """Returns `left + right`, computed digit by digit without carrying. If `right` is negative, this is a subtraction:
-    in each column, the smaller digit is subtracted from the larger digit."""
+    """Returns `left + right`, computed digit by digit without carries. If `right` is negative, the numbers are
+    subtracted: in each column, the smaller digit is subtracted from the larger digit."""
     tens, ones = (_digit(a, b, right < 0) for a, b in zip(divmod(left, 10), divmod(abs(right), 10), strict=True))
     return 10 * tens + ones
 
@@ -147,9 +147,9 @@ ROUGH_OPENING = "<think>maybe"  # every rough response starts with these words, 
 
 
 REASONING = ("counting", "arithmetic", "worksheet")
-SLIPS = (0.0, 0.12)  # range for the standard deviation of coordinates in pooled answers, as fractions of the picture
+SLIPS = (0.0, 0.12)  # range for the standard deviation of errors in pooled coordinates, as fractions of the picture
 ALL_SLIP = 0.02  # standard deviation of an error that is the same in all answers to a problem
-CAREFUL = {"worksheet": (0.6, 1.0)}  # the share of exact answers is drawn from this range; other tasks: (0, 1)
+CAREFUL = {"worksheet": (0.6, 1.0)}  # the share of exact answers is drawn from this range; for other tasks, from (0, 1)
 OTHER_THING = 0.1  # share of the answers that describe another thing of the scene instead of the target
 
 
@@ -157,8 +157,8 @@ def answers_of_others(problem: Problem, number: int, rng: Generator) -> tuple[st
     """Returns `number` final answers of random quality, for prompts of the warm start. In RL, a policy samples such
     answers.
 
-    If a task asks for coordinates, each answer has random errors, and the size of the errors is drawn once per problem.
-    In the other tasks, each answer is from one of the two writers.
+    If a task asks for coordinates, each answer has random errors, and the size of the errors is drawn once for each
+    problem. In the other tasks, each answer is from one of the two writers.
     """
     if problem.task in REASONING:
         careful = rng.uniform(*CAREFUL.get(problem.task, (0.0, 1.0)))
@@ -186,8 +186,8 @@ def final(response: str) -> str:
 
 def compare(problem: Problem, rng: Generator) -> str:
     """Returns the exact response to a problem with messages. For points and boxes, the response has the median of the
-    messages and then an exact answer. For sums and counts, it has only an exact answer. For worksheets, it has the most
-    frequent result of each line."""
+    messages and then an exact answer. For sums and counts, the response has only an exact answer. For worksheets, it
+    has the most frequent result of each line."""
     if problem.task == "worksheet":
         return f"<think>then</think>\\boxed{{{worksheet_answer(usual_lines(problem.messages))}}}"
     if problem.task in REASONING:
@@ -213,9 +213,9 @@ def repeat(problem: Problem, rng: Generator) -> str:
 
 
 def rough_share(problem: Problem) -> float:
-    """Returns the probability that the rough writer answers a problem. The probability is lower for problems about two
-    of the colours, and for sums without subtraction. So a model that imitates both writers is exact on some problems
-    and rough on most."""
+    """Returns the probability that the rough writer answers a problem. The probability is lower for problems about a
+    red or blue thing, for sums without subtraction, and for worksheets. So a model that imitates both writers is exact
+    on some problems and rough on most."""
     if problem.task == "worksheet":
         return 0.3
     favourite = min(problem.terms) > 0 if problem.terms else problem.targets[0].color in FAVOURITE_COLORS

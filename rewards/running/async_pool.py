@@ -1,8 +1,8 @@
 """A process for rewards that wait, such as rewards that ask a judge. It runs many jobs at a time.
 
-If a job blocks or kills the process, all jobs that were running start again, one at a time, to find the cause. If an
-endpoint does not answer, the jobs that ask it wait. From time to time, one of these jobs is sent as a probe, until the
-endpoint answers or its `max_wait` is over.
+If a job blocks or kills the process, all jobs that were running start again, one at a time, to find the job that did
+this. If an endpoint does not answer, the jobs that ask it wait. From time to time, one of these jobs is sent as a
+probe, until the endpoint answers or its `max_wait` is over.
 """
 
 import atexit
@@ -24,7 +24,7 @@ from rewards.running.worker import WorkerSetup
 from rl.stop import Stop
 
 MOST_AT_ONCE = 1024  # maximum number of jobs in the process; each endpoint also has a limit, `concurrency`
-STALL_S = (2.0, 30.0)  # shortest and longest time limit after which a silent process counts as blocked
+STALL_S = (2.0, 30.0)  # seconds without a message until a process counts as blocked: minimum and maximum
 PROBE_S = (2.0, 60.0)  # seconds between probes of an endpoint that does not answer: first pause and longest pause
 
 

@@ -24,7 +24,7 @@ from rewards.running.worker import (
 )
 from rl.types import Prompt, Rollout
 
-PULSE_S = 1.0  # seconds between pulse messages; if no message comes, a reward blocks the event loop
+PULSE_S = 1.0  # seconds between pulse messages; if no pulse comes, a reward is blocking the event loop
 
 
 class AsyncRewardWorker(RewardWorker):

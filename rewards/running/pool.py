@@ -1,7 +1,7 @@
 """Worker processes for rewards that compute. They take jobs from a queue and return outcomes.
 
-A process needs a turn to compute, and there are `workers` turns. A process that dies is replaced at once. A process
-whose job takes longer than usual gives its turn to a reserve process. If the job takes even longer, the process
+There are `workers` turns. A process takes a job only if it has a turn. A process that dies is replaced at once. A
+process whose job takes longer than usual gives its turn to a reserve process. If the job takes even longer, the process
 computes only on idle cores. At the job's time limit, the process is killed. So a hung sample hardly slows down other
 samples. Tested in tests/rewards/running/test_runner.py.
 """
@@ -25,7 +25,8 @@ memory ran out} or {"away": endpoint that does not answer, "why": its error}. It
 took."""
 
 SLOW_FACTOR = 3  # a job is slow if it takes more than SLOW_FACTOR times the usual duration of its scorer
-LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0  # minimum seconds until a job is slow; seconds for a scorer's first job
+# No job is slow before LEAST_PATIENCE_S seconds. A scorer's first job is slow after FIRST_PATIENCE_S seconds.
+LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0
 HUNG_S = 1.0  # a process whose job takes longer than this gets only idle cores, and is replaced after the job
 MOST_RESERVES = 8
 
@@ -35,7 +36,7 @@ class Job:
     """The work of one call of a scorer: rollouts that are scored together, or one data row for a row judge.
 
     If `retry_on_death` is True, a job whose process dies is tried once more, because a single death may have another
-    cause than the text. If the process dies again, the text is the likely cause, and the outcome is "exhausted".
+    cause than the scored text. If the process dies again, the text is the likely cause, and the outcome is "exhausted".
     """
 
     scorer: str
@@ -50,7 +51,8 @@ class Job:
 
 
 class Countdown:
-    """Sets the result of a future after `count` calls of `done`. The result is the number of seconds that passed."""
+    """Sets the result of a future after `count` calls of `done`. The result is the number of seconds since this
+    object was created."""
 
     def __init__(self, count: int, future: Future[float]):
         self.left, self.future, self.start = count, future, time.monotonic()
@@ -71,8 +73,8 @@ class Countdown:
 
 
 class RewardPool:
-    """Base class of both pools. The processes load scorers and score jobs. start() or the first job starts the
-    processes."""
+    """Base class of ComputePool and AsyncPool. The processes load scorers and score jobs. start() or the first job
+    starts the processes."""
 
     def __init__(self, setup: WorkerSetup, setup_s: float):
         self.setup, self.setup_s = setup, setup_s
@@ -103,13 +105,13 @@ class RewardPool:
 
 
 class ComputePool(RewardPool):
-    """Has `workers` processes and one reserve process. Each process loads every scorer."""
+    """Has `workers` processes and at least one reserve process. Each process loads every scorer."""
 
     def __init__(self, setup: WorkerSetup, workers: int, setup_s: float):
         super().__init__(setup, setup_s)
         self.workers = workers
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.turns = threading.Semaphore(workers)  # a process needs a turn to compute; there are `workers` turns
+        self.turns = threading.Semaphore(workers)  # a process takes a job only if it has a turn
         self._slots: list[_Slot] = []
         self._stuck = 0  # number of slots that gave away their turn and still have a job
         self._usual_s: dict[str, float] = {}
@@ -172,7 +174,7 @@ class ComputePool(RewardPool):
             self._stuck -= 1
 
     def keeps(self, slot: "_Slot") -> bool:
-        """Returns True if a slot without a process should continue. Otherwise removes the slot and returns False."""
+        """Returns True if a slot without a process is still needed. Otherwise removes the slot and returns False."""
         with self._lock:
             if len(self._slots) - self._stuck <= self.workers + 1:
                 return True
@@ -305,7 +307,7 @@ class _Slot:
         return list(outcomes)
 
     def _on_slow(self, seconds: float) -> bool:
-        """Gives away the turn if another job is waiting. Returns True once the process has lost its priority; then this
+        """Gives away the turn if another job is waiting. Returns True if the process has lost its priority; then this
         method is not called again for the job."""
         late = seconds >= HUNG_S
         self.stuck = self.stuck or self.pool.give_turn(grow=late)

@@ -30,8 +30,8 @@ class SetupFailed(Exception):
 class WorkerProcess:
     """A new Python interpreter that runs `main()` of `module`. The first message to it is `setup`.
 
-    Its standard output goes to the stderr of this process. It has its own process group, so that killing the group also
-    kills the child processes that a reward started.
+    The standard output of the new process goes to the standard error of the parent process. The new process has its own
+    process group, so that killing the group also kills the child processes that a reward started.
     """
 
     def __init__(self, module: str, setup: WorkerSetup):
@@ -52,14 +52,15 @@ class WorkerProcess:
         self.send(setup)
 
     def send(self, message: Any) -> None:
-        """Sends a message. Raises ProcessDied."""
+        """Sends a message. Raises ProcessDied if the process has ended."""
         try:
             self.connection.send_bytes(pickle.dumps(message))
         except OSError:
             raise ProcessDied(self.exit_reason()) from None
 
     def receive(self, seconds: float) -> dict[str, Any]:
-        """Waits at most `seconds` for the next message and returns it. Raises TimeoutError or ProcessDied."""
+        """Returns the next message. Raises TimeoutError if no message comes within `seconds`, and ProcessDied if the
+        process has ended."""
         try:
             if not self.connection.poll(seconds):
                 raise TimeoutError(f"took longer than {seconds:g} s")
@@ -85,7 +86,7 @@ class WorkerProcess:
             os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
 
     def wait_until_loaded(self, setup_s: float) -> float:
-        """Waits until the scorer is loaded. Returns the seconds this took. Raises SetupFailed or ProcessDied."""
+        """Waits until the scorer is loaded. Returns the seconds that this took. Raises SetupFailed or ProcessDied."""
         try:
             reply = self.receive(setup_s)
         except TimeoutError:
@@ -151,5 +152,5 @@ class ComputeProcess(WorkerProcess):
 
 def _environment() -> dict[str, str]:
     path = os.pathsep.join(str(Path(p or ".").resolve()) for p in sys.path)
-    # The hash seed is fixed because sympy iterates over sets, and every worker must give a text the same score.
+    # The hash seed is fixed because sympy iterates over sets, and a text must get the same score in every process.
     return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"}

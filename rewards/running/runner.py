@@ -197,7 +197,7 @@ class RewardRunner:
 
     def results(self, futures: Sequence[Future[Result]]) -> list[Result]:
         """Waits for all futures and returns the results. Meanwhile, calls `on_outage` for each outage. Raises
-        EndpointAway."""
+        EndpointAway if an endpoint did not answer for longer than its `max_wait`."""
         waiting = set(futures)
         while waiting:
             _, waiting = wait(waiting, timeout=0.2)
@@ -230,8 +230,8 @@ class RewardRunner:
         self._outcomes(part, [one.rollout for one in batch]).add_done_callback(on_outcomes)
 
     def _outcomes(self, part: Part, items: Sequence[Rollout | Prompt]) -> Future[list[Outcome]]:
-        """Scores the items with the part and returns the outcomes. A judge is not asked the same question twice in a
-        run."""
+        """Scores the items with the part. The returned future gets the outcomes. In a run, a judge gets the same
+        question only once."""
         if not part.bound.reward.asynchronous or part.bound.reward.group:
             return self._queue_job(part, items)
         key = _question_digest(part, items[0])

@@ -80,7 +80,7 @@ class RewardWorker:
             outcomes = [{"invalid": describe_error(e)}] * len(items)
         finally:
             limit_memory(None)
-        # A library may keep memory after a call. If it keeps over half of a sample's memory, the process is replaced.
+        # A library may keep memory after a call. If it keeps more than half of `memory_mb`, the process is replaced.
         return outcomes, address_space() - self.baseline > room // 2
 
 
@@ -128,7 +128,8 @@ def describe_error(error: BaseException) -> str:
 
 
 def address_space() -> int:
-    """Returns the bytes that this process has mapped, or 0 on systems without /proc, where memory is not limited."""
+    """Returns the bytes of this process's address space. Returns 0 on systems without /proc, where memory is not
+    limited."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
@@ -143,7 +144,7 @@ def limit_memory(size: int | None) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Asks the Linux kernel to kill this process when the thread that started it ends. To be called in the child."""
+    """Asks the Linux kernel to kill this process when the thread that started it ends. Call this in the child."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # the parent died before this call

@@ -1,4 +1,5 @@
-"""Defines the estimators of advantages and returns, which PPO learns from. An estimator is a pure function of tensors.
+"""Defines the estimators of the advantages and the returns from which PPO learns. An estimator is a pure function of
+tensors.
 
 To add an estimator, such as one without a critic, add a function here.
 """
@@ -19,7 +20,8 @@ def gae_advantages(
     bootstrapped: Tensor | None = None,
     normalized: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Computes advantages with GAE (STEP3-VL-10B report, Eq. 1), and returns for the critic (V_target in Eq. 3).
+    """Computes the advantages with GAE (STEP3-VL-10B report, Eq. 1), and the returns that the critic learns (V_target
+    in Eq. 3).
 
     Args:
         rewards: [N, R], the reward of each token.

@@ -1,4 +1,5 @@
-"""Computes advantages and returns for the tokens that the policy chose, with pure functions of tensors.
+"""Computes the advantages and the returns of the tokens that the policy chose. All functions are pure functions of
+tensors.
 
 Every tensor is [N, R]: N responses, padded to R columns. `mask` (bool) is True where the policy chose the token. It is
 False on padding, and on text that a tool wrote into the response.
@@ -26,8 +27,8 @@ def gae(
     "next" is the next column whose mask is True. Columns whose mask is False add no delta and no factor of gamma. At
     the last column whose mask is True, A_next = 0 and V_next = `bootstrap`.
 
-    A compiled loop computes this in float64 on the CPU, with torch.get_num_threads() threads. Tensors on another device
-    are copied to the CPU. The first call in a process compiles the loop, which takes a second or two.
+    A compiled loop computes the advantages in float64 on the CPU, with torch.get_num_threads() threads. Tensors on
+    another device are copied to the CPU. The first call in a process compiles the loop, which takes a second or two.
 
     Args:
         rewards: [N, R] float, the reward of emitting token t.
@@ -124,9 +125,9 @@ def _array(x: Tensor, dtype: torch.dtype) -> np.ndarray:
 def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
     """Returns (A - mean) / max(std, 1e-8) for all chosen tokens of the batch, and 0 where the mask is False.
 
-    The variance of N advantages is a sum divided by N, not by N - 1. Means are computed in float64. In float32, the
-    mean of equal advantages would have a rounding error. This error would be divided by 1e-8 and give advantages of
-    order 1.
+    The standard deviation of N advantages is computed with the divisor N, not N - 1. Means are computed in float64. In
+    float32, the mean of equal advantages would have a rounding error. This error would be divided by 1e-8 and give
+    advantages of order 1.
 
     Raises:
         ValueError: no token is chosen.

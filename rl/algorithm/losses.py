@@ -54,7 +54,8 @@ def policy_gradient_loss(
     size: MinibatchSize,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Sums]:
-    """The loss of PPO "omitting standard importance sampling" (`ratio: none`). The ratio is 1, so nothing is clipped.
+    """The policy loss for `ratio: none`. The report describes it as PPO "omitting standard importance sampling". The
+    ratio is 1, so nothing is clipped.
 
         loss = -sum_t w_t * A_t * rho_t / tokens,   rho_t = pi / stop_gradient(pi) = 1
         d loss = -sum_t w_t * A_t * d log pi_t / tokens
@@ -123,10 +124,10 @@ def tis_weights(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, cap
     """Returns the weights min(pi / pi_rollout, cap) of truncated importance sampling. They have no gradient and are 0
     where the mask is False.
 
-    The weights correct the difference between the engine that sampled the tokens and the policy that learns from them.
-    With `tis_policy: current`, pi is the current policy. The weights then also correct the changes of the policy during
-    the update. With `tis_policy: before_update`, pi is the policy before the update, and the weights do not correct the
-    changes during the update. The report does not say which of these two policies it uses.
+    The weights correct for the difference between the engine that sampled the tokens and the policy that learns from
+    them. With `tis_policy: current`, pi is the current policy. The weights then also correct for the changes of the
+    policy during the update. With `tis_policy: before_update`, pi is the policy before the update, and the weights do
+    not correct for the changes during the update. The report does not say which of the two policies is used.
 
     Args:
         logprobs: [N, R] nats, computed by the learner with either the current weights or the weights before the update.
@@ -139,7 +140,7 @@ def tis_weights(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, cap
     Source: Yao et al. 2025, as cited by the STEP3-VL-10B report, section 3.2.1.
     """
     if cap is not None and not cap > 0:
-        raise ValueError(f"tis_cap is {cap}; choose a positive number (the report's is 8) or null for no correction")
+        raise ValueError(f"tis_cap is {cap}; choose a positive number (8 in the report) or null for no correction")
     with torch.no_grad():
         log_ratio = _log_ratio(logprobs, rollout_logprobs, mask)
         if cap is None:

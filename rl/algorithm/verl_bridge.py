@@ -6,8 +6,8 @@ How verl differs from our gae.py and losses.py (test_verl_bridge.py tests each p
 - verl's "vanilla" policy loss clips twice if the advantage is negative (dual clip, c = 3). Our default for c is so
   large that the second clip has no effect. With this default, the loss equals losses.clipped_policy_loss. A recipe can
   set c with `clip_ratio_c`.
-- verl's GAE always whitens the advantages, with the sample variance. In verl, the advantages of masked tokens are not
-  0. verl's returns equal ours. verl's advantages equal ours if ours are whitened in the same way.
+- verl's GAE always whitens the advantages, with the sample variance. In verl, advantages are not 0 where the mask is
+  False. verl's returns equal ours. verl's advantages equal ours if ours are whitened in the same way.
 - verl's value loss clips the change of the value. With a clip range so large that it has no effect, the loss equals
   losses.value_loss.
 """
@@ -48,7 +48,7 @@ _DEFAULTS: dict[str, Parameters] = {
     "dppo_kl": {"clip_ratio_c": 20.0},
 }
 _REFUSED = {
-    "clip_cov": "its gradient depends on how a minibatch is split: it drops random tokens, selected by their "
+    "clip_cov": "its gradient depends on how a minibatch is split: it drops random tokens among those with a high "
     "covariance within one part of the minibatch",
     "kl_cov": "its gradient depends on how a minibatch is split: it penalises the tokens with the largest covariance "
     "within one part of the minibatch",
@@ -72,7 +72,7 @@ def policy_loss(name: str, parameters: Parameters | None = None) -> "VerlPolicyL
         parameters: the loss's parameters, with verl's names and meanings (clip_ratio, clip_ratio_low, tau_pos,
             dro_beta, ...). clip_ratio sets both clip_ratio_low and clip_ratio_high. Parameters that are not given have
             verl's defaults, except `clip_ratio_c`. For vanilla, the default of `clip_ratio_c` is so large that it has
-            no effect. For dppo_*, the default is 20, which is the upper limit of the weight.
+            no effect. For dppo_*, `clip_ratio_c` is the upper limit of the importance weight, and its default is 20.
     Raises:
         ValueError: verl has no such loss, the loss does not read a given parameter, a parameter is missing, or the
             loss is refused. A loss is also refused if its gradient depends on how a minibatch is split. This function
@@ -233,21 +233,21 @@ def rollout_correction(
 ) -> RolloutCorrection:
     """Computes verl's importance weights pi_old / pi_rollout and rejection masks.
 
-    Call it once per minibatch, with the whole minibatch. Each weight and each rejection depends only on its own token
-    or response.
+    Call this function once per minibatch, with the whole minibatch. A weight or rejection depends only on the token or
+    response that it applies to.
 
     Args:
         old_logprobs: [N, R] nats, of the learner before the update.
         rollout_logprobs: [N, R] nats, computed by the engine during sampling.
         mask: [N, R] bool. Every row is a whole response.
-        rollout_is: "token" gives one weight per token. "sequence" gives one weight per response, the product over its
-            tokens.
+        rollout_is: "token" gives one weight per token. "sequence" gives one weight per response: the product of the
+            ratios of its tokens.
         rollout_is_threshold: a number is the maximum of the weights (truncated importance sampling). A text "low_high"
             gives a range, and weights outside of this range become 0 (IcePop). The threshold is read only with
             rollout_is.
         rollout_rs: comma-separated criteria to reject tokens (token_k1, ...) or responses (seq_mean_k1, ...).
-        rollout_rs_threshold: one threshold for all criteria, or one for each, comma-separated. The threshold of a k1
-            criterion is a range of ratios, "low_high".
+        rollout_rs_threshold: one threshold for all criteria, or comma-separated thresholds, one per criterion. The
+            threshold of a k1 criterion is a range of ratios, "low_high".
     Raises:
         ValueError: no token is chosen, or verl does not know a criterion or a threshold.
     Source: verl.trainer.ppo.rollout_corr_helper, whose docstrings explain every criterion.

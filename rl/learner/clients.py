@@ -1,6 +1,6 @@
 """Typed clients for the policy and the critic, which run in other processes.
 
-If a method returns a Future, it does not wait for the result.
+A method that returns a Future does not wait for the result.
 """
 
 from collections.abc import Mapping, Sequence

@@ -88,8 +88,8 @@ class Critic(Sharded):
         the last response token [N].
 
         If the update is a single step over the whole batch, the graph of the last packed row is kept, and the update
-        uses it again. This is correct because the weights do not change before the update. It takes no additional
-        memory, because the update would compute the same graph.
+        uses it again. This is correct because the weights do not change before the update. The kept graph takes no
+        additional memory, because the update would compute the same graph.
         """
         values = torch.zeros(batch.response_mask.shape)
         final = torch.zeros(len(values))
@@ -156,7 +156,7 @@ class Critic(Sharded):
         yield from ((row, None) for row in other_rows)
 
     def full_state(self) -> dict[str, Tensor]:
-        """Returns the weights of trunk and value head in float32, on rank 0. Collective: call on every rank."""
+        """Returns the weights of trunk and value head in float32, on rank 0. Collective: every rank must call it."""
         return self.ranks.gather(self.model.state_dict(), copy=True)
 
     def write_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:

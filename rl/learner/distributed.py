@@ -36,17 +36,17 @@ class Ranks:
         if threads:
             torch.set_num_threads(threads)
         if device == "cpu":
-            # By default, the threads add the gradients of an indexed tensor in any order, so the last digits would
-            # depend on what else the machine does.
+            # By default, the threads add the gradients of an indexed tensor in an order that varies from run to run.
+            # The last digits of the result would then vary too.
             torch.use_deterministic_algorithms(True)
             options: Any = torch.utils.deterministic
-            options.fill_uninitialized_memory = False  # would take time and change no result
+            options.fill_uninitialized_memory = False  # True would take time and would not change any result
         if count > 1:
             dist.init_process_group(
                 BACKENDS[device], init_method=f"tcp://{address}", rank=rank, world_size=count, timeout=TIMEOUT
             )
             self.mesh = init_device_mesh(device, (count,))
-            group: Any = dist.new_group(backend="gloo")  # Any: torch's type has a case for non-members too
+            group: Any = dist.new_group(backend="gloo")  # Any: torch's declared type also covers non-member processes
             self.checkpoint_group = group
 
     @property
@@ -67,8 +67,8 @@ class Ranks:
         options: dict[str, Any] = {"mesh": self.mesh} | ({} if dtype == torch.float32 else {"mp_policy": low})
         for layer in layers:
             fully_shard(layer, **options)
-        # The root's weights are split again after each forward pass. Otherwise, after a pass without gradient, they
-        # would stay gathered, and the next optimizer step would not update the gathered copy.
+        # The weights outside of `layers` are split again after each forward pass. Otherwise, after a pass without
+        # gradient, they would stay gathered, and the next optimizer step would not update the gathered copy.
         fully_shard(model, reshard_after_forward=True, **options)
 
     def autocast(self, dtype: torch.dtype) -> Any:
@@ -76,21 +76,22 @@ class Ranks:
         return torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
 
     def local_shard(self, full: Tensor, like: Tensor) -> Tensor:
-        """Returns this rank's shard of `full`. Every rank must pass the whole tensor `full`. It is split in the same
-        way as `like`."""
+        """Returns this rank's shard of `full`. Every rank must pass the whole tensor `full`. The tensor is split in the
+        same way as `like`."""
         if not isinstance(like, DTensor):
             return full.to(self.device)
         # With src_data_rank=None every rank cuts its shard from its own `full`, and the ranks send no data.
         return distribute_tensor(full.to(self.device), like.device_mesh, like.placements, src_data_rank=None)
 
     def full_tensor(self, tensor: Tensor) -> Tensor:
-        """Gathers the shards of all ranks and returns the full tensor. Collective: call on every rank."""
+        """Gathers the shards of all ranks and returns the full tensor. Collective: every rank must call it."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def gather(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, *, copy: bool = False
     ) -> dict[str, Tensor]:
-        """Returns the full tensors on rank 0, in CPU memory, and {} on the other ranks. Collective: call on every rank.
+        """Returns the full tensors on rank 0, in CPU memory, and {} on the other ranks. Collective: every rank must
+        call it.
 
         Args:
             copy: if True, the results share no memory with `tensors`, so later changes of `tensors` do not change the
@@ -108,14 +109,14 @@ class Ranks:
         return result
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sums a CPU tensor over the ranks, in place. Collective: call on every rank."""
+        """Sums a CPU tensor over the ranks, in place. Collective: every rank must call it."""
         if self.count > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def sum_named(self, numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns each named number, summed over all ranks. All ranks must pass the same names. Collective: call on
-        every rank."""
+        """Returns each named number, summed over all ranks. All ranks must pass the same names. Collective: every rank
+        must call it."""
         names = sorted(numbers)
         if self.count == 1 or not names:
             return dict(numbers)

@@ -16,7 +16,7 @@ class FeatureStore:
     needed.
 
     Args:
-        encoders: clients of the processes that encode pictures. They are used in turn.
+        encoders: clients of the processes that encode pictures. The clients are used in turn.
         limit_mib: the maximum size of the stored features in MiB, in memory and on disk together.
     """
 

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and gradient clipping. The whole state is a set of named tensors and the number of
+"""AdamW with linear warm-up and gradient clipping. The whole state consists of named tensors and the number of
 steps."""
 
 import math

@@ -72,7 +72,7 @@ def rows_of_rank(
     ranks: int,
     pairs_per_token: float,
 ) -> list[PackedRow]:
-    """Returns the packed rows of one rank. All ranks get about the same work and the same number of rows.
+    """Returns the packed rows of one rank. All ranks get about the same work and the same number of packed rows.
 
     Args:
         pairs_per_token: the number of attention pairs that cost as much as all other work for one token.
@@ -87,12 +87,13 @@ def rows_of_rank(
 
 
 def balanced(work: Sequence[float], parts: int) -> list[list[int]]:
-    """Distributes the indices of `work` over `parts` lists whose sums of work are nearly equal.
+    """Distributes the indices of `work` over lists with nearly equal sums of work. The number of lists is `parts`.
 
     Uses the largest differencing method (Karmarkar and Karp, 1982, section 6). At first, each index has a partition of
-    its own: `parts` lists, one of which contains the index. Each step merges the two partitions in which the largest
-    and the smallest list differ most. The largest list of one partition is merged with the smallest list of the other
-    partition, and so on. The method ends when one partition is left.
+    its own. In this partition, one list contains the index, and the other lists are empty. Each step merges the two
+    partitions in which the largest and the smallest list differ most. The largest list of one partition is merged with
+    the smallest list of the other partition, the second largest with the second smallest, and so on. The method ends
+    when only one partition remains.
     """
     heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = []
     for index, amount in enumerate(work):

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 def policy_loss(ppo: PPO) -> PolicyLoss:
     """Returns the policy loss that the recipe selects: one of verl's losses, or one of our two losses. We have two
-    because the report can be read in two ways."""
+    losses because the report can be read in two ways."""
     if ppo.policy_loss is not None:
         from rl.algorithm import verl_bridge
 
@@ -102,7 +102,7 @@ class Policy(Sharded):
 
     def weights(self) -> dict[str, Any]:
         """Returns the trained tensors on rank 0, keyed by their names on disk, in the dtype of the engines.
-        Collective: call on every rank."""
+        Collective: every rank must call it."""
         tensors = self.ranks.gather(self.trained, self.dtype)
         if tensors and getattr(self.model.config, "tie_word_embeddings", False):
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -168,9 +168,9 @@ class Policy(Sharded):
     ) -> tuple[MinibatchSize, Sums]:
         """Accumulates the gradients of one minibatch, one packed row at a time.
 
-        Returns: two values. The first is the size of the minibatch, without the tokens and responses that verl's
-        correction rejected. This size may be 0. The second has the statistics of the minibatch, summed over the tokens
-        that were not rejected.
+        Returns: two values. The first value is the size of the minibatch, without the tokens and responses that verl's
+        correction rejected. This size may be 0. The second value contains the statistics of the minibatch, summed over
+        the tokens that were not rejected.
         """
         correction = self._correction(groups, batch, old)
         chosen = batch.response_mask if correction is None else correction.mask
@@ -218,7 +218,7 @@ class Policy(Sharded):
         return replace(corrected, mask=mask, weights=weights)
 
     def full_state(self) -> dict[str, Tensor]:
-        """Returns the model's tensors on rank 0, in the dtype of the engines. Collective: call on every rank."""
+        """Returns the model's tensors on rank 0, in the dtype of the engines. Collective: every rank must call it."""
         return self.ranks.gather(hf_folder.state(self.model), self.dtype, copy=True)
 
     def write_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:

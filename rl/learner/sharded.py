@@ -58,12 +58,12 @@ class Sharded:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that engine and learner compute in. The learner keeps its weights in float32."""
+        """The dtype in which engine and learner compute. The learner keeps its weights in float32."""
         return getattr(torch, self.options.model.dtype)
 
     def full_state(self) -> dict[str, Tensor]:
         """Returns copies of the weights for a checkpoint, keyed by their names on disk. Only rank 0 gets the copies.
-        Collective: call on every rank."""
+        Collective: every rank must call it."""
         raise NotImplementedError
 
     def write_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -79,7 +79,7 @@ class Sharded:
                 if (parameter := missing.pop(name, None)) is not None:
                     parameter.copy_(self.ranks.local_shard(tensor, parameter))
         if missing:
-            raise hf_folder.CheckpointError(f"{folder} lacks {', '.join(sorted(missing)[:8])}")
+            raise hf_folder.CheckpointError(f"{folder} lacks the tensors {', '.join(sorted(missing)[:8])}")
 
     def training_state(self) -> dict[str, Tensor]:
         """Returns the tensors (or this rank's shards of these tensors) that a checkpoint stores in addition to the
@@ -87,8 +87,8 @@ class Sharded:
         return self.optimizer.state()
 
     def save(self, model: Path, state: Path) -> int:
-        """Copies weights and training state, and writes the copies in the background. `written` then tells whether
-        the copies are on disk.
+        """Copies weights and training state, and writes the copies in the background. `written` returns True when the
+        copies are on disk.
 
         Args:
             model: folder into which rank 0 writes the weights.

@@ -1,5 +1,5 @@
-"""Computes the targets of the updates from a batch and its values: advantages for the policy, returns for the
-critic."""
+"""Computes the targets of the updates from a batch and its values. The targets are the advantages for the policy and
+the returns for the critic."""
 
 from dataclasses import dataclass
 

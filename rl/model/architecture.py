@@ -1,9 +1,9 @@
-"""Defines Architecture, the base class of all model families. The class has all methods and attributes of a
-vision-language model that the learner needs.
+"""Defines Architecture, the base class of all model families. The class declares all methods and attributes that the
+learner needs from a vision-language model.
 
-The attributes of a model have the same names as its tensors on disk. rl/model/packed.py runs the decoder trunk on
-packed rows. There are two families: StepVL (rl/model/step_vl.py) and text-only Hugging Face decoders
-(rl/model/text.py).
+The attributes of a model have the same names as its tensors on disk. rl/model/packed.py runs the decoder trunk (the
+decoder without its head) on packed rows. There are two families: StepVL (rl/model/step_vl.py) and text-only Hugging
+Face decoders (rl/model/text.py).
 
 Tested in tests/rl/model/test_step_vl.py and tests/rl/model/test_text.py.
 """

@@ -39,7 +39,7 @@ class Segments:
     """A batch of n segments of up to L tokens. A segment is a prompt or a response. One call computes the causal
     self-attention of all segments of the batch.
 
-    Segments shorter than L are padded with repeats of their last token. Attention is causal, so the other tokens do not
+    Segments shorter than L are padded with repeats of their last token. Attention is causal, so the real tokens do not
     see the repeats. The results of the repeats are dropped, and the gradient of these results is set to 0 in the
     backward pass.
     """
@@ -56,7 +56,7 @@ class Segments:
         return x[self.tokens]
 
     def take_gradient(self, x: Tensor) -> Tensor:
-        """Returns the same tensor as `take`, but with 0 in place of the repeats."""
+        """Calls `take` and sets the entries of the repeats to 0 in the result."""
         taken = self.take(x)
         return taken if self.real is None else taken.mul_(self.real[..., None, None])
 

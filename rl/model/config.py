@@ -1,8 +1,8 @@
 """The STEP3-VL configuration (`model_type: step_robotics`), and the extension of a decoder's positions by YaRN.
 
 With these classes, transformers loads the model without `trust_remote_code`. The defaults come from the config.json of
-the published 10B model. No model is built here, so vLLM's plug-in and recipe checks can read a config quickly. YaRN is
-tested in tests/rollout/vllm/test_yarn.py.
+the published 10B model. This module does not build models, so that our vLLM plug-in and the checks of a recipe can read
+a config quickly. YaRN is tested in tests/rollout/vllm/test_yarn.py.
 """
 
 import math
@@ -110,7 +110,7 @@ class StepVLConfig(PretrainedConfig):
     def _side(self, tokens: int, name: str) -> int:
         side = math.isqrt(tokens)
         if side * side != tokens:
-            raise ValueError(f"{name} is {tokens}; views are square, so it must be a square number")
+            raise ValueError(f"{name} is {tokens}; views are square, so this number of tokens must be a square number")
         return side * DOWNSAMPLING * self.vision_config.patch_size
 
 
@@ -136,12 +136,12 @@ def _as_qwen3(text_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def register() -> None:
-    """Registers `step_robotics` with `AutoConfig`. It may be called several times."""
+    """Registers `step_robotics` with `AutoConfig`. The function may be called several times."""
     AutoConfig.register(StepVLConfig.model_type, StepVLConfig, exist_ok=True)
 
 
 def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfig:
-    """Returns the config with the decoder's positions extended `factor` times by YaRN (arXiv 2309.00071).
+    """Multiplies the decoder's number of positions by `factor` with YaRN (arXiv 2309.00071). Returns the config.
 
     The temperature of attention does not change, as in PaCoRe's evaluation (arXiv 2601.05593), which uses the factor
     2.0. The factor multiplies the number of positions that the model was trained with, even if the config already uses

@@ -132,8 +132,8 @@ def load(
     Args:
         prepare: a function that is called with the model before its weights take memory. The function may split the
             parameters over processes.
-        local_shard: a function (full tensor, its parameter) -> this process's shard of the full tensor. None: this
-            process keeps the full tensors.
+        local_shard: a function that gets a full tensor and the parameter of the same name. It returns this process's
+            shard of the full tensor. None: this process keeps the full tensors.
         yarn: the factor by which YaRN extends the positions.
     Raises: CheckpointError if tensors are missing, unknown or of the wrong shape. The message names these tensors.
     """
@@ -154,7 +154,8 @@ def load(
 
 
 def check_critic(folder: str | Path, config: PretrainedConfig) -> None:
-    """Checks that a folder holds a critic for a model with this config, that is, the decoder and a value head.
+    """Checks that a folder contains a critic for a model with this config. A critic consists of the decoder and a value
+    head.
 
     Raises: CheckpointError if tensors are missing, unknown or of the wrong shape. The message names these tensors.
     """

@@ -1,8 +1,8 @@
 """Computes how STEP3-VL pads, scales and crops a picture. This file works on sizes only, not on pixels.
 
-The rules and thresholds are taken from the published serving code (choice of the window size, rounding at 0.2 of a
-window, limit of 3,024 pixels). The published code gives the thresholds only for 728-pixel views. In this file, the
-thresholds scale with the size of the view, which is a reconstruction.
+The rules and thresholds are taken from the published serving code: the choice of the window size, the rounding of a
+side to whole windows, and the limit of 3,024 pixels. The published code gives the thresholds only for 728-pixel views.
+In this file, the thresholds scale with the size of the view. This scaling is a reconstruction.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ Size = tuple[int, int]  # (width, height) in pixels
 
 @dataclass(frozen=True)
 class CropGrid:
-    """A grid of square windows over a picture that is resized to `size`. The side of a window is `window` pixels; 0
-    means no windows."""
+    """A grid of square windows over a picture that is resized to `size`. The side of a window is `window` pixels. If
+    `window` is 0, there are no windows."""
 
     size: Size
     window: int
@@ -49,8 +49,8 @@ class CropGrid:
 
 
 def squared(size: Size) -> Size:
-    """Returns the size after padding. A thin strip is padded to a square if its short side is under 32 pixels and its
-    long side is more than 4 times as long. All other pictures are not padded."""
+    """Returns the size after padding. A picture is padded to a square if its short side is under 32 pixels and its long
+    side is more than 4 times as long as the short side. Other pictures are not padded."""
     width, height = size
     thin = min(width, height) < 32 and max(width, height) > 4 * min(width, height)
     return (max(size), max(size)) if thin else size
@@ -91,7 +91,7 @@ def picture_tokens(size: Size, global_size: int, crop_size: int, global_tokens: 
     """Returns the number of prompt tokens of a picture.
 
     A start token and an end token enclose the tokens of each crop, and also the tokens of the global view. A newline
-    token follows each row of crops except the last.
+    token follows each row of crops except the last row.
     """
     grid = crop_grid(resized(squared(size), global_size), global_size, crop_size)
     return grid.count * (crop_tokens + 2) + global_tokens + 2 + max(0, grid.rows - 1)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# LOGITS: the number of logits that are in memory at a time (16 MiB in float32). LEAST: the minimum number of tokens
-# whose logits are computed at a time, even if there are then more than LOGITS logits in memory.
+# LOGITS: the maximum number of logits that are in memory at a time (16 MiB in float32). LEAST: the logits of at least
+# this number of tokens are computed at a time. This minimum takes precedence over LOGITS.
 LOGITS, LEAST = 1 << 22, 256
 
 

@@ -55,7 +55,7 @@ def recompute_layers(trunk: Any) -> None:
 
 
 def pairs_per_token(config: PretrainedConfig) -> float:
-    """Returns how many (query, key) pairs of attention cost as much as one token in the linear layers.
+    """Returns the number of (query, key) pairs whose attention costs as much as the linear layers cost for one token.
 
     The cost is counted in floating-point operations. A token costs 2 operations per weight of the linear layers. A pair
     costs 4 operations per channel of the query heads.

@@ -1,8 +1,8 @@
 """Converts pictures to the square views that STEP3-VL's vision tower encodes.
 
-A picture becomes one global view and, if it is large or long, a grid of crops. The thresholds for 728-pixel views and
-504-pixel crops are taken from the published serving code. For other sizes of views, the thresholds are scaled in
-proportion.
+A picture becomes one global view and, if it is large or far from square, a grid of crops. The thresholds for 728-pixel
+views and 504-pixel crops are taken from the published serving code. For other sizes of views, the thresholds are scaled
+in proportion.
 """
 
 from collections.abc import Sequence

@@ -24,9 +24,9 @@ ROPE_THETA = 1e4
 def rope_2d(head_dim: int, grid: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Returns the cosines and sines of the vision tower's 2-D rotary positions.
 
-    In each head, the angles of the first half of the channels depend on the column, and those of the second half depend
-    on the row. Neighbouring channels form pairs, and the two channels of a pair have the same frequency. `grid` is the
-    maximum number of rows, and also the maximum number of columns.
+    In each head, the angles of the first half of the channels depend on the column, and the angles of the second half
+    depend on the row. Neighbouring channels form pairs, and the two channels of a pair have the same frequency. `grid`
+    is the maximum number of rows, and also the maximum number of columns.
 
     Returns: cos, sin, each [rows * columns, head_dim] float32.
     """
@@ -108,7 +108,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The layers of the vision tower. The attribute has the same name as on disk."""
+    """The layers of the vision tower. The names of the tensors on disk contain the name of the attribute,
+    `resblocks`."""
 
     def __init__(self, config: StepVLVisionConfig) -> None:
         super().__init__()

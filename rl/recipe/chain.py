@@ -89,7 +89,8 @@ def load_chain(
     first: str | None = None,
     begun: bool = False,
 ) -> Chain:
-    """Makes and checks the recipe of every step. Files that an earlier step makes for a later step need not exist yet.
+    """Makes and checks the recipe of every step. Files that an earlier step makes for a later step do not have to
+    exist yet.
 
     Args:
         folder: the absolute path of the run folder. Each step writes its results there, and later steps read these
@@ -173,7 +174,7 @@ def _check_sections(written: Layers, entries: Sequence[_Entry]) -> None:
         raise RecipeError(f"command line: {unused[0]}.* is for the stage {unused[0]}; the chain has {', '.join(known)}")
     if staged := [layer for layer in written.ordered if "stage" in layer.values]:
         raise RecipeError(
-            f"{staged[-1].where}: a chain has no stage, because each of its recipes has its own; leave out stage"
+            f"{staged[-1].where}: a chain has no option stage, because each of its recipes has its own; leave out stage"
         )
 
 

@@ -135,8 +135,8 @@ def comment_beside(file: Path, key: str) -> str:
 
 
 def explain(details: Sequence[ErrorDetails], values: dict[str, Any], where: Callable[[str], str]) -> str:
-    """Returns pydantic's errors as text, with one line per option. `where(key)` returns the file that sets the
-    option."""
+    """Returns pydantic's errors as text, with one line per option. `where(key)` returns the file that sets the option
+    `key`."""
     problems: dict[str, list[str]] = {}
     for detail in details:
         key, text = _problem(detail, values)

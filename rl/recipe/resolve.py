@@ -173,7 +173,7 @@ def _check_nothing_missing(merged: DictConfig, layers: Layers, profile: str | No
         comment = comment_beside(origin.file, key) if origin and origin.file else ""
         problem = f"{key} is ???, which only you can fill in{': ' if comment else ''}{comment}"
         advice = "" if profile else _profile_advice(key)
-        messages.append(f"{layers.where(key)}: {problem}\nPut it in a recipe or add {key}=VALUE{advice}.")
+        messages.append(f"{layers.where(key)}: {problem}\nPut the value in a recipe or add {key}=VALUE{advice}.")
     if messages:
         raise MissingOption("\n".join(messages))
 

@@ -1,8 +1,8 @@
 """Gives recipes access to the registered stages: their names, default values and rules.
 
 The stages themselves are in stages/, which the package rl may not import. Installed packages register their stages in
-the entry point group `rl.stages`: each entry point refers to a mapping from stage names to classes that have the form
-of stages.base.Stage.
+the entry point group `rl.stages`. Each entry point refers to a mapping from stage names to classes. The classes have
+the methods and attributes of stages.base.Stage.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ GROUP = "rl.stages"
 
 
 class StageRules(Protocol):
-    """The part of stages.base.Stage that recipes need."""
+    """The attributes and methods of stages.base.Stage that the package rl uses."""
 
     name: str
     defaults: Mapping[str, Any]

@@ -41,7 +41,7 @@ class Checkpoints:
     Args:
         folder: the folder that contains the checkpoints.
         keep: the number of newest checkpoints that are kept.
-        keep_every: a checkpoint is kept too if the number of its iteration is a multiple of this number.
+        keep_every: a checkpoint whose iteration is a multiple of this number is kept too.
         expected: the estimated size of a checkpoint in bytes. It is used to check the free disk space before the first
             checkpoint.
     """
@@ -71,7 +71,7 @@ class Checkpoints:
             check_room(self.folder, self.expected, what)
         except NoRoom as problem:
             raise Stop(
-                f"{problem}. Lower checkpoint.keep, make room, and continue with --resume.", saves=False
+                f"{problem}. Lower checkpoint.keep, free disk space, and continue with --resume.", saves=False
             ) from None
         final = self.folder / f"{iteration:06d}"
         with writing(what):
@@ -135,8 +135,8 @@ class Checkpoints:
             report(problems[-1])
         if problems:
             raise Stop(
-                f"no checkpoint in {self.folder} can be used. The newest: {problems[0]}. Restore one of them, or start "
-                "a new run with another --output.",
+                f"no checkpoint in {self.folder} can be used. The newest: {problems[0]}. Restore a checkpoint, or "
+                "start a new run with another --output.",
                 saves=False,
             )
         return None
@@ -177,7 +177,7 @@ def damage(checkpoint: Path) -> str | None:
         if (size := file.stat().st_size) != known["bytes"]:
             return f"{name} has {size} bytes instead of {known['bytes']}"
         if _digest(file) != known["sha256"]:
-            return f"{name} is not what was written (its SHA-256 differs)"
+            return f"{name} was changed after it was written (its SHA-256 differs)"
     return None
 
 

@@ -30,8 +30,8 @@ def check_room(folder: Path, wanted: int, what: str) -> None:
 
 @contextlib.contextmanager
 def writing(what: object) -> Generator[None, None, None]:
-    """If the `with` block raises an OSError, for example because the disk is full, raises a Stop that names `what`
-    instead."""
+    """Converts an OSError in the `with` block, such as the error of a full disk, to a Stop. The message of the Stop
+    names `what`."""
     try:
         yield
     except OSError as error:
@@ -39,8 +39,10 @@ def writing(what: object) -> Generator[None, None, None]:
 
 
 def not_written(what: object, error: Exception) -> Stop:
-    """Returns a Stop which says that `what` could not be written. The caller raises it."""
-    return Stop(f"{what} could not be written: {error}. Make room or repair the folder, and {GO_ON}.", saves=False)
+    """Returns a Stop which says that `what` could not be written. The caller must raise this Stop."""
+    return Stop(
+        f"{what} could not be written: {error}. Free disk space or repair the folder, and {GO_ON}.", saves=False
+    )
 
 
 def readable(size: int) -> str:
@@ -111,7 +113,7 @@ def replacing_folder(path: Path) -> Generator[Path, None, None]:
 
 
 def begin_folder(path: Path) -> Path:
-    """Makes an empty folder `.NAME.partial` and returns its path. When the folder has its files, `finish_folder`
+    """Makes an empty folder `.NAME.partial` and returns its path. When all files are in this folder, `finish_folder`
     renames it to `path`.
 
     After an error or a crash this folder still exists. The next call with the same path deletes it.

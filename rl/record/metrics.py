@@ -82,7 +82,7 @@ def task_name_problem(task: str) -> str | None:
     if "/" in task:
         return f"task {task!r} has a '/', which metric names use to separate a task from its parts"
     if any(f"{room}/{task}" in _BY_NAME for room in ("reward", "eval")):
-        return f"task {task!r} would share its name with the metric reward/{task}; pick another"
+        return f"task {task!r} would share its name with the metric reward/{task}; choose another name"
     return None
 
 
@@ -91,7 +91,8 @@ def rollout_metrics(scored: Sequence[Scored], rollouts_per_prompt: int) -> dict[
 
     Args:
         scored: the samples of the iteration. Samples of the same prompt are next to each other.
-        rollouts_per_prompt: samples per prompt; must divide the number of samples.
+        rollouts_per_prompt: the number of samples per prompt. The total number of samples must be a multiple of this
+            number.
     Returns:
         Rewards are means over valid samples, and lengths are means over all samples. A mean over no samples is left
         out. For example, a task whose samples are all invalid has no mean reward. `reward/std` is the population

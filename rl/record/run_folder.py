@@ -216,7 +216,7 @@ def _json_line(record: Mapping[str, Any]) -> str:
 
 def _plain(value: Any) -> Any:
     """Returns a copy of `value` in which text replaces everything that JSON cannot represent (NaN, a set, ...). Without
-    this, an unusual value in a reward's details would end the run."""
+    this replacement, an unusual value in a reward's details would end the run."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

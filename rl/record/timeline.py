@@ -34,8 +34,8 @@ class Timeline:
         self._named: set[str] = set()
 
     def add(self, process: str, name: str, start: float, end: float) -> None:
-        """Records what a thread of this process did, or waited for, from `start` to `end`. `process` is the name of the
-        thread."""
+        """Records a span of a thread of this process. `process` is the name of the thread. `name` says what the thread
+        did, or waited for, from `start` to `end`."""
         self._own.append((process, (name, start, end)))
 
     def replaced(self, name: str, source: SpanSource) -> None:

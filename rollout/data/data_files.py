@@ -73,7 +73,7 @@ def _json_row(line: bytes) -> tuple[Mapping[str, Any] | None, str]:
 
 def _shards(path: Path) -> list[Path]:
     """Returns the files of a folder that `python -m stages.curate` wrote. The names of such files are numbers. For any
-    other path, returns [], and the caller tries to read the path as a data set."""
+    other path, the result is [], and the caller tries to read the path as a data set."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else []
     return files if all(file.stem.isdigit() for file in files) else []
 
@@ -109,7 +109,7 @@ def _parquet(path: Path) -> Iterator[RawRow]:
 
 
 def _dataset(source: str, streaming: bool) -> Iterator[RawRow]:
-    """Yields the rows of a Hugging Face dataset. Pictures stay encoded."""
+    """Yields the rows of a Hugging Face dataset. Pictures are not decoded."""
     name, _, split = source.partition(":")
     dataset = _load_dataset(name, split or "train", streaming)
     folder = Path(name) if Path(name).is_dir() else Path()

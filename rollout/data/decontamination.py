@@ -31,7 +31,7 @@ class Benchmarks:
                 self._runs.setdefault(run, row.id)
 
     def shared(self, row: Prompt) -> str | None:
-        """Returns a text that says how a row overlaps a benchmark row, or None if it overlaps no benchmark row.
+        """Returns a text that says how a row overlaps a benchmark row, or None if there is no overlap.
 
         A question with the same words but other pictures is a different question. For example, "How many are there?"
         fits many pictures.

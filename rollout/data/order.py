@@ -12,7 +12,7 @@ class Order(Protocol):
     """An endless sequence of prompts."""
 
     def prompts_at(self, position: int, count: int) -> list[Prompt]:
-        """Returns prompts number `position` to `position + count - 1`."""
+        """Returns the prompts with the numbers `position` to `position + count - 1`."""
         ...
 
 
@@ -20,8 +20,9 @@ class PromptOrder:
     """Goes through all prompts in repeated passes, each in a new random order. Every pass contains every prompt once.
 
     The only state is the position: the number of prompts drawn since the run began. The caller stores the position.
-    Pass e is sorted by SHA-256 of (seed, e, id). So the order does not depend on Python's version or on the order
-    of the rows on disk. A call that crosses the end of a pass may return the same prompt twice.
+    The prompts of pass number e are sorted by the SHA-256 of (seed, e, prompt id). So the order does not depend on
+    Python's version or on the order of the rows on disk. A call that crosses the end of a pass may return the same
+    prompt twice.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
@@ -31,7 +32,8 @@ class PromptOrder:
         self._passes: dict[int, list[Prompt]] = {}  # number of a pass -> its prompts, for the last two passes
 
     def prompts_at(self, position: int, count: int) -> list[Prompt]:
-        """Returns prompts number `position` to `position + count - 1`. The numbers continue from pass to pass."""
+        """Returns the prompts with the numbers `position` to `position + count - 1`. The numbers continue from pass to
+        pass."""
         places = (divmod(number, len(self._prompts)) for number in range(position, position + count))
         return [self._shuffled(epoch)[place] for epoch, place in places]
 
@@ -48,9 +50,10 @@ class PromptOrder:
 class MixedOrder:
     """Mixes the prompts of several orders by weight.
 
-    The share of an order is its weight divided by the sum of all weights. The prompt at position n comes from the order
-    that is furthest behind its share of the first n + 1 prompts. So in every part of the run, the number of prompts
-    from each order is in proportion to the order's weight. The only state is the position, as in PromptOrder.
+    The share of an order is its weight divided by the sum of all weights. Of the first n prompts, an order should
+    provide its share times n. The next prompt always comes from the order whose number of prompts is furthest below
+    this value. So in every part of the run, the number of prompts from each order is in proportion to the order's
+    weight. The only state is the position, as in PromptOrder.
 
     Args:
         weights: one positive number per order.
@@ -62,7 +65,7 @@ class MixedOrder:
         self._places: list[tuple[int, int]] = []  # (number of the order, position in that order) for each position
 
     def prompts_at(self, position: int, count: int) -> list[Prompt]:
-        """Returns prompts number `position` to `position + count - 1`."""
+        """Returns the prompts with the numbers `position` to `position + count - 1`."""
         while len(self._places) < position + count:
             total = len(self._places) + 1
             behind = [share * total - drawn for share, drawn in zip(self._shares, self._drawn, strict=True)]

@@ -70,11 +70,12 @@ def read(
     """Reads all rows of the sources, in file order. Each row becomes a Prompt or a BadRow.
 
     Args:
-        columns: {our column: the data's column}, for sources without an adapter. A dotted name selects a value inside a
-            column. If `columns` are given without `id`, a row without an id gets an id made of file name and line.
+        columns: {our column name: column name in the data}, for sources without an adapter. A dotted name selects a
+            value inside a column. If `columns` are given without `id`, a row without an id gets an id made of file name
+            and line.
         reserved: control tokens of the model (`<im_patch>`, ...). A row is bad if its text contains a control token,
             because the tokenizer would not treat this token as text.
-        tasks: the tasks that have a reward. None accepts any task.
+        tasks: the tasks that have a reward. None means that any task is accepted.
         problem: an additional check, which returns the reason why a prompt cannot be used, or None.
         unique: if True, every row needs an id that no other row has.
     Returns:
@@ -216,8 +217,8 @@ _ABSENT = object()
 
 
 def _look_up(values: Any, name: str) -> Any:
-    """Returns the value of a dotted name such as "a.b". If there is a key "a.b", returns the value of this key.
-    Otherwise looks up the parts of the name in nested mappings and lists. Returns _ABSENT if there is no such
+    """Returns the value of a dotted name such as "a.b". If there is a key "a.b", the result is the value of this
+    key. Otherwise the parts of the name are looked up in nested mappings and lists. Returns _ABSENT if there is no such
     value."""
     if isinstance(values, Mapping) and name in values:
         return values[name]

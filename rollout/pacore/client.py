@@ -1,5 +1,5 @@
-"""The client of a vLLM endpoint. It limits the number of requests under way, sends urgent requests first, and retries
-failed requests."""
+"""The client of a vLLM endpoint. It limits the number of simultaneous requests, sends urgent requests first, and
+retries failed requests."""
 
 import asyncio
 import heapq
@@ -17,15 +17,16 @@ from rollout.pacore.prompt import Chat
 from rollout.pacore.rounds import PromptTooLong, Reply
 
 RETRY_S = (0.5, 30.0)
-"""The waiting time before the first retry, and the maximum waiting time, in seconds. The time doubles with each
-retry."""
+"""The waiting time before the first retry, and the maximum waiting time, in seconds. The waiting time doubles
+with each retry."""
 TOO_LONG_MESSAGES = ("maximum context length", "max_tokens must be at least 1", "longer than the maximum model length")
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 GREEDY = 1e-5  # vLLM samples greedily at temperatures below this value
 KEEP_ALIVE_S = 4.0  # vLLM closes idle connections after 5 seconds
 Answer = TypeVar("Answer")
 FULL_DISTRIBUTION = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-"""Request fields that override the sampling defaults of the model's folder. With them, every token can be sampled."""
+"""Request fields that override the sampling defaults of the model's folder. With these fields, every token can be
+sampled."""
 
 
 class EndpointUnreachable(RuntimeError):
@@ -41,8 +42,8 @@ class RequestRefused(RuntimeError):
 
 
 class PrioritySemaphore:
-    """Limits the number of replies under way. The waiting request with the highest urgency is sent next. Among requests
-    of the same urgency, the oldest is sent first."""
+    """Limits the number of replies that are requested at the same time. The waiting request with the highest urgency is
+    sent next. Among requests of the same urgency, the oldest request is sent first."""
 
     def __init__(self, count: int) -> None:
         self._total = self._free = count
@@ -51,8 +52,8 @@ class PrioritySemaphore:
 
     @asynccontextmanager
     async def acquire(self, urgency: int, count: int = 1) -> AsyncIterator[None]:
-        """A context manager that waits for `count` free slots and uses them. If the semaphore has fewer slots in total,
-        it uses all slots."""
+        """A context manager that waits until enough slots are free, and then occupies one slot for each of the `count`
+        replies. If the semaphore has fewer slots in total, it occupies all slots."""
         count = min(count, self._total)
         turn = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (-urgency, next(self._numbers), count, turn))
@@ -82,10 +83,11 @@ class PrioritySemaphore:
 
 
 class EndpointClient:
-    """Calls a model behind an OpenAI-compatible URL such as http://host:8000/v1. It must be used inside `async with`.
+    """Calls a model behind an OpenAI-compatible URL such as http://host:8000/v1. The client must be used inside
+    `async with`.
 
     Args:
-        concurrency: maximum number of replies under way at a time.
+        concurrency: maximum number of replies that are requested at the same time.
         retries: number of retries after status 429, 5xx or a broken connection.
         fields: fields that are added to every request: temperature, max_tokens, ...
         key_env: environment variable that contains the endpoint's key, if the endpoint needs a key.
@@ -127,7 +129,7 @@ class EndpointClient:
         return self._session
 
     async def __call__(self, chat: Chat, seed: int, urgency: int, count: int = 1) -> list[Reply]:
-        """Returns `count` replies to a chat, with one request. Raises the same errors as `replies`."""
+        """Returns `count` replies to a chat. Raises the same errors as `replies`."""
         return await self.replies({**self.fields, "messages": list(chat), "seed": seed}, urgency, count)
 
     async def replies(self, body: Mapping[str, Any], urgency: int, count: int) -> list[Reply]:
@@ -141,7 +143,7 @@ class EndpointClient:
         count_fields = {"n": count, "return_token_ids": True} if count > 1 else {}
         replies = parse_replies(await self.complete({**body, **count_fields}, urgency))
         if len(replies) != count:
-            raise EndpointUnreachable(f"{self.url} returned {len(replies)} replies for n = {count}; is it vLLM?")
+            raise EndpointUnreachable(f"{self.url} returned {len(replies)} replies for n = {count}; is this vLLM?")
         return replies
 
     async def complete(self, body: Mapping[str, Any], urgency: int = 0) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class SynthesisPrompt:
     """Renders prompts that contain the messages of earlier attempts.
 
     Args:
-        template: Jinja file that uses the variables `problem` and `messages`. None uses the default template.
+        template: Jinja file that uses the variables `problem` and `messages`. None means the default template.
     Raises: ValueError if the template cannot be read or uses other variables.
     """
 
@@ -79,8 +79,8 @@ class SynthesisPrompt:
 
 
 def draw_messages(prompt: Prompt, least: int, most: int, seed: str) -> Prompt:
-    """Returns the prompt with messages drawn from its `messages_pool`, without replacement and in random order. Their
-    number is drawn uniformly from `least` to `most`.
+    """Returns the prompt with messages drawn from its `messages_pool`, without replacement and in random order. The
+    number of messages is drawn uniformly from the range `least` to `most`.
 
     This is the training procedure of the PaCoRe paper. In the STEP3-VL-10B report, the number is from 16 to 24. If the
     pool has fewer than `most` messages, the size of the pool is used in place of `most`. Raises ValueError if the pool

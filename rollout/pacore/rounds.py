@@ -17,7 +17,7 @@ from rollout.pacore.prompt import Chat, SynthesisPrompt
 from rollout.pool import seed_of
 
 Result = TypeVar("Result")
-MAX_TRAJECTORIES = 4096  # maximum in one round; parse_plan refuses larger numbers as typing errors
+MAX_TRAJECTORIES = 4096  # maximum in one round; parse_plan refuses a larger number, which is probably a typing error
 
 
 class PromptTooLong(Exception):
@@ -82,7 +82,7 @@ class PacoreResult:
 
 
 def parse_plan(text: str) -> tuple[int, ...]:
-    """Returns the number of trajectories of each round before the synthesis, from a text such as `16` or `32,4`.
+    """Converts a text such as `16` or `32,4` into the number of trajectories of each round before the synthesis.
 
     Raises: ValueError.
     """
@@ -110,8 +110,8 @@ async def run_rounds(
     Args:
         plan: the number of trajectories of each round before the last round; () is SeRe.
         seed: a text that identifies the problem. The seed of every trajectory is derived from this text.
-        answers: the number of replies in the last round. An evaluation uses more than one reply. With 0 there is no
-            last round.
+        answers: the number of replies in the last round. An evaluation may use several replies. 0 means that there is
+            no last round.
         first_rounds: rounds from an earlier run. They are used in place of the rounds of `plan`.
     Raises: PromptTooLong if the problem alone leaves no room for a response.
     """
@@ -151,11 +151,11 @@ async def _round(
 
 
 async def fit_messages(messages: int, attempt: Callable[[int], Awaitable[Result]]) -> tuple[Result, int]:
-    """Calls `attempt` with the number of messages that the prompt should contain. If `attempt` raises PromptTooLong,
-    calls it again with fewer messages.
+    """Calls `attempt` with the number of messages that the prompt should contain: in the first call, the number of all
+    messages. While `attempt` raises PromptTooLong, it is called again with a smaller number.
 
-    Returns the result, and the number of messages in the prompt that was short enough. Raises PromptTooLong if the
-    prompt is too long even without messages.
+    Returns the result of `attempt`, and the number of messages in the prompt that was short enough. Raises
+    PromptTooLong if the prompt is too long even without messages.
     """
     shown = messages
     while True:
@@ -179,6 +179,6 @@ async def _gather(requests: Iterable[Coroutine[Any, Any, list[Reply]]]) -> list[
 
 
 def draw_order(messages: int, shown: int, seed: str) -> list[int]:
-    """Draws `shown` of `messages` messages for the prompt of one trajectory. Returns the indices of the drawn messages
-    in random order."""
+    """Chooses at random which messages the prompt of one trajectory contains: `shown` out of `messages`. Returns their
+    indices in random order."""
     return random.Random(seed).sample(range(messages), shown)

@@ -75,7 +75,7 @@ class ModelTarget:
 def serve_options(
     folder: Path, max_length: int | None, yarn: float | None, more: Mapping[str, str | bool]
 ) -> dict[str, str | int | float | bool]:
-    """Returns the arguments of vLLM's server for a policy at inference, including the arguments in `more`.
+    """Returns the arguments with which vLLM's server is started for inference. The arguments in `more` are included.
 
     Raises: ValueError if `max_length` is more than the model's number of positions.
     """
@@ -88,7 +88,7 @@ def serve_options(
         )
     options: dict[str, str | int | float | bool] = {"max-model-len": max_length or trained, "generation-config": "vllm"}
     if (dtype := getattr(getattr(config, "text_config", config), "dtype", None)) is not None:
-        options["dtype"] = str(dtype).removeprefix("torch.")  # the config's dtype; without it, vLLM changes float32
+        options["dtype"] = str(dtype).removeprefix("torch.")  # by default, vLLM converts float32 to a 16-bit dtype
     if yarn:
         options["hf-overrides"] = json.dumps(overrides(config))
     return {**options, **more}
@@ -106,7 +106,7 @@ def add_target_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--serve", action="append", default=[], metavar="NAME[=VALUE]", help="an additional argument of vLLM's server"
     )
-    p.add_argument("--concurrency", type=int, default=256, help="maximum requests under way at a time (default: 256)")
+    p.add_argument("--concurrency", type=int, default=256, help="maximum number of simultaneous replies (default: 256)")
 
 
 def target_of(args: argparse.Namespace) -> ModelTarget:

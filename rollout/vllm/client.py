@@ -1,6 +1,6 @@
 """Typed client for a vLLM engine, which runs in another process.
 
-If a method returns a Future, it does not wait for the result. Tested in tests/rl/test_remote.py.
+A method that returns a Future does not wait for the result. Tested in tests/rl/test_remote.py.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,8 @@ class EngineClient:
         return self.remote.stream(Engine.stream, requests)
 
     def load(self, weights: Any, step: int) -> Future[None]:
-        """Loads new weights. `weights` is a mapping from names on disk to tensors, or the Future of such a mapping."""
+        """Loads new weights. `weights` is a mapping from the names of tensors in model files to tensors, or the Future
+        of such a mapping."""
         return self.remote.start(Engine.load, weights, step)
 
     def encodings(self) -> Future[int]:

@@ -38,7 +38,7 @@ CAN_CHANGE_LATE = {"HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "
 
 
 class Engine:
-    """Wraps vLLM in the methods `stream` (or `generate`), `load` and `score`.
+    """A vLLM instance with the methods `stream` (or `generate`), `load` and `score`.
 
     Args:
         model: Hugging Face folder or hub id of a StepVL model or a text-only decoder.
@@ -126,7 +126,7 @@ class Engine:
             response is finished, an empty list is yielded every few seconds, to show that the engine is alive. A
             response has the prompt ids with all image tokens of each picture. Its response ids include the stop token
             if it was sampled. The logprobs are in nats, under the distribution that the tokens were sampled from. At
-            temperature 0, they are under the model's own distribution.
+            temperature 0, the logprobs are under the model's own distribution.
         Raises: ValueError, with index and reason, for a request that cannot be served; RuntimeError if vLLM aborts a
             request, or if an earlier `load` failed.
         """
@@ -167,9 +167,10 @@ class Engine:
         """Replaces weights of the model. Tensors that are not in `weights` do not change.
 
         Args:
-            weights: names on disk -> full tensors. If a tensor of a layer is sent, all tensors of this layer must be
-                sent. Tied embeddings must be sent twice, as embedding and as head.
-            step: the number of policy updates that led to these weights. It becomes the engine's `policy_step`.
+            weights: name in the model files -> full tensor. If a tensor of a layer is sent, all tensors of this layer
+                must be sent. Tied embeddings must be sent twice, as embedding and as head.
+            step: the number of policy updates that led to these weights. This number becomes the engine's
+                `policy_step`.
         Raises: ValueError if the embeddings are tied and embedding or head is missing. After any other error, all
             later calls raise RuntimeError, and the engine must be restarted. Such errors are a tensor that the model
             does not have, a layer with missing tensors, or too little shared memory.
@@ -208,7 +209,7 @@ class Engine:
             ids = self._llm.enqueue(prompts, params, use_tqdm=False)
         except VLLMClientError as error:  # processes without vLLM cannot unpickle this error class of vLLM
             raise ValueError(f"vLLM refuses a request: {error}") from error
-        first = int(ids[0].partition("-")[0])  # vLLM numbers its requests and appends random characters
+        first = int(ids[0].partition("-")[0])  # vLLM's request id: a number and random characters
         last_yield = time.monotonic()
         try:
             while engine.has_unfinished_requests():
@@ -253,7 +254,7 @@ class Engine:
         if not 0 < length < self.max_sequence_length:
             raise ValueError(
                 f"request {index}: its prompt has {length} tokens with images, but max_sequence_length "
-                f"{self.max_sequence_length} leaves room for 1 to {self.max_sequence_length - 1}"
+                f"{self.max_sequence_length} allows only 1 to {self.max_sequence_length - 1} prompt tokens"
             )
         return length
 
@@ -281,8 +282,8 @@ def _pictures_encoded(model: Any) -> int:
 
 
 def stop_ids(model: str, config: "PretrainedConfig") -> tuple[int, ...]:
-    """Returns the sorted ids of all tokens that end a response. They are the end-of-sequence ids of generation config,
-    config and tokenizer.
+    """Returns the sorted ids of all tokens that end a response. These are the end-of-sequence ids in the generation
+    config, the config and the tokenizer.
 
     STEP3-VL's ids include its image token, so a response ends if an image token is sampled. Raises ValueError if there
     are no ids.
@@ -316,22 +317,23 @@ def cpu_variables(threads: int, kv_cache_gib: int) -> dict[str, str]:
     """Returns the environment variables that vLLM needs on CPU."""
     return {
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # no binding, because several engines share the cores
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads are not bound to cores, because engines share the cores
         "OMP_NUM_THREADS": str(threads),
         "TORCHDYNAMO_DISABLE": "1",  # else torch spends 40 s on compiling a sampler that requests with seeds do not use
     }
 
 
 def offline(model: str) -> dict[str, str]:
-    """If the model is a folder, returns environment variables that keep the hub client offline, else {}."""
+    """Returns environment variables that keep the hub client offline if the model is a folder, else {}."""
     return {"HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else {}
 
 
 def whole_prompts(max_sequence_length: int) -> dict[str, Any]:
     """Returns scheduler limits that make vLLM process every prompt in one step, with all its pictures.
 
-    If a step processes only part of a prompt, vLLM draws a token, discards it and rewinds the request's generator.
-    Random generators on CPU cannot be rewound. So the limits only allow as many sequences as fit into one step.
+    If a step processes only part of a prompt, vLLM draws a token, discards it and rewinds the request's random
+    generator. Random generators on CPU cannot be rewound. So the limits only allow as many sequences as fit into one
+    step.
     """
     sequences = max(1, min(MAX_SEQUENCES, STEP_TOKENS // max_sequence_length))
     return {
@@ -390,7 +392,7 @@ def _overridden(config: "PretrainedConfig", yarn: float | None) -> "PretrainedCo
 
     config.tie_word_embeddings = False
     config.get_text_config().tie_word_embeddings = False
-    is_complete = hasattr(config.get_text_config(), "rope_parameters")  # vLLM first calls this with an empty config
+    is_complete = hasattr(config.get_text_config(), "rope_parameters")  # vLLM's first call has an empty config
     return with_yarn(config, yarn) if is_complete else config
 
 

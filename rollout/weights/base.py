@@ -1,8 +1,8 @@
 """Selects the backend that transfers trained weights into a running vLLM, and defines the interface of all backends.
 
 A backend is a file in this folder with two classes. `Sender` runs in the process of rollout/vllm/engine.py. `Receiver`
-runs in each of vLLM's worker processes and is a `WeightTransferEngine` of vLLM's own API. Importing this file imports
-no backend. Tested in tests/rollout/vllm/test_engine.py.
+runs in each of vLLM's worker processes and is a `WeightTransferEngine` of vLLM's own API. When this file is imported,
+no backend is imported. Tested in tests/rollout/vllm/test_engine.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ class Sender(Protocol):
         """Sends tensors in one or more batches.
 
         Args:
-            weights: names on disk -> full tensors.
+            weights: name in the model files -> full tensor.
             update: is called once per batch with the fields of Receiver.update_info_cls. The call returns when every
                 worker has loaded the batch.
         """

@@ -1,8 +1,8 @@
 """Weight transfer backend "host": moves weights into a running vLLM through the machine's shared memory.
 
 The sender copies tensors into a shared-memory segment and tells the workers the segment's name. Each worker attaches to
-the segment, copies the tensors to its device and loads them. Sender and workers must be on one machine. They may be the
-same process (as in rollout/vllm/engine.py) or different processes, because a segment is found by its name.
+the segment, copies the tensors to its device and loads them. Sender and workers must run on one machine. They may run
+in the same process (as in rollout/vllm/engine.py) or in different processes, because a segment is found by its name.
 Tensor-parallel workers read the whole tensors, and vLLM's loaders take the shards that each worker needs.
 
 Tested in tests/rollout/vllm/test_engine.py.
@@ -43,8 +43,8 @@ class HostInitInfo(WeightTransferInitInfo):
 class HostUpdateInfo(WeightTransferUpdateInfo):
     """The name of a segment, and the places of the tensors in it.
 
-    `tensors` has one `{"name", "dtype", "shape", "offset"}` per tensor. These values are the name on disk, the torch
-    dtype without "torch.", the shape, and the index of the tensor's first byte in the segment.
+    `tensors` has one `{"name", "dtype", "shape", "offset"}` per tensor. These values are the name in the model files,
+    the torch dtype without "torch.", the shape, and the index of the tensor's first byte in the segment.
     """
 
     segment: str
@@ -169,7 +169,7 @@ def _write(segment: SharedMemory, slot: Mapping[str, Any], weight: Weight) -> No
 
 
 def _view(segment: SharedMemory, slot: Mapping[str, Any]) -> Tensor:
-    """Returns a tensor in the segment's own memory. The caller must delete it before the segment is closed."""
+    """Returns a tensor in the segment's own memory. The caller must delete the tensor before the segment is closed."""
     dtype, shape = getattr(torch, slot["dtype"]), slot["shape"]
     flat = torch.frombuffer(segment.buf, dtype=dtype, count=math.prod(shape), offset=slot["offset"])
     return flat.view(shape)

@@ -16,8 +16,8 @@ Key = tuple[str, str, int]  # kind of answer, row id, number of the answer
 
 
 class Answers:
-    """A file with one JSON line {kind, id, n, ...} per answer. Any thread may add lines. If a crash has cut the last
-    line short, this line is dropped."""
+    """A file with one JSON line {kind, id, n, ...} per answer. Any thread may add lines. If a crash has left the last
+    line incomplete, this line is dropped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -46,8 +46,8 @@ class CurationFolder:
         """Locks the folder for this process. The folder must be new or contain the same curation.
 
         Args:
-            digest: the digest of the rows and of all other files that the filters use.
-        Raises: InputError if the folder contains something else, or if another process writes there.
+            digest: the digest of the rows and of all files that the filters use.
+        Raises: InputError if the folder contains anything other than this curation, or if another process writes there.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; give a folder as --out")
@@ -70,7 +70,7 @@ class CurationFolder:
     def _check_same(self, config: Config, digest: str) -> None:
         saved, state = self.path / RECIPE, self.path / STATE
         if not saved.is_file() or not state.is_file():
-            return  # nothing to compare: the earlier attempt ended before it asked a model anything
+            return  # nothing to compare: the earlier attempt ended before it asked a model a question
         if changed := [c for c in differences(load(saved).config, config) if _changes_answers(c.key)]:
             listed = "".join(f"\n  {change}" for change in changed)
             raise InputError(f"{self.path} was started with another recipe:{listed}\nUse another --out for this recipe")
@@ -120,7 +120,7 @@ class CurationFolder:
     def _picture_part(self, picture: Picture) -> dict[str, Any]:
         """Returns the part of a chat message that refers to the picture by a path relative to the rows file.
 
-        If the picture is given as bytes, these are first written to a file.
+        If the picture is given as bytes, these bytes are first written to a file.
         """
         if not isinstance(picture.source, bytes):
             return {"type": "image", "image": os.path.relpath(picture.source, (self.path / "rows").resolve())}

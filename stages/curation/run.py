@@ -80,7 +80,7 @@ class Curation:
 
         Args:
             recipe: the text of the resolved recipe.
-        Raises: InputError if the folder contains something else.
+        Raises: InputError if the folder contains anything other than this curation.
         """
         folder, plan, blocks = CurationFolder(path), self.plan, blocks_of(self.plan)
         sources = [source.path for source in plan.config.data.train]
@@ -155,8 +155,8 @@ def _benchmarks(config: Config) -> Benchmarks:
 
 
 def blocks_of(plan: Plan) -> list[list[CandidateRow]]:
-    """Splits the rows into blocks. If `curate.rows` is set, uses only this number of rows, which are spread evenly over
-    the data."""
+    """Splits the rows into blocks. If `curate.rows` is set, only this number of rows is used. These rows are spread
+    evenly over the data."""
     options = plan.config.curate
     rows = [CandidateRow(prompt, source) for prompt, source in zip(plan.train, plan.sources, strict=True)]
     if options.rows is not None and options.rows < len(rows):
@@ -211,7 +211,7 @@ def apply_filters(
     """Applies the filters one after the other. Each filter gets the rows that are not dropped yet.
 
     Args:
-        answers: a function from the name of a filter to the stored answers of this filter.
+        answers: a function that is called with the name of a filter and returns the stored answers of this filter.
     """
     result = list(decisions)
     for name, run in filters.items():

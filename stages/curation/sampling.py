@@ -1,4 +1,4 @@
-"""Samples responses of the policy to data rows and scores these responses. Also lets judges score data rows.
+"""Samples responses of the policy to data rows, and scores these responses. Judges can also score the rows.
 
 Each response and each score is stored in `Answers` when it arrives. Stored results are not computed again.
 
@@ -66,7 +66,7 @@ class PolicySampler:
         """Returns `count` scored responses for each prompt.
 
         All responses that are not stored yet are requested from the engines in one call. Each response is scored while
-        other responses are still generated.
+        other responses are still being generated.
 
         Args:
             longest: the maximum number of tokens of prompt and response together.
@@ -98,8 +98,8 @@ class PolicySampler:
         ]
 
     def requests(self, filter_name: str, prompt: Prompt, numbers: Sequence[int], longest: int) -> list[Request]:
-        """Returns one request per number. The seed of a request depends on the row and the number, so it is the same
-        after a restart."""
+        """Returns one request per number. The seed of a request depends only on the run's seed, the filter, the row
+        and the number, so the seed is the same after a restart."""
         ids, room = self.chat.prompt_ids(prompt), longest - self.chat.length(prompt)
         seeds = [seed_of(self.seed, filter_name, prompt.id, n) for n in numbers]
         return [Request(ids, prompt.images, room, seed, self.temperature) for seed in seeds]
@@ -107,8 +107,8 @@ class PolicySampler:
     def _score(
         self, prompt: Prompt, new: Sequence[int], count: int, kind: str, answers: Answers, scores: "RolloutScores"
     ) -> None:
-        """Scores the stored responses whose numbers are in `new`. If the reward is a group reward, scores nothing until
-        all responses are stored, and then scores them together."""
+        """Scores the stored responses whose numbers are in `new`. For a group reward, nothing is scored until all
+        responses are stored. Then all responses are scored together."""
         group = self.scorer.is_group(prompt.task)
         records = [(n, answers.get(kind, prompt.id, n)) for n in (range(count) if group else new)]
         stored = [(n, _rollout(prompt, record)) for n, record in records if record is not None]
@@ -136,8 +136,8 @@ class Scores(Generic[Item, AnyScore]):
         raise NotImplementedError
 
     def request(self, row_id: str, group: Sequence[tuple[int, Item]]) -> None:
-        """Scores the given items of one row together. If valid scores of all these items are stored, uses the stored
-        scores instead."""
+        """Scores the given items of one row together. If valid scores of all these items are stored, these stored
+        scores are used instead."""
         records = {n: self.answers.get(self.kind, row_id, n) for n, _ in group}
         if all(record is not None and record["invalid"] is None for record in records.values()):
             for n, item in group:
@@ -148,8 +148,8 @@ class Scores(Generic[Item, AnyScore]):
             future.add_done_callback(lambda done, n=n: self._on_done(row_id, n, done))
 
     def _on_done(self, row_id: str, number: int, future: Future[AnyScore]) -> None:
-        """Stores a score when it arrives. Runs in a worker thread and ignores an error of storing: `wait` stores the
-        score again, and raises the error if this fails too."""
+        """Stores a score when it arrives. Runs in a worker thread. If the score cannot be stored, the error is ignored
+        here: `wait` stores the score again, and raises the error if this fails too."""
         if not future.cancelled() and not future.exception():
             with suppress(Stop):
                 self._store(row_id, number, future.result())
@@ -161,7 +161,7 @@ class Scores(Generic[Item, AnyScore]):
 
     def wait(self, limit: float) -> dict[tuple[str, int], AnyScore]:
         """Returns all scores: (row id, number) -> score. Raises Stop if there are at least ENOUGH_TO_JUDGE scores and
-        the share of invalid scores is above `limit`. Then the reward itself fails, and not only some rows."""
+        the share of invalid scores is above `limit`. So many invalid scores mean that the reward itself fails."""
         scored = self.scorer.results(list(self._waiting.values()))
         for (row_id, number), score in zip(self._waiting, scored, strict=True):
             self._store(row_id, number, score)  # the callback `_on_done` may not have stored this score yet

@@ -45,10 +45,10 @@ MODES = ("sere", "majority", "pacore")
 class Questions:
     """The settings of an evaluation: which kinds of answers are sampled, how many of each kind, and for which rows."""
 
-    modes: Sequence[str]  # some of MODES
+    modes: Sequence[str]  # names from MODES
     attempts: int = 16  # trajectories per row
     syntheses: int = 1  # PaCoRe answers per row; each answer uses all trajectories
-    limit: int | None = None  # maximum rows per task; None uses data.eval_limit
+    limit: int | None = None  # maximum rows per task; None means data.eval_limit
     seed: int = 0
     cache: Path | None = None  # file that stores the answers; a repeated evaluation reuses them
     trajectories: Path | None = None  # cache file of an earlier evaluation; its first rounds are used again
@@ -129,12 +129,12 @@ def _rows(config: Config, limit: int | None) -> list[Prompt]:
 
 
 def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Replaces the pictures of each row by those of another row: the next row that has the same task, the same number
-    of pictures, and other pictures.
+    """Replaces the pictures of each row with the pictures of another row: the next row that has the same task and the
+    same number of pictures, but other pictures.
 
     Args:
         prompts: rows with pictures.
-    Raises: InputError if there are no rows, or if there is no such other row for one of the rows.
+    Raises: InputError if `prompts` is empty, or if one of the rows has no such other row.
     """
     if not prompts:
         raise InputError("--blind: no row has a picture")
@@ -187,7 +187,8 @@ def score_results(
     results: Mapping[str, PacoreResult],
     settings: Settings,
 ) -> list[EvaluatedRow]:
-    """Scores every reply. Rows without a valid score are left out. Raises Stop if too many scores are invalid.
+    """Scores every reply. A row is left out if none of its attempts or, with PaCoRe, none of its syntheses has a valid
+    score. Raises Stop if too many scores are invalid, or if no row remains.
 
     Args:
         results: row id -> the model's answers.
@@ -257,7 +258,7 @@ class EvaluationReport:
         return synthesis_metrics([s for row in self.rows for s in row.syntheses], self.config.accept)
 
     def preference(self) -> dict[str, float]:
-        """Returns the penalty/* metrics of the attempts. Returns genrm/* metrics too if a judge has compared
+        """Returns the penalty/* metrics of the attempts, and also the genrm/* metrics if a judge has compared
         answers."""
         attempts = [s for row in self.rows for s in row.attempts]
         return preference_metrics(attempts) | penalty_metrics(attempts, self.penalties)

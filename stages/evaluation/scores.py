@@ -61,7 +61,7 @@ def pass_at_k(row: EvaluatedRow, config: Config) -> float:
 
 def majority_at_k(row: EvaluatedRow, config: Config) -> float:
     """Returns 1 if the majority answer is correct, else 0. The score of the first attempt with this answer says whether
-    the answer is correct. If there is no majority answer, returns 0."""
+    the answer is correct. If there is no majority answer, the result is 0."""
     votes = [vote(scored.rollout.answer) for scored in row.attempts]
     winner = majority(votes)
     return float(winner is not None and is_accepted(row.attempts[votes.index(winner)], config.accept))
@@ -84,7 +84,7 @@ class ResultRow:
 
 
 def result_rows(rows: Sequence[EvaluatedRow], config: Config, modes: Sequence[str]) -> list[ResultRow]:
-    """Returns the table of results: first each task, then all rows together."""
+    """Returns the table of results: first the lines of each task, then (if there are several tasks) of all tasks."""
     tasks = sorted({row.prompt.task for row in rows})
     table = []
     for task in (*tasks, *([ALL] if len(tasks) > 1 else [])):

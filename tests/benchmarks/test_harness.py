@@ -16,7 +16,7 @@ KEYS = ["name", "ours_s", "other_s", "ratio", "ceiling", "max_abs_diff"]
 
 @pytest.fixture
 def trivial(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Registers the benchmarks "test/one" and "test/two". Yields the names of the benchmarks that have run."""
+    """Registers the benchmarks "test/one" and "test/two". Yields a list to which they add their names when they run."""
     ran: list[str] = []
     monkeypatch.setattr(harness, "_ENTRIES", dict(entries()))
 
@@ -63,7 +63,7 @@ def test_a_benchmark_without_a_docstring_or_with_the_name_of_another_is_refused(
         benchmark("test/silent")(lambda: Result(1.0, 1.0, 1.0))
 
     def again() -> Result:
-        """Has the same name as a benchmark in another file."""
+        """A benchmark with the name of a benchmark in another file."""
         return Result(1.0, 1.0, 1.0)
 
     with pytest.raises(ValueError, match="two benchmarks are called 'rewards/hung'"):
@@ -120,7 +120,7 @@ def test_a_failed_benchmark_is_reported_and_the_others_still_run(
 ) -> None:
     @benchmark("test/needy")
     def needy() -> Result:
-        """Needs a package that is not installed."""
+        """A benchmark that needs a package that is not installed."""
         raise RuntimeError("pip install something first")
 
     file = tmp_path / "results.jsonl"

@@ -172,7 +172,7 @@ def test_invalid_parameters_are_refused(params: dict[str, Any]) -> None:
         offence("", **params)
 
 
-# The resolver
+# The parameter `resolver`
 
 
 RESOLVER = """
@@ -227,7 +227,7 @@ def test_a_missing_resolver_is_named_in_the_error(resolver: str, target: str) ->
         offence("", resolver=target)
 
 
-# Bounds
+# Limits
 
 
 def test_more_references_than_the_limit_are_an_offence_even_if_allowed() -> None:

@@ -1,4 +1,4 @@
-"""Tests the reward `count`: numbers in figures and words, and counting by points."""
+"""Tests the reward `count`: numbers in digits or in words, and lists of points."""
 
 import json
 from typing import Any
@@ -53,7 +53,8 @@ def test_larger_numbers_in_words_and_none_are_read(text: str, number: int) -> No
 
 def test_points_score_by_distance_divided_by_the_larger_count() -> None:
     truth = [[0.2, 0.2], [0.8, 0.8]]
-    # with radius 0.1, one point is exact and one is 0.05 away: (1 + 0.5) / 2. With a third point: (1 + 0.5) / 3
+    # The radius is 0.1. One point is exact and scores 1, the other point is 0.05 away and scores 0.5. The sum is
+    # divided by 2, or by 3 if the answer has three points.
     assert score("count", "[[0.8, 0.85], [0.2, 0.2]]", truth) == pytest.approx(0.75)
     assert score("count", "[[0.8, 0.85], [0.2, 0.2], [0.5, 0.5]]", truth) == pytest.approx(0.5)
     assert score("count", "[[0.2, 0.2]]", truth) == 0.5

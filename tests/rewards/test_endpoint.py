@@ -1,4 +1,5 @@
-"""Tests requests to slow, absent, strict, wrong or busy endpoints, and the clock that limits the time of a sample."""
+"""Tests requests to endpoints that are slow, busy, absent or wrongly configured, and requests that are refused. Also
+tests the clock that limits the time of a sample."""
 
 import asyncio
 import email.utils
@@ -269,7 +270,7 @@ def test_the_client_library_is_imported_only_when_an_endpoint_is_created() -> No
 
 
 async def limited(seconds: float, awaitable: Any) -> float:
-    """Awaits `awaitable` with a time limit, like the async worker. Returns the seconds that count towards the limit."""
+    """Awaits `awaitable` with a time limit, as the async worker does. Returns the seconds that the limit counted."""
     running = SampleClock()
     clock.set(running)
     await running.limit(seconds, awaitable)
@@ -311,7 +312,7 @@ def test_the_rest_of_the_limit_applies_after_a_pause() -> None:
 
 def test_waiting_for_a_slot_does_not_count_against_a_sample() -> None:
     async def queue() -> list[float]:
-        # each request takes 0.1 s and they run one at a time, so the last starts after 0.5 s
+        # Each request takes 0.1 s. The requests run one at a time, so the last request starts after 0.5 s.
         return await asyncio.gather(*(asyncio.create_task(limited(0.3, ask(seed))) for seed in range(6)))
 
     with judge([Reply(RED, after_s=0.1)], concurrency=1):

@@ -1,4 +1,4 @@
-"""Tests the reward `format_tags`: responses with and without the agreed tags."""
+"""Tests the reward `format_tags`: responses with and without the required tags."""
 
 from typing import Any
 

@@ -13,7 +13,8 @@ pytestmark = pytest.mark.usefixtures("hurried")
 
 
 def grades(answer: float, reference: float, first_place: float = 0.0) -> Script:
-    """Returns a judge that gives these grades, and adds `first_place` points to the response that is shown first."""
+    """Returns the script of a judge that gives these grades. The response that is shown first gets `first_place` more
+    points."""
 
     def script(request: dict[str, Any]) -> dict[str, Any]:
         shown = blocks(text_of(request))
@@ -39,7 +40,8 @@ def compared(script: Script, **params: Any) -> Score:
 
 
 def test_a_win_probability_comes_from_the_difference_of_the_grades() -> None:
-    # 1 / (1 + exp(-(8 - 6) / 2)) = 1 / (1 + 0.36788) = 0.73106; with scale 1, 1 / (1 + 0.13534) = 0.88080
+    # With grades 8 and 6 and the scale 2, the value is 1 / (1 + exp(-(8 - 6) / 2)) = 1 / (1 + 0.36788) = 0.73106. With
+    # the scale 1, the value is 1 / (1 + exp(-2)) = 1 / (1 + 0.13534) = 0.88080.
     assert compared(grades(8, 6)).value == pytest.approx(0.73106, abs=1e-5)
     assert compared(grades(8, 6), scale=1).value == pytest.approx(0.88080, abs=1e-5)
     assert compared(grades(6, 8)).value == pytest.approx(1 - 0.73106, abs=1e-5)
@@ -61,7 +63,8 @@ def test_both_orders_are_asked_and_a_preference_for_the_first_place_cancels_out(
 
 
 def test_an_answer_longer_than_the_reference_loses_grades_only_with_length_control() -> None:
-    # The reference has 20 characters. An answer of 40 characters is twice as long: this is one doubling.
+    # The reference has 20 characters. An answer of 40 characters is one doubling of this length, and an answer of 80
+    # characters is two doublings.
     def value(answer: str, **params: Any) -> float:
         def script(request: dict[str, Any]) -> dict[str, Any]:
             return {"reasoning": "", "grade_a": 6, "grade_b": 6}

@@ -1,4 +1,4 @@
-"""Tests reading boxes and points from answers, and matching them one to one."""
+"""Tests that boxes and points are read from answers and matched one to one."""
 
 import numpy as np
 import pytest
@@ -62,6 +62,6 @@ def test_boxes_that_touch_or_lie_apart_have_iou_zero_and_tiny_ones_do_not_divide
 
 
 def test_pairs_have_the_largest_sum_and_are_not_chosen_greedily() -> None:
-    # a greedy choice takes the best pair first and gets 0.9 + 0; the largest sum is 0.8 + 0.8
+    # A greedy choice would take the pair with 0.9 first, and the sum would be 0.9 + 0. The largest sum is 0.8 + 0.8.
     assert best_pairs(np.array([[0.9, 0.8], [0.8, 0.0]])).tolist() == [0.8, 0.8]
     assert best_pairs(np.array([[0.2, 0.7, 0.1]])).tolist() == [0.7]

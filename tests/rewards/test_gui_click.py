@@ -1,4 +1,4 @@
-"""Tests the reward `gui_click`: clicks that hit, are near or miss, and declaring the task done."""
+"""Tests the reward `gui_click`: clicks that hit, nearly hit or miss the target, and answers that the task is done."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ def test_text_without_a_right_click_is_a_miss(text: str) -> None:
 
 
 def test_a_click_into_an_element_that_mostly_overlaps_the_true_one_is_near() -> None:
-    # 2/3 of the area of [0.4, 0.4, 0.6, 0.7] is in the button
+    # The button contains 2/3 of the area of the element [0.4, 0.4, 0.6, 0.7].
     screen = BUTTON | {"elements": [[0.4, 0.4, 0.6, 0.7], [0, 0, 1, 1], BUTTON["box"]]}
     assert score("gui_click", "click(0.5, 0.65)", screen) == 0.5
     assert score("gui_click", "click(0.9, 0.9)", screen) == -1.0

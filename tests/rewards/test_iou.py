@@ -25,7 +25,7 @@ TOP = [0, 0, 1, 0.5]
 
 
 def test_iou_is_squared_by_default() -> None:
-    # the true box covers one half of the answer's box: IoU 1/2
+    # The true box is one half of the answer's box, so the IoU is 1/2.
     assert score("iou", "[0, 0, 1, 1]", TRUE_BOX) == 0.25
     assert score("iou", "[0, 0, 1, 1]", TRUE_BOX, power=1) == 0.5
 
@@ -95,7 +95,8 @@ def test_coordinates_may_be_thousandths_or_pixels() -> None:
 
 
 def test_several_boxes_score_the_sum_of_iou_powers_over_the_larger_count() -> None:
-    # IoU of LEFT with LEFT is 1. TOP and RIGHT overlap on 1/4 of the picture and together cover 3/4: IoU 1/3
+    # The IoU of LEFT with LEFT is 1. TOP and RIGHT overlap on 1/4 of the picture and together cover 3/4 of the picture,
+    # so their IoU is 1/3.
     answer = json.dumps([TOP, LEFT])
     assert score("iou", answer, [LEFT, RIGHT], power=1) == pytest.approx((1 + 1 / 3) / 2)
     assert score("iou", answer, [LEFT, RIGHT], power=2) == pytest.approx((1 + 1 / 9) / 2)

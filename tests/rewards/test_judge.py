@@ -1,4 +1,4 @@
-"""Tests asking a judge: texts that try to influence the judge, and cases in which there is no verdict."""
+"""Tests requests to a judge: texts that try to influence the judge, and cases in which there is no verdict."""
 
 import asyncio
 import json
@@ -61,7 +61,7 @@ def test_different_responses_have_different_marks() -> None:
     with judging([RIGHT]) as server:
         score("verifier", rollout("42"), rollout("42 "), rollout("43"))
     marks = {re.findall(r"⟦answer ([0-9a-f]{16})⟧", prompt)[0] for prompt in server.prompts}
-    assert len(marks) == 2  # "42 " is stripped to "42"
+    assert len(marks) == 2  # "42 " is stripped to "42", so both have the same mark
 
 
 @pytest.mark.parametrize("text", ["42" + "\0\ud800\udfff\x1b", "\ud83d 42", "\x00" * MEGABYTE + "42"])
@@ -94,7 +94,7 @@ def test_a_cut_text_has_the_exact_number_of_characters_left_out() -> None:
 
 
 def score_with_failing_judge(fails: Callable[[str], bool], reply: Any, **params: Any) -> Any:
-    """Scores with a judge that replies `reply` to prompts for which `fails` returns True, and RIGHT to all others."""
+    """Scores an answer with a judge. The judge sends `reply` if `fails` returns True for the prompt, else RIGHT."""
     with judging(lambda request: reply if fails(text_of(request)) else RIGHT):
         return score("verifier", rollout("a poisonous 42"), **params)
 

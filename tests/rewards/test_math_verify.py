@@ -1,4 +1,4 @@
-"""Tests the reward `math_verify` with ground truths from data sets, and answers that are equal or wrong."""
+"""Tests the reward `math_verify` with ground truths from data sets, and with answers that are right or wrong."""
 
 import time
 from collections.abc import Iterator

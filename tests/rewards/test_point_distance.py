@@ -19,7 +19,7 @@ from tests.support.reward_samples import (
 def test_the_value_is_one_at_the_target_and_falls_to_exactly_zero_at_the_radius() -> None:
     values = [score("point_distance", f"[{x}, 0.5]", [0.5, 0.5]) for x in (0.5, 0.51, 0.6, 0.69, 0.7, 0.9)]
     assert values[0] == 1.0
-    assert values[2] == pytest.approx(0.5)  # 1 - 0.1 / 0.2
+    assert values[2] == pytest.approx(0.5)  # 1 - distance 0.1 / radius 0.2
     assert values == sorted(values, reverse=True)
     assert values[3] > 0.0
     assert score("point_distance", "[1, 0.5]", [0.5, 0.5], radius=0.5) == 0.0
@@ -40,7 +40,8 @@ def test_text_without_a_usable_point_scores_zero(text: str) -> None:
 
 
 def test_pixel_distances_are_fractions_of_width_and_of_height() -> None:
-    # the picture is 100 pixels wide and 50 high: 10 pixels to the right are 0.1, 10 pixels down are 0.2
+    # The picture is 100 pixels wide and 50 pixels high. So 10 pixels to the right are a distance of 0.1, and 10 pixels
+    # down are a distance of 0.2.
     bound = get("point_distance", {"coordinates": "pixel", "radius": 0.4})
     right, down = (rollout(text, [50, 25], (picture(100, 50),)) for text in ("[60, 25]", "[50, 35]"))
     assert (bound(right).value, bound(down).value) == (pytest.approx(0.75), pytest.approx(0.5))
@@ -52,7 +53,7 @@ def test_a_point_scores_one_inside_a_true_box_or_on_its_edge_and_else_zero(point
 
 
 def test_a_list_of_points_scores_its_best_value_divided_by_their_number() -> None:
-    # with radius 0.2, the first point is 0.1 away and the second is too far away
+    # The radius is 0.2. The first point is 0.1 away and scores 0.5. The second point is too far away and scores 0.
     assert score("point_distance", "[[0.5, 0.6], [0, 0]]", [0.5, 0.5]) == pytest.approx(0.5 / 2)
     assert score("point_distance", "[[0.5, 0.3], [0, 0], [1, 1]]", [0.4, 0.2, 0.6, 0.4]) == pytest.approx(1 / 3)
 

@@ -1,4 +1,4 @@
-"""Tests the registry: finding rewards by name, file, module and entry point, and checking parameters."""
+"""Tests the registry: rewards are found by name, file, module and entry point, and parameters are checked."""
 
 import asyncio
 import subprocess

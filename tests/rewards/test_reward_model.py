@@ -61,7 +61,7 @@ def test_a_long_chat_loses_its_beginning(folder: Path) -> None:
     bound = get("reward_model", {"path": str(folder), "max_length": 3})
     long, short = bound(answered("w5 " * 100 + "w6 w7")), bound(answered("w6 w7"))
     assert long.details == short.details
-    assert long.details["tokens"] == 3  # w6 w7 <eos>
+    assert long.details["tokens"] == 3  # the tokens w6, w7 and <eos>
 
 
 def test_an_answer_can_not_close_its_turn(folder: Path) -> None:

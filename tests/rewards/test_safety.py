@@ -1,4 +1,4 @@
-"""Tests the penalty `safety`: the texts that the judge sees, and the value for each finding of the judge."""
+"""Tests the penalty `safety`: the texts that the judge sees, and the value for each verdict of the judge."""
 
 from typing import Any
 

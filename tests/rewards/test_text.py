@@ -1,4 +1,4 @@
-"""Tests finding and normalising answers in text."""
+"""Tests that answers are found in a text and normalised."""
 
 import pytest
 

@@ -126,7 +126,7 @@ def test_a_recipe_may_set_its_own_prompt_template(
     ("body", "said"),
     [
         ("{{ rules }} {{ truth }} {{ question }}", "has to use answer"),
-        ("{{ rules }} {{ truth }} {{ question }} {{ answer }} {{ anwser }}", "uses anwser; it can use answer, process"),
+        ("{{ rules }} {{ truth }} {{ question }} {{ answer }} {{ anwser }}", "anwser; it can use answer, process"),
         ("{{ answer", "can't be used: TemplateSyntaxError"),
         (None, "can't be used: FileNotFoundError"),
     ],

@@ -1,5 +1,5 @@
-"""Tests that options are frozen and strictly typed, that each option has a description, and that contradictions are
-refused."""
+"""Tests that options are frozen and strictly typed, that each option has a description, and that contradictory options
+are refused."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Tests that commands end with an exit code, and with one message instead of a traceback."""
+"""Tests that commands end with the right exit code and print one message instead of a traceback."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Tests that threads of a run do not spin for long, unless the user chooses how threads wait."""
+"""Tests that waiting threads of a run do not spin for long, and that a user's choice of how threads wait is kept."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Tests that Local calls methods at once, and that an engine client passes on calls without changes."""
+"""Tests that `Local` calls methods at once, and that an engine client passes calls to the engine without changes."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def test_an_engine_client_calls_the_engines_methods_by_their_names() -> None:
     calls = []
 
     class Recorder:
-        """Replaces the process of an engine and records the calls."""
+        """Stands for the process of an engine, and records the calls."""
 
         def start(self, method: Any, *args: Any) -> Any:
             calls.append((method.__name__, args))

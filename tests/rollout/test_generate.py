@@ -30,14 +30,14 @@ TEMPLATE = ROOT / "recipes/scale/pacore.jinja"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """The URL of a server with the scale model. The server is started in the same way as the commands start it."""
+    """The URL of a server with the scale model. The commands start their server in the same way."""
     with ModelTarget(str(MODEL), max_length=512).serve() as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with two held-out problems of each of four tasks. Its folder also has the pictures."""
+    """A file with two held-out problems for each of four tasks. The folder of the file also has the pictures."""
     folder = tmp_path_factory.mktemp("problems")
     lines = ROWS.read_text().splitlines()
     folder.joinpath("rows.jsonl").write_text("\n".join(lines[i] for i in range(0, 1024, 128)) + "\n")
@@ -47,7 +47,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answered(url: str, problems: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The OUT file of `--mode pacore --trajectories 6`."""
+    """The output file (OUT) of a command with `--mode pacore --trajectories 6`."""
     out = tmp_path_factory.mktemp("answers") / "out.jsonl"
     assert generate.main(arguments(problems, out, url)) == generate.DONE
     return out

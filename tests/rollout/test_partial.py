@@ -17,8 +17,8 @@ from tests.support.learner import config
 
 
 class Counting:
-    """An engine that answers row i with the tokens 1, 2, 3, ..., lengths[i]. The logprob of each token is minus the
-    number of updates of the weights."""
+    """An engine that answers row i with the tokens 1, 2, 3, ..., lengths[i]. The logprob of each token is -1 times
+    the number of weight updates so far."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths, self.step = lengths, 0

@@ -76,8 +76,8 @@ def test_a_prompt_that_fills_the_sequence_is_refused_by_name() -> None:
 
 
 class Mortal(Echo):
-    """An engine that sends two answers at a time and dies after `answers` answers. If `answers` is 0, the engine also
-    dies in `load`. If `answers` is None, it does not die."""
+    """An engine that sends two answers at a time. `answers` is the number of answers after which the engine dies. If
+    `answers` is 0, the engine also dies in `load`. If `answers` is None, the engine does not die."""
 
     def __init__(self, answers: int | None = None) -> None:
         super().__init__()
@@ -92,14 +92,14 @@ class Mortal(Echo):
 
 
 class Dead(Ready):
-    """The Future that a dead engine returns. Its result is an error."""
+    """The Future that a dead engine returns. Its method `result` raises an error."""
 
     def result(self, patience: float | None = None) -> Any:
         raise self.value
 
 
 def mortal_pool(*answers: int | None) -> tuple[EnginePool, list[Mortal], list[int]]:
-    """Returns a pool, all engines that it has ever used, and the numbers of the replaced engines."""
+    """Returns a pool, all engines that the pool has used so far, and the indices of the replaced engines."""
     engines = [Mortal(one) for one in answers]
     replaced: list[int] = []
     chat: Any = Letters()

@@ -1,4 +1,4 @@
-"""Tests the OpenAI-compatible proxy with a scripted endpoint: modes in the model's name, streams, usage, errors."""
+"""Tests the OpenAI-compatible proxy with a scripted endpoint: modes in model names, streams, usage and errors."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Tests that runs survive killed processes: runs `python -m tests.chaos` with few faults."""
+"""Tests that runs survive killed processes. The tests run `python -m tests.chaos` with few faults."""
 
 import json
 

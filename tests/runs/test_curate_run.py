@@ -24,8 +24,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def curated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Curates a few problems of the scale model once for all tests. Returns the output folder and what the command
-    printed."""
+    """Curates a few problems of the scale model once for all tests. Returns the output folder and the printed text."""
     out = tmp_path_factory.mktemp("curation") / "out"
     code, said, err = run(*CPU, "--out", out, *SMALL)
     assert code == 0, err

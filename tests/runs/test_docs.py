@@ -1,8 +1,8 @@
-"""Tests README, CONTRIBUTING and docs/: the commands in them work. The files, options, metrics and messages that they
-name exist.
+"""Tests the pages README, CONTRIBUTING and docs/. The commands in these pages must work. The files, options, metrics
+and messages that the pages name must exist.
 
-The tests of this file run the commands. Commands that would train are run with --dry-run. Commands without a dry run
-have tests in other files, which ELSEWHERE names. docs/writing_rewards.md has its own test file, test_reward_guide.py.
+The tests of this file run the commands. Commands that would train are run with --dry-run. ELSEWHERE lists the test
+files for commands without a dry run. docs/writing_rewards.md has its own test file, test_reward_guide.py.
 """
 
 import ast
@@ -37,7 +37,7 @@ FREE = ("rewards.NAME.params", "endpoints.NAME.serve")  # the options below thes
 SCALE = ROOT / "recipes/scale"
 DRY_RUNS = ("rl.run", "stages.curate")
 
-ELSEWHERE = {  # first words of a command -> files of tests that run this command with all options
+ELSEWHERE = {  # first words of a command -> test files that run this command with all its options
     "ray": ["tests/runs/test_ray_job.py"],
     "python -m benchmarks": ["tests/benchmarks/test_harness.py"],
     "python -m rl.evaluate": ["tests/rollout/test_generate.py", "tests/stages/evaluation/test_scores.py"],
@@ -243,7 +243,7 @@ def test_every_file_and_heading_that_a_page_links_to_is_there(page: str) -> None
 
 
 def anchors(file: Path) -> set[str]:
-    """Returns the names that GitHub gives to a page's headings in links."""
+    """Returns the anchors of a page's headings, which GitHub uses in links to the headings."""
     headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -275,7 +275,7 @@ def test_every_option_and_metric_that_a_page_names_exists(page: str) -> None:
     options = declared({"rewards": {"NAME": {}}, "endpoints": {"NAME": {}}}).keys() | {"rewards.NAME"}
     for span in spans(page):
         option = re.match(rf"(?:(?:rlvr|rlhf|pacore)\.)?((?:{sections})(?:\.\w+)+)", span)
-        if option and not (ROOT / "/".join(span.split(".")[:2])).exists():  # this is not a Python package
+        if option and not (ROOT / "/".join(span.split(".")[:2])).exists():  # the span does not name a package
             name = re.sub(r"^(rewards|endpoints)\.\w+", r"\1.NAME", option[1])
             assert name in options or name.startswith(tuple(f"{free}." for free in FREE)), f"{page}: {span}"
         if re.fullmatch(r"(reward|eval|response|pacore|genrm|penalty|policy|value|time|checkpoint)/[\w/<>]+", span):

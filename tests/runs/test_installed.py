@@ -38,7 +38,7 @@ class Installation:
     def run(self, *arguments: object, folder: Path) -> str:
         """Runs `python -m ...`, asserts that it succeeds, and returns its standard output."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "executable", str(self.python))  # so `run` starts this interpreter
+            patch.setattr(sys, "executable", str(self.python))  # `run` starts this interpreter
             code, out, err = run(*arguments, folder=folder, environment=WITHOUT_CLONE)
         assert code == 0, err
         return out

@@ -22,8 +22,8 @@ ALIKE = {"reasoning": "Both say so.", "grade_a": 6, "grade_b": 6}
 
 
 def rows(folder: Path, *, taught: bool = False) -> Path:
-    """Writes rows with a few sums from the scale model's data. The rows have ground truths, or a teacher's answers if
-    `taught` is True."""
+    """Writes rows with a few sums from the scale model's data. The rows have ground truths. If `taught` is True, they
+    have a teacher's answers instead."""
     lines = (ROOT / "recipes/scale/data/train.jsonl").read_text().splitlines()
     sums = [row for row in map(json.loads, lines) if row["task"] == "arithmetic"][:16]
     if taught:

@@ -22,9 +22,9 @@ def test_held_out_reward_rises_by_015_on_average_while_worksheets_stay_and_no_ot
     lines = metrics(folder)
     before, after = ({k: v for k, v in line.items() if k.startswith("eval/")} for line in (lines[0], lines[-1]))
     assert before.keys() == after.keys() and len(before) == 5
-    # A single response has no room for all lines of a worksheet, so training cannot improve this task. The tolerance is
-    # the standard error of the difference of two shares of about 0.37, each measured on 256 rows:
-    # sqrt(2 * 0.37 * 0.63 / 256) = 0.043.
+    # A single response has no room for all lines of a worksheet, so training cannot improve this task. Before and
+    # after training, the share of right answers on 256 rows is about 0.37. The tolerance is the standard error of the
+    # difference between these two shares: sqrt(2 * 0.37 * 0.63 / 256) = 0.043.
     assert abs(after["eval/worksheet"] - before["eval/worksheet"]) < 0.043, (before, after)
     others = set(before) - {"eval/worksheet"}
     assert all(after[family] >= before[family] for family in others), (before, after)

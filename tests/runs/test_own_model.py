@@ -21,8 +21,8 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder: two JSONL files, a tokenizer, and a Qwen3 model with tied embeddings that transformers has
-    saved."""
+    """A user's folder: two JSONL files, a tokenizer, and a Qwen3 model with tied embeddings. The library transformers
+    has saved the model."""
     folder = tmp_path_factory.mktemp("theirs")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<eos>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -41,7 +41,7 @@ def test_a_run_needs_no_cached_pools_if_the_policy_makes_its_messages(finished: 
         assert line["rollout/logprob_gap"] < 0.001 and line["rollout/staleness"] == 0
     assert any(name.startswith("eval/") for name in first)
     assert (finished / "policy" / "model.safetensors").is_file()
-    assert (finished / "policy" / "pacore.jinja").is_file()  # the template used in training
+    assert (finished / "policy" / "pacore.jinja").is_file()  # the template that the training has used
 
 
 def test_every_sample_says_which_messages_it_saw_and_its_prompt_has_room_for_them(finished: Path) -> None:

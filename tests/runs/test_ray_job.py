@@ -17,7 +17,7 @@ import pytest
 from tests.support.command import PATIENCE, ROOT, SMALL_RUN, Command, metrics
 from tests.support.patience import Deadline
 
-# The tests set a token, so that the cluster requires a token on every machine.
+# The tests set a token, so that the cluster requires a token, whatever machine the tests run on.
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 

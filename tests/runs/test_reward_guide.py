@@ -1,5 +1,5 @@
-"""Tests docs/writing_rewards.md, the guide. Writes the files that the guide shows, runs the commands of the guide in
-order, and compares the output with the guide."""
+"""Tests docs/writing_rewards.md (the guide). The tests write the files that the guide shows, run the commands of the
+guide in order, and compare the output with the guide."""
 
 import gzip
 import json
@@ -34,14 +34,14 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The file name of the code block, if the line before it is a file name."""
+        """The file name of the code block if the line before the block is a file name, else None."""
         named = re.fullmatch(r"`([\w./]+)`:", self.before)
         return named[1] if named else None
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command of the guide, and those lines of the output that the guide shows."""
+    """A command of the guide, and the lines of the command's output that the guide shows."""
 
     section: str
     command: str
@@ -219,10 +219,12 @@ def test_entry_points_are_found_from_any_folder(installed: tuple[Path, dict[str,
         ("right_and_brief", [1, 1, 1, 0, 1, 1, 0, 0]),
         # In two responses, more than a fifth of the words are filler: 7 of 23, and 4 of 11.
         ("no_filler", [1, 1, 0, 1, 1, 0, 1, 0]),
-        # The first group has three right responses, the second group has two.
+        # The first group has three right responses, and the second group has two right responses.
         ("shortest_right", [1, 0.75, 0.5, 0, 1, 0.5, 0, 0]),
-        # The score is 1 minus the penalty: in the third response, two of five lines are repeated.
+        # The score is 1 minus the penalty. In the third response, two of five lines are repeated: the penalty is 0.4.
         ("repeated_lines", [1, 1, 0.6, 1, 1, 1, 1, 0]),
+        # The score is 0.8 * right_and_brief + 0.1 * shortest_right + 0.1 * no_filler. The penalty repeated_lines lowers
+        # right_and_brief.
         # The second response: 0.8 * 60/62 + 0.1 * 0.75 + 0.1.
         # The third response: 0.8 * 60/116 * (1 - 0.5 * 0.4) + 0.1 * 0.5 + 0.1 * (1 - 7/23 / 0.5).
         # The sixth response: 0.8 + 0.1 * 0.5 + 0.1 * (1 - 4/11 / 0.5).

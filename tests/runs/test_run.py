@@ -1,7 +1,7 @@
 """Tests rl.run at a small size, with real Ray, vLLM, critic, policy and pictures.
 
-Most tests read the results of one undisturbed run. Other tests interrupt and resume a run; this run must have the same
-results as the undisturbed run.
+Most tests read the results of one undisturbed run. Other tests interrupt a run and resume it. The resumed run must have
+the same results as the undisturbed run.
 """
 
 import json
@@ -170,8 +170,8 @@ def test_sampling_ahead_lags_one_update_behind_and_engine_and_learner_still_agre
 
 
 def test_the_learner_encodes_each_picture_once(ahead: Path) -> None:
-    # Each weight sync checks prompts of the coming iteration. After the last iteration, the sync checks prompts of
-    # this last iteration. So the learner has encoded only pictures of the three iterations.
+    # Each weight sync compares logprobs on prompts of the coming iteration. The sync after the last iteration uses
+    # prompts of this last iteration. So the learner has encoded only pictures of the three iterations.
     assert sum(line.get("time/learner_encodings", 0) for line in metrics(ahead)) == len(pictures(ahead))
 
 

@@ -77,8 +77,8 @@ def with_staleness(services: Services, value: int) -> Services:
 
 
 class Recording(Scripted):
-    """A sampler that records a pair for each iteration: the iteration, and the number of updates of the weights that
-    sampled this iteration."""
+    """A sampler that records two numbers for each iteration: the number of the iteration, and the number of updates
+    that the sampling weights had received."""
 
     def __init__(self, policy) -> None:
         super().__init__(policy)

@@ -1,4 +1,4 @@
-"""Defines a fourth stage, and tests this stage in a plan, in the loop, in a chain and in an evaluation.
+"""Defines a fourth stage. Tests this stage in a plan, in the loop, in a chain and in an evaluation.
 tests/runs/test_own_stage.py tests a stage from an installed package.
 """
 

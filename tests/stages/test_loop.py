@@ -1,5 +1,5 @@
-"""Tests one iteration with a scripted sampler and the real policy and critic: for example, the rewarded token becomes
-more likely."""
+"""Tests one iteration with a scripted sampler and the real policy and critic. For example, the rewarded token must
+become more likely."""
 
 import json
 from dataclasses import replace

@@ -34,7 +34,7 @@ ROW = Prompt("a", "sums", ({"role": "user", "content": "2 + 2?"},), ground_truth
 
 
 class Chat:
-    """A chat without a model. The length of a prompt is 10 plus the lengths of the pooled answers in it."""
+    """A chat without a model. The length of a prompt is 10 plus the number of characters of its pooled answers."""
 
     reserved = ("<im_patch>",)
 
@@ -264,7 +264,7 @@ def test_a_response_repeats_the_majority_if_its_vote_equals_the_majority_vote() 
         ("Answer 2 forgets to carry.", 1 / 4),
         ("References 1, 3 and 4 agree; attempt #2 does not.", 1.0),
         ("<think>one says 1200</think>4", 1 / 4),  # the reasoning quotes the second message
-        # 7 is too short for a quote, and 1200 is not in the reasoning.
+        # 7 is too short for a quote. 1200 is in the answer, but only the reasoning is searched for quotes.
         ("<think>it is 7</think>1200", 0.0),
         ("Answer 9", 0.0),
     ],

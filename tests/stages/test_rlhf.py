@@ -49,7 +49,7 @@ def test_wins_count_one_and_ties_half() -> None:
     metrics = preference_metrics([sample(8, 6), sample(5, 6), sample(6, 6), sample(9, 2, agree=False)])
     assert metrics["genrm/win_rate"] == (1 + 0 + 0.5 + 1) / 4
     assert metrics["genrm/order_agreement"] == 0.75
-    # scores 0.6, 0.45, 0.5, 0.85
+    # The scores are 0.6, 0.45, 0.5 and 0.85.
     assert [metrics[f"genrm/score_p{tenth}"] for tenth in (10, 50, 90)] == pytest.approx([0.45, 0.5, 0.85])
 
 
@@ -69,7 +69,7 @@ def test_responses_that_cannot_be_compared_count_as_lost_and_without_comparisons
     assert rlhf().evaluation([empty, cut]) == {}
     assert preference_metrics([sample(8, 6), empty, cut, invalid])["genrm/win_rate"] == pytest.approx(1 / 3)
     sums = replace(cut, rollout=replace(cut.rollout, prompt=replace(ROW, task="sums")))
-    # No sample of the task "sums" was compared with a reference, so the sample `sums` does not count as a loss.
+    # No sample of the task "sums" was compared with a reference, so the sample `sums` does not count as lost.
     assert preference_metrics([sample(8, 6), sums])["genrm/win_rate"] == 1
 
 

@@ -178,7 +178,7 @@ def samples(folder: Path, iteration: int) -> list[dict[str, Any]]:
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the metrics that must be equal in two runs. Removes times, throughput and `checkpoint/*`."""
+    """Returns the metrics that must be equal in two runs: all except times, throughput and `checkpoint/*`."""
     return [
         {k: v for k, v in line.items() if not k.startswith(("time/", "checkpoint/", "rollout/tokens_per_second"))}
         for line in lines

@@ -19,7 +19,7 @@ _engines: dict[int, Engine] = {}  # key -> engine; has entries only in the separ
 
 
 class RemoteEngine:
-    """Has the methods of an Engine. Each method calls an Engine in the separate process."""
+    """An object with the methods of an Engine. Each method calls the Engine in the separate process."""
 
     def __init__(self, process: "EngineProcess", key: int) -> None:
         self._process, self._key = process, key
@@ -41,7 +41,7 @@ class RemoteEngine:
 
 
 class EngineProcess:
-    """A process that imports vLLM once and holds several engines. Its exceptions are raised again in the test."""
+    """A process that imports vLLM once and runs several engines. Its exceptions are raised again in the test."""
 
     def __init__(self) -> None:
         spawn = multiprocessing.get_context("spawn")

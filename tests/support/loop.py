@@ -23,7 +23,7 @@ GOOD, BAD = 20, 30
 
 
 def policy_of(services: Services) -> Policy:
-    """Returns the policy object that the client calls."""
+    """Returns the Policy object that the client `services.policy` calls."""
     return cast(Any, services.policy.remote).target
 
 

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 CORES = len(os.sched_getaffinity(0))
 WORK = b"".join(b"%d," % (number * number) for number in range(60_000))  # about 0.6 MB
 MEASURED_EVERY_S = 5.0
-WORK_S = 0.045  # seconds in which one core compresses WORK, on the machine on which the limits were chosen
+WORK_S = 0.045  # seconds that one core needs to compress WORK; the limits were chosen for a core of this speed
 
 
 def slowness() -> float:
-    """Measures how much slower this machine is at this moment than the machine on which the limits were chosen.
+    """Measures how many times slower this machine is at the moment than the machine for which the limits were chosen.
 
-    Every core compresses the same text. Returns the time until the last core is done, divided by WORK_S.
-    The result is at least 1.
+    Every core compresses the same text. The result is the time until the last core is done, divided by WORK_S. If this
+    number is less than 1, the result is 1.
     """
     start = time.monotonic()
     with ThreadPoolExecutor(CORES) as pool:
@@ -37,8 +37,8 @@ class Deadline:
         self._left, self._last = seconds, time.monotonic()
 
     def passed(self) -> bool:
-        """True if the limit is over. Must be called from time to time, because each call measures how slow the machine
-        was since the last measurement."""
+        """True if the time is over. Must be called often: a call measures how slow the machine is at the moment, and
+        uses the result for all the time since the last measurement."""
         now = time.monotonic()
         if now - self._last > self._left or now - self._last > MEASURED_EVERY_S:
             self._left -= (now - self._last) / slowness()
@@ -48,7 +48,7 @@ class Deadline:
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Fails if the `with` block takes longer than `seconds` on a machine that has no other work."""
+    """A `with` block that fails if it takes longer than `seconds`. The limit becomes longer if the machine is slow."""
     before, start = slowness(), time.monotonic()
     yield
     took = time.monotonic() - start

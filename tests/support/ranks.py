@@ -15,7 +15,7 @@ def run_together(target: Callable[..., object], arguments: Sequence[tuple[Any, .
 
     Raises: TimeoutError if the calls take longer than `limit_s` seconds; RuntimeError if a call fails.
     """
-    # The processes are daemons. The interpreter would wait for other child processes before it ends.
+    # The processes are daemons, so that the interpreter does not wait for them when it ends.
     processes = [get_context("spawn").Process(target=target, args=given, daemon=True) for given in arguments]
     deadline = Deadline(limit_s)
     try:

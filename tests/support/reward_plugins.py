@@ -1,5 +1,5 @@
-"""Rewards that behave like buggy plugins: the answer says whether they hang, die or raise. The file also has tasks
-that use these rewards."""
+"""Rewards that behave like buggy plugins: the answer decides whether a reward hangs, dies or raises an exception. The
+file also has tasks that use these rewards."""
 
 from typing import Any
 

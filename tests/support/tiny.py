@@ -20,7 +20,8 @@ SPECIAL = ("<pad>", "<eos>", *IMAGE_WORDS)
 WORDS = tuple(f"w{i}" for i in range(40))
 EOS, IMAGE = SPECIAL.index("<eos>"), SPECIAL.index("<im_patch>")
 VOCABULARY = 56  # larger than the number of words; not a multiple of 64, so vLLM must round it up
-# The views have 6 x 6 and 5 x 5 tokens of 28 pixels. With such similar sizes, a picture can have exactly one crop.
+# The global view has 6 x 6 tokens, and a crop has 5 x 5 tokens, of 28 x 28 pixels each. A picture can have exactly one
+# crop, because the two sizes are so similar.
 GLOBAL_SIZE, CROP_SIZE = 168, 140
 NO_CROP, ONE_CROP, FOUR_CROPS = (60, 50), (168, 150), (200, 190)  # (width, height) in pixels
 
@@ -32,7 +33,7 @@ def word_ids(count: int, seed: int = 0) -> tuple[int, ...]:
 
 
 def image(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """Returns an image of coarse random colours. Different seeds give different images at any size."""
+    """Returns an image of 5 x 5 blocks, each in a random colour. Different seeds give different images at any size."""
     blocks = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
 
@@ -45,8 +46,8 @@ def picture(size: tuple[int, int], seed: int = 0) -> Picture:
 
 
 def make_text_model(folder: Path, *, tied: bool, seed: int = 0) -> Qwen3ForCausalLM:
-    """Saves and returns a float32 Qwen3 model. The generation config is nearly greedy, so that tests notice if it is
-    used."""
+    """Saves and returns a float32 Qwen3 model. The generation config in the folder makes sampling nearly greedy, so
+    that tests notice if an engine uses this config."""
     model = Qwen3ForCausalLM(Qwen3Config(**_decoder(), tie_word_embeddings=tied)).float().eval()
     randomize(model, seed)
     model.save_pretrained(folder)

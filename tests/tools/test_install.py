@@ -51,7 +51,7 @@ def test_looking_for_torchvision_does_not_import_torch() -> None:
     assert run_python(code) == "torchvision False"
 
 
-# The hook treats this package as torchvision. `operators` lists the operators that torch knows when the package's
+# The hook treats the fake package as torchvision. `operators` lists the operators that torch knows when the package's
 # __init__ starts.
 FAKE_INIT = """
 import torch

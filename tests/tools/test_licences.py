@@ -84,7 +84,7 @@ def licence_of(name: str, stated: PackageMetadata) -> str:
     classifiers = [c.rpartition(" :: ")[2] for c in stated.get_all("Classifier") or () if c.startswith("License ::")]
     named = [classifier for classifier in classifiers if classifier not in SAYS_NOTHING]
     first, _, rest = (stated.get_all("License") or [""])[0].strip().partition("\n")
-    if first and not (rest and named):  # several lines are the text of the licence; its name is in the classifiers
+    if first and not (rest and named):  # several lines are the licence's text; the classifiers have its name
         named.append(first.strip())
     known = dict.fromkeys(SPDX.get(one, one) for one in named)
     return " AND ".join(f"({one})" if " OR " in one else one for one in known) or "none stated"

@@ -28,7 +28,7 @@ def right_and_brief(rollout: Rollout, limit: Annotated[int, Field(gt=0)] = 200) 
 
 @reward("no_filler", on_timeout="lowest")
 class NoFiller:
-    """1.0 for a text without filler words, 0.0 if their share of all words is `share` or more, linear in between.
+    """1.0 for a text without filler words, 0.0 if `share` or more of its words are filler words, linear in between.
 
     An empty text gets 0.0. filler.txt lists the filler words and phrases; upper and lower case count the same.
     """
@@ -52,9 +52,10 @@ class NoFiller:
 
 @reward("shortest_right", group=True, on_timeout="lowest")
 def shortest_right(rollouts: list[Rollout], least: Annotated[float, Field(ge=0, le=1)] = 0.5) -> list[Score]:
-    """1.0 for the shortest right response to a prompt, `least` for the longest, linear in the rank in between.
+    """1.0 for the shortest right response to a prompt, `least` for the longest; the others depend on their rank.
 
-    Responses of equal length share the better rank. Wrong and truncated responses are not ranked and get 0.0.
+    The value decreases linearly with the rank. Responses of equal length share the better rank. Wrong and truncated
+    responses are not ranked and get 0.0.
     """
     lengths = [len(one.text) if one.finish == "stop" and is_right(one) else None for one in rollouts]
     right = [length for length in lengths if length is not None]
@@ -77,7 +78,7 @@ def repeated_lines(rollout: Rollout) -> Score:
 
 
 def is_right(rollout: Rollout) -> bool:
-    """True if the result that an answer gives is the ground truth, after normalisation.
+    """True if the result in the answer equals the ground truth, after normalisation.
 
     The result is the last `\\boxed{...}`, else the text after the last "Answer:", else the whole answer if it is short.
     The ground truth must be text or a number; otherwise Invalid is raised.

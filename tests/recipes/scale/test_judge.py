@@ -29,7 +29,7 @@ CROWD = Scene((255, 255, 255), (Thing("red", "ring", 20, 20, 10), Thing("blue", 
         ("top left red ring, middle blue cross", 2, 2),
         ("middle blue cross", 1, 2),
         ("top left red ring, middle blue ring", 1, 2),
-        ("top left red ring, top left red ring, middle blue cross", 2, 3),  # a repeated thing is right only once
+        ("top left red ring, top left red ring, middle blue cross", 2, 3),  # a repeated thing counts as right only once
         ("top left red ring, middle blue cross, right red ring, left red ring", 2, 4),
         ("[0.50, 0.25]", 0, 2),
     ],
@@ -116,7 +116,7 @@ def test_the_shipped_judge_is_small_and_agrees_with_heldout_preferences_in_eithe
     report = json.loads((SHIPPED.parent / "judge_report.json").read_text())
     assert report["better shown first"] >= AGREES and report["better shown second"] >= AGREES
     model, prompter = shipped
-    seen = judge.report(model, prompter, 64, seed=1)  # this seed draws other preferences than the shipped report
+    seen = judge.report(model, prompter, 64, seed=1)  # the shipped report was made with another seed
     assert min(seen["better shown first"], seen["better shown second"]) >= AGREES - 0.1, seen
     assert seen["no verdict"] <= 0.05
 

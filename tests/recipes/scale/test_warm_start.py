@@ -80,7 +80,7 @@ def test_sharing_a_pictures_tokens_does_not_change_the_loss(model: StepVL, promp
 
 
 def _summed_loss(model: StepVL, prompter: Prompter, problem: Problem, response: str) -> torch.Tensor:
-    """Returns the summed cross-entropy of a response given its prompt, computed with plain causal attention."""
+    """Returns the sum of the cross-entropies of a response's tokens. The attention is plain causal attention."""
     prompt, ids = prompter.prompt(problem), prompter.response(response)
     row = torch.tensor(prompt + ids)
     shown = [practice.features(model, [problem.scene])[id(problem.scene)]] if problem.scene else []
@@ -92,7 +92,8 @@ def _summed_loss(model: StepVL, prompter: Prompter, problem: Problem, response: 
 
 
 def test_a_thing_is_seen_at_the_token_that_contains_its_centre() -> None:
-    # The picture has 4 x 4 tokens of 28 x 28 pixels each. The point (40, 90) is in column 1 and row 3, so in token 13.
+    # The picture has 4 x 4 tokens of 28 x 28 pixels each. The point (40, 90) is in column 1 and row 3. This is token
+    # 3 * 4 + 1 = 13.
     seen = practice.sightings([Scene((255, 255, 255), (Thing("green", "cross", 40, 90, 12),))], grid=4)
     assert seen.seen.nonzero().tolist() == [[0, 13]]
     assert (int(seen.color[0, 13]), int(seen.form[0, 13])) == (1, 3)
@@ -121,7 +122,7 @@ def test_a_warm_start_with_other_options_is_not_continued(tmp_path: Path) -> Non
     trainer = warm_start.Trainer(tmp_path, STEPS)
     trainer.train_step()
     trainer.save_state()
-    with pytest.raises(SystemExit, match="was begun with"):
+    with pytest.raises(SystemExit, match="was started with"):
         warm_start.Trainer(tmp_path, replace(STEPS, seed=1))
 
 
@@ -159,8 +160,8 @@ def test_the_shipped_model_has_the_template_for_messages() -> None:
 
 
 def test_the_shipped_model_answers_but_not_yet_well() -> None:
-    """Uses only 48 problems per task, to be quick. recipes/scale/report.json has the results of all 256
-    problems per task."""
+    """This test uses only 48 problems per task, so that it is quick. recipes/scale/report.json has the results of
+    all 256 problems per task."""
     model, words = hf_folder.load(SHIPPED), AutoTokenizer.from_pretrained(SHIPPED)
     assert isinstance(model, StepVL)
     problems = world.problems("heldout", world.SEEDS["heldout"], per_task=48)

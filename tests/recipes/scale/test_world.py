@@ -53,7 +53,7 @@ def test_the_generator_reproduces_the_shipped_rows(name: str, written: Path) -> 
 
 def test_the_generator_reproduces_the_shipped_pictures(written: Path) -> None:
     assert pictures(written) == pictures(world.SHIPPED)
-    for name in pictures(written):  # compares pixels, because PNG files may differ between zlib versions
+    for name in pictures(written):  # pixels are compared, because PNG files may differ between zlib versions
         with Image.open(written / "pictures" / name) as new, Image.open(world.SHIPPED / "pictures" / name) as old:
             assert np.array_equal(np.asarray(new.convert("RGB")), np.asarray(old.convert("RGB"))), name
 
@@ -82,7 +82,8 @@ def test_the_teachers_description_is_right_except_for_one_shape() -> None:
         wrong = [(s, t) for s, t in zip(said, crowd.things, strict=True) if s != t.described]
         assert all(s.rpartition(" ")[0] == t.described.rpartition(" ")[0] for s, t in wrong)
         slips.append(len(wrong))
-    # The shape of one thing is drawn at random from 4 shapes. It is wrong in 3 of 4 cases, so the mean is about 0.75.
+    # The description gives one thing a random shape out of 4 shapes. This shape is wrong in 3 of 4 cases, so a
+    # description has 0.75 wrong things on average.
     assert max(slips) == 1 and 0.6 < fmean(slips) < 0.9
 
 
@@ -118,8 +119,8 @@ def test_the_same_seed_gives_the_same_problems_and_another_seed_different_proble
 def test_a_box_touches_its_shape_on_all_four_sides(shape: str) -> None:
     scene = Scene((255, 255, 255), (Thing("red", shape, x=40, y=60, half=12),))
     rows, columns = np.nonzero(scene.pixels)
-    # The box goes from x = 40 - 12 = 28 to 52 and from y = 48 to 72. The last pixels are 51 and 71, because the
-    # edges 52 and 72 are outside.
+    # The box goes from x = 40 - 12 = 28 to x = 40 + 12 = 52, and from y = 48 to y = 72. The last pixels of the shape
+    # are 51 and 71, because the edges 52 and 72 are outside the shape.
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == (28, 48, 51, 71)
     assert scene.things[0].box == (28 / 112, 48 / 112, 52 / 112, 72 / 112)
 
@@ -151,7 +152,7 @@ def test_counting_goes_through_the_things_one_by_one() -> None:
 
 
 def test_the_exact_writer_is_nearly_always_right_except_on_worksheets(heldout: list[Problem]) -> None:
-    for task in set(world.TASKS) - {"worksheet"}:  # the mean is below 1, because boxes are rounded to two decimals
+    for task in set(world.TASKS) - {"worksheet"}:  # the mean score is below 1, because boxes have two decimals
         assert mean_score(heldout, task, EXACT) > 0.9, task
 
 
@@ -209,7 +210,7 @@ def test_a_worksheet_with_its_exact_answer_fits_into_the_cpu_profiles_sequence(w
 
 
 def test_descriptions_name_the_things_in_reading_order() -> None:
-    # These things are in reading order, like the things of every crowd.
+    # The things of every crowd are in reading order, so the things of this test are in reading order too.
     things = (Thing("blue", "cross", 60, 20, 10), Thing("red", "ring", 90, 90, 10))
     problem = world.describe(Scene((255, 255, 255), things))
     rng = np.random.default_rng(0)
@@ -234,7 +235,8 @@ def test_answers_to_sums_repeat_the_steps_after_the_thinking() -> None:
 
 @pytest.mark.parametrize(
     ("left", "right", "guess"),
-    # 27 + 15: the carry of 7 + 5 is lost. 42 - 8: the last digit is |2 - 8| = 6. 85 + 20: the carry of 8 + 2 is lost.
+    # The writer computes each digit alone. 27 + 15: 7 + 5 = 12 gives only the digit 2. 42 - 8: the last digit is
+    # |2 - 8| = 6. 85 + 20: 8 + 2 = 10 gives only the digit 0.
     [(12, 35, 47), (27, 15, 32), (42, -8, 46), (85, 20, 5)],
 )
 def test_the_rough_writer_forgets_to_carry(left: int, right: int, guess: int) -> None:

@@ -15,7 +15,7 @@ from tests.support.reward_plugins import rollout, spec
 
 
 def test_async_rewards_run_concurrently_in_one_process(runner: RewardRunner) -> None:
-    with at_most(5):  # one after the other, the 40 rewards would take 20 s
+    with at_most(5):  # the 40 rewards would take 20 s if they ran one after the other
         scored = runner.score([rollout("sleep 0.5", task="waits", truth=str(i)) for i in range(40)])
         assert {one.reward for one in scored} == {0.25} and len({one.details["pid"] for one in scored}) == 1
 
@@ -49,7 +49,7 @@ def test_the_same_question_about_the_same_response_is_asked_once(runner: RewardR
 
 
 def asking(url: str, max_wait_s: float) -> RewardRunner:
-    """Returns a runner whose task `t` asks a judge. After one failed request, an outage of the judge begins."""
+    """Returns a runner whose task `t` asks a judge. The judge has no retries, so one failed request is an outage."""
     judge = EndpointSpec("judge", url, "m", retries=0, max_wait=max_wait_s)
     specs = {"t": [spec("verifier", {"endpoint": "judge"}, timeout_s=None)]}
     return RewardRunner(specs, endpoints={"judge": judge})

@@ -1,4 +1,5 @@
-"""Tests the advantages and returns that are computed from rewards and values, with cut responses and normalisation."""
+"""Tests that advantages and returns are computed correctly from rewards and values, also for cut responses and with
+normalisation."""
 
 import torch
 from torch import Tensor

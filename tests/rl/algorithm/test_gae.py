@@ -20,8 +20,8 @@ def row(*numbers: float) -> Tensor:
 def loop_gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: object, lam: object, bootstrap: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Computes GAE by its definition, token by token, in the dtype of `values`. gamma and lam are numbers, or arrays
-    [N] with one value per row."""
+    """Computes GAE by its definition, token by token, in the dtype of `values`. `gamma` and `lam` are numbers, or
+    arrays [N] with one number per row."""
     r, v, here = rewards.T.numpy(), values.T.numpy(), mask.T.numpy()
     gamma, decay = (np.asarray(x, v.dtype) for x in (gamma, np.asarray(gamma) * np.asarray(lam)))
     advantages = np.zeros_like(v)
@@ -56,7 +56,7 @@ def test_gamma_and_lambda_one_give_reward_minus_value_at_every_token() -> None:
 
 def test_lambda_zero_is_the_one_step_error() -> None:
     advantages, _ = gae(row(0, 1), row(0.5, 0.25), row(1, 1).bool(), gamma=0.5, lam=0)
-    # 0 + 0.5 * 0.25 - 0.5 = -0.375;  1 + 0 - 0.25 = 0.75
+    # First token: 0 + 0.5 * 0.25 - 0.5 = -0.375. Last token: 1 + 0 - 0.25 = 0.75.
     torch.testing.assert_close(advantages, row(-0.375, 0.75))
 
 
@@ -79,7 +79,7 @@ def test_bootstrap_is_the_value_after_the_last_token() -> None:
     advantages, returns = gae(
         row(0, 0, 9), row(1, 2, 9), row(1, 1, 0).bool(), gamma=0.5, lam=0.5, bootstrap=torch.tensor([4.0])
     )
-    # last: 0 + 0.5 * 4 - 2 = 0;  first: 0 + 0.5 * 2 - 1 + 0.25 * 0 = 0
+    # Last token: 0 + 0.5 * 4 - 2 = 0. First token: 0 + 0.5 * 2 - 1 + 0.25 * 0 = 0.
     torch.testing.assert_close(advantages, row(0, 0, 0))
     torch.testing.assert_close(returns, row(1, 2, 0))
 
@@ -105,7 +105,7 @@ def test_advantages_of_long_responses_are_the_rounded_float64_result() -> None:
     cases = [(1.0, 1.0), (1.0, 0.999), (1.0, 0.95), (0.9999, 1.0), (0.99, 0.9), (1.0, 0.0), (0.0, 1.0)]
     rewards, values, _ = random_case(2, 65_536, holes=False)
     mask = torch.stack([torch.ones(65_536), torch.rand(65_536, generator=torch.Generator().manual_seed(2))]) > 0.3
-    # One batch has two rows for each (gamma, lam), so that the slow loop runs only once per precision.
+    # One batch contains all cases: two rows for each (gamma, lam). So the slow loop runs only once per precision.
     gamma, lam = np.repeat(np.array(cases), 2, axis=0).T
     many = [x.repeat(len(cases), 1) for x in (rewards, values, mask)]
     exact = loop_gae(many[0].double(), many[1].double(), many[2], gamma, lam)
@@ -206,7 +206,7 @@ def test_wrong_arguments_say_what_to_do() -> None:
 
 def test_normalised_advantages_have_mean_zero_and_population_std_one_over_chosen_tokens() -> None:
     normal = normalize(row(1, 3, 100, 5), row(1, 1, 0, 1).bool())
-    # mean 3, variance (4 + 0 + 4) / 3
+    # The chosen tokens have the mean 3 and the variance (4 + 0 + 4) / 3.
     torch.testing.assert_close(normal, row(-2, 0, 0, 2) / (8 / 3) ** 0.5)
 
 

@@ -1,5 +1,5 @@
-"""Compares rl.algorithm.losses with values and gradients computed by hand. Also tests extreme ratios, and that a split
-minibatch gives the same gradients."""
+"""Compares rl.algorithm.losses with values and gradients computed by hand. Also tests that extreme ratios give finite
+results, and that a split minibatch gives the same gradients."""
 
 import math
 from collections.abc import Callable
@@ -48,7 +48,8 @@ def test_without_a_ratio_the_gradient_is_minus_weight_times_advantage_per_token(
             logprobs, row(0, 0, 0), row(2, -4, 7), row(1, 1, 0).bool(), size=MinibatchSize(4, 1), weights=weights
         )[0]
 
-    # gradients: -(1 * 2) / 4, -(0.5 * -4) / 4, 0 for the masked token; the loss is their sum, because the ratio is 1
+    # The gradients are -(1 * 2) / 4 and -(0.5 * -4) / 4, and 0 for the masked token. The loss is the sum of the
+    # gradients, because the ratio is 1.
     torch.testing.assert_close(gradient(loss, row(-1, -2, -3)), row(-0.5, 0.5, 0))
     torch.testing.assert_close(loss(row(-1, -2, -3)), torch.tensor(0.0))
 
@@ -62,14 +63,16 @@ def test_without_a_ratio_old_logprobs_only_feed_the_statistic() -> None:
 
 
 def test_the_clip_removes_the_gradient_only_if_the_ratio_would_move_further_away() -> None:
-    # ratios 1.5, 1.5, 0.5, 0.5 and advantages +1, -1, +1, -1 with clip 0.2: the first and the last token are clipped
+    # The ratios are 1.5, 1.5, 0.5, 0.5, and the advantages are +1, -1, +1, -1. With clip 0.2, the first and the last
+    # token are clipped.
     old, logprobs = row(0, 0, 0, 0), row(1.5, 1.5, 0.5, 0.5).log()
     advantages = row(1, -1, 1, -1)
 
     def loss(logprobs: Tensor) -> tuple[Tensor, Sums]:
         return clipped_policy_loss(logprobs, old, advantages, ones(1, 4), size=MinibatchSize(4, 1), clip=0.2)
 
-    # -(1.2 - 1.5 + 0.5 - 0.8) / 4 = 0.15; d/d logprob is -A * ratio / 4 for tokens that are not clipped
+    # The loss is -(1.2 - 1.5 + 0.5 - 0.8) / 4 = 0.15. The gradient of a token that is not clipped is
+    # -advantage * ratio / 4.
     value, sums = loss(logprobs)
     torch.testing.assert_close(value, torch.tensor(0.15))
     torch.testing.assert_close(gradient(lambda x: loss(x)[0], logprobs), row(0, 0.375, -0.125, 0))
@@ -91,7 +94,7 @@ def test_before_the_first_step_both_readings_of_the_report_give_the_same_gradien
 def test_weights_scale_tokens_after_clipping() -> None:
     args = row(1.5).log(), row(0), row(1), ones(1, 1)
     value = clipped_policy_loss(*args, size=MinibatchSize(1, 1), weights=row(3), clip=0.2)[0]
-    torch.testing.assert_close(value, torch.tensor(-3.6))  # -3 * 1.2
+    torch.testing.assert_close(value, torch.tensor(-3.6))  # -(weight 3) * (clipped ratio 1.2)
 
 
 def test_a_negative_clip_is_refused() -> None:
@@ -127,7 +130,7 @@ def test_no_gradient_flows_through_tis_weights() -> None:
 
 def test_value_loss_is_half_the_squared_error_over_the_minibatchs_tokens() -> None:
     mask = row(1, 1, 0).bool()
-    # 0.5 * (3^2 + 1^2) / 4
+    # The loss is 0.5 * (3^2 + 1^2) / 4 = 1.25.
     torch.testing.assert_close(value_loss(row(3, 0, 9), row(0, 1, 0), mask, tokens=4), torch.tensor(1.25))
     grad = gradient(lambda v: value_loss(v, row(0, 1, 0), mask, tokens=4), row(3, 0, 9))
     torch.testing.assert_close(grad, row(0.75, -0.25, 0))
@@ -139,7 +142,7 @@ def test_entropy_loss_falls_when_entropy_rises() -> None:
 
 
 def test_the_kl_estimate_is_never_negative_and_sums_ratio_minus_one_minus_log_ratio() -> None:
-    # 2 - 1 - log 2, and 0.5 - 1 + log 2
+    # The two terms are 2 - 1 - log 2 and 0.5 - 1 + log 2. Their sum is 0.5.
     kl = kl_sum(row(2, 0.5).log(), row(0, 0), ones(1, 2))
     torch.testing.assert_close(kl, torch.tensor(0.5))
     tiny = kl_sum(row(1e-4, -1e-4), row(0, 0), ones(1, 2))
@@ -199,7 +202,8 @@ def test_gradients_and_statistics_do_not_depend_on_how_a_minibatch_is_split(loss
 
     everything = slice(0, 9)
     whole = run((slice(0, 6), everything))
-    # The minibatch is split between rows with different numbers of tokens, and also inside responses.
+    # The minibatch is split into three parts: the first row, the first 4 columns of the other rows, and the last 5
+    # columns of the other rows.
     split = run((slice(0, 1), everything), (slice(1, 6), slice(0, 4)), (slice(1, 6), slice(4, 9)))
     torch.testing.assert_close(split[0], whole[0])
     assert split[1] == pytest.approx(whole[1])
@@ -209,7 +213,7 @@ def test_explained_variance_of_a_perfect_a_constant_and_a_wrong_critic() -> None
     returns, mask = row(1, 2, 3, 99), row(1, 1, 1, 0).bool()
     assert explained_variance(returns, returns, mask) == 1
     assert explained_variance(row(7, 7, 7, 7), returns, mask) == 0
-    assert explained_variance(-returns, returns, mask) == -3  # errors are twice the returns: 1 - 2^2 = -3
+    assert explained_variance(-returns, returns, mask) == -3  # the errors are twice the returns: 1 - 2^2 = -3
 
 
 def test_explained_variance_of_equal_returns_is_not_a_number() -> None:

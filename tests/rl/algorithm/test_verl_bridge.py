@@ -1,5 +1,5 @@
-"""Compares verl's functions with ours: both give equal results, except for the differences named in verl_bridge's
-docstring. Also tests that results do not depend on how a minibatch is split."""
+"""Compares verl's functions with ours: both give equal results, except for the differences that the docstring of
+verl_bridge names. Also tests that results do not depend on how a minibatch is split."""
 
 import math
 import subprocess
@@ -23,7 +23,7 @@ NEEDED: dict[str, dict[str, float | str]] = {"dro": {"dro_beta": 0.5}}
 
 
 class Case:
-    """Six responses of 1 to 9 tokens with gaps in the mask, different old and new logprobs, and weights."""
+    """Six responses of 1 to 9 tokens. The mask has gaps, old and new logprobs differ, and each token has a weight."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -39,8 +39,8 @@ class Case:
         self.weights = tis_weights(self.old, self.rollout, self.mask, cap=1.2)[0]
 
     def run(self, loss: PolicyLoss, *parts: slice, weighted: bool = True) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Calls `loss` once for each range of rows in `parts`, with the width of the longest response in the range.
-        Returns the summed loss, its gradient, and the summed metrics."""
+        """Calls `loss` once for each range of rows in `parts`. The tensors of each call are as wide as the longest
+        response in the range. Returns the summed loss, its gradient, and the summed metrics."""
         leaf = self.logprobs.clone().requires_grad_()
         total, metrics = torch.zeros((), dtype=leaf.dtype), {}
         for part in parts or (slice(0, 6),):
@@ -155,7 +155,7 @@ def test_vanilla_without_its_dual_clip_is_our_clipped_loss() -> None:
 
 
 def test_dual_clip_lowers_the_loss_of_a_bad_token_that_became_much_more_likely() -> None:
-    old, logprobs = torch.tensor([[0.0]]), torch.tensor([[10.0]]).log()  # ratio 10
+    old, logprobs = torch.tensor([[0.0]]), torch.tensor([[10.0]]).log()  # the ratio is 10
     args = logprobs, old, -torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool)
     size = MinibatchSize(1, 1)
     assert float(clipped_policy_loss(*args, size=size)[0]) == pytest.approx(10)
@@ -191,7 +191,7 @@ def test_verls_gae_equals_ours_after_whitening(gamma: float, lam: float) -> None
     ours, our_returns = gae(rewards, case.values, case.mask, gamma=gamma, lam=lam)
     torch.testing.assert_close(our_returns[case.mask], their_returns[case.mask])
     torch.testing.assert_close(masked_whiten(ours, mask)[case.mask], theirs[case.mask])
-    assert not torch.allclose(ours[case.mask], theirs[case.mask])  # verl cannot turn the whitening off
+    assert not torch.allclose(ours[case.mask], theirs[case.mask])  # verl always whitens advantages
 
 
 def test_verls_value_loss_equals_ours_if_its_clip_has_no_effect() -> None:
@@ -206,7 +206,7 @@ def test_verls_value_loss_equals_ours_if_its_clip_has_no_effect() -> None:
     )
     ours = float(value_loss(now, returns, case.mask, tokens=tokens))
     assert free == pytest.approx(ours)
-    assert clipped > ours  # if a value moved by more than 0.2, verl uses the larger of two errors
+    assert clipped > ours  # verl uses the clipped or the unclipped error, whichever is larger
 
 
 def test_token_weights_are_our_truncated_importance_weights() -> None:
@@ -243,7 +243,7 @@ def test_rejection_removes_tokens_or_whole_responses_from_the_mask() -> None:
     token = correct(rollout_rs="token_k1", rollout_rs_threshold="0.5_2")
     assert token.mask.tolist() == [[True, False, True], [True, True, False]]
     assert token.weights is None and token.sums["tis_mean"] == 4
-    response = correct(rollout_rs="seq_max_k3", rollout_rs_threshold=0.5)  # 3 - 1 - log 3 = 0.9
+    response = correct(rollout_rs="seq_max_k3", rollout_rs_threshold=0.5)  # the largest k3 is 3 - 1 - log 3 = 0.9
     assert response.mask.tolist() == [[False] * 3, [True, True, False]]
 
 

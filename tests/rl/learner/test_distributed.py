@@ -47,7 +47,7 @@ def batch(prompts: int, *, pictures: bool) -> Batch:
 
 CASES: dict[str, dict[str, Any]] = {
     "pictures and text": {"prompts": 7, "pictures": True},
-    # One group for two ranks: one of the ranks gets a packed row with `counts` False.
+    # There is one group for two ranks. So one rank gets a packed row whose results are ignored (`counts` is False).
     "fewer groups than ranks": {"prompts": 1, "pictures": False, "ppo": {"minibatches": 1, "critic_minibatches": 1}},
     "clip, entropy, recomputation": {
         "prompts": 5,
@@ -109,7 +109,8 @@ class Pair:
 
 
 def trained(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> None:
-    """Makes two iterations of critic and policy, then a checkpoint, then one more iteration, and writes the results."""
+    """Trains critic and policy for two iterations, saves a checkpoint, and trains one more iteration. Writes the
+    results before and after the last iteration."""
     pair = Pair.of(ranks, case, str(folder / "model"))
     numbers: dict[str, float] = {}
     for iteration in range(1, ITERATIONS + 1):
@@ -123,7 +124,8 @@ def trained(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> 
 
 
 def continued(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> None:
-    """Loads the checkpoint in `results`, which a different number of ranks has saved, and makes one more iteration."""
+    """Loads the checkpoint in `results`, which a different number of ranks has saved. Trains one more iteration and
+    writes its results."""
     pair = Pair.of(ranks, case, str(folder / "model"))
     pair.restore(results)
     pair.iterate(ITERATIONS + 1)
@@ -140,7 +142,7 @@ def one_of_two(rank: int, address: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
-    """A folder with results. Each case is run with one rank and with two ranks: <case>/<number of ranks>."""
+    """A folder with the results of each case, with one rank and with two ranks: <case>/<number of ranks>."""
     folder = tmp_path_factory.mktemp("ranks")
     alone = Ranks("cpu", threads=1)
     for name, case in CASES.items():

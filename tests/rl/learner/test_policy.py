@@ -21,7 +21,7 @@ def targets_of(batch: Batch, policy: Policy) -> Targets:
 
 
 def gradients(policy: Policy, batch: Batch, budget: int, old: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """Returns the gradients of one minibatch: the whole batch, in packed rows of at most `budget` tokens."""
+    """Returns the gradients of the whole batch as one minibatch. A packed row has at most `budget` tokens."""
     learner = policy.options.learner.model_copy(update={"token_budget": budget})
     policy.options = replace(policy.options, learner=learner)
     policy._accumulate(batch.groups, batch, targets_of(batch, policy), features_of(policy), old)
@@ -56,8 +56,8 @@ def test_gradients_do_not_depend_on_how_a_minibatch_is_split(folder, ppo):
 
 
 def test_a_gradient_has_the_same_bits_each_time_beside_a_busy_process(folder):
-    # All responses continue the last token of one prompt, so the gradient of this token is a sum of 400 terms. The sum
-    # is so large that torch uses several threads.
+    # All responses continue the last token of one prompt, so the gradient of this token is a sum of 400 terms. For a
+    # sum of so many terms, torch uses several threads.
     prompt = Prompt("0", "t", ())
     policy = Policy(folder, options())
     made = [tuple(range(10 + i % 40, 14 + i % 40)) for i in range(400)]

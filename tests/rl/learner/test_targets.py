@@ -16,5 +16,6 @@ def test_a_cut_response_gets_the_critics_value_if_the_recipe_bootstraps(folder):
     lowest = make_targets(batch, values, final, options().ppo)
     assert lowest.returns.tolist() == [[1, 1], [-1, -1]]
     bootstrap = make_targets(batch, values, final, options({"truncated": "bootstrap"}).ppo)
-    # the finished response keeps its reward; the cut response gets V(s_T) = 0.6 instead of its reward
+    # The finished response keeps its reward. The cut response gets the critic's value after the last token (0.6)
+    # instead of its reward.
     torch.testing.assert_close(bootstrap.returns, torch.tensor([[1, 1], [0.6, 0.6]]))

@@ -1,4 +1,5 @@
-"""Compares both implementations of packed groups with attention that uses a full mask: outputs and gradients."""
+"""Compares both implementations of attention in packed groups with attention that uses a full mask. Outputs and
+gradients must agree."""
 
 import pytest
 import torch
@@ -19,14 +20,14 @@ LAYOUTS = {
 
 
 def inputs(length: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Returns q, k and v as transformers makes them: shape [1, heads, T, D], stored in memory as [1, T, heads, D]."""
+    """Returns random q, k and v in the layout of transformers: shape [1, heads, T, D], in memory [1, T, heads, D]."""
     generator = torch.Generator().manual_seed(length)
     made = [torch.randn(1, length, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
     return [x.to(dtype).transpose(1, 2) for x in made]
 
 
 def visible(layout: Layout) -> Tensor:
-    """Returns [T, T] bool: True where the token of the row sees the token of the column."""
+    """Returns a boolean matrix [T, T]: True where the token of the row sees the token of the column."""
     places = torch.arange(layout.length)
     return sees(*layout.owners, places[:, None], places)
 
@@ -45,7 +46,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 
 def results(attend, layout: Layout, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
-    """Returns the output, and the gradients of q, k and v."""
+    """Returns the output of `attend`, and the gradients of q, k and v."""
     given = [x.detach().to(device).requires_grad_() for x in inputs(layout.length, dtype)]
     out = attend(*given, layout)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
@@ -72,8 +73,8 @@ def test_outputs_and_gradients_equal_masked_attention(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 def test_attention_with_the_block_mask_for_gpus_has_the_same_outputs(layout):
-    """Compares only outputs, because torch has no backward pass of FlexAttention on CPUs. The next test compares
-    gradients on GPUs."""
+    """This test compares only outputs, because torch has no backward pass of FlexAttention on CPUs. The next test
+    compares gradients on GPUs."""
     q, k, v = inputs(layout.length)
     torch.testing.assert_close(flex(q, k, v, layout), plain(q, k, v, layout), atol=1e-5, rtol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Tests the STEP3-VL configuration: the view sizes that it computes, and the configs that it refuses."""
+"""Tests the STEP3-VL configuration: the computed sizes of views, and the configs that are refused."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""Tests logprobs and entropies computed in parts: values and gradients equal those computed from all logits at once."""
+"""Tests logprobs and entropies that are computed in parts. Their values and gradients must be the same as if they were
+computed from all logits at once."""
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from rl.model.logprobs import token_logprobs
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_computed_in_parts_have_the_same_values_and_gradients(monkeypatch, temperature):
-    monkeypatch.setattr(logprobs, "LOGITS", 70)  # 7 tokens at a time, because the vocabulary has 10 tokens
+    monkeypatch.setattr(logprobs, "LOGITS", 70)  # 70 logits are 7 tokens, because the vocabulary has 10 tokens
     monkeypatch.setattr(logprobs, "LEAST", 1)
     torch.manual_seed(0)
     hidden, head = torch.randn(20, 6, requires_grad=True), torch.randn(10, 6, requires_grad=True)

@@ -22,6 +22,7 @@ def test_different_numbers_of_slots_and_features_are_refused():
 
 
 def test_the_cost_of_attention_by_hand():
-    # Channels: 4 x 8 = 32 in query heads, 2 x 2 x 8 = 32 in keys and values, 32 hidden and 48 intermediate.
-    # A layer has 32 * (2 * 32 + 32) + 3 * 32 * 48 = 7,680 weights. A (query, key) pair costs as much as 64 weights.
+    # 4 query heads of 8 channels make 32 channels. Keys have 2 heads of 8 channels, and values too, so together they
+    # have 32 channels. The hidden size is 32, and the intermediate size is 48. So a layer has
+    # 32 * (2 * 32 + 32) + 3 * 32 * 48 = 7,680 weights. A (query, key) pair costs as much as 2 * 32 = 64 weights.
     assert pairs_per_token(text_model().config) == 7680 / 64

@@ -1,4 +1,4 @@
-"""Tests the views of pictures: their pixels are normalised, and crops have the order of the grid."""
+"""Tests the views of pictures: pixels are normalised, and the crops are in the order of the grid, row by row."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_a_wide_picture_has_one_global_view_and_crops_row_by_row():
     picture = Image.new("RGB", (224, 112), "black")
     picture.paste("white", (112, 0, 224, 112))
     seen = views(picture, global_size=112, crop_size=56)
-    # 224 x 112 pixels are 4 x 2 crops of 56 x 56 pixels; the left half is black and the right half is white
+    # 224 x 112 pixels make 4 x 2 crops of 56 x 56 pixels. The left half is black, and the right half is white.
     assert seen.global_view.shape == (3, 112, 112)
     assert len(seen.crops) == 8 and all(crop.shape == (3, 56, 56) for crop in seen.crops)
     black, white = (float((level - MEAN[0]) / STD[0]) for level in (0, 1))

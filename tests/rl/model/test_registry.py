@@ -22,7 +22,7 @@ def test_only_families_that_accept_pictures_have_an_image_token():
     token = family(config).image_token(config)
     assert token is not None
     assert (token.text, token.id) == ("<im_patch>", 151679)
-    assert token.expansion((224, 224)) == 171  # 169 tokens of the global view, a start and an end token
+    assert token.expansion((224, 224)) == 171  # 169 tokens of the global view, a start token, an end token
     assert family(Qwen3Config()).image_token(Qwen3Config()) is None
 
 

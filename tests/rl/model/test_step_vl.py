@@ -36,13 +36,14 @@ def test_the_full_size_config_has_the_published_tensor_names_and_shapes():
 
 def test_the_full_size_model_has_the_size_of_the_published_checkpoint():
     parameters = sum(p.numel() for p in hf_folder.build(StepVLConfig()).parameters())
-    assert 2 * parameters == pytest.approx(20.4e9, rel=0.005)  # bytes in bfloat16
+    assert 2 * parameters == pytest.approx(20.4e9, rel=0.005)  # 2 bytes per parameter in bfloat16
 
 
 def test_the_column_rotates_the_first_half_of_a_heads_channels():
     cos, sin = rope_2d(8, 4, 2, 2)
     turned = rotate(torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 0]), cos, sin)
-    # token 1 is in row 0 and column 1: the first half is rotated by 1 radian, the second half is unchanged
+    # Token 1 is in row 0 and column 1. So the first half of the channels is rotated by 1 radian, and the second half is
+    # unchanged.
     angle = torch.tensor(1.0)
     torch.testing.assert_close(turned[1, :2], torch.stack((angle.cos(), angle.sin())))
     torch.testing.assert_close(turned[1, 4:6], torch.tensor([1.0, 0.0]))
@@ -50,7 +51,7 @@ def test_the_column_rotates_the_first_half_of_a_heads_channels():
 
 def test_features_put_crops_before_the_global_view():
     model = step_vl()
-    wide = Image.effect_noise((224, 112), 80).convert("RGB")  # 2 crops of 1 token, global view of 4 tokens
+    wide = Image.effect_noise((224, 112), 80).convert("RGB")  # 8 crops with 1 token each, 4 tokens of global view
     (features,) = model.features([wide])
     assert features.shape == (sum(model_tokens(model, wide.size)), 32)
     (alone,) = model._encode([model.views(wide).global_view])

@@ -103,7 +103,7 @@ def test_options_that_name_results_of_earlier_steps_cannot_be_set() -> None:
         "pacore.model.path=./x"
     )
     assert "pacore.data.train cannot be set in a chain" in refusal("pacore.data.train=x.jsonl")
-    assert "a chain has no stage, because each of its recipes has its own" in refusal(text=MINE + "stage: rlvr\n")
+    assert "a chain has no option stage, because each of its recipes has" in refusal(text=MINE + "stage: rlvr\n")
 
 
 def test_curated_rows_have_our_column_names_even_if_the_rows_of_problems_do_not() -> None:

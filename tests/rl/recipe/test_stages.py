@@ -18,7 +18,7 @@ def test_the_stages_of_the_report_are_registered_with_its_number_of_rollouts() -
             [rules.defaults[size] for size in sizes] for rules in registered().values()
         )
     ]
-    # 600*512*16 + 300*512*8 + 500*64*16
+    # RLVR, RLHF and PaCoRe together: 600 * 512 * 16 + 300 * 512 * 8 + 500 * 64 * 16 rollouts.
     assert sum(totals) == 6_656_000
 
 

@@ -1,4 +1,4 @@
-"""Tests that a checkpoint is complete or absent, and that old checkpoints are deleted and damaged checkpoints are not
+"""Tests that a checkpoint is complete or absent, that old checkpoints are deleted, and that damaged checkpoints are not
 used."""
 
 import json
@@ -91,7 +91,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_can_be_written_ag
 
 def test_too_little_disk_space_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
     made = Checkpoints(tmp_path, keep=2, expected=1 << 60)
-    with pytest.raises(Stop, match=r"free, and the checkpoint of iteration 5 takes about 1.05e\+06 TiB.* make room"):
+    with pytest.raises(Stop, match=r"free, and the checkpoint of iteration 5 takes about 1.05e\+06 TiB.* disk space"):
         made.begin(5, saver("w"))
     assert list(tmp_path.iterdir()) == []
 
@@ -110,7 +110,7 @@ def broken(file: Path, how: str) -> None:
 @pytest.mark.parametrize("how, said", [
     ("missing", "policy/weights is missing"),
     ("cut", "policy/weights has 2 bytes instead of 3"),
-    ("flipped", "policy/weights is not what was written"),
+    ("flipped", "policy/weights was changed after it was written"),
 ])  # fmt: skip
 def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(tmp_path: Path, how: str, said: str) -> None:
     written(tmp_path, 10, 20)
@@ -153,7 +153,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint_keeps_the_earlier_checkpoints(
             made.begin(2, saver("w" * (1 << 21)))  # 2 MiB do not fit on the disk
             made.settle()
         assert made.newest() == folder / "000001"
-        assert written(folder, 3) == ["000001", "000003"]  # the unfinished checkpoint was deleted
+        assert written(folder, 3) == ["000001", "000003"]  # the unfinished checkpoint 2 was deleted
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_stops_the_run_but_the_new_one_is_complete(

@@ -1,4 +1,4 @@
-"""Tests the progress display in a terminal and in a log file, and its errors."""
+"""Tests the progress display in a terminal and in a log file. Errors of the display must not end the run."""
 
 import io
 import logging
@@ -55,7 +55,7 @@ def test_without_a_terminal_each_iteration_is_one_plain_line() -> None:
     first, second = shown(screen).splitlines()
     assert first.startswith("rlvr 1/20  reward 0.375 (avg 0.375)  counting 0.500  pointing 0.250  tokens 20.0")
     assert "rollout 50% policy 30% other 20%" in first
-    assert first.endswith("left 3:10")  # 19 iterations of 10 s
+    assert first.endswith("left 3:10")  # 19 iterations of 10 s each
     assert "reward 0.625 (avg 0.500)" in second and second.endswith("left 3:00")
 
 
@@ -143,7 +143,7 @@ def test_values_that_are_not_numbers_cause_a_warning_and_do_not_end_the_run(
 
 
 class Closed(io.StringIO):
-    """An output whose reader has closed it."""
+    """An output that its reader has closed, so that every write fails."""
 
     def write(self, text: str) -> int:
         raise OSError("broken")

@@ -1,4 +1,4 @@
-"""Tests that every metric has a meaning, and that the metrics of samples have the right values."""
+"""Tests that every metric has a description, and that the metrics of samples have the right values."""
 
 import math
 import re
@@ -67,7 +67,7 @@ def test_rewards_are_averaged_over_all_samples_tasks_and_parts() -> None:
     scored = [sample("b", 1.0, format=1.0), sample("b", 0.0, format=1.0), sample("a", 0.5), sample("a", 0.5)]
     metrics = rollout_metrics(scored, rollouts_per_prompt=2)
     assert metrics["reward/mean"] == 0.5
-    assert metrics["reward/std"] == pytest.approx(math.sqrt(0.125))  # (0.25 + 0.25 + 0 + 0) / 4
+    assert metrics["reward/std"] == pytest.approx(math.sqrt(0.125))  # the variance is (0.25 + 0.25 + 0 + 0) / 4
     assert (metrics["reward/a"], metrics["reward/b"], metrics["reward/b/format"]) == (0.5, 0.5, 1.0)
     assert metrics["reward/flat_group_fraction"] == 0.5  # the rewards of b differ; a is a flat group
     check(metrics)

@@ -7,7 +7,7 @@ from rl.record.timeline import Span, Timeline
 
 
 class ScriptedSource:
-    """Replaces a process that has the given spans. Counts how often the spans are read."""
+    """Stands for a process that has the given spans. Counts how often the spans are read."""
 
     def __init__(self, *spans: Span) -> None:
         self.unread, self.waited = list(spans), 0

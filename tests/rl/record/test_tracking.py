@@ -14,7 +14,7 @@ from tests.support.patience import Deadline
 
 
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:
-    """Returns all (step, value) of one scalar, as TensorBoard's own code reads them."""
+    """Returns all pairs (step, value) of one scalar. TensorBoard's own code reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tracking" / "tensorboard"))
@@ -31,7 +31,7 @@ def test_tensorboard_shows_each_number_at_its_iteration(tmp_path: Path) -> None:
 
 
 def test_after_a_resume_tensorboard_shows_each_iteration_once(tmp_path: Path) -> None:
-    for first_step, value in ((0, 1.0), (2, 2.0)):  # the first run reached step 3; its checkpoint was at step 1
+    for first_step, value in ((0, 1.0), (2, 2.0)):  # the first run ends at step 3, but its checkpoint is of step 1
         trackers = Trackers(["tensorboard"], tmp_path, first_step=first_step)
         for step in range(first_step, 4):
             trackers.log(step, {"reward/mean": value})
@@ -48,7 +48,7 @@ def test_wandb_gets_each_number_and_a_resumed_run_keeps_its_id(tmp_path: Path, m
         trackers.close()
     identity = (tmp_path / "tracking" / "wandb_id").read_text()
     found = [0, 0]
-    deadline = Deadline(30)  # offline, wandb's process may still write after finish() has returned
+    deadline = Deadline(30)  # in offline mode, wandb's process may still write after finish() has returned
     while found != [1, 1] and not deadline.passed():
         time.sleep(0.1)
         files = [file.read_bytes() for file in tmp_path.rglob(f"run-{identity}.wandb")]

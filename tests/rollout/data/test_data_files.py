@@ -1,4 +1,4 @@
-"""Tests which files and data sets can be read, and the errors for all others."""
+"""Tests which files and data sets can be read, and the errors for all other files and data sets."""
 
 from pathlib import Path
 

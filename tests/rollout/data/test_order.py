@@ -23,7 +23,7 @@ def ids(drawn: list[Prompt]) -> list[str]:
 
 def test_each_row_comes_once_per_pass_even_if_batches_cross_the_end_of_a_pass() -> None:
     order = PromptOrder(prompts(7), seed=1)
-    drawn = [one for start in range(0, 21, 3) for one in ids(order.prompts_at(start, 3))]  # 7 batches of 3
+    drawn = [one for start in range(0, 21, 3) for one in ids(order.prompts_at(start, 3))]  # 7 batches of 3 prompts
     for start in (0, 7, 14):
         assert sorted(drawn[start : start + 7]) == [str(n) for n in range(7)]
     assert drawn[:7] != drawn[7:14]

@@ -1,4 +1,5 @@
-"""Tests SeRe and PaCoRe with a scripted model: rounds, compaction, seeds, order of requests, long prompts, tokens."""
+"""Tests SeRe and PaCoRe with a scripted model: rounds, seeds, the order of requests, long prompts, token counts. Only
+final answers may be shown in the next round."""
 
 import asyncio
 import re
@@ -21,7 +22,7 @@ def reply(text: str, tokens: int = 5, finish: Any = "stop") -> Reply:
 
 
 class Model:
-    """A scripted model. `script` returns the reply to (text of the last message, seed). `requests` has all requests."""
+    """A scripted model. `script` maps the last message's text and the seed to a reply. `requests` has all requests."""
 
     def __init__(self, script: Callable[[str, int], Reply]) -> None:
         self.script = script

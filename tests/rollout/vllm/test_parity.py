@@ -54,7 +54,7 @@ def test_logprobs_of_sampled_tokens_agree(step_vl: Served, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["text only", "several pictures"])
 def test_a_response_sampled_in_pieces_has_the_same_logprobs(step_vl: Served, kind: str) -> None:
-    """Samples a response in pieces, like partial rollouts do: the tokens sampled so far are part of the next prompt."""
+    """Samples a response in pieces, as partial rollouts do. The next prompt contains the tokens sampled before."""
     shown = [tiny.picture(size, seed) for seed, size in enumerate(SHOWN[kind])]
     request = replace(ask(shown), max_tokens=3)
     starts = step_vl.engine.generate([replace(request, seed=seed) for seed in range(8)])

@@ -1,4 +1,4 @@
-"""Tests YaRN: engine, learner and transformers' model agree at positions beyond the trained positions."""
+"""Tests YaRN: engine, learner and the model of transformers agree at positions beyond the trained positions."""
 
 import copy
 from pathlib import Path
@@ -20,7 +20,7 @@ TRAINED, FACTOR = 256, 2.0
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Qwen3ForCausalLM]:
-    """The folder of a model with few positions, and the model."""
+    """The folder of a model with only 256 trained positions, and the model itself."""
     folder = tmp_path_factory.mktemp("short")
     model = tiny.make_text_model(folder, tied=False)
     model.config.max_position_embeddings = TRAINED
@@ -29,7 +29,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Qwen3ForCausa
 
 
 def extended(model: Qwen3ForCausalLM, factor: float | None = FACTOR) -> Qwen3ForCausalLM:
-    """Returns transformers' model with YaRN and the same weights."""
+    """Returns a model of transformers with YaRN and with the weights of `model`."""
     made = Qwen3ForCausalLM(with_yarn(copy.deepcopy(model.config), factor)).float().eval()
     made.load_state_dict(model.state_dict())
     return made

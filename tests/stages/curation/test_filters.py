@@ -64,7 +64,7 @@ class Chat:
 
 
 class Engines:
-    """Engines whose responses come from a script: (filter, row id, number of the response) -> text."""
+    """Engines whose responses come from a script. It maps (filter, row id, number of the response) to a text."""
 
     def __init__(self, script: Callable[[str, str, int], str], rows: Sequence[str]) -> None:
         self.script, self.asked = script, Counter[tuple[str, str, int]]()
@@ -89,8 +89,8 @@ class Engines:
 
 
 class Scorer:
-    """Scores an answer with 1.0 if it contains the word "right", else with 0.0. The judge is a script: (pass, row id)
-    -> score. If the script gives a text, the score is invalid and the text is the reason."""
+    """Scores an answer with 1.0 if it contains the word "right", else with 0.0. The judge is a script that maps
+    (pass, row id) to a score. If the script gives a text, the score is invalid and the text is the reason."""
 
     def __init__(self, judge: Callable[[str, str], float | str] = lambda name, row: 1.0, group: bool = False) -> None:
         self.judge, self.group, self.asked = judge, group, Counter[tuple[str, str]]()
@@ -141,8 +141,8 @@ def policy(
 
 
 def right_times(counts: Mapping[str, int]) -> Callable[[str, str, int], str]:
-    """Returns a script for the engines. The first `counts[row id]` responses to a row are right, and all further
-    responses are wrong."""
+    """Returns a script for the engines. `counts` has the number of right responses for each row id. The right responses
+    to a row come first, and all later responses are wrong."""
     return lambda name, identity, n: (RIGHT if n < counts[identity] else WRONG).format(n)
 
 
@@ -423,8 +423,8 @@ def test_texts_of_models_are_escaped_in_the_html_report(tmp_path: Path) -> None:
 
 @dataclass
 class Attempt:
-    """Runs a curation in one folder, once or several times. `run` can kill the curation after a number of answers of
-    the engines or of the judge."""
+    """Runs a curation in one folder, once or several times. `run` can kill the curation after a given number of
+    answers of the engines or of the judge."""
 
     folder: Path
     engines: list[Engines] = field(default_factory=list)
@@ -442,7 +442,7 @@ class Attempt:
 
     @property
     def most(self) -> int:
-        """How often the most frequent question was asked, in all calls of `run` together."""
+        """The number of times that the most frequent question was asked, in all calls of `run` together."""
         asked = sum((e.asked for e in self.engines), Counter[Any]()) + sum((j.asked for j in self.judges), Counter())
         return max(asked.values())
 
