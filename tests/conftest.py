@@ -16,9 +16,9 @@ from tests.support.reward_plugins import PLUGINS, ROW_JUDGES, TASKS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Prepares the tests for two processes (pytest-xdist). One of the processes runs all tests that share engines. The
-    other tests are distributed file by file. The files with the longest tests come first, so that both processes end
-    at about the same time."""
+    """Prepares the tests for several processes (pytest-xdist). One process runs all tests that share engines. The other
+    tests are distributed file by file. The files with the longest tests come first, so that all processes end at about
+    the same time."""
     items.sort(key=lambda item: "runs" not in item.path.parts)
     for item in items:
         shares_engines = "engine_process" in getattr(item, "fixturenames", ())

@@ -4,7 +4,6 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command import PATIENCE, ROOT, SMALL_RUN, Command, metrics
+from tests.support.command import PATIENCE, SMALL_RUN, Command, metrics
 from tests.support.patience import Deadline
 
 # The tests set a token, so that the cluster requires a token, whatever machine the tests run on.
@@ -63,18 +62,14 @@ def test_a_submitted_job_joins_the_cluster_trains_and_writes_to_the_given_folder
 ) -> None:
     dashboard, head = cluster
     recipe = ["python", "-m", "rl.run", "recipes/rlvr.yaml", *map(str, SMALL_RUN[2:]), "iterations=1", PLUGIN]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", dashboard),
-            *("--working-dir", ".", "--", *recipe, "--output", str(tmp_path / "run")),
-        ],
-        cwd=ROOT,
-        env=os.environ | TOKEN,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    submit = ("ray.scripts.scripts", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *recipe)
+    deadline = Deadline(PATIENCE)
+    while True:
+        code, out, err = Command(*submit, "--output", tmp_path / "run", environment=TOKEN).finish()
+        if "No available agent" not in err or deadline.passed():  # the cluster is still starting its job agent
+            break
+        time.sleep(1)
+    assert code == 0, out[-4000:] + err[-4000:]
     assert [m["iteration"] for m in metrics(tmp_path / "run")] == [0, 1]
     # The job has found the file of the reward.
     assert "reward/arithmetic/right_and_brief" in metrics(tmp_path / "run")[1]
