@@ -1,4 +1,4 @@
-"""Runs the named benchmarks, prints a table and updates results.jsonl: `python -m benchmarks [NAME ...]`.
+"""Runs benchmarks, prints a table and updates results.jsonl: `python -m benchmarks [NAME ...]`.
 
 Without a name, all benchmarks run. Exit codes: 0 if no benchmark failed, 1 if a benchmark failed (the other benchmarks
 still run), 2 if a name is unknown. Tested in tests/benchmarks/test_harness.py.

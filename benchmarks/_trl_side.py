@@ -75,7 +75,7 @@ def settings(folder: Path) -> Any:
     Responses are generated with the default generation of transformers, which is the fastest mode that works on a CPU.
     TRL's continuous batching took twice as long as this mode, and a static cache took 20% longer. TRL's vLLM mode fails
     at the first weight update, because vLLM has repacked the weights for the CPU. The update is compiled, so it is
-    faster from the second step on. Other slow features are switched off.
+    faster from the second step on. Features that would make a step slower are switched off.
     """
     return GRPOConfig(
         output_dir=str(folder / "trl"),

@@ -12,8 +12,8 @@ The import of this file takes several seconds. These are the fastest settings th
   a batch.
 - Flash attention has a kernel for logprobs. Without this kernel, verl loops over the tokens in Python, which takes a
   tenth of the time of a step. This file replaces the loop with verl's `logprobs_from_logits_naive`, and replaces
-  nothing else in verl. verl's fused head cannot be used: when the head is called, FSDP2 has already sharded the head's
-  weight (unless the embedding uses the same weight).
+  nothing else in verl. verl's fused head cannot be used for a head with its own weight, because FSDP2 has already
+  sharded this weight when the head is called.
 - The loss is verl's `ppo_loss` with the policy loss "gpg", which is the plain policy gradient.
 
 This file itself has no test; the benchmark compares verl's logprobs and gradients with ours. The registration of the
@@ -83,10 +83,10 @@ class Split:
 
 @dataclass(frozen=True)
 class VerlBatch:
-    """A batch of rollouts in the form that verl's trainers pass to the engine, and the rollouts' lengths in tokens."""
+    """A batch of rollouts. `data` has the form that verl's trainers pass to the engine."""
 
     data: TensorDict
-    responses: tuple[int, ...]
+    responses: tuple[int, ...]  # tokens of each response
     longest: int  # tokens of the longest rollout, prompt included
 
 
@@ -206,7 +206,8 @@ class VerlEngine:
         return [row[-1 - length : -1].detach() for row, length in zip(rows, batch.responses, strict=True)]
 
     def gradients(self) -> dict[str, Tensor]:
-        """Returns the gradients of the last step: the parameter's name in the checkpoint -> its gradient."""
+        """Returns the gradients of the last step: a mapping from the parameters' names in the checkpoint to the
+        gradients."""
         return {
             name: parameter.grad.full_tensor()
             for name, parameter in self._engine.module.named_parameters()

@@ -65,7 +65,8 @@ def entries() -> dict[str, Entry]:
 
 def interleaved(ours: Callable[[], float], other: Callable[[], float], repeats: int) -> tuple[float, float]:
     """Calls both sides in turns. Each call returns a time in seconds. The result has the median of these times for each
-    side. Each side is called first in every second turn, so that other load on the machine affects both sides."""
+    side. The side that is called first changes from turn to turn, so that other load on the machine affects both
+    sides."""
     took: dict[Callable[[], float], list[float]] = {ours: [], other: []}
     for turn in range(repeats):
         for side in (ours, other) if turn % 2 == 0 else (other, ours):

@@ -66,7 +66,7 @@ def answer_all(
 
 @benchmark("inference/parallel")
 def parallel() -> Result:
-    """Answers 64 problems, each with 16 trajectories and a synthesis: all at once (ours_s), and one by one (other_s).
+    """Answers 64 problems with PaCoRe (16 trajectories): all at once (ours_s), and one after another (other_s).
 
     Both sides sample the 16 trajectories of a problem at the same time. For each problem, the token counts of both
     sides are compared; max_abs_diff is the largest difference. If both sides sampled the same tokens, max_abs_diff is
@@ -144,7 +144,8 @@ def ngram() -> Result:
     """Samples syntheses, which quote pooled answers, with (ours_s) and without (other_s) vLLM's n-gram speculation.
 
     Both sides get the same trajectories and sample 16 syntheses of each problem at temperature 1. Speculation must not
-    change the distribution of the sampled tokens. If it did, the mean token counts of both sides would differ.
+    change the distribution of the sampled tokens. If the mean token counts of both sides differ clearly, speculation
+    has changed the distribution.
     """
     rows = problems()
     plain, speculating = serving(), serving({"speculative-config": json.dumps(SPECULATION)})

@@ -106,7 +106,8 @@ def median(iterations: Sequence[Mapping[str, float]], name: str) -> float:
 
 
 def share_of_even(text: str) -> float:
-    """Returns the reward of a response: the share of its words that have an even number. Both sides use this reward."""
+    """Returns the reward of a response: the share of its words whose number (before the dot) is even. Both sides use
+    this reward."""
     words = text.split()
     return sum(int(word.partition(".")[0]) % 2 == 0 for word in words) / max(1, len(words))
 

@@ -59,10 +59,18 @@ class Shape:
 
 
 SHAPES = {
-    "demo": Shape(12, 181, 8, 20, repeats=5, why="Small picture, short answers: prompt 181, 8 responses of 20 tokens"),
-    "rlvr": Shape(1, 150, 16, 375, repeats=5, why="The report's lengths / 8: prompt 150, 16 responses of 375 tokens"),
-    "pacore": Shape(1, 1000, 16, 375, repeats=3, why="PaCoRe's lengths / 16: prompt 1,000, 16 responses of 375 tokens"),
-    "judge": Shape(1, 3000, 16, 64, repeats=3, why="Long text, short verdicts: prompt 3,000, 16 verdicts of 64 tokens"),
+    "demo": Shape(
+        12, 181, 8, 20, repeats=5, why="Small picture, short answers: prompts of 181 tokens, 8 responses of 20 tokens"
+    ),
+    "rlvr": Shape(
+        1, 150, 16, 375, repeats=5, why="The report's lengths / 8: prompt of 150 tokens, 16 responses of 375 tokens"
+    ),
+    "pacore": Shape(
+        1, 1000, 16, 375, repeats=3, why="PaCoRe's lengths / 16: prompt of 1,000 tokens, 16 responses of 375 tokens"
+    ),
+    "judge": Shape(
+        1, 3000, 16, 64, repeats=3, why="Long text, short verdicts: prompt of 3,000 tokens, 16 verdicts of 64 tokens"
+    ),
 }
 
 
@@ -232,9 +240,9 @@ def sequence(made: Work, tokens: int) -> Callable[[], float]:
 
 
 def cost(made: Work, tokens: int, pairs: int) -> float:
-    """Returns the cost of a forward pass, based on its floating-point operations. The cost has three parts: the tokens
-    in the layers' matrices, the token pairs in attention, and the response tokens in the head. The unit is the cost of
-    one token in the layers' matrices."""
+    """Returns the cost of a forward pass, based on its floating-point operations. The cost is a sum of three parts: the
+    matrices of the layers (for all tokens), attention (for all token pairs), and the head (for the response tokens).
+    The unit is the cost of one token in the matrices of the layers."""
     per_layer = pairs_per_token(made.config) * 2 * SIZES["num_attention_heads"] * SIZES["head_dim"]  # weights per layer
     head = SIZES["vocab_size"] * SIZES["hidden_size"] / (per_layer * SIZES["num_hidden_layers"])
     return tokens + pairs / pairs_per_token(made.config) + made.size.tokens * head

@@ -1,4 +1,4 @@
-"""Measures the time of the weight transfer in a real run, and how much faster iterations are with sampling ahead.
+"""Measures the time of the weight transfer in a real run, and the speed-up if the next iteration is sampled in advance.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmarks are registered). The loop is tested in
 tests/stages/test_loop.py.
@@ -98,7 +98,7 @@ class Rewards:
 
 @benchmark("async/one_step_off")
 def one_step_off() -> Result:
-    """Compares iterations that sample ahead with iterations that sample and train in turns.
+    """Compares sampling the next iteration during training with sampling and training in turns.
 
     Generation is emulated by a pause, which takes 80% of an iteration. The loop, the critic and the policy are real and
     run in this process. ours_s is measured with rollout.max_staleness 1 and other_s with 0. Both are mean seconds per

@@ -41,7 +41,7 @@ def work(rounds: int) -> int:
 
 @reward("half_and_half")
 def half_and_half(rollout: Rollout, rounds: int, rest_s: float) -> float:
-    """Computes a fixed amount, then sleeps like a reward that waits for a file. Never ends for the answer `hang`."""
+    """Computes for a while, then sleeps like a reward that waits for a file. Never returns for the answer `hang`."""
     while rollout.answer == "hang":
         pass
     total = work(rounds + len(rollout.answer))
@@ -218,8 +218,8 @@ PROSE = [
 
 
 def integers(draw: random.Random) -> tuple[str, str, str]:
-    """Returns a ground truth, the same value in another form, and a wrong value. The next four functions return the
-    same three things."""
+    """Returns a ground truth, the same value in another form, and a wrong value. The four functions below also return
+    three such values."""
     n = draw.randint(-500, 5000)
     return str(n), f"x = {n}", str(n + draw.choice([-10, -1, 1, 10]))
 

@@ -19,8 +19,8 @@ class Calibration:
 
     endpoint    the judge. It sees the question (with pictures, if it takes pictures), the reasoning and the answer
     max_tokens  maximum length of one verdict, including the thinking of a reasoning judge
-    max_chars   maximum number of characters that the judge sees of the answer, and of the reasoning. The middle of a
-                longer text is cut out: the judge sees a short start and a long end
+    max_chars   maximum number of characters of the answer that the judge sees; also the maximum for the reasoning. The
+                middle of a longer text is cut out: the judge sees a short start and a long end
 
     An empty answer gets 0.0. If the judge gives no verdict on the policy's answer, but gives a verdict on a harmless
     answer to the same row, the policy's answer gets 1.0. In the STEP3-VL report, the training suppresses "unjustified

@@ -27,7 +27,7 @@ class Validity(Verdict):
 class Checkable:
     """1.0 if the judge calls the row's problem and ground truth valid, else 0.0.
 
-    Used by `python -m stages.curate`, which makes several passes over the rows.
+    `python -m stages.curate` uses this row judge, in one or more passes over the rows.
 
     endpoint     the judge. It sees the question (with pictures, if it takes pictures) and the ground truth
     vote         the number of the pass; each pass has a different seed

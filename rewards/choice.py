@@ -38,7 +38,7 @@ def choice(rollout: Rollout) -> Score:
     Only one part of the answer counts. This part is the last `\\boxed{...}` if there is one, else the text after the
     last "Answer:", else the text after the last "the answer is", else the whole answer if it is short. The part must
     begin with the letter ("B", "(b)", "**B**", "B. Paris", "option B because ...") or be the text of an option. If no
-    part is marked, the answer may name one option anywhere ("I think it's B").
+    part is marked, the letter of the option may be anywhere in the answer ("I think it's B").
 
     The ground truth is a letter or the text of an option. The options come from the row's `meta["options"]`, which is a
     list in the order of the letters, or a mapping from letter to text. In rows without options only letters are

@@ -70,7 +70,7 @@ _WORD = re.compile(r"\w+")
 class Reference:
     """A reference in a text: a link, an identifier, an entry of a reference list, or a mark such as "[3]"."""
 
-    id: str  # normalised identifier for comparisons and the resolver; "mark:3" for "[3]" without entry; "" if malformed
+    id: str  # normalised identifier for comparisons and the resolver; "mark:3" if "[3]" has no entry; "" if malformed
     host: str  # host of a URL; "doi.org" or "arxiv.org" for an identifier
     shown: str  # text for the details
 
@@ -97,8 +97,8 @@ class Citation:
     parameters and final slash. DOIs are compared without regard to case. arXiv identifiers are compared without their
     version. URLs with a user name, invisible characters or a malformed host are never confirmed.
 
-    allowed   a list of domains, URLs and DOI prefixes ("10.1038"). A domain ("wikipedia.org") includes its subdomains;
-              "doi.org" and "arxiv.org" also allow all DOIs and all arXiv identifiers
+    allowed   a list of domains, URLs and DOI prefixes ("10.1038"). A domain ("wikipedia.org") includes its subdomains.
+              "doi.org" also allows all DOIs, and "arxiv.org" also allows all arXiv identifiers
     resolver  `pkg.module:function` or `file.py:function` (relative to the current folder). The function takes a
               normalised reference and returns True if the reference exists. References have the form
               "https://host/path", "doi:10.1000/182", "arxiv:1706.03762" or "text:<entry of a list>". They have at most
@@ -161,7 +161,7 @@ class Citation:
         return Score(float(bool(offending)), {"references": len(found), "offending": offending})
 
     def allows(self, reference: Reference) -> bool:
-        """True if an entry of `allowed` covers the reference, which must be well-formed."""
+        """True if an entry of `allowed` covers the reference. The reference must be well-formed."""
         if reference.id in self.urls:
             return True
         if reference.id.startswith("doi:") and self.doi_prefixes:
@@ -242,7 +242,8 @@ def _arxiv(paper: str) -> Reference:
 
 
 def _trimmed(link: str) -> str:
-    """Removes punctuation at the end of a link, and a closing bracket that was opened before the link."""
+    """Removes punctuation at the end of a link. Also removes a closing bracket whose opening bracket is not in the
+    link."""
     link = link[: MAX_LENGTH + 1]
     while link and (link[-1] in ".,;:!?*_~'\"" or (link[-1] == ")" and link.count("(") < link.count(")"))):
         link = link[:-1]
@@ -252,7 +253,9 @@ def _trimmed(link: str) -> str:
 def _listed(text: str) -> Iterator[Reference]:
     """Yields each list entry that contains no link or identifier, and each mark such as "[3]" that refers to no
     entry."""
-    listing, headed = False, False  # listing: in a list under a heading; headed: after the first such heading
+    # listing: True between a heading such as "Sources" and the next other heading; headed: True after the first such
+    # heading
+    listing, headed = False, False
     numbers: set[str] = set()
     prose: list[str] = []
     for whole in text.split("\n"):
@@ -285,8 +288,8 @@ def _is_entry(item: str, numbered: bool, listing: bool) -> bool:
     """True if a line is an entry of a reference list.
 
     A line under a heading such as "Sources" is an entry if it is numbered "[1]". Any other line must look like a
-    publication to be an entry. Otherwise, two kinds of lines would be entries by mistake: items of other lists under
-    such a heading, and steps of a solution that are numbered "[1]" without such a heading.
+    publication to be an entry. Without this condition, two kinds of lines would be entries by mistake: items of other
+    lists under such a heading, and steps of a solution that are numbered "[1]" without such a heading.
     """
     if numbered and listing:
         return bool(item.strip())

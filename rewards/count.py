@@ -34,9 +34,10 @@ _SPELLED = re.compile(rf"\b(?:({'|'.join(_TENS)})[- ])?({'|'.join(_WORDS)})\b")
 class Count:
     """1.0 for the true number, else 0.0. If the ground truth is a list of points, the points in the answer are scored.
 
-    If the ground truth is a number, the last number in digits ("12") counts. If the answer has no number in digits, the
-    last number in words ("twelve") counts. Only one part of the answer is searched: the last `\\boxed{...}`, else the
-    text after the last "Answer:", else the whole answer if it is short. Coordinates of points and boxes are skipped.
+    If the ground truth is a number, the last number in digits ("12") in the answer counts. If the answer has no number
+    in digits, the last number in words ("twelve") counts. Only one part of the answer is searched: the last
+    `\\boxed{...}`, else the text after the last "Answer:", else the whole answer if it is short. Coordinates of points
+    and boxes are skipped.
 
     If the ground truth is a list of points, the answer must give the points, as in Perception-R1. The given
     points are matched one to one with the true points, so that the sum of max(0, 1 - d / radius) over all pairs is as

@@ -261,8 +261,8 @@ class Endpoint:
             self._slots.release()
 
     async def _once(self, request: Mapping[str, Any]) -> str | _Failure:
-        """Sends the request once. Returns the reply's text. If the request failed, returns the failure if a retry may
-        help, and raises the error if no retry can help."""
+        """Sends the request once. Returns the reply's text. If the request failed and a retry may help, returns the
+        failure. If no retry can help, raises the error."""
         from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAIError
         from openai.types.chat import ChatCompletion
 

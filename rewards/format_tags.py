@@ -19,7 +19,7 @@ def format_tags(
     empty. If `answer_tag` is given, the answer must be inside this tag, and nothing may follow the tag. The parts in
     `tags` may be empty, because a model that is told not to think leaves `<think></think>` empty.
 
-    The STEP3-VL report mentions no format reward. This reward follows usual format rewards.
+    The STEP3-VL report mentions no format reward. This reward works like the usual format rewards.
     """
     why = _breach(rollout.text, tags, answer_tag)
     return Score(0.0, {"why": why}) if why else Score(1.0)

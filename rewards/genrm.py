@@ -43,7 +43,8 @@ class GenRM:
 
     The judge makes two comparisons, one with the answer first and one with the reference first. The two grades of
     each text are averaged, so that it does not matter whether the judge prefers the first or the second text. s_answer
-    and s_reference are these averages. `length_control` may lower s_answer, but not below 0. `rule` is one of these:
+    and s_reference are these averages. `length_control` may lower s_answer, but not below 0. `rule` selects the formula
+    of the value:
 
         bradley_terry   1 / (1 + exp(-(s_answer - s_reference) / scale))     the chance that the answer wins
         linear          1/2 + (s_answer - s_reference) / 20
@@ -53,8 +54,8 @@ class GenRM:
     rule, scale  see above. `scale` is used only by bradley_terry. It is in units of the grades; the default is 2
     temperature  the judge's sampling temperature
     max_tokens   maximum length of one comparison, including the thinking of a reasoning judge
-    max_chars    maximum number of characters that the judge sees of the answer, and of the reference. The middle of a
-                 longer text is cut out: the judge sees a short start and a long end
+    max_chars    maximum number of characters of the answer that the judge sees; also the maximum for the reference. The
+                 middle of a longer text is cut out: the judge sees a short start and a long end
     template     a Jinja file to use instead of rewards/prompts/genrm.jinja. genrm.jinja lists the variables
     length_control  if the answer is longer than the reference, length_control * log2(length of the answer / length of
                  the reference) is subtracted from s_answer. With 0, the length does not matter
@@ -62,8 +63,8 @@ class GenRM:
     An empty answer scores 0.0. If the judge gives no comparison for the policy's answer, but gives a comparison for a
     harmless answer to the same row, the policy's answer also scores 0.0. A row without a reference is invalid. In the
     STEP3-VL report, a model compares the response with a teacher's response, gives reasons and returns a fine-grained
-    score. The grades, the criteria, the use of both orders and the scale are reconstructions. The win probability
-    (Bradley and Terry 1952) and the cost of length are those of the model Step 3.5 Flash.
+    score. The grades, the criteria, the use of both orders and the scale are reconstructions. The formula bradley_terry
+    (Bradley and Terry 1952) and the cost of length are taken from the model Step 3.5 Flash.
     """
 
     def __init__(

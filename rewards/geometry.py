@@ -11,7 +11,8 @@ from rewards import Invalid, Rollout
 from rewards.text import last_boxed, marked_answer
 
 Coordinates = Literal["unit", "thousand", "pixel"]
-"""unit: fractions of the picture, 0 to 1. thousand: 0 to 1000. pixel: pixels of the data row's picture."""
+"""unit: fractions of the picture's width and height, 0 to 1. thousand: the same fractions times 1000. pixel: pixels of
+the data row's picture."""
 
 Shape = tuple[float, ...]
 """A box (x1, y1, x2, y2) or a point (x, y)."""
@@ -154,7 +155,7 @@ def true_shape(rollout: Rollout, value: Any, coordinates: Coordinates, lengths: 
 def true_shapes(rollout: Rollout, coordinates: Coordinates, length: int, want: str) -> list[Shape]:
     """Returns the shapes of the row's ground truth (one shape or a list) as fractions of the picture.
 
-    Raises Invalid as `true_shape` does, and if there are more than MOST shapes.
+    Raises Invalid if `true_shape` raises Invalid for one of the shapes, or if there are more than MOST shapes.
     """
     value, row = rollout.prompt.ground_truth, rollout.prompt.id
     several = isinstance(value, list | tuple) and bool(value) and all(isinstance(v, list | tuple) for v in value)

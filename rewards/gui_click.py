@@ -36,18 +36,18 @@ _BARE_DONE = re.compile(rf"\W{{0,8}}+(?:{'|'.join(_DONE)})\W{{0,8}}+", re.IGNORE
 # The reward is not `verifiable`: its highest value is 2, but no response to a row with an element to click gets 2.
 @reward("gui_click", on_timeout="lowest", lowest=MISS, highest=COMPLETED, needs="ground_truth")
 def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
-    """1 for a hit, 0.5 for a near click, -1 for a miss; 2 if the task is rightly declared done, -0.5 if too early.
+    """For a click: 1 (hit), 0.5 (near) or -1 (miss). For declaring the task done: 2 if it is done, -0.5 if it is not.
 
     If there is an element to click, the ground truth is {"box": [x1, y1, x2, y2]}. It may also have "elements", a list
-    of the boxes of all elements of the screen. If nothing is left to do, the ground truth is {"done": true}.
+    with the boxes of all elements on the screen. If nothing is left to do, the ground truth is {"done": true}.
 
     The last action of the answer counts. A click is a point or a box, in any usual notation, such as `click(x, y)` or
     {"action": "click", "point": [x, y]}. A box counts as a click on its middle. The task is declared done by `done()`,
     `DONE`, {"action": "terminate"} and similar texts. A click is a hit if it is in the true box or on its edge. If a
-    click is no hit, the smallest of the `elements` that contain the click decides: the click is near if this element
-    has an IoU above 0.5 with the true box. Without `elements` no click is near. (A box in the answer that has an IoU
-    above 0.5 with the true box is always a hit, because its middle is then in the true box.) Anything else, such as
-    unreadable text, is a miss.
+    click is no hit, the smallest element that contains the click is compared with the true box: the click is near if
+    the IoU of this element and the true box is above 0.5. If the row has no "elements", no click is near. (A box in the
+    answer that has an IoU above 0.5 with the true box is always a hit, because its middle is then in the true box.)
+    Anything else, such as unreadable text, is a miss.
 
     The values, the threshold, the definition of a near click and the rules for reading answers are reconstructions.
     """

@@ -233,7 +233,7 @@ class Judge(Generic[V]):
                 why = str(e)
             except Unreachable as e:
                 return e
-        return Invalid(f"endpoint {self.name}: no verdict on row {row.id}, whatever the response: {why}")
+        return Invalid(f"endpoint {self.name}: no verdict on row {row.id}, even for a harmless response: {why}")
 
 
 async def offence(judge: "Judge[Finding]", row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str]) -> Score:

@@ -23,22 +23,22 @@ class LanguageConsistency:
     An answer offends if (a) it is in another language than the question, or (b) more than `tolerance` of its prose is
     in a second language. The details contain the languages, the share of each language, and the reason.
 
-    The question is the text of the last user message. The languages of the question are allowed. Every language that a
-    user or system message names ("into French", "用英文回答") is allowed too, whatever the reason for naming it. The
+    The question is the text of the last user message. The languages of the question are allowed. If a user or system
+    message contains the name of a language ("into French", "用英文回答"), this language is always allowed too. The
     scripts of the question's first and last word are also allowed: if most of the question is a text in another
     language, the instruction is often its first or last sentence. If the question is too short to identify its
-    language, every language of its script is allowed ("Solve it" does not allow Chinese). If the question has no prose,
-    every language is allowed.
+    language, every language of its script is allowed ("Solve it" allows all languages in Latin script). If the question
+    has no prose, every language is allowed.
 
     These parts of the answer are ignored: program code, formulas, quotations up to 300 characters, blockquotes, URLs,
     words with digits, a single foreign word, and foreign words that the question also contains. If the answer is mainly
-    in another script than Latin, Latin names and terms of up to three words are ignored too. A code fence or delimiter
-    that is never closed does not hide the text after it. An answer that has only code or quotations is not judged, and
-    the details say so. To distinguish languages of the same script, the text is split into pieces of forty letters. So
-    a switch from English to Spanish for one word is not noticed.
+    in another script than Latin, Latin names and terms of up to three words are ignored too. The text after a code
+    fence or delimiter that is never closed is not ignored. An answer that has only code or quotations is not judged,
+    and the details say so. To distinguish languages of the same script, the text is split into pieces of forty letters.
+    So a switch from English to Spanish for one word is not noticed.
 
-    languages  ISO 639-1 codes of two or more languages to distinguish. Text in any other language is treated as the
-               most similar of these languages
+    languages  ISO 639-1 codes of two or more languages to distinguish. Text in any other language is treated as text
+               in the most similar of these languages
     tolerance  the share of the prose that may be in a second language (reconstruction)
     reasoning  True: the text before `</think>` is judged too. (The report speaks only of questions and answers.)
     accurate   True: uses lingua's large models (690 MB, 11 s to load) instead of its small models (40 MB, 0.6 s)
@@ -85,7 +85,7 @@ class LanguageConsistency:
         "mixed"."""
         main = found.main
         if main is None or found.total < TELLING:
-            hidden = ", and nearly all of it is code, formulas or quotations" if found.dropped > 10 * TELLING else ""
+            hidden = "; nearly all of the text is code, formulas or quotations" if found.dropped > 10 * TELLING else ""
             other = main and allowed and found.total >= 2 * SCRIPT_TELLING and not same_script(main, allowed)
             return f"another script: {main}" if other else f"too little prose to identify its language{hidden}"
         if allowed and not _agrees(main, allowed):

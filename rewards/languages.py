@@ -24,10 +24,10 @@ group get no confidence."""
 
 MAX_CHUNKS = 160  # maximum number of pieces that are identified; if there are more, evenly spaced pieces are chosen
 CHUNK = 40  # minimum number of letters in a piece: the identifier is often wrong about shorter pieces
-TELLING = 20  # prose of less weight is too short to identify its language; a Latin letter has a weight of about 1
+TELLING = 20  # minimum weight of prose to identify its language; a Latin letter has a weight of about 1
 # A piece is foreign if another language has confidence >= SURE and the main language has confidence <= UNLIKELY.
 SURE, UNLIKELY = 0.9, 0.05
-TERM_WORDS = 3  # up to this many Latin words in a row, inside text of another script, count as a name or a term
+TERM_WORDS = 3  # up to this many consecutive Latin words inside text of another script count as a name or a term
 
 _KNOWN: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 # Each common word of a language in a piece multiplies the confidence in this language by COMMON. At most MAX_COMMON
@@ -58,7 +58,8 @@ class Languages:
 class Identifier:
     """Identifies languages. Loading the 28 default languages takes 0.6 s and 40 MB; with `accurate`, 11 s and 690 MB.
 
-    languages  two or more ISO 639-1 codes. Text in any other language is treated as the most similar of these languages
+    languages  two or more ISO 639-1 codes. Text in any other language is treated as text in the most
+               similar of these languages
     accurate   True: uses lingua's large models
     """
 
@@ -151,7 +152,8 @@ class Identifier:
         return {code: value / total for code, value in found.items()}
 
     def nearest(self, code: str) -> str:
-        """Returns the first loaded language of the NEAR group that contains the code, or the code if no group does."""
+        """Returns the first loaded language of the NEAR group that contains `code`. Returns `code` if no group contains
+        it."""
         group = next((group for group in NEAR if code in group), {code})
         return next(c for c in self.languages if c in group)
 

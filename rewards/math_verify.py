@@ -1,4 +1,5 @@
-"""Reward `math_verify`: 1.0 if the answer's last result equals the ground truth, according to Math-Verify."""
+"""Reward `math_verify`: 1.0 if the answer's last result equals the ground truth, according to the library
+Math-Verify."""
 
 import logging
 import math
@@ -161,7 +162,7 @@ class Truth:
     text: str  # the result of `plain` without its percent sign
     percent: bool
     words: str | None  # the normalised text if it is one word or no mathematics, else None
-    values: Sequence[list[Any]]  # one list for each of `_readings`; empty if the text is no mathematics
+    values: Sequence[list[Any]]  # one list of expressions for each of `_readings`; empty if the text is no mathematics
 
 
 @reward("math_verify", on_timeout="lowest", verifiable=_boxed)

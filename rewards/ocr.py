@@ -10,7 +10,8 @@ from rewards.registry import as_response
 from rewards.text import folded, marked_answer
 
 LONGEST_TRUTH = 20_000
-"""Maximum number of characters of a true text. The time of a comparison grows with the product of both lengths."""
+"""Maximum number of characters of a true text. The time of a comparison grows with the product of the lengths of both
+texts."""
 LONGEST_TIMES, LONGEST_PLUS = 4, 64
 """An answer with more characters than 4 * (characters of the true text) + 64 is not compared, because it could not earn
 much more than 1/4."""
@@ -40,7 +41,7 @@ def ocr(rollout: Rollout, case_sensitive: bool = True) -> Score:
         text = _transcription(rollout.answer, true, limit)
         if len(text) <= limit and len(given := _comparable(text, case_sensitive)) <= limit:
             best = max(best, Levenshtein.normalized_similarity(given, wanted))
-    return Score(best) if best else Score(0.0, {"why": "no similarity to the true text, or far longer than this text"})
+    return Score(best) if best else Score(0.0, {"why": "the answer is not similar to the true text, or is much longer"})
 
 
 def _true_texts(rollout: Rollout) -> list[str]:

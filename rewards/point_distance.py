@@ -31,11 +31,12 @@ def _as_point(truth: Any) -> str:
 def point_distance(
     rollout: Rollout, radius: Annotated[float, Field(gt=0)] = 0.2, coordinates: Coordinates = "unit"
 ) -> Score:
-    """For a true point, max(0, 1 - d / radius) at the distance d. For a true box, 1.0 inside the box, else 0.0.
+    """If the ground truth is a point, max(0, 1 - d / radius). If it is a box, 1.0 for a point in the box, else 0.0.
 
-    A point that is exactly at the true point earns 1. A point farther away earns less, and a point at the distance
-    `radius` or more earns 0. d is the Euclidean distance. For every value of `coordinates`, d and `radius` are measured
-    in picture widths (along x) and picture heights (along y). A point on the edge of a box is inside the box.
+    d is the Euclidean distance between the answer's point and the true point. A point that is exactly at the true point
+    earns 1. A point farther away earns less, and a point at the distance `radius` or more earns 0. For every value of
+    `coordinates`, d and `radius` are measured in picture widths (along x) and picture heights (along y). A point on the
+    edge of a box is in the box.
 
     Only the last point of the answer counts. But if this point is part of a list, all points of the list count: "(...),
     no, (...)" gives one point, "[[...], [...]]" gives two points. A list of n points earns 1/n of the value that the
@@ -49,7 +50,7 @@ def point_distance(
         raise Invalid(
             f"row {row} has a list of points as ground truth, but point_distance takes one point; use the reward count"
         )
-    true = true_shape(rollout, given, coordinates, (2, 4), "[x, y], or the box [x1, y1, x2, y2] to point into")
+    true = true_shape(rollout, given, coordinates, (2, 4), "a point [x, y] or a box [x1, y1, x2, y2]")
     found = shapes(POINTS, rollout.answer, last_list=True)
     if not found:
         return Score(0.0, {"why": "no point in the answer"})

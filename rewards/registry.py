@@ -148,7 +148,7 @@ def reward(
                 only on the policy's text
     verifiable  True if a response that states only the row's ground truth gets `highest`; `python -m rewards try` then
                 checks this. The response is the ground truth itself if it is text, else its JSON. If such a response
-                does not get `highest`, pass a function instead: it converts a ground truth into a response that gets
+                does not get `highest`, pass a function that converts a ground truth into a response that gets
                 `highest`
     timeout_s   time limit of one sample in seconds; a recipe may set another limit
     needs       the field that each row must have: "ground_truth" (the default of a verifiable reward) or "reference",
@@ -227,7 +227,8 @@ def get(
 
     `base_dir` is the folder that `file.py:Name` is relative to (default: the current folder). Raises ValueError if the
     target does not exist (the message suggests the nearest name), or if the parameters do not fit the reward's
-    signature. If `endpoints` is given, a parameter that names an endpoint outside `endpoints` also raises ValueError.
+    signature. If `endpoints` is given, a parameter whose value is an endpoint outside `endpoints` also raises
+    ValueError.
     """
     reward = _by_place(target, Path(base_dir or ".")) if ":" in target else _by_name(target)
     bound = BoundReward(reward, _checked(reward, dict(params or {})))
@@ -282,7 +283,9 @@ def load_module(place: str, base_dir: Path) -> ModuleType:
         try:
             return importlib.import_module(place)
         except Exception as e:  # the module's own code may raise anything
-            raise ValueError(f"cannot import {place}: {type(e).__name__}: {e}; run where Python can find it") from e
+            raise ValueError(
+                f"cannot import {place}: {type(e).__name__}: {e}; run the command where Python can find this module"
+            ) from e
     path = (base_dir / place).resolve()
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
@@ -296,7 +299,7 @@ def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(alias, path)
     assert spec and spec.loader, path
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # last, so that other files in this folder do not hide modules
+        sys.path.append(str(path.parent))  # at the end, so that files in this folder do not hide other modules
     module = sys.modules[alias] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -1,4 +1,5 @@
-"""Row judge `relevant`: a vision-language model grades how much a row's pictures and question need each other."""
+"""Row judge `relevant`: a vision-language model grades how much a row's pictures and question have to do with each
+other."""
 
 from pathlib import Path
 from typing import Annotated

@@ -25,11 +25,11 @@ class RewardModel:
                 and 1; scores are clipped to this range
     device      torch device of the model
 
-    The chat consists of the text of the row's messages and of `rollout.answer`, without the reasoning. Control tokens
-    in the answer are replaced by blanks, so that the answer cannot end its message and start another message. An empty
-    answer gets 0. The text is cut to `max_length`, so the policy's text cannot make scoring slow. So if a sample runs
-    out of time, the policy's text is not the cause, and the sample is invalid. The STEP3-VL report has no such reward:
-    its preference reward is a generative judge.
+    The model reads a chat: the text of the row's messages, then `rollout.answer` (without the reasoning). Control
+    tokens in the answer are replaced by blanks, so that the answer cannot end its message and start another message. An
+    empty answer gets 0. The text is cut to `max_length`, so the policy's text cannot make scoring slow. If a sample
+    runs out of time, this has another cause, so the sample is invalid. The STEP3-VL report has no such reward: its
+    preference reward is a generative judge.
     """
 
     def __init__(

@@ -48,8 +48,8 @@ class Verifier:
     process      True: the judge also sees the reasoning, and rejects a right answer that the reasoning does not support
     temperature  the judge's sampling temperature. With several votes it must be above 0, so that votes can differ
     max_tokens   maximum length of one verdict, including the thinking of a reasoning judge
-    max_chars    maximum number of characters that the judge sees of the answer, and of the reasoning. The middle of a
-                 longer text is cut out: the judge sees a short start and a long end
+    max_chars    maximum number of characters of the answer that the judge sees; also the maximum for the reasoning. The
+                 middle of a longer text is cut out: the judge sees a short start and a long end
     template     a Jinja file to use instead of rewards/prompts/verifier.jinja. verifier.jinja lists the variables. The
                  path is absolute, or relative to the folder in which the run is started
 

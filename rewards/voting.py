@@ -8,8 +8,8 @@ from rewards.text import last_boxed
 
 def vote(answer: str) -> str:
     """Returns the vote of an answer (a response without its thinking). The vote is the content of the last
-    `\\boxed{...}` if there is one, else the whole answer. The vote is in lower case and has single blanks. The vote of
-    an empty answer is ""."""
+    `\\boxed{...}` if there is one, else the whole answer. The vote is converted to lower case, and each sequence of
+    white space in it becomes one blank. The vote of an empty answer is ""."""
     boxed = last_boxed(answer)
     return " ".join((answer if boxed is None else boxed).lower().split())
 

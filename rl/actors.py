@@ -246,7 +246,8 @@ def place_team(
     environment: dict[str, str] | None = None,
     patience: float | None = None,
 ) -> Team[T]:
-    """Calls `make(*args, rank, count, address)` in each of `count` actors, which form a process group at `address`.
+    """Starts `count` actors and calls `make(*args, rank, count, address)` in each actor. The actors form a process
+    group at `address`.
 
     Returns at once if `count` is 1. Otherwise waits until the process of the first actor runs.
     """

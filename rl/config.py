@@ -32,20 +32,21 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _penalties_as_mappings(value: Any) -> Any:
-    """Replaces each list item that is only the name of a penalty. The new item is this penalty with default options."""
+    """Replaces each list item that is only the name of a penalty. The new item is a mapping with this name, so all
+    other options of the penalty have their default values."""
     if not isinstance(value, list | tuple):
         return value
     return tuple({"use": item} if isinstance(item, str) else item for item in value)
 
 
 def _rewards_as_tuple(value: Any) -> Any:
-    """Returns a single mapping as a tuple with one reward, and a list as a tuple."""
+    """Converts a list of rewards to a tuple, and a single reward (a mapping) to a tuple with one item."""
     return (value,) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
 
 
 def _dump_rewards(rewards: Any, dump: Callable[[Any], list[Any]]) -> Any:
-    """Writes a single reward without the list around it. The options of the reward then have names such as
-    rewards.TASK.params."""
+    """Returns the rewards of a task as a list. If there is only one reward, returns this reward without a list, so that
+    its options have names such as rewards.TASK.params."""
     dumped = dump(rewards)
     return dumped[0] if len(dumped) == 1 else dumped
 
@@ -63,8 +64,8 @@ SECRETS = ("api_key", "access_token", "secret", "password")
 
 
 class OptionError(ValueError):
-    """Raised if the value of an option has the right type, but the run cannot use it. `key` is the dotted name of the
-    option."""
+    """Raised if the value of an option has the right type, but the run cannot use this value. `key` is the dotted name
+    of the option."""
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(f"{key} {problem}")
@@ -111,20 +112,21 @@ class Source(Options):
     """Weight of this source. The share of prompts that come from a source is its weight divided by the sum of all
     weights. If no source has a weight, every row is used equally often, no matter which source it comes from."""
     limit: Count | None = None
-    """Only this number of rows is read, from the start of this source; null: all rows."""
+    """Number of rows that are read from this source. These are the first rows of the source. null: all rows."""
     streaming: bool = False
     """true: rows of a hub dataset are read without downloading the whole dataset first."""
 
 
 def _sources_as_mappings(value: Any) -> Any:
-    """Replaces each source that is only a path. The new source has this path and default options."""
+    """Replaces each source that is only a path. The new source is a mapping with this path, so all other options of the
+    source have their default values."""
     sources = value if isinstance(value, list | tuple) else [value]
     return tuple({"path": source} if isinstance(source, str) else source for source in sources)
 
 
 def _dump_sources(sources: Any, dump: Callable[[Any], list[dict[str, Any]]]) -> Any:
-    """Writes only the options of a source that do not have their default value. A source with no such options is
-    written as its path."""
+    """Returns the sources without the options that have their default values. If only the path of a source remains,
+    the source is returned as this path."""
     dumped = [{name: value for name, value in item.items() if value not in (None, {}, False)} for item in dump(sources)]
     return [item["path"] if list(item) == ["path"] else item for item in dumped]
 
@@ -140,7 +142,8 @@ class Data(Options):
     """Held-out rows for evaluation, in one of the forms of data.train. Without held-out rows, the run makes no
     evaluations."""
     eval_limit: Count | None = None
-    """For each task, only this number of held-out rows is evaluated, from the first row on; null: all rows."""
+    """Maximum number of held-out rows of each task that are evaluated. If a task has more rows, its first rows are
+    evaluated. null: all rows."""
     columns: dict[str, str] = {}
     """Maps our column names to the column names in the data. The mapping applies to all sources without an adapter."""
     on_bad_row: Literal["stop", "skip"] = "stop"
@@ -152,14 +155,14 @@ class ScorerSpec(Options):
     """Options that rewards and penalties have in common."""
 
     use: str
-    """The reward: its registered name, `pkg.module:Name` or `file.py:Name`."""
+    """The reward or penalty. The value is a registered name, `pkg.module:Name` or `file.py:Name`."""
     params: dict[str, Any] = {}
     """Keyword arguments of the reward."""
     timeout_s: Positive | None = None
     """Time limit, in seconds, for scoring one response. null: the limit that the reward itself declares. If it declares
     no limit, the limit is 10 s, or 600 s if the reward asks a judge."""
     memory_mb: Annotated[int, Field(ge=64)] = 2048
-    """Memory limit for scoring, in MiB. The memory that loading the reward needs is not part of this limit."""
+    """Memory limit for scoring, in MiB. Memory that is used to load the reward does not count."""
 
 
 class PenaltySpec(ScorerSpec):
@@ -174,8 +177,8 @@ class RewardSpec(ScorerSpec):
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Factor by which this reward is multiplied before the rewards of a task are added."""
     penalties: Annotated[tuple[PenaltySpec, ...], BeforeValidator(_penalties_as_mappings)] = ()
-    """Behaviour penalties that lower this reward. Each penalty is a name, or a mapping with the options of a reward and
-    a `magnitude`."""
+    """Behaviour penalties that lower this reward. Each penalty is a name, or a mapping with the options `use`,
+    `params`, `timeout_s`, `memory_mb` and `magnitude`."""
 
 
 Rewards = Annotated[
@@ -216,8 +219,8 @@ Filter = Literal["decontamination", "checkability", "relevance", "difficulty", "
 
 class Decontamination(Options):
     against: Sources = ()
-    """Benchmarks, in one of the forms of data.train. Training rows that overlap a benchmark are dropped: rows with the
-    same question, or with a common n-gram. If no benchmarks are named, the rows of data.eval are the benchmark."""
+    """Benchmarks, in one of the forms of data.train. A training row is dropped if a row of a benchmark has the same
+    question, or if both rows have a common n-gram. If this list is empty, the rows of data.eval are the benchmark."""
     ngram: Count = 64
     """Length of an n-gram: a sequence of n words and symbols. A row is dropped if one of its n-grams also occurs in a
     benchmark. The report uses 64-grams, but does not say whether they consist of words, characters or tokens."""
@@ -353,9 +356,9 @@ class VerlLoss(Options):
 
 
 class VerlCorrection(Options):
-    """Options of verl's rollout correction. The correction divides the learner's probability by the engine's
-    probability. This ratio decides how much weight a token or response has, and whether the token or response is
-    rejected."""
+    """Options of verl's rollout correction. The correction computes a ratio for each token or response: its probability
+    in the learner divided by its probability in the engine. The ratio decides how much weight the token or response
+    has, and whether it is rejected."""
 
     rollout_is: Literal["token", "sequence"] | None = None
     """token: each token has its own importance weight; sequence: all tokens of a response have the same weight; null:
@@ -486,7 +489,7 @@ class RolloutOptions(Options):
     """Number of samples per iteration that are written to rollouts/. The values `all` and `none` are allowed too."""
     logprob_check: Count = 8
     """Number of responses that the engines sample after each weight sync, as a check. The learner computes the logprobs
-    of these responses too, and both results must agree."""
+    of these responses too. The logprobs of engines and learner must agree."""
     logprob_check_tokens: Count = 16
     """Maximum number of tokens of a response that is sampled for logprob_check. The engines need one step for each
     token."""
@@ -514,7 +517,7 @@ class Learner(Options):
     that takes longer counts as hung, and all processes are started again from the newest checkpoint."""
     features_mib: Count = 65_536
     """Size in MiB of the cache for image features of the frozen encoder. While the cache has room, each picture is
-    encoded only once. Ray moves features that do not fit in its object store to disk."""
+    encoded only once. If Ray's object store has no room for the features, Ray moves them to disk."""
 
 
 class Checkpoint(Options):
@@ -534,13 +537,14 @@ class Evaluation(Options):
     batch: Count = 256
     """Number of held-out prompts that are sent to the engines at a time."""
     sampled_rows: Count | None = None
-    """Number of rows of each task in the evaluation at the end of a chain. This evaluation samples 16 answers and a
-    synthesis for each row; null: all rows."""
+    """Number of rows of each task in the evaluation at the end of a chain; null: all rows. For each row, this
+    evaluation samples 16 answers and one synthesis."""
 
 
 class Log(Options):
     trackers: Trackers = ("tensorboard",)
-    """Trackers that get the metrics in addition to metrics.jsonl: one or several of tensorboard, wandb and mlflow."""
+    """Trackers that get the metrics: one or several of tensorboard, wandb and mlflow. All metrics are also written to
+    metrics.jsonl."""
     timeline: bool = False
     """true: the run writes timeline.json (Chrome trace format). The file shows when each process works, and what it
     waits for. Open the file in ui.perfetto.dev."""
@@ -666,7 +670,7 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
         problem = f"= {config.learner.token_budget} cannot hold one sequence; max_sequence_length is"
         yield OptionError("learner.token_budget", f"{problem} {config.max_sequence_length}")
     if config.ppo.policy_loss and config.ppo.ratio == "none":
-        problem = "of verl needs the ratio to the policy before the update; set ppo.ratio: clip"
+        problem = "is a loss of verl, which needs the ratio to the policy before the update; set ppo.ratio: clip"
         yield OptionError("ppo.policy_loss", problem)
     if config.ppo.policy_loss and config.ppo.clip != PPO.model_fields["clip"].default:
         yield OptionError("ppo.clip", "is not read by verl's losses; set clip_ratio in ppo.policy_loss.params")

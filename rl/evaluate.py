@@ -44,10 +44,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, help="only the first LIMIT rows of each task are used (default: all)")
     p.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
     p.add_argument("--cache", type=Path, help="JSONL that stores the model's responses; an existing file is read first")
-    p.add_argument("--trajectories", type=Path, metavar="FILE", help="cache of another evaluation, or OUT of "
+    p.add_argument("--trajectories", type=Path, metavar="FILE", help="cache of another evaluation, or output of "
                    "rollout.generate; the first round is read from FILE and is not sampled again")  # fmt: skip
-    p.add_argument("--blind", action="store_true", help="use only rows with pictures, each with the pictures of "
-                   "another row: measures the reward of answers that do not depend on the picture")  # fmt: skip
+    p.add_argument("--blind", action="store_true", help="use only rows with pictures, and give each row the pictures "
+                   "of another row; this measures the reward of answers that ignore the pictures")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_target_options(p)
     return p
@@ -81,7 +81,8 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def config_of(args: argparse.Namespace) -> Config:
-    """Returns the config of the recipe, with the model and rows from the command line. Raises RecipeError."""
+    """Returns the config of the recipe, with the model and rows from the command line. Raises RecipeError if the
+    recipe cannot be used."""
     rows = [f"data.train={args.data}", f"data.eval={args.data}"] if args.data else []
     # These overrides also set mandatory options, because the recipe may have no values for them.
     overrides = [f"model.path={args.model}", *args.overrides, *rows]

@@ -7,7 +7,7 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """Raised between two updates if a signal has asked the run to stop.
+    """Raised between two updates if the run has received a signal to stop.
 
     This class is a BaseException, so that `except Exception` does not catch it.
     """

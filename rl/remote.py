@@ -12,7 +12,7 @@ R = TypeVar("R")
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
 Stream = Any
-"""A generator that runs in another process. rl.actors.merge_streams reads the values."""
+"""A generator that runs in another process. rl.actors.merge_streams reads its values."""
 
 
 class Future(Protocol[R_co]):

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--profile", help="scale of the run: a name in recipes/profiles (cpu), or a YAML file")
     p.add_argument("--output", type=Path, help="new run folder (default: runs/<recipe>-<time>)")
     p.add_argument("--resume", type=Path, metavar="RUN_DIR", help="continue a run from its newest checkpoint")
-    p.add_argument("--allow", action="append", default=[], metavar="KEY", help="with --resume: this option may change")
+    p.add_argument("--allow", action="append", default=[], metavar="KEY", help="option that may change with --resume")
     p.add_argument("--stage", help="the stage to run; in a chain, the stage to begin with")
     p.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     p.add_argument("--verbose", action="store_true", help="show the logs of Ray and vLLM")
@@ -46,7 +46,7 @@ def _main(args: argparse.Namespace) -> int:
 
 
 def _new(args: argparse.Namespace) -> Resolved | Chain:
-    """Returns the recipe that the command line names, after applying profile and overrides."""
+    """Returns the recipe of the command line, with the values of the profile and the overrides."""
     if args.recipe is None or "=" in args.recipe:
         raise InputError("name a recipe, e.g. python -m rl.run rlvr --profile cpu")
     recipe, layers = find_recipe(args.recipe), {"profile": args.profile, "overrides": args.overrides}
@@ -79,8 +79,8 @@ def _overrides(args: argparse.Namespace) -> list[str]:
 
 
 def _resumed(args: argparse.Namespace) -> Resolved | Chain:
-    """Returns the saved recipe of the run, after applying the overrides. Raises InputError for overrides that are not
-    allowed."""
+    """Returns the saved recipe of the run, with the values of the overrides. Raises InputError for overrides that are
+    not allowed."""
     recipe = _saved_recipe(args)
     if is_chain(recipe):
         return _resumed_chain(recipe, args)
@@ -90,7 +90,7 @@ def _resumed(args: argparse.Namespace) -> Resolved | Chain:
 
 
 def _resumed_chain(recipe: Path, args: argparse.Namespace) -> Chain:
-    """Returns the saved chain, after applying the overrides. Raises InputError for overrides that are not allowed.
+    """Returns the saved chain, with the values of the overrides. Raises InputError for overrides that are not allowed.
 
     The option `iterations` of a stage cannot change after the next stage has started.
     """

@@ -1,7 +1,7 @@
 """Defines the exceptions that end a run or restart it from its last checkpoint. Tested in tests/stages/test_ahead.py,
 tests/rollout/test_pool.py and tests/rl/record/test_checkpoints.py."""
 
-GO_ON = "continue with --resume (a curation: with the same command)"  # the advice at the end of a Stop's message
+GO_ON = "continue with --resume (a curation continues with the same command)"  # advice at the end of a Stop's message
 
 
 class Stop(RuntimeError):

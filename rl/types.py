@@ -116,7 +116,7 @@ class Rollout:
     response_ids: tuple[int, ...] = ()  # [R]; the last is an end-of-sequence token, except if finish == "length"
     rollout_logprobs: tuple[float, ...] = ()  # [R] in nats, from the engine that sampled the response
     policy_step: int = 0  # number of policy updates before sampling of the response began
-    pieces: tuple[tuple[int, int], ...] = ()  # (policy_step, tokens) of each piece; () if sampled in one piece
+    pieces: tuple[tuple[int, int], ...] = ()  # (policy_step, number of tokens) of each piece; () if one piece
 
     @property
     def steps(self) -> tuple[tuple[int, int], ...]:

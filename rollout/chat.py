@@ -19,8 +19,9 @@ class Chat:
     Args:
         folder: a local Hugging Face folder.
         template: Jinja file that replaces the folder's chat template.
-        synthesis: the template for prompts that contain messages of earlier attempts. None means the default template.
-    Raises: ValueError if there is no chat template, or if a model with vision has no image token.
+        synthesis: the template for prompts that contain answers of earlier attempts. None means the default template.
+    Raises: ValueError if there is no chat template, or if the tokenizer and the config give different ids to the image
+        token.
     """
 
     def __init__(
@@ -49,13 +50,13 @@ class Chat:
         return tuple(self.tokenizer.all_special_tokens)
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """Returns the token ids of the whole prompt, with one image token per picture. If the prompt contains messages
-        of earlier attempts, their tokens are included.
+        """Returns the token ids of the whole prompt, with one image token per picture. If the prompt contains the
+        answers of earlier attempts, the tokens of these answers are included.
 
         The last result is cached, because this method is called with the same Prompt object for every response of a
         group.
         Raises: ValueError in three cases: the row has pictures but the model is a text model, the template leaves out a
-            picture, or the template fails. The message contains the row's id.
+            picture, or the template fails. The error message contains the row's id.
         """
         last = self._last  # read only once, because several threads may use this object
         if last is None or last[0] is not prompt:

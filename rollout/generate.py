@@ -1,4 +1,4 @@
-"""Answers a file of problems with SeRe or PaCoRe: `python -m rollout.generate --model DIR IN.jsonl OUT.jsonl`.
+"""Answers the problems in a file with SeRe or PaCoRe: `python -m rollout.generate --model DIR IN.jsonl OUT.jsonl`.
 
 Each line of OUT has all rounds of one problem. A line is written as soon as its problem is answered. After an
 interruption, the same command continues and answers no problem twice. Exit codes are in rl/exits.py.
@@ -42,7 +42,7 @@ class Settings:
     seed: int = 0
     max_tokens: int | None = None  # maximum tokens of one reply; None means that only the context limits a reply
     answers: int = 1  # number of replies in the last round
-    given: str | None = None  # file of an earlier evaluation, whose first rounds are used again
+    given: str | None = None  # file of an earlier evaluation; the first rounds in this file are used again
     wording: str | None = None  # digest of the synthesis template; None means the default template
     weights: str | None = None  # ModelTarget.weights_digest
     max_length: int | None = None
@@ -113,7 +113,8 @@ async def generate(
         on_result: is called once per problem with the problem's rounds, or with the reason why there is no answer.
         first_rounds: problem id -> rounds from an earlier run. They are used in place of the rounds that
             `settings.trajectories` describes.
-        under_way: maximum number of problems that are answered at a time. The pictures of these problems are in memory.
+        under_way: maximum number of problems that are answered at the same time. The pictures of these problems are in
+            memory.
     """
 
     semaphore = asyncio.Semaphore(under_way)
@@ -197,8 +198,8 @@ class AnswerFile:
             os.truncate(self.path, len(complete))
 
     def unanswered(self, problems: Sequence[Prompt]) -> list[Prompt]:
-        """Returns the problems without an answer: no record, a record with an error, or a record of another problem
-        with the same id."""
+        """Returns the problems that have no answer. Such a problem has no record, or its record contains an error, or
+        the record with its id belongs to another problem."""
         return [problem for problem in problems if not self._has_answer(problem)]
 
     def _has_answer(self, problem: Prompt) -> bool:
@@ -310,7 +311,7 @@ def _main(args: argparse.Namespace) -> int:
     if failed:
         reason = answers.records[failed[0].id]["error"]
         print(f"{len(failed)} problems have no answer; the first is {failed[0].id}: {reason}", file=sys.stderr)
-        print("The same command tries them again", file=sys.stderr)
+        print("Run the same command again to answer these problems", file=sys.stderr)
     return FAILED if failed else DONE
 
 

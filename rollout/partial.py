@@ -17,7 +17,7 @@ from rollout.pool import EnginePool, in_order
 
 @dataclass(frozen=True)
 class Draft:
-    """One response, which may be unfinished."""
+    """One response, which may be unfinished. It consists of pieces: the same weights sampled all tokens of a piece."""
 
     response_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
@@ -160,7 +160,7 @@ def _rollout(prompt: Prompt, draft: Draft, pool: EnginePool) -> Rollout:
 
 
 def _with_piece(pieces: tuple[tuple[int, int], ...], new: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """Appends a piece. If the same weights sampled the last piece and the new piece, the two are joined."""
+    """Appends a piece. If the same weights sampled the last piece and the new piece, these two pieces are joined."""
     if pieces and pieces[-1][0] == new[0]:
         return (*pieces[:-1], (new[0], pieces[-1][1] + new[1]))
     return (*pieces, new)

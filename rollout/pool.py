@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 class EngineHandle(Protocol):
-    """The interface of clients that call an engine in another process, such as rollout.vllm.client.EngineClient."""
+    """The interface of an engine's client, such as rollout.vllm.client.EngineClient."""
 
     def stream(self, requests: Sequence[Request]) -> Stream: ...
     def load(self, weights: Any, step: int) -> Future[None]: ...
@@ -26,7 +26,7 @@ class EngineHandle(Protocol):
 
 
 def seed_of(*parts: object) -> int:
-    """Returns a sampling seed (0 <= seed < 2^31), which is computed from the values that identify a sample.
+    """Computes a sampling seed (0 <= seed < 2^31) from `parts`, the values that identify a sample.
 
     The same values give the same seed on every machine.
     """
@@ -34,7 +34,7 @@ def seed_of(*parts: object) -> int:
 
 
 class EnginePool:
-    """Distributes the calls of `sample`, `greedy`, `check` and `load` over all engines.
+    """Distributes the requests of `sample`, `greedy` and `check` over all engines. `load` updates every engine.
 
     `sample` and `greedy` yield (index, rollout) pairs as soon as the responses arrive. The index is the number of the
     response, counted in the order of the prompts. The caller must read all pairs.
@@ -46,10 +46,11 @@ class EnginePool:
             WorkerDied.
         max_sequence_length: maximum number of tokens of prompt and response together.
         temperature: the temperature of `sample`.
-        check_tokens: maximum number of tokens of a response that `check` samples.
+        check_tokens: maximum length, in tokens, of the responses that `check` samples.
         patience: an engine that sends nothing for this many seconds counts as dead.
-        replacement: a function that is called with the number of a dead engine and the error. It returns a new engine,
-            or raises an error. None means that dead engines are not replaced: the error is raised.
+        replacement: a function that is called with the number of a dead engine and the error of this engine. The
+            function returns a new engine, or raises an error. None means that a dead engine is not replaced, and that
+            the error of this engine is raised.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class EnginePool:
         flat = [request for group in requests for request in group]
         missing = set(range(len(flat)))
         while missing:
-            shares: list[list[int]] = [[] for _ in self.engines]  # indices of requests
+            shares: list[list[int]] = [[] for _ in self.engines]  # for each engine: indices of its requests
             for index in sorted(missing):
                 shares[owners[index] % len(self.engines)].append(index)
             busy = [(number, share) for number, share in enumerate(shares) if share]

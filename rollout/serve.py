@@ -1,4 +1,4 @@
-"""An OpenAI-compatible proxy for any vLLM endpoint, which adds SeRe and PaCoRe as modes of the same model.
+"""An OpenAI-compatible proxy for any vLLM endpoint. The proxy adds SeRe and PaCoRe as modes of the same model.
 
     python -m rollout.serve --url http://host:8000/v1 --model NAME --port 9000
 
@@ -271,7 +271,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--model", required=True, help="Hugging Face folder or hub id; with --url: its name at the endpoint")
     p.add_argument("--name", help="the model's name for clients; default: the value of --model")
-    p.add_argument("--mode", choices=MODES, default="pacore", help="mode of requests without a mode (default: pacore)")
+    p.add_argument("--mode", choices=MODES, default="pacore", help="mode if the model name has none (default: pacore)")
     p.add_argument("--trajectories", default="16", metavar="PLAN", help="trajectories per round, e.g. 32,4; default 16")
     p.add_argument(
         "--template", type=Path, help="Jinja file of the synthesis prompt; default: the file in the model's folder"

@@ -131,7 +131,8 @@ def room_problem(tokens: int, included: str, config: Config) -> str | None:
 
     Args:
         tokens: the number of tokens of the prompt.
-        included: what `tokens` counts besides text, for example "pictures"; the error message contains this word.
+        included: the name of what `tokens` counts in addition to text, for example "pictures". The error message
+            contains this name.
     """
     if tokens < config.max_sequence_length:
         return None

@@ -1,7 +1,7 @@
 """Keeps the data rows that are worth training on: `python -m stages.curate RECIPE --out DIR [key=value ...]`.
 
     DIR/recipe.yaml            the resolved recipe
-        rows/00000.jsonl       kept rows in the training format, each with its pool; meta.curation: results of filters
+        rows/00000.jsonl       kept rows in the training format, with pools; meta.curation has the results of filters
         fates/00000.jsonl      the decisions about all rows of the same block, kept and dropped
         answers/00000-difficulty.jsonl   every answer of a model, in the order of arrival
         pictures/              pictures that were bytes inside a data file

@@ -194,8 +194,8 @@ class Samples:
 
 
 def _samples(iteration: int, prompts: Sequence[Prompt], services: Services, state: LoopState, clock: Clock) -> Samples:
-    """Returns the samples of this iteration. If their generation was started during the previous iteration, this
-    function waits for its end. Otherwise the samples are generated now."""
+    """Returns the samples of this iteration. If the previous iteration has started to generate these samples, this
+    function waits until they are complete. Otherwise this function generates the samples."""
     if not state.ahead.has(iteration):
         return collect(iteration, prompts, services, state, clock)
     with clock("rollout"):

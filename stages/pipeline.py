@@ -94,8 +94,8 @@ def _follows_curation(step: Step, chain: Chain) -> bool:
 
 
 def _stage_lines(step: Step, checked: Config) -> dict[str, str]:
-    """The check makes some lines of the plan without the curated rows. Returns replacements for these lines: line from
-    the check -> line that is correct for the curated rows."""
+    """During the check, the curated rows do not exist yet, so some lines of the plan are wrong. Returns the
+    corrections: wrong line -> correct line."""
     stage = stage_class(checked.stage)
     return dict(zip(stage.plan_lines(checked), stage.plan_lines(step.resolved.config), strict=True))
 
@@ -237,7 +237,7 @@ class FinalTable:
         first = [SINGLE_ANSWER] if self.sampled_win_rate is not None else []
         sampled = (line.name for line in self.sampled if line.name != f"SeRe pass@{ATTEMPTS}")
         modes = list(dict.fromkeys([*first, *sampled]))
-        table = Table(title="held-out reward (greedy) before and after each stage; the last policy's accuracy, sampled")
+        table = Table(title="held-out reward (greedy) before and after each stage; sampled accuracy of the last policy")
         for title in ("family", *self.stages, *modes):
             table.add_column(title, justify="left" if title == "family" else "right")
         accuracy = {(line.task, line.name): f"{line.accuracy.mean:.3f}" for line in self.sampled}

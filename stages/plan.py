@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def stage(self) -> type[Stage]:
-        """The class of the stage that the config names."""
+        """The class of the config's stage."""
         return stage_class(self.config.stage)
 
     @property
@@ -199,7 +199,7 @@ def _check_positions(config: Config, model: PretrainedConfig) -> None:
 
 
 def check_accept(config: Config) -> None:
-    """Raises ValueError if `accept.by_task` names a task without rewards."""
+    """Raises ValueError if `accept.by_task` contains a task without rewards."""
     if unknown := [task for task in config.accept.by_task if task not in config.rewards]:
         known = ", ".join(sorted(config.rewards))
         raise ValueError(f"accept.by_task: {unknown[0]!r} is not a task with rewards; tasks with rewards are {known}")

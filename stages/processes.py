@@ -74,8 +74,8 @@ class Samplers:
         """Returns one sampler that distributes requests over all engines.
 
         Args:
-            replacement: called if an engine died or hung, with the number of this engine and the error; returns a new
-                engine.
+            replacement: a function that is called with the number of an engine that died or hung, and with the error.
+                The function returns a new engine.
         """
         config = self._plan.config
         return EnginePool(

@@ -1,4 +1,4 @@
-"""The stage RLHF. A judge compares each answer to an open-ended row with the teacher's response (the reference).
+"""The stage RLHF. A judge compares each answer with a teacher's response to the same row (the reference).
 
 The metrics show whether the judge's reward can be trusted (STEP3-VL-10B report, 3.2.2). The metrics are the win rate,
 the order agreement, percentiles of the scores, the correlation of score and length, and the rate of each penalty. The
@@ -62,7 +62,7 @@ def reference_problem(prompt: Prompt, preference: Preference) -> str | None:
             f"RLVR, or allow its task with preference.verifiable_tasks: [{prompt.task}]"
         )
     if prompt.reference is None:
-        return f"row {prompt.id!r} has no reference (the teacher's response to compare answers with)"
+        return f"row {prompt.id!r} has no reference (a teacher's response, with which answers are compared)"
     return None
 
 

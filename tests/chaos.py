@@ -3,17 +3,18 @@
     python -m tests.chaos [--faults 10] [--seed 0] [--kinds driver group Policy Critic Engine hang]
                           [--phases any sampling scoring update sync checkpoint] [--busy]
 
-The command makes the same small run of the CPU profile twice: once undisturbed, and once with faults. Most faults are a
-SIGKILL. The fault `driver` kills only the driver, and `group` kills the whole process group of the driver. `Policy`,
-`Critic` and `Engine` kill a worker process of this class. The fault `hang` is a SIGSTOP to an engine that samples. If a
-fault ends the run, the run is resumed.
+The command makes the same small run of the CPU profile twice: once undisturbed, and once with faults. Most faults send
+SIGKILL. The fault `driver` kills only the driver. The fault `group` kills the whole process group of the driver. The
+faults `Policy`, `Critic` and `Engine` each kill one worker process of the class with the same name. The fault `hang`
+sends SIGSTOP to an engine that is sampling. If a fault ends the run, the run is resumed.
 
 With `--phases`, each fault happens in one of the given phases of an iteration. With `--busy`, another process keeps a
 core busy during the run with faults.
 
-Both runs must have every iteration exactly once, with all samples. If no fault was of the kind Engine or hang, metrics,
-samples and weights must also be equal bit for bit. After a fault of these two kinds, a new engine answers the remaining
-requests. It puts them into other batches, so the last digits of its logprobs differ.
+Both runs must have every iteration exactly once, with all samples. If no fault was of the kind `Engine` or `hang`, the
+metrics, samples and weights of both runs must also be equal bit for bit. After a fault of one of these two kinds, a new
+engine answers the remaining requests. The new engine puts these requests into other batches, so the last digits of its
+logprobs differ.
 """
 
 import argparse
@@ -55,7 +56,7 @@ METHODS = {
     "update": {"Policy.update", "Critic.update"},
     "sync": {"Policy.weights", "Engine.load"},
 }
-"""Phase -> the methods that run in this phase, with the names that Ray gives them."""
+"""Phase -> the methods that run in this phase. The methods have the names that Ray shows in process titles."""
 PHASES = ("any", *METHODS, "scoring", "checkpoint")
 KINDS = ("driver", "group", "Policy", "Critic", "Engine", "hang")
 PATIENCE_S = 1800.0
@@ -64,8 +65,8 @@ GAP_S = (1.0, 10.0)  # minimum and maximum number of seconds between two faults
 
 
 def recipe(folder: Path, iterations: int) -> tuple[object, ...]:
-    """Returns the arguments of a run that lasts long enough for faults and saves checkpoints often. `folder` has a file
-    with the reward SLOW_REWARD."""
+    """Returns the command-line arguments of a run that lasts long enough for faults and often saves checkpoints. The
+    run uses the reward in the file slow.py of `folder`."""
     return (
         "rl.run", ROOT / "recipes/rlvr.yaml", "--profile", "cpu", f"iterations={iterations}",
         f"prompts_per_iteration={PROMPTS}", f"rollouts_per_prompt={ROLLOUTS}", "data.eval_limit=4", "eval.every=1000",
@@ -85,7 +86,8 @@ class Faults:
 def run_with_faults(
     folder: Path, iterations: int, faults: int, kinds: Sequence[str], phases: Sequence[str], rng: random.Random
 ) -> Faults:
-    """Makes a complete run and causes at most `faults` faults in it."""
+    """Starts a run, causes faults, and resumes the run until it is complete. `faults` is the maximum number of
+    faults."""
     found = Faults()
     fresh = (*recipe(folder.parent, iterations), "--output", folder)
     command = Command(*fresh)
@@ -117,21 +119,22 @@ def phases_now(command: Command, folder: Path) -> set[str]:
     phases = {phase for phase, methods in METHODS.items() if methods & set(titles)}
     if set(ACTORS) <= set(titles):  # the actors are idle, so the driver is waiting for the rewards
         phases.add("scoring")
-    started = Path(f"/proc/{command.process.pid}").stat().st_mtime  # a partial checkpoint may be older than the command
+    # A partial checkpoint that is older than the command does not count: an earlier command has left it.
+    started = Path(f"/proc/{command.process.pid}").stat().st_mtime
     if any(partial.stat().st_mtime > started for partial in (folder / "checkpoints").glob(".*.partial")):
         phases.add("checkpoint")
     return phases
 
 
 def strike(command: Command, kind: str) -> bool:
-    """Causes a fault of this kind. Returns False if the run has no process for this fault at the moment."""
+    """Causes a fault of the given kind. Returns False if the run has no process for such a fault at the moment."""
     if kind == "driver":
         command.process.kill()
     elif kind == "group":
         os.killpg(command.process.pid, signal.SIGKILL)
     else:
-        # Only an engine that samples is stopped. If an engine were stopped while it starts, the run would notice this
-        # only after max_start_s (one hour).
+        # The fault `hang` stops only an engine that is sampling. If an engine were stopped while it starts, the run
+        # would notice the fault only after max_start_s (one hour).
         found = named(command, "Engine.stream" if kind == "hang" else kind)
         if not found:
             return False

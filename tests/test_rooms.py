@@ -88,8 +88,8 @@ def file_of(module: str, sources: Mapping[str, str]) -> str | None:
 
 
 def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
-    """Returns a dict: file -> the files of this repository that the file imports. For `from package import module`,
-    this is the file of the module, not the file of the package."""
+    """Returns a dict: file -> the files of this repository that the file imports. For `from package import module`, the
+    dict contains the file of the module, not the file of the package."""
     return {
         file: {
             imported

@@ -131,7 +131,8 @@ def site_packages() -> Path:
 
 
 def usable_venv(kind: str) -> bool:
-    """True if `.venv` has pip and a working Python of a supported version, and was not created for the other kind."""
+    """Returns True if `.venv` can be used: it has pip and a working Python of a supported version, and it was not
+    created for the other kind (CPU or GPU)."""
     if not VENV_PYTHON.exists() or not runs_supported_python(str(VENV_PYTHON), "pip"):
         return False
     return read(KIND) in (kind, None)
@@ -230,7 +231,7 @@ def step(title: str, *arguments: str) -> None:
 
 
 def pip(title: str, *arguments: str) -> bool:
-    """Runs `pip install` with its output in LOG. Returns False if it failed."""
+    """Runs `pip install` and writes the output to LOG. Returns False if pip failed."""
     started = time.monotonic()
     print(f"  {title} ...", end=" ", flush=True)
     options = ("--no-input", "--disable-pip-version-check")

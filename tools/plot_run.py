@@ -1,8 +1,8 @@
 """Draws the learning curve of a run folder: `python tools/plot_run.py RUN_DIR OUT.svg`.
 
 There is one panel for each task. Points are the training reward of every iteration, the line is the moving average of
-the points, and diamonds are the reward on held-out rows. If two runs have the same metrics, their files have the same
-bytes. All colours are readable on a white and on a black background.
+the points, and diamonds are the reward on held-out rows. If two runs have the same metrics, their SVG files have the
+same bytes. All colours are readable on a white and on a black background.
 """
 
 import json

@@ -64,7 +64,8 @@ def declare_missing_operators(package_file: str) -> None:
 
 
 def _extension_loads(package_file: str) -> bool:
-    """Loads torchvision's extension. Returns True if this works. A second load by torchvision has no effect."""
+    """Loads torchvision's extension. Returns True if this works. torchvision may later load the extension again, which
+    has no effect."""
     import torch
 
     folder = package_file.rpartition("/")[0] or "."

@@ -41,7 +41,9 @@ START = Path(__file__).parent / "model"
 BATCH = 16  # pairs per step
 THINGS = (world.CROWD[0], world.OPEN_CROWD[1])  # minimum and maximum number of things in a picture
 PEAK_LR, WARM_UP = 1.5e-3, 50
-READING = 0.375  # during this first share of the steps, draw_guesses draws 3 of 4 pairs; later, it draws 1 of 2 pairs
+# In the first 37.5% of the steps, draw_guesses draws 3 of 4 pairs, and draw_pair draws the other pairs. In the other
+# steps, each of the two functions draws half of the pairs.
+READING = 0.375
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def draw_pair(rng: Generator, split: world.Split, things: tuple[int, int] = THIN
 
 def draw_guesses(rng: Generator, split: world.Split, things: tuple[int, int] = THINGS) -> Pair:
     """Draws a crowd and two descriptions with the right places and mostly wrong names. From such descriptions, the
-    judge learns to read the text. If all descriptions were good, the judge would learn to copy what it sees in the
+    judge learns to read the text. If all descriptions were good, the judge would only learn to name what is in the
     picture."""
     crowd = world.draw_crowd(rng, split, things)
     return Pair(crowd, _guesses(crowd, rng), _guesses(crowd, rng))
@@ -243,8 +245,8 @@ def with_new_tokens(start: Path, words: Any) -> StepVL:
 def train(
     model: StepVL, prompter: Prompter, steps: int, seed: int, every: int, things: tuple[int, int] = THINGS
 ) -> None:
-    """Trains on `steps` batches of pairs and their verdicts. The vision tower and the projector are frozen. Prints a
-    report every `every` steps."""
+    """Trains the model for `steps` optimizer steps. Each step has a batch of pairs and their verdicts. The vision tower
+    and the projector are frozen. After every `every` steps, a report is printed."""
     optimizer = warm_start.decoder_optimizer(model)
     losses, started = [], time.monotonic()
     for step in range(steps):
@@ -265,7 +267,7 @@ def train(
 
 
 def grades(model: StepVL, prompter: Prompter, pairs: Sequence[Pair]) -> list[tuple[float, float] | None]:
-    """Returns one entry for each pair: the two grades in the judge's greedy verdict, or None if the verdict is
+    """Returns the two grades in the judge's greedy verdict for each pair, or None for a pair whose verdict is
     invalid."""
     given = practice.answers(model, prompter, [problem_of(pair) for pair in pairs])
     return [_read(text) for text in given]
@@ -282,9 +284,10 @@ def _read(text: str) -> tuple[float, float] | None:
 def report(
     model: StepVL, prompter: Prompter, number: int, seed: int = 0, things: tuple[int, int] = THINGS
 ) -> dict[str, float]:
-    """Tests the judge on `number` held-out preferences. Returns four shares. The first three are shares of pairs in
-    which the better response gets the better grade: if this response is shown first, if it is shown second, and if the
-    grades of both orders are averaged (the reward uses this average). The fourth is the share of invalid verdicts."""
+    """Tests the judge on held-out preferences, and returns four shares. `number` is the number of preferences. The
+    first three are shares of pairs in which the better response gets the better grade. For the first share, the better
+    response is shown first. For the second share, it is shown second. For the third share, the grades of both orders
+    are averaged, as in the reward. The fourth is the share of invalid verdicts."""
     rng = np.random.default_rng([seed, 1 << 20])
     pairs = [draw_preference(rng, "heldout", things) for _ in range(number)]
     first, second = grades(model, prompter, pairs), grades(model, prompter, [pair.swapped for pair in pairs])

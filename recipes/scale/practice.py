@@ -95,8 +95,8 @@ def draw_demonstrations(
 
 
 def draw_synthesis_demonstrations(rng: Generator, number: int) -> Demonstrations:
-    """Draws `number` problems of each task (twice as many worksheets). The prompts contain pooled answers. Each
-    response compares the pooled answers, or repeats one of them."""
+    """Draws demonstrations whose prompts contain pooled answers. Each response compares the pooled answers, or repeats
+    one of them. `number` is the number of problems of each task, but there are twice as many worksheets."""
     plain: list[Problem] = []
     for _ in range(number):
         plain += list(world.point_and_box(world.draw_scene(rng, "train", (2, 3))))[:2]  # two problems about one thing
@@ -131,8 +131,8 @@ def scenes_of(problems: Sequence[Problem]) -> list[Scene]:
 
 
 def pixels(model: StepVL, scenes: Sequence[Scene]) -> Tensor:
-    """Returns the global views of all scenes, [scenes, 3, side, side]. The views are equal to those that `model.views`
-    returns for each image."""
+    """Returns the global views of all scenes, [scenes, 3, side, side]. `model.views` returns equal views for each
+    image."""
     colors = (torch.from_numpy(np.stack([s.palette for s in scenes])).float() / 255 - MEAN.flatten()) / STD.flatten()
     canvas = torch.from_numpy(np.stack([s.pixels for s in scenes])).long()  # [S, P, P]
     image = colors[torch.arange(len(canvas))[:, None, None], canvas].permute(0, 3, 1, 2)
@@ -141,7 +141,7 @@ def pixels(model: StepVL, scenes: Sequence[Scene]) -> Tensor:
 
 
 def features(model: StepVL, scenes: Sequence[Scene]) -> dict[int, Tensor]:
-    """Returns `id(scene)` -> image features [image tokens, hidden]."""
+    """Returns a mapping: `id(scene)` -> image features [image tokens, hidden]."""
     if not scenes:
         return {}
     encoded = model.vit_large_projector(model.vision_model(pixels(model, scenes)))
@@ -249,8 +249,8 @@ def pack(prompter: Prompter, batch: Demonstrations) -> PackedDemonstrations:
 
 def loss(model: StepVL, prompter: Prompter, batch: Demonstrations) -> Tensor:
     """Returns the loss in nats: the mean cross-entropy of the response tokens, plus the mean cross-entropy of the
-    pooled answers in the prompts. To predict a pooled answer well, the model has to learn the median of the pooled
-    answers before it."""
+    pooled answers in the prompts. To predict a pooled answer well, the model has to learn to compute the median of the
+    previous pooled answers."""
     row = pack(prompter, batch)
     with torch.no_grad():  # the vision tower is frozen
         seen = features(model, row.scenes)

@@ -58,7 +58,7 @@ def build(more: Sequence[str] = ()) -> Tokenizer:
 
 
 def save(folder: Path, more: Sequence[str] = ()) -> Tokenizer:
-    """Writes tokenizer.json and tokenizer_config.json (with the chat template), which AutoTokenizer loads."""
+    """Writes the files that AutoTokenizer loads: tokenizer.json, and tokenizer_config.json with the chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build(more)
     tokenizer.save(str(folder / "tokenizer.json"))

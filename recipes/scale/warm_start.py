@@ -53,7 +53,7 @@ READY = (0.2, 0.6)
 VISION_PREFIXES = ("vision_model.", "vit_large_projector.")
 PEAK_LR, WARM_UP, BETAS = 2e-3, 50, (0.9, 0.98)
 PICTURES = 8  # scenes per step; the number of other problems is a multiple of this number
-HORIZON = 3000  # after this number of decoder steps the learning rate would be almost 0; training ends earlier
+HORIZON = 3000  # decoder steps until the learning rate would be almost 0; training ends earlier
 LAST = 400  # in this number of steps, directly before the part with messages, most demonstrations are rough
 # Contents of a batch in the part with messages: the number of scenes without messages, of worksheets without messages,
 # and of problems with messages (per task).
@@ -61,7 +61,8 @@ PLAIN, SHEETS, WITH_MESSAGES = 3, 10, 4
 
 
 def config(words: Any) -> StepVLConfig:
-    """Returns a config of 1.4 million parameters, with views of 224 pixels (16 tokens) and crops of 168 (9 tokens)."""
+    """Returns the config of a model with 1.4 million parameters. A view has 224 x 224 pixels and 16 tokens, a crop has
+    168 x 168 pixels and 9 tokens."""
     ids = words.convert_tokens_to_ids
     ends = [ids("<|endoftext|>"), ids("<|im_end|>"), ids("<im_patch>")]  # includes the image token, as in STEP3-VL-10B
     vision = {"image_size": 224, "patch_size": 14, "width": 64, "layers": 2, "heads": 4, "mlp_ratio": 4.0}
@@ -104,8 +105,8 @@ def new_model(words: Any, seed: int) -> StepVL:
 
 
 def _sines(grid: int, width: int) -> Tensor:
-    """Returns position embeddings [grid * grid, width]. Half of the channels encode the row, the other half the
-    column."""
+    """Returns position embeddings [grid * grid, width]. Half of the channels encode the row, and the other half encode
+    the column."""
     frequencies = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
     angles = torch.arange(grid)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -270,7 +271,7 @@ def score(problem: Problem, text: str) -> float:
 def report(
     model: StepVL, prompter: Prompter, problems: Sequence[Problem], seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Returns for each task the mean reward of greedy responses. For responses at temperature 1, it also returns the
+    """Returns four numbers for each task: the mean reward of greedy responses and, for responses at temperature 1, the
     share of rough responses, the mean reward of rough responses, and the mean reward of exact responses."""
     greedy = practice.answers(model, prompter, problems)
     sampled = practice.answers(model, prompter, problems, generator=torch.Generator().manual_seed(seed))
@@ -286,13 +287,13 @@ def report(
 def show(table: dict[str, dict[str, float]]) -> None:
     for task, row in table.items():
         low, high = READY
-        verdict = "" if low <= row["greedy"] <= high else f"  greedy is not within {low} to {high}"
+        verdict = "" if low <= row["greedy"] <= high else f"  the greedy reward is not between {low} and {high}"
         print(f"  {task:10}  " + "  ".join(f"{key} {value:.3f}" for key, value in sorted(row.items())) + verdict)
 
 
 def train(trainer: Trainer, every: int) -> None:
-    """Trains to the last step. Every `every` steps, it saves the state and the model, and prints rewards on held-out
-    problems."""
+    """Trains until the last step. After every `every` steps, the state and the model are saved, and rewards on held-out
+    problems are printed."""
     sample = world.problems("heldout", world.SEEDS["heldout"], 32)
     started, losses = time.monotonic(), []
     while trainer.step < trainer.plan.steps:

@@ -3,8 +3,8 @@
 Pictures are drawn here pixel by pixel, so that no version of a drawing library can change them.
 `python -m recipes.scale.world` writes the shipped files of data/. train.jsonl and heldout.jsonl have problems with a
 ground truth. open-train.jsonl and open-heldout.jsonl have open questions with a teacher's answers. The pictures of all
-these problems are in pictures/. The data are JSONL and PNG files instead of a Parquet file, because people can read
-JSONL and PNG without a special tool.
+these problems are in pictures/. The data are stored as JSONL and PNG files, because people can read these files without
+a special tool. A Parquet file would need such a tool.
 """
 
 import argparse
@@ -39,8 +39,12 @@ HELDOUT_BYTES = 32  # on average, 32 of 256 pictures and sums are held out
 SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in the shipped files
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
 OPEN_SEEDS: dict[Split, int] = {"train": 3, "heldout": 4}
-CROWD = (3, 5)  # minimum and maximum number of things in a crowd; a constant count is right in at most 4 of 10 cases
-OPEN_CROWD = (5, 8)  # the same for open questions; mostly more things than in the warm start, so that RL can improve
+# Minimum and maximum number of things in a crowd. With these limits, a writer that always gives the same number is
+# right in at most 4 of 10 counting problems.
+CROWD = (3, 5)
+# Minimum and maximum number of things in the crowds of open questions. Most of these crowds have more things than the
+# crowds of the warm start, so that RL can improve the descriptions.
+OPEN_CROWD = (5, 8)
 SHIPPED = Path(__file__).parent / "data"
 
 
@@ -281,7 +285,7 @@ def _signed(number: int) -> str:
 
 
 def problems(split: Split, seed: int, per_task: int) -> list[Problem]:
-    """Draws `per_task` problems of each task and returns them grouped by task."""
+    """Draws problems and returns them grouped by task. `per_task` is the number of problems of each task."""
     rng = np.random.default_rng(seed)
     found: dict[str, list[Problem]] = {task: [] for task in TASKS}
     while len(found["pointing"]) < per_task:
@@ -300,7 +304,8 @@ def problems(split: Split, seed: int, per_task: int) -> list[Problem]:
 
 
 def open_problems(split: Split, seed: int, number: int) -> list[Problem]:
-    """Draws `number` problems that ask for a description of a crowd, each with a teacher's answer."""
+    """Draws problems that ask for a description of a crowd, each with a teacher's answer. `number` is the number of
+    problems."""
     rng = np.random.default_rng(seed)
     crowds = [draw_crowd(rng, split, OPEN_CROWD) for _ in range(number)]
     return [replace(describe(crowd), reference=teachers_words(crowd, rng)) for crowd in crowds]

@@ -1,10 +1,11 @@
 """Two simulated writers: programs that write the demonstrations of the warm start.
 
 The *exact* writer works carefully: it gives coordinates with two decimals, counts things one by one, and writes each
-step of a sum. The *rough* writer guesses: it points at the centre of one of nine equal parts of the picture, rounds
-boxes, always counts two things, and ignores carries when it adds. Some answers of the rough writer are right. Most
-demonstrations are from the rough writer. RL has to find out which writer's answers get more reward. The responses of
-both writers are short. The first words of a response already show which writer wrote it.
+step of a sum. The *rough* writer guesses: it points at the centre of one of nine equal parts of the picture, rounds the
+edges of boxes, always gives two as the number of things, and adds digit by digit without carries (17 + 5 gives 12).
+Some answers of the rough writer are right. Most demonstrations are from the rough writer. RL has to find out which
+writer's answers get more reward. The responses of both writers are short. The first words of a response already show
+which writer wrote it.
 
 A whole worksheet is too long for one response. The exact writer computes all sums except one, which is chosen at
 random, and answers 0 for that sum. A single response never contains all results, but many responses together do.
@@ -77,7 +78,8 @@ def _exact_sheet(problem: Problem, rng: Generator) -> str:
 
 
 def long_hand(left: int, right: int) -> str:
-    """Formats the steps of a sum, for example `7+8=15 4+3+1=8 85 1`: ones, tens with the carry, sum, remainder."""
+    """Formats the steps of a sum. For 47 + 38, the steps are `7+8=15 4+3+1=8 85 1`: the sum of the ones, the sum of the
+    tens and the carry, the whole sum, and the remainder."""
     (tens, ones), (more, others) = divmod(left, 10), divmod(right, 10)
     carried = "+1" if ones + others > 9 else ""
     added = f"{ones}+{others}={ones + others} {tens}+{more}{carried}={(left + right) // 10}"
@@ -117,7 +119,7 @@ def _rough_sheet(problem: Problem, _: Generator) -> str:
 
 
 def _rough_description(problem: Problem, rng: Generator) -> str:
-    """Names two things with the right colour but a random shape and place."""
+    """Describes two things. Their colours are right, but their shapes and places are random."""
     things = [f"{rng.choice(PLACES)} {t.color} {rng.choice(SHAPES)}" for t in problem.targets[:2]]
     return f"<think>maybe</think>{', '.join(things)}"
 
@@ -147,15 +149,15 @@ ROUGH_OPENING = "<think>maybe"  # every rough response starts with these words, 
 
 
 REASONING = ("counting", "arithmetic", "worksheet")
-SLIPS = (0.0, 0.12)  # range for the standard deviation of errors in pooled coordinates, as fractions of the picture
+SLIPS = (0.0, 0.12)  # range of the standard deviation of errors in pooled coordinates, as fractions of the picture
 ALL_SLIP = 0.02  # standard deviation of an error that is the same in all answers to a problem
 CAREFUL = {"worksheet": (0.6, 1.0)}  # the share of exact answers is drawn from this range; for other tasks, from (0, 1)
 OTHER_THING = 0.1  # share of the answers that describe another thing of the scene instead of the target
 
 
 def answers_of_others(problem: Problem, number: int, rng: Generator) -> tuple[str, ...]:
-    """Returns `number` final answers of random quality, for prompts of the warm start. In RL, a policy samples such
-    answers.
+    """Returns final answers of random quality, for prompts of the warm start. In RL, a policy samples such answers.
+    `number` is the number of answers.
 
     If a task asks for coordinates, each answer has random errors, and the size of the errors is drawn once for each
     problem. In the other tasks, each answer is from one of the two writers.
@@ -185,9 +187,9 @@ def final(response: str) -> str:
 
 
 def compare(problem: Problem, rng: Generator) -> str:
-    """Returns the exact response to a problem with messages. For points and boxes, the response has the median of the
-    messages and then an exact answer. For sums and counts, the response has only an exact answer. For worksheets, it
-    has the most frequent result of each line."""
+    """Returns a good response to a problem with messages. For a point or box, the response first writes the median of
+    the messages, and then the answer of the exact writer. For a sum or count, the response is the answer of the exact
+    writer. For a worksheet, the response gives the most frequent result of each line."""
     if problem.task == "worksheet":
         return f"<think>then</think>\\boxed{{{worksheet_answer(usual_lines(problem.messages))}}}"
     if problem.task in REASONING:
@@ -208,7 +210,7 @@ def middle(messages: Sequence[str]) -> list[float]:
 
 
 def repeat(problem: Problem, rng: Generator) -> str:
-    """Returns the rough response to a problem with messages: one of the messages, chosen at random."""
+    """Returns a poor response to a problem with messages: one of the messages, chosen at random."""
     return problem.messages[rng.integers(len(problem.messages))]
 
 

@@ -1,7 +1,7 @@
 """A process for rewards that wait, such as rewards that ask a judge. It runs many jobs at a time.
 
-If a job blocks or kills the process, all jobs that were running start again, one at a time, to find the job that did
-this. If an endpoint does not answer, the jobs that ask it wait. From time to time, one of these jobs is sent as a
+If a job blocks or kills the process, all jobs that were running start again, one at a time, to find the job that is the
+cause. If an endpoint does not answer, the jobs that ask it wait. From time to time, one of these jobs is sent as a
 probe, until the endpoint answers or its `max_wait` is over.
 """
 
@@ -36,8 +36,8 @@ class EndpointAway(Stop):
 class Outage:
     """A report that an endpoint does not answer, or that it answers again.
 
-    If the endpoint does not answer, `why` is the error. If it answers again after `seconds`, `why` is None. `again` is
-    True if the same outage was reported before and continues.
+    If the endpoint does not answer, `why` is the error. If it answers again, `why` is None. `seconds` is the time since
+    the outage began. `again` is True if the same outage was reported before and continues.
     """
 
     endpoint: str
@@ -83,7 +83,7 @@ class AsyncPool(RewardPool):
         self._wake_reader, self._wake_writer = os.pipe()  # a byte in this pipe wakes the thread
         self._numbers = itertools.count()
         self._running: dict[int, Job] = {}
-        self._suspects: list[Job] = []  # jobs that ran when the process ended; each is run again alone
+        self._suspects: list[Job] = []  # jobs that were running when the process ended; each is run again alone
         self._alone: Job | None = None  # the job of _suspects that runs now
         self._away: dict[str, _AwayEndpoint] = {}
         self._last_message = 0.0  # time when the process sent its last message

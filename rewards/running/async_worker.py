@@ -1,6 +1,6 @@
 """The child process that runs async rewards: one event loop scores many samples at once.
 
-Only async_pool.py starts it. Tested in tests/rewards/running/test_async_pool.py.
+Only async_pool.py starts this process. Tested in tests/rewards/running/test_async_pool.py.
 """
 
 import asyncio
@@ -77,7 +77,7 @@ async def serve(connection: Connection) -> None:
                     running.add(task)  # the event loop keeps only weak references to its tasks
                     task.add_done_callback(running.discard)
                 else:
-                    limit_memory(None)  # removes the limit that was set when the last scorer was loaded
+                    limit_memory(None)  # removes the limit that was set after the previous scorer was loaded
                     start, failed = time.monotonic(), worker.load(scorer)
                     send(connection, {"failed": failed, "seconds": time.monotonic() - start})
                     limit_memory(address_space() + (max(s.memory_mb for s in worker.scorers.values()) << 20))

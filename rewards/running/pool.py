@@ -1,9 +1,9 @@
 """Worker processes for rewards that compute. They take jobs from a queue and return outcomes.
 
-There are `workers` turns. A process takes a job only if it has a turn. A process that dies is replaced at once. A
-process whose job takes longer than usual gives its turn to a reserve process. If the job takes even longer, the process
-computes only on idle cores. At the job's time limit, the process is killed. So a hung sample hardly slows down other
-samples. Tested in tests/rewards/running/test_runner.py.
+A turn is the permission to take a job. There are `workers` turns. A process takes a job only if it has a turn. A
+process that dies is replaced at once. A process whose job takes longer than usual gives its turn to a reserve process.
+If the job takes even longer, the process computes only on idle cores. At the job's time limit, the process is killed.
+So a hung sample hardly slows down other samples. Tested in tests/rewards/running/test_runner.py.
 """
 
 import atexit
@@ -21,19 +21,19 @@ from rl.types import Prompt, Rollout
 
 Outcome = Mapping[str, Any]
 """The result for one rollout or row: {"value", "details"}, {"invalid": reason}, {"exhausted": message that time or
-memory ran out} or {"away": endpoint that does not answer, "why": its error}. It also has the "seconds" that scoring
-took."""
+memory ran out} or {"away": endpoint that does not answer, "why": its error}. The key "seconds", if present, is the
+duration of scoring."""
 
 SLOW_FACTOR = 3  # a job is slow if it takes more than SLOW_FACTOR times the usual duration of its scorer
 # No job is slow before LEAST_PATIENCE_S seconds. A scorer's first job is slow after FIRST_PATIENCE_S seconds.
 LEAST_PATIENCE_S, FIRST_PATIENCE_S = 0.25, 1.0
-HUNG_S = 1.0  # a process whose job takes longer than this gets only idle cores, and is replaced after the job
+HUNG_S = 1.0  # if a job takes longer than this, its process gets only idle cores, and is replaced after the job
 MOST_RESERVES = 8
 
 
 @dataclass(frozen=True)
 class Job:
-    """The work of one call of a scorer: rollouts that are scored together, or one data row for a row judge.
+    """The work of one call of a scorer (a reward, penalty or row judge): the rollouts or the data row to score.
 
     If `retry_on_death` is True, a job whose process dies is tried once more, because a single death may have another
     cause than the scored text. If the process dies again, the text is the likely cause, and the outcome is "exhausted".
@@ -51,8 +51,8 @@ class Job:
 
 
 class Countdown:
-    """Sets the result of a future after `count` calls of `done`. The result is the number of seconds since this
-    object was created."""
+    """Sets the result of a future when `done` has been called `count` times. The result is the number of seconds since
+    this object was created."""
 
     def __init__(self, count: int, future: Future[float]):
         self.left, self.future, self.start = count, future, time.monotonic()
@@ -187,7 +187,7 @@ class ComputePool(RewardPool):
                 self._add_reserve()
 
     def _add_reserve(self) -> None:
-        self._add_slot(lambda failed: None)  # if a reserve process cannot be set up, its first job reports this
+        self._add_slot(lambda failed: None)  # if its setup fails, the reserve process's first job reports this
 
     def _add_slot(self, ready: Callable[[str | None], None]) -> None:
         self._slots.append(_Slot(self))
@@ -327,8 +327,8 @@ class _Slot:
             return self.process
 
     def _replace(self) -> None:
-        """Ends the process. If the job was not hung, starts a new process, which loads while the outcome is
-        delivered."""
+        """Ends the process. If the job was not hung, starts a new process. The new process starts up while the outcome
+        is delivered."""
         self._terminate()
         if not self.hung:
             self._running_process()

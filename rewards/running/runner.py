@@ -1,4 +1,4 @@
-"""Runs a recipe's rewards (from Rollout to Scored) and its row judges (from Prompt to RowScore).
+"""Runs a recipe's rewards, which score a Rollout, and its row judges, which score a Prompt.
 
 Rewards run in other processes, so that a reward that hangs, dies or uses too much memory does not harm the run. The
 processes in pool.py run rewards that compute. The process in async_pool.py runs rewards that wait for an endpoint.
@@ -39,19 +39,19 @@ class RewardRunner:
     tasks       task -> its rewards. `use` and `params` are arguments of `rewards.get`. `timeout_s` is the wall-clock
                 time limit in seconds for one sample. It starts when the reward has been loaded. A group of n rollouts
                 gets n times this limit. The wait for a free slot at an endpoint does not count. `memory_mb` is the
-                number of MiB that scoring may take in addition to loading
+                number of MiB that scoring may use in addition to the memory in use after loading
     endpoints   name -> the server of a judge
     base_dir    the folder that `file.py:Name` is relative to
     workers     number of processes for rewards that compute
     setup_s     time limit in seconds for importing a reward and its `setup()`
     row_judges  name -> a judge of data rows (rewards.row_judge), for submit_row
 
-    A task's reward is the sum of weight * value over its rewards. Penalties first lower each value towards the lowest
-    value of its reward (rewards.penalty). Raises ValueError, before any process is started, for a reward, parameter or
-    endpoint that does not exist. A sample is invalid if one of its rewards or penalties raises an exception, returns no
-    number, runs out of time or memory, or if its process dies. Its score then contains the reason. But if the reward
-    declares on_timeout="lowest", a sample that runs out of time or memory gets the lowest value (for a penalty: an
-    offence of 1). Other samples are not affected.
+    A task's reward is the sum of weight * value over the rewards of the task. Before the sum, penalties lower each
+    value towards the lowest value of its reward (see rewards.penalty). Raises ValueError, before any process is
+    started, for a reward, parameter or endpoint that does not exist. A sample is invalid if one of its rewards or
+    penalties raises an exception, returns no number, runs out of time or memory, or if its process dies. Its score then
+    contains the reason. But if the reward declares on_timeout="lowest", a sample that runs out of time or memory gets
+    the lowest value (for a penalty: an offence of 1). Other samples are not affected.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class RewardRunner:
         return self.submit_group([rollout])[0]
 
     def submit_group(self, rollouts: Sequence[Rollout]) -> list[Future[Scored]]:
-        """Scores all rollouts of one prompt. Group rewards score them together, other rewards one by one.
+        """Scores all rollouts of one prompt. Group rewards score them together, other rewards score them one by one.
 
         Returns the futures in the order of the rollouts.
         """
@@ -180,12 +180,12 @@ class RewardRunner:
         return score
 
     def begin(self, per_prompt: int) -> "Scoring":
-        """Returns a Scoring for a batch that is still being sampled, with `per_prompt` rollouts per prompt."""
+        """Returns a Scoring for a batch that is still being sampled. Each prompt has `per_prompt` rollouts."""
         return Scoring(self, per_prompt)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        """Scores all rollouts, waits, and returns the scores in the same order. Rollouts with the same prompt id are a
-        group."""
+        """Scores all rollouts, waits, and returns the scores in the same order. Rollouts with the same task and
+        prompt id form a group."""
         groups: dict[tuple[str, str], list[int]] = {}
         for i, rollout in enumerate(rollouts):
             groups.setdefault((rollout.prompt.task, rollout.prompt.id), []).append(i)
@@ -220,8 +220,8 @@ class RewardRunner:
         self.close()
 
     def _submit_part(self, part: Part, index: int, batch: Sequence[PendingScore]) -> None:
-        """Scores a batch with part number `index` of the task. Adds to each pending score the outcome of its
-        rollout."""
+        """Scores a batch with part number `index` of the task. Adds the outcome of each rollout to the rollout's
+        pending score."""
 
         def on_outcomes(finished: Future[list[Outcome]]) -> None:
             for place, one in enumerate(batch):
@@ -272,7 +272,9 @@ class Scoring:
         self._incomplete: dict[int, dict[int, Rollout]] = {}  # for group rewards: prompt -> its rollouts so far
 
     def add(self, place: int, rollout: Rollout) -> None:
-        """Scores a rollout. `place` is its index in the batch, where a prompt's rollouts are next to each other."""
+        """Scores a rollout. `place` is the rollout's index in the batch. In the batch, the rollouts of a prompt are
+        next to each other. If the task has a group reward, the rollouts of a prompt are scored when all of them are
+        added."""
         if not self._runner.is_group(rollout.prompt.task):
             self._futures[place] = self._runner.submit(rollout)
             return

@@ -1,6 +1,6 @@
 """The child process for rewards that compute. It loads rewards, scores one job at a time, and answers over a pipe.
 
-Only rewards.running.process starts it. Tested in tests/rewards/running/test_runner.py.
+Only rewards.running.process starts this process. Tested in tests/rewards/running/test_runner.py.
 """
 
 import ctypes
@@ -28,7 +28,8 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class ScorerSetup:
-    """Describes how to load a reward, penalty or row judge. Scoring may take `memory_mb` MiB more than loading took."""
+    """Describes how to load a reward, penalty or row judge. `memory_mb` is the memory in MiB that scoring may use in
+    addition to the memory in use after loading."""
 
     use: str
     params: Mapping[str, Any]
@@ -45,7 +46,7 @@ class WorkerSetup:
 
 
 class RewardWorker:
-    """Loads scorers when they are first needed, and scores with them one job at a time."""
+    """Loads each scorer (reward, penalty or row judge) when the scorer is first needed. Scores one job at a time."""
 
     def __init__(self, setup: WorkerSetup):
         self.scorers, self.base_dir = setup.scorers, setup.base_dir
@@ -119,7 +120,8 @@ def to_outcome(bound: BoundReward, result: Any) -> dict[str, Any]:
 
 
 def describe_error(error: BaseException) -> str:
-    """Says which exception was raised and where: "KeyError: 'x' (my_reward.py:12)". For Invalid, only its message."""
+    """Describes an exception and the place where it was raised: "KeyError: 'x' (my_reward.py:12)". For Invalid, returns
+    only the message."""
     if isinstance(error, Invalid):
         return str(error) or "the reward raised Invalid"
     text = traceback.format_exception_only(error)[-1].strip()
@@ -128,8 +130,8 @@ def describe_error(error: BaseException) -> str:
 
 
 def address_space() -> int:
-    """Returns the bytes of this process's address space. Returns 0 on systems without /proc, where memory is not
-    limited."""
+    """Returns the size of this process's address space in bytes. Returns 0 on systems without /proc, because memory is
+    not limited there."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
@@ -172,7 +174,8 @@ def send(connection: Connection, message: dict[str, Any]) -> None:
 
 
 def connect_to_parent() -> Connection:
-    """Connects to the parent. The command line has the connection's file descriptor and the parent's process id."""
+    """Connects to the parent. The command line contains the connection's file descriptor and the parent's process
+    id."""
     die_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     return Connection(int(sys.argv[1]))

@@ -1,7 +1,7 @@
 """Defines the estimators of the advantages and the returns from which PPO learns. An estimator is a pure function of
 tensors.
 
-To add an estimator, such as one without a critic, add a function here.
+To add an estimator, for example an estimator without a critic, add a function here.
 """
 
 from torch import Tensor

@@ -102,7 +102,8 @@ def clipped_policy_loss(
         clip: epsilon, at least 0. The report does not state a value; 0.2 is the value of Open-Reasoner-Zero.
         The other arguments are the same as in policy_gradient_loss.
     Returns:
-        The loss and the sums approx_kl and clip_fraction (the number of tokens whose gradient the clip removes).
+        The loss and the sums approx_kl and clip_fraction (the number of tokens whose gradient is 0 because of the
+        clip).
     Source: Eq. 2 of the STEP3-VL-10B report; Schulman et al. 2017, arXiv:1707.06347. verl's "vanilla" loss has a
     second clip for negative advantages (dual clip), which Eq. 2 does not have.
     """

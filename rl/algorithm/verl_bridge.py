@@ -8,8 +8,8 @@ How verl differs from our gae.py and losses.py (test_verl_bridge.py tests each p
   set c with `clip_ratio_c`.
 - verl's GAE always whitens the advantages, with the sample variance. In verl, advantages are not 0 where the mask is
   False. verl's returns equal ours. verl's advantages equal ours if ours are whitened in the same way.
-- verl's value loss clips the change of the value. With a clip range so large that it has no effect, the loss equals
-  losses.value_loss.
+- verl's value loss clips the change of the value. If the clip range is so large that nothing is clipped, the loss
+  equals losses.value_loss.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ _DEFAULTS: dict[str, Parameters] = {
     "dppo_kl": {"clip_ratio_c": 20.0},
 }
 _REFUSED = {
-    "clip_cov": "its gradient depends on how a minibatch is split: it drops random tokens among those with a high "
+    "clip_cov": "its gradient depends on how a minibatch is split: it drops random tokens from the tokens with a high "
     "covariance within one part of the minibatch",
     "kl_cov": "its gradient depends on how a minibatch is split: it penalises the tokens with the largest covariance "
     "within one part of the minibatch",
@@ -76,7 +76,7 @@ def policy_loss(name: str, parameters: Parameters | None = None) -> "VerlPolicyL
     Raises:
         ValueError: verl has no such loss, the loss does not read a given parameter, a parameter is missing, or the
             loss is refused. A loss is also refused if its gradient depends on how a minibatch is split. This function
-            checks that with a small example, also for losses that users have registered.
+            checks the gradient with a small example, also for losses that users have registered.
     """
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
@@ -231,7 +231,7 @@ def rollout_correction(
     rollout_rs: str | None = None,
     rollout_rs_threshold: float | str | None = None,
 ) -> RolloutCorrection:
-    """Computes verl's importance weights pi_old / pi_rollout and rejection masks.
+    """Computes verl's importance weights (pi_old / pi_rollout) and verl's rejection mask.
 
     Call this function once per minibatch, with the whole minibatch. A weight or rejection depends only on the token or
     response that it applies to.
@@ -243,9 +243,10 @@ def rollout_correction(
         rollout_is: "token" gives one weight per token. "sequence" gives one weight per response: the product of the
             ratios of its tokens.
         rollout_is_threshold: a number is the maximum of the weights (truncated importance sampling). A text "low_high"
-            gives a range, and weights outside of this range become 0 (IcePop). The threshold is read only with
-            rollout_is.
-        rollout_rs: comma-separated criteria to reject tokens (token_k1, ...) or responses (seq_mean_k1, ...).
+            gives a range, and weights outside of this range become 0 (IcePop). The threshold is used only if
+            rollout_is is given.
+        rollout_rs: comma-separated criteria by which tokens (token_k1, ...) or responses (seq_mean_k1, ...) are
+            rejected.
         rollout_rs_threshold: one threshold for all criteria, or comma-separated thresholds, one per criterion. The
             threshold of a k1 criterion is a range of ratios, "low_high".
     Raises:

@@ -47,7 +47,7 @@ class Batch:
     """All valid samples of an iteration. `truncated` is [N]; every other tensor is [N, R]."""
 
     groups: tuple[Group, ...]
-    response_mask: Tensor  # bool; True on response tokens (the policy chose them all), False on padding
+    response_mask: Tensor  # bool; True on response tokens (all sampled by the policy), False on padding
     rollout_logprobs: Tensor  # float32 nats, from the engine; 0 outside the mask
     rewards: Tensor  # float32; the last response token has the whole reward, all other tokens have 0
     truncated: Tensor  # bool; True if the response was cut at the length limit
@@ -56,7 +56,9 @@ class Batch:
         shape = tuple(self.response_mask.shape)
         for name in ("rollout_logprobs", "rewards"):
             if (got := tuple(getattr(self, name).shape)) != shape:
-                raise ValueError(f"Batch.{name} is {got} but response_mask is {shape}; make batches with collate()")
+                raise ValueError(
+                    f"Batch.{name} has shape {got}, but response_mask has {shape}; make batches with collate()"
+                )
 
 
 def collate(scored: Sequence[Scored]) -> Batch:
@@ -99,7 +101,8 @@ def _groups(valid: Sequence[Scored]) -> list[Group]:
 
 
 def minibatches(groups: Sequence[Group], count: int, seed: str) -> list[list[Group]]:
-    """Shuffles the groups with `seed` and distributes them to `count` minibatches with similar numbers of responses.
+    """Shuffles the groups with `seed` and distributes them to minibatches with similar numbers of responses. `count` is
+    the number of minibatches.
 
     Groups are not split, so that each prompt is computed only once. But if there are fewer groups than minibatches, the
     largest groups are split in half. If there are fewer responses than minibatches, fewer minibatches are returned.

@@ -36,9 +36,10 @@ class ValueModel(nn.Module):
 
 
 def initial_head(hidden: int, seed: int) -> Tensor:
-    """Returns small normal weights [1, hidden], so that values start near 0.
+    """Returns small random weights [1, hidden], so that the critic's values are near 0 at the start.
 
-    The standard deviation of the weights is 1 / (hidden + 1), as in the code of Open-Reasoner-Zero.
+    The weights have a normal distribution with mean 0 and standard deviation 1 / (hidden + 1), as in the code of
+    Open-Reasoner-Zero.
     """
     return torch.randn((1, hidden), generator=torch.Generator().manual_seed(seed)) / (hidden + 1)
 

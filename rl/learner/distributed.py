@@ -46,7 +46,7 @@ class Ranks:
                 BACKENDS[device], init_method=f"tcp://{address}", rank=rank, world_size=count, timeout=TIMEOUT
             )
             self.mesh = init_device_mesh(device, (count,))
-            group: Any = dist.new_group(backend="gloo")  # Any: torch's declared type also covers non-member processes
+            group: Any = dist.new_group(backend="gloo")  # Any: torch's type also allows a result that is no group
             self.checkpoint_group = group
 
     @property

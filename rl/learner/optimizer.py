@@ -26,7 +26,7 @@ class Optimizer:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], ppo: PPO, *, lr: float, warmup: int) -> None:
         self.parameters, self.ppo, self.lr, self.warmup = dict(parameters), ppo, lr, warmup
-        self.steps, self.skipped = 0, 0  # steps made; steps skipped since the last step that was made
+        self.steps, self.skipped = 0, 0  # number of steps that were made; number of steps in a row that were skipped
         self.adamw = torch.optim.AdamW(
             self.parameters.values(), lr=lr, betas=ppo.betas, weight_decay=ppo.weight_decay, eps=1e-8, fused=True
         )

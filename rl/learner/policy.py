@@ -75,7 +75,7 @@ class Policy(Sharded):
         self.templates = {name: file.read_text(encoding="utf-8") for name, file in files.items() if file is not None}
 
     def prepare(self, base: Any) -> None:
-        """Splits the decoder over the ranks, and freezes the parts that `options.model.freeze` names."""
+        """Splits the decoder over the ranks, and freezes the parts in `options.model.freeze`."""
         self.model, self.decoder = base, PolicyModel(base.model, base.lm_head)
         self.ranks.shard(self.decoder, base.model.layers, self.dtype)
         frozen = tuple(p for name in self.options.model.freeze for p in base.frozen_prefixes[name])

@@ -46,7 +46,8 @@ class Sharded:
     def of_rank(
         cls, folder: str, options: LearnerOptions, device: str, rank: int, count: int, address: str | None
     ) -> Self:
-        """Returns this process's part of a model that is split over `count` ranks. The ranks connect at `address`."""
+        """Returns this process's part of a model that is split over several ranks. `count` is the number of ranks. The
+        ranks connect at `address`."""
         return cls(folder, options, Ranks(device, rank, count, address, options.learner.threads))
 
     optimizer: Optimizer
@@ -105,8 +106,8 @@ class Sharded:
         return self.optimizer.steps
 
     def written(self) -> bool:
-        """True if everything that `save` writes in the background is on disk. Raises the exception of a write that
-        failed."""
+        """True if everything that `save` writes in the background is on disk. If writing failed, raises the
+        exception."""
         if not all(write.done() for write in self._writing):
             return False
         writing, self._writing = self._writing, []

@@ -131,7 +131,8 @@ class Layout:
 
 
 def sees(group: Tensor, owner: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """True where token `row` sees token `column`. `group` and `owner` are the two tensors of `Layout.owners`.
+    """True where the token with index `row` sees the token with index `column`. `group` and `owner` are the two tensors
+    of `Layout.owners`.
 
     All implementations of attention must agree with this function.
     """
@@ -143,9 +144,10 @@ def batches_of(segments: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]
     """Distributes segments (first token, length) to batches, the longest segments first. Each batch is computed in one
     call.
 
-    Fewer batches need fewer calls, but more padding, because all segments of a batch are padded to the length of its
-    longest segment. If the longest segment of a batch has at most SMALL tokens, the batch takes all shorter segments.
-    Otherwise, it takes only segments with at least ALIKE times as many tokens as the longest segment.
+    With fewer batches, fewer calls are needed. But all segments of a batch are padded to the length of its longest
+    segment, so fewer batches also mean more padding. If the longest segment of a batch has at most SMALL tokens, the
+    batch takes all shorter segments. Otherwise, it takes only segments with at least ALIKE times as many tokens as the
+    longest segment.
     """
     batches: list[list[tuple[int, int]]] = []
     for segment in sorted(segments, key=lambda s: (-s[1], s[0])):

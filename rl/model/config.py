@@ -183,7 +183,7 @@ def positions(config: PretrainedConfig) -> int:
 
 
 def overrides(config: PretrainedConfig) -> dict[str, Any]:
-    """Returns the options of a config that concern positions, in the format of vLLM's --hf-overrides."""
+    """Returns the config's options for positions, in the format of vLLM's --hf-overrides."""
     text = getattr(config, "text_config", None)
     names = ("rope_parameters", "max_position_embeddings")
     values = {name: getattr(text or config, name) for name in names}

@@ -14,8 +14,8 @@ Size = tuple[int, int]  # (width, height) in pixels
 
 @dataclass(frozen=True)
 class CropGrid:
-    """A grid of square windows over a picture that is resized to `size`. The side of a window is `window` pixels. If
-    `window` is 0, there are no windows."""
+    """A grid of square windows over a picture that is resized to `size`. `window` is the side of a window in pixels.
+    If it is 0, there are no windows."""
 
     size: Size
     window: int

@@ -22,7 +22,7 @@ def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: f
         hidden: [n, hidden], the hidden states that predict the targets.
         head: [vocabulary, hidden], the output matrix.
         targets: [n] int64.
-        temperature: the logits are divided by it, as in the engine's sampling.
+        temperature: the logits are divided by this number, as in the engine's sampling.
     Returns: logprobs [n], entropies [n]; float32.
     """
     device = hidden.device.type
@@ -48,7 +48,10 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        """d logprob / d logit_j = [j = target] - p_j;  d entropy / d logit_j = -p_j (log p_j + entropy)."""
+        """Uses d logprob / d logit_j = [j = target] - p_j and d entropy / d logit_j = -p_j (log p_j + entropy).
+
+        [j = target] is 1 if j is the target token, and 0 otherwise. p_j is the probability of token j.
+        """
         for_logprobs, for_entropies = grad_outputs
         hidden, head, targets, norms, entropies = ctx.saved_tensors
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)

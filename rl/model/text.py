@@ -14,7 +14,8 @@ FAMILIES = ("qwen3", "qwen2", "llama")
 
 
 class TextModel(Architecture):
-    """A decoder trunk and its head. The tensors have the same names on disk as those of `AutoModelForCausalLM`."""
+    """A decoder trunk and its head. On disk, the tensors have the same names as the tensors of
+    `AutoModelForCausalLM`."""
 
     frozen_prefixes: ClassVar[dict[str, tuple[str, ...]]] = {"encoder": (), "projector": ()}
 

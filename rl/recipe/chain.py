@@ -9,9 +9,9 @@ A recipe with the option `chain` runs several steps, one after the other, as one
     seed: 1                        # for all steps
     pacore: {iterations: 100}      # for one stage
 
-A step has these layers: the step's own recipe < the chain's recipe < profile < key=value; later layers win. A layer can
-have sections with options that apply to one stage only. Each stage starts from the policy of the previous stage. A
-stage also starts from the critic of the previous stage, unless the option model.critic is set.
+A step has these layers: the step's own recipe < the chain's recipe < profile < key=value. Later layers override earlier
+layers. A layer can have sections with options that apply to one stage only. Each stage starts from the policy of the
+previous stage. A stage also starts from the critic of the previous stage, unless the option model.critic is set.
 """
 
 from collections.abc import Sequence
@@ -220,8 +220,8 @@ def _sections(entry: _Entry, written: Layers) -> list[Layer]:
 
 
 def _sets_critic(entry: _Entry, written: Layers) -> bool:
-    """True if a layer sets the critic that this stage starts from. A critic can also be set for the whole chain: a path
-    then applies to the first stage only, but null applies to all stages."""
+    """True if a layer sets the critic that this stage starts from. A layer can also set model.critic for the whole
+    chain. A path then applies to the first stage only, but null applies to all stages."""
     own = [part for layer in entry.layers for part in layer.for_stage(entry.stage)] + _sections(entry, written)
     return any("model.critic" in layer.flat for layer in own) or any(
         layer.flat.get("model.critic", "") is None for layer in written.ordered

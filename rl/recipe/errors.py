@@ -1,7 +1,7 @@
-"""Makes error messages about recipes: about unknown option names, and about values that are not allowed.
+"""Makes the error messages for unknown option names in recipes, and for values that are not allowed.
 
-Every message names the file, the option, the value and the allowed values. This module looks up options in rl.config.
-rl.recipe.layers handles the files.
+Every message contains the file, the option, the value and the allowed values. This module looks up options in
+rl.config. rl.recipe.layers handles the files.
 
 Tested in tests/rl/recipe/test_resolve.py.
 """

@@ -63,10 +63,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Layers:
-    """All layers of a run. Values of later layers win."""
+    """All layers of a run. Later layers override earlier layers."""
 
     ordered: tuple[Layer, ...]
-    main: str  # error messages name this file for values that no layer sets
+    main: str  # the file that error messages show for values that no layer sets
 
     def origin(self, key: str) -> Layer | None:
         """Returns the last layer that sets exactly this key. If there is no such layer, returns the last layer that
@@ -110,8 +110,8 @@ class Layers:
 
 
 def written_layers(recipe: Path | None, profile: str | None, overrides: Sequence[str]) -> Layers:
-    """Reads the recipe with its base recipes, the profile and the command line. Raises RecipeError for unknown
-    names."""
+    """Reads the recipe with its base recipes, the profile and the command line. Raises RecipeError if a file cannot be
+    read, or if an option name is unknown."""
     files = read(recipe) if recipe else []
     main = files[-1].where if files else COMMAND_LINE
     if profile:
@@ -178,7 +178,8 @@ def _parse(file: Path, where: str) -> DictConfig:
 
 
 def find_recipe(written: str, where: str = "", folder: Path | None = None) -> Path:
-    """Returns the file of a recipe that a command line or another recipe names. The first rule that applies decides:
+    """Returns the file of a recipe. A command line or another recipe refers to it by the text `written`. The first rule
+    that applies decides:
 
     1. A shipped recipe's name without folder and suffix (`rlvr`) means the shipped recipe, even if there is a file
        `rlvr`. `./rlvr` means the file with that name.
@@ -189,10 +190,11 @@ def find_recipe(written: str, where: str = "", folder: Path | None = None) -> Pa
     Args:
         written: a name or a path.
         where: prefix of the error message.
-        folder: the folder of the file that names the recipe. Relative paths start there. None for a command line.
+        folder: the folder of the recipe that contains the text `written`. Relative paths start there. None: the text is
+            from a command line.
     Raises:
-        RecipeError: if there is no such recipe. The message has the names of all shipped recipes and the most similar
-            name.
+        RecipeError: if there is no such recipe. The message contains the names of all shipped recipes and, if there
+            is one, a similar name.
     """
     shipped = shipped_recipes()
     if written in shipped:
@@ -268,7 +270,8 @@ def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shown(file: Path) -> str:
-    """Returns the path for messages. It is relative if the file is inside the working directory, otherwise absolute."""
+    """Returns the path of a file for messages. The path is relative if the file is inside the working directory, and
+    absolute otherwise."""
     path = Path(os.path.abspath(file))
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 

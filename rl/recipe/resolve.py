@@ -1,9 +1,9 @@
 """Makes one checked Config from the recipe, the profile and the command line, and records the source of each value.
 
-Later layers win: stage defaults < `base:` recipe < recipe < profile < key=value. OmegaConf reads and merges the layers,
-and the classes of rl.config check the result. A relative path starts at the folder of the file that contains it; in
-key=value, it starts at the working directory. All paths become absolute, so that a saved recipe does not depend on the
-working directory.
+Later layers override earlier layers: stage defaults < `base:` recipe < recipe < profile < key=value. OmegaConf
+reads and merges the layers, and the classes of rl.config check the result. A relative path starts at the folder of the
+file that contains the path; in key=value, it starts at the working directory. All paths become absolute, so that a
+saved recipe does not depend on the working directory.
 """
 
 import json
@@ -106,7 +106,7 @@ def load(
 
 
 def resolve(written: Layers, stage: str, profile: str | None) -> Resolved:
-    """Returns the config of a stage from the layers of a run. Raises RecipeError, like `load`."""
+    """Returns the config of a stage from the layers of a run. Raises RecipeError in the same cases as `load`."""
     ordered = [part for layer in written.ordered for part in layer.for_stage(stage)]
     layers = Layers((_stage_layer(stage), *ordered), written.main)
     merged = layers.merged()
@@ -140,11 +140,11 @@ def differences(saved: Config, new: Config) -> list[Change]:
 
 
 def stage_of(layers: Layers, required: str | None = None) -> str:
-    """Returns the stage that the layers name, or `required` if they name no stage.
+    """Returns the stage that the layers set, or `required` if no layer sets a stage.
 
     Args:
-        required: the stage that --stage names; None without --stage.
-    Raises: MissingOption if the layers name no stage and `required` is None. RecipeError if the stage is unknown, or if
+        required: the value of --stage; None without --stage.
+    Raises: MissingOption if no layer sets a stage and `required` is None. RecipeError if the stage is unknown, or if
         it is not the required stage.
     """
     naming = [layer for layer in layers.ordered if "stage" in layer.values]
@@ -268,7 +268,7 @@ def _is_path(text: str, folder: Path) -> bool:
 def _validated(values: dict[str, Any], layers: Layers) -> Config:
     """Converts the values to JSON and checks them. In strict mode, pydantic accepts a JSON list as a tuple and a JSON
     string as a path, but it does not accept a string as a number."""
-    sections = {"model": {}, "data": {}}  # so that errors name the missing option of a section
+    sections = {"model": {}, "data": {}}  # so that errors show which option of a section is missing
     try:
         config = Config.model_validate_json(json.dumps(sections | values, default=str))
     except ValidationError as error:

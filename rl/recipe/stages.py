@@ -1,6 +1,6 @@
 """Gives recipes access to the registered stages: their names, default values and rules.
 
-The stages themselves are in stages/, which the package rl may not import. Installed packages register their stages in
+The stages themselves are in stages/, which the package rl must not import. Installed packages register their stages in
 the entry point group `rl.stages`. Each entry point refers to a mapping from stage names to classes. The classes have
 the methods and attributes of stages.base.Stage.
 """

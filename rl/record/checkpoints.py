@@ -71,7 +71,7 @@ class Checkpoints:
             check_room(self.folder, self.expected, what)
         except NoRoom as problem:
             raise Stop(
-                f"{problem}. Lower checkpoint.keep, free disk space, and continue with --resume.", saves=False
+                f"{problem}. Reduce checkpoint.keep, make room on the disk, and continue with --resume.", saves=False
             ) from None
         final = self.folder / f"{iteration:06d}"
         with writing(what):

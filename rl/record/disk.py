@@ -41,7 +41,7 @@ def writing(what: object) -> Generator[None, None, None]:
 def not_written(what: object, error: Exception) -> Stop:
     """Returns a Stop which says that `what` could not be written. The caller must raise this Stop."""
     return Stop(
-        f"{what} could not be written: {error}. Free disk space or repair the folder, and {GO_ON}.", saves=False
+        f"{what} could not be written: {error}. Make room on the disk or repair the folder, and {GO_ON}.", saves=False
     )
 
 

@@ -37,7 +37,7 @@ _TEXT = ("stage",)
 
 
 def describe(name: str) -> Metric:
-    """Returns the entry for a name such as `reward/counting`. Raises ValueError if there is no entry."""
+    """Returns the entry for a metric name such as `reward/counting`. Raises ValueError if there is no entry."""
     fitting = [metric for metric in METRICS if _fits(name.split("/"), metric.name.split("/"))]
     if name in _BY_NAME or fitting:
         return _BY_NAME.get(name) or fitting[0]

@@ -1,5 +1,5 @@
-"""Reads and writes the folder of a run, which holds recipe, metrics and samples. Incomplete lines and files that a
-crash left behind are ignored.
+"""Reads and writes the folder of a run, which contains recipe, metrics and samples. After a crash, the folder may have
+an incomplete line or file, which is ignored.
 
 RUN_DIR contains recipe.yaml, metrics.jsonl, rollouts/000001.jsonl.gz, checkpoints/ and policy/. This module does not
 import torch. If a file cannot be written because the disk is full or read-only, the functions raise a Stop that names
@@ -93,7 +93,8 @@ class RunFolder:
         self._last = iteration
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Returns the lines of all iterations. An incomplete last line, left by a crash, is skipped."""
+        """Returns the lines of all iterations. After a crash, the last line may be incomplete; it is then
+        skipped."""
         if not self.metrics.exists():
             return []
         whole, _, _cut = self.metrics.read_bytes().rpartition(b"\n")
@@ -136,7 +137,7 @@ def make_run_folder(path: Path) -> None:
     """Makes an empty folder for a run.
 
     Raises ValueError if `path` is a file, or a folder that is not empty. Empty folders and `.partial` files inside are
-    allowed: a run that was killed before it wrote its recipe leaves them behind.
+    allowed, because a run may have made them before it was killed.
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give a new folder as --output")
@@ -192,7 +193,7 @@ def _chosen(scored: Sequence[Scored], save: Save) -> Sequence[Scored]:
 
 def image_part(picture: Picture) -> dict[str, Any]:
     """Returns the part of a chat message that stands for a picture. It contains the path of the picture, or the digest
-    if the picture came as bytes."""
+    if the picture is stored as bytes."""
     if isinstance(picture.source, bytes):
         return {"type": "image", "digest": picture.digest}
     return {"type": "image", "image": str(picture.source)}

@@ -13,7 +13,7 @@ Span = tuple[str, float, float]  # name, start and end in seconds since 1970
 
 
 class SpanSource(Protocol):
-    """A process that records what it does as spans. `spans()` returns a future of the spans that were recorded since
+    """A process that records its work as spans. `spans()` returns a future of the spans that were recorded since
     the previous call."""
 
     def spans(self) -> Any: ...
@@ -24,7 +24,7 @@ class Timeline:
 
     Args:
         path: the file; events are appended if it exists.
-        sources: the processes, by their names in the timeline.
+        sources: name of a process in the timeline -> the process.
     """
 
     def __init__(self, path: Path, sources: Mapping[str, SpanSource]) -> None:

@@ -23,8 +23,8 @@ class Tracker(Protocol):
 class TensorBoard:
     """Writes event files to RUN_DIR/tracking/tensorboard.
 
-    A resumed run may log `first_step` and later steps a second time. TensorBoard then hides the older values of these
-    steps.
+    A resumed run may log steps a second time, from step `first_step` on. TensorBoard then hides the older values of
+    these steps.
     """
 
     def __init__(self, folder: Path, recipe: Mapping[str, Any], first_step: int) -> None:

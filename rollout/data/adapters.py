@@ -39,8 +39,8 @@ def open_reasoner_zero(row: Row) -> dict[str, Any]:
 def perception_r1_grounding(row: Row) -> dict[str, Any]:
     """Converts a row of PR1-Datasets-Grounding.
 
-    A row has `image`, `problem` (a phrase that names the object) and `solution` (the object's box as text or list: x1,
-    y1, x2, y2 in thousandths). The wording of the question is ours.
+    A row has `image`, `problem` (a phrase that names the object) and `solution` (the object's box: x1, y1, x2, y2 in
+    thousandths of the picture's width and height, as text or as a list). The wording of the question is ours.
     """
     question = f"Where is this in the picture: {row['problem']}? Answer with its bounding box as [x1, y1, x2, y2]"
     return {

@@ -37,7 +37,7 @@ def parse_chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[Me
     if not isinstance(column, list):
         raise InvalidRow(f"images must be a list, but is {describe(column)}")
     messages = row.get("messages")
-    if isinstance(messages, str) and messages.strip():  # a question; without marks, its pictures come first
+    if isinstance(messages, str) and messages.strip():  # a question; if it has no marks, its pictures come first
         marks = MARK * len(column) if MARK not in messages else ""
         messages = [{"role": "user", "content": marks + messages}]
     if not isinstance(messages, list) or not messages:

@@ -14,7 +14,7 @@ class Benchmarks:
 
     Args:
         rows: the rows of the benchmarks.
-        length: a training row overlaps a benchmark if both contain the same sequence of this many words. Whole
+        length: the number of words in a sequence. A training row overlaps a benchmark if they share a sequence. Whole
             questions are also compared, so a shorter question can overlap too. The STEP3-VL-10B report says 64-grams,
             but does not give their units. The units of this class (words and signs, in lower case) are our choice.
     """

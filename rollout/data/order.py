@@ -1,5 +1,5 @@
-"""Defines the order in which a run draws its prompts. The order depends only on the seed and a position, so an
-interrupted run can continue in the same order."""
+"""Defines the order in which a run draws its prompts. The next prompts depend only on the seed and on the number of
+prompts drawn so far, so an interrupted run can continue in the same order."""
 
 import hashlib
 from collections.abc import Sequence
@@ -50,10 +50,10 @@ class PromptOrder:
 class MixedOrder:
     """Mixes the prompts of several orders by weight.
 
-    The share of an order is its weight divided by the sum of all weights. Of the first n prompts, an order should
-    provide its share times n. The next prompt always comes from the order whose number of prompts is furthest below
-    this value. So in every part of the run, the number of prompts from each order is in proportion to the order's
-    weight. The only state is the position, as in PromptOrder.
+    The share of an order is its weight divided by the sum of all weights. Among the first n prompts, the target number
+    for an order is n times its share. The next prompt always comes from the order whose number of prompts is furthest
+    below its target number. So in every part of the run, the number of prompts from each order is in proportion to the
+    order's weight. The only state is the position, as in PromptOrder.
 
     Args:
         weights: one positive number per order.

@@ -1,4 +1,4 @@
-"""Reads data files, checks every row and converts the rows to Prompts. This needs no model and no tokenizer.
+"""Reads data files, checks every row and converts the rows to Prompts. No model and no tokenizer is needed.
 
 A row is `{"id", "task", "messages", "ground_truth" or "reference", "meta", "images"}`. PaCoRe rows also have
 `{"messages_pool", "pool_accuracy", "pool_accepted"}`. All rows are checked before a run starts any other work, and all
@@ -238,13 +238,13 @@ def _rename_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> di
     renamed = {ours: _look_up(values, theirs) for ours, theirs in columns.items()}
     absent = [columns[ours] for ours, value in renamed.items() if value is _ABSENT]
     if absent:
-        raise InvalidRow(f"data.columns names {absent[0]!r}, but the row only has {', '.join(values)}")
+        raise InvalidRow(f"data.columns refers to {absent[0]!r}, but the row only has {', '.join(values)}")
     renamed |= {ours: values.get(ours) for ours in COLUMNS if ours not in columns}
     row = {ours: value for ours, value in renamed.items() if value is not None}
     read = {ours for ours in COLUMNS if ours not in columns} | {theirs.partition(".")[0] for theirs in columns.values()}
     for name in [n for n, value in values.items() if n not in read | set(columns.values()) and value is not None]:
         near = difflib.get_close_matches(name, set(COLUMNS) - set(row), n=1, cutoff=0.85)
-        if near:  # an error: if a column `image` were ignored, the run would train on text without pictures
+        if near:  # an error, because if a column `image` were ignored, the run would use no pictures
             raise InvalidRow(f"column {name!r} is not read; did you mean {near[0]!r}? (data.columns can rename it)")
     return row
 

@@ -30,11 +30,11 @@ sampled."""
 
 
 class EndpointUnreachable(RuntimeError):
-    """The error if an endpoint does not answer after all retries, or if it returns a wrong number of replies."""
+    """Raised if an endpoint does not answer, even after all retries, or if it returns a wrong number of replies."""
 
 
 class RequestRefused(RuntimeError):
-    """The error if an endpoint answers a request with an error status. `body` is the text of the answer."""
+    """Raised if an endpoint answers a request with an error status. `body` is the text of the answer."""
 
     def __init__(self, url: str, status: int, body: str) -> None:
         super().__init__(f"{url} answers {status}: {body[:500]}")
@@ -53,7 +53,7 @@ class PrioritySemaphore:
     @asynccontextmanager
     async def acquire(self, urgency: int, count: int = 1) -> AsyncIterator[None]:
         """A context manager that waits until enough slots are free, and then occupies one slot for each of the `count`
-        replies. If the semaphore has fewer slots in total, it occupies all slots."""
+        replies. If the semaphore has fewer than `count` slots in total, all slots are occupied."""
         count = min(count, self._total)
         turn = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (-urgency, next(self._numbers), count, turn))
@@ -90,7 +90,7 @@ class EndpointClient:
         concurrency: maximum number of replies that are requested at the same time.
         retries: number of retries after status 429, 5xx or a broken connection.
         fields: fields that are added to every request: temperature, max_tokens, ...
-        key_env: environment variable that contains the endpoint's key, if the endpoint needs a key.
+        key_env: name of the environment variable that contains the endpoint's key, if the endpoint needs a key.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class EndpointClient:
         count_fields = {"n": count, "return_token_ids": True} if count > 1 else {}
         replies = parse_replies(await self.complete({**body, **count_fields}, urgency))
         if len(replies) != count:
-            raise EndpointUnreachable(f"{self.url} returned {len(replies)} replies for n = {count}; is this vLLM?")
+            raise EndpointUnreachable(f"{self.url} returned {len(replies)} replies for n = {count}; is it vLLM?")
         return replies
 
     async def complete(self, body: Mapping[str, Any], urgency: int = 0) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Makes the prompts of PaCoRe's synthesis. A prompt contains a problem and messages: the final answers of earlier
+"""Makes the prompts for PaCoRe's synthesis. A prompt contains a problem and messages: the final answers of earlier
 attempts.
 
 The prompts have the parts described in the PaCoRe paper (arXiv 2601.05593): an instruction, the problem, the numbered
-messages, a closing request. The default wording is ours. If a policy was trained with another template, its model
+messages, and a closing request. The default wording is ours. If a policy was trained with another template, its model
 folder contains that template.
 """
 

@@ -1,9 +1,9 @@
 """Inference with SeRe (one trajectory) or PaCoRe (many trajectories in parallel, then a synthesis of their answers).
 
-In PaCoRe (arXiv 2601.05593), every round samples several trajectories. Only the final answers of these trajectories are
-put into the prompts of the next round, as messages (compaction). The last round is one trajectory, the synthesis. A
-plan gives the number of trajectories of each round before the synthesis. The plan in the STEP3-VL-10B report is
-`(16,)`: 16 trajectories, then the synthesis. The plan `()` is SeRe.
+In PaCoRe (arXiv 2601.05593), every round except the last one samples several trajectories. Only the final answers of
+these trajectories are put into the prompts of the next round, as messages (compaction). The last round is one
+trajectory, the synthesis. A plan gives the number of trajectories of each round before the synthesis. The plan in the
+STEP3-VL-10B report is `(16,)`: 16 trajectories, then the synthesis. The plan `()` is SeRe.
 """
 
 import asyncio
@@ -113,7 +113,7 @@ async def run_rounds(
         answers: the number of replies in the last round. An evaluation may use several replies. 0 means that there is
             no last round.
         first_rounds: rounds from an earlier run. They are used in place of the rounds of `plan`.
-    Raises: PromptTooLong if the problem alone leaves no room for a response.
+    Raises: PromptTooLong if the problem leaves no room for a response, even without messages.
     """
     rounds = tuple(first_rounds) or await sample_trajectories(chat, plan, sample, synthesis, seed)
     if not answers:
@@ -151,8 +151,8 @@ async def _round(
 
 
 async def fit_messages(messages: int, attempt: Callable[[int], Awaitable[Result]]) -> tuple[Result, int]:
-    """Calls `attempt` with the number of messages that the prompt should contain: in the first call, the number of all
-    messages. While `attempt` raises PromptTooLong, it is called again with a smaller number.
+    """Calls `attempt` with the number of messages that the prompt should contain. In the first call, this number is
+    `messages`. After each PromptTooLong, `attempt` is called again with a smaller number.
 
     Returns the result of `attempt`, and the number of messages in the prompt that was short enough. Raises
     PromptTooLong if the prompt is too long even without messages.

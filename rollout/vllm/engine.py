@@ -31,7 +31,7 @@ PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "step3_vl_rl"
 MAX_SEQUENCES, STEP_TOKENS = 256, 65_536  # on CPU: maximum number of sequences at a time, and of tokens in one step
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-MIN_TEMPERATURE = 0.01  # vLLM raises lower temperatures to this value, except 0
+MIN_TEMPERATURE = 0.01  # vLLM replaces lower temperatures, except 0, with this value
 HEARTBEAT_S = 2.0  # maximum seconds between two yields of `stream` (more if one engine step takes longer)
 CAN_CHANGE_LATE = {"HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "VLLM_CPU_KVCACHE_SPACE"}
 """Environment variables that may still be changed after the import of vLLM."""
@@ -122,11 +122,11 @@ class Engine:
     def stream(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Completion]]]:
         """Samples one response per request.
 
-        Yields: lists of (index of the request, response) with the responses that an engine step finished. As long as no
-            response is finished, an empty list is yielded every few seconds, to show that the engine is alive. A
-            response has the prompt ids with all image tokens of each picture. Its response ids include the stop token
-            if it was sampled. The logprobs are in nats, under the distribution that the tokens were sampled from. At
-            temperature 0, the logprobs are under the model's own distribution.
+        Yields: lists of (index of the request, response). A list has the responses that one engine step finished. As
+            long as no response is finished, an empty list is yielded every few seconds, to show that the engine is
+            alive. A response has the prompt ids with all image tokens of each picture. Its response ids include the
+            stop token if this token was sampled. The logprobs are in nats, under the distribution that the tokens were
+            sampled from. At temperature 0, the logprobs are under the model's own distribution.
         Raises: ValueError, with index and reason, for a request that cannot be served; RuntimeError if vLLM aborts a
             request, or if an earlier `load` failed.
         """
@@ -200,7 +200,7 @@ class Engine:
             del self._llm
 
     def _run(self, prompts: list[Any], params: "list[SamplingParams]") -> "Iterator[list[tuple[int, RequestOutput]]]":
-        """Yields lists of (index of the prompt, output) with the outputs that an engine step finished."""
+        """Yields lists of (index of the prompt, output). A list has the outputs that one engine step finished."""
         from vllm.exceptions import VLLMClientError
 
         self._reset_caches()

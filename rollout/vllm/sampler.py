@@ -1,8 +1,8 @@
 """A faster sampler for vLLM requests that have a seed. It draws one random number per sampled token.
 
 For each token, vLLM's own sampler draws one random number for every entry of the vocabulary, with one call per request.
-On a CPU this takes more than a third of an engine's time. Our sampler draws one uniform number for each token, and
-inverts the cumulative distribution at this number. The tokens have the same distribution as with vLLM's sampler.
+On a CPU, these draws take more than a third of an engine's time. Our sampler draws one uniform number for each token,
+and inverts the cumulative distribution at this number. The tokens have the same distribution as with vLLM's sampler.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ METHODS = ("forward_cpu", "forward_native")  # the first is used on CPUs, the se
 
 
 def inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """Returns [n] int64: for each row, the first token whose cumulative probability exceeds the uniform number.
+    """Returns [n] int64: for each row of `logprobs`, the first token whose cumulative probability exceeds `uniform`.
 
     Args:
         logprobs: [n, vocabulary] nats; -inf for tokens that must not be sampled.

@@ -46,7 +46,7 @@ class ScaledPatcher(ImagePatcher):
         self.crop_size = crop_size
 
     def determine_window_size(self, long: int, short: int) -> int:
-        """Returns the side length of a crop in pixels, for a picture with these sides. 0 means no crops."""
+        """Returns a crop's side length for a picture with the sides `long` and `short`, in pixels. 0 means no crops."""
         if long < self.global_size:
             return short if long / short > 1.5 else 0
         return min(short, self.crop_size) if long / short > 4 else self.crop_size
@@ -90,7 +90,7 @@ class ScaledProcessingInfo(Step3VLProcessingInfo):
         return Step3VLProcessor(tokenizer=self.get_tokenizer(), image_processor=self.get_image_processor(**kwargs))
 
     def get_image_size_with_most_features(self) -> ImageSize:
-        """Returns the size of the square picture with the most crops, like vLLM's own class."""
+        """Returns the size of the largest square picture, which has the most crops. vLLM's own class does the same."""
         side = largest_side(self.ctx.get_hf_config(StepVLConfig).global_size)
         return ImageSize(side, side)
 

@@ -22,7 +22,7 @@ class Sender(Protocol):
     """The part of a backend that sends weights."""
 
     def init_info(self) -> dict[str, Any]:
-        """Returns the fields of Receiver.init_info_cls, which each worker needs to connect to this sender."""
+        """Returns the fields of Receiver.init_info_cls. Each worker needs these fields to connect to this sender."""
         ...
 
     def send(self, weights: "Mapping[str, np.ndarray | Tensor]", update: Callable[[dict[str, Any]], None]) -> None:

@@ -155,7 +155,7 @@ def _layout(weights: Mapping[str, Weight]) -> tuple[list[dict[str, Any]], int]:
     """Returns the entries of `HostUpdateInfo.tensors`, and the total number of bytes of the tensors."""
     slots, offset = [], 0
     for name, weight in weights.items():
-        dtype = str(weight.dtype).removeprefix("torch.")  # numpy's type names are the same
+        dtype = str(weight.dtype).removeprefix("torch.")  # without this prefix, torch's names are the same as numpy's
         slots.append({"name": name, "dtype": dtype, "shape": list(weight.shape), "offset": offset})
         offset += _aligned(weight.nbytes)
     return slots, offset
@@ -164,7 +164,7 @@ def _layout(weights: Mapping[str, Weight]) -> tuple[list[dict[str, Any]], int]:
 def _write(segment: SharedMemory, slot: Mapping[str, Any], weight: Weight) -> None:
     if isinstance(weight, Tensor):
         _view(segment, slot).copy_(weight.detach())
-    else:  # numpy copies, because torch warns about read-only arrays, such as arrays from Ray
+    else:  # numpy makes the copy, because torch warns about read-only arrays, such as arrays from Ray
         np.copyto(np.ndarray(weight.shape, weight.dtype, segment.buf, slot["offset"]), weight)
 
 

@@ -118,7 +118,7 @@ class CurationFolder:
         write_file(self.rows(block), _lines(rows))
 
     def _picture_part(self, picture: Picture) -> dict[str, Any]:
-        """Returns the part of a chat message that refers to the picture by a path relative to the rows file.
+        """Returns the part of a chat message for a picture. The part contains the picture's path, relative to rows/.
 
         If the picture is given as bytes, these bytes are first written to a file.
         """

@@ -128,7 +128,7 @@ class Scores(Generic[Item, AnyScore]):
         self._waiting: dict[tuple[str, int], Future[AnyScore]] = {}
 
     def submit(self, group: Sequence[tuple[int, Item]]) -> Sequence[Future[AnyScore]]:
-        """Starts to score the items of a group of (number, item) pairs. Returns one future per item."""
+        """Starts to score the items in `group`, a list of (number, item) pairs. Returns one future per item."""
         raise NotImplementedError
 
     def restore(self, item: Item, record: Record) -> AnyScore:

@@ -134,7 +134,7 @@ def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
 
     Args:
         prompts: rows with pictures.
-    Raises: InputError if `prompts` is empty, or if one of the rows has no such other row.
+    Raises: InputError if `prompts` is empty, or if there is no such other row for one of the rows.
     """
     if not prompts:
         raise InputError("--blind: no row has a picture")
@@ -187,8 +187,8 @@ def score_results(
     results: Mapping[str, PacoreResult],
     settings: Settings,
 ) -> list[EvaluatedRow]:
-    """Scores every reply. A row is left out if none of its attempts or, with PaCoRe, none of its syntheses has a valid
-    score. Raises Stop if too many scores are invalid, or if no row remains.
+    """Scores every reply. A row is left out if none of its attempts has a valid score. With PaCoRe, a row is also left
+    out if none of its syntheses has a valid score. Raises Stop if too many scores are invalid, or if no row remains.
 
     Args:
         results: row id -> the model's answers.

@@ -84,7 +84,8 @@ class ResultRow:
 
 
 def result_rows(rows: Sequence[EvaluatedRow], config: Config, modes: Sequence[str]) -> list[ResultRow]:
-    """Returns the table of results: first the lines of each task, then (if there are several tasks) of all tasks."""
+    """Returns the table of results: first the lines of each task, then, if there are several tasks, the lines for all
+    tasks together."""
     tasks = sorted({row.prompt.task for row in rows})
     table = []
     for task in (*tasks, *([ALL] if len(tasks) > 1 else [])):

@@ -63,7 +63,7 @@ def test_a_benchmark_without_a_docstring_or_with_the_name_of_another_is_refused(
         benchmark("test/silent")(lambda: Result(1.0, 1.0, 1.0))
 
     def again() -> Result:
-        """A benchmark with the name of a benchmark in another file."""
+        """A benchmark with the same name as a benchmark in another file."""
         return Result(1.0, 1.0, 1.0)
 
     with pytest.raises(ValueError, match="two benchmarks are called 'rewards/hung'"):

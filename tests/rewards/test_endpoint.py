@@ -270,7 +270,7 @@ def test_the_client_library_is_imported_only_when_an_endpoint_is_created() -> No
 
 
 async def limited(seconds: float, awaitable: Any) -> float:
-    """Awaits `awaitable` with a time limit, as the async worker does. Returns the seconds that the limit counted."""
+    """Awaits `awaitable` with a time limit, as the async worker does. Returns the seconds that count towards it."""
     running = SampleClock()
     clock.set(running)
     await running.limit(seconds, awaitable)

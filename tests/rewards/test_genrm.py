@@ -13,8 +13,8 @@ pytestmark = pytest.mark.usefixtures("hurried")
 
 
 def grades(answer: float, reference: float, first_place: float = 0.0) -> Script:
-    """Returns the script of a judge that gives these grades. The response that is shown first gets `first_place` more
-    points."""
+    """Returns the script of a judge that gives these grades to the answer and the reference. The script adds
+    `first_place` to the grade of the response that is shown first."""
 
     def script(request: dict[str, Any]) -> dict[str, Any]:
         shown = blocks(text_of(request))
@@ -63,8 +63,8 @@ def test_both_orders_are_asked_and_a_preference_for_the_first_place_cancels_out(
 
 
 def test_an_answer_longer_than_the_reference_loses_grades_only_with_length_control() -> None:
-    # The reference has 20 characters. An answer of 40 characters is one doubling of this length, and an answer of 80
-    # characters is two doublings.
+    # The reference has 20 characters. An answer of 40 characters has twice this length (one doubling), and an answer of
+    # 80 characters has four times this length (two doublings).
     def value(answer: str, **params: Any) -> float:
         def script(request: dict[str, Any]) -> dict[str, Any]:
             return {"reasoning": "", "grade_a": 6, "grade_b": 6}

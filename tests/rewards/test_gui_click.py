@@ -1,4 +1,4 @@
-"""Tests the reward `gui_click`: clicks that hit, nearly hit or miss the target, and answers that the task is done."""
+"""Tests the reward `gui_click`: clicks that hit, nearly hit or miss, and answers that declare the task done."""
 
 from typing import Any
 

@@ -61,7 +61,7 @@ def test_different_responses_have_different_marks() -> None:
     with judging([RIGHT]) as server:
         score("verifier", rollout("42"), rollout("42 "), rollout("43"))
     marks = {re.findall(r"⟦answer ([0-9a-f]{16})⟧", prompt)[0] for prompt in server.prompts}
-    assert len(marks) == 2  # "42 " is stripped to "42", so both have the same mark
+    assert len(marks) == 2  # "42 " is stripped to "42", so "42" and "42 " have the same mark
 
 
 @pytest.mark.parametrize("text", ["42" + "\0\ud800\udfff\x1b", "\ud83d 42", "\x00" * MEGABYTE + "42"])
@@ -119,7 +119,7 @@ def test_a_response_that_keeps_the_judge_from_a_verdict_scores_lowest(reply: Any
 
 @pytest.mark.parametrize("reply", NO_VERDICT[:-1], ids=IDS[:-1])
 def test_a_judge_that_fails_on_a_harmless_answer_too_makes_the_sample_invalid(reply: Any) -> None:
-    with pytest.raises(Invalid, match="endpoint judge: no verdict on row row-1, whatever the response"):
+    with pytest.raises(Invalid, match="endpoint judge: no verdict on row row-1, even for a harmless response"):
         score_with_failing_judge(lambda prompt: True, reply)
 
 

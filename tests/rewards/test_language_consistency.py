@@ -48,7 +48,7 @@ SAME = {
 }  # the same text in nineteen languages
 CHINESE, GERMAN, ENGLISH = SAME["zh"], SAME["de"], SAME["en"]
 
-# Solutions as models write them. None of them mixes languages.
+# Solutions in the style of models. None of these solutions mixes languages.
 SOLUTIONS = [
     r"We have $x^2 - 5x + 6 = (x-2)(x-3)$, so the roots are $2$ and $3$. \boxed{5}",
     r"The slope is $\frac{7-1}{4-2} = 3$. Thus the line is $y = 3x - 5$.",
@@ -231,7 +231,7 @@ def test_delimiters_that_never_close_hide_no_text(penalty: BoundReward, opening:
 def test_the_details_say_that_an_answer_is_only_code_or_quotations(penalty: BoundReward) -> None:
     score = judged(penalty, f"```\n{CHINESE * 8}\n```")
     assert score.value == 0.0
-    assert "nearly all of it is code" in score.details["answer"]["why"]
+    assert "nearly all of the text is code" in score.details["answer"]["why"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_every_option_has_a_sentence():
 
 def test_values_cannot_be_changed():
     with pytest.raises(ValidationError, match="frozen"):
-        setattr(config().ppo, "gamma", 0.5)  # noqa: B010 (the type checker refuses the plain form)
+        setattr(config().ppo, "gamma", 0.5)  # noqa: B010 (the type checker refuses a plain assignment)
 
 
 def test_the_defaults_are_the_values_of_the_report():

@@ -20,7 +20,7 @@ def test_a_signal_during_an_update_takes_effect_at_its_end() -> None:
     done = []
     with Interrupts().installed() as interrupts, pytest.raises(Interrupted):
         os.kill(os.getpid(), signal.SIGTERM)
-        done.append("update")  # this line is not reached if the signal raises at once
+        done.append("update")  # this line is not reached if the signal raises an exception at once
         interrupts.check()
         done.append("next update")
     assert done == ["update"]

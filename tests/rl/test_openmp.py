@@ -1,4 +1,4 @@
-"""Tests that waiting threads of a run do not spin for long, and that a user's choice of how threads wait is kept."""
+"""Tests that waiting threads of a run do not spin for long. If a user has set how threads wait, this setting stays."""
 
 import subprocess
 import sys

@@ -36,7 +36,7 @@ def test_an_engine_client_calls_the_engines_methods_by_their_names() -> None:
     calls = []
 
     class Recorder:
-        """Stands for the process of an engine, and records the calls."""
+        """Replaces the process of an engine, and records the calls."""
 
         def start(self, method: Any, *args: Any) -> Any:
             calls.append((method.__name__, args))

@@ -47,7 +47,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answered(url: str, problems: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output file (OUT) of a command with `--mode pacore --trajectories 6`."""
+    """The output file of `rollout.generate` with `--mode pacore --trajectories 6`."""
     out = tmp_path_factory.mktemp("answers") / "out.jsonl"
     assert generate.main(arguments(problems, out, url)) == generate.DONE
     return out

@@ -99,7 +99,8 @@ class Dead(Ready):
 
 
 def mortal_pool(*answers: int | None) -> tuple[EnginePool, list[Mortal], list[int]]:
-    """Returns a pool, all engines that the pool has used so far, and the indices of the replaced engines."""
+    """Returns a pool of engines of the class Mortal, a list of all engines that the pool has used so far, and a list of
+    the indices of the replaced engines."""
     engines = [Mortal(one) for one in answers]
     replaced: list[int] = []
     chat: Any = Letters()

@@ -1,4 +1,5 @@
-"""Tests that runs survive killed processes. The tests run `python -m tests.chaos` with few faults."""
+"""Tests that a run continues correctly after its processes were killed. The tests run `python -m tests.chaos` with few
+faults."""
 
 import json
 

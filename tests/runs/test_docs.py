@@ -33,7 +33,7 @@ from tests.support.command import ROOT
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
 TESTED_HERE = [page for page in PAGES if page != "docs/writing_rewards.md"]
 PROGRAMS = ("python", ".venv/bin/python", "make", "ray", "zcat")
-FREE = ("rewards.NAME.params", "endpoints.NAME.serve")  # the options below these two names may have any name
+FREE = ("rewards.NAME.params", "endpoints.NAME.serve")  # in these two sections, an option may have any name
 SCALE = ROOT / "recipes/scale"
 DRY_RUNS = ("rl.run", "stages.curate")
 
@@ -89,7 +89,7 @@ MENTIONED = sorted({span for page in TESTED_HERE for span in spans(page) if span
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything that the commands name: recipes, models, rows, a run, a chain, and the README's
+    """A folder with all files that the commands use: recipes, models, rows, a run, a chain, and the README's
     reward."""
     folder = tmp_path_factory.mktemp("desk")
     for name in ("recipes", "tools"):
@@ -283,7 +283,7 @@ def test_every_option_and_metric_that_a_page_names_exists(page: str) -> None:
 
 
 def messages() -> str:
-    """Returns all strings in the source. In f-strings, `...` stands for each value."""
+    """Returns all strings in the source. In f-strings, each value is replaced by `...`."""
     texts = []
     for room in ("rl", "rewards", "rollout", "stages"):
         for file in (ROOT / room).rglob("*.py"):

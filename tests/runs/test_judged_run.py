@@ -34,7 +34,8 @@ def rows(folder: Path, *, taught: bool = False) -> Path:
 
 
 class Judge:
-    """A judge that grades all responses equally. This judge fails for `away_s` seconds after the first iteration."""
+    """A judge that gives the same grade to all responses. After the first iteration, the judge fails for `away_s`
+    seconds."""
 
     def __init__(self, run_folder: Path, away_s: float) -> None:
         self.run_folder, self.away_s, self.since = run_folder, away_s, float("inf")
@@ -98,7 +99,8 @@ def test_the_rlhf_recipe_trains_with_the_judge_that_it_serves(tmp_path: Path) ->
     assert all("A " in one and "B " in one for both in reasons for one in both)
 
 
-# This option forbids extra spaces in a verdict. Without it, the scale model writes many spaces.
+# The option disable_any_whitespace forbids extra spaces in a verdict. Without this option, the scale model writes many
+# spaces.
 TERSE = '{"backend": "xgrammar", "disable_any_whitespace": true}'
 OPTIONS = f"{{max-model-len: 256, dtype: float32, structured-outputs-config: '{TERSE}'}}"
 PLUGIN = """

@@ -16,7 +16,7 @@ import pytest
 from tests.support.command import PATIENCE, SMALL_RUN, Command, metrics
 from tests.support.patience import Deadline
 
-# The tests set a token, so that the cluster requires a token, whatever machine the tests run on.
+# The tests set a token, so that the cluster requires a token on every machine.
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
@@ -30,7 +30,8 @@ def cluster() -> Iterator[tuple[str, Command]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ("--head", "--block", "--port=0", f"--dashboard-port={port}", "--disable-usage-stats")
-    # A job runs the first `python` in the PATH of the node that runs the job.
+    # The job runs the first `python` in the PATH of the cluster's node. So the PATH begins with the folder of the
+    # `python` that runs this test.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     head = Command("ray.scripts.scripts", "start", *options, environment={"PATH": path, **TOKEN})
     address = f"http://127.0.0.1:{port}"
@@ -66,7 +67,7 @@ def test_a_submitted_job_joins_the_cluster_trains_and_writes_to_the_given_folder
     deadline = Deadline(PATIENCE)
     while True:
         code, out, err = Command(*submit, "--output", tmp_path / "run", environment=TOKEN).finish()
-        if "No available agent" not in err or deadline.passed():  # the cluster is still starting its job agent
+        if "No available agent" not in err or deadline.passed():  # the error of a cluster that is still starting
             break
         time.sleep(1)
     assert code == 0, out[-4000:] + err[-4000:]

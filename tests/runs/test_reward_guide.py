@@ -62,8 +62,8 @@ def blocks() -> list[Block]:
 
 
 def steps(*sections: str) -> list[Step]:
-    """Returns the commands of these sections. Without arguments, returns the commands of all sections that have no
-    other test."""
+    """Returns the commands of the given sections. If no section is given, the result contains the commands of all
+    sections except TRAINING, PACKAGE and JUDGE, which have their own tests."""
     found: list[Step] = []
     for block in blocks():
         if block.language == "sh":
@@ -208,8 +208,9 @@ def test_entry_points_are_found_from_any_folder(installed: tuple[Path, dict[str,
     shorter = scores(
         "right_and_brief", "samples.jsonl", "--param", "limit=31", folder=tmp_path, environment=installed[1]
     )
-    # Three right responses are longer than the limit: they have 62, 116 and 58 characters. The other responses are
-    # wrong, truncated or short.
+    # Three right responses are longer than the limit of 31 characters: they have 62, 116 and 58 characters, and score
+    # 31 divided by their length. The other right responses are shorter and score 1. Wrong and truncated responses score
+    # 0.
     assert shorter == [1.0, 0.5, round(31 / 116, 4), 0.0, 1.0, round(31 / 58, 4), 0.0, 0.0]
 
 
@@ -217,14 +218,16 @@ def test_entry_points_are_found_from_any_folder(installed: tuple[Path, dict[str,
     ("target", "expected"),
     [
         ("right_and_brief", [1, 1, 1, 0, 1, 1, 0, 0]),
-        # In two responses, more than a fifth of the words are filler: 7 of 23, and 4 of 11.
+        # In two responses, more than a fifth of the words are filler words: 7 of 23, and 4 of 11. These two score 0.
         ("no_filler", [1, 1, 0, 1, 1, 0, 1, 0]),
-        # The first group has three right responses, and the second group has two right responses.
+        # In a group, the shortest right response scores 1, and the longest right response scores 0.5. The first group
+        # has three right responses, and the second group has two.
         ("shortest_right", [1, 0.75, 0.5, 0, 1, 0.5, 0, 0]),
         # The score is 1 minus the penalty. In the third response, two of five lines are repeated: the penalty is 0.4.
         ("repeated_lines", [1, 1, 0.6, 1, 1, 1, 1, 0]),
-        # The score is 0.8 * right_and_brief + 0.1 * shortest_right + 0.1 * no_filler. The penalty repeated_lines lowers
-        # right_and_brief.
+        # The score is 0.8 * right_and_brief + 0.1 * shortest_right + 0.1 * no_filler. right_and_brief has a limit of 60
+        # characters. The penalty repeated_lines lowers right_and_brief, with the magnitude 0.5. no_filler is 0 if half
+        # of the words are filler words.
         # The second response: 0.8 * 60/62 + 0.1 * 0.75 + 0.1.
         # The third response: 0.8 * 60/116 * (1 - 0.5 * 0.4) + 0.1 * 0.5 + 0.1 * (1 - 7/23 / 0.5).
         # The sixth response: 0.8 + 0.1 * 0.5 + 0.1 * (1 - 4/11 / 0.5).

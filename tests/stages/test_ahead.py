@@ -77,8 +77,8 @@ def with_staleness(services: Services, value: int) -> Services:
 
 
 class Recording(Scripted):
-    """A sampler that records two numbers for each iteration: the number of the iteration, and the number of updates
-    that the sampling weights had received."""
+    """A sampler that records two numbers for each iteration: the number of the iteration, and the policy step of the
+    weights that sample it."""
 
     def __init__(self, policy) -> None:
         super().__init__(policy)

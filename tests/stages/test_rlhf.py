@@ -21,8 +21,8 @@ def rlhf(*penalties: str) -> Rlhf:
 
 
 def sample(answer: float, reference: float, *, agree: bool = True, tokens: int = 5, **penalties: float) -> Scored:
-    """Returns a scored response. The judge has given these grades to the answer and to the reference. The score is a
-    linear function of the difference of the two grades."""
+    """Returns a scored response. `answer` and `reference` are the grades that the judge gave to the response and to the
+    reference. The score is a linear function of the difference between the two grades."""
     details: dict[str, Any] = {"answer": answer, "reference": reference, "orders_agree": agree}
     score = 0.5 + (answer - reference) / 20
     rollout = Rollout(ROW, "Hi", "stop", response_ids=(1,) * tokens)
@@ -78,7 +78,8 @@ def test_a_judge_that_prefers_long_answers_shows_in_length_correlation() -> None
     assert preference_metrics(longer)["genrm/length_correlation"] == pytest.approx(1)
     same_length = [sample(n, 5) for n in range(1, 9)]
     assert "genrm/length_correlation" not in preference_metrics(same_length)
-    # The correlation of the ranks 1 2 3 and 3 1 2 is 1 - 6 * (4 + 1 + 1) / (3 * 8) = -0.5
+    # The ranks are 1 2 3 and 3 1 2, and their differences are -2, 1 and 1. The correlation is
+    # 1 - 6 * (4 + 1 + 1) / (3 * (3^2 - 1)) = -0.5.
     assert rank_correlation([1, 2, 3], [30, 10, 20]) == pytest.approx(-0.5)
 
 

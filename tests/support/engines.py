@@ -9,7 +9,7 @@ from rollout.pool import EnginePool
 
 
 class Echo:
-    """An engine whose response is the first prompt token and the seed of the request."""
+    """An engine whose response has two tokens: the first token of the prompt, and the seed of the request."""
 
     def __init__(self) -> None:
         self.asked: list[Request] = []
@@ -43,8 +43,8 @@ class Letters:
 
 
 def in_turns(streams: Sequence[list], patience: float = 0) -> Iterator[tuple[int, Any]]:
-    """Yields the first step of every stream, then the second step of every stream, and so on, until no stream has a
-    step left."""
+    """Yields the first step of every stream, then the second step of every stream, and so on, until all streams have
+    ended."""
     for step in range(max(map(len, streams))):
         yield from ((number, stream[step]) for number, stream in enumerate(streams) if step < len(stream))
 

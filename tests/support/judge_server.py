@@ -1,4 +1,4 @@
-"""A scripted judge for tests: an OpenAI-compatible server on this machine that runs in a thread."""
+"""A scripted judge for tests: an OpenAI-compatible server that runs in a thread of the test process."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     finish: str = "stop"
     after_s: float = 0.0
-    closes: bool = False  # True closes the connection without an answer
+    closes: bool = False  # if True, the server closes the connection without an answer
     body: str | None = None  # text that is sent instead of a chat completion
 
 

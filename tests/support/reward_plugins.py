@@ -14,7 +14,7 @@ from rewards.endpoint import Unreachable
 
 @reward("obey")
 def obey(rollout, gift: float = 1.0):
-    """Does what the answer says, as a buggy reward might."""
+    """Executes the command in the answer. Most commands imitate bugs of rewards."""
     match rollout.answer.split():
         case ["hang"]:
             time.sleep(600)
@@ -72,7 +72,7 @@ class SlowToSetUp:
 
 @reward("waits")
 async def waits(rollout):
-    """Does what the answer says, while others wait beside it."""
+    """Executes the command in the answer. Other rewards can run while this reward waits."""
     match rollout.answer.split():
         case ["sleep", seconds]:
             await asyncio.sleep(float(seconds))
@@ -88,7 +88,7 @@ async def waits(rollout):
             return {}["nothing"]
         case ["tire"]:
             raise TimeoutError("its own patience is over")
-        case ["patient" | "fragile" as kind, seen]:  # `seen` is a file that says how often it was asked
+        case ["patient" | "fragile" as kind, seen]:  # each call appends one character to the file `seen`
             with open(seen, "a") as file:
                 file.write("x")
             if os.path.getsize(seen) == 1:
@@ -105,7 +105,7 @@ def rude(rollout):
 
 @row_judge("judge_row")
 def judge_row(row):
-    """Does what the ground truth says."""
+    """Executes the command in the ground truth."""
     match row.ground_truth.split():
         case ["hang"]:
             time.sleep(600)
@@ -118,7 +118,7 @@ def judge_row(row):
 
 @row_judge("wait_for_row")
 async def wait_for_row(row):
-    """Counts in the file of the ground truth how often it is asked."""
+    """Appends one character to the file that the ground truth names. Returns 1 if this is the only character."""
     with open(row.ground_truth, "a") as file:
         file.write("x")
     await asyncio.sleep(0.2)

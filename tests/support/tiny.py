@@ -20,8 +20,8 @@ SPECIAL = ("<pad>", "<eos>", *IMAGE_WORDS)
 WORDS = tuple(f"w{i}" for i in range(40))
 EOS, IMAGE = SPECIAL.index("<eos>"), SPECIAL.index("<im_patch>")
 VOCABULARY = 56  # larger than the number of words; not a multiple of 64, so vLLM must round it up
-# The global view has 6 x 6 tokens, and a crop has 5 x 5 tokens, of 28 x 28 pixels each. A picture can have exactly one
-# crop, because the two sizes are so similar.
+# The global view has 6 x 6 tokens, and a crop has 5 x 5 tokens. A token covers 28 x 28 pixels. The sizes of
+# global view and crop are so similar that a picture can have exactly one crop.
 GLOBAL_SIZE, CROP_SIZE = 168, 140
 NO_CROP, ONE_CROP, FOUR_CROPS = (60, 50), (168, 150), (200, 190)  # (width, height) in pixels
 

@@ -1,4 +1,4 @@
-"""Tests tools/install.py and the environment that it made: torchvision hook, pinned versions, our vLLM plugin."""
+"""Tests tools/install.py and the environment that it has made: torchvision hook, pinned versions, our vLLM plugin."""
 
 import importlib.util
 import runpy

@@ -1,9 +1,9 @@
-"""Checks that the licences of all dependencies allow an Apache-2.0 project to use them.
+"""Checks that an Apache-2.0 project may use all dependencies, according to their licences.
 
 Reads the licences that the installed packages of constraints-cpu.txt state in their metadata. We use these packages as
 unmodified libraries, and they are not part of our wheel. So permissive licences, the LGPL and the MPL are allowed. The
 GPL and the AGPL are not allowed. A licence that this file does not know is refused: read the licence, then add it here.
-Software inside a package (such as FFmpeg in opencv) is checked only if the package's metadata name the licence of this
+Software inside a package (such as FFmpeg in opencv) is checked only if the package's metadata state the licence of this
 software. Packages that only the GPU environment has are not checked.
 """
 
@@ -28,7 +28,7 @@ ALLOWED = {
     "Apache-2.0 WITH LLVM-exception",
 }  # SPDX identifiers
 
-# Name of a licence that authors write in the field License or in a classifier -> its SPDX identifier.
+# The name of a licence, as authors write it in the field License or in a classifier -> the licence's SPDX identifier.
 SPDX = {
     "3-Clause BSD License": "BSD-3-Clause",
     "Apache": "Apache-2.0",
@@ -47,7 +47,7 @@ SPDX = {
 }
 SAYS_NOTHING = {"OSI Approved", "DFSG approved"}  # classifiers that do not name a licence
 
-# Packages whose metadata do not state a known licence. Somebody has read each of these licences.
+# Packages whose metadata do not state a known licence. A person has read the licence of each of these packages.
 BY_PACKAGE = {
     "openai-harmony": "Apache-2.0, by its file LICENSE",
     "supervisor": "BSD with a fourth clause: modified files carry a notice",
@@ -84,7 +84,7 @@ def licence_of(name: str, stated: PackageMetadata) -> str:
     classifiers = [c.rpartition(" :: ")[2] for c in stated.get_all("Classifier") or () if c.startswith("License ::")]
     named = [classifier for classifier in classifiers if classifier not in SAYS_NOTHING]
     first, _, rest = (stated.get_all("License") or [""])[0].strip().partition("\n")
-    if first and not (rest and named):  # several lines are the licence's text; the classifiers have its name
+    if first and not (rest and named):  # several lines are the full text; a classifier has the name
         named.append(first.strip())
     known = dict.fromkeys(SPDX.get(one, one) for one in named)
     return " AND ".join(f"({one})" if " OR " in one else one for one in known) or "none stated"

@@ -28,9 +28,9 @@ def right_and_brief(rollout: Rollout, limit: Annotated[int, Field(gt=0)] = 200) 
 
 @reward("no_filler", on_timeout="lowest")
 class NoFiller:
-    """1.0 for a text without filler words, 0.0 if `share` or more of its words are filler words, linear in between.
+    """The value falls linearly from 1.0 (no filler words) to 0.0 (the share of filler words is `share` or more).
 
-    An empty text gets 0.0. filler.txt lists the filler words and phrases; upper and lower case count the same.
+    An empty text gets 0.0. The filler words and phrases are in filler.txt. Letter case does not matter.
     """
 
     def __init__(self, share: Share = 0.2):
@@ -52,10 +52,10 @@ class NoFiller:
 
 @reward("shortest_right", group=True, on_timeout="lowest")
 def shortest_right(rollouts: list[Rollout], least: Annotated[float, Field(ge=0, le=1)] = 0.5) -> list[Score]:
-    """1.0 for the shortest right response to a prompt, `least` for the longest; the others depend on their rank.
+    """1.0 for the shortest right response to a prompt, `least` for the longest right response, linear in the rank.
 
-    The value decreases linearly with the rank. Responses of equal length share the better rank. Wrong and truncated
-    responses are not ranked and get 0.0.
+    The rank of a right response is 1 + the number of shorter right responses. Wrong and truncated responses have no
+    rank and get 0.0.
     """
     lengths = [len(one.text) if one.finish == "stop" and is_right(one) else None for one in rollouts]
     right = [length for length in lengths if length is not None]

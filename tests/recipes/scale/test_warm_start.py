@@ -92,8 +92,8 @@ def _summed_loss(model: StepVL, prompter: Prompter, problem: Problem, response: 
 
 
 def test_a_thing_is_seen_at_the_token_that_contains_its_centre() -> None:
-    # The picture has 4 x 4 tokens of 28 x 28 pixels each. The point (40, 90) is in column 1 and row 3. This is token
-    # 3 * 4 + 1 = 13.
+    # The picture has 4 x 4 tokens. A token covers 28 x 28 pixels. Counted from 0, the point (40, 90) is in column 1 and
+    # row 3. So the point belongs to token 3 * 4 + 1 = 13.
     seen = practice.sightings([Scene((255, 255, 255), (Thing("green", "cross", 40, 90, 12),))], grid=4)
     assert seen.seen.nonzero().tolist() == [[0, 13]]
     assert (int(seen.color[0, 13]), int(seen.form[0, 13])) == (1, 3)
@@ -101,7 +101,7 @@ def test_a_thing_is_seen_at_the_token_that_contains_its_centre() -> None:
     assert seen.places[0, 13].tolist() == pytest.approx(at + box, abs=0.01)
 
 
-@pytest.mark.parametrize("stopped", [2, 4])  # step 2 is in the vision part, step 4 in the decoder part
+@pytest.mark.parametrize("stopped", [2, 4])  # step 2 trains the vision part, step 4 trains the decoder part
 def test_an_interrupted_warm_start_ends_with_the_same_weights(tmp_path: Path, stopped: int) -> None:
     whole = warm_start.Trainer(tmp_path / "whole", STEPS)
     for _ in range(6):

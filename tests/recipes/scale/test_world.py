@@ -119,8 +119,8 @@ def test_the_same_seed_gives_the_same_problems_and_another_seed_different_proble
 def test_a_box_touches_its_shape_on_all_four_sides(shape: str) -> None:
     scene = Scene((255, 255, 255), (Thing("red", shape, x=40, y=60, half=12),))
     rows, columns = np.nonzero(scene.pixels)
-    # The box goes from x = 40 - 12 = 28 to x = 40 + 12 = 52, and from y = 48 to y = 72. The last pixels of the shape
-    # are 51 and 71, because the edges 52 and 72 are outside the shape.
+    # The box goes from x = 40 - 12 = 28 to x = 40 + 12 = 52, and from y = 48 to y = 72. The last column of the shape is
+    # 51 and its last row is 71, because column 52 and row 72 are outside the box.
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == (28, 48, 51, 71)
     assert scene.things[0].box == (28 / 112, 48 / 112, 52 / 112, 72 / 112)
 
@@ -152,7 +152,7 @@ def test_counting_goes_through_the_things_one_by_one() -> None:
 
 
 def test_the_exact_writer_is_nearly_always_right_except_on_worksheets(heldout: list[Problem]) -> None:
-    for task in set(world.TASKS) - {"worksheet"}:  # the mean score is below 1, because boxes have two decimals
+    for task in set(world.TASKS) - {"worksheet"}:  # the score is below 1: box coordinates are rounded to 2 decimals
         assert mean_score(heldout, task, EXACT) > 0.9, task
 
 
@@ -235,8 +235,9 @@ def test_answers_to_sums_repeat_the_steps_after_the_thinking() -> None:
 
 @pytest.mark.parametrize(
     ("left", "right", "guess"),
-    # The writer computes each digit alone. 27 + 15: 7 + 5 = 12 gives only the digit 2. 42 - 8: the last digit is
-    # |2 - 8| = 6. 85 + 20: 8 + 2 = 10 gives only the digit 0.
+    # The writer computes each digit without a carry. In 27 + 15, the ones are 7 + 5 = 12, so the last digit is 2. In
+    # 42 - 8, the ones differ by |2 - 8| = 6, so the last digit is 6. In 85 + 20, the tens are 8 + 2 = 10, so the first
+    # digit is 0.
     [(12, 35, 47), (27, 15, 32), (42, -8, 46), (85, 20, 5)],
 )
 def test_the_rough_writer_forgets_to_carry(left: int, right: int, guess: int) -> None:

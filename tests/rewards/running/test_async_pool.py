@@ -49,7 +49,7 @@ def test_the_same_question_about_the_same_response_is_asked_once(runner: RewardR
 
 
 def asking(url: str, max_wait_s: float) -> RewardRunner:
-    """Returns a runner whose task `t` asks a judge. The judge has no retries, so one failed request is an outage."""
+    """Returns a runner whose task `t` asks a judge. No request is retried, so one failed request is an outage."""
     judge = EndpointSpec("judge", url, "m", retries=0, max_wait=max_wait_s)
     specs = {"t": [spec("verifier", {"endpoint": "judge"}, timeout_s=None)]}
     return RewardRunner(specs, endpoints={"judge": judge})

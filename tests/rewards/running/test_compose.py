@@ -17,8 +17,10 @@ def test_a_task_sums_weighted_rewards_and_each_penalty_lowers_only_its_own_rewar
 ) -> None:
     calm, rude = [rollout("5", task="sum"), rollout("5!", task="sum")]
     first, second = runner.score([calm, rude])
-    # "5" gets 0.8 * 0.5 (obey) + 0.2 * 1 (exact) - 0.1 * 0 (rank 0: the shortest response).
-    # "5!" gets 0.8 * 0.5 * 0.75 (obey, with a penalty of 0.5 and magnitude 0.5) + 0.2 * 0 (exact) - 0.1 * 1 (rank 1).
+    # The reward is 0.8 * obey + 0.2 * exact - 0.1 * rank. The penalty `rude` lowers obey with the magnitude 0.5.
+    # Response "5": obey is 0.5, exact is 1, and rank is 0 (the shortest response). The reward is 0.4 + 0.2 - 0 = 0.6.
+    # Response "5!": the penalty is 0.5, so obey is 0.5 * (1 - 0.5 * 0.5) = 0.375. exact is 0, and rank is 1. The reward
+    # is 0.3 + 0 - 0.1 = 0.2.
     assert first.reward == pytest.approx(0.6)
     assert first.parts == {"obey": 0.5, "rude": 0.0, "exact": 1.0, "rank": 0.0}
     assert second.reward == pytest.approx(0.3 - 0.1)

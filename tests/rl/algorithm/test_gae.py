@@ -1,4 +1,4 @@
-"""Compares the advantages of rl.algorithm.gae with values computed by hand and with a plain loop."""
+"""Compares the advantages of rl.algorithm.gae with values computed by hand and with the results of a plain loop."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +20,8 @@ def row(*numbers: float) -> Tensor:
 def loop_gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: object, lam: object, bootstrap: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Computes GAE by its definition, token by token, in the dtype of `values`. `gamma` and `lam` are numbers, or
-    arrays [N] with one number per row."""
+    """Computes GAE by its definition, token by token, in the dtype of `values`. `gamma` and `lam` are single numbers,
+    or arrays of shape [N] with one number per row."""
     r, v, here = rewards.T.numpy(), values.T.numpy(), mask.T.numpy()
     gamma, decay = (np.asarray(x, v.dtype) for x in (gamma, np.asarray(gamma) * np.asarray(lam)))
     advantages = np.zeros_like(v)
@@ -56,7 +56,8 @@ def test_gamma_and_lambda_one_give_reward_minus_value_at_every_token() -> None:
 
 def test_lambda_zero_is_the_one_step_error() -> None:
     advantages, _ = gae(row(0, 1), row(0.5, 0.25), row(1, 1).bool(), gamma=0.5, lam=0)
-    # First token: 0 + 0.5 * 0.25 - 0.5 = -0.375. Last token: 1 + 0 - 0.25 = 0.75.
+    # The one-step error is reward + gamma * next value - value.
+    # First token: 0 + 0.5 * 0.25 - 0.5 = -0.375. Last token, which has no next value: 1 - 0.25 = 0.75.
     torch.testing.assert_close(advantages, row(-0.375, 0.75))
 
 
@@ -79,7 +80,9 @@ def test_bootstrap_is_the_value_after_the_last_token() -> None:
     advantages, returns = gae(
         row(0, 0, 9), row(1, 2, 9), row(1, 1, 0).bool(), gamma=0.5, lam=0.5, bootstrap=torch.tensor([4.0])
     )
-    # Last token: 0 + 0.5 * 4 - 2 = 0. First token: 0 + 0.5 * 2 - 1 + 0.25 * 0 = 0.
+    # The advantage is reward + gamma * next value - value + gamma * lambda * next advantage.
+    # Last token, with the bootstrap as the next value: 0 + 0.5 * 4 - 2 = 0.
+    # First token: 0 + 0.5 * 2 - 1 + 0.25 * 0 = 0.
     torch.testing.assert_close(advantages, row(0, 0, 0))
     torch.testing.assert_close(returns, row(1, 2, 0))
 

@@ -1,5 +1,5 @@
 """Compares rl.algorithm.losses with values and gradients computed by hand. Also tests that extreme ratios give finite
-results, and that a split minibatch gives the same gradients."""
+results, and that a split minibatch gives the same gradients as a whole minibatch."""
 
 import math
 from collections.abc import Callable
@@ -48,8 +48,9 @@ def test_without_a_ratio_the_gradient_is_minus_weight_times_advantage_per_token(
             logprobs, row(0, 0, 0), row(2, -4, 7), row(1, 1, 0).bool(), size=MinibatchSize(4, 1), weights=weights
         )[0]
 
-    # The gradients are -(1 * 2) / 4 and -(0.5 * -4) / 4, and 0 for the masked token. The loss is the sum of the
-    # gradients, because the ratio is 1.
+    # The gradient of a token is -weight * advantage / 4, because the minibatch has 4 tokens: -1 * 2 / 4 = -0.5 for the
+    # first token, and -0.5 * -4 / 4 = 0.5 for the second token. The third token is masked, so its gradient is 0. The
+    # loss is the sum of these gradients, because each ratio is 1.
     torch.testing.assert_close(gradient(loss, row(-1, -2, -3)), row(-0.5, 0.5, 0))
     torch.testing.assert_close(loss(row(-1, -2, -3)), torch.tensor(0.0))
 
@@ -71,8 +72,8 @@ def test_the_clip_removes_the_gradient_only_if_the_ratio_would_move_further_away
     def loss(logprobs: Tensor) -> tuple[Tensor, Sums]:
         return clipped_policy_loss(logprobs, old, advantages, ones(1, 4), size=MinibatchSize(4, 1), clip=0.2)
 
-    # The loss is -(1.2 - 1.5 + 0.5 - 0.8) / 4 = 0.15. The gradient of a token that is not clipped is
-    # -advantage * ratio / 4.
+    # For a clipped token, the loss uses the limit 1.2 or 0.8 instead of the ratio. So the loss is
+    # -(1.2 - 1.5 + 0.5 - 0.8) / 4 = 0.15. The gradient of a token that is not clipped is -advantage * ratio / 4.
     value, sums = loss(logprobs)
     torch.testing.assert_close(value, torch.tensor(0.15))
     torch.testing.assert_close(gradient(lambda x: loss(x)[0], logprobs), row(0, 0.375, -0.125, 0))
@@ -94,7 +95,7 @@ def test_before_the_first_step_both_readings_of_the_report_give_the_same_gradien
 def test_weights_scale_tokens_after_clipping() -> None:
     args = row(1.5).log(), row(0), row(1), ones(1, 1)
     value = clipped_policy_loss(*args, size=MinibatchSize(1, 1), weights=row(3), clip=0.2)[0]
-    torch.testing.assert_close(value, torch.tensor(-3.6))  # -(weight 3) * (clipped ratio 1.2)
+    torch.testing.assert_close(value, torch.tensor(-3.6))  # -weight * clipped ratio = -3 * 1.2
 
 
 def test_a_negative_clip_is_refused() -> None:
@@ -130,7 +131,7 @@ def test_no_gradient_flows_through_tis_weights() -> None:
 
 def test_value_loss_is_half_the_squared_error_over_the_minibatchs_tokens() -> None:
     mask = row(1, 1, 0).bool()
-    # The loss is 0.5 * (3^2 + 1^2) / 4 = 1.25.
+    # The errors of the two chosen tokens are 3 and -1. The loss is 0.5 * (3^2 + 1^2) / 4 = 1.25.
     torch.testing.assert_close(value_loss(row(3, 0, 9), row(0, 1, 0), mask, tokens=4), torch.tensor(1.25))
     grad = gradient(lambda v: value_loss(v, row(0, 1, 0), mask, tokens=4), row(3, 0, 9))
     torch.testing.assert_close(grad, row(0.75, -0.25, 0))
@@ -142,7 +143,7 @@ def test_entropy_loss_falls_when_entropy_rises() -> None:
 
 
 def test_the_kl_estimate_is_never_negative_and_sums_ratio_minus_one_minus_log_ratio() -> None:
-    # The two terms are 2 - 1 - log 2 and 0.5 - 1 + log 2. Their sum is 0.5.
+    # The ratio 2 gives the term 2 - 1 - log 2, and the ratio 0.5 gives 0.5 - 1 + log 2. The sum of the terms is 0.5.
     kl = kl_sum(row(2, 0.5).log(), row(0, 0), ones(1, 2))
     torch.testing.assert_close(kl, torch.tensor(0.5))
     tiny = kl_sum(row(1e-4, -1e-4), row(0, 0), ones(1, 2))

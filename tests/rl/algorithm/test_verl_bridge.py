@@ -1,5 +1,5 @@
-"""Compares verl's functions with ours: both give equal results, except for the differences that the docstring of
-verl_bridge names. Also tests that results do not depend on how a minibatch is split."""
+"""Compares verl's functions with the functions of this project. The results must be equal, except for the differences
+that are listed in the docstring of verl_bridge. Also tests that results do not depend on how a minibatch is split."""
 
 import math
 import subprocess
@@ -243,7 +243,7 @@ def test_rejection_removes_tokens_or_whole_responses_from_the_mask() -> None:
     token = correct(rollout_rs="token_k1", rollout_rs_threshold="0.5_2")
     assert token.mask.tolist() == [[True, False, True], [True, True, False]]
     assert token.weights is None and token.sums["tis_mean"] == 4
-    response = correct(rollout_rs="seq_max_k3", rollout_rs_threshold=0.5)  # the largest k3 is 3 - 1 - log 3 = 0.9
+    response = correct(rollout_rs="seq_max_k3", rollout_rs_threshold=0.5)  # k3 of the ratio 3 is 3 - 1 - log 3 = 0.9
     assert response.mask.tolist() == [[False] * 3, [True, True, False]]
 
 

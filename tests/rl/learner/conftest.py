@@ -1,4 +1,4 @@
-"""Makes the model folder that the tests of policy and critic load."""
+"""Saves a small model in a folder. The tests of policy and critic load the model from this folder."""
 
 import pytest
 

@@ -26,7 +26,7 @@ def test_an_iteration_without_a_valid_sample_is_an_error():
 
 
 def test_a_batch_with_tensors_of_different_shapes_is_refused():
-    with pytest.raises(ValueError, match=r"Batch.rewards is \(1, 2\) but response_mask is \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"Batch.rewards has shape \(1, 2\), but response_mask has \(1, 3\)"):
         Batch((), torch.ones(1, 3).bool(), torch.zeros(1, 3), torch.zeros(1, 2), torch.zeros(1).bool())
 
 

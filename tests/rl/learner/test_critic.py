@@ -1,4 +1,4 @@
-"""Tests that the critic learns the returns, and that packing and a reused forward pass do not change the update."""
+"""Tests that the critic learns to predict the returns. Packing and a reused forward pass must not change the update."""
 
 import pytest
 import torch

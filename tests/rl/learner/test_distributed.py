@@ -28,8 +28,8 @@ ITERATIONS = 2
 
 
 def batch(prompts: int, *, pictures: bool) -> Batch:
-    """Returns a batch in which every third prompt has pictures. Groups have one to three responses of different
-    lengths."""
+    """Returns a batch. If `pictures` is True, every third prompt has pictures. Each group has one to three responses of
+    different lengths."""
     scored = []
     generator = torch.Generator().manual_seed(3)
     for number in range(prompts):
@@ -124,8 +124,8 @@ def trained(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> 
 
 
 def continued(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -> None:
-    """Loads the checkpoint in `results`, which a different number of ranks has saved. Trains one more iteration and
-    writes its results."""
+    """Loads the checkpoint in `results`, which was saved by a different number of ranks. Trains one more iteration and
+    writes the results of this iteration."""
     pair = Pair.of(ranks, case, str(folder / "model"))
     pair.restore(results)
     pair.iterate(ITERATIONS + 1)
@@ -133,7 +133,7 @@ def continued(ranks: Ranks, case: dict[str, Any], folder: Path, results: Path) -
 
 
 def one_of_two(rank: int, address: str, folder: Path) -> None:
-    """Runs all cases as one of two ranks."""
+    """Runs all cases in the process of one rank. There are two ranks, and `rank` is the number of this rank."""
     ranks = Ranks("cpu", rank, 2, address, threads=1)
     for name, case in CASES.items():
         trained(ranks, case, folder / name, folder / name / "2")
@@ -142,7 +142,8 @@ def one_of_two(rank: int, address: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Path:
-    """A folder with the results of each case, with one rank and with two ranks: <case>/<number of ranks>."""
+    """A folder with the results of each case. The subfolder <case>/1 has the results of one rank, and <case>/2 has the
+    results of two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     alone = Ranks("cpu", threads=1)
     for name, case in CASES.items():

@@ -83,8 +83,9 @@ def test_a_rank_without_work_gets_a_row_that_does_not_count():
 
 
 def test_work_is_shared_evenly():
-    # Each step replaces the two largest numbers by their difference: 8 - 7 = 1, 6 - 5 = 1, 4 - 1 = 3, 3 - 1 = 2. The
-    # last difference is the difference between the two sums of work: (7 + 5 + 4) - (8 + 6) = 2.
+    # The method replaces the two largest numbers by their difference until one number remains: 8 - 7 = 1, 6 - 5 = 1,
+    # 4 - 1 = 3, 3 - 1 = 2. The last number is the difference between the work of the two ranks:
+    # (7 + 5 + 4) - (8 + 6) = 2.
     assert balanced([8, 7, 6, 5, 4], 2) == [[0, 2], [1, 3, 4]]
     assert balanced([], 2) == [[], []]
     work = torch.empty(200).log_normal_(0, 1, generator=torch.Generator().manual_seed(0)).tolist()

@@ -21,7 +21,7 @@ def targets_of(batch: Batch, policy: Policy) -> Targets:
 
 
 def gradients(policy: Policy, batch: Batch, budget: int, old: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """Returns the gradients of the whole batch as one minibatch. A packed row has at most `budget` tokens."""
+    """Returns the gradients of a minibatch that contains the whole batch. `budget` is the token budget."""
     learner = policy.options.learner.model_copy(update={"token_budget": budget})
     policy.options = replace(policy.options, learner=learner)
     policy._accumulate(batch.groups, batch, targets_of(batch, policy), features_of(policy), old)

@@ -41,5 +41,5 @@ def test_a_folder_that_lacks_weights_is_refused_with_their_names(folder, tmp_pat
     tensors = critic.full_state()
     del tensors["value_head.weight"]
     critic.write_model(tensors, tmp_path)
-    with pytest.raises(CheckpointError, match=r"lacks value_head\.weight"):
+    with pytest.raises(CheckpointError, match=r"lacks the tensors value_head\.weight"):
         critic.read_model(tmp_path)

@@ -27,7 +27,7 @@ def inputs(length: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def visible(layout: Layout) -> Tensor:
-    """Returns a boolean matrix [T, T]: True where the token of the row sees the token of the column."""
+    """Returns a boolean matrix [T, T]. Entry (i, j) is True if token i sees token j."""
     places = torch.arange(layout.length)
     return sees(*layout.owners, places[:, None], places)
 

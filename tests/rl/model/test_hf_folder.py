@@ -1,4 +1,4 @@
-"""Tests that a written model folder loads as the same model, and tests the errors for bad folders."""
+"""Tests that a saved model folder loads as the same model. Also tests the errors for invalid folders."""
 
 import pytest
 import torch

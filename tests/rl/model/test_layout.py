@@ -10,10 +10,12 @@ FULL = (728, 504, 169, 81)
 @pytest.mark.parametrize(
     ("size", "tokens"),
     [
-        ((224, 224), 171),  # small and square: only the global view (169 tokens), a start token, an end token
+        # A global view has 169 tokens, and a crop has 81 tokens. With a start token and an end token, the numbers are
+        # 171 and 83.
+        ((224, 224), 171),  # a small square picture has only the global view
         ((3024, 3024), 36 * 83 + 171 + 5),  # 6 x 6 crops, the global view, and 5 newline tokens between 6 rows
-        ((728, 728), 4 * 83 + 171 + 1),  # 728 / 504 = 1.44 is rounded up, because 0.44 > 0.2: 2 x 2 crops
-        ((600, 300), 2 * 83 + 171),  # sides 2 : 1, so one row of 2 crops, each as wide as the short side
+        ((728, 728), 4 * 83 + 171 + 1),  # 2 x 2 crops: 728 / 504 = 1.44 is rounded up to 2, because 0.44 > 0.2
+        ((600, 300), 2 * 83 + 171),  # the sides are 2 : 1, so there is one row of 2 crops; a crop has 300 x 300 pixels
     ],
 )
 def test_pictures_take_as_many_tokens_as_the_published_code_says(size, tokens):

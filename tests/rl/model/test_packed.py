@@ -22,7 +22,8 @@ def test_different_numbers_of_slots_and_features_are_refused():
 
 
 def test_the_cost_of_attention_by_hand():
-    # 4 query heads of 8 channels make 32 channels. Keys have 2 heads of 8 channels, and values too, so together they
-    # have 32 channels. The hidden size is 32, and the intermediate size is 48. So a layer has
-    # 32 * (2 * 32 + 32) + 3 * 32 * 48 = 7,680 weights. A (query, key) pair costs as much as 2 * 32 = 64 weights.
+    # The hidden size is 32, and the intermediate size is 48. Queries and outputs have 4 heads of 8 channels: 32
+    # channels each. Keys and values have 2 heads of 8 channels: 16 channels each. The attention of a layer has
+    # 32 * (32 + 32 + 16 + 16) = 3,072 weights, and the MLP has 3 * 32 * 48 = 4,608 weights. The sum is 7,680 weights. A
+    # (query, key) pair costs as much as 2 weights per query channel: 2 * 32 = 64 weights.
     assert pairs_per_token(text_model().config) == 7680 / 64

@@ -51,7 +51,7 @@ def test_the_column_rotates_the_first_half_of_a_heads_channels():
 
 def test_features_put_crops_before_the_global_view():
     model = step_vl()
-    wide = Image.effect_noise((224, 112), 80).convert("RGB")  # 8 crops with 1 token each, 4 tokens of global view
+    wide = Image.effect_noise((224, 112), 80).convert("RGB")  # 8 crops of 1 token each, and a global view of 4 tokens
     (features,) = model.features([wide])
     assert features.shape == (sum(model_tokens(model, wide.size)), 32)
     (alone,) = model._encode([model.views(wide).global_view])

@@ -18,7 +18,8 @@ def test_the_stages_of_the_report_are_registered_with_its_number_of_rollouts() -
             [rules.defaults[size] for size in sizes] for rules in registered().values()
         )
     ]
-    # RLVR, RLHF and PaCoRe together: 600 * 512 * 16 + 300 * 512 * 8 + 500 * 64 * 16 rollouts.
+    # A stage has iterations * prompts * rollouts per prompt: 600 * 512 * 16 in RLVR, 300 * 512 * 8 in RLHF, and
+    # 500 * 64 * 16 in PaCoRe. The sum is 6,656,000.
     assert sum(totals) == 6_656_000
 
 

@@ -7,7 +7,7 @@ from rl.record.timeline import Span, Timeline
 
 
 class ScriptedSource:
-    """Stands for a process that has the given spans. Counts how often the spans are read."""
+    """A scripted process that has the given spans. Counts how often the spans are read."""
 
     def __init__(self, *spans: Span) -> None:
         self.unread, self.waited = list(spans), 0

@@ -26,7 +26,7 @@ def question(text: str, identity: str = "a", images: tuple[Picture, ...] = ()) -
 def test_a_benchmark_is_recognised_by_its_question_or_by_a_long_passage(text: str, shared: str | None) -> None:
     benchmarks = Benchmarks([question("What is 12 + 5?", "b"), question("one 1 2 3 4", "c")], length=4)
     if shared is None:
-        # A row may begin with the same words as a benchmark question, if these words are fewer than 4.
+        # A row may share up to 3 consecutive words with a benchmark question.
         assert benchmarks.shared(question(text)) in (None, "the same 4 consecutive words as b")
     else:
         assert benchmarks.shared(question(text)) == shared

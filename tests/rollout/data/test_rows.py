@@ -44,7 +44,7 @@ def test_several_sources_are_read_in_order_and_must_not_have_the_same_ids(tmp_pa
 def test_columns_can_have_other_names(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"uid": 1, "task": "sums", "messages": CHAT, "solution": "2"})
     assert read_rows(path, columns={"id": "uid", "ground_truth": "solution"})[0].ground_truth == "2"
-    assert "data.columns names 'nope'" in reasons(path, columns={"id": "nope"})[0]
+    assert "data.columns refers to 'nope'" in reasons(path, columns={"id": "nope"})[0]
     with pytest.raises(ValueError, match=r"data.columns: 'uid' is not a column of rows"):
         read_rows(path, columns={"uid": "id"})
 
@@ -124,7 +124,7 @@ def test_the_columns_of_a_source_are_added_to_the_columns_for_all_sources(tmp_pa
 
 
 def test_the_error_for_a_missing_column_lists_the_columns_of_the_row(tmp_path: Path) -> None:
-    with pytest.raises(RowError, match=r"data.columns names 'extra.answer', but the row only has id, task"):
+    with pytest.raises(RowError, match=r"data.columns refers to 'extra.answer', but the row only has id, task"):
         read_rows(jsonl(tmp_path, row(extra={})), columns={"ground_truth": "extra.answer"})
 
 

@@ -315,7 +315,7 @@ def test_the_scaled_processor_equals_vllms_for_the_published_sizes(engine_proces
 
 
 def test_more_prompts_than_fit_into_one_step_give_the_same_responses_again(step_vl: Served) -> None:
-    """If a step had room for only part of a prompt, vLLM would rewind the random generator, which fails on CPUs."""
+    """If a step processed only part of a prompt, vLLM would rewind the random generator. Rewinding fails on CPUs."""
     shown = [tiny.picture(tiny.NO_CROP, seed) for seed in range(40)]
     prompt = (*tiny.word_ids(4), tiny.IMAGE, *tiny.word_ids(6, seed=1))
     requests = [Request(prompt, (shown[i % 40],), max_tokens=2, seed=i) for i in range(300)]

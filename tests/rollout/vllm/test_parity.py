@@ -54,7 +54,8 @@ def test_logprobs_of_sampled_tokens_agree(step_vl: Served, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["text only", "several pictures"])
 def test_a_response_sampled_in_pieces_has_the_same_logprobs(step_vl: Served, kind: str) -> None:
-    """Samples a response in pieces, as partial rollouts do. The next prompt contains the tokens sampled before."""
+    """Samples a response in two pieces, as in partial rollouts. The second prompt contains the tokens of the first
+    piece."""
     shown = [tiny.picture(size, seed) for seed, size in enumerate(SHOWN[kind])]
     request = replace(ask(shown), max_tokens=3)
     starts = step_vl.engine.generate([replace(request, seed=seed) for seed in range(8)])
@@ -80,7 +81,7 @@ def test_logprobs_of_given_tokens_agree(step_vl: Served, kind: str) -> None:
 
 @pytest.mark.parametrize("size", [tiny.NO_CROP, tiny.ONE_CROP, tiny.FOUR_CROPS])
 def test_another_picture_changes_the_logprobs(step_vl: Served, size: tuple[int, int]) -> None:
-    """If pictures did not change the logprobs, the other tests would not show that pictures are handled correctly."""
+    """Pictures must change the logprobs. Otherwise, the other tests do not show that pictures are handled correctly."""
     tokens = (tiny.IMAGE, *tiny.word_ids(20))
     one, two = (torch.tensor(step_vl.engine.score(tokens, [tiny.picture(size, seed)])[-20:]) for seed in (1, 2))
     assert (one - two).abs().max() > 1e-2

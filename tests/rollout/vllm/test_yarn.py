@@ -29,7 +29,8 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Qwen3ForCausa
 
 
 def extended(model: Qwen3ForCausalLM, factor: float | None = FACTOR) -> Qwen3ForCausalLM:
-    """Returns a model of transformers with YaRN and with the weights of `model`."""
+    """Returns a model of transformers with YaRN and with the weights of `model`. If `factor` is None, YaRN is not
+    used."""
     made = Qwen3ForCausalLM(with_yarn(copy.deepcopy(model.config), factor)).float().eval()
     made.load_state_dict(model.state_dict())
     return made

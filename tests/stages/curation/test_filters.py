@@ -64,7 +64,8 @@ class Chat:
 
 
 class Engines:
-    """Engines whose responses come from a script. It maps (filter, row id, number of the response) to a text."""
+    """Engines whose responses come from a script. The script maps (filter, row id, number of the response) to a
+    text."""
 
     def __init__(self, script: Callable[[str, str, int], str], rows: Sequence[str]) -> None:
         self.script, self.asked = script, Counter[tuple[str, str, int]]()
@@ -90,7 +91,7 @@ class Engines:
 
 class Scorer:
     """Scores an answer with 1.0 if it contains the word "right", else with 0.0. The judge is a script that maps
-    (pass, row id) to a score. If the script gives a text, the score is invalid and the text is the reason."""
+    (pass, row id) to a score. If the script returns a text instead, the score is invalid and the text is the reason."""
 
     def __init__(self, judge: Callable[[str, str], float | str] = lambda name, row: 1.0, group: bool = False) -> None:
         self.judge, self.group, self.asked = judge, group, Counter[tuple[str, str]]()

@@ -1,5 +1,5 @@
 """Tests the report of an evaluation, and evaluation with the pictures of other rows. tests/rollout/test_generate.py
-uses real models."""
+tests evaluations with real models."""
 
 from dataclasses import replace
 from pathlib import Path

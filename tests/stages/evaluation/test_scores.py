@@ -33,7 +33,8 @@ def test_the_interval_holds_the_mean_and_shrinks_with_more_rows() -> None:
     few, many = figure([0.0, 1.0] * 10), figure([0.0, 1.0] * 1000)
     assert few.mean == many.mean == 0.5
     assert few.low < many.low < 0.5 < many.high < few.high
-    # 2 * 1.96 * 0.5 / sqrt(2000) is the width of the interval for a normal distribution.
+    # For a normal distribution, the interval ends 1.96 standard errors below and above the mean. The standard error is
+    # 0.5 / sqrt(2000).
     assert many.high - many.low == pytest.approx(2 * 1.96 * 0.5 / 2000**0.5, rel=0.1)
     assert figure([1.0, 1.0]) == figure([1.0]) and figure([1.0]).low == 1.0
     assert figure([0.0, 1.0, 1.0], seed=3) == figure([0.0, 1.0, 1.0], seed=3)
