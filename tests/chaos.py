@@ -38,7 +38,8 @@ from benchmarks.harness import busy_process
 from tests.support.command import ROOT, Command, metrics, named, run, samples, without_times
 from tests.support.patience import Deadline
 
-ITERATIONS, PROMPTS, ROLLOUTS = 12, 8, 4
+PROMPTS, ROLLOUTS = 8, 4
+PER_FAULT, LEAST = 5, 12  # iterations for each fault; least number of iterations
 SLOW_REWARD = """
 import time
 from rewards import Rollout, reward
@@ -170,21 +171,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Kill processes of a run at random.")
     parser.add_argument("--faults", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, default=ITERATIONS)
+    parser.add_argument("--iterations", type=int, help="default: enough for the faults")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=["any"])
     parser.add_argument("--busy", action="store_true", help="keep a core busy while faults occur")
     options = parser.parse_args(arguments)
+    iterations = options.iterations or max(LEAST, PER_FAULT * options.faults)
     with TemporaryDirectory() as name:
         calm, faulty = Path(name, "calm"), Path(name, "faulty")
         Path(name, "slow.py").write_text(SLOW_REWARD)
-        code, _, err = run(*recipe(Path(name), options.iterations), "--output", calm, timeout=PATIENCE_S)
+        code, _, err = run(*recipe(Path(name), iterations), "--output", calm, timeout=PATIENCE_S)
         assert code == 0, err
         with busy_process() if options.busy else nullcontext():
             rng = random.Random(options.seed)
-            found = run_with_faults(faulty, options.iterations, options.faults, options.kinds, options.phases, rng)
+            found = run_with_faults(faulty, iterations, options.faults, options.kinds, options.phases, rng)
         exact = not any(fault.startswith(("Engine", "hang")) for fault in found.made)
-        differing = differences(calm, faulty, options.iterations, exact=exact)
+        differing = differences(calm, faulty, iterations, exact=exact)
+        if len(found.made) < options.faults:
+            differing.append(f"the run ended after {len(found.made)} of {options.faults} faults")
     print(
         json.dumps({"faults": Counter(found.made), "resumed": found.resumed, "exact": exact, "differences": differing})
     )
