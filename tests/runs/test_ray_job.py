@@ -26,10 +26,13 @@ PLUGIN = "rewards.arithmetic={use: 'examples/brief_rewards/brief_rewards/__init_
 @pytest.fixture
 def cluster() -> Iterator[tuple[str, Command]]:
     """Starts a cluster with `ray start --head`. Yields the address of the job server, and the cluster's process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ("--head", "--block", "--port=0", f"--dashboard-port={port}", "--disable-usage-stats")
+    with socket.socket() as first, socket.socket() as second:
+        for free in (first, second):
+            free.bind(("127.0.0.1", 0))
+        port, agent = (free.getsockname()[1] for free in (first, second))
+    # By default, the job agents of all clusters on a machine listen on the same port, and only one of them can.
+    ports = ("--port=0", f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent}")
+    options = ("--head", "--block", *ports, "--disable-usage-stats")
     # The job runs the first `python` in the PATH of the cluster's node. So the PATH begins with the folder of the
     # `python` that runs this test.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
