@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             save(records[-1:], options.results)
     print(table(records))
     if failed:
-        print(f"failed, see above: {', '.join(failed)}", file=sys.stderr)
+        print(f"failed benchmarks (errors above): {', '.join(failed)}", file=sys.stderr)
     return FAILED if failed else DONE
 
 

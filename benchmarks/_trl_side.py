@@ -1,8 +1,8 @@
 """Runs TRL's side of benchmarks.iteration in a separate process: `python -m benchmarks._trl_side FOLDER`.
 
 Before this program starts, `iteration.make` has written the model and the prompts to FOLDER. This program writes its
-results to FOLDER/trl.json. This file itself has no test, because TRL is not installed. The registration of the
-benchmark iteration/trl is tested in tests/benchmarks/test_harness.py.
+results to FOLDER/trl.json. This file itself has no test, because the project's environment does not contain TRL. The
+registration of the benchmark iteration/trl is tested in tests/benchmarks/test_harness.py.
 """
 
 import json

@@ -10,10 +10,10 @@ The import of this file takes several seconds. These are the fastest settings th
   backward pass. In a packed row, a mask separates the rollouts. SDPA also computes the token pairs that the mask
   discards, so one long row is slower than several short rows. `VerlEngine.tune` finds the fastest micro-batch size for
   a batch.
-- Flash attention has a kernel for logprobs. Without this kernel, verl loops over the tokens in Python, which takes a
+- Flash attention has a kernel for logprobs. Without this kernel, verl loops over the tokens in Python, and this takes a
   tenth of the time of a step. This file replaces the loop with verl's `logprobs_from_logits_naive`, and replaces
-  nothing else in verl. verl's fused head cannot be used for a head with its own weight, because FSDP2 has already
-  sharded this weight when the head is called.
+  nothing else in verl. verl's fused head is not used: the head of our model does not share its weight with the
+  embedding, and FSDP2 has already sharded the head's weight when the fused head needs it.
 - The loss is verl's `ppo_loss` with the policy loss "gpg", which is the plain policy gradient.
 
 This file itself has no test; the benchmark compares verl's logprobs and gradients with ours. The registration of the
@@ -55,8 +55,8 @@ class CpuPlatform(PlatformCUDA):
         return torch.cpu
 
     def current_device(self) -> Any:
-        """Returns the name of the device that verl moves tensors to. A number instead of a name would make torch use an
-        accelerator."""
+        """Returns the name of the device that verl moves tensors to. If the method returned a number, such as 0, torch
+        would use an accelerator."""
         return "cpu"
 
 
@@ -144,7 +144,7 @@ class VerlEngine:
     """
 
     def __init__(self, folder: Path, token_budget: int) -> None:
-        set_platform(CpuPlatform())  # before the engine's import, which reads the platform
+        set_platform(CpuPlatform())  # must run before the next import, because this import reads the platform
         with warnings.catch_warnings(action="ignore"):  # verl warns about every engine that is not installed
             from verl.workers.engine.fsdp import FSDPEngineWithLMHead, transformer_impl
         from verl.trainer.config import CheckpointConfig
@@ -215,8 +215,8 @@ class VerlEngine:
         }
 
     def tune(self, batch: VerlBatch) -> None:
-        """Measures several splits on this batch and selects the fastest. In a split, each micro-batch has one rollout,
-        or several rollouts that are packed or padded."""
+        """Measures several splits on this batch and selects the fastest. A split gives each micro-batch one rollout,
+        several packed rollouts, or several padded rollouts."""
 
         def measure(split: Split) -> float:
             self.split = split

@@ -18,9 +18,9 @@ def curation() -> Result:
     """Samples the responses for the difficulty filter, with all rows in one queue (ours_s) and row by row (other_s).
 
     A real vLLM engine with the CPU profile runs the scale model. It samples 24 responses to each of 64 problems. The
-    responses are not scored. For each response, the lengths on both sides are compared; max_abs_diff is the largest
-    difference. If both sides sampled the same tokens, max_abs_diff is 0. The difference can be larger, because rounding
-    in the last digits of a probability can change which tokens are sampled.
+    responses are not scored. Each response has a length on our side and a length on the other side; max_abs_diff is the
+    largest difference between these two lengths. If both sides sampled the same tokens, max_abs_diff is 0. The
+    difference can be larger, because rounding in the last digits of a probability can change which tokens are sampled.
     """
     from rl.actors import cluster, merge_streams, place
     from rl.recipe.resolve import load

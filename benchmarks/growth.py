@@ -1,4 +1,5 @@
-"""Measures how the time of an iteration grows when one dimension of its size grows, and plots the times to growth.svg.
+"""Measures how the time of an iteration grows with its size (for example with the number of prompts), and plots the
+times to growth.svg.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered).
 """
@@ -52,7 +53,8 @@ DIMENSIONS = {
 
 
 class Tokens:
-    """Replaces the chat template. A prompt consists of random tokens. Their number is `meta["tokens"]` of the row."""
+    """Replaces the chat template. A prompt consists of random tokens. `meta["tokens"]` of the prompt is the number of
+    these tokens."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary

@@ -1,4 +1,5 @@
-"""Code that all benchmarks use. It registers benchmarks, measures two sides in turns, and saves the results."""
+"""Code that all benchmarks use. It registers benchmarks, saves their results, and measures our code and the code that
+it is compared with, alternately."""
 
 import importlib
 import inspect
@@ -20,7 +21,8 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one benchmark. `more` has further fields for the results file, for example the text "goal"."""
+    """The result of one benchmark. `more` has further fields for the results file, for example "goal", a text that
+    states the goal."""
 
     ours_s: float  # seconds of our side; CPU seconds if the benchmark says so
     other_s: float  # seconds of the other side, with which our side is compared
@@ -64,9 +66,9 @@ def entries() -> dict[str, Entry]:
 
 
 def interleaved(ours: Callable[[], float], other: Callable[[], float], repeats: int) -> tuple[float, float]:
-    """Calls both sides in turns. Each call returns a time in seconds. The result has the median of these times for each
-    side. The side that is called first changes from turn to turn, so that other load on the machine affects both
-    sides."""
+    """Calls `ours` and `other` alternately, `repeats` times each. Each call returns a time in seconds. Returns the
+    median time of `ours` and the median time of `other`. In every second turn, `other` is called first, so that the
+    load from other programs affects both sides."""
     took: dict[Callable[[], float], list[float]] = {ours: [], other: []}
     for turn in range(repeats):
         for side in (ours, other) if turn % 2 == 0 else (other, ours):

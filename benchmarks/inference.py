@@ -1,4 +1,5 @@
-"""Measures how parallel answers, the prefix cache and speculation change the speed of PaCoRe in vLLM's server.
+"""Measures how three things change the speed of PaCoRe in vLLM's server: several problems at the same time, the prefix
+cache, and speculation.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmarks are registered).
 """
@@ -28,7 +29,7 @@ FIELDS = {"temperature": 1.0, "max_tokens": 64}
 
 
 def problems() -> list[Prompt]:
-    """Returns PROBLEMS held-out problems, spread evenly over all families."""
+    """Returns PROBLEMS held-out problems. All tasks (for example pointing) have almost the same number of problems."""
     rows = read_problems(str(SCALE / "data/heldout.jsonl"))
     return rows[:: len(rows) // PROBLEMS][:PROBLEMS]
 
@@ -45,7 +46,7 @@ def answer_all(
     answers: int = 1,
     given: dict[str, tuple[Round, ...]] | None = None,
 ) -> list[PacoreResult]:
-    """Answers the problems of a group in parallel, and the groups one after another."""
+    """Answers the problems of each group in parallel. A group starts when the previous group has ended."""
     results: dict[str, PacoreResult] = {}
     settings = Settings(target.model, plan, answers=answers)
 
@@ -68,9 +69,10 @@ def answer_all(
 def parallel() -> Result:
     """Answers 64 problems with PaCoRe (16 trajectories): all at once (ours_s), and one after another (other_s).
 
-    Both sides sample the 16 trajectories of a problem at the same time. For each problem, the token counts of both
-    sides are compared; max_abs_diff is the largest difference. If both sides sampled the same tokens, max_abs_diff is
-    0. The difference can be larger, because rounding in the last digits of a probability can change the tokens.
+    Both sides sample the 16 trajectories of a problem at the same time. Each problem has a token count on our side and
+    a token count on the other side; max_abs_diff is the largest difference between these two counts. If both sides
+    sampled the same tokens, max_abs_diff is 0. The difference can be larger, because rounding in the last digits of a
+    probability can change the tokens.
     """
     target, rows = serving(), problems()
     counted: dict[str, list[float]] = {}

@@ -19,12 +19,13 @@ from typing import Any
 from benchmarks.harness import Result, benchmark, interleaved, max_abs_diff
 
 ROOT = Path(__file__).resolve().parent.parent
-TRL = "1.16.0"  # the version that this file supports; the result contains the version that was used
+TRL = "1.16.0"  # this file supports this version of TRL; the field "trl" of the result has the installed version
 
 PROMPTS, GROUP = 8, 8
 PROMPT_TOKENS, RESPONSE_TOKENS = 64, 128
 LIMIT = RESPONSE_TOKENS + 8  # maximum tokens of a response; all responses end before this limit
-WARM_UP, MEASURED, RUNS = 2, 6, 2  # warm-up iterations (TRL compiles) and measured iterations of a run; number of runs
+# number of warm-up iterations in a run (TRL compiles in them), of measured iterations in a run, and of runs
+WARM_UP, MEASURED, RUNS = 2, 6, 2
 THREADS = 2
 LEARNING_RATE = 1e-6
 BETAS = (0.9, 0.95)
@@ -106,8 +107,8 @@ def median(iterations: Sequence[Mapping[str, float]], name: str) -> float:
 
 
 def share_of_even(text: str) -> float:
-    """Returns the reward of a response: the share of its words whose number (before the dot) is even. Both sides use
-    this reward."""
+    """Returns the reward of a response: the share of its words that start with an even number. For example, the word
+    `4.17` starts with the number 4. Both sides use this reward."""
     words = text.split()
     return sum(int(word.partition(".")[0]) % 2 == 0 for word in words) / max(1, len(words))
 

@@ -23,9 +23,9 @@ def busy() -> Result:
     """Compares iterations on a machine with one busy process and on a quiet machine. The goal is a ratio of at most 2.
 
     Runs the shipped recipe rlvr with the CPU profile. ours_s is the median time of an iteration on the quiet machine.
-    other_s is the median time while another process computes without pause. ratio is other_s / ours_s. If both
-    processes share the two cores fairly, the ratio is 1.3 to 2. default_quiet_s is the time on the quiet machine with
-    the default settings of the OpenMP library and of Ray; ours_s should be at most 1.05 times this time.
+    other_s is the median time while another process computes without pause. ratio is other_s / ours_s. If the run and
+    the other process share the two cores fairly, the ratio is 1.3 to 2. default_quiet_s is the time on the quiet
+    machine with the default settings of the OpenMP library and of Ray; ours_s should be at most 1.05 times this time.
     """
     sides = ("quiet", "busy", "default")
     times: dict[str, list[float]] = {side: [] for side in sides}

@@ -3,8 +3,9 @@
 A step is the forward and backward pass of all rows of a minibatch, without an optimizer step. Our side shares prompts.
 Our side is compared with three other sides, which copy the prompt: our packing with copied prompts, padded batches, and
 verl. Each comparison is made with four shapes of a minibatch. All sides use the same decoder, rollouts and advantages,
-in float32. Each result contains the largest differences between the logprobs and between the gradients of both sides.
-Tested in tests/benchmarks/test_harness.py (only that the benchmarks are registered).
+in float32. Each result contains two differences between our side and the other side: the largest difference of a
+logprob, and the largest difference of a gradient. Tested in tests/benchmarks/test_harness.py (only that the benchmarks
+are registered).
 """
 
 import random
@@ -220,8 +221,8 @@ def padded(made: Work) -> Side:
 
 
 def sequence(made: Work, tokens: int) -> Callable[[], float]:
-    """Returns a function that measures the forward and backward pass of one causal sequence. The function computes the
-    same number of logits as our side."""
+    """Returns a function that runs the forward and backward pass of one causal sequence, and returns the seconds. The
+    function computes the same number of logits as our side."""
     trunk = made.model.model
     ids = torch.randint(0, SIZES["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
     chosen = slice(tokens - made.size.tokens, tokens)
@@ -249,8 +250,8 @@ def cost(made: Work, tokens: int, pairs: int) -> float:
 
 
 def compare(made: Work, other: Side, sequences: Sequence[int]) -> Result:
-    """Measures the times of our side (shared prompts) and of another side in turns. Also compares the logprobs and the
-    gradients of both sides.
+    """Measures the times of our side (shared prompts) and of another side, alternately. Also compares the logprobs and
+    the gradients of both sides.
 
     `sequences` has the lengths of the causal sequences that the other side computes. The ceiling of the ratio is the
     cost of these sequences, divided by the cost of our side, which computes each prompt only once.

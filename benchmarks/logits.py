@@ -1,4 +1,4 @@
-"""Compares the peak memory of logprobs and entropies if they are computed in parts, or for all tokens at once.
+"""Compares the peak memory of two computations of logprobs and entropies: in parts, and for all tokens at once.
 
 Tested in tests/benchmarks/test_harness.py (only that the benchmark is registered). The function `token_logprobs` is
 tested in tests/rl/model/test_logprobs.py.
@@ -23,7 +23,7 @@ KIB = 1024 if sys.platform == "linux" else 1  # ru_maxrss is in KiB on Linux and
 
 @benchmark("logits")
 def logits() -> Result:
-    """Compares the peak memory of our logprobs and of logprobs from the logits of all tokens. Goal: ratio at least 8.
+    """Compares the peak memory of logprobs computed in parts (ours) and computed at once. Goal: ratio at least 8.
 
     The input has 4,096 tokens, a vocabulary of 151,936 and float32 values. Each side runs in its own process, which
     computes the mean logprob plus the mean entropy, forward and backward. The growth of the process's peak memory

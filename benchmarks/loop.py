@@ -98,7 +98,7 @@ class Rewards:
 
 @benchmark("async/one_step_off")
 def one_step_off() -> Result:
-    """Compares sampling the next iteration during training with sampling and training in turns.
+    """Compares a loop that samples during training (ours_s) with a loop that samples only after training (other_s).
 
     Generation is emulated by a pause, which takes 80% of an iteration. The loop, the critic and the policy are real and
     run in this process. ours_s is measured with rollout.max_staleness 1 and other_s with 0. Both are mean seconds per

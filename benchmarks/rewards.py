@@ -162,7 +162,7 @@ def mathematics() -> Result:
 def fresh(side: str) -> tuple[float, float, list[float]]:
     """Runs one side in a new process. Returns CPU seconds, wall-clock seconds and scores."""
     start = time.monotonic()
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # as in workers: sympy's sets then have the same order
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # workers use this seed too, so sympy orders sets alike
     command = [sys.executable, "-m", "benchmarks.rewards", side]
     root = Path(__file__).parent.parent
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

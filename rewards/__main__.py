@@ -2,8 +2,8 @@
 
 `try` scores samples as a run would, in processes that can be killed. It prints the score, the details and the time of
 each sample. If the reward compares responses with ground truths, `try` also scores each ground truth as a response, and
-checks that this response gets the highest value. The exit code is 0 for success, and 2 for wrong input or a ground
-truth that does not get the highest value. It is 1 for any other error, such as an endpoint that does not answer.
+checks that this response gets the highest value. The exit code is 0 for success. It is 2 for wrong input, and also if a
+ground truth does not get the highest value. It is 1 for any other error, such as an endpoint that does not answer.
 Tested in tests/runs/test_reward_guide.py.
 """
 
@@ -30,7 +30,7 @@ from rl.exits import DONE, WRONG_INPUT, run_command
 from rl.recipe.layers import find_recipe, shipped_recipes
 from rl.types import Prompt, Rollout, Scored
 
-TRIED = "tried"  # the task that all samples get in `try`; also the name of the row judge
+TRIED = "tried"  # in `try`, all samples have this task, and a row judge has this name
 SHOWN = 10  # maximum number of failing ground truths that are printed
 MOST_WAIT_S = 60.0  # maximum wait for an endpoint that does not answer; shorter than in a run, because a person waits
 
@@ -182,7 +182,8 @@ def _of_task(samples: list[Rollout], task: str | None) -> list[Rollout]:
 
 
 def _runner(target: Target, workers: int) -> RewardRunner:
-    """Returns a runner with the tasks of `target.verifiable`, plus a task TRIED that has all rewards of the target."""
+    """Returns a runner. It has the tasks of `target.verifiable`, and one more task, TRIED. The task TRIED has all
+    rewards of the target."""
     alone = {name: [one.model_copy(update={"penalties": (), "weight": 1.0})] for name, one in target.verifiable.items()}
     tasks: dict[str, Sequence[RewardSpec]] = {TRIED: target.specs, **alone}
     judges = {TRIED: target.row_judge} if target.row_judge else {}
@@ -265,7 +266,9 @@ def _failing(runner: RewardRunner, task: str, spec: RewardSpec, prompts: Any) ->
     responses = [Rollout(replace(one, task=task), as_text(one.ground_truth)) for one in prompts]
     for one in runner.score(responses):
         if one.invalid or one.reward < runner.highest(task) - 1e-9:
-            why = one.invalid or f"{one.reward:g} instead of {runner.highest(task):g} {json.dumps(dict(one.details))}"
+            why = one.invalid or (
+                f"gets {one.reward:g} instead of {runner.highest(task):g}; details: {json.dumps(dict(one.details))}"
+            )
             yield f"  {one.rollout.prompt.id}: {one.rollout.text[:80]!r}: {why}"
 
 

@@ -10,7 +10,7 @@ from rewards import Prompt, Score, row_judge
 from rewards.endpoint import EndpointName
 from rewards.judge import REASON_CHARS, Judge, MaxTokens, Verdict, question, truth
 
-UNLIMITED = 1_000_000  # characters; the policy wrote none of the texts that the judge sees, so nothing needs to be cut
+UNLIMITED = 1_000_000  # characters per text; no text is cut, because the judge sees no text of the policy
 
 
 class BareValidity(BaseModel):

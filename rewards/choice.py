@@ -18,8 +18,9 @@ _PHRASE = re.compile(
 )
 _FIRST = re.compile(rf"{_DECORATION}{_WORD}{_DECORATION}([A-J])(?![\w'\u2019-])", re.IGNORECASE)
 _LABEL_ENDS = re.compile(rf"\s{{0,8}}+(?:{_CLOSING}|$)")
-# Finds a second letter after the first letter. Either a comma or a word such as "or" must stand before the second
-# letter, or a mark such as a bracket must stand after the second letter.
+# Finds a second letter directly after the first letter. The first alternative needs a comma or a word such as "or"
+# before the second letter: it finds B in "A,B" and "A or B". The second alternative needs a mark such as a bracket, the
+# end of the text or a third letter after the second letter: it finds B in "(A) (B)", "A B" and "A B C".
 _SECOND = re.compile(
     rf"(?:{_CLOSING}|\s){{0,12}}+"
     rf"(?:(?<=,)|(?:[,;/&+]|or\b|and\b))\s{{0,8}}+{_WORD}[*_(\[{{\"'`$]{{0,8}}+([A-J])(?![\w'\u2019-]|\s{{1,4}}[a-z])"

@@ -17,7 +17,7 @@ from rewards import Invalid, Rollout, Score, penalty
 from rewards.registry import load_module
 from rewards.text import visible, words_of
 
-MAX_LENGTH = 2048  # maximum length of a URL or identifier; a longer URL or identifier offends
+MAX_LENGTH = 2048  # maximum length of a URL or identifier; a longer URL or identifier is never confirmed
 MAX_ENTRY = 500  # only this many characters of an entry of a reference list are compared
 MAX_ASKED = 20  # maximum number of resolver calls per answer, so that no answer can cause a timeout
 
@@ -70,7 +70,9 @@ _WORD = re.compile(r"\w+")
 class Reference:
     """A reference in a text: a link, an identifier, an entry of a reference list, or a mark such as "[3]"."""
 
-    id: str  # normalised identifier for comparisons and the resolver; "mark:3" if "[3]" has no entry; "" if malformed
+    # normalised identifier such as "doi:10.1000/182"; "mark:3" for a mark "[3]" without an entry; "" for a malformed
+    # URL and for an identifier that is too long
+    id: str
     host: str  # host of a URL; "doi.org" or "arxiv.org" for an identifier
     shown: str  # text for the details
 
@@ -79,17 +81,17 @@ class Reference:
 class Citation:
     """1.0 if the answer has a reference or link that no known source confirms, else 0.0.
 
-    The details contain the number of references and the first five references that offend.
+    The details contain the number of references, and up to five references that are not confirmed.
 
     These count as references: links, DOIs, arXiv identifiers, and entries of a reference list. A link starts with a
     scheme, with "www." or with a domain before a path. The target of a markdown link also counts if it is a domain or
     a file. Under a heading such as "References", "Sources" or "参考文献", a line is an entry if it is numbered "[1]",
     or if it has a year and looks like a publication. Elsewhere, a line is an entry if it is numbered "[1]", begins with
     authors and has a year. If an entry contains a link or identifier, only this link or identifier is checked. An entry
-    without a link or identifier counts as fabricated if nothing confirms it. If the answer has such a heading, a mark
-    such as "[3]" after a word must refer to an entry with this number. Without a heading, "[3]" is not a reference,
-    because it may be an index or a list. Links in program code and formulas count too. Books and papers that are only
-    mentioned in a sentence are not checked.
+    without a link or identifier counts as fabricated if nothing confirms it. If the answer has a heading such as
+    "References", a mark such as "[3]" after a word must refer to an entry with this number. Without such a heading,
+    "[3]" is not a reference, because it may be an index or a list. Links in program code and formulas count too. Books
+    and papers that are only mentioned in a sentence are not checked.
 
     A reference is confirmed if it appears in the prompt's messages (of any role), in the row's ground truth, or in the
     teacher's response. (A link that teacher and policy give independently is probably not invented.) The parameters
@@ -103,12 +105,12 @@ class Citation:
               normalised reference and returns True if the reference exists. References have the form
               "https://host/path", "doi:10.1000/182", "arxiv:1706.03762" or "text:<entry of a list>". They have at most
               2,048 characters, all of them printable. The function is called at most 20 times per answer; an answer
-              that needs more calls offends. For example:
+              that needs more calls gets 1.0. For example:
 
                   def in_catalogue(reference: str) -> bool:
                       return reference in open("catalogue.txt").read().split("\\n")
 
-    limit     maximum number of different references in an answer; an answer with more references offends
+    limit     maximum number of different references in an answer; an answer with more references gets 1.0
 
     Raises ValueError if the resolver does not exist. If the resolver raises an exception, the penalty raises Invalid,
     because the policy is not the cause.
@@ -186,8 +188,8 @@ class Citation:
 def references(text: str, original: str) -> Iterator[Reference]:
     """Yields the links, identifiers and list entries of a text. Equal references are yielded only once.
 
-    `text` is `original` without invisible characters. A URL that is in `text` but not in `original` is malformed,
-    because it has invisible characters in `original`.
+    `text` is `original` without invisible characters. A URL that has invisible characters in `original` counts as
+    malformed: `text` contains the URL, but `original` does not.
     """
     found = [m[0] for pattern in (_LINK, _BARE) for m in pattern.finditer(text)]
     for url in dict.fromkeys([*found, *(m[1] for m in _MARKDOWN.finditer(text))]):
@@ -253,8 +255,8 @@ def _trimmed(link: str) -> str:
 def _listed(text: str) -> Iterator[Reference]:
     """Yields each list entry that contains no link or identifier, and each mark such as "[3]" that refers to no
     entry."""
-    # listing: True between a heading such as "Sources" and the next other heading; headed: True after the first such
-    # heading
+    # listing: True after a heading such as "Sources", until another heading (a line that starts with "#") follows
+    # headed: True after the first heading such as "Sources", until the end of the text
     listing, headed = False, False
     numbers: set[str] = set()
     prose: list[str] = []
@@ -287,9 +289,9 @@ def _listed(text: str) -> Iterator[Reference]:
 def _is_entry(item: str, numbered: bool, listing: bool) -> bool:
     """True if a line is an entry of a reference list.
 
-    A line under a heading such as "Sources" is an entry if it is numbered "[1]". Any other line must look like a
-    publication to be an entry. Without this condition, two kinds of lines would be entries by mistake: items of other
-    lists under such a heading, and steps of a solution that are numbered "[1]" without such a heading.
+    A line under a heading such as "Sources" is an entry if it is numbered "[1]", or if it has a year and looks like a
+    publication. Elsewhere, a line is an entry if it is numbered "[1]", begins with authors and has a year. The reason
+    for these conditions: a line may also be an item of another list, or a numbered step of a solution.
     """
     if numbered and listing:
         return bool(item.strip())

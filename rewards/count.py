@@ -41,10 +41,10 @@ class Count:
 
     If the ground truth is a list of points, the answer must give the points, as in Perception-R1. The given
     points are matched one to one with the true points, so that the sum of max(0, 1 - d / radius) over all pairs is as
-    large as possible. d is the Euclidean distance between the two points of a pair. For d, x is measured in picture
-    widths and y in picture heights. The value is the sum divided by max(number of given points, number of true points).
-    A missing point costs as much as a superfluous point. An answer that only states a number earns 0.0, because a
-    number alone does not show where the things are.
+    large as possible. d is the Euclidean distance between the two points of a pair. d and `radius` are measured in
+    picture widths (along x) and picture heights (along y). The value is the sum divided by max(number of given points,
+    number of true points). A missing point costs as much as a superfluous point. An answer that only states a number
+    earns 0.0, because a number alone does not show where the things are.
 
     The STEP3-VL report describes no reward for counting. The formula and the radius are reconstructions.
     """

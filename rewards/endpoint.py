@@ -80,7 +80,7 @@ class SampleClock:
         self._used, self._since = 0.0, time.monotonic()
         self._pauses = 0
         self._limit = 0.0
-        self._scope: asyncio.Timeout | None = None  # set while limit() runs
+        self._scope: asyncio.Timeout | None = None  # the time limit that limit() sets; None while limit() does not run
 
     @property
     def elapsed(self) -> float:
@@ -215,8 +215,8 @@ class Endpoint:
         """Returns the model's reply as an `answer` object, and as text.
 
         messages    a chat in OpenAI's format
-        answer      the class of the object. The whole reply must be the JSON of one such object; a ```json fence around
-                    this JSON is allowed
+        answer      the class of the returned object. The whole reply must be the JSON of one such object; a ```json
+                    fence around this JSON is allowed
 
         Raises Unparsable if the reply is anything else, Refused if the endpoint refuses this request, and
         Unreachable after the last retry. The sample's `clock` does not count the wait for a free slot, the wait before

@@ -49,8 +49,8 @@ class GenRM:
         bradley_terry   1 / (1 + exp(-(s_answer - s_reference) / scale))     the chance that the answer wins
         linear          1/2 + (s_answer - s_reference) / 20
 
-    endpoint     the judge. It sees the question (with pictures, if it takes pictures) and both texts, but not which of
-                 them is the answer
+    endpoint     the judge. It sees the question (with pictures, if it takes pictures) and both texts. It is not told
+                 which text is the answer
     rule, scale  see above. `scale` is used only by bradley_terry. It is in units of the grades; the default is 2
     temperature  the judge's sampling temperature
     max_tokens   maximum length of one comparison, including the thinking of a reasoning judge
@@ -60,11 +60,12 @@ class GenRM:
     length_control  if the answer is longer than the reference, length_control * log2(length of the answer / length of
                  the reference) is subtracted from s_answer. With 0, the length does not matter
 
-    An empty answer scores 0.0. If the judge gives no comparison for the policy's answer, but gives a comparison for a
-    harmless answer to the same row, the policy's answer also scores 0.0. A row without a reference is invalid. In the
-    STEP3-VL report, a model compares the response with a teacher's response, gives reasons and returns a fine-grained
-    score. The grades, the criteria, the use of both orders and the scale are reconstructions. The formula bradley_terry
-    (Bradley and Terry 1952) and the cost of length are taken from the model Step 3.5 Flash.
+    An empty answer scores 0.0. If the judge gives no comparison for the policy's answer, the same prompt is sent with a
+    harmless answer. If the judge gives a comparison for the harmless answer, the policy's answer also scores 0.0. A row
+    without a reference is invalid. In the STEP3-VL report, a model compares the response with a teacher's response,
+    gives reasons and returns a fine-grained score. The grades, the criteria, the second comparison in the other order
+    and the scale are reconstructions. The formula bradley_terry (Bradley and Terry 1952) and the cost of length are
+    taken from the model Step 3.5 Flash.
     """
 
     def __init__(

@@ -45,10 +45,11 @@ BOXES = re.compile(f"{_BOX}|{_NAMED_BOX}", re.IGNORECASE)
 POINTS = re.compile(f"{_POINT}|{_NAMED_POINT}", re.IGNORECASE)
 EITHER = re.compile(f"{_BOX}|{_NAMED_BOX}|{_POINT}|{_NAMED_POINT}", re.IGNORECASE)
 
-# The text allowed between two shapes of one list: punctuation, numbers, "and", quoted keys and labels, tags.
+# The text allowed between two shapes of one list: punctuation, numbers, "and", quoted keys and labels, tags. The match
+# of a shape may contain the "<" of a tag "</box>". Then the text between the shapes begins with the rest, "/box>".
 _GLUE = re.compile(
     r"(?:[\s,;:.\d\[\](){}]|and\b|\"[^\"\n]*+\"|'[^'\n]*+'|\w{1,20}+="
-    r"|\A/\w{1,20}+>|<\w{1,20}+\s?\Z|[\"']\Z"  # part of a tag or key; the other part is in the match of a shape
+    r"|\A/\w{1,20}+>|<\w{1,20}+\s?\Z|[\"']\Z"  # part of a tag or key: "/box>", "<box" or a quotation mark
     r"|<[^<>\n]{1,100}+>|>[^<>\n]{0,100}+</\w{1,20}+>|/?>)*+"
 )
 _GAP = 300  # maximum number of characters between two shapes of one list
@@ -113,7 +114,8 @@ def usable_shape(numbers: Shape, size: tuple[float, float]) -> Shape | str:
 
 
 def for_details(found: Sequence[Shape]) -> list[list[str]]:
-    """Returns the first 20 shapes for the details of a Score. Numbers are text, because JSON has no infinity."""
+    """Returns the first 20 shapes for the details of a Score. Numbers are converted to text, because JSON has no
+    infinity."""
     return [[repr(number) for number in numbers] for numbers in found[:20]]
 
 
@@ -135,12 +137,12 @@ def true_shape(rollout: Rollout, value: Any, coordinates: Coordinates, lengths: 
     """Returns a box or point of the row's ground truth as fractions of the picture. `lengths` lists the allowed
     numbers of coordinates: 4 for a box, 2 for a point.
 
-    Raises Invalid if `value` is not such a box or point, or if it does not fit `coordinates`. The message contains
-    `want`, which describes the values that the reward takes.
+    Raises Invalid if `value` is not such a box or point, or if it does not fit `coordinates`. The error
+    message contains `want`, a description of the values that the reward takes, such as "[x1, y1, x2, y2]".
     """
     row = rollout.prompt.id
     if not is_shape(value) or len(value) not in lengths:
-        raise Invalid(f"the ground truth of row {row} has {value!r} where this reward takes {want}")
+        raise Invalid(f"the ground truth of row {row} contains {value!r}; this reward takes {want}")
     fractions = as_fractions(tuple(value), picture_size(rollout, coordinates))
     if not all(0 <= c <= 1 for c in fractions):
         raise Invalid(

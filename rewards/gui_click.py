@@ -33,7 +33,7 @@ _ACTION = re.compile(
 _BARE_DONE = re.compile(rf"\W{{0,8}}+(?:{'|'.join(_DONE)})\W{{0,8}}+", re.IGNORECASE)
 
 
-# The reward is not `verifiable`: its highest value is 2, but no response to a row with an element to click gets 2.
+# The reward is not declared `verifiable`, because a right click gets 1, and the highest value is 2.
 @reward("gui_click", on_timeout="lowest", lowest=MISS, highest=COMPLETED, needs="ground_truth")
 def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
     """For a click: 1 (hit), 0.5 (near) or -1 (miss). For declaring the task done: 2 if it is done, -0.5 if it is not.
@@ -44,7 +44,7 @@ def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
     The last action of the answer counts. A click is a point or a box, in any usual notation, such as `click(x, y)` or
     {"action": "click", "point": [x, y]}. A box counts as a click on its middle. The task is declared done by `done()`,
     `DONE`, {"action": "terminate"} and similar texts. A click is a hit if it is in the true box or on its edge. If a
-    click is no hit, the smallest element that contains the click is compared with the true box: the click is near if
+    click is no hit, the smallest element that contains the click is compared with the true box. The click is near if
     the IoU of this element and the true box is above 0.5. If the row has no "elements", no click is near. (A box in the
     answer that has an IoU above 0.5 with the true box is always a hit, because its middle is then in the true box.)
     Anything else, such as unreadable text, is a miss.

@@ -2,10 +2,10 @@
 
 The class Judge fills in a prompt template of rewards/prompts/ and asks for a verdict. The judge can distinguish the
 policy's text from instructions: the text stands between marks that the policy cannot predict, and chat tokens in the
-text are replaced. The policy's text also cannot cause its sample to be left out of the loss. If the judge gives no
-verdict, the same prompt is sent again, with a harmless response instead of the policy's text. This second prompt is
-called a canary. If the judge answers the canary, the policy's text was the cause, and the sample gets its lowest value.
-If the judge does not answer the canary, the sample is invalid.
+text are replaced. Also, the policy cannot write a text that makes its sample invalid. (An invalid sample is left out of
+the loss.) If the judge gives no verdict, the same prompt is sent again, with a harmless response instead of the
+policy's text. This second prompt is called a canary. If the judge answers the canary, the policy's text was the cause,
+and the sample gets its lowest value. If the judge does not answer the canary, the sample is invalid.
 """
 
 import asyncio
@@ -91,8 +91,8 @@ class Judge(Generic[V]):
     """Asks an endpoint for verdicts on the policy's text. Create a Judge in a reward's `__init__`, and call
     `judge.setup()` in the reward's `setup()`.
 
-    template   the name of a file in rewards/prompts/, or an absolute path. Its variables are `rules` (the meaning of
-               the marks) and the texts that the reward shows to the judge, each between two marks
+    template   the name of a file in rewards/prompts/, or an absolute path. Its variables are `rules`, which explains
+               the marks, and the texts that the reward shows to the judge. Each text stands between two marks
     verdict    the class of the JSON object that the judge returns
     max_chars  maximum number of characters of each text that the policy wrote; `cut` shortens longer texts
     """
@@ -163,8 +163,8 @@ class Judge(Generic[V]):
             except Unreachable as e:
                 if e.status is None or e.status < 500:
                     raise
-                # Perhaps the server fails only on this text. In this case, the sample would wait for the server forever
-                # without this check.
+                # Perhaps the server fails only on this text. Then, without this check, the sample would wait for the
+                # server forever.
                 await self._check(row, shown, texts, 0.0)
                 why = e.why
         await self._check(row, shown, texts, CANARY_S)
@@ -214,7 +214,7 @@ class Judge(Generic[V]):
                 if canary.sent < (now if canary.failure else now - good_s):
                     sent = time.monotonic()
                     canary.failure = await self._canary(row, shown, dict.fromkeys(written, HARMLESS))
-                    canary.sent = sent  # set last, because the sample may be cancelled during the request
+                    canary.sent = sent  # set after the request, because the sample may be cancelled during the request
         if isinstance(canary.failure, Unreachable):
             raise Unreachable(canary.failure.endpoint, canary.failure.why, canary.failure.status)
         if canary.failure:
@@ -306,7 +306,7 @@ def cut(text: str, most: int) -> str:
     """
     if len(text) <= most:
         return text
-    room = most - len(_left_out(len(text)))  # room for the longest possible note
+    room = most - len(_left_out(len(text)))  # number of kept characters; the longest possible note must fit too
     head, tail = room // 4, room - room // 4
     return text[:head] + _left_out(len(text) - room) + text[-tail:]
 

@@ -25,17 +25,17 @@ class LanguageConsistency:
 
     The question is the text of the last user message. The languages of the question are allowed. If a user or system
     message contains the name of a language ("into French", "用英文回答"), this language is always allowed too. The
-    scripts of the question's first and last word are also allowed: if most of the question is a text in another
-    language, the instruction is often its first or last sentence. If the question is too short to identify its
-    language, every language of its script is allowed ("Solve it" allows all languages in Latin script). If the question
-    has no prose, every language is allowed.
+    scripts of the question's first and last word are also allowed, because a question may be a long text in one
+    language, with a short instruction in another language before or after the text. If the question is too short to
+    identify its language, every language of its script is allowed ("Solve it" allows all languages in Latin script). If
+    the question has no prose, every language is allowed.
 
     These parts of the answer are ignored: program code, formulas, quotations up to 300 characters, blockquotes, URLs,
     words with digits, a single foreign word, and foreign words that the question also contains. If the answer is mainly
-    in another script than Latin, Latin names and terms of up to three words are ignored too. The text after a code
-    fence or delimiter that is never closed is not ignored. An answer that has only code or quotations is not judged,
-    and the details say so. To distinguish languages of the same script, the text is split into pieces of forty letters.
-    So a switch from English to Spanish for one word is not noticed.
+    in another script than Latin, Latin names and terms of up to three words are ignored too. If a code fence
+    or delimiter is never closed, the text after it counts as prose. An answer that has only code or quotations is not
+    judged, and the details say so. To distinguish languages of the same script, the text is split into pieces of forty
+    letters. So a switch from English to Spanish for one word is not noticed.
 
     languages  ISO 639-1 codes of two or more languages to distinguish. Text in any other language is treated as text
                in the most similar of these languages

@@ -91,9 +91,8 @@ class Identifier:
         return {self.nearest(code) for code, names in self.names.items() if names.search(text.casefold())}
 
     def analysed(self, text: str, known: str | None = None) -> Languages:
-        """Returns the languages of a text. If the text is an answer, `known` is its question. In this case, the
-        words in a script other than the answer's main script are ignored if the question contains all of these words,
-        or all but one."""
+        """Returns the languages of a text. For an answer, `known` is the question. The answer may have words in another
+        script than its main script. These words are ignored if the question contains all of them, or all but one."""
         text = plain(text)
         prose = without_code_and_quotations(text)
         by_script = script_runs(prose)
@@ -164,7 +163,7 @@ def same_script(label: str, others: Iterable[str]) -> bool:
 
 
 def _is_one_word(script: str, texts: set[str], known: str) -> bool:
-    """True if the question `known` contains all of `texts`, or all except one text that is a single word."""
+    """True if the question `known` contains all of `texts`. One text may be missing there if it is a single word."""
     if len(texts) > MAX_CHUNKS:
         return False
     unknown = [text for text in texts if text not in known]
@@ -184,7 +183,7 @@ def _chunks(runs: Sequence[Run]) -> list[tuple[str, float]]:
         if weight >= CHUNK:
             chunks.append((". ".join(texts), weight))
             texts, weight = [], 0.0
-    if texts and chunks:  # these texts are too short to be identified alone, so they join the last piece
+    if texts and chunks:  # the remaining text is too short to be identified alone, so it is added to the last piece
         last, before = chunks.pop()
         chunks.append((". ".join([last, *texts]), before + weight))
     elif texts:

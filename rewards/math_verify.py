@@ -33,7 +33,7 @@ _BASED = re.compile(r"\(?([0-9A-Z]{1,99})\)?_(?:(\d)|\{(\d{1,2})\})")
 _NOON = re.compile(r"(?<=:\d\d)[ ~\\]{0,2}(?:\\text\{ ?)?([ap])\.? ?m\b\.?\}?", re.IGNORECASE)  # 6:30 p.m.
 _ENDING = re.compile(r"(?:\$([^$\n]{1,200})\$|\\\(([^\n]{1,200}?)\\\))[\s.*]{0,9}\Z")
 _WORD = re.compile(r"[A-Za-z]{3,99}|[Nn]o|NO")
-_EAGER = re.compile(r"binom|choose|gcd|lcm")  # the library evaluates these while it parses
+_EAGER = re.compile(r"binom|choose|gcd|lcm")  # the library evaluates these functions while it parses them
 _TOO_MUCH_FOR_EAGER = re.compile(
     r"\d{5}|\^ ?\{[^}]{0,99}[\^!]|[)}!]!|binom(?!\{[\w+ -]{1,9}\}\{[\w+ -]{1,9}\})|\^.{0,9}\\choose|choose.{0,9}\^"
 )
@@ -48,7 +48,7 @@ def plain(result: str) -> str:
             text = text.removesuffix(".").rstrip("$ ")
         opened = _WRAPPER.match(text)
         if not opened or last_boxed(rf"\boxed{{{text[opened.end() :]}") != text[opened.end() : -1].strip():
-            break  # there is no wrapper, or it ends before the text ends
+            break  # no wrapper such as `\text{...}` stands around the whole text
         text = text[opened.end() : -1].strip()
     text = _SEPARATOR.sub("", text.translate(_SIGNS).replace(r"\varnothing", r"\emptyset"))
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1].strip('()')}}}", text)
@@ -86,7 +86,7 @@ def digits(expression: Any) -> float:
         return math.log10(max(abs(expression.p), expression.q) + 1)
     parts = list(expression) if hasattr(expression, "tolist") else list(getattr(expression, "args", ()))
     if not parts:
-        return float(getattr(expression, "is_number", False))  # 1 for pi, 0 for a symbol
+        return float(getattr(expression, "is_number", False))  # a constant such as pi counts as 1 digit, a symbol as 0
     most, kind = [digits(part) for part in parts], type(expression).__name__
     if kind == "Pow":
         times = _value(parts[1])
@@ -112,8 +112,8 @@ def digits(expression: Any) -> float:
 
 
 def _value(expression: Any) -> float:
-    """Returns the absolute value of a number, but at most 10^15; 1 for an expression without a value. Call `digits`
-    first, because it refuses expressions whose evaluation would take long."""
+    """Returns the absolute value of a number, but at most 10^15. Returns 1 for an expression that is no number, such as
+    x + 1. Call `digits` first, because it refuses expressions whose evaluation would take long."""
     try:
         return min(abs(complex(expression)), 1e15)
     except OverflowError:
@@ -169,14 +169,14 @@ class Truth:
 class MathVerify:
     """1.0 if the answer equals the ground truth as mathematics: 1/2, 0.5 and \\frac{2}{4} are the same.
 
-    Compares the last `\\boxed{...}` of the answer. If the answer has no box, two results count: the last result that
-    the library finds in the text, and the text after the last "Answer:" (or the whole answer if it is short), read as a
-    formula. The value is 1.0 if one of these results is equal to the ground truth. In four cases, the library's rules
-    are not used. Words are compared letter by letter, because the library reads them as products of variables. Two
-    numbers with a base, such as 52_8, are equal only if digits and base are the same. A percentage equals two numbers
-    without a percent sign: 25% equals both 25 and 0.25. A ground truth that is plain text and no mathematics is
-    compared as in `exact`. A row is invalid if its ground truth is LaTeX that cannot be parsed, or if comparing the
-    ground truth with an answer would take too long.
+    Compares the last `\\boxed{...}` of the answer. If the answer has no box, two results count. One is the last result
+    that the library finds in the text. The other is the text after the last "Answer:" (or the whole answer if it is
+    short); this text is read as a formula. The value is 1.0 if one of these results is equal to the ground truth. In
+    four cases, the library's rules are not used. Words are compared letter by letter, because the library reads them as
+    products of variables. Two numbers with a base, such as 52_8, are equal only if digits and base are the same. A
+    percentage equals two numbers without a percent sign: 25% equals both 25 and 0.25. A ground truth that is plain text
+    and no mathematics is compared as in `exact`. A row is invalid if its ground truth is LaTeX that cannot be parsed,
+    or if comparing the ground truth with an answer would take too long.
 
     The library's own time limits are off. They use SIGALRM, which cannot interrupt a long operation inside one
     bytecode, and which fails outside the main thread. Instead, the runner kills a process that exceeds the time limit
@@ -220,7 +220,7 @@ class MathVerify:
         if len(prose) < len(answer):
             prose = (
                 prose.partition("\n")[2] or prose
-            )  # starts at a new line, because a cut inside a formula would leave a single dollar sign
+            )  # the text must start at a new line, because a cut inside a formula would leave a single dollar sign
         bare = (marked_answer(answer) or "").strip("*$ \n")
         if ending := _ENDING.search(prose):
             return (ending[1] or ending[2]).strip(), True, [prose]

@@ -41,7 +41,7 @@ WORD = re.compile(
     "|".join(f"(?P<{s}>[{r}][{r}\u0300-\u036f]*+(?:['’][{r}\u0300-\u036f]++)*+)" for s, r in RANGES.items())
 )
 _LETTERS_PER_SIGN = {"Han": 3, "Kana": 2, "Hangul": 2}
-UNSPACED = {"Han": 4, "Kana": 8, "Thai": 12}  # maximum number of letters of a word, in scripts without blanks
+UNSPACED = {"Han": 4, "Kana": 8, "Thai": 12}  # scripts without blanks between words -> most letters of a word
 _HIRAGANA, _HIRAGANA_OR_HAN = re.compile("[ぁ-ゖ]"), re.compile(f"[ぁ-ゖ{RANGES['Han']}]")
 
 _FENCE = re.compile(r"^[ \t>]{0,16}+(`{3,}+|~{3,}+)([^\n]*+)$", re.MULTILINE)
@@ -93,7 +93,7 @@ def script_runs(prose: str) -> dict[str, list[Run]]:
     japanese = _is_japanese(prose)
     for sentence in _SENTENCE.findall(prose):
         words = [(m.lastgroup or "", m[0]) for m in WORD.finditer(sentence)]
-        words = [(s, w) for s, w in words if not (s == "Greek" and len(w) < 3)]  # skips letters of formulas
+        words = [(s, w) for s, w in words if not (s == "Greek" and len(w) < 3)]  # skips Greek letters of formulas
         han = sum(len(w) for s, w in words if s == "Han")
         # A short Japanese phrase may have only Han characters. A Japanese sentence of 12 Han characters has kana too.
         if _is_japanese(sentence) or (japanese and han < 12):
@@ -164,5 +164,6 @@ def _joined(words: Sequence[tuple[str, str]]) -> Iterator[Run]:
 
 
 def _is_japanese(text: str) -> bool:
-    """True if a text has enough hiragana for its Han characters. Katakana do not count: Chinese texts may have them."""
+    """True if more than 8% of the hiragana and Han characters of a text are hiragana. Katakana do not count, because
+    Chinese texts may have them."""
     return len(_HIRAGANA.findall(text)) > 0.08 * len(_HIRAGANA_OR_HAN.findall(text))

@@ -227,8 +227,8 @@ def get(
 
     `base_dir` is the folder that `file.py:Name` is relative to (default: the current folder). Raises ValueError if the
     target does not exist (the message suggests the nearest name), or if the parameters do not fit the reward's
-    signature. If `endpoints` is given, a parameter whose value is an endpoint outside `endpoints` also raises
-    ValueError.
+    signature. If `endpoints` is given, also raises ValueError for a parameter with the name of an endpoint that is not
+    in `endpoints`.
     """
     reward = _by_place(target, Path(base_dir or ".")) if ":" in target else _by_name(target)
     bound = BoundReward(reward, _checked(reward, dict(params or {})))
@@ -299,7 +299,7 @@ def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(alias, path)
     assert spec and spec.loader, path
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # at the end, so that files in this folder do not hide other modules
+        sys.path.append(str(path.parent))  # the folder is last, so that its files do not hide other modules
     module = sys.modules[alias] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

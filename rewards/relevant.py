@@ -1,5 +1,4 @@
-"""Row judge `relevant`: a vision-language model grades how much a row's pictures and question have to do with each
-other."""
+"""Row judge `relevant`: a vision-language model grades how closely a row's pictures and question are related."""
 
 from pathlib import Path
 from typing import Annotated

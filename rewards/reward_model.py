@@ -27,9 +27,9 @@ class RewardModel:
 
     The model reads a chat: the text of the row's messages, then `rollout.answer` (without the reasoning). Control
     tokens in the answer are replaced by blanks, so that the answer cannot end its message and start another message. An
-    empty answer gets 0. The text is cut to `max_length`, so the policy's text cannot make scoring slow. If a sample
-    runs out of time, this has another cause, so the sample is invalid. The STEP3-VL report has no such reward: its
-    preference reward is a generative judge.
+    empty answer gets 0. The policy's text cannot make scoring slow, because the chat is cut to `max_length` tokens. So
+    if a sample runs out of time, the policy is not the cause, and the sample is invalid. The STEP3-VL report has no
+    such reward: its preference reward is a generative judge.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class RewardModel:
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
         if not Path(self.path, "config.json").is_file():
-            raise ValueError(f"reward_model: {self.path} is no model folder, it has no config.json")
+            raise ValueError(f"reward_model: {self.path} is no model folder, because it has no config.json")
         config = AutoConfig.from_pretrained(self.path)
         if config.num_labels != 1:
             raise ValueError(

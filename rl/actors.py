@@ -37,7 +37,7 @@ class _Holder:
         self._spans: deque[tuple[str, float, float]] = deque(maxlen=MOST_SPANS)
 
     def spans(self) -> list[tuple[str, float, float]]:
-        """Returns (method, start, end) of each call that ended after the previous call of `spans`."""
+        """Returns (method, start, end) of each method call that ended since `spans` was last called."""
         spans = list(self._spans)
         self._spans.clear()
         return spans
@@ -105,8 +105,8 @@ class _Fetched(Mapping[str, Any]):
 
 @contextmanager
 def signals_as_raised() -> Iterator[None]:
-    """A `with` block that restores the exception of a signal handler: if the block ends with a SystemError that another
-    exception caused, this other exception is raised instead.
+    """Restores the exception of a signal handler in a `with` block. If the block raises a SystemError that has a cause,
+    the cause is raised in place of the SystemError.
 
     A signal may arrive at the moment at which Ray stops waiting. Ray then returns a value although the signal handler
     has raised an exception, and Python raises a SystemError.
@@ -125,7 +125,7 @@ def _get(reference: Any, patience: float | None = None) -> Any:
             return ray.get(reference, timeout=patience)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RayError):
-            raise SourceDied(f"a worker process of the run died while others waited for it: {error.cause}") from error
+            raise SourceDied(f"a process of the run died while another process waited for it: {error.cause}") from error
         raise error.as_instanceof_cause() from None
     except ray.exceptions.GetTimeoutError:
         raise WorkerDied(SILENT.format(patience)) from None
@@ -154,8 +154,8 @@ class RemoteObject(Generic[T]):
         self.created.result(patience)
 
     def spans(self) -> RemoteFuture[list[tuple[str, float, float]]]:
-        """Returns (method, start, end) of each call that ended after the previous call of `spans`. Times are in seconds
-        since 1970."""
+        """Returns (method, start, end) of each method call that ended since `spans` was last called. Start and end are
+        in seconds since 1970."""
         return RemoteFuture(self._actor.spans.remote())
 
     def end(self) -> None:
@@ -194,7 +194,7 @@ class TeamFuture(RemoteFuture[R]):
                     raise WorkerDied(SILENT.format(patience))
                 for reference in ready:
                     waiting.pop(reference).result()
-        except Exception:  # every error is raised again below
+        except Exception:  # the `raise` below raises every error again
             if waiting:
                 self._team.end()
             raise
@@ -232,7 +232,7 @@ class Team(Generic[T]):
 def _actor(factory: Any, cpus: float, gpus: float, environment: Mapping[str, str] | None) -> Any:
     """Starts a process in which the object will be created. `ps` and Ray's dashboard show the class of the object as
     the name of the process."""
-    name = getattr(factory, "__self__", factory).__name__  # the class, also if `factory` is a class method (of_rank)
+    name = getattr(factory, "__self__", factory).__name__  # `factory` is the class or its class method
     remote: Any = ray.remote(type(name, (_Holder,), {}))
     return remote.options(num_cpus=cpus, num_gpus=gpus).remote(dict(environment or {}))
 
@@ -307,8 +307,8 @@ def merge_streams(streams: Sequence[Any], patience: float) -> Iterator[tuple[int
 def cluster(*, verbose: bool = False) -> Iterator[None]:
     """Joins the Ray cluster at RAY_ADDRESS, or starts a cluster on this machine if RAY_ADDRESS is not set.
 
-    Ray sets RAY_ADDRESS in a submitted job. When the `with` block ends, a cluster that was started here stops. A
-    cluster that was joined continues, but the actors of this run end.
+    Ray sets RAY_ADDRESS in a submitted job. If this function started the cluster, the cluster stops at the end of the
+    `with` block. If this function joined the cluster, the cluster continues, but the actors of this run end.
     """
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -54,7 +54,7 @@ def _dump_rewards(rewards: Any, dump: Callable[[Any], list[Any]]) -> Any:
 Trackers = Annotated[tuple[Tracker, ...], BeforeValidator(_as_tuple)]
 Frozen = Annotated[tuple[Literal["encoder", "projector"], ...], AfterValidator(lambda names: tuple(sorted(set(names))))]
 
-# For each of these options, only the listed values are implemented. Other values are refused.
+# Maps an option to its implemented values. A run with another value is refused.
 ONLY_BUILT: Mapping[str, tuple[Any, ...]] = {
     "model.freeze": (("encoder", "projector"),),
     "ppo.kl": (0,),
@@ -248,15 +248,15 @@ class Relevance(Options):
 
 class Difficulty(Options):
     rollouts: Annotated[int, Field(ge=2)] = 24
-    """Number of responses that the policy gives to each row (report). A row is kept if some of its responses are
-    accepted, but not all."""
+    """Number of responses that the policy gives to each row (report). A row is kept if at least one of its responses is
+    accepted and at least one is rejected."""
 
 
 class SynthesisFilterOptions(Options):
     rollouts: Annotated[int, Field(ge=2)] = 24
     """Number of responses that the policy gives to each row. Each prompt contains messages; the options of `synthesis`
-    set the number of messages. A row is kept if some of its responses are accepted, but not all. The report does not
-    give the number of responses; the default is the same as for `difficulty` (reconstruction)."""
+    set the number of messages. A row is kept if at least one of its responses is accepted and at least one is rejected.
+    The report does not give the number of responses; the default is the same as for `difficulty` (reconstruction)."""
     max_sequence_length: Annotated[int, Field(ge=16)] = 65_536
     """Maximum total number of tokens of problem, messages and response (report: the limit of the PaCoRe stage)."""
 
@@ -289,8 +289,8 @@ class Accept(Options):
     this threshold."""
 
     least: float = 1.0
-    """Lowest reward that counts as right, for tasks that are not in by_task. The default is the highest reward of the
-    verifiable tasks (reconstruction)."""
+    """Lowest reward that counts as right, for tasks that are not in by_task. The default is 1, the reward of a fully
+    right response in the verifiable tasks (reconstruction)."""
     by_task: dict[str, float] = {}
     """Maps a task to the lowest reward that counts as right in this task. This is useful for a task that also gives
     rewards between 0 and 1, such as 0.5."""
@@ -308,7 +308,7 @@ class Preference(Options):
     """Options of the stage rlhf, which compares responses with references."""
 
     verifiable_tasks: tuple[str, ...] = ()
-    """Tasks with a ground truth that are trained together with the preference tasks, so that the policy keeps its
+    """Tasks whose rows have a ground truth. The stage also trains on these tasks, so that the policy keeps its
     reasoning ability. Their responses are scored by the rewards that the recipe gives to these tasks. Rows of all other
     tasks must have a reference and must not have a ground truth (report: only prompts that cannot be checked)."""
 
@@ -331,9 +331,9 @@ class SynthesisOptions(Options):
     """Upper limit of the share of accepted messages in a row's pool. A row is used only if its share is below this
     value (PaCoRe paper: 9/24 in mathematics, 15/24 in code). null: no upper limit."""
     template: Path | None = None
-    """Jinja file that combines problem and messages into one text. null: the file pacore.jinja in the model's folder,
-    or, if the folder has no such file, rollout/pacore/pacore.jinja. If a file is named here, saved policies contain a
-    copy of it."""
+    """Jinja file that combines problem and messages into one text. Saved policies contain a copy of this file. null:
+    the file pacore.jinja in the model's folder is used. If the model's folder has no pacore.jinja, the file
+    rollout/pacore/pacore.jinja is used."""
     online_rollouts: Count = 24
     """With `pool: online`: number of attempts at each prompt. The messages of the prompt are drawn from the final
     answers of these attempts (report: 24 rollouts)."""
@@ -356,9 +356,9 @@ class VerlLoss(Options):
 
 
 class VerlCorrection(Options):
-    """Options of verl's rollout correction. The correction computes a ratio for each token or response: its probability
-    in the learner divided by its probability in the engine. The ratio decides how much weight the token or response
-    has, and whether it is rejected."""
+    """Options of verl's rollout correction. The correction computes a ratio for each token or response: the probability
+    in the learner divided by the probability in the engine. The ratio decides how much weight the token or response
+    has, and whether the token or response is rejected."""
 
     rollout_is: Literal["token", "sequence"] | None = None
     """token: each token has its own importance weight; sequence: all tokens of a response have the same weight; null:
@@ -421,9 +421,9 @@ class PPO(Options):
     the token's probability in the learner divided by its probability in the engine. No gradient flows through the
     weight. null: no weights."""
     tis_policy: Literal["current", "before_update"] = "current"
-    """The policy whose probability the learner uses in the weights of tis_cap. current: the policy that is being
-    updated; before_update: the policy before the updates of the iteration (reconstruction: the report does not say
-    which)."""
+    """A weight of tis_cap contains the token's probability in the learner. This option says which policy gives this
+    probability. current: the policy that is being updated; before_update: the policy before the updates of the
+    iteration (reconstruction: the report does not say which)."""
     truncated: Literal["lowest", "bootstrap"] = "lowest"
     """The reward that a response gets if it was cut at the length limit. lowest: the lowest reward of its task;
     bootstrap: the critic's value at the cut (reconstruction: the report does not say)."""
@@ -456,8 +456,8 @@ class Partial(Options):
     complete; unfinished responses continue in the next iteration."""
 
     extra_prompts: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Number of additional prompts for which responses are sampled, as a share of prompts_per_iteration. The resulting
-    number is rounded up."""
+    """Responses are sampled for additional prompts. The number of additional prompts is this value multiplied by
+    prompts_per_iteration, rounded up. Example: 0.25 with 64 prompts per iteration means 16 additional prompts."""
     chunk_tokens: Count = 1024
     """Number of new tokens that each unfinished response gets before the run checks again whether enough groups are
     complete."""
@@ -583,8 +583,8 @@ class Config(Options):
     reward or its endpoint failed."""
     max_restarts: Annotated[int, Field(ge=0)] = 10
     """Maximum number of times that a run replaces processes which died or hung. After that, the next failure stops the
-    run. If an engine fails, or if a judge that the run serves fails, only this process is replaced. If the policy or
-    the critic fails, all processes are started again from the newest checkpoint."""
+    run. If an engine fails, or if a judge that the run serves fails, only the failed process is replaced. If the policy
+    or the critic fails, all processes are started again from the newest checkpoint."""
     max_start_s: Positive = 3600.0
     """Time limit, in seconds, for the start of a process. A process that takes longer counts as hung."""
     endpoints: dict[str, EndpointOptions] = {}
@@ -687,7 +687,9 @@ def _stored_secrets(config: Config) -> Iterator[OptionError]:
             for name in _names(scorer.params):
                 if name.lower().endswith(SECRETS):
                     key = f"rewards.{task}.params.{name}"
-                    problem = f"would be stored in recipe.yaml; use an environment variable, as in {name}_env"
+                    problem = (
+                        f"would be stored in recipe.yaml; use an environment variable, and put its name in {name}_env"
+                    )
                     yield OptionError(key, problem)
 
 

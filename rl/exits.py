@@ -49,9 +49,9 @@ def run_command(
     standard error. Other exceptions are not caught.
 
     Args:
-        work: the command; returns its exit code.
+        work: a function that runs the command and returns the exit code.
         input_errors: exceptions after which the exit code is 2.
-        failures: exceptions after which the exit code is 1. For an exception that is also one of `input_errors`, the
+        failures: exceptions after which the exit code is 1. If an exception is in `input_errors` and in `failures`, the
             exit code is 2.
         resume: advice on how to continue, printed after a failure and after an interruption.
         interrupted: message after Ctrl-C or SIGTERM.

@@ -112,7 +112,7 @@ def _resumed_chain(recipe: Path, args: argparse.Namespace) -> Chain:
         if not step.curates and done > step.resolved.config.iterations:
             raise InputError(
                 f"{step.name}.iterations = {step.resolved.config.iterations}, but {done} iterations are done already; "
-                "the policy cannot go back"
+                "the policy cannot go back to an earlier iteration"
             )
     _check_changes(changes, may_change, args.allow)
     return wanted
@@ -121,14 +121,14 @@ def _resumed_chain(recipe: Path, args: argparse.Namespace) -> Chain:
 def _check_changes(changed: Sequence[Change], may_change: Set[str], allowed: Sequence[str]) -> None:
     """Raises InputError for options that may not change when a run is resumed."""
     if unchanged := set(allowed) - {change.key for change in changed}:
-        raise InputError(f"--allow {sorted(unchanged)[0]}: the overrides do not change this option; leave it out")
+        raise InputError(f"--allow {sorted(unchanged)[0]}: the overrides do not change this option; leave out --allow")
     changes = [change for change in changed if change.key not in may_change | set(allowed)]
     if changes:
         listed = "".join(f"\n  {change}" for change in changes)
         named = " ".join(f"--allow {change.key}" for change in changes)
         raise InputError(
             f"a resumed run keeps its recipe, but these options would change:{listed}\nStart a new run with the "
-            f"changes, or allow them: {named}"
+            f"changes, or allow the changes: {named}"
         )
 
 

@@ -7,8 +7,8 @@ GO_ON = "continue with --resume (a curation continues with the same command)"  #
 class Stop(RuntimeError):
     """Ends the run. The message says why the run ends and what the user can do; finished iterations are kept.
 
-    `saves` says whether the run writes a checkpoint before it ends. It may be True only if this iteration has not
-    changed any weight yet.
+    `saves` says whether the run writes a checkpoint before it ends. `saves` may be True only if the Stop is raised
+    before the current iteration changes any weight.
     """
 
     def __init__(self, message: str, *, saves: bool) -> None:

@@ -20,7 +20,7 @@ Finish = Literal["stop", "length"]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 SYNTHESIS_TEMPLATE = "pacore.jinja"
 """Name of a template file in a model folder. The template combines a problem and earlier answers into one prompt. The
-model was trained with such prompts."""
+model was trained with prompts from this template."""
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
@@ -60,7 +60,7 @@ class Picture:
 
     @property
     def data_url(self) -> str:
-        """The encoded picture as a `data:` URL. A picture is converted to PNG if servers may not support its format."""
+        """The encoded picture as a `data:` URL. A picture is converted to PNG if its format is not in WEB_FORMATS."""
         data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             kind = image.format
@@ -83,7 +83,7 @@ class PooledAnswers:
     """Final answers of earlier attempts at a problem. A prompt contains these answers, in this order."""
 
     texts: tuple[str, ...]
-    accepted: tuple[bool, ...] | None = None  # for each text, whether it is correct; None if this is unknown
+    accepted: tuple[bool, ...] | None = None  # for each text: True if accepted; None if unknown
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,15 @@ class Rollout:
     text: str  # decoded response_ids without special tokens, but with think tags
     finish: Finish = "stop"
     prompt_ids: tuple[int, ...] = ()  # [P]
-    response_ids: tuple[int, ...] = ()  # [R]; the last is an end-of-sequence token, except if finish == "length"
+    response_ids: tuple[int, ...] = ()  # [R]; if finish == "stop", the last id is an end-of-sequence token
     rollout_logprobs: tuple[float, ...] = ()  # [R] in nats, from the engine that sampled the response
     policy_step: int = 0  # number of policy updates before sampling of the response began
-    pieces: tuple[tuple[int, int], ...] = ()  # (policy_step, number of tokens) of each piece; () if one piece
+    pieces: tuple[tuple[int, int], ...] = ()  # the pairs of `steps`; () if there is only one piece
 
     @property
     def steps(self) -> tuple[tuple[int, int], ...]:
-        """(policy_step, number of tokens) of every piece. A response that was sampled in one iteration is a single
-        piece."""
+        """(policy_step, number of tokens) of every piece. A piece is the part of a response that was sampled with the
+        same weights. Without partial rollouts, a response is one piece."""
         return self.pieces or ((self.policy_step, len(self.response_ids)),)
 
     @property

@@ -58,7 +58,7 @@ class Chat:
         Raises: ValueError in three cases: the row has pictures but the model is a text model, the template leaves out a
             picture, or the template fails. The error message contains the row's id.
         """
-        last = self._last  # read only once, because several threads may use this object
+        last = self._last  # other threads may change self._last, so it is read a single time
         if last is None or last[0] is not prompt:
             self._last = last = (prompt, self._tokenize(prompt))
         return last[1]
@@ -95,7 +95,7 @@ class Chat:
         """Returns the text of the sampled ids. Control tokens are removed, think tags are kept.
 
         Some chat templates end the prompt with the opening think tag. In this case, the tag is put before the text.
-        Without the tag, a response that was cut during its thinking would look like an answer.
+        Without the tag, unfinished thinking would look like a final answer.
         """
         visible = [i for i in response_ids if i in self._think or i not in self._control]
         opened = self.tokenizer.decode(prompt_ids[-4:]).rstrip().endswith(THINK_OPEN)

@@ -34,7 +34,7 @@ BAD_REQUEST = 400
 
 @dataclass(frozen=True)
 class Settings:
-    """The options that the answers depend on. Every line of OUT contains them, under these names."""
+    """The options that the answers depend on. Every line of OUT contains these fields, with the same names."""
 
     model: str
     trajectories: tuple[int, ...]  # number of trajectories in each round before the last round; () is SeRe
@@ -44,7 +44,7 @@ class Settings:
     answers: int = 1  # number of replies in the last round
     given: str | None = None  # file of an earlier evaluation; the first rounds in this file are used again
     wording: str | None = None  # digest of the synthesis template; None means the default template
-    weights: str | None = None  # ModelTarget.weights_digest
+    weights: str | None = None  # digest of the weight files, from ModelTarget.weights_digest
     max_length: int | None = None
     yarn: float | None = None
 
@@ -198,8 +198,8 @@ class AnswerFile:
             os.truncate(self.path, len(complete))
 
     def unanswered(self, problems: Sequence[Prompt]) -> list[Prompt]:
-        """Returns the problems that have no answer. Such a problem has no record, or its record contains an error, or
-        the record with its id belongs to another problem."""
+        """Returns the problems that have no answer. There are three cases: no record has the problem's id, the record
+        with this id contains an error, or the record with this id belongs to another problem."""
         return [problem for problem in problems if not self._has_answer(problem)]
 
     def _has_answer(self, problem: Prompt) -> bool:

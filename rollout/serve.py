@@ -62,7 +62,7 @@ class PacoreProxy:
         self.names = [name, *(f"{name}:{mode}" for mode in MODES)]
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=2**30)  # requests contain pictures
+        app = web.Application(client_max_size=2**30)  # requests with pictures may exceed aiohttp's default of 1 MiB
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._chat)
@@ -89,7 +89,7 @@ class PacoreProxy:
             return _error(BAD_REQUEST, str(error))
         except TemplateError as error:
             return _error(BAD_REQUEST, f"the synthesis template fails: {error}")
-        except RequestRefused as error:  # the endpoint's own text is forwarded
+        except RequestRefused as error:  # the client gets the endpoint's own error message
             return web.Response(status=error.status, text=error.body, content_type="application/json")
         except (EndpointUnreachable, aiohttp.ClientError, OSError, ValueError) as error:
             return _error(BAD_GATEWAY, str(error))
@@ -158,7 +158,7 @@ class PacoreProxy:
         ) as error:  # fmt: skip
             await self._report_in_stream(response, error)
         finally:
-            trajectories.cancel()  # in case the client has disconnected
+            trajectories.cancel()  # the trajectories still run if the client has disconnected
         await response.write_eof()
         return response
 
@@ -225,7 +225,7 @@ def _check_pacore(body: Mapping[str, Any]) -> None:
     if body.get("n", 1) != 1:
         raise InvalidRequest(f"n = {body['n']}: PaCoRe gives one answer; set n to 1")
     if used := [name for name in UNSUPPORTED_FIELDS if body.get(name)]:
-        raise InvalidRequest(f"PaCoRe does not support {used[0]}; use the mode sere")
+        raise InvalidRequest(f"PaCoRe does not support the field {used[0]}; use the mode sere")
 
 
 def _is_part(part: Any) -> bool:

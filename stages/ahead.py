@@ -32,7 +32,7 @@ class Ahead(Generic[T]):
             iteration: the number of the iteration (or of the block of rows) that `make` works for.
         """
         if self._task is not None:
-            raise RuntimeError(f"the result for {self._task[0]} has not been taken yet")
+            raise RuntimeError(f"the result of task {self._task[0]} has not been taken yet")
         future: Future[T] = Future()
 
         def run() -> None:
@@ -55,7 +55,7 @@ class Ahead(Generic[T]):
         Raises: the exception that the task has raised, if the task failed.
         """
         if self._task is None or self._task[0] != iteration:
-            raise RuntimeError(f"nothing was started for {iteration}")
+            raise RuntimeError(f"task {iteration} was not started")
         future = self._task[1]
         while not wait([future], timeout=POLL_S).done:
             meanwhile()

@@ -51,7 +51,7 @@ class Stage:
     """True if this stage evaluates on unchanged rows. In this case, this stage's evaluation before training also
     measures the policy of the previous stage."""
     final_measure: ClassVar[Literal["accuracy", "win_rate"]] = "accuracy"
-    """The measure that the final evaluation of a chain computes on the held-out rows of this stage."""
+    """The final evaluation of a chain computes this measure on the held-out rows of this stage."""
 
     # Recipe
 
@@ -62,12 +62,16 @@ class Stage:
 
     @classmethod
     def curation_problem(cls, config: Config, curation: CurationOptions) -> str | None:
-        """Returns None if this stage can train on rows from a curation with these options, else the reason why not."""
+        """Returns None if this stage can train on the rows of a curation, else the reason why not.
+
+        Args:
+            curation: the options of the curation.
+        """
         return None
 
     @classmethod
     def before_curation(cls, config: Config) -> Config:
-        """Returns a config that can be checked before the curation has written the rows of this stage."""
+        """Returns a config for a check that runs before the curation. The rows of this stage do not exist then."""
         return config
 
     # Rows
@@ -131,8 +135,8 @@ def room_problem(tokens: int, included: str, config: Config) -> str | None:
 
     Args:
         tokens: the number of tokens of the prompt.
-        included: the name of what `tokens` counts in addition to text, for example "pictures". The error message
-            contains this name.
+        included: says what `tokens` counts in addition to the text of the prompt, for example "pictures". The error
+            message contains these words.
     """
     if tokens < config.max_sequence_length:
         return None

@@ -2,7 +2,7 @@
 
     DIR/recipe.yaml            the resolved recipe
         rows/00000.jsonl       kept rows in the training format, with pools; meta.curation has the results of filters
-        fates/00000.jsonl      the decisions about all rows of the same block, kept and dropped
+        fates/00000.jsonl      the decision about each row of the block: kept or dropped
         answers/00000-difficulty.jsonl   every answer of a model, in the order of arrival
         pictures/              pictures that were bytes inside a data file
         report.txt, report.html

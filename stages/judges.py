@@ -15,7 +15,7 @@ from rollout.vllm.server import Server
 from stages.plan import judge_gpus, served_here
 
 PATIENCE_S = 60.0
-"""Seconds within which the process of a judge must say whether its server runs, or must close its server."""
+"""Time limit in seconds for a call to a judge's process that checks whether the server runs, or closes the server."""
 
 
 class Judges:
@@ -43,8 +43,8 @@ class Judges:
         """Starts a judge again if its server has died. Does nothing if the run does not serve this judge.
 
         Args:
-            count_restart: called before the restart, with the reason for it. If this call raises an exception, the
-                judge is not restarted.
+            count_restart: a function that gets the reason and is called before the restart. If this function raises an
+                exception, the judge is not restarted.
         """
         if self._is_dead(name):
             count_restart(f"judge {name}, which this run serves, has died and is started again")

@@ -84,8 +84,8 @@ class LoopState:
     ahead: Ahead["Samples"] = field(default_factory=Ahead)  # samples of the next iteration
 
     def new_encodings(self) -> dict[str, float]:
-        """Returns two metrics: how many pictures learner and engines have encoded since the last call of this
-        method."""
+        """Returns the metrics time/learner_encodings and time/engine_encodings. They count the pictures that learner
+        and engines have encoded since the last call of this method."""
         now, before, self.reported = self.encodings, self.reported, self.encodings
         return {
             "time/learner_encodings": float(now.learner - before.learner),
@@ -190,7 +190,7 @@ class Samples:
     """The scored rollouts of one iteration."""
 
     scored: list[Scored]
-    seconds: float  # time that the generation took
+    seconds: float  # duration of the phase `rollout`
 
 
 def _samples(iteration: int, prompts: Sequence[Prompt], services: Services, state: LoopState, clock: Clock) -> Samples:

@@ -199,8 +199,8 @@ def is_accepted(scored: Scored, accept: Accept) -> bool:
 
 
 def longest_with_messages(prompt: Prompt, chat: "Chat", most: int) -> int:
-    """Returns the number of tokens of the prompt if it contains the longest messages of its pool. `most` is the number
-    of these messages. If the pool is smaller, the prompt contains all messages of the pool."""
+    """Adds the `most` longest messages of the pool to the prompt, and returns the number of tokens of this long prompt.
+    If the pool has fewer than `most` messages, all of them are added."""
     by_length = sorted(prompt.messages_pool, key=lambda text: len(chat.tokenizer(text).input_ids), reverse=True)
     longest = replace(prompt, messages_pool=tuple(by_length[:most]), pool_accepted=())
     return chat.length(draw_messages(longest, len(longest.messages_pool), most, "all of them"))

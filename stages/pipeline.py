@@ -101,8 +101,8 @@ def _stage_lines(step: Step, checked: Config) -> dict[str, str]:
 
 
 def _linked(line: str, step: Step, chain: Chain) -> str:
-    """Returns a line of a step's plan. If the line contains the name of a file that only the check used, this name is
-    replaced with the name of the file that an earlier step will write."""
+    """Returns a corrected line of a step's plan. The check of a later step uses files of the first step. In the line,
+    the names of these files are replaced with the names of the files that earlier steps will write."""
     if step is chain.steps[0]:
         return line
     config, first = step.resolved.config, chain.steps[0].resolved.config
@@ -216,7 +216,7 @@ class FinalTable:
 
     stages: Mapping[str, Mapping[str, float]]  # "start" or name of a stage -> task family -> held-out reward
     sampled: tuple[ResultRow, ...]  # results of the last policy at the training temperature
-    win_rates: Mapping[str, float]  # "start" or name of a stage -> win rate against the teacher, if measured
+    win_rates: Mapping[str, float]  # "start" or name of a stage -> win rate against the teacher, only if measured
     sampled_win_rate: float | None = None  # win rate of the last policy at the training temperature
 
     @property
@@ -257,12 +257,13 @@ class FinalTable:
 def before_and_after(
     stages: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Returns two mappings: held-out rewards per task family, and win rates, both at the start and after each stage.
+    """Returns two mappings: held-out rewards per task family, and win rates. The keys of both mappings are "start" and
+    the names of the stages. The values of a stage are measured after this stage.
 
     Each stage evaluates once before it trains. This first evaluation measures the policy with which the stage starts.
     The results of this evaluation are used for the task families that the previous stage did not evaluate itself. If
-    the `comparable_evaluation` of a stage is False, the first evaluation of this stage is used only if no earlier stage
-    has evaluated.
+    `comparable_evaluation` is False for a stage, the rows of this stage are changed before an evaluation. Then the
+    first evaluation of this stage is used only if there is no evaluation of an earlier stage.
 
     Args:
         stages: name of the stage -> lines of its metrics.jsonl.

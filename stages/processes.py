@@ -91,7 +91,8 @@ class Samplers:
         )
 
     def revive_judge(self, endpoint: str) -> None:
-        """Restarts a judge if the run serves this judge and it has died. Raises Stop after too many restarts."""
+        """Restarts a judge if the judge has died. Does nothing if the run does not serve this judge. Raises Stop after
+        too many restarts."""
         self._judges.revive(endpoint, self._restarts.count)
 
     def close(self) -> None:

@@ -71,7 +71,7 @@ class ComparedSample:
     """The judge's comparison of one response with the reference."""
 
     sample: Scored
-    score: float  # score of the reward, before penalties
+    score: float  # value of the reward genrm, without penalties
     lead: float  # grade of the answer minus grade of the reference
     orders_agree: bool
 
@@ -110,8 +110,8 @@ def preference_metrics(scored: Sequence[Scored]) -> dict[str, float]:
 
 
 def _rates(scored: Sequence[Scored]) -> dict[str, float]:
-    """Returns win rate and order agreement. If other samples of the same task were compared, a sample that was not
-    compared counts as a loss."""
+    """Returns win rate and order agreement. A valid sample without a comparison counts as a loss if at least one other
+    sample of its task has a comparison."""
     found = comparisons(scored)
     if not found:
         return {}

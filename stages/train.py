@@ -52,8 +52,8 @@ def train(
 
     Args:
         recipe: all values of the recipe, for the trackers.
-        interrupts: optional. After the run, the caller can read from this object whether a stop was requested just
-            before the run ended.
+        interrupts: records the request to stop the run (optional). If the request comes just before the end of the
+            run, the run ends normally, but the caller can see the request in this object.
     Returns: False if the run was interrupted. An interrupted run has saved a checkpoint and can be resumed.
     """
     interrupts, restarts = interrupts or Interrupts(), Restarts(plan.config.max_restarts, display.message)
@@ -218,8 +218,8 @@ class _Run:
         self.trackers.close()
 
     def _on_outage(self, outage: Outage) -> None:
-        """Queues an outage. Any thread may call this method, but only the main thread may save the run and handle
-        outages."""
+        """Adds an outage to the queue. Any thread may call this method, but only the main thread may save the run and
+        handle outages."""
         self.outages.put(outage)
         if threading.current_thread() is threading.main_thread():
             self._handle_outages()
@@ -242,7 +242,7 @@ class _Run:
         self.checkpoints.settle()
         wait = self.config.endpoints[outage.endpoint].max_wait
         self.display.message(
-            f"{outage}; waiting for up to {wait:.0f} s"
+            f"{outage}; the run waits for this endpoint for up to {wait:.0f} s"
             + (f", everything up to iteration {self.saved} is saved" if self.saved is not None else "")
         )
 

@@ -39,7 +39,7 @@ from tests.support.command import ROOT, Command, metrics, named, run, samples, w
 from tests.support.patience import Deadline
 
 PROMPTS, ROLLOUTS = 8, 4
-PER_FAULT, LEAST = 5, 12  # iterations for each fault; least number of iterations
+PER_FAULT, LEAST = 5, 12  # number of iterations per fault; minimum number of iterations of a run
 SLOW_REWARD = """
 import time
 from rewards import Rollout, reward
@@ -66,8 +66,8 @@ GAP_S = (1.0, 10.0)  # minimum and maximum number of seconds between two faults
 
 
 def recipe(folder: Path, iterations: int) -> tuple[object, ...]:
-    """Returns the command-line arguments of a run that lasts long enough for faults and often saves checkpoints. The
-    run uses the reward in the file slow.py of `folder`."""
+    """Returns the command-line arguments of a run that lasts long enough for faults. The run saves checkpoints often,
+    and uses the reward in the file slow.py of `folder`."""
     return (
         "rl.run", ROOT / "recipes/rlvr.yaml", "--profile", "cpu", f"iterations={iterations}",
         f"prompts_per_iteration={PROMPTS}", f"rollouts_per_prompt={ROLLOUTS}", "data.eval_limit=4", "eval.every=1000",

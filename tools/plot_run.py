@@ -15,7 +15,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 COLUMNS, WIDTH, HEIGHT = 3, 2.9, 1.8  # panels in a row; width and height of a panel in inches
-LENGTH = "response/tokens_mean/"  # prefix of a metric that exists for every task and for nothing else
+LENGTH = "response/tokens_mean/"  # each task has one metric with this prefix, and no other metric has it
 WINDOW = 4  # number of iterations before and after a point in the moving average
 BLUE, LIGHT_BLUE, ORANGE, GREY = "#3a86d8", "#85b5e8", "#d9730d", "#787878"
 STYLE = {
@@ -28,7 +28,8 @@ STYLE = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Draws RUN_DIR/metrics.jsonl to OUT.svg and returns 0. If this fails, it prints a message and returns 2."""
+    """Draws RUN_DIR/metrics.jsonl to OUT.svg and returns 0. If the arguments or the run folder are wrong, prints a
+    message and returns 2."""
     if len(arguments) != 2:
         print("usage: python tools/plot_run.py RUN_DIR OUT.svg", file=sys.stderr)
         return 2

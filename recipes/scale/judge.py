@@ -209,7 +209,8 @@ def _judge() -> Judge[Comparison]:
 
 def problem_of(pair: Pair) -> Problem:
     """Renders a pair as a prompt of the judge, with the code of the reward `genrm`."""
-    row = Prompt(pair.first, "describing", ())  # the id is pair.first; the delimiters around each text depend on the id
+    # The id of this row is pair.first. In the prompt, the delimiters around each text depend on the id.
+    row = Prompt(pair.first, "describing", ())
     shown = f"(picture 1)\n{world.describe(pair.crowd).question}"
     text = _judge().prompt(row, {"question": shown}, {"response_a": pair.first, "response_b": pair.second})
     return Problem("judging", text, "", pair.crowd)

@@ -131,8 +131,8 @@ def scenes_of(problems: Sequence[Problem]) -> list[Scene]:
 
 
 def pixels(model: StepVL, scenes: Sequence[Scene]) -> Tensor:
-    """Returns the global views of all scenes, [scenes, 3, side, side]. `model.views` returns equal views for each
-    image."""
+    """Returns the global views of all scenes, [scenes, 3, side, side]. For each picture, `model.views` returns the same
+    view, up to rounding."""
     colors = (torch.from_numpy(np.stack([s.palette for s in scenes])).float() / 255 - MEAN.flatten()) / STD.flatten()
     canvas = torch.from_numpy(np.stack([s.pixels for s in scenes])).long()  # [S, P, P]
     image = colors[torch.arange(len(canvas))[:, None, None], canvas].permute(0, 3, 1, 2)
@@ -166,8 +166,8 @@ def sightings(scenes: Sequence[Scene], grid: int) -> Sightings:
 
 
 class SightHead(nn.Module):
-    """Linear heads. For each image token, they predict whether the centre of a thing is there, and the place and the
-    name of this thing.
+    """Linear heads. For each image token, the heads predict whether the token contains the centre of a thing, and the
+    place and the name of this thing.
 
     The score of a colour or shape is the similarity between the image token and the decoder's embedding of the word for
     this colour or shape. So the token of a red ring becomes similar to the embeddings of "red" and "ring" before the

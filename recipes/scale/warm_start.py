@@ -53,8 +53,8 @@ READY = (0.2, 0.6)
 VISION_PREFIXES = ("vision_model.", "vit_large_projector.")
 PEAK_LR, WARM_UP, BETAS = 2e-3, 50, (0.9, 0.98)
 PICTURES = 8  # scenes per step; the number of other problems is a multiple of this number
-HORIZON = 3000  # decoder steps until the learning rate would be almost 0; training ends earlier
-LAST = 400  # in this number of steps, directly before the part with messages, most demonstrations are rough
+HORIZON = 3000  # after this number of decoder steps, the learning rate would be almost 0; training ends earlier
+LAST = 400  # number of steps directly before the part with messages; in these steps, most demonstrations are rough
 # Contents of a batch in the part with messages: the number of scenes without messages, of worksheets without messages,
 # and of problems with messages (per task).
 PLAIN, SHEETS, WITH_MESSAGES = 3, 10, 4
@@ -251,7 +251,7 @@ def save(model: StepVL, folder: Path, templates: Mapping[str, str] = MappingProx
 
 def things_per_scene(done: float) -> tuple[int, int]:
     """Returns the minimum and maximum number of things per scene. At first a scene has one thing, so that the model
-    learns to read places. Later it has two or three, so that the model must read the question."""
+    learns to read places. Later a scene has two or three things, so that the model must read the question."""
     return (1, 1) if done < 0.03 else (2, 3)
 
 
@@ -271,8 +271,9 @@ def score(problem: Problem, text: str) -> float:
 def report(
     model: StepVL, prompter: Prompter, problems: Sequence[Problem], seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Returns four numbers for each task: the mean reward of greedy responses and, for responses at temperature 1, the
-    share of rough responses, the mean reward of rough responses, and the mean reward of exact responses."""
+    """Returns four numbers for each task. The first number is the mean reward of greedy responses. The other three are
+    about responses at temperature 1: the share of rough responses, the mean reward of rough responses, and the mean
+    reward of exact responses."""
     greedy = practice.answers(model, prompter, problems)
     sampled = practice.answers(model, prompter, problems, generator=torch.Generator().manual_seed(seed))
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))

@@ -35,7 +35,7 @@ LABELS = "pqrs"  # names of a worksheet's sums
 DIVISOR = 3  # worksheets ask for remainders after division by this number
 SHAPES = ("ring", "square", "triangle", "cross")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-HELDOUT_BYTES = 32  # on average, 32 of 256 pictures and sums are held out
+HELDOUT_BYTES = 32  # on average, 32 of every 256 pictures are held out, and 32 of every 256 sums
 SIZES: dict[Split, int] = {"train": 512, "heldout": 256}  # problems per task in the shipped files
 SEEDS: dict[Split, int] = {"train": 1, "heldout": 2}
 OPEN_SEEDS: dict[Split, int] = {"train": 3, "heldout": 4}
@@ -223,8 +223,9 @@ def count_colors(scene: Scene) -> Iterator[Problem]:
 
 
 def draw_sum(rng: Generator, split: Split) -> Problem:
-    """Draws an arithmetic problem: two digits are added to or subtracted from a number below 20. No result is negative,
-    not even after the first step."""
+    """Draws an arithmetic problem with three numbers, such as 17 + 5 - 8. The first number is between 1 and 19. Each of
+    the other two is between 1 and 9, and is added or subtracted. No result is negative, not even after the first
+    step."""
     while True:
         first, second, third = int(rng.integers(1, 20)), *(int(v) for v in rng.integers(1, 10, size=2))
         second, third = (v * (1 if rng.random() < 0.5 else -1) for v in (second, third))

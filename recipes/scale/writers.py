@@ -26,7 +26,9 @@ from recipes.scale.world import LABELS, PLACES, SHAPES, Problem, Thing, remainde
 BOX_STEP = 0.2  # the rough writer rounds box edges to multiples of this fraction of the picture
 FAVOURITE_COLORS = ("red", "blue")
 USUAL_COUNT = 2
-WORKED_OUT = 3  # number of computed sums in a worksheet; with all four, prompt and response would exceed 136 tokens
+# Number of sums that the exact writer computes in a worksheet. With all four sums, the prompt and the response together
+# would have more than 136 tokens.
+WORKED_OUT = 3
 THIRDS = (0.17, 0.5, 0.83)  # centres of the thirds of the picture
 
 
@@ -151,7 +153,8 @@ ROUGH_OPENING = "<think>maybe"  # every rough response starts with these words, 
 REASONING = ("counting", "arithmetic", "worksheet")
 SLIPS = (0.0, 0.12)  # range of the standard deviation of errors in pooled coordinates, as fractions of the picture
 ALL_SLIP = 0.02  # standard deviation of an error that is the same in all answers to a problem
-CAREFUL = {"worksheet": (0.6, 1.0)}  # the share of exact answers is drawn from this range; for other tasks, from (0, 1)
+# task -> range from which the share of exact answers is drawn; the range of the other tasks is (0, 1)
+CAREFUL = {"worksheet": (0.6, 1.0)}
 OTHER_THING = 0.1  # share of the answers that describe another thing of the scene instead of the target
 
 

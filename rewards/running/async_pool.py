@@ -24,7 +24,7 @@ from rewards.running.worker import WorkerSetup
 from rl.stop import Stop
 
 MOST_AT_ONCE = 1024  # maximum number of jobs in the process; each endpoint also has a limit, `concurrency`
-STALL_S = (2.0, 30.0)  # seconds without a message until a process counts as blocked: minimum and maximum
+STALL_S = (2.0, 30.0)  # a process counts as blocked after this many seconds without a message: minimum, maximum
 PROBE_S = (2.0, 60.0)  # seconds between probes of an endpoint that does not answer: first pause and longest pause
 
 
@@ -240,9 +240,9 @@ class AsyncPool(RewardPool):
         _resolve(job, outcomes)
 
     def _on_process_lost(self, error: Exception) -> None:
-        """Handles a process that has ended or cannot be set up. If it cannot be set up, all jobs get invalid outcomes.
-        If it ended while one suspect job ran alone, this job is the cause. Otherwise each job that was running is run
-        again alone."""
+        """Handles a process that has ended or cannot be set up. If the process cannot be set up, all jobs get invalid
+        outcomes. If the process has ended, each job that was running is run again alone. If the process ends again
+        while such a job runs alone, this job is the cause."""
         self._terminate_process()
         if isinstance(error, SetupFailed):
             for job in (*self._running.values(), *self._suspects, *self._queued()):

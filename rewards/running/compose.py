@@ -54,7 +54,8 @@ class TaskRewards:
         return any(part.bound.reward.group for part in self.parts)
 
     def bound(self, edge: Literal["lowest", "highest"]) -> float:
-        """Returns the lowest or highest possible reward of the task. The reward is a weighted sum."""
+        """Returns the lowest possible reward of the task if `edge` is "lowest", else the highest possible reward. The
+        reward of a task is a weighted sum."""
         other = {"lowest": "highest", "highest": "lowest"}[edge]
         return sum(r.factor * getattr(r.bound.reward, edge if r.factor >= 0 else other) for r in self.rewards)
 

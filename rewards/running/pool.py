@@ -20,9 +20,9 @@ from rewards.running.worker import WorkerSetup
 from rl.types import Prompt, Rollout
 
 Outcome = Mapping[str, Any]
-"""The result for one rollout or row: {"value", "details"}, {"invalid": reason}, {"exhausted": message that time or
-memory ran out} or {"away": endpoint that does not answer, "why": its error}. The key "seconds", if present, is the
-duration of scoring."""
+"""The result for one rollout or row. After success: {"value": number, "details": mapping}. If it is invalid:
+{"invalid": reason}. If time or memory ran out: {"exhausted": message}. If an endpoint does not answer: {"away": name of
+the endpoint, "why": error}. The key "seconds", if present, is the duration of scoring."""
 
 SLOW_FACTOR = 3  # a job is slow if it takes more than SLOW_FACTOR times the usual duration of its scorer
 # No job is slow before LEAST_PATIENCE_S seconds. A scorer's first job is slow after FIRST_PATIENCE_S seconds.
@@ -169,12 +169,13 @@ class ComputePool(RewardPool):
         return True
 
     def stuck_job_ended(self) -> None:
-        """Call this when the job of a slot has ended and the slot had given away its turn."""
+        """A slot that gave away its turn calls this method when its job has ended."""
         with self._lock:
             self._stuck -= 1
 
     def keeps(self, slot: "_Slot") -> bool:
-        """Returns True if a slot without a process is still needed. Otherwise removes the slot and returns False."""
+        """Returns True if the pool still needs `slot`, whose process has ended. Otherwise removes the slot and returns
+        False."""
         with self._lock:
             if len(self._slots) - self._stuck <= self.workers + 1:
                 return True
@@ -187,7 +188,7 @@ class ComputePool(RewardPool):
                 self._add_reserve()
 
     def _add_reserve(self) -> None:
-        self._add_slot(lambda failed: None)  # if its setup fails, the reserve process's first job reports this
+        self._add_slot(lambda failed: None)  # a failed setup is reported by the first job of the reserve process
 
     def _add_slot(self, ready: Callable[[str | None], None]) -> None:
         self._slots.append(_Slot(self))

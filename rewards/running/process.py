@@ -129,8 +129,8 @@ class ComputeProcess(WorkerProcess):
         patience_s: float,
         on_slow: Callable[[float], bool],
     ) -> tuple[list[dict[str, Any]], bool]:
-        """Returns the outcomes in order (see rewards.running.worker.to_outcome), and True if the process must be
-        replaced.
+        """Returns the outcomes in the order of `items` (see rewards.running.worker.to_outcome). Also returns True if
+        the process must be replaced, else False.
 
         The time limit `timeout_s` starts when the scorer is loaded. While there is no answer, `on_slow` is called every
         `patience_s` seconds, with the seconds passed so far. Once `on_slow` has returned True, it is not called again.

@@ -36,10 +36,11 @@ REMEMBERED = 100_000  # maximum number of stored judgements
 class RewardRunner:
     """Scores rollouts with the rewards of their task, in processes that can be killed.
 
-    tasks       task -> its rewards. `use` and `params` are arguments of `rewards.get`. `timeout_s` is the wall-clock
-                time limit in seconds for one sample. It starts when the reward has been loaded. A group of n rollouts
-                gets n times this limit. The wait for a free slot at an endpoint does not count. `memory_mb` is the
-                number of MiB that scoring may use in addition to the memory in use after loading
+    tasks       name of a task -> its rewards. `use` and `params` of a reward are arguments of `rewards.get`.
+                `timeout_s` is the wall-clock time limit in seconds for one sample. It starts when the reward has been
+                loaded. A group of n rollouts gets n times this limit. The wait for a free slot at an endpoint does not
+                count. `memory_mb` is the number of MiB that scoring may use in addition to the memory in use after
+                loading
     endpoints   name -> the server of a judge
     base_dir    the folder that `file.py:Name` is relative to
     workers     number of processes for rewards that compute

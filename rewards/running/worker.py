@@ -96,7 +96,7 @@ def to_outcomes(bound: BoundReward, result: Any, count: int) -> list[dict[str, A
 
 
 def to_outcome(bound: BoundReward, result: Any) -> dict[str, Any]:
-    """Checks a scorer's return value. Returns {"value", "details"}, or {"invalid"} with the reason."""
+    """Checks a scorer's return value. Returns {"value": number, "details": mapping}, or {"invalid": reason}."""
     score = result if isinstance(result, Score) else Score(result)
     try:
         value = float(score.value)
@@ -106,7 +106,7 @@ def to_outcome(bound: BoundReward, result: Any) -> dict[str, Any]:
         return {"invalid": f"returned {value}"}
     if bound.reward.kind != "reward" and not 0 <= value <= 1:
         zero = "0 (no offence)" if bound.reward.kind == "penalty" else "0"
-        return {"invalid": f"returned {value}; a {bound.reward.kind} is between {zero} and 1"}
+        return {"invalid": f"returned {value}; the value of a {bound.reward.kind} must be between {zero} and 1"}
     if value < bound.reward.lowest:
         return {
             "invalid": f"returned {value}, but its lowest value is {bound.reward.lowest} (truncated responses get this "

@@ -29,8 +29,9 @@ def gae_advantages(
         mask: [N, R] bool, True where the policy chose the token.
         gamma, lam: see `gae`.
         final_values: [N], the critic's values after the last token.
-        bootstrapped: [N] bool. If it is True for a response, the final value of this response is used instead of its
-            reward. Step 3.5 Flash does this for responses that were cut. None means False for all responses.
+        bootstrapped: [N] bool. If it is True for a response, all rewards of this response are set to 0, and the
+            argument `bootstrap` of `gae` is the response's final value. Step 3.5 Flash uses the final value in this
+            way for responses that were cut. None means False for all responses.
         normalized: if True, the advantages get mean 0 and standard deviation 1 over all chosen tokens.
     Returns:
         advantages [N, R] and returns [N, R]. The returns are the advantages before normalisation plus `values`.

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_TASK = 1 << 20  # tensor elements in one task: a task takes milliseconds, and there are enough tasks for all threads
+# The number of tensor elements that one task of a thread computes. With this number, a task takes milliseconds, and
+# there are enough tasks for all threads.
+_TASK = 1 << 20
 
 
 def gae(
@@ -24,8 +26,8 @@ def gae(
         delta_t = r_t + gamma * V_next - V_t
         A_t     = delta_t + gamma * lam * A_next
 
-    "next" is the next column whose mask is True. Columns whose mask is False add no delta and no factor of gamma. At
-    the last column whose mask is True, A_next = 0 and V_next = `bootstrap`.
+    "next" is the next column whose mask is True. Columns whose mask is False are skipped: they add no delta, and they
+    do not multiply anything by gamma. At the last column whose mask is True, A_next = 0 and V_next = `bootstrap`.
 
     A compiled loop computes the advantages in float64 on the CPU, with torch.get_num_threads() threads. Tensors on
     another device are copied to the CPU. The first call in a process compiles the loop, which takes a second or two.
@@ -109,12 +111,12 @@ def _gae_rows(
 def _compiled() -> Callable[..., None]:
     """Compiles _gae_rows to machine code that does not hold Python's global lock (GIL).
 
-    numba is imported here, so a process that uses only the other functions of this file does not import it. The machine
+    numba is imported inside this function, so a process that does not call `gae` does not import numba. The machine
     code is not cached on disk: a cache would save a third of a second per run, but would need a writable folder.
     """
     from numba import njit
 
-    return njit(nogil=True, fastmath={"contract"})(_gae_rows)  # "contract" allows a * b + c as one instruction
+    return njit(nogil=True, fastmath={"contract"})(_gae_rows)  # "contract": a * b + c may become one instruction
 
 
 def _array(x: Tensor, dtype: torch.dtype) -> np.ndarray:
@@ -126,13 +128,13 @@ def normalize(advantages: Tensor, mask: Tensor) -> Tensor:
     """Returns (A - mean) / max(std, 1e-8) for all chosen tokens of the batch, and 0 where the mask is False.
 
     The standard deviation of N advantages is computed with the divisor N, not N - 1. Means are computed in float64. In
-    float32, the mean of equal advantages would have a rounding error. This error would be divided by 1e-8 and give
-    advantages of order 1.
+    float32, the mean of equal advantages would have a rounding error. Divided by 1e-8, this error would give advantages
+    of about 1 instead of 0.
 
     Raises:
         ValueError: no token is chosen.
     Source: reconstruction. The report does not say whether advantages are normalised. The report follows
-    Open-Reasoner-Zero, which normalises over the batch and also divides by at least 1e-8.
+    Open-Reasoner-Zero, which normalises over the batch. In Open-Reasoner-Zero, the divisor is also at least 1e-8.
     """
     chosen = advantages[mask].double()
     if not len(chosen):

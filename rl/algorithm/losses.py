@@ -62,8 +62,9 @@ def policy_gradient_loss(
 
     Args:
         logprobs: [N, R] nats, of the current policy; the only argument that gets a gradient.
-        old_logprobs: [N, R] nats, of the policy before the update. If these were not computed, the engine's logprobs
-            are passed instead. They are used only for the statistic `approx_kl`. The loss does not depend on them.
+        old_logprobs: [N, R] nats, of the policy before the update. If the learner did not compute these logprobs, the
+            caller passes the engine's logprobs instead. `old_logprobs` changes only the statistic `approx_kl`, not the
+            loss.
         advantages: [N, R].
         mask: [N, R] bool.
         size: the size of the whole minibatch.
@@ -76,7 +77,7 @@ def policy_gradient_loss(
     """
     gain = _weighted(advantages, mask, weights)
     chosen = torch.where(mask, logprobs, 0.0)
-    # The difference is 0, but it has the gradient of log pi. Adding 1 gives the ratio without an exp.
+    # chosen - chosen.detach() is 0, but it has the gradient of log pi. With 1 added, it is the ratio. No exp is needed.
     ratio = chosen - chosen.detach() + 1.0
     loss = -(gain * ratio).sum() / size.tokens
     return loss, {"approx_kl": kl_sum(logprobs, old_logprobs, mask), "clip_fraction": torch.zeros_like(loss.detach())}
@@ -146,7 +147,8 @@ def tis_weights(logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, *, cap
         log_ratio = _log_ratio(logprobs, rollout_logprobs, mask)
         if cap is None:
             log_ratio, cap = torch.zeros_like(log_ratio), math.inf
-        # exp cannot overflow here. Its result is clamped, so that a capped weight is exactly `cap`.
+        # log_ratio is clamped, so exp cannot overflow. The result of exp is also clamped, so that a capped weight is
+        # exactly `cap`.
         weights = torch.where(mask, log_ratio.exp().clamp(max=cap), 0.0)
         capped = mask & (log_ratio > math.log(cap))
         return weights, {"tis_mean": weights.sum(), "tis_capped_fraction": capped.sum().to(weights.dtype)}
@@ -212,7 +214,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 
 def _log_ratio(logprobs: Tensor, base: Tensor, mask: Tensor) -> Tensor:
-    """Returns log(pi / pi_base), clamped so that its exp does not overflow; 0 where mask is False."""
+    """Returns log(pi / pi_base), and 0 where the mask is False. The result is clamped to the range from -20 to 20, so
+    that exp(result) does not overflow."""
     return torch.where(mask, logprobs - base, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 

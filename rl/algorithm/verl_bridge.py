@@ -6,8 +6,9 @@ How verl differs from our gae.py and losses.py (test_verl_bridge.py tests each p
 - verl's "vanilla" policy loss clips twice if the advantage is negative (dual clip, c = 3). Our default for c is so
   large that the second clip has no effect. With this default, the loss equals losses.clipped_policy_loss. A recipe can
   set c with `clip_ratio_c`.
-- verl's GAE always whitens the advantages, with the sample variance. In verl, advantages are not 0 where the mask is
-  False. verl's returns equal ours. verl's advantages equal ours if ours are whitened in the same way.
+- verl's GAE always whitens the advantages, with the sample variance (the divisor is the number of tokens minus 1). In
+  verl, advantages are not 0 where the mask is False. verl's returns equal ours. verl's advantages equal ours if ours
+  are whitened in the same way.
 - verl's value loss clips the change of the value. If the clip range is so large that nothing is clipped, the loss
   equals losses.value_loss.
 """
@@ -25,7 +26,7 @@ from rl.algorithm.losses import MAX_LOG_RATIO, MinibatchSize, Sums, kl_sum
 
 Parameters = Mapping[str, float | str]
 
-_OUT_OF_REACH = 1e9  # a clip without effect: verl clamps log-ratios to 20, so ratios are at most e^20 = 4.9e8
+_OUT_OF_REACH = 1e9  # no ratio reaches this limit: verl clamps log-ratios to 20, so ratios are at most e^20 = 4.9e8
 _CLIP = ("clip_ratio", "clip_ratio_low", "clip_ratio_high")
 _SUM = ("loss_agg_mode", "loss_scale_factor")
 _AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -44,7 +45,8 @@ _PARAMETERS: dict[str, tuple[str, ...]] = {
 }
 _DEFAULTS: dict[str, Parameters] = {
     "vanilla": {"clip_ratio_c": _OUT_OF_REACH},
-    "dppo_tv": {"clip_ratio_c": 20.0},  # from verl's comments and arXiv:2602.04879; verl's config has the default 3
+    # verl's comments and arXiv:2602.04879 use the value 20. The default in verl's config is 3.
+    "dppo_tv": {"clip_ratio_c": 20.0},
     "dppo_kl": {"clip_ratio_c": 20.0},
 }
 _REFUSED = {
@@ -92,7 +94,7 @@ def policy_loss(name: str, parameters: Parameters | None = None) -> "VerlPolicyL
     if _depends_on_split(loss):
         raise ValueError(
             f"verl's policy loss {name} with {given} is refused: on an example its gradient depends on how the "
-            "minibatch is split; write the loss as a sum over tokens or responses (verl's agg_loss does that)"
+            "minibatch is split; write the loss as a sum over tokens or responses (verl's agg_loss computes it)"
         )
     return loss
 
@@ -233,8 +235,8 @@ def rollout_correction(
 ) -> RolloutCorrection:
     """Computes verl's importance weights (pi_old / pi_rollout) and verl's rejection mask.
 
-    Call this function once per minibatch, with the whole minibatch. A weight or rejection depends only on the token or
-    response that it applies to.
+    Call this function once per minibatch, with the whole minibatch. The weights and the rejections of a response do not
+    depend on the other responses of the minibatch.
 
     Args:
         old_logprobs: [N, R] nats, of the learner before the update.
@@ -242,15 +244,15 @@ def rollout_correction(
         mask: [N, R] bool. Every row is a whole response.
         rollout_is: "token" gives one weight per token. "sequence" gives one weight per response: the product of the
             ratios of its tokens.
-        rollout_is_threshold: a number is the maximum of the weights (truncated importance sampling). A text "low_high"
-            gives a range, and weights outside of this range become 0 (IcePop). The threshold is used only if
-            rollout_is is given.
+        rollout_is_threshold: a number is the maximum of the weights (truncated importance sampling). A text such as
+            "0.5_2" gives a range (here from 0.5 to 2), and weights outside of this range become 0 (IcePop). The
+            threshold is used only if rollout_is is given.
         rollout_rs: comma-separated criteria by which tokens (token_k1, ...) or responses (seq_mean_k1, ...) are
             rejected.
         rollout_rs_threshold: one threshold for all criteria, or comma-separated thresholds, one per criterion. The
-            threshold of a k1 criterion is a range of ratios, "low_high".
+            threshold of a k1 criterion is a range of ratios. The range is written as a text such as "0.5_2".
     Raises:
-        ValueError: no token is chosen, or verl does not know a criterion or a threshold.
+        ValueError: no token is chosen, verl has no such criterion, or a threshold is missing or has a wrong format.
     Source: verl.trainer.ppo.rollout_corr_helper, whose docstrings explain every criterion.
     """
     if not mask.any():

@@ -36,17 +36,18 @@ class Ranks:
         if threads:
             torch.set_num_threads(threads)
         if device == "cpu":
-            # By default, the threads add the gradients of an indexed tensor in an order that varies from run to run.
-            # The last digits of the result would then vary too.
+            # By default, torch's CPU threads add the gradients of an indexed tensor in an order that varies from run to
+            # run. The last digits of the gradients would then vary too.
             torch.use_deterministic_algorithms(True)
             options: Any = torch.utils.deterministic
-            options.fill_uninitialized_memory = False  # True would take time and would not change any result
+            options.fill_uninitialized_memory = False  # filling new tensors would only take time
         if count > 1:
             dist.init_process_group(
                 BACKENDS[device], init_method=f"tcp://{address}", rank=rank, world_size=count, timeout=TIMEOUT
             )
             self.mesh = init_device_mesh(device, (count,))
-            group: Any = dist.new_group(backend="gloo")  # Any: torch's type also allows a result that is no group
+            # The type is Any, because in torch's annotation the result of new_group may be something else than a group.
+            group: Any = dist.new_group(backend="gloo")
             self.checkpoint_group = group
 
     @property
@@ -76,7 +77,7 @@ class Ranks:
         return torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
 
     def local_shard(self, full: Tensor, like: Tensor) -> Tensor:
-        """Returns this rank's shard of `full`. Every rank must pass the whole tensor `full`. The tensor is split in the
+        """Returns this rank's shard of `full`. Every rank must pass the whole tensor `full`. `full` is split in the
         same way as `like`."""
         if not isinstance(like, DTensor):
             return full.to(self.device)

@@ -50,7 +50,7 @@ class Optimizer:
             if self.skipped >= self.ppo.max_skipped_steps:
                 raise FloatingPointError(
                     f"the gradient norm is {norm} at optimizer step {self.steps + 1}; skipped steps in a row: "
-                    f"{self.skipped} (ppo.max_skipped_steps)"
+                    f"{self.skipped} (the maximum, set by ppo.max_skipped_steps)"
                 )
             return None
         self.skipped = 0

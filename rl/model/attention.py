@@ -146,8 +146,8 @@ def batches_of(segments: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]
 
     With fewer batches, fewer calls are needed. But all segments of a batch are padded to the length of its longest
     segment, so fewer batches also mean more padding. If the longest segment of a batch has at most SMALL tokens, the
-    batch takes all shorter segments. Otherwise, it takes only segments with at least ALIKE times as many tokens as the
-    longest segment.
+    batch takes all shorter segments. Otherwise, the batch takes only segments that are almost as long as the longest
+    segment: their length must be at least ALIKE (0.75) times the length of the longest segment.
     """
     batches: list[list[tuple[int, int]]] = []
     for segment in sorted(segments, key=lambda s: (-s[1], s[0])):
@@ -255,9 +255,9 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tu
 def _flash_backward(*given: Tensor, causal: bool, scale: float) -> tuple[Tensor, ...]:
     """Returns the gradients of q, k and v.
 
-    `given` has six tensors: the gradient of the outputs, q, k, v, the outputs, and the log-sum-exp of the outputs. The
-    outputs and the log-sum-exp must be results of attention to all tokens that a token sees, not only to the tokens in
-    k and v.
+    `given` has six tensors: the gradient of the outputs, q, k, v, the outputs, and the log-sum-exp of the outputs. k
+    and v may contain only some of the tokens that a query token sees. But the outputs and the log-sum-exp must come
+    from attention to all tokens that the query token sees.
     """
     heads_first = (x.transpose(1, 2) for x in given)
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads_first, 0.0, causal, scale=scale)

@@ -46,8 +46,8 @@ class StepVLVisionConfig(PretrainedConfig):
         }.items():
             if getattr(self, name) != built:
                 raise ValueError(
-                    f"vision_config.{name} is {getattr(self, name)!r}; STEP3-VL's encoder has {built!r}, and "
-                    "no other value is supported"
+                    f"vision_config.{name} is {getattr(self, name)!r}; only {built!r} is supported, "
+                    "which is the value of STEP3-VL's encoder"
                 )
 
 
@@ -89,8 +89,9 @@ class StepVLConfig(PretrainedConfig):
         super().__init__(**kwargs)
         if self.global_size != vision_config.image_size:
             raise ValueError(
-                f"image_token_len {image_token_len} means a global view of {self.global_size} pixels "
-                f"(patches of {vision_config.patch_size}), but vision_config.image_size is {vision_config.image_size}"
+                f"image_token_len {image_token_len} means a global view of {self.global_size} pixels (with "
+                f"patches of {vision_config.patch_size} pixels), but vision_config.image_size is "
+                f"{vision_config.image_size}"
             )
 
     @property
@@ -131,7 +132,7 @@ _TEXT_10B: dict[str, Any] = {
 
 
 def _as_qwen3(text_config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the checkpoint's text_config without the keys that name a class."""
+    """Returns the checkpoint's text_config without the keys that select a class, such as `model_type`."""
     return {k: v for k, v in text_config.items() if k not in {"model_type", "architectures", "auto_map"}}
 
 

@@ -40,7 +40,7 @@ def local_folder(path: str | Path) -> Path:
         raise CheckpointError(f"model.path {path} is not a folder, and it is not a hub id like owner/name")
     try:
         return Path(snapshot_download(str(path)))
-    except Exception as error:  # the hub client raises many types of errors, which all mean the same to the user
+    except Exception as error:  # the hub client raises many types of errors; all of them mean a failed download
         raise CheckpointError(f"model.path {path}: no such folder, and the hub download failed ({error})") from error
 
 
@@ -148,7 +148,8 @@ def load(
         loaded["lm_head.weight"] = loaded["model.embed_tokens.weight"]
     model.load_state_dict(loaded, assign=True)
     if getattr(model.config, "tie_word_embeddings", False):
-        model.lm_head.weight = model.model.embed_tokens.weight  # assign=True split the shared parameter into two
+        # Because of assign=True, the head and the embedding are now two parameters. Here they become one again.
+        model.lm_head.weight = model.model.embed_tokens.weight
     materialize(model.model, device)
     return model.eval()
 

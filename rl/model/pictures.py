@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rl.model.layout import CropGrid, crop_grid, resized, squared
 
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]  # mean and std of each channel in CLIP
+# The mean and the standard deviation of each colour channel. The values are taken from CLIP.
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 

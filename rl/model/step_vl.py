@@ -108,8 +108,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The layers of the vision tower. The names of the tensors on disk contain the name of the attribute,
-    `resblocks`."""
+    """The layers of the vision tower. The attribute has the name `resblocks`, because the names of the tensors on disk
+    contain this word."""
 
     def __init__(self, config: StepVLVisionConfig) -> None:
         super().__init__()

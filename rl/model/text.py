@@ -22,7 +22,9 @@ class TextModel(Architecture):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         if config.model_type not in FAMILIES:
-            raise ValueError(f"model_type {config.model_type!r} is not supported; only {', '.join(FAMILIES)} are")
+            raise ValueError(
+                f"model_type {config.model_type!r} is not supported; supported text models: {', '.join(FAMILIES)}"
+            )
         self.model = AutoModel.from_config(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -47,4 +49,4 @@ def check_packable(config: PretrainedConfig) -> None:
             f"layer types {sorted(layers)} are not supported: packed groups need full attention in every layer"
         )
     if dropout := getattr(config, "attention_dropout", 0.0):
-        raise ValueError(f"attention_dropout is {dropout}; PPO needs deterministic logprobs, set it to 0")
+        raise ValueError(f"attention_dropout is {dropout}; set it to 0, because PPO needs deterministic logprobs")

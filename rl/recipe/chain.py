@@ -28,7 +28,7 @@ from rl.recipe.stages import registered
 
 CURATE = "curate"
 LINK = "chain"
-"""Name of the layer whose values are the paths of earlier steps' results. Provenance shows this name."""
+"""Name of the layer that contains the paths of earlier steps' results. The provenance of these values is this name."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Chain:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One entry of the option `chain`, with the layers of the recipe that the entry names."""
+    """One entry of the option `chain`. `layers` are the layers of the entry's recipe."""
 
     name: str
     layers: tuple[Layer, ...]
@@ -159,7 +159,7 @@ def _entry(item: Any, source: Layer) -> _Entry:
     curates = isinstance(item, dict) and list(item) == [CURATE]
     file = item[CURATE] if curates else item
     if not isinstance(file, str):
-        raise RecipeError(f"{source.where}: chain has the entry {item}; give a recipe name or path, or curate: RECIPE")
+        raise RecipeError(f"{source.where}: chain has the entry {item}; an entry must be RECIPE or curate: RECIPE")
     layers = tuple(read(find_recipe(file, f"{source.where}: chain: ", source.folder)))
     if any(layer.chain is not None for layer in layers):
         raise RecipeError(f"{source.where}: chain has the entry {file}, which is a chain itself")
@@ -171,10 +171,10 @@ def _check_sections(written: Layers, entries: Sequence[_Entry]) -> None:
     """Raises RecipeError for sections and options that would have no effect."""
     known = [entry.name for entry in entries]
     if unused := [name for name in written.ordered[-1].stages if name not in known]:
-        raise RecipeError(f"command line: {unused[0]}.* is for the stage {unused[0]}; the chain has {', '.join(known)}")
+        raise RecipeError(f"command line: {unused[0]}.* is for the stage {unused[0]}; the steps are {', '.join(known)}")
     if staged := [layer for layer in written.ordered if "stage" in layer.values]:
         raise RecipeError(
-            f"{staged[-1].where}: a chain has no option stage, because each of its recipes has its own; leave out stage"
+            f"{staged[-1].where}: a chain has no option stage, because each of its recipes has a stage; leave out stage"
         )
 
 
@@ -221,7 +221,8 @@ def _sections(entry: _Entry, written: Layers) -> list[Layer]:
 
 def _sets_critic(entry: _Entry, written: Layers) -> bool:
     """True if a layer sets the critic that this stage starts from. A layer can also set model.critic for the whole
-    chain. A path then applies to the first stage only, but null applies to all stages."""
+    chain. If this value is a path, the path applies to the first stage only. If the value is null, null applies to all
+    stages."""
     own = [part for layer in entry.layers for part in layer.for_stage(entry.stage)] + _sections(entry, written)
     return any("model.critic" in layer.flat for layer in own) or any(
         layer.flat.get("model.critic", "") is None for layer in written.ordered

@@ -113,7 +113,7 @@ def _advice(key: str, names: Mapping[str, Declared]) -> str:
         words = {name.rpartition(".")[2]: name for name in reversed(candidates)}
         if near := get_close_matches(word, words, n=1, cutoff=cutoff):
             return f"did you mean {words[near[0]]}?"
-    return f"{section or 'a recipe'} has {', '.join(name.rpartition('.')[2] for name in siblings)}"
+    return f"{section or 'a recipe'} has the options {', '.join(name.rpartition('.')[2] for name in siblings)}"
 
 
 def comment_beside(file: Path, key: str) -> str:
@@ -143,7 +143,7 @@ def explain(details: Sequence[ErrorDetails], values: dict[str, Any], where: Call
         problems.setdefault(key, []).append(text)
     names = declared(values)
     lines = []
-    for key, (text, *others) in problems.items():  # an option with several allowed types has several problems
+    for key, (text, *others) in problems.items():  # pydantic reports one problem for each allowed type
         choices = " or ".join([text, *(other.split(" should be ", 1)[-1] for other in others)])
         lines.append(_line(key, choices, names, where))
     return "\n".join(lines)

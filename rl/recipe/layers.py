@@ -49,15 +49,16 @@ class Layer:
 
     @cached_property
     def resets(self) -> frozenset[str]:
-        """Sections in which this layer deletes the values of earlier layers. If the layer sets `use` of a reward, the
-        section is this reward. If it sets `model` or `url` of an endpoint, the section is `serve` of this endpoint."""
+        """Sections in which this layer deletes the values of earlier layers. A layer that sets rewards.TASK.use deletes
+        the earlier values in rewards.TASK. A layer that sets endpoints.NAME.model or endpoints.NAME.url deletes the
+        earlier values in endpoints.NAME.serve."""
         rewards = {key.removesuffix(".use") for key in self.flat if re.fullmatch(r"rewards\.[^.]+(\.use)?", key)}
         judges = (re.fullmatch(r"(endpoints\.[^.]+)\.(model|url)", key) for key, value in self.flat.items() if value)
         return frozenset({*rewards, *(f"{judge[1]}.serve" for judge in judges if judge)})
 
     def touches(self, key: str) -> bool:
-        """True if the layer sets `key` or an option inside `key`, or if it sets a section that contains `key` to a list
-        or to null."""
+        """True in three cases: the layer sets `key`, the layer sets an option inside `key`, or the layer gives a list
+        or null to a section that contains `key`."""
         return any(f"{own}.".startswith(f"{key}.") or f"{key}.".startswith(f"{own}.") for own in self.flat)
 
 
@@ -126,8 +127,8 @@ def read(file: Path, label: str | None = None, derived: tuple[Path, ...] = ()) -
 
     Args:
         label: the name of the file's layer in provenance; None: the name of the file.
-        derived: the files that have this file as a base recipe. If the list contains the file itself, RecipeError is
-            raised.
+        derived: the files that have this file as a base recipe. If `derived` contains `file`, base recipes form a
+            circle, and RecipeError is raised.
     """
     where = shown(file)
     if (real := file.resolve()) in derived:
@@ -184,8 +185,8 @@ def find_recipe(written: str, where: str = "", folder: Path | None = None) -> Pa
     1. A shipped recipe's name without folder and suffix (`rlvr`) means the shipped recipe, even if there is a file
        `rlvr`. `./rlvr` means the file with that name.
     2. Everything else is a path: if the file exists, it is the recipe.
-    3. A shipped recipe's file name (`rlvr.yaml`) means the shipped recipe. On a command line, its path in a clone
-       (`recipes/rlvr.yaml`) means the shipped recipe too.
+    3. A shipped recipe's file name (`rlvr.yaml`) means the shipped recipe. On a command line, the path of a
+       shipped recipe in a clone (`recipes/rlvr.yaml`) also means the shipped recipe.
 
     Args:
         written: a name or a path.
@@ -270,8 +271,8 @@ def flatten(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def shown(file: Path) -> str:
-    """Returns the path of a file for messages. The path is relative if the file is inside the working directory, and
-    absolute otherwise."""
+    """Returns the path that messages show for a file. If the file is inside the working directory, the path is
+    relative. Otherwise the path is absolute."""
     path = Path(os.path.abspath(file))
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 

@@ -97,7 +97,7 @@ def load(
     written = written_layers(Path(recipe) if recipe else None, profile, overrides)
     if chained := [layer for layer in written.ordered if layer.chain is not None]:
         raise RecipeError(
-            f"{chained[-1].where}: the recipe is a chain, which only rl.run can run; name one recipe of the chain"
+            f"{chained[-1].where}: the recipe is a chain, which only rl.run can run; give a recipe of one stage"
         )
     chosen = stage_of(written, stage)
     if unused := [name for name in written.ordered[-1].stages if name != chosen]:
@@ -268,7 +268,7 @@ def _is_path(text: str, folder: Path) -> bool:
 def _validated(values: dict[str, Any], layers: Layers) -> Config:
     """Converts the values to JSON and checks them. In strict mode, pydantic accepts a JSON list as a tuple and a JSON
     string as a path, but it does not accept a string as a number."""
-    sections = {"model": {}, "data": {}}  # so that errors show which option of a section is missing
+    sections = {"model": {}, "data": {}}  # if `model` is missing, the error then says model.path
     try:
         config = Config.model_validate_json(json.dumps(sections | values, default=str))
     except ValidationError as error:

@@ -135,22 +135,22 @@ class Checkpoints:
             report(problems[-1])
         if problems:
             raise Stop(
-                f"no checkpoint in {self.folder} can be used. The newest: {problems[0]}. Restore a checkpoint, or "
-                "start a new run with another --output.",
+                f"no checkpoint in {self.folder} can be used. The newest checkpoint has this problem: "
+                f"{problems[0]}. Restore a checkpoint, or start a new run with another --output.",
                 saves=False,
             )
         return None
 
     def _delete_old(self) -> Stop | None:
-        """Deletes old checkpoints. If this fails, returns a Stop that the caller raises, because old checkpoints would
-        fill the disk."""
+        """Deletes old checkpoints. If an old checkpoint cannot be deleted, returns a Stop, which the next `settle` or
+        `check` raises. The run must stop because old checkpoints would fill the disk."""
         for old in finished(self.folder)[: -self.keep]:
             if not self.keep_every or int(old.name) % self.keep_every:
                 try:
                     shutil.rmtree(old)
                 except OSError as error:
                     reason = f"the old checkpoint {old} could not be removed: {error}"
-                    return Stop(f"{reason}. Repair this and continue with --resume.", saves=False)
+                    return Stop(f"{reason}. Delete this checkpoint, then continue with --resume.", saves=False)
         return None
 
 

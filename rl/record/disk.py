@@ -31,7 +31,7 @@ def check_room(folder: Path, wanted: int, what: str) -> None:
 @contextlib.contextmanager
 def writing(what: object) -> Generator[None, None, None]:
     """Converts an OSError in the `with` block, such as the error of a full disk, to a Stop. The message of the Stop
-    names `what`."""
+    says that `what` could not be written."""
     try:
         yield
     except OSError as error:
@@ -75,7 +75,7 @@ def hold(folder: Path) -> int | None:
         os.close(held)
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             return None
-        raise ValueError(f"another run is writing in {folder}; end it first, or give another folder") from None
+        raise ValueError(f"another run is writing in {folder}; end that run first, or give another folder") from None
     return held
 
 

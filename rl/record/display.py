@@ -231,7 +231,7 @@ class Display:
         wide = self._console.width >= NARROW
         rows: list[RenderableType] = [self._progress()]
         rows.append(self._now())
-        if self._metrics:  # the table comes last, because a terminal with few lines does not show the end
+        if self._metrics:  # the table is last: a terminal with few lines shows only the first rows
             rows += [Text(), *self._time_bar(wide), Text(), self._task_table(wide)]
         return rows
 

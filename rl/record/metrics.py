@@ -80,7 +80,7 @@ def task_name_problem(task: str) -> str | None:
     """Returns the reason why a task cannot have the name `task`, or None if the name is allowed. Metric names contain
     the names of tasks."""
     if "/" in task:
-        return f"task {task!r} has a '/', which metric names use to separate a task from its parts"
+        return f"task {task!r} has a '/', but in metric names a '/' ends the name of the task"
     if any(f"{room}/{task}" in _BY_NAME for room in ("reward", "eval")):
         return f"task {task!r} would share its name with the metric reward/{task}; choose another name"
     return None

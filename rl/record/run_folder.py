@@ -1,5 +1,6 @@
-"""Reads and writes the folder of a run, which contains recipe, metrics and samples. After a crash, the folder may have
-an incomplete line or file, which is ignored.
+"""Reads and writes the folder of a run, which contains recipe, metrics and samples. After a crash, the last
+line of metrics.jsonl may be incomplete, and there may be files with the suffix .partial. This module ignores this line
+and these files.
 
 RUN_DIR contains recipe.yaml, metrics.jsonl, rollouts/000001.jsonl.gz, checkpoints/ and policy/. This module does not
 import torch. If a file cannot be written because the disk is full or read-only, the functions raise a Stop that names
@@ -101,7 +102,8 @@ class RunFolder:
         return [json.loads(line) for line in whole.splitlines()]
 
     def write_rollouts(self, iteration: int, scored: Sequence[Scored], save: Save = "all") -> None:
-        """Writes the samples of an iteration: all samples, none, or a number of evenly spaced samples.
+        """Writes samples of an iteration. `save` is "all", "none" or a number of samples. The written samples are then
+        evenly spaced.
 
         The file is either complete or absent. The same samples always give the same bytes.
         """
@@ -136,8 +138,8 @@ class RunFolder:
 def make_run_folder(path: Path) -> None:
     """Makes an empty folder for a run.
 
-    Raises ValueError if `path` is a file, or a folder that is not empty. Empty folders and `.partial` files inside are
-    allowed, because a run may have made them before it was killed.
+    Raises ValueError if `path` is a file, or a folder that is not empty. The folder may contain empty folders and
+    `.partial` files, because a run may have made them before it was killed.
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file; give a new folder as --output")

@@ -19,7 +19,10 @@ THOUSAND = 1000  # Perception-R1's coordinates go from 0 to 1000 along each side
 
 
 def get_adapter(name: str) -> Adapter:
-    """Returns the adapter with this name. Raises a ValueError that lists all names if there is no such adapter."""
+    """Returns the adapter with this name.
+
+    Raises: ValueError if there is no such adapter. The error message contains the names of all adapters.
+    """
     if name not in ADAPTERS:
         raise ValueError(f"there is no adapter {name!r}; adapters are {', '.join(ADAPTERS)}")
     return ADAPTERS[name]
@@ -83,7 +86,7 @@ def pacore_train(row: Row) -> dict[str, Any]:
             raise ValueError(f"its ground truth has the keys {', '.join(truth)}, whose meaning is not documented")
         truth = inside[0]
     if not isinstance(truth, str | int | float):
-        raise ValueError(f"its ground truth is {type(truth).__name__}, whose meaning is not documented")
+        raise ValueError(f"its ground truth has the type {type(truth).__name__}, whose meaning is not documented")
     answers = [Rollout(EMPTY_PROMPT, response).answer for response in row["responses"]]
     pool = [answer for answer in answers if answer]
     return {"messages": _messages(row["conversation"]), "ground_truth": truth, "messages_pool": pool}
@@ -124,7 +127,9 @@ ADAPTERS: Mapping[str, Adapter] = {
 def _arena(row: Row, conversation: str, meta: Sequence[str]) -> dict[str, Any]:
     first = _messages(row[conversation])[0]
     if first["role"] != "user":
-        raise ValueError(f"its conversation begins with {first['role']!r}")
+        raise ValueError(
+            f"the first message of its conversation has the role {first['role']!r}, but must have the role user"
+        )
     pictures = row["images"]
     return {
         "messages": first["content"],
@@ -155,5 +160,5 @@ def _numbers(value: Any, count: int) -> list[float]:
 
 def _fractions(thousandths: Sequence[float]) -> list[float]:
     if not all(0 <= number <= THOUSAND for number in thousandths):
-        raise ValueError(f"{list(thousandths)} are not between 0 and {THOUSAND}")
+        raise ValueError(f"the coordinates {list(thousandths)} must be between 0 and {THOUSAND}")
     return [number / THOUSAND for number in thousandths]

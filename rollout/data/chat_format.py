@@ -17,7 +17,7 @@ from rollout.data.errors import InvalidRow, describe, shorten
 MARK = "<image>"
 ROLES = ("system", "user", "assistant", "tool")
 BASE64_PICTURE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # the first characters of PNG, JPEG, GIF and WebP in base64
-SHORTEST_PICTURE = 64  # minimum characters of a picture in base64; a shorter text with these first characters is a path
+SHORTEST_PICTURE = 64  # minimum length of a picture in base64; every shorter text is a path
 
 Message = dict[str, Any]  # {role, content}; content is a str, or a list of text parts and {"type": "image"}
 Part = dict[str, Any]  # one part of a message's content
@@ -58,9 +58,10 @@ def open_picture(source: Any, folder: Path, known: dict[Path, Picture]) -> Pictu
 
     Args:
         source: a path, encoded bytes, base64 (alone or in a data: URL), the {bytes, path} of a Hugging Face Image
-            column, or the {digest} of a sample whose picture is not stored.
+            column, or the {digest} that a sample contains in place of a picture.
         folder: the folder that relative paths start from.
-        known: path -> picture, for pictures that were opened before. This function adds the pictures that it opens.
+        known: path -> picture, for pictures that were opened before. If this function opens a path, it adds
+            the path and the picture to `known`.
     Raises: InvalidRow.
     """
     if isinstance(source, dict) and (digest := source.get("digest")):
@@ -74,7 +75,7 @@ def open_picture(source: Any, folder: Path, known: dict[Path, Picture]) -> Pictu
     if source.startswith("data:") or (source.startswith(BASE64_PICTURE) and len(source) >= SHORTEST_PICTURE):
         return _check_header(Picture.of(_decode_base64(source)), "the picture in base64")
     if "://" in source:
-        raise InvalidRow(f"picture {source[:80]!r} is a URL; save it and give its path")
+        raise InvalidRow(f"picture {source[:80]!r} is a URL; save the picture and give the path of its file")
     path = (folder / source).resolve()
     if path not in known:
         if not path.is_file():
@@ -103,8 +104,8 @@ def _picture_sources(parts: list[Part], column: list[Any]) -> list[Any]:
 
 
 def _content_parts(number: int, message: Any) -> list[Part]:
-    """Returns the content of message `number` as text parts and image parts. Each mark `<image>` in a text becomes an
-    image part."""
+    """Returns the content of a message as text parts and image parts. Each mark `<image>` in a text becomes an image
+    part. The error messages contain `number`, the number of the message in its row."""
     if not isinstance(message, dict):
         raise InvalidRow(f"message {number} must be {{role, content}}, but is {describe(message)}")
     extra = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
@@ -134,7 +135,9 @@ def _parse_part(number: int, part: Any) -> list[Part]:
             return [{"type": "image", "image": {"digest": digest}}]
         case {"type": "text", "text": str(text), **rest} if not rest:
             return _split_at_marks(text)
-    raise InvalidRow(f"message {number}: {shorten(keys)} must be {{type: text, text}} or {{type: image, image}}")
+    raise InvalidRow(
+        f"message {number}: the part {shorten(keys)} must be {{type: text, text}} or {{type: image, image}}"
+    )
 
 
 def _split_at_marks(text: str) -> list[Part]:
@@ -161,5 +164,5 @@ def _check_header(picture: Picture, name: str) -> Picture:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
         raise InvalidRow(f"{name} cannot be opened as a picture: {problem}") from problem
     if width < 1 or height < 1:
-        raise InvalidRow(f"{name} is {width} x {height} pixels")
+        raise InvalidRow(f"{name} has no pixels: its size is {width} x {height}")
     return picture

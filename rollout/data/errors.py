@@ -1,4 +1,4 @@
-"""Defines how data rows that cannot be used are reported: with file, line and reason."""
+"""Defines the errors for data rows that cannot be used. Each such row is reported with its file, line and reason."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

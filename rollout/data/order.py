@@ -32,8 +32,8 @@ class PromptOrder:
         self._passes: dict[int, list[Prompt]] = {}  # number of a pass -> its prompts, for the last two passes
 
     def prompts_at(self, position: int, count: int) -> list[Prompt]:
-        """Returns the prompts with the numbers `position` to `position + count - 1`. The numbers continue from pass to
-        pass."""
+        """Returns the prompts with the numbers `position` to `position + count - 1`. For example, with 10 prompts in a
+        pass, number 10 is the first prompt of the second pass."""
         places = (divmod(number, len(self._prompts)) for number in range(position, position + count))
         return [self._shuffled(epoch)[place] for epoch, place in places]
 

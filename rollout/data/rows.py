@@ -36,8 +36,8 @@ class Rows:
     bad: tuple[BadRow, ...]
 
     def checked(self, on_bad_row: Literal["stop", "skip"] = "stop") -> Self:
-        """Returns these rows. Raises RowError if there are bad rows and `on_bad_row` is "stop", or if all rows are
-        bad."""
+        """Returns this object. Raises RowError in two cases: all rows are bad, or there are bad rows and `on_bad_row`
+        is "stop"."""
         if self.bad and (on_bad_row == "stop" or not self.prompts):
             raise RowError(self.bad)
         return self
@@ -90,7 +90,9 @@ def read(
     bad: list[BadRow] = []
     for number, source in enumerate(sources):
         if source.adapter and source.columns:
-            raise ValueError(f"{source.path}: a source with an adapter must not have columns; leave out one of the two")
+            raise ValueError(
+                f"{source.path}: a source with an adapter must not have columns; leave out adapter or columns"
+            )
         reader.adapter = get_adapter(source.adapter) if source.adapter else None
         reader.columns = {} if source.adapter else _checked_columns({**(columns or {}), **source.columns})
         reader.task = source.task
@@ -238,13 +240,13 @@ def _rename_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> di
     renamed = {ours: _look_up(values, theirs) for ours, theirs in columns.items()}
     absent = [columns[ours] for ours, value in renamed.items() if value is _ABSENT]
     if absent:
-        raise InvalidRow(f"data.columns refers to {absent[0]!r}, but the row only has {', '.join(values)}")
+        raise InvalidRow(f"data.columns refers to {absent[0]!r}, but the row only has the columns {', '.join(values)}")
     renamed |= {ours: values.get(ours) for ours in COLUMNS if ours not in columns}
     row = {ours: value for ours, value in renamed.items() if value is not None}
     read = {ours for ours in COLUMNS if ours not in columns} | {theirs.partition(".")[0] for theirs in columns.values()}
     for name in [n for n, value in values.items() if n not in read | set(columns.values()) and value is not None]:
         near = difflib.get_close_matches(name, set(COLUMNS) - set(row), n=1, cutoff=0.85)
-        if near:  # an error, because if a column `image` were ignored, the run would use no pictures
+        if near:  # for example, a run that ignored a column `image` would use no pictures
             raise InvalidRow(f"column {name!r} is not read; did you mean {near[0]!r}? (data.columns can rename it)")
     return row
 

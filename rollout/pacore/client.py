@@ -113,8 +113,8 @@ class EndpointClient:
     _session: aiohttp.ClientSession | None
 
     async def __aenter__(self) -> "EndpointClient":
-        unlimited = aiohttp.ClientTimeout(total=None, sock_connect=30)  # one response may take an hour
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)  # self._slots is the limit
+        unlimited = aiohttp.ClientTimeout(total=None, sock_connect=30)  # a single response may take an hour
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)  # self._slots limits the requests
         self._session = aiohttp.ClientSession(timeout=unlimited, connector=connector, headers=self._headers)
         return self
 
@@ -137,13 +137,16 @@ class EndpointClient:
 
         Raises: PromptTooLong, RequestRefused, EndpointUnreachable.
         """
+        # vLLM refuses greedy requests with n > 1.
         if count > 1 and body.get("temperature") is not None and float(body["temperature"]) < GREEDY:
-            single = await asyncio.gather(*(self.replies(body, urgency, 1) for _ in range(count)))  # vLLM refuses n > 1
+            single = await asyncio.gather(*(self.replies(body, urgency, 1) for _ in range(count)))
             return [reply for (reply,) in single]
         count_fields = {"n": count, "return_token_ids": True} if count > 1 else {}
         replies = parse_replies(await self.complete({**body, **count_fields}, urgency))
         if len(replies) != count:
-            raise EndpointUnreachable(f"{self.url} returned {len(replies)} replies for n = {count}; is it vLLM?")
+            raise EndpointUnreachable(
+                f"{self.url} returned {len(replies)} replies for n = {count}; is this a vLLM server?"
+            )
         return replies
 
     async def complete(self, body: Mapping[str, Any], urgency: int = 0) -> dict[str, Any]:
@@ -193,7 +196,7 @@ class EndpointClient:
         if answer.status != 400 or not any(message in text for message in TOO_LONG_MESSAGES):
             raise RequestRefused(self.url, answer.status, text)
         unlimited = {name: value for name, value in body.items() if name not in TOKEN_LIMITS}
-        if len(unlimited) < len(body):  # perhaps prompt and limit together are too long: retry without the limit
+        if len(unlimited) < len(body):  # the prompt alone may be short enough: retry without the token limits
             return await self._post(unlimited)
         raise PromptTooLong(text)
 
@@ -206,8 +209,8 @@ def _reply_count(body: Mapping[str, Any]) -> int:
 
 
 def parse_replies(answer: Mapping[str, Any]) -> list[Reply]:
-    """Returns the choices of a chat completion as replies. If the answer has no token ids, the number of tokens of each
-    reply is the mean over all replies."""
+    """Returns the choices of a chat completion as replies. If a choice has no token ids, the reply's number of tokens
+    is a mean: the number of all sampled tokens divided by the number of choices."""
     choices, usage = answer["choices"], answer.get("usage") or {}
     mean = int(usage.get("completion_tokens") or 0) / len(choices)
     prompt = int(usage.get("prompt_tokens") or 0)

@@ -47,11 +47,13 @@ class SynthesisPrompt:
         except (OSError, TemplateError) as error:
             raise ValueError(f"the template {path} cannot be used: {error}") from error
         if used != VARIABLES:
-            raise ValueError(f"the template {path} must use problem and messages, but uses {', '.join(sorted(used))}")
+            raise ValueError(
+                f"the template {path} must use the variables problem and messages, but uses {', '.join(sorted(used))}"
+            )
 
     def chat(self, prompt: Prompt) -> tuple[Mapping[str, Any], ...]:
-        """Returns the chat that the policy sees. If `prompt.shown` is given, the chat contains the pooled answers of
-        `prompt.shown`. Otherwise the chat of the prompt is returned unchanged.
+        """Returns the chat that the policy sees. If `prompt.shown` is given, the template adds the answers in
+        `prompt.shown` to the chat. Otherwise the chat of the prompt is returned unchanged.
 
         Raises: ValueError if the template fails.
         """

@@ -91,7 +91,9 @@ def parse_plan(text: str) -> tuple[int, ...]:
     except ValueError:
         plan = ()
     if not plan or not all(0 < count <= MAX_TRAJECTORIES for count in plan):
-        raise ValueError(f"{text!r} is not a plan of trajectories; write the number for each round, such as 16 or 32,4")
+        raise ValueError(
+            f"{text!r} is not a plan of trajectories; write the number of trajectories per round, such as 16 or 32,4"
+        )
     return plan
 
 
@@ -179,6 +181,6 @@ async def _gather(requests: Iterable[Coroutine[Any, Any, list[Reply]]]) -> list[
 
 
 def draw_order(messages: int, shown: int, seed: str) -> list[int]:
-    """Chooses at random which messages the prompt of one trajectory contains: `shown` out of `messages`. Returns their
-    indices in random order."""
+    """Draws the messages that the prompt of one trajectory contains. Returns their indices: `shown` different numbers
+    from 0 to `messages - 1`, in random order."""
     return random.Random(seed).sample(range(messages), shown)

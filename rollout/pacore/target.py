@@ -19,7 +19,8 @@ from rollout.vllm.server import serving
 
 @dataclass(frozen=True)
 class ModelTarget:
-    """A model to call. Either an endpoint (`url`) serves the model, or a server is started for a folder or hub id."""
+    """A model to call. If `url` is given, the endpoint at this URL serves the model. Otherwise `model` is a folder or
+    hub id, and `serve` starts a server for it."""
 
     model: str
     url: str | None = None
@@ -47,8 +48,11 @@ class ModelTarget:
 
     @contextmanager
     def serve(self) -> Iterator[str]:
-        """A context manager that yields the model's URL, and starts and ends a server if necessary. Raises: ValueError,
-        RuntimeError."""
+        """A context manager that yields the model's URL. If there is no `url`, a server is started, and this server
+        ends with the context.
+
+        Raises: ValueError, RuntimeError.
+        """
         if self.url is not None:
             yield self.url
             return

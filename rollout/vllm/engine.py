@@ -122,11 +122,11 @@ class Engine:
     def stream(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Completion]]]:
         """Samples one response per request.
 
-        Yields: lists of (index of the request, response). A list has the responses that one engine step finished. As
-            long as no response is finished, an empty list is yielded every few seconds, to show that the engine is
-            alive. A response has the prompt ids with all image tokens of each picture. Its response ids include the
-            stop token if this token was sampled. The logprobs are in nats, under the distribution that the tokens were
-            sampled from. At temperature 0, the logprobs are under the model's own distribution.
+        Yields: lists of (index of the request, response). A list has the responses that were completed in one engine
+            step. As long as no response is finished, an empty list is yielded every few seconds, to show that the
+            engine is alive. A response has the prompt ids with all image tokens of each picture. Its response ids
+            include the stop token if this token was sampled. The logprobs are in nats, under the distribution that the
+            tokens were sampled from. At temperature 0, the logprobs are under the model's own distribution.
         Raises: ValueError, with index and reason, for a request that cannot be served; RuntimeError if vLLM aborts a
             request, or if an earlier `load` failed.
         """
@@ -160,7 +160,7 @@ class Engine:
         ((_, output),) = [pair for finished in steps for pair in finished]
         ids, logprobs = output.prompt_token_ids, output.prompt_logprobs
         if ids is None or logprobs is None or len(ids) != length:
-            raise RuntimeError(f"vLLM scored a prompt of {length} tokens but returned the ids {ids}")
+            raise RuntimeError(f"vLLM should score a prompt of {length} tokens, but returned the token ids {ids}")
         return _logprobs(ids[1:], logprobs[1:])
 
     def load(self, weights: "Mapping[str, np.ndarray | Tensor]", step: int) -> None:
@@ -200,7 +200,8 @@ class Engine:
             del self._llm
 
     def _run(self, prompts: list[Any], params: "list[SamplingParams]") -> "Iterator[list[tuple[int, RequestOutput]]]":
-        """Yields lists of (index of the prompt, output). A list has the outputs that one engine step finished."""
+        """Yields lists of (index of the prompt, output). A list has the outputs that were completed in one engine
+        step."""
         from vllm.exceptions import VLLMClientError
 
         self._reset_caches()
@@ -219,7 +220,7 @@ class Engine:
                     last_yield = time.monotonic()
                     yield finished
         finally:
-            if engine.has_unfinished_requests():  # the caller stopped reading
+            if engine.has_unfinished_requests():  # the caller stopped reading before the end
                 engine.abort_request(ids, internal=True)
 
     def _reset_caches(self) -> None:
@@ -292,7 +293,7 @@ def stop_ids(model: str, config: "PretrainedConfig") -> tuple[int, ...]:
 
     named = [getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())]
     named.append(getattr(AutoTokenizer.from_pretrained(model), "eos_token_id", None))
-    with suppress(OSError):  # the file is optional
+    with suppress(OSError):  # a model may have no generation config
         named.append(GenerationConfig.from_pretrained(model).eos_token_id)
     ids = {i for ids in named if ids is not None for i in (ids if isinstance(ids, Iterable) else (ids,))}
     if not ids:
@@ -348,8 +349,8 @@ def _set_environment(variables: Mapping[str, str]) -> None:
     differing = {name for name, value in variables.items() if os.environ.get(name) != value}
     if "vllm" in sys.modules and (late := differing - CAN_CHANGE_LATE):
         raise RuntimeError(
-            f"vllm is already imported in this process with other values of {', '.join(sorted(late))}; "
-            "start the engine in a fresh process"
+            "vllm is already imported in this process with other values of the environment variables "
+            f"{', '.join(sorted(late))}; start the engine in a fresh process"
         )
     os.environ.update(variables)
 
@@ -358,7 +359,9 @@ def _require_plugin() -> None:
     """Raises RuntimeError if our vLLM plugin is not installed. vLLM's helper processes need the plugin to find
     our model class."""
     if not any(point.name == PLUGIN for point in entry_points(group=PLUGIN_GROUP)):
-        raise RuntimeError(f"entry point {PLUGIN!r} of group {PLUGIN_GROUP!r} is missing: pip install --no-deps -e .")
+        raise RuntimeError(
+            f"entry point {PLUGIN!r} of group {PLUGIN_GROUP!r} is missing; run pip install --no-deps -e ."
+        )
 
 
 def _prepare_device(device: str, threads: int) -> None:
@@ -392,7 +395,8 @@ def _overridden(config: "PretrainedConfig", yarn: float | None) -> "PretrainedCo
 
     config.tie_word_embeddings = False
     config.get_text_config().tie_word_embeddings = False
-    is_complete = hasattr(config.get_text_config(), "rope_parameters")  # vLLM's first call has an empty config
+    # vLLM also calls this function with an empty config.
+    is_complete = hasattr(config.get_text_config(), "rope_parameters")
     return with_yarn(config, yarn) if is_complete else config
 
 
@@ -422,7 +426,7 @@ def _prompts(pairs: Sequence[tuple[Sequence[int], Sequence[Picture]]]) -> list[A
 def _completion(output: "RequestOutput", prompt_length: int) -> Completion:
     (sampled,) = output.outputs
     if sampled.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended request {output.request_id} with {sampled.finish_reason!r}")
+        raise RuntimeError(f"vLLM ended request {output.request_id} with the finish reason {sampled.finish_reason!r}")
     prompt_ids = output.prompt_token_ids
     if prompt_ids is None or len(prompt_ids) != prompt_length:
         raise RuntimeError(f"a prompt should have {prompt_length} tokens in vLLM, but has {len(prompt_ids or ())}")

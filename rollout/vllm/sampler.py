@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-METHODS = ("forward_cpu", "forward_native")  # the first is used on CPUs, the second on GPUs if requests have seeds
+# vLLM calls the first method on CPUs. On GPUs, it calls the second method if requests have seeds.
+METHODS = ("forward_cpu", "forward_native")
 
 
 def inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
@@ -24,7 +25,8 @@ def inverse_cdf(logprobs: Tensor, uniform: Tensor) -> Tensor:
     # float64 is needed because the error of a float32 sum over a vocabulary exceeds the probability of rare tokens.
     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0]
-    return drawn.clamp_(max=logprobs.shape[1] - 1)  # NaN gives an index past the end; the chosen logprob is also NaN
+    # If the logprobs are NaN, the index is past the end. Then the last token is chosen, and its logprob is NaN.
+    return drawn.clamp_(max=logprobs.shape[1] - 1)
 
 
 def install() -> None:

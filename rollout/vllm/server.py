@@ -135,8 +135,8 @@ class Server:
 
 @contextmanager
 def serving(model: str, device: str, options: Mapping[str, str | int | float | bool] | None = None) -> Iterator[Server]:
-    """A context manager that yields a server on this machine. The server may use all CPU cores. It is yielded before
-    it is ready; the method `url` of the server waits until it is ready."""
+    """A context manager that yields a server on this machine. The server may use all CPU cores. The server is not
+    ready yet when it is yielded. The server's method `url` waits until the server is ready."""
     server = Server(
         model,
         host="127.0.0.1",

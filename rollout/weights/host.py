@@ -113,7 +113,7 @@ def _partly_loaded(model: torch.nn.Module) -> Iterator[str]:
     uninitialised memory."""
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)
-        padded = isinstance(layer, VocabParallelEmbedding)  # vLLM pads such a layer, so it never looks complete
+        padded = isinstance(layer, VocabParallelEmbedding)  # with vLLM's padding, a layer never looks complete
         if not padded and info.can_load() and 0 < info.load_numel < (info.load_numel_total or 0):
             yield name
 

@@ -1,4 +1,5 @@
-"""Stores every model answer on disk when it arrives. If a curation is killed and continued, it asks no question twice.
+"""Stores every model answer on disk when it arrives. So a curation that is killed and continued asks no model the same
+question twice.
 
 Tested in tests/stages/curation/test_filters.py.
 """

@@ -76,7 +76,7 @@ class DecontaminationFilter:
 
 
 def row_judges(config: Config) -> dict[str, ScorerSpec]:
-    """Returns one row judge for each pass of the recipe's filters: name of the pass -> judge."""
+    """Returns the row judges that the recipe's filters use: name of the pass, such as "checkability/0" -> judge."""
     judges: dict[str, ScorerSpec] = {}
     if "checkability" in config.curate.filters:
         options = config.curate.checkability
@@ -232,8 +232,8 @@ def drop_reason(accepted: Sequence[bool]) -> str | None:
 
 
 def _decide_by_accuracy(filter_name: str, row: CandidateRow, samples: Sequence[Sample], accept: Accept) -> Decision:
-    """Applies `drop_reason` to the valid scores. If the row is dropped and some of its scores are invalid, the reason
-    is "could not be scored" instead, because the row might be kept if all scores were valid."""
+    """Applies `drop_reason` to the valid scores. A dropped row that also has invalid scores gets the reason "could not
+    be scored". If all its scores were valid, this row might be kept."""
     valid = [sample for sample in samples if sample.score.invalid is None]
     failed = [sample.score for sample in samples if sample.score.invalid is not None]
     accepted = [is_accepted(sample.score, accept) for sample in valid]

@@ -73,14 +73,18 @@ class CurationFolder:
             return  # nothing to compare: the earlier attempt ended before it asked a model a question
         if changed := [c for c in differences(load(saved).config, config) if _changes_answers(c.key)]:
             listed = "".join(f"\n  {change}" for change in changed)
-            raise InputError(f"{self.path} was started with another recipe:{listed}\nUse another --out for this recipe")
+            raise InputError(
+                f"the curation in {self.path} was started with another recipe:{listed}\n"
+                "Use another --out for this recipe"
+            )
         if json.loads(state.read_text())["rows"] != digest:
             raise InputError(
-                f"the rows, the benchmarks or a template have changed since {self.path} was started; give another --out"
+                "the rows, the benchmarks or a template have changed since the curation in "
+                f"{self.path} was started; give another --out"
             )
 
     def rows(self, block: int) -> Path:
-        """Returns the path of a block's rows file."""
+        """Returns the path of the file with a block's kept rows, for example rows/00000.jsonl."""
         return self.path / "rows" / f"{block:05d}.jsonl"
 
     def decisions(self, block: int) -> Path:
@@ -92,11 +96,11 @@ class CurationFolder:
         return [block for block in range(blocks) if not self.rows(block).is_file()]
 
     def answers(self, block: int, filter_name: str) -> Path:
-        """Returns the path of the file with the answers that a filter got for a block."""
+        """Returns the path of the file in which a filter stores the models' answers for a block."""
         return self.path / "answers" / f"{block:05d}-{filter_name}.jsonl"
 
     def finish(self, block: int, decisions: Sequence[Decision], sources: Sequence[str]) -> None:
-        """Writes the decisions of a block, and then its rows.
+        """Writes the decisions about the rows of a block, and then the kept rows.
 
         Args:
             sources: the paths in data.train, in order.
@@ -118,7 +122,8 @@ class CurationFolder:
         write_file(self.rows(block), _lines(rows))
 
     def _picture_part(self, picture: Picture) -> dict[str, Any]:
-        """Returns the part of a chat message for a picture. The part contains the picture's path, relative to rows/.
+        """Returns the part of a chat message that contains a picture, for example
+        `{"type": "image", "image": "../pictures/1f3a"}`. The path in this part is relative to rows/.
 
         If the picture is given as bytes, these bytes are first written to a file.
         """
@@ -134,7 +139,7 @@ def row_record(row: CandidateRow, part_of: Callable[[Picture], dict[str, Any]] =
     """Converts a row into JSON values, in the format of training rows.
 
     Args:
-        part_of: converts a picture into the part of a chat message that contains this picture.
+        part_of: a function that converts a picture into a part of a chat message.
     """
     prompt = row.prompt
     optional = {
@@ -162,7 +167,7 @@ def shortened(prompt: Prompt, most: int = 200) -> str:
 
 
 def _changes_answers(key: str) -> bool:
-    """True if an option can change answers or decisions. Of an endpoint's options, only `model` can change them."""
+    """True if an option can change answers or decisions. Of an endpoint's options, only `model` can change answers."""
     return key.startswith(RELEVANT) or (key.startswith("endpoints.") and key.endswith(".model"))
 
 

@@ -41,7 +41,7 @@ class DropReason:
 @dataclass(frozen=True)
 class Histogram:
     """A histogram of rows by the share of accepted responses. The first bar counts the rows with share 0. The last bar
-    counts the rows with share 1. The bars between have equal width and count all other rows."""
+    counts the rows with share 1. The other bars have equal width and count all other rows."""
 
     filter: str
     bars: tuple[tuple[str, int], ...]

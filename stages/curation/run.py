@@ -42,7 +42,7 @@ from stages.curation.sampling import PolicySampler
 from stages.plan import Plan, make_plan, skipped_lines
 from stages.processes import Restarts, Samplers
 
-ORDER = ("decontamination", "checkability", "relevance", "difficulty", "synthesis")  # as in the STEP3-VL report
+ORDER = ("decontamination", "checkability", "relevance", "difficulty", "synthesis")  # the order of the STEP3-VL report
 POLICY_FILTERS = {"difficulty", "synthesis"}  # filters that sample responses of the policy
 SECTIONS = {"seed", "model", "data", "rewards", "endpoints", "rollout", "accept", "synthesis", "curate"}
 """The sections of a recipe that a curation uses."""
@@ -60,13 +60,14 @@ class Curation:
         """Returns the plan of this curation as lines, for --dry-run."""
         plan, c = self.plan, self.plan.config.curate
         texts = {
-            "decontamination": f"{self.benchmarks.rows if self.benchmarks else 0} benchmark rows; a row must not share "
-            f"its question or {c.decontamination.ngram} consecutive words and signs with them",
-            "checkability": f"{c.checkability.passes} pass(es) of {c.checkability.endpoint}; all must call the row "
-            "valid",
+            "decontamination": f"{self.benchmarks.rows if self.benchmarks else 0} benchmark rows; a row is dropped if "
+            "its question is also a benchmark question, or if it contains a sequence of "
+            f"{c.decontamination.ngram} words and signs from a benchmark question",
+            "checkability": f"{c.checkability.passes} pass(es) of {c.checkability.endpoint}; in every "
+            "pass, the judge must call the row valid",
             "relevance": f"the grade of {c.relevance.endpoint} must be at least {c.relevance.at_least:g}",
             "difficulty": f"{c.difficulty.rollouts} responses of {plan.model}; some but not all must be accepted",
-            "synthesis": f"{c.synthesis.rollouts} responses with {plan.config.synthesis.least_messages} to "
+            "synthesis": f"{c.synthesis.rollouts} responses to prompts with {plan.config.synthesis.least_messages} to "
             f"{plan.config.synthesis.most_messages} messages; some but not all must be accepted",
         }
         return [

@@ -98,8 +98,8 @@ class PolicySampler:
         ]
 
     def requests(self, filter_name: str, prompt: Prompt, numbers: Sequence[int], longest: int) -> list[Request]:
-        """Returns one request per number. The seed of a request depends only on the run's seed, the filter, the row
-        and the number, so the seed is the same after a restart."""
+        """Returns one request for each response number in `numbers`. The seed of a request depends only on the run's
+        seed, the filter, the row and the number of the response. So the seed is the same after a restart."""
         ids, room = self.chat.prompt_ids(prompt), longest - self.chat.length(prompt)
         seeds = [seed_of(self.seed, filter_name, prompt.id, n) for n in numbers]
         return [Request(ids, prompt.images, room, seed, self.temperature) for seed in seeds]
@@ -136,8 +136,8 @@ class Scores(Generic[Item, AnyScore]):
         raise NotImplementedError
 
     def request(self, row_id: str, group: Sequence[tuple[int, Item]]) -> None:
-        """Scores the given items of one row together. If valid scores of all these items are stored, these stored
-        scores are used instead."""
+        """Scores the items in `group`, which all belong to one row. If `answers` already has a valid score for each
+        item, nothing is scored again."""
         records = {n: self.answers.get(self.kind, row_id, n) for n, _ in group}
         if all(record is not None and record["invalid"] is None for record in records.values()):
             for n, item in group:
@@ -148,8 +148,8 @@ class Scores(Generic[Item, AnyScore]):
             future.add_done_callback(lambda done, n=n: self._on_done(row_id, n, done))
 
     def _on_done(self, row_id: str, number: int, future: Future[AnyScore]) -> None:
-        """Stores a score when it arrives. Runs in a worker thread. If the score cannot be stored, the error is ignored
-        here: `wait` stores the score again, and raises the error if this fails too."""
+        """Stores a score when it arrives. Runs in a worker thread. If the score cannot be stored, this method ignores
+        the error. `wait` then tries to store the score once more, and raises an error if this second try fails."""
         if not future.cancelled() and not future.exception():
             with suppress(Stop):
                 self._store(row_id, number, future.result())
@@ -193,7 +193,7 @@ class RowScores(Scores[Prompt, RowScore]):
 
 
 def pass_name(filter_name: str, number: int) -> str:
-    """Returns the name of the row judge for one pass."""
+    """Returns the name of the row judge for one pass, for example "checkability/0"."""
     return f"{filter_name}/{number}"
 
 

@@ -61,7 +61,8 @@ def measure(config: Config, target: ModelTarget, questions: Questions) -> "Evalu
 
     Args:
         target: the policy, which vLLM serves.
-    Raises: ValueError or a subclass if the input is wrong. Errors of serving and of scoring are also raised.
+    Raises: ValueError or a subclass if the input is wrong. Errors of the model's server and errors of the scoring are
+        also raised.
     """
     check_accept(config)
     prompts = [p for p in _rows(config, questions.limit) if questions.tasks is None or p.task in questions.tasks]
@@ -134,7 +135,7 @@ def blinded(prompts: Sequence[Prompt]) -> list[Prompt]:
 
     Args:
         prompts: rows with pictures.
-    Raises: InputError if `prompts` is empty, or if there is no such other row for one of the rows.
+    Raises: InputError if `prompts` is empty, or if no pictures are found for one of the rows.
     """
     if not prompts:
         raise InputError("--blind: no row has a picture")

@@ -16,7 +16,8 @@ KEYS = ["name", "ours_s", "other_s", "ratio", "ceiling", "max_abs_diff"]
 
 @pytest.fixture
 def trivial(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Registers the benchmarks "test/one" and "test/two". Yields a list to which they add their names when they run."""
+    """Registers the benchmarks "test/one" and "test/two". Yields a list. A benchmark that runs adds its name to this
+    list."""
     ran: list[str] = []
     monkeypatch.setattr(harness, "_ENTRIES", dict(entries()))
 
@@ -126,7 +127,7 @@ def test_a_failed_benchmark_is_reported_and_the_others_still_run(
     file = tmp_path / "results.jsonl"
     assert main(["test/needy", "test/one", "--results", str(file)]) == 1
     said = capsys.readouterr()
-    assert "pip install something first" in said.err and "failed, see above: test/needy" in said.err
+    assert "pip install something first" in said.err and "failed benchmarks (errors above): test/needy" in said.err
     assert trivial == ["one"] and "test/one" in said.out
     assert [json.loads(line)["name"] for line in file.read_text().splitlines()] == ["test/one"]
 

@@ -53,8 +53,8 @@ def test_larger_numbers_in_words_and_none_are_read(text: str, number: int) -> No
 
 def test_points_score_by_distance_divided_by_the_larger_count() -> None:
     truth = [[0.2, 0.2], [0.8, 0.8]]
-    # The radius is 0.1. One point is exact and scores 1, the other point is 0.05 away and scores 0.5. The sum is
-    # divided by 2, or by 3 if the answer has three points.
+    # The radius is 0.1. One point is exact and scores 1, the other point is 0.05 away and scores 0.5. The sum 1.5 is
+    # divided by the larger number of points: by 2 for the first answer, and by 3 for the second answer.
     assert score("count", "[[0.8, 0.85], [0.2, 0.2]]", truth) == pytest.approx(0.75)
     assert score("count", "[[0.8, 0.85], [0.2, 0.2], [0.5, 0.5]]", truth) == pytest.approx(0.5)
     assert score("count", "[[0.2, 0.2]]", truth) == 0.5

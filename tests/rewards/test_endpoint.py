@@ -270,7 +270,8 @@ def test_the_client_library_is_imported_only_when_an_endpoint_is_created() -> No
 
 
 async def limited(seconds: float, awaitable: Any) -> float:
-    """Awaits `awaitable` with a time limit, as the async worker does. Returns the seconds that count towards it."""
+    """Awaits `awaitable` with a time limit, as the async worker does. Returns the seconds that count towards this
+    limit."""
     running = SampleClock()
     clock.set(running)
     await running.limit(seconds, awaitable)

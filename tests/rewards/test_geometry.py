@@ -62,7 +62,7 @@ def test_boxes_that_touch_or_lie_apart_have_iou_zero_and_tiny_ones_do_not_divide
 
 
 def test_pairs_have_the_largest_sum_and_are_not_chosen_greedily() -> None:
-    # A greedy choice would first take the pair with 0.9. The other pair would have 0, and the sum would be 0.9. The
-    # largest sum is 0.8 + 0.8.
+    # A greedy choice would first take the pair with the value 0.9. Then only the pair with the value 0 would be left,
+    # and the sum would be 0.9. The largest sum is 0.8 + 0.8 = 1.6.
     assert best_pairs(np.array([[0.9, 0.8], [0.8, 0.0]])).tolist() == [0.8, 0.8]
     assert best_pairs(np.array([[0.2, 0.7, 0.1]])).tolist() == [0.7]

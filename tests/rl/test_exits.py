@@ -60,5 +60,5 @@ def test_a_recipe_for_gpus_is_refused_without_gpus_but_a_dry_run_is_not(monkeypa
         check_hardware(made, dry_run=False)
     check_hardware(made, dry_run=True)
     check_hardware(config(learner__device="cpu"), dry_run=False)
-    monkeypatch.setenv("RAY_ADDRESS", "auto")  # the cluster may have GPUs
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # the Ray cluster at this address may have GPUs
     check_hardware(made, dry_run=False)

@@ -30,7 +30,7 @@ TEMPLATE = ROOT / "recipes/scale/pacore.jinja"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """The URL of a server with the scale model. The commands start their server in the same way."""
+    """The URL of a server with the scale model. The commands also start their servers with ModelTarget."""
     with ModelTarget(str(MODEL), max_length=512).serve() as found:
         yield found
 

@@ -105,7 +105,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path: Path, capsys: py
     said = capsys.readouterr().out
     for part in (
         "512 of 2560, in blocks of 1024",
-        "1280 benchmark rows; a row must not share",
+        "1280 benchmark rows; a row is dropped if its question",
         "1 pass(es) of checker",
         "16 to 24 messages",
     ):

@@ -33,7 +33,7 @@ from tests.support.command import ROOT
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
 TESTED_HERE = [page for page in PAGES if page != "docs/writing_rewards.md"]
 PROGRAMS = ("python", ".venv/bin/python", "make", "ray", "zcat")
-FREE = ("rewards.NAME.params", "endpoints.NAME.serve")  # in these two sections, an option may have any name
+FREE = ("rewards.NAME.params", "endpoints.NAME.serve")  # sections whose options may have any name
 SCALE = ROOT / "recipes/scale"
 DRY_RUNS = ("rl.run", "stages.curate")
 
@@ -275,7 +275,7 @@ def test_every_option_and_metric_that_a_page_names_exists(page: str) -> None:
     options = declared({"rewards": {"NAME": {}}, "endpoints": {"NAME": {}}}).keys() | {"rewards.NAME"}
     for span in spans(page):
         option = re.match(rf"(?:(?:rlvr|rlhf|pacore)\.)?((?:{sections})(?:\.\w+)+)", span)
-        if option and not (ROOT / "/".join(span.split(".")[:2])).exists():  # the span does not name a package
+        if option and not (ROOT / "/".join(span.split(".")[:2])).exists():  # skips a package such as rewards.running
             name = re.sub(r"^(rewards|endpoints)\.\w+", r"\1.NAME", option[1])
             assert name in options or name.startswith(tuple(f"{free}." for free in FREE)), f"{page}: {span}"
         if re.fullmatch(r"(reward|eval|response|pacore|genrm|penalty|policy|value|time|checkpoint)/[\w/<>]+", span):
@@ -313,5 +313,6 @@ def test_the_readme_is_short_and_its_picture_is_small_and_it_gives_the_size_of_t
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 160
     (size,) = re.findall(r"The wheel is\s+(\d+ MB) large", text)
-    assert f"The wheel is {size} large" in (ROOT / "recipes/README.md").read_text()  # test_installed.py measures it
+    # test_installed.py checks the size in recipes/README.md with a real wheel.
+    assert f"The wheel is {size} large" in (ROOT / "recipes/README.md").read_text()
     assert (ROOT / "docs/learning_curve.svg").stat().st_size < 60_000

@@ -38,7 +38,7 @@ class Installation:
     def run(self, *arguments: object, folder: Path) -> str:
         """Runs `python -m ...`, asserts that it succeeds, and returns its standard output."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "executable", str(self.python))  # `run` starts this interpreter
+            patch.setattr(sys, "executable", str(self.python))  # `run` starts the interpreter sys.executable
             code, out, err = run(*arguments, folder=folder, environment=WITHOUT_CLONE)
         assert code == 0, err
         return out
@@ -70,7 +70,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installation:
     # in this way, so the clone's editable installation has no effect.
     dependencies = Path(sysconfig.get_path("purelib"))
     lines = [str(dependencies)]
-    if (dependencies / "torchvision_cpu_hook.py").exists():  # see tools/install.py
+    if (dependencies / "torchvision_cpu_hook.py").exists():  # tools/install.py has written it
         lines.append("import torchvision_cpu_hook; torchvision_cpu_hook.install()")
     (site / "dependencies.pth").write_text("\n".join(lines) + "\n")
     return Installation(environment / "bin/python", site, wheel)

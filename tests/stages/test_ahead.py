@@ -62,7 +62,7 @@ def test_an_abandoned_task_ends_at_its_next_check() -> None:
 def test_a_second_task_cannot_start_before_the_first_result_was_taken() -> None:
     ahead: Ahead[str] = Ahead()
     ahead.start(1, str)
-    with pytest.raises(RuntimeError, match="the result for 1 has not been taken yet"):
+    with pytest.raises(RuntimeError, match="the result of task 1 has not been taken yet"):
         ahead.start(2, str)
 
 

@@ -41,7 +41,7 @@ class Chat:
     def length(self, prompt: Prompt) -> int:
         return 10 + sum(len(text) for text in (prompt.shown.texts if prompt.shown else ()))
 
-    class tokenizer:  # the stage calls this class like a tokenizer
+    class tokenizer:  # takes the place of a real tokenizer: one token per character
         def __init__(self, text: str) -> None:
             self.input_ids = text
 

@@ -30,8 +30,8 @@ def judging(script: Script | list[Any], **options: Any) -> Iterator[JudgeServer]
 
 
 def score(target: str, *rollouts: Rollout | Prompt, **params: Any) -> Any:
-    """Scores rollouts or rows at the same time with one reward instance. Returns one Score for a single rollout or row,
-    else a list of Scores."""
+    """Scores all rollouts at the same time, with one reward instance. Rows can take the place of rollouts. Returns one
+    Score for a single rollout, else a list of Scores."""
 
     async def all_of_them() -> list[Score]:
         bound = get(target, {"endpoint": "judge", **params})
@@ -51,6 +51,6 @@ def blocks(prompt: str) -> dict[str, str]:
 
 
 def honest(request: dict[str, Any]) -> dict[str, Any]:
-    """A script for a judge that compares the last word of the answer with the ground truth."""
+    """A script for a judge. The judge calls an answer right if the answer's last word equals the ground truth."""
     shown = blocks(text_of(request))
     return RIGHT if shown["answer"].split()[-1] == shown["truth"] else WRONG

@@ -52,9 +52,9 @@ def options(ppo: Mapping[str, object] | None = None, **changed: Any) -> LearnerO
 
 
 def group(prompt: int, *responses: int, first_row: int = 0, images: tuple[str, ...] = ()) -> Group:
-    """Returns a group. `prompt` and `responses` are the numbers of text tokens in the prompt and in each response. The
-    text tokens of the prompt have the ids 10, 11, 12, ... Response i has the ids 20 + i, 21 + i, ... Each image adds 4
-    image tokens at the start of the prompt."""
+    """Returns a group. `prompt` is the number of text tokens in the prompt. `responses` has the number of text tokens
+    of each response. The text tokens of the prompt have the ids 10, 11, 12, ... Response i has the ids 20 + i, 21 + i,
+    ... Each image adds 4 image tokens at the start of the prompt."""
     ids = (IMAGE_TOKEN,) * 4 * len(images) + tuple(range(10, 10 + prompt))
     made = tuple(tuple(range(20 + i, 20 + i + n)) for i, n in enumerate(responses))
     return Group(ids, images, made, tuple(range(first_row, first_row + len(responses))))

@@ -37,8 +37,8 @@ class Deadline:
         self._left, self._last = seconds, time.monotonic()
 
     def passed(self) -> bool:
-        """Returns True if the time is over. This method must be called often, because a call measures how slow the
-        machine is at the moment, and uses this result for all the time since the last measurement."""
+        """Returns True if the time is over. This method must be called often. It measures how slow the machine is
+        now, and assumes that the machine was equally slow during the whole time since the last measurement."""
         now = time.monotonic()
         if now - self._last > self._left or now - self._last > MEASURED_EVERY_S:
             self._left -= (now - self._last) / slowness()

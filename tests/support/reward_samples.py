@@ -70,7 +70,7 @@ def picture(width: int, height: int) -> Picture:
 
 
 def assert_lowest_soon(target: str, truth: Any, text: str) -> None:
-    """Asserts that the reward gives `text` its lowest value, within two seconds of CPU time."""
+    """Asserts that `text` gets the lowest value of the reward. The scoring may take two seconds of CPU time."""
     bound = get(target)
     _ = bound.scorer
     start = time.process_time()
@@ -79,7 +79,7 @@ def assert_lowest_soon(target: str, truth: Any, text: str) -> None:
 
 
 def assert_truth_scores_highest(target: str, truth: Any) -> None:
-    """Asserts that a response with only the ground truth, as text, gets the highest value."""
+    """Writes the ground truth as text, and asserts that this text as a response gets the highest value."""
     declared = get(target).reward
     assert declared.truth_as_text
     assert score(target, declared.truth_as_text(truth), truth) == declared.highest

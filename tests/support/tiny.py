@@ -80,7 +80,8 @@ def make_step_vl(folder: Path, seed: int = 0) -> StepVL:
 
 
 def randomize(module: torch.nn.Module, seed: int) -> None:
-    """Sets random weights with unit gain per matrix and norm scales near 1, so every input changes every output."""
+    """Sets random weights. Each matrix has unit gain, and the scales of norms are near 1. So every input changes every
+    output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():

@@ -84,14 +84,15 @@ def licence_of(name: str, stated: PackageMetadata) -> str:
     classifiers = [c.rpartition(" :: ")[2] for c in stated.get_all("Classifier") or () if c.startswith("License ::")]
     named = [classifier for classifier in classifiers if classifier not in SAYS_NOTHING]
     first, _, rest = (stated.get_all("License") or [""])[0].strip().partition("\n")
-    if first and not (rest and named):  # several lines are the full text; a classifier has the name
+    # If the field License has several lines, it has the full text of the licence, and a classifier names the licence.
+    if first and not (rest and named):
         named.append(first.strip())
     known = dict.fromkeys(SPDX.get(one, one) for one in named)
     return " AND ".join(f"({one})" if " OR " in one else one for one in known) or "none stated"
 
 
 def is_allowed(name: str, licence: str) -> bool:
-    """True if the package is listed above by name, or if ALLOWED satisfies the SPDX expression of its licence."""
+    """True if BY_PACKAGE or NVIDIA allows the package's name, or if ALLOWED satisfies the SPDX expression `licence`."""
     return name in BY_PACKAGE or NVIDIA.fullmatch(name) is not None or satisfied(licence)
 
 

@@ -19,7 +19,8 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 @reward("right_and_brief", on_timeout="lowest", verifiable=str)
 def right_and_brief(rollout: Rollout, limit: Annotated[int, Field(gt=0)] = 200) -> Score:
-    """1.0 for a right response of at most `limit` characters, limit / length for a longer right response, else 0.0."""
+    """1.0 for a right response of at most `limit` characters, limit / length for a longer right response, 0.0 for a
+    wrong response."""
     length = len(rollout.text)
     if not is_right(rollout):
         return Score(0.0, {"why": "wrong", "characters": length})
@@ -52,7 +53,8 @@ class NoFiller:
 
 @reward("shortest_right", group=True, on_timeout="lowest")
 def shortest_right(rollouts: list[Rollout], least: Annotated[float, Field(ge=0, le=1)] = 0.5) -> list[Score]:
-    """1.0 for the shortest right response to a prompt, `least` for the longest right response, linear in the rank.
+    """1.0 for the shortest right response to a prompt, `least` for the longest right response. Between these two, the
+    value falls linearly with the rank.
 
     The rank of a right response is 1 + the number of shorter right responses. Wrong and truncated responses have no
     rank and get 0.0.

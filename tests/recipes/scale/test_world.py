@@ -210,7 +210,7 @@ def test_a_worksheet_with_its_exact_answer_fits_into_the_cpu_profiles_sequence(w
 
 
 def test_descriptions_name_the_things_in_reading_order() -> None:
-    # The things of every crowd are in reading order, so the things of this test are in reading order too.
+    # `describe` does not sort the things. So this test lists its things in reading order, as in every crowd.
     things = (Thing("blue", "cross", 60, 20, 10), Thing("red", "ring", 90, 90, 10))
     problem = world.describe(Scene((255, 255, 255), things))
     rng = np.random.default_rng(0)
@@ -235,9 +235,9 @@ def test_answers_to_sums_repeat_the_steps_after_the_thinking() -> None:
 
 @pytest.mark.parametrize(
     ("left", "right", "guess"),
-    # The writer computes each digit without a carry. In 27 + 15, the ones are 7 + 5 = 12, so the last digit is 2. In
-    # 42 - 8, the ones differ by |2 - 8| = 6, so the last digit is 6. In 85 + 20, the tens are 8 + 2 = 10, so the first
-    # digit is 0.
+    # The rough writer computes each digit separately and forgets the carry. In 27 + 15, the ones are 7 + 5 = 12, so the
+    # last digit is 2. In 42 - 8, the ones differ by |2 - 8| = 6, so the last digit is 6. In 85 + 20, the tens are
+    # 8 + 2 = 10, so the first digit is 0.
     [(12, 35, 47), (27, 15, 32), (42, -8, 46), (85, 20, 5)],
 )
 def test_the_rough_writer_forgets_to_carry(left: int, right: int, guess: int) -> None:

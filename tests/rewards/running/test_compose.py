@@ -40,7 +40,7 @@ def test_a_full_offence_takes_a_reward_to_its_lowest_value_even_below_zero(runne
 def test_a_sample_is_invalid_if_any_of_its_parts_is_invalid(runner: RewardRunner) -> None:
     dead, offended = runner.score([rollout("die", task="sum", prompt="a"), rollout("!!!", task="sum", prompt="b")])
     assert dead.invalid == "reward obey: its process was killed by SIGKILL"
-    assert offended.invalid == "penalty rude: returned 1.5; a penalty is between 0 (no offence) and 1"
+    assert offended.invalid == "penalty rude: returned 1.5; the value of a penalty must be between 0 (no offence) and 1"
 
 
 @pytest.mark.parametrize("given", [spec("plugins.py:rude"), spec("exact", penalties=(penalty_spec("exact"),))])

@@ -193,7 +193,7 @@ def test_closing_ends_all_processes_including_hung_ones_and_their_children(plugi
     child = made.score([rollout("child")])[0].details["pid"]
     hung, queued = made.submit(rollout("hang")), [made.submit(rollout("hang")) for _ in range(5)]
     time.sleep(0.1)
-    assert len(workers()) - len(before) in (2, 3)  # the reserve process may not have started yet
+    assert len(workers()) - len(before) in (2, 3)  # 2 workers, and the reserve process if it has already started
     made.close()
     assert workers() == before
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
@@ -223,7 +223,7 @@ def test_workers_end_with_their_parent_even_when_they_hang(plugins: Path, end: s
     assert int(parent.stdout.readline())
     time.sleep(0.3)
     children = psutil.Process(parent.pid).children(recursive=True)
-    assert len(children) in (2, 3)  # the reserve process may not have started yet
+    assert len(children) in (2, 3)  # 2 workers, and the reserve process if it has already started
     if end == "kill":
         os.kill(parent.pid, signal.SIGKILL)
     assert parent.wait(timeout=20) == (0 if end == "exit" else -signal.SIGKILL)
@@ -249,8 +249,8 @@ def test_a_row_judge_gets_the_row_itself(runner: RewardRunner) -> None:
     [
         ("hang", "took longer than 1 s"),
         ("raise", "KeyError: 'nothing' (plugins.py:"),
-        ("return 1.5", "returned 1.5; a row judge is between 0 and 1"),
-        ("return -0.5", "returned -0.5; a row judge is between 0 and 1"),
+        ("return 1.5", "returned 1.5; the value of a row judge must be between 0 and 1"),
+        ("return -0.5", "returned -0.5; the value of a row judge must be between 0 and 1"),
     ],
 )
 def test_a_row_judge_that_fails_makes_its_row_invalid_and_no_other(runner: RewardRunner, truth: str, why: str) -> None:

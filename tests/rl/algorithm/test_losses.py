@@ -214,7 +214,7 @@ def test_explained_variance_of_a_perfect_a_constant_and_a_wrong_critic() -> None
     returns, mask = row(1, 2, 3, 99), row(1, 1, 1, 0).bool()
     assert explained_variance(returns, returns, mask) == 1
     assert explained_variance(row(7, 7, 7, 7), returns, mask) == 0
-    assert explained_variance(-returns, returns, mask) == -3  # the errors are twice the returns: 1 - 2^2 = -3
+    assert explained_variance(-returns, returns, mask) == -3  # error = 2 * return, so the result is 1 - 2^2 = -3
 
 
 def test_explained_variance_of_equal_returns_is_not_a_number() -> None:

@@ -77,6 +77,6 @@ def test_an_update_that_reuses_a_forward_pass_gives_the_same_weights(folder):
             other = collate([Scored(Rollout(Prompt("p", "t", ()), "", "stop", (10,), (12,), (0.0,)), 0)])
             critic.values(other, {})  # this call replaces the kept autograd graph with the graph of another batch
         critic.update(*given, 1)
-        critic.update(*given, 2)  # in both cases, no autograd graph is kept for the second update
+        critic.update(*given, 2)  # no autograd graph is kept for this update, whether `keeps` is True or False
         weights.append({name: parameter.detach() for name, parameter in critic.model.named_parameters()})
     torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-4)

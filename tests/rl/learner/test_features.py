@@ -26,4 +26,4 @@ def test_a_picture_that_was_dropped_gets_the_same_features_again(folder):
     again = store.of(PICTURES)
     store.trim()
     assert all(torch.equal(first[p.digest].result(), again[p.digest].result()) for p in PICTURES)
-    assert store.forwards == 3  # both pictures once, and the dropped picture again; the picture in use was kept
+    assert store.forwards == 3  # each of the two pictures was encoded once, then the dropped picture again

@@ -122,7 +122,7 @@ def test_a_curation_that_makes_too_few_messages_for_the_next_stage_is_refused() 
     [
         ("chain: []", "chain must be a list of recipes"),
         ("chain: rlvr.yaml", "chain must be a list of recipes"),
-        ("chain: [3]", "chain has the entry 3; give a recipe name or path"),
+        ("chain: [3]", "chain has the entry 3; an entry must be RECIPE or curate: RECIPE"),
         ("chain: [rlvr.yaml, rlvr.yaml]", "chain has rlvr twice"),
         ("chain: [rlvr.yaml, {curate: curate.yaml}]", "curate belongs between two stages"),
         ("chain: [{curate: curate.yaml}, pacore.yaml]", "curate belongs between two stages"),
@@ -135,7 +135,7 @@ def test_a_chain_that_cannot_run_is_refused(text: str, message: str) -> None:
 
 
 def test_a_stage_that_the_chain_does_not_have_is_refused() -> None:
-    assert "rlhf.* is for the stage rlhf; the chain has rlvr, curate, pacore" in refusal("rlhf.iterations=3")
+    assert "rlhf.* is for the stage rlhf; the steps are rlvr, curate, pacore" in refusal("rlhf.iterations=3")
     assert "the chain cannot begin with the stage rlhf; its stages are rlvr, pacore" in refusal(first="rlhf")
     assert "chain belongs in a recipe file" in refusal("chain=[rlvr.yaml]")
 

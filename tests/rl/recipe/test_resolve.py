@@ -274,7 +274,7 @@ def test_differences_name_each_changed_key_with_both_values():
     ("modle: {path: x}", "mine.yaml: unknown option modle; did you mean model?"),
     ("ppo.gamma: 1", "mine.yaml: unknown option ppo.gamma; in a file it is written nested"),
     ("  box: {uze: iou}", "mine.yaml: unknown option rewards.box.uze; did you mean rewards.box.use?"),
-    ("eval: {xyz: 1}", "mine.yaml: unknown option eval.xyz; eval has every, batch"),
+    ("eval: {xyz: 1}", "mine.yaml: unknown option eval.xyz; eval has the options every, batch"),
 ])  # fmt: skip
 def test_an_unknown_name_is_reported_with_its_file_and_the_nearest_name(written: str, advice: str):
     assert advice in refusal(written)

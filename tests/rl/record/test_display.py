@@ -55,7 +55,7 @@ def test_without_a_terminal_each_iteration_is_one_plain_line() -> None:
     first, second = shown(screen).splitlines()
     assert first.startswith("rlvr 1/20  reward 0.375 (avg 0.375)  counting 0.500  pointing 0.250  tokens 20.0")
     assert "rollout 50% policy 30% other 20%" in first
-    assert first.endswith("left 3:10")  # 19 iterations of 10 s each
+    assert first.endswith("left 3:10")  # 19 more iterations of 10 s each: 190 s
     assert "reward 0.625 (avg 0.500)" in second and second.endswith("left 3:00")
 
 

@@ -14,7 +14,7 @@ from tests.support.patience import Deadline
 
 
 def curve(folder: Path, name: str) -> list[tuple[int, float]]:
-    """Returns all pairs (step, value) of one scalar. TensorBoard's own code reads them."""
+    """Returns all pairs (step, value) of one scalar. TensorBoard's own code reads these pairs."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tracking" / "tensorboard"))

@@ -73,7 +73,7 @@ def test_columns_can_have_other_names(tmp_path: Path) -> None:
         ),
         ({"messages": user({"type": "image", "image": "no.png"})}, "no.png does not exist"),
         ({"messages": user({"type": "image", "image": "bad.png"})}, "bad.png cannot be opened as a picture"),
-        ({"messages": user({"type": "image", "image": "http://x/y.png"})}, "is a URL; save it"),
+        ({"messages": user({"type": "image", "image": "http://x/y.png"})}, "is a URL; save the picture"),
         ({"image": "ok.png"}, "column 'image' is not read; did you mean 'images'?"),
         ({"ground_truth": float("nan")}, "ground_truth cannot be written as JSON"),
         ({"reference": 5}, "reference must be a text"),
@@ -124,7 +124,9 @@ def test_the_columns_of_a_source_are_added_to_the_columns_for_all_sources(tmp_pa
 
 
 def test_the_error_for_a_missing_column_lists_the_columns_of_the_row(tmp_path: Path) -> None:
-    with pytest.raises(RowError, match=r"data.columns refers to 'extra.answer', but the row only has id, task"):
+    with pytest.raises(
+        RowError, match=r"data.columns refers to 'extra.answer', but the row only has the columns id, task"
+    ):
         read_rows(jsonl(tmp_path, row(extra={})), columns={"ground_truth": "extra.answer"})
 
 

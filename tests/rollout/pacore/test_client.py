@@ -23,7 +23,7 @@ def test_the_most_urgent_request_is_next_and_a_cancelled_request_returns_its_slo
         await asyncio.sleep(0)
         gone.cancel()
         await asyncio.gather(*tasks)
-        async with asyncio.timeout(1), slots.acquire(0):  # this succeeds only if no slot was lost
+        async with asyncio.timeout(1), slots.acquire(0):  # times out if a slot was lost
             order.append("last")
         return order
 

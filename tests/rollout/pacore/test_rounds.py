@@ -22,7 +22,8 @@ def reply(text: str, tokens: int = 5, finish: Any = "stop") -> Reply:
 
 
 class Model:
-    """A scripted model. `script` maps the last message's text and the seed to a reply. `requests` has all requests."""
+    """A scripted model. `script` maps the last message's text and the seed to a reply. `requests` records every
+    request: (last message's text, seed, urgency)."""
 
     def __init__(self, script: Callable[[str, int], Reply]) -> None:
         self.script = script
@@ -149,7 +150,7 @@ def test_a_plan_is_parsed_to_the_number_of_trajectories_per_round(text: str, pla
 @pytest.mark.parametrize("text", ["", "0", "16;4", "-1", "many", "100000"])
 def test_an_invalid_plan_is_refused(text: str) -> None:
     with pytest.raises(
-        ValueError, match="not a plan of trajectories; write the number for each round, such as 16 or 32,4"
+        ValueError, match="not a plan of trajectories; write the number of trajectories per round, such as 16 or 32,4"
     ):
         parse_plan(text)
 

@@ -137,7 +137,8 @@ def test_weights_larger_than_a_segment_are_sent_in_batches_and_leave_no_shared_m
     before = shared_memory_segments()
     model = changed(tied.model, 6)
     arrays = {name: tensor.numpy() for name, tensor in all_weights(model).items()}
-    assert engine_process.run(_load_in_pieces, tied.engine._key, arrays, 20_000) > 5  # a layer needs several segments
+    # The segments are so small that one layer needs several segments.
+    assert engine_process.run(_load_in_pieces, tied.engine._key, arrays, 20_000) > 5
     assert_sampled_from(model, tied.engine.generate(requests()))
     assert shared_memory_segments() == before
 
@@ -224,7 +225,8 @@ def test_each_request_keeps_its_own_seed(step_vl: Served) -> None:
     batch = [Request(prompt, (), 12, seed=seed) for seed in (1, 2, 1)]
     one, two, again = (answer.response_ids for answer in step_vl.engine.generate(batch))
     assert one == again
-    assert one != two  # this also shows that `top_k: 1` in the folder's generation config is ignored
+    # With the `top_k: 1` of the folder's generation config, both responses would be equal. So this config is not used.
+    assert one != two
 
 
 def test_greedy_and_sampled_requests_in_one_call_are_refused(step_vl: Served) -> None:
@@ -292,7 +294,8 @@ def test_a_device_that_the_installed_vllm_does_not_support_is_refused(
 
 
 def _compare_with_vllm(sizes: list[tuple[int, int]]) -> list[str]:
-    """Returns the differences between vLLM's picture processor and our own. Both have the 10B model's config."""
+    """Returns the differences between vLLM's picture processor and our own. Both processors use the 10B
+    model's config."""
     from vllm.transformers_utils.processors.step3_vl import Step3VLImageProcessor
 
     from rollout.vllm.step_vl import ScaledImageProcessor

@@ -56,5 +56,6 @@ def test_with_a_judge_the_report_has_win_rate_and_length_correlation() -> None:
         "preference"
     ]
     assert values["genrm/win_rate"] == 0.5 and values["genrm/order_agreement"] == pytest.approx(2 / 3)
-    assert values["genrm/length_correlation"] == pytest.approx(-0.5)  # lengths 1, 3, 2 and scores 0.9, 0.5, 0.1
+    # The answers have the lengths 1, 3 and 2, and the scores 0.9, 0.5 and 0.1.
+    assert values["genrm/length_correlation"] == pytest.approx(-0.5)
     assert values["genrm/score_p50"] == 0.5 and values["penalty/tone"] == 0.5
