@@ -131,11 +131,11 @@ def timed(runner: RewardRunner, rollouts: Sequence[Rollout]) -> tuple[list[float
 def mathematics() -> Result:
     """Compares the CPU time of scoring 2,000 answers in the runner and with Math-Verify alone; goal: ratio at most 1.3.
 
-    Our side scores with the reward `math_verify`. The other side is one process. It parses each ground truth and answer
-    and verifies the answer, without time limits. ours_s and other_s are CPU seconds (user and system) of a new process
-    from start to end, child processes included. The time of imports counts on both sides. On our side, each worker, the
-    reserve process and the parent process import the packages. ratio is ours_s / other_s. `wall_speed_up` is the
-    wall-clock time of the other side divided by that of our side.
+    Our side is a runner, which scores the answers with the reward `math_verify`. The other side is one process. It
+    parses each ground truth and answer and verifies the answer, without time limits. ours_s and other_s are CPU seconds
+    (user and system) of a new process from start to end, child processes included. The time of imports counts on both
+    sides. On our side, each worker, the reserve process and the parent process import the packages. ratio is ours_s /
+    other_s. `wall_speed_up` is the wall-clock time of the other side divided by that of our side.
     """
     walls: dict[str, list[float]] = {"ours": [], "other": []}
     scores: dict[str, list[float]] = {}

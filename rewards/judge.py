@@ -91,8 +91,8 @@ class Judge(Generic[V]):
     """Asks an endpoint for verdicts on the policy's text. Create a Judge in a reward's `__init__`, and call
     `judge.setup()` in the reward's `setup()`.
 
-    template   the name of a file in rewards/prompts/, or an absolute path. Its variables are `rules`, which explains
-               the marks, and the texts that the reward shows to the judge. Each text stands between two marks
+    template   the name of a file in rewards/prompts/, or an absolute path. It uses the texts that the reward
+               shows to the judge. Each text stands between two marks. The variable `rules` explains these marks
     verdict    the class of the JSON object that the judge returns
     max_chars  maximum number of characters of each text that the policy wrote; `cut` shortens longer texts
     """

@@ -179,8 +179,8 @@ def _parse(file: Path, where: str) -> DictConfig:
 
 
 def find_recipe(written: str, where: str = "", folder: Path | None = None) -> Path:
-    """Returns the file of a recipe. A command line or another recipe refers to it by the text `written`. The first rule
-    that applies decides:
+    """Returns the file of the recipe that `written` means. `written` comes from a command line or from another recipe
+    (`base:` or `chain:`). The first rule that applies decides:
 
     1. A shipped recipe's name without folder and suffix (`rlvr`) means the shipped recipe, even if there is a file
        `rlvr`. `./rlvr` means the file with that name.
@@ -191,8 +191,8 @@ def find_recipe(written: str, where: str = "", folder: Path | None = None) -> Pa
     Args:
         written: a name or a path.
         where: prefix of the error message.
-        folder: the folder of the recipe that contains the text `written`. Relative paths start there. None: the text is
-            from a command line.
+        folder: if `written` comes from another recipe, the folder of that other recipe. A relative path starts there.
+            None: `written` comes from a command line.
     Raises:
         RecipeError: if there is no such recipe. The message contains the names of all shipped recipes and, if there
             is one, a similar name.

@@ -231,8 +231,8 @@ def _with_shown(
     config: Config,
     settings: Settings,
 ) -> list[Scored]:
-    """Adds pooled answers to the prompt of each scored synthesis: the same answers that the prompt contained when the
-    synthesis was sampled."""
+    """Returns the scored syntheses with the prompts from which they were sampled. Before, each synthesis has only the
+    row's prompt; this function adds the pooled answers that the synthesis saw."""
     before, last = result.rounds
     correct = [is_accepted(s, config.accept) for s, r in zip(attempts, before.replies, strict=True) if r.message]
     found = []
