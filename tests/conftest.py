@@ -15,6 +15,7 @@ from tests.support.judge_server import hurry
 from tests.support.reward_plugins import PLUGINS, ROW_JUDGES, TASKS
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Prepares the tests for several processes (pytest-xdist). One process runs all tests that share engines. The other
     tests are distributed file by file. The files with the longest tests come first, so that all processes end at about
