@@ -15,15 +15,10 @@ from tests.support.judge_server import hurry
 from tests.support.reward_plugins import PLUGINS, ROW_JUDGES, TASKS
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Prepares the tests for several processes (pytest-xdist). One process runs all tests that share engines. The other
-    tests are distributed file by file. The files with the longest tests come first, so that all processes end at about
-    the same time."""
+    """Moves the longest tests, which make complete runs, to the beginning. `make test` uses two processes. With this
+    order, both processes end at about the same time."""
     items.sort(key=lambda item: "runs" not in item.path.parts)
-    for item in items:
-        shares_engines = "engine_process" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("engines" if shares_engines else str(item.path)))
 
 
 @pytest.hookimpl(trylast=True)
