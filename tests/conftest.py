@@ -15,12 +15,6 @@ from tests.support.judge_server import hurry
 from tests.support.reward_plugins import PLUGINS, ROW_JUDGES, TASKS
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Moves the longest tests, which make complete runs, to the beginning. `make test` uses two processes. With this
-    order, both processes end at about the same time."""
-    items.sort(key=lambda item: "runs" not in item.path.parts)
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
     """Ends the commands that a test has started. Runs after each test, whether the test has passed or failed."""

@@ -92,7 +92,7 @@ def test_vision_arena_battle_keeps_the_winner(tmp_path: Path) -> None:
         (
             "perception_r1_grounding",
             {"image": "a", "problem": "x", "solution": [0, 0, 5000, 1]},
-            "not between 0 and 1000",
+            "must be between 0 and 1000",
         ),
         (
             "pacore_train",
