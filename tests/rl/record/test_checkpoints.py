@@ -91,7 +91,9 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_can_be_written_ag
 
 def test_too_little_disk_space_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
     made = Checkpoints(tmp_path, keep=2, expected=1 << 60)
-    with pytest.raises(Stop, match=r"free, and the checkpoint of iteration 5 takes about 1.05e\+06 TiB.* room on the disk"):
+    with pytest.raises(
+        Stop, match=r"free, and the checkpoint of iteration 5 takes about 1.05e\+06 TiB.* room on the disk"
+    ):
         made.begin(5, saver("w"))
     assert list(tmp_path.iterdir()) == []
 
