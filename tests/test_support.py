@@ -1,18 +1,21 @@
-"""Checks that the helpers of tests/support leave no process behind, whether a test passes or fails."""
+"""Checks that the helpers of tests/support leave no process behind, whether a test passes or fails, and that time
+limits follow the speed of the machine."""
 
 import os
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
 
-from tests.support import engine_process
+from benchmarks.harness import busy_process
+from tests.support import engine_process, patience
 from tests.support.command import MARK, ROOT, Command, end_all
 from tests.support.engine_process import EngineProcess
-from tests.support.patience import Deadline
+from tests.support.patience import CORES, Deadline, at_most, slowness
 
 FAMILY = """
 import subprocess, sys, time
@@ -98,3 +101,30 @@ def test_an_engine_process_whose_call_hangs_is_killed(monkeypatch: pytest.Monkey
     process.close()
     with pytest.raises(ProcessLookupError):
         os.kill(process._pid, 0)
+
+
+def test_a_machine_with_other_work_is_slow() -> None:
+    with ExitStack() as others:
+        for _ in range(4 * CORES):
+            others.enter_context(busy_process())
+        assert slowness() > 1.2
+
+
+@pytest.mark.parametrize(("slow", "fails"), [(1.0, True), (10.0, False)])
+def test_a_block_may_take_longer_only_if_the_machine_is_slow(
+    monkeypatch: pytest.MonkeyPatch, slow: float, fails: bool
+) -> None:
+    monkeypatch.setattr(patience, "slowness", lambda: slow)
+    with pytest.raises(AssertionError, match="the limit is") if fails else nullcontext(), at_most(0.1):
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(("slow", "passed"), [(1.0, True), (10.0, False)])
+def test_the_clock_of_a_deadline_runs_more_slowly_if_the_machine_is_slow(
+    monkeypatch: pytest.MonkeyPatch, slow: float, passed: bool
+) -> None:
+    monkeypatch.setattr(patience, "slowness", lambda: slow)
+    deadline = Deadline(0.1)
+    assert not deadline.passed()
+    time.sleep(0.2)
+    assert deadline.passed() is passed

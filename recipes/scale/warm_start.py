@@ -48,7 +48,7 @@ REWARDS: dict[str, tuple[str, dict[str, Any]]] = {  # the same rewards as in rec
     "worksheet": ("exact", {}),
 }
 # The goal of the warm start for each task: the mean reward of greedy responses to held-out problems is in this range.
-# Then some responses get a reward, and RL can still improve the reward.
+# RL needs this range: some responses must get a reward, and the mean reward must still be able to grow.
 READY = (0.2, 0.6)
 VISION_PREFIXES = ("vision_model.", "vit_large_projector.")
 PEAK_LR, WARM_UP, BETAS = 2e-3, 50, (0.9, 0.98)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 CORES = len(os.sched_getaffinity(0))
 WORK = b"".join(b"%d," % (number * number) for number in range(60_000))  # about 0.6 MB
-MEASURED_EVERY_S = 5.0
+MEASURED_EVERY_S = 5.0  # a Deadline measures the speed of the machine at least this often
 WORK_S = 0.045  # seconds that one core needs to compress WORK; the limits were chosen for a core of this speed
 
 

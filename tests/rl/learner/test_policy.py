@@ -67,7 +67,7 @@ def test_a_gradient_has_the_same_bits_each_time_beside_a_busy_process(folder):
     batch = collate(scored)
     with busy_process():
         first, *others = (gradients(policy, batch, 4096) for _ in range(REPEATS))
-    assert len({name for other in others for name in first if not torch.equal(other[name], first[name])}) == 0
+    assert {name for other in others for name in first if not torch.equal(other[name], first[name])} == set()
 
 
 def test_only_the_decoder_is_trained_and_the_encoder_stays_bit_identical(folder):

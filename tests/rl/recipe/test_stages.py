@@ -18,8 +18,8 @@ def test_the_stages_of_the_report_are_registered_with_its_number_of_rollouts() -
             [rules.defaults[size] for size in sizes] for rules in registered().values()
         )
     ]
-    # A stage has iterations * prompts * rollouts per prompt: 600 * 512 * 16 in RLVR, 300 * 512 * 8 in RLHF, and
-    # 500 * 64 * 16 in PaCoRe. The sum is 6,656,000.
+    # The number of rollouts of a stage is iterations * prompts * rollouts per prompt. It is 600 * 512 * 16 in RLVR,
+    # 300 * 512 * 8 in RLHF and 500 * 64 * 16 in PaCoRe. Together, the three stages have 6,656,000 rollouts.
     assert sum(totals) == 6_656_000
 
 
