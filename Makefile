@@ -24,7 +24,7 @@ demo: env
 	$(RUN) -m rl.run recipes/rlvr.yaml --profile cpu --output runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 test: lint
-	$(RUN) -m pytest -m 'not slow'
+	$(RUN) -m pytest -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: env
 	$(RUN) -m pytest -m slow

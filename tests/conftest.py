@@ -1,4 +1,4 @@
-"""Fixtures that several test files use. vLLM is imported once per test session, and the tests share its engines."""
+"""Fixtures that several test files use. Tests share engines of vLLM."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +10,15 @@ import pytest
 from rewards.running.runner import RewardRunner
 from tests.support import tiny
 from tests.support.command import end_all
-from tests.support.engine_process import EngineProcess, RemoteEngine
+from tests.support.engine_process import RemoteEngine, engine
 from tests.support.judge_server import hurry
 from tests.support.reward_plugins import PLUGINS, ROW_JUDGES, TASKS
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves the longest tests, which make complete runs, to the beginning. `make test` distributes the test files to
+    two processes. With this order, both processes end at about the same time."""
+    items.sort(key=lambda item: "runs" not in item.path.parts)
 
 
 @pytest.hookimpl(trylast=True)
@@ -31,32 +37,23 @@ class Served:
 
 
 @pytest.fixture(scope="session")
-def engine_process() -> Iterator[EngineProcess]:
-    process = EngineProcess()
-    yield process
-    process.close()
-
-
-@pytest.fixture(scope="session")
-def tied(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A Qwen3 model with tied embeddings. Tests share the engine, so the engine may have weights that an earlier test
     has loaded."""
     folder = tmp_path_factory.mktemp("tied")
     model = tiny.make_text_model(folder, tied=True)
-    engine = engine_process.start(folder)
-    yield Served(folder, model, engine)
-    engine.close()
+    with engine(folder) as started:
+        yield Served(folder, model, started)
 
 
 @pytest.fixture(scope="session")
-def step_vl(engine_process: EngineProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def step_vl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A STEP3-VL model. Tests share the engine. A test that loads other weights must load the original weights again at
     its end."""
     folder = tmp_path_factory.mktemp("step_vl")
     model = tiny.make_step_vl(folder)
-    engine = engine_process.start(folder, max_images_per_prompt=3)
-    yield Served(folder, model, engine)
-    engine.close()
+    with engine(folder, max_images_per_prompt=3) as started:
+        yield Served(folder, model, started)
 
 
 @pytest.fixture(scope="module")

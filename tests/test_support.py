@@ -14,7 +14,7 @@ import pytest
 from benchmarks.harness import busy_process
 from tests.support import engine_process, patience
 from tests.support.command import MARK, ROOT, Command, end_all
-from tests.support.engine_process import EngineProcess
+from tests.support.engine_process import VllmProcess
 from tests.support.patience import CORES, Deadline, at_most, slowness
 
 FAMILY = """
@@ -95,7 +95,7 @@ def _runs_with(mark: str) -> bool:
 
 def test_an_engine_process_whose_call_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_process, "PATIENCE_S", 0.5)
-    process = EngineProcess()
+    process = VllmProcess()
     with pytest.raises(TimeoutError):
         process.run(time.sleep, 600)
     process.close()

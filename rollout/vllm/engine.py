@@ -69,7 +69,7 @@ class Engine:
         yarn: float | None = None,
         verbose: bool = False,
     ) -> None:
-        _set_environment(_environment(model, device, threads, kv_cache_gib, verbose))
+        _set_environment(environment(model, device, threads, kv_cache_gib, verbose))
         _require_plugin()
         register()
         from transformers import AutoConfig
@@ -301,7 +301,7 @@ def stop_ids(model: str, config: "PretrainedConfig") -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def _environment(model: str, device: str, threads: int, kv_cache_gib: int, verbose: bool) -> dict[str, str]:
+def environment(model: str, device: str, threads: int, kv_cache_gib: int, verbose: bool) -> dict[str, str]:
     """Returns the environment variables that must be set before vLLM is imported."""
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # runs the engine in this process, not in a child process

@@ -27,6 +27,7 @@ from tests.support.command import (
     wait_for_iteration,
     without_times,
 )
+from tests.support.engine_process import engine
 from tests.support.small_disk import change, small_disk
 
 
@@ -254,7 +255,7 @@ def test_unfinished_responses_survive_an_interruption_bit_for_bit(tmp_path: Path
 
 
 def test_the_final_policy_gives_the_same_logprobs_in_vllm_and_in_our_code(
-    finished: tuple[Path, str], engine_process
+    finished: tuple[Path, str],
 ) -> None:
     from rl.learner.options import LearnerOptions
     from rl.learner.policy import Policy
@@ -265,12 +266,8 @@ def test_the_final_policy_gives_the_same_logprobs_in_vllm_and_in_our_code(
 
     folder = str(finished[0] / "policy")
     chat, rows = Chat(folder), read_rows(ROOT / "recipes/scale/data/heldout.jsonl")[::200]
-    engine = engine_process.start(Path(folder), max_sequence_length=128)
-    try:
-        asked = [Request(chat.prompt_ids(p), p.images, 24, seed) for seed, p in enumerate(rows)]
-        answers = engine.generate(asked)
-    finally:
-        engine.close()
+    with engine(Path(folder), max_sequence_length=128) as started:
+        answers = started.generate([Request(chat.prompt_ids(p), p.images, 24, seed) for seed, p in enumerate(rows)])
     made = [
         Rollout(p, "", a.finish, a.prompt_ids, a.response_ids, a.logprobs) for p, a in zip(rows, answers, strict=True)
     ]

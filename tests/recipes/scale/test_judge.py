@@ -116,21 +116,21 @@ def test_the_shipped_judge_is_small_and_agrees_with_heldout_preferences_in_eithe
     report = json.loads((SHIPPED.parent / "judge_report.json").read_text())
     assert report["better shown first"] >= AGREES and report["better shown second"] >= AGREES
     model, prompter = shipped
-    seen = judge.report(model, prompter, 64, seed=1)  # the shipped report was made with another seed
+    seen = judge.report(model, prompter, 32, seed=1)  # the shipped report was made with another seed
     assert min(seen["better shown first"], seen["better shown second"]) >= AGREES - 0.1, seen
     assert seen["no verdict"] <= 0.05
 
 
 def test_a_perfect_description_of_another_picture_does_not_win_with_the_shipped_judge(shipped) -> None:
     rng = np.random.default_rng(3)
-    crowds = [world.draw_crowd(rng, "heldout", world.OPEN_CROWD) for _ in range(48)]
+    crowds = [world.draw_crowd(rng, "heldout", world.OPEN_CROWD) for _ in range(24)]
     others = [", ".join(thing.described for thing in crowd.things) for crowd in crowds[1:] + crowds[:1]]
     pairs = [Pair(crowd, said, world.teachers_words(crowd, rng)) for crowd, said in zip(crowds, others, strict=True)]
     model, prompter = shipped
     first = judge.grades(model, prompter, pairs)
     second = judge.grades(model, prompter, [pair.swapped for pair in pairs])
     leads = [a[0] - a[1] + b[1] - b[0] for a, b in zip(first, second, strict=True) if a and b]
-    assert len(leads) >= 40 and np.mean([lead > 0 for lead in leads]) < 0.1
+    assert len(leads) >= 20 and np.mean([lead > 0 for lead in leads]) < 0.1
 
 
 def test_the_script_writes_a_judge_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ requests that are refused."""
 
 import copy
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from transformers import Qwen3ForCausalLM
 from benchmarks.harness import busy_process
 from rl.model.config import StepVLConfig
 from rl.types import Completion, Request
+from rollout.vllm.engine import Engine
 from tests.conftest import Served
 from tests.support import tiny
-from tests.support.engine_process import EngineProcess, shared_memory_segments
+from tests.support.engine_process import engine, shared_memory_segments, vllm_process
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -61,20 +63,17 @@ def test_a_call_gives_the_same_bits_each_time_beside_a_busy_process(step_vl: Ser
     assert all(other == first for other in others)
 
 
-def test_an_engine_with_tied_embeddings_starts_with_its_folders_weights(
-    engine_process: EngineProcess, tmp_path: Path
-) -> None:
+def test_an_engine_with_tied_embeddings_starts_with_its_folders_weights(tmp_path: Path) -> None:
     model = tiny.make_text_model(tmp_path, tied=True)
-    engine = engine_process.start(tmp_path)
-    assert_sampled_from(model, engine.generate(requests(2)))
-    engine.close()
+    with engine(tmp_path) as started:
+        assert_sampled_from(model, started.generate(requests(2)))
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_every_load_updates_tied_embeddings(tied: Served, seed: int) -> None:
     model = changed(tied.model, seed)
     tied.engine.load(all_weights(model), step=seed)
-    assert tied.engine.get("policy_step") == seed
+    assert tied.engine.run(attrgetter("policy_step")) == seed
     assert_sampled_from(model, tied.engine.generate(requests()))
 
 
@@ -119,41 +118,36 @@ def test_weights_may_be_bfloat16_tensors_or_read_only_arrays(tied: Served) -> No
         assert_sampled_from(model, tied.engine.generate(requests()))
 
 
-def _load_in_pieces(key: int, weights: dict[str, np.ndarray], size: int) -> int:
+def _load_in_pieces(engine: Engine, weights: dict[str, np.ndarray], size: int) -> int:
     from rollout.weights import host
-    from tests.support.engine_process import _engines
 
     whole, host.SEGMENT_BYTES = host.SEGMENT_BYTES, size
     try:
-        _engines[key].load(weights, step=6)
+        engine.load(weights, step=6)
         return len(list(host.batches(weights)))
     finally:
         host.SEGMENT_BYTES = whole
 
 
-def test_weights_larger_than_a_segment_are_sent_in_batches_and_leave_no_shared_memory(
-    tied: Served, engine_process: EngineProcess
-) -> None:
+def test_weights_larger_than_a_segment_are_sent_in_batches_and_leave_no_shared_memory(tied: Served) -> None:
     before = shared_memory_segments()
     model = changed(tied.model, 6)
     arrays = {name: tensor.numpy() for name, tensor in all_weights(model).items()}
     # The segments are so small that one layer needs several segments.
-    assert engine_process.run(_load_in_pieces, tied.engine._key, arrays, 20_000) > 5
+    assert tied.engine.run(_load_in_pieces, arrays, 20_000) > 5
     assert_sampled_from(model, tied.engine.generate(requests()))
     assert shared_memory_segments() == before
 
 
-def test_part_of_a_layer_is_refused_and_later_calls_say_that_the_engine_must_be_restarted(
-    engine_process: EngineProcess, tmp_path: Path
-) -> None:
+def test_part_of_a_layer_is_refused_and_later_calls_say_that_the_engine_must_be_restarted(tmp_path: Path) -> None:
     before = shared_memory_segments()
     model = tiny.make_text_model(tmp_path, tied=False)
-    engine = engine_process.start(tmp_path)
-    assert_sampled_from(model, engine.generate(requests(1)))  # an untied model can be used before the first load
-    with pytest.raises(RuntimeError, match=r"incomplete: model\.layers\.0\.self_attn\.qkv_proj"):
-        engine.load({"model.layers.0.self_attn.q_proj.weight": torch.zeros(128, 64)}, step=1)
-    with pytest.raises(RuntimeError, match="restart the engine"):
-        engine.generate(requests(1))
+    with engine(tmp_path) as started:
+        assert_sampled_from(model, started.generate(requests(1)))  # an untied model can be used before the first load
+        with pytest.raises(RuntimeError, match=r"incomplete: model\.layers\.0\.self_attn\.qkv_proj"):
+            started.load({"model.layers.0.self_attn.q_proj.weight": torch.zeros(128, 64)}, step=1)
+        with pytest.raises(RuntimeError, match="restart the engine"):
+            started.generate(requests(1))
     assert shared_memory_segments() == before
 
 
@@ -183,15 +177,14 @@ def test_the_same_call_gives_the_same_bits_after_other_calls(step_vl: Served) ->
     assert [a.response_ids for a in first] == [a.response_ids for a in step_vl.engine.generate(ask)]
 
 
-def _reuse(key: int, batch: list[Request]) -> tuple[int, int]:
+def _reuse(engine: Engine, batch: list[Request]) -> tuple[int, int]:
     """Calls generate() once. Returns the number of prompt tokens that came from the prefix cache, and the number of
     views and crops that the vision tower encoded."""
     from rollout.vllm.step_vl import PatchedStepVL
-    from tests.support.engine_process import _engines
 
     cached: list[int | None] = []
     encoded: list[int] = []
-    engine, run, project = _engines[key], _engines[key]._run, PatchedStepVL._process_image_features
+    run, project = engine._run, PatchedStepVL._process_image_features
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             PatchedStepVL, "_process_image_features", lambda self, x: encoded.append(len(x)) or project(self, x)
@@ -207,17 +200,17 @@ def _reuse(key: int, batch: list[Request]) -> tuple[int, int]:
     return sum(n or 0 for n in cached), sum(encoded)
 
 
-def test_nothing_is_reused_from_earlier_calls(step_vl: Served, engine_process: EngineProcess) -> None:
+def test_nothing_is_reused_from_earlier_calls(step_vl: Served) -> None:
     shown = (tiny.picture(tiny.NO_CROP),)
     batch = [Request((tiny.IMAGE, *tiny.word_ids(300)), shown, 2, seed=0)]
     for _ in range(2):
-        assert engine_process.run(_reuse, step_vl.engine._key, batch) == (0, 1)
+        assert step_vl.engine.run(_reuse, batch) == (0, 1)
 
 
-def test_requests_of_one_call_share_their_pictures(step_vl: Served, engine_process: EngineProcess) -> None:
+def test_requests_of_one_call_share_their_pictures(step_vl: Served) -> None:
     shown = (tiny.picture(tiny.NO_CROP), tiny.picture(tiny.ONE_CROP))
     batch = [Request((tiny.IMAGE, tiny.IMAGE, *tiny.word_ids(5, i)), shown, 2, seed=i) for i in range(4)]
-    assert engine_process.run(_reuse, step_vl.engine._key, batch)[1] == 2 + 1  # two global views and one crop
+    assert step_vl.engine.run(_reuse, batch)[1] == 2 + 1  # two global views and one crop
 
 
 def test_each_request_keeps_its_own_seed(step_vl: Served) -> None:
@@ -253,7 +246,7 @@ def test_a_single_picture_with_no_one_or_four_crops_is_served(step_vl: Served, s
 
 
 def test_responses_end_in_a_stop_token_or_at_their_length(step_vl: Served) -> None:
-    assert step_vl.engine.get("stop_ids") == (tiny.EOS, tiny.IMAGE)
+    assert step_vl.engine.run(attrgetter("stop_ids")) == (tiny.EOS, tiny.IMAGE)
     answers = step_vl.engine.generate(requests(24, max_tokens=30))
     stopped = [a for a in answers if a.finish == "stop"]
     assert stopped and len(stopped) < len(answers)
@@ -286,11 +279,9 @@ def test_the_error_for_an_invalid_request_says_what_is_wrong(step_vl: Served) ->
     assert "-5" in refused(-5)
 
 
-def test_a_device_that_the_installed_vllm_does_not_support_is_refused(
-    engine_process: EngineProcess, step_vl: Served
-) -> None:
-    with pytest.raises(ValueError, match="installed vLLM runs on 'cpu'"):
-        engine_process.start(step_vl.folder, device="cuda")
+def test_a_device_that_the_installed_vllm_does_not_support_is_refused(step_vl: Served) -> None:
+    with pytest.raises(ValueError, match="installed vLLM runs on 'cpu'"), engine(step_vl.folder, device="cuda"):
+        pass
 
 
 def _compare_with_vllm(sizes: list[tuple[int, int]]) -> list[str]:
@@ -312,9 +303,10 @@ def _compare_with_vllm(sizes: list[tuple[int, int]]) -> list[str]:
     return differences
 
 
-def test_the_scaled_processor_equals_vllms_for_the_published_sizes(engine_process: EngineProcess) -> None:
+def test_the_scaled_processor_equals_vllms_for_the_published_sizes() -> None:
     sizes = [(50, 60), (727, 300), (727, 700), (728, 728), (900, 500), (600, 130), (1000, 200), (300, 20), (3100, 900)]
-    assert engine_process.run(_compare_with_vllm, sizes) == []
+    with vllm_process() as process:
+        assert process.run(_compare_with_vllm, sizes) == []
 
 
 def test_more_prompts_than_fit_into_one_step_give_the_same_responses_again(step_vl: Served) -> None:

@@ -15,9 +15,9 @@ from rl.model.packed import PolicyModel
 from rl.model.pictures import views
 from rl.model.step_vl import StepVL
 from rl.types import Completion, Picture, Request
+from rollout.vllm.engine import Engine
 from tests.conftest import Served
 from tests.support import tiny
-from tests.support.engine_process import EngineProcess
 
 WIDE_CROP = (168, 90)  # the picture has one crop, which is higher than the picture
 SHOWN = {
@@ -87,7 +87,9 @@ def test_another_picture_changes_the_logprobs(step_vl: Served, size: tuple[int, 
     assert (one - two).abs().max() > 1e-2
 
 
-def _engine_views(sizes: list[tuple[int, int]], config: StepVLConfig) -> list[tuple[int, Tensor, Tensor]]:
+def _engine_views(
+    engine: Engine, sizes: list[tuple[int, int]], config: StepVLConfig
+) -> list[tuple[int, Tensor, Tensor]]:
     from rollout.vllm.step_vl import ScaledImageProcessor
 
     processor = ScaledImageProcessor(config)
@@ -96,9 +98,7 @@ def _engine_views(sizes: list[tuple[int, int]], config: StepVLConfig) -> list[tu
     return [(n, s["pixel_values"], s["patch_pixel_values"]) for n, s in zip(tokens, seen, strict=True)]
 
 
-def test_engine_and_learner_have_the_same_pixels_and_token_counts(
-    step_vl: Served, engine_process: EngineProcess
-) -> None:
+def test_engine_and_learner_have_the_same_pixels_and_token_counts(step_vl: Served) -> None:
     sizes = [
         tiny.NO_CROP,
         tiny.ONE_CROP,
@@ -111,7 +111,7 @@ def test_engine_and_learner_have_the_same_pixels_and_token_counts(
         (31, 130),
     ]
     config = step_vl.model.config
-    for size, (count, whole, crops) in zip(sizes, engine_process.run(_engine_views, sizes, config), strict=True):
+    for size, (count, whole, crops) in zip(sizes, step_vl.engine.run(_engine_views, sizes, config), strict=True):
         assert picture_tokens(size, tiny.GLOBAL_SIZE, tiny.CROP_SIZE, 36, 25) == count
         own = views(tiny.image(size), tiny.GLOBAL_SIZE, tiny.CROP_SIZE)
         torch.testing.assert_close(own.global_view, whole[0], atol=1e-5, rtol=0)

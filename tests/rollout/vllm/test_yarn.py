@@ -13,7 +13,7 @@ from rl.model.attention import Layout, Span
 from rl.model.config import overrides, positions, with_yarn
 from rl.types import Request
 from tests.support import tiny
-from tests.support.engine_process import EngineProcess
+from tests.support.engine_process import engine
 
 TRAINED, FACTOR = 256, 2.0
 
@@ -44,16 +44,13 @@ def logprobs(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
 
 
 def test_beyond_the_trained_positions_the_engine_equals_the_model(
-    short: tuple[Path, Qwen3ForCausalLM], engine_process: EngineProcess
+    short: tuple[Path, Qwen3ForCausalLM],
 ) -> None:
     folder, model = short
     ids = tiny.word_ids(400)
-    engine = engine_process.start(folder, yarn=FACTOR, max_sequence_length=int(TRAINED * FACTOR))
-    try:
-        found = torch.tensor(engine.score(ids))
-        (answer,) = engine.generate([Request(ids, (), 8, seed=1)])
-    finally:
-        engine.close()
+    with engine(folder, yarn=FACTOR, max_sequence_length=int(TRAINED * FACTOR)) as started:
+        found = torch.tensor(started.score(ids))
+        (answer,) = started.generate([Request(ids, (), 8, seed=1)])
     expected = logprobs(extended(model), ids)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert (expected - logprobs(extended(model, None), ids)).abs().max() > 0.01  # without YaRN the results differ
