@@ -159,11 +159,10 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 def _of_recipe(file: str, task: str, samples: str) -> Target:
     from rl.recipe.resolve import load
-    from stages.curation.filters import row_judges
-    from stages.plan import endpoint_spec
+    from stages.curation.judges import row_judges
 
     config = load(find_recipe(file), overrides=[f"data.train={json.dumps(os.path.abspath(samples))}"]).config
-    endpoints = {name: endpoint_spec(name, one) for name, one in config.endpoints.items()}
+    endpoints = {name: EndpointSpec.of(name, one) for name, one in config.endpoints.items()}
     judges = row_judges(config)
     if task in judges:
         return Target((), endpoints, row_judge=judges[task])

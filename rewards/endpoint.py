@@ -25,6 +25,8 @@ from pydantic import BaseModel, ValidationError
 if TYPE_CHECKING:
     from openai import APIStatusError
 
+    from rl.config import EndpointOptions
+
 RETRY_S = (0.5, 8.0)
 """The delay in seconds before the first retry, and the maximum delay. The delay doubles with each retry. Up to a
 quarter of the delay is subtracted at random."""
@@ -156,6 +158,12 @@ class EndpointSpec:
                 f"endpoints.{self.name}: concurrency is {self.concurrency} (it must be at least 1), timeout_s is "
                 f"{self.timeout_s} (it must be more than 0), retries is {self.retries} (it must be at least 0)"
             )
+
+    @classmethod
+    def of(cls, name: str, options: "EndpointOptions") -> "EndpointSpec":
+        """Returns the settings of `endpoints.NAME` in a recipe. The url is empty if the run has to serve the
+        endpoint."""
+        return cls(name=name, url=options.url or "", **options.model_dump(exclude={"url", "serve"}))
 
 
 _specs: dict[str, EndpointSpec] = {}

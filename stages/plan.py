@@ -183,7 +183,7 @@ def reward_runner(config: Config, row_judges: Mapping[str, ScorerSpec] = Mapping
     return RewardRunner(
         config.rewards,
         workers=config.reward_workers or min(MOST_REWARD_WORKERS, os.cpu_count() or 1),
-        endpoints={name: endpoint_spec(name, options) for name, options in config.endpoints.items()},
+        endpoints={name: EndpointSpec.of(name, options) for name, options in config.endpoints.items()},
         row_judges=row_judges,
     )
 
@@ -248,12 +248,6 @@ def check_judges(config: Config, rewards: RewardRunner) -> None:
 def judge_gpus(judge: EndpointOptions) -> int:
     """Returns the number of GPUs that a judge's server needs."""
     return int(judge.serve.get("tensor-parallel-size", 1)) * int(judge.serve.get("pipeline-parallel-size", 1))
-
-
-def endpoint_spec(name: str, options: EndpointOptions) -> EndpointSpec:
-    """Returns the settings with which rewards use an endpoint. The url is empty if the run has to serve the
-    endpoint."""
-    return EndpointSpec(name=name, url=options.url or "", **options.model_dump(exclude={"url", "serve"}))
 
 
 def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: RewardRunner, *, trains: bool) -> Rows:

@@ -12,10 +12,8 @@ from typing import Any, Protocol
 from rl.config import (
     Accept,
     Checkability,
-    Config,
     Difficulty,
     Relevance,
-    ScorerSpec,
     SynthesisFilterOptions,
     SynthesisOptions,
 )
@@ -23,7 +21,7 @@ from rl.types import Prompt, RowScore, Scored
 from rollout.data.decontamination import Benchmarks
 from rollout.pacore.prompt import draw_messages
 from stages.curation.answers import Answers
-from stages.curation.sampling import PolicySampler, RowScores, Sample, Scorer, pass_name
+from stages.curation.sampling import PolicySampler, RowScores, Sample, Scorer
 from stages.pacore import is_accepted, with_pool, within_bounds
 
 
@@ -73,21 +71,6 @@ class DecontaminationFilter:
 
 
 # Judges
-
-
-def row_judges(config: Config) -> dict[str, ScorerSpec]:
-    """Returns the row judges that the recipe's filters use: name of the pass, such as "checkability/0" -> judge."""
-    judges: dict[str, ScorerSpec] = {}
-    if "checkability" in config.curate.filters:
-        options = config.curate.checkability
-        for number in range(options.passes):
-            params = {**options.params, "endpoint": options.endpoint, "vote": number}
-            judges[pass_name("checkability", number)] = ScorerSpec(use="checkable", params=params)
-    if "relevance" in config.curate.filters:
-        options = config.curate.relevance
-        params = {**options.params, "endpoint": options.endpoint}
-        judges[pass_name("relevance", 0)] = ScorerSpec(use="relevant", params=params)
-    return judges
 
 
 @dataclass(frozen=True)

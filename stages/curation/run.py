@@ -34,9 +34,9 @@ from stages.curation.filters import (
     Filter,
     RelevanceFilter,
     SynthesisFilter,
-    row_judges,
 )
 from stages.curation.folder import CurationFolder
+from stages.curation.judges import row_judges
 from stages.curation.report import make_report
 from stages.curation.sampling import PolicySampler
 from stages.plan import Plan, make_plan, skipped_lines

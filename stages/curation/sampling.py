@@ -17,6 +17,7 @@ from rl.types import Completion, Prompt, Request, Rollout, RowScore, Scored
 from rollout.chat import Chat
 from rollout.pool import seed_of
 from stages.curation.answers import Answers
+from stages.curation.judges import pass_name
 from stages.loop import AnyScore, require_valid
 
 ENOUGH_TO_JUDGE = 24  # with fewer scores, a few invalid scores do not prove that the reward fails
@@ -190,11 +191,6 @@ class RowScores(Scores[Prompt, RowScore]):
 
     def restore(self, item: Prompt, record: Record) -> RowScore:
         return RowScore(record["reward"], details=record["details"])
-
-
-def pass_name(filter_name: str, number: int) -> str:
-    """Returns the name of the row judge for one pass, for example "checkability/0"."""
-    return f"{filter_name}/{number}"
 
 
 def _rollout(prompt: Prompt, record: Record) -> Rollout:
