@@ -122,9 +122,16 @@ def phases_now(command: Command, folder: Path) -> set[str]:
         phases.add("scoring")
     # A partial checkpoint that is older than the command does not count: an earlier command has left it.
     started = Path(f"/proc/{command.process.pid}").stat().st_mtime
-    if any(partial.stat().st_mtime > started for partial in (folder / "checkpoints").glob(".*.partial")):
+    if any(_changed_after(started, partial) for partial in (folder / "checkpoints").glob(".*.partial")):
         phases.add("checkpoint")
     return phases
+
+
+def _changed_after(moment: float, path: Path) -> bool:
+    try:
+        return path.stat().st_mtime > moment
+    except FileNotFoundError:  # the checkpoint is complete, and has its final name now
+        return False
 
 
 def strike(command: Command, kind: str) -> bool:
