@@ -5,7 +5,9 @@ implement rl.remote.Remote.
 """
 
 import os
+import signal
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 import ray
 from ray.exceptions import RayError
 
+from rl.interrupt import SIGNALS, Interrupted
 from rl.stop import SourceDied, WorkerDied
 
 ROOT = Path(__file__).parent.parent
@@ -138,10 +141,11 @@ class RemoteObject(Generic[T]):
 
     Args:
         created: a future that is done when the object exists.
+        name: class of the object. While the actor works, `ps` shows `ray::NAME.METHOD` as the name of its process.
     """
 
-    def __init__(self, actor: Any, created: RemoteFuture[None]) -> None:
-        self._actor, self.created = actor, created
+    def __init__(self, actor: Any, created: RemoteFuture[None], name: str) -> None:
+        self._actor, self.created, self._name = actor, created, name
 
     @property
     def ranks(self) -> "list[RemoteObject[T]]":
@@ -166,11 +170,12 @@ class RemoteObject(Generic[T]):
         """Starts `method(object, *args)` and returns at once. Calls to the same object run one after the other, in
         order."""
         references = [a.reference if isinstance(a, RemoteFuture) else a for a in args]
-        return RemoteFuture(self._actor.call.remote(method.__name__, *references, **kwargs))
+        call = self._actor.call.options(name=f"{self._name}.{method.__name__}")
+        return RemoteFuture(call.remote(method.__name__, *references, **kwargs))
 
     def stream(self, method: Callable[Concatenate[T, P], Iterator[Any]], *args: P.args, **kwargs: P.kwargs) -> Any:
         """Starts the generator `method(object, *args)`. Use `merge_streams` to read the values."""
-        streaming = self._actor.stream.options(num_returns="streaming")
+        streaming = self._actor.stream.options(num_returns="streaming", name=f"{self._name}.{method.__name__}")
         return streaming.remote(method.__name__, *args, **kwargs)
 
 
@@ -229,11 +234,15 @@ class Team(Generic[T]):
             rank.end()
 
 
+def _class_name(factory: Any) -> str:
+    """Returns the name of the class that `factory` creates. `factory` is the class or its class method."""
+    return getattr(factory, "__self__", factory).__name__
+
+
 def _actor(factory: Any, cpus: float, gpus: float, environment: Mapping[str, str] | None) -> Any:
     """Starts a process in which the object will be created. `ps` and Ray's dashboard show the class of the object as
     the name of the process."""
-    name = getattr(factory, "__self__", factory).__name__  # `factory` is the class or its class method
-    remote: Any = ray.remote(type(name, (_Holder,), {}))
+    remote: Any = ray.remote(type(_class_name(factory), (_Holder,), {}))
     return remote.options(num_cpus=cpus, num_gpus=gpus).remote(dict(environment or {}))
 
 
@@ -254,7 +263,8 @@ def place_team(
     actors = [_actor(make, cpus, gpus, environment) for _ in range(count)]
     address = _get(actors[0].free_address.remote()) if count > 1 else None
     created = [RemoteFuture(a.make.remote(make, (*args, rank, count, address), {})) for rank, a in enumerate(actors)]
-    return Team([RemoteObject(*pair) for pair in zip(actors, created, strict=True)], patience)
+    name = _class_name(make)
+    return Team([RemoteObject(*pair, name) for pair in zip(actors, created, strict=True)], patience)
 
 
 def place(
@@ -272,7 +282,8 @@ def place(
         environment: environment variables that are set in the actor's process before it imports large libraries.
     """
     actor = _actor(factory, cpus, gpus, environment)
-    return RemoteObject(actor, RemoteFuture(actor.make.remote(factory, args, kwargs)))
+    created = RemoteFuture(actor.make.remote(factory, args, kwargs))
+    return RemoteObject(actor, created, _class_name(factory))
 
 
 def merge_streams(streams: Sequence[Any], patience: float) -> Iterator[tuple[int, Any]]:
@@ -304,6 +315,43 @@ def merge_streams(streams: Sequence[Any], patience: float) -> Iterator[tuple[int
 
 
 @contextmanager
+def _signals_kept() -> Iterator[None]:
+    """A `with` block in which Ray starts. Afterwards, the command's signal handlers are the same as before, and Ray's
+    processes do not end because of a signal to the command.
+
+    Ray replaces the handler of SIGTERM with one that ends the process at once. A terminal and the program `timeout`
+    send a signal to a whole process group, and some batch systems send it to all processes of a job. So each of Ray's
+    processes gets a process group of its own, and ignores the signals that only stop commands.
+
+    Raises: Interrupted if SIGTERM arrives in the block.
+    """
+    global _ray_starts
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS} if main else {}
+    _ray_starts = True
+    try:
+        yield
+    except SystemExit:  # raised by Ray's handler
+        raise Interrupted from None
+    finally:
+        _ray_starts = False
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _in_child() -> None:
+    """Prepares a process that is started while Ray starts. Runs in the new process, before its program."""
+    if _ray_starts:
+        os.setpgid(0, 0)
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+
+
+_ray_starts = False
+os.register_at_fork(after_in_child=_in_child)
+
+
+@contextmanager
 def cluster(*, verbose: bool = False) -> Iterator[None]:
     """Joins the Ray cluster at RAY_ADDRESS, or starts a cluster on this machine if RAY_ADDRESS is not set.
 
@@ -321,13 +369,15 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
         "logging_level": "info" if verbose else "error",
     }
     if address:
-        ray.init(address=address, **options)
+        options["address"] = address
     else:
         # By default Ray writes a token to the home folder, and all clusters that are started later require the token.
         # Our cluster needs no token, because it listens on this machine only.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+        options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     try:
+        with _signals_kept():
+            ray.init(**options)
         yield
     finally:
         ray.shutdown()

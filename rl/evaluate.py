@@ -17,7 +17,7 @@ from pathlib import Path
 from jinja2 import TemplateError
 
 from rl.config import Config
-from rl.exits import DONE, InputError, run_command
+from rl.exits import DONE, InputError, add_stop_option, run_command
 from rl.recipe.layers import find_recipe
 from rl.recipe.resolve import load
 from rollout.pacore.target import add_target_options, target_of
@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
                    "of another row; this measures the reward of answers that ignore the pictures")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_target_options(p)
+    add_stop_option(p)
     return p
 
 
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lambda: _main(args),
         input_errors=(ValueError, FileNotFoundError),
         failures=(RuntimeError, OSError, TemplateError),
+        stop_signal=args.stop_signal,
         resume=f"The same command continues from the responses in {args.cache}" if args.cache else "",
     )
 

@@ -3,13 +3,14 @@
 Exit codes: 0 done, 1 failed, 2 the user's input is wrong, 130 interrupted after saving.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rl.interrupt import Interrupted
+from rl.interrupt import Interrupts, also_stop_on
 from rl.stop import Stop, WorkerDied
 
 if TYPE_CHECKING:
@@ -37,6 +38,15 @@ def as_input_error() -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
+def add_stop_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --stop-signal to the parser of a command. `run_command` gets the option's value."""
+    parser.add_argument(
+        "--stop-signal",
+        choices=("SIGUSR1", "SIGUSR2"),
+        help="one more signal that ends the command as Ctrl-C does, for batch systems that send it before their limit",
+    )
+
+
 def run_command(
     work: Callable[[], int],
     *,
@@ -44,6 +54,7 @@ def run_command(
     failures: tuple[type[Exception], ...] = (Stop, WorkerDied),
     resume: str = "",
     interrupted: str = "interrupted",
+    stop_signal: str | None = None,
 ) -> int:
     """Runs a command and returns its exit code. Catches `input_errors` and `failures` and prints the message to
     standard error. Other exceptions are not caught.
@@ -54,15 +65,20 @@ def run_command(
         failures: exceptions after which the exit code is 1. If an exception is in `input_errors` and in `failures`, the
             exit code is 2.
         resume: advice on how to continue, printed after a failure and after an interruption.
-        interrupted: message after Ctrl-C or SIGTERM.
+        interrupted: message after Ctrl-C, SIGTERM, SIGHUP or `stop_signal`.
+        stop_signal: one more signal that ends the command.
     """
+    if stop_signal:
+        also_stop_on(stop_signal)
+    interrupts = Interrupts()
     try:
-        return work()
+        with interrupts.installed(), interrupts.waiting():
+            return work()
     except input_errors as error:
         code, message = WRONG_INPUT, f"error: {error}"
     except failures as error:
         code, message = FAILED, "\n".join(filter(None, [f"error: {error}", resume]))
-    except (Interrupted, KeyboardInterrupt):
+    except KeyboardInterrupt:
         code, message = INTERRUPTED, "\n".join(filter(None, [interrupted, resume]))
     print(message, file=sys.stderr)
     return code

@@ -11,7 +11,17 @@ from collections.abc import Sequence, Set
 from datetime import datetime
 from pathlib import Path
 
-from rl.exits import DONE, INTERRUPTED, NO_GPU, InputError, as_input_error, check_hardware, has_gpus, run_command
+from rl.exits import (
+    DONE,
+    INTERRUPTED,
+    NO_GPU,
+    InputError,
+    add_stop_option,
+    as_input_error,
+    check_hardware,
+    has_gpus,
+    run_command,
+)
 from rl.recipe.chain import LINK, Chain, is_chain, load_chain
 from rl.recipe.layers import find_recipe
 from rl.recipe.resolve import Change, MissingOption, Resolved, describe, differences, load
@@ -29,13 +39,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--stage", help="the stage to run; in a chain, the stage to begin with")
     p.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     p.add_argument("--verbose", action="store_true", help="show the logs of Ray and vLLM")
+    add_stop_option(p)
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     args = parser().parse_intermixed_args(arguments)
-    return run_command(lambda: _main(args), interrupted="interrupted before the run began; nothing to save")
+    outside = "interrupted before or after the training; nothing to save"
+    return run_command(lambda: _main(args), interrupted=outside, stop_signal=args.stop_signal)
 
 
 def _main(args: argparse.Namespace) -> int:

@@ -20,7 +20,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rl.config import Source
-from rl.exits import DONE, FAILED, run_command
+from rl.exits import DONE, FAILED, add_stop_option, run_command
+from rl.interrupt import run_async
 from rl.types import Prompt
 from rollout.data.rows import read
 from rollout.pacore.client import RequestRefused
@@ -273,6 +274,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-tokens", type=int, help="maximum tokens of a reply; default: only the context limits a reply")
     p.add_argument("--limit", type=int, help="answer only the first LIMIT problems")
     add_target_options(p)
+    add_stop_option(p)
     return p
 
 
@@ -283,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lambda: _main(args),
         input_errors=(ValueError, FileNotFoundError),
         failures=(RuntimeError, OSError, TemplateError),
+        stop_signal=args.stop_signal,
         resume=f"The same command continues from the results in {args.out}",
     )
 
@@ -354,7 +357,7 @@ def run(
             )
 
     with target.serve() as url:
-        asyncio.run(work(url))
+        run_async(work(url))
 
 
 if __name__ == "__main__":

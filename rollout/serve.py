@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import json
 import random
-import signal
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -23,6 +22,7 @@ from aiohttp import web
 from jinja2 import TemplateError
 
 from rl.exits import DONE, run_command
+from rl.interrupt import Interrupts
 from rollout.pacore.client import FULL_DISTRIBUTION, EndpointClient, EndpointUnreachable, RequestRefused
 from rollout.pacore.prompt import Chat, SynthesisPrompt
 from rollout.pacore.rounds import PromptTooLong, Reply, Round, draw_order, fit_messages, parse_plan, sample_trajectories
@@ -306,16 +306,17 @@ async def _serve(
 ) -> None:
     async with connection as client:
         proxy = PacoreProxy(client, args.name or args.model, plan, args.mode, synthesis)
-        stopped = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):  # needed because a shell's background commands ignore SIGINT
-            asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+        stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+        interrupts = Interrupts(wake=lambda: loop.call_soon_threadsafe(stopped.set))
         # With handler_cancellation, the trajectories of a request end when its client disconnects or the server ends.
         runner = web.AppRunner(proxy.app(), handler_cancellation=True, shutdown_timeout=SHUTDOWN_S)
         await runner.setup()
         try:
-            await web.TCPSite(runner, args.host, args.port).start()
-            print(f"http://{args.host}:{args.port}/v1 serves {proxy.name}, {proxy.name}:sere and {proxy.name}:pacore")
-            await stopped.wait()
+            with interrupts.installed(), interrupts.waiting():
+                await web.TCPSite(runner, args.host, args.port).start()
+                served = f"{proxy.name}, {proxy.name}:sere and {proxy.name}:pacore"
+                print(f"http://{args.host}:{args.port}/v1 serves {served}")
+                await stopped.wait()
         finally:
             await runner.cleanup()
 

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rl.exits import DONE, check_hardware, run_command
+from rl.exits import DONE, add_stop_option, check_hardware, run_command
 from rl.recipe.layers import find_recipe
 from rl.recipe.resolve import describe, load
 from stages.curation.run import SECTIONS, checked
@@ -33,13 +33,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--profile", help="scale to run at: a name in recipes/profiles (cpu), or a YAML file")
     p.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
     p.add_argument("--verbose", action="store_true", help="show what Ray and vLLM log")
+    add_stop_option(p)
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     args = parser().parse_intermixed_args(arguments)
-    return run_command(lambda: _main(args), resume=f"The same command continues from the results in {args.out}")
+    resume = f"The same command continues from the results in {args.out}"
+    return run_command(lambda: _main(args), resume=resume, stop_signal=args.stop_signal)
 
 
 def _main(args: argparse.Namespace) -> int:

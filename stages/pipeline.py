@@ -26,7 +26,7 @@ from rich.table import Table
 
 from rl.config import Config
 from rl.exits import as_input_error
-from rl.interrupt import Interrupted, Interrupts
+from rl.interrupt import Interrupts
 from rl.recipe.chain import LINK, Chain, Step, saved_chain
 from rl.record.checkpoints import publish
 from rl.record.disk import hold, write_file
@@ -157,7 +157,7 @@ def run(chain: Chain, *, new: bool, verbose: bool = False) -> bool:
             with Interrupts().installed() as interrupts, interrupts.waiting():
                 gather_metrics(chain)
                 return all(_run_step(chain, step, verbose=verbose) for step in chain.steps) and _finish(chain)
-        except Interrupted:
+        except KeyboardInterrupt:  # Interrupted; Ray can raise a KeyboardInterrupt in its place
             return False
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from rewards.running.runner import Outage
 from rl.actors import cluster
-from rl.interrupt import Interrupted, Interrupts
+from rl.interrupt import Interrupts
 from rl.learner.features import FeatureStore
 from rl.record import checkpoints
 from rl.record.checkpoints import Checkpoints
@@ -65,7 +65,7 @@ def train(
             try:
                 run.run()
                 return True
-            except Interrupted:
+            except KeyboardInterrupt:  # Interrupted; Ray can raise a KeyboardInterrupt in its place
                 run.stop_early("interrupted")
                 return False
             except Stop as stop:

@@ -63,6 +63,7 @@ KINDS = ("driver", "group", "Policy", "Critic", "Engine", "hang")
 PATIENCE_S = 1800.0
 HANGS_AFTER_S = 20.0  # if an engine does not answer for this time, the run treats it as hung
 GAP_S = (1.0, 10.0)  # minimum and maximum number of seconds between two faults
+MISSED_S = 15.0  # if the phase has not been seen for this number of seconds, another fault and phase are drawn
 
 
 def recipe(folder: Path, iterations: int) -> tuple[object, ...]:
@@ -99,6 +100,8 @@ def run_with_faults(
             assert not deadline.passed(), f"the run takes too long; faults so far: {found.made}"
             if len(found.made) >= faults or time.monotonic() < hit_at:
                 time.sleep(0.1)
+            elif time.monotonic() > hit_at + MISSED_S:
+                break
             elif phase in ("any", *phases_now(command, folder)):
                 if strike(command, kind):
                     found.made.append(f"{kind} in {phase}")

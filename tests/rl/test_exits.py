@@ -1,5 +1,7 @@
 """Tests that commands end with the right exit code and print one message instead of a traceback."""
 
+import os
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -34,6 +36,18 @@ def test_an_expected_error_is_one_message_and_an_exit_code(
 ) -> None:
     assert run_command(raises(error), resume="The same command continues") == code
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_with_one_message(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> int:
+        os.kill(os.getpid(), number)
+        raise AssertionError("went on")
+
+    before = signal.getsignal(number)
+    assert run_command(work, resume="The same command continues") == INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\nThe same command continues\n"
+    assert signal.getsignal(number) == before
 
 
 def test_a_command_without_errors_prints_nothing_and_keeps_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,10 @@ the same results as the undisturbed run.
 """
 
 import json
+import os
 import re
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -109,6 +112,20 @@ def test_an_interrupted_and_resumed_run_ends_like_an_undisturbed_run(
     code, _, err = run("rl.run", "--resume", folder)
     assert code == 0, err
     assert_same(folder, finished[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "options"), [(signal.SIGHUP, ()), (signal.SIGUSR1, ("--stop-signal", "SIGUSR1"))])
+def test_a_signal_to_every_process_of_a_run_saves_it(number: int, options: tuple[str, ...], tmp_path: Path) -> None:
+    command = Command(*SMALL_RUN, "checkpoint.every=100", "data.eval=[]", *options, "--output", tmp_path / "run")
+    wait_for_iteration(tmp_path / "run", 1, command)
+    for pid, _ in command.marked():
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+    code, out, err = command.finish()
+    assert (code, err) == (130, "") and command.left_behind() == []
+    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
+    assert f"interrupted after iteration {int(checkpoint.name)}; go on with: python -m rl.run --resume" in out
 
 
 @pytest.mark.slow
