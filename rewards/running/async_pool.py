@@ -1,29 +1,33 @@
 """A process for rewards that wait, such as rewards that ask a judge. It runs many jobs at a time.
 
-If a job blocks or kills the process, all jobs that were running start again, one at a time, to find the job that is the
-cause. If an endpoint does not answer, the jobs that ask it wait. From time to time, one of these jobs is sent as a
-probe, until the endpoint answers or its `max_wait` is over.
+If a job blocks or kills the process, the jobs that were running start again, first in two halves, then in smaller
+groups, to find the job that is the cause. If an endpoint does not answer, the jobs that ask it wait. From time to time,
+one of these jobs is sent as a probe, until the endpoint answers or its `max_wait` is over.
 """
 
 import atexit
 import itertools
 import os
+import pickle
 import queue
 import random
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from multiprocessing.connection import wait
 from typing import Any
 
 from rewards.running.pool import Job, Outcome, RewardPool
-from rewards.running.process import ProcessDied, SetupFailed, WorkerProcess
+from rewards.running.process import AsyncProcess, ProcessDied, SetupFailed
 from rewards.running.worker import WorkerSetup
 from rl.stop import Stop
 
 MOST_AT_ONCE = 1024  # maximum number of jobs in the process; each endpoint also has a limit, `concurrency`
+MOST_BYTES = 256 << 20  # if the jobs in the process have this size, pictures included, no job is added
 STALL_S = (2.0, 30.0)  # a process counts as blocked after this many seconds without a message: minimum, maximum
 PROBE_S = (2.0, 60.0)  # seconds between probes of an endpoint that does not answer: first pause and longest pause
 
@@ -83,11 +87,13 @@ class AsyncPool(RewardPool):
         self._wake_reader, self._wake_writer = os.pipe()  # a byte in this pipe wakes the thread
         self._numbers = itertools.count()
         self._running: dict[int, Job] = {}
-        self._suspects: list[Job] = []  # jobs that were running when the process ended; each is run again alone
-        self._alone: Job | None = None  # the job of _suspects that runs now
+        self._sizes: dict[int, int] = {}  # the size of each running job in bytes
+        # Groups of jobs that were running when the process ended. Each group is run again without other jobs.
+        self._suspects: deque[list[Job]] = deque()
+        self._on_trial = False  # True while a group of _suspects runs
         self._away: dict[str, _AwayEndpoint] = {}
         self._last_message = 0.0  # time when the process sent its last message
-        self._process: WorkerProcess | None = None
+        self._process: AsyncProcess | None = None
         self._thread: threading.Thread | None = None
 
     def _start(self, ready: Future[float]) -> None:
@@ -118,7 +124,7 @@ class AsyncPool(RewardPool):
 
     def _unfinished(self) -> list[Job]:
         held = [job for away in self._away.values() for job in (*away.held, away.probe) if job]
-        return [*self._running.values(), *self._suspects, *held, *self._queued()]
+        return [*self._running.values(), *chain.from_iterable(self._suspects), *held, *self._queued()]
 
     def _run(self, ready: Future[float]) -> None:
         start = time.monotonic()
@@ -145,10 +151,10 @@ class AsyncPool(RewardPool):
     def _start_process(self) -> None:
         """Starts a process and loads every scorer. On failure, ends the process and raises SetupFailed or
         ProcessDied."""
-        self._process = WorkerProcess("rewards.running.async_worker", self.setup)
+        self._process = AsyncProcess(self.setup)
         try:
             for scorer in self.setup.scorers:
-                self._process.send((0, scorer, [], 0.0))
+                self._process.send_job(pickle.dumps((0, scorer, [], 0.0)))
                 self._wait_until_loaded(scorer)
         except (SetupFailed, ProcessDied):
             self._terminate_process()
@@ -190,6 +196,7 @@ class AsyncPool(RewardPool):
             self._last_message = time.monotonic()
             reply = self._process.receive(0)
             if "number" in reply:
+                del self._sizes[reply["number"]]
                 self._on_answer(self._running.pop(reply["number"]), reply["outcomes"])
         elif time.monotonic() - self._last_message > self._stall_s():
             raise ProcessDied(f"it blocked the event loop for {time.monotonic() - self._last_message:.0f} s")
@@ -207,17 +214,24 @@ class AsyncPool(RewardPool):
         return min([most, *(max(least, job.timeout_s) for job in self._running.values())])
 
     def _send_jobs(self) -> None:
-        if self._alone is None and not self._suspects:
-            for job in self._queued(MOST_AT_ONCE - len(self._running)):
+        if self._on_trial:
+            return
+        if not self._suspects:
+            while self._has_room() and not self._jobs.empty():
+                self._send(self._jobs.get())
+        elif not self._running:
+            for job in self._suspects.popleft():
                 self._send(job)
-        elif self._alone is None and not self._running:
-            self._alone = self._suspects.pop(0)
-            self._send(self._alone)
+            self._on_trial = bool(self._running)
 
-    def _queued(self, most: float = float("inf")) -> list[Job]:
-        """Takes up to `most` jobs out of the queue."""
+    def _has_room(self) -> bool:
+        """True if the process may get one more job."""
+        return len(self._running) < MOST_AT_ONCE and sum(self._sizes.values()) < MOST_BYTES
+
+    def _queued(self) -> list[Job]:
+        """Takes all jobs out of the queue."""
         jobs: list[Job] = []
-        while len(jobs) < most and not self._jobs.empty():
+        while not self._jobs.empty():
             jobs.append(self._jobs.get())
         return jobs
 
@@ -225,13 +239,13 @@ class AsyncPool(RewardPool):
         if job.outcomes.cancelled():
             return
         assert self._process
-        number = next(self._numbers)
-        self._running[number] = job
-        self._process.send((number, job.scorer, list(job.items), job.timeout_s))
+        number, items = next(self._numbers), list(job.items)
+        message = pickle.dumps((number, job.scorer, items, job.timeout_s))
+        self._running[number], self._sizes[number] = job, len(message)
+        self._process.send_job(message)
 
     def _on_answer(self, job: Job, outcomes: list[Outcome]) -> None:
-        if job is self._alone:
-            self._alone = None
+        self._on_trial = self._on_trial and bool(self._running)
         if unreachable := next((outcome for outcome in outcomes if "away" in outcome), None):
             self._hold(job, unreachable["away"], unreachable["why"])
             return
@@ -241,19 +255,22 @@ class AsyncPool(RewardPool):
 
     def _on_process_lost(self, error: Exception) -> None:
         """Handles a process that has ended or cannot be set up. If the process cannot be set up, all jobs get invalid
-        outcomes. If the process has ended, each job that was running is run again alone. If the process ends again
-        while such a job runs alone, this job is the cause."""
+        outcomes. If the process has ended, the jobs that were running are run again in two halves. If the process ends
+        while a single job of such a group runs, this job is the cause."""
         self._terminate_process()
+        lost = list(self._running.values())
         if isinstance(error, SetupFailed):
-            for job in (*self._running.values(), *self._suspects, *self._queued()):
+            for job in (*lost, *chain.from_iterable(self._suspects), *self._queued()):
                 self._blame(job, "invalid", error)
             self._suspects.clear()
-        elif self._alone is not None:
-            self._blame(self._alone, "exhausted" if self._alone.retry_on_death else "invalid", error)
+        elif self._on_trial and len(lost) == 1:
+            self._blame(lost[0], "exhausted" if lost[0].retry_on_death else "invalid", error)
         else:
-            self._suspects += self._running.values()
+            middle = (len(lost) + 1) // 2
+            self._suspects.extendleft(half for half in (lost[middle:], lost[:middle]) if half)
         self._running.clear()
-        self._alone = None
+        self._sizes.clear()
+        self._on_trial = False
 
     def _blame(self, job: Job, kind: str, error: Exception) -> None:
         for away in self._away.values():

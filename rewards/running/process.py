@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rewards.running.worker import WorkerSetup
+from rewards.running.writer import Writer
 from rl.types import Prompt, Rollout
 
 
@@ -104,6 +105,23 @@ class WorkerProcess:
         if code < 0:
             return f"its process was killed by {signal.Signals(-code).name}"
         return f"its process ended with exit code {code}"
+
+
+class AsyncProcess(WorkerProcess):
+    """A process that runs rewards.running.async_worker, many jobs at a time."""
+
+    def __init__(self, setup: WorkerSetup):
+        super().__init__("rewards.running.async_worker", setup)
+        self._writer = Writer(self.connection)
+
+    def send_job(self, job: bytes) -> None:
+        """Sends a pickled job. If the process has ended, the next `receive` raises ProcessDied."""
+        self._writer.put(job)
+
+    def terminate(self) -> None:
+        self.kill()
+        self._writer.close()
+        super().terminate()
 
 
 class ComputeProcess(WorkerProcess):

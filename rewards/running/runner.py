@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TypeVar
@@ -246,7 +247,16 @@ class RewardRunner:
             self._remembered[key] = outcomes
             if len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)
+        outcomes.add_done_callback(partial(self._remember, key))
         return outcomes
+
+    def _remember(self, key: bytes, finished: Future[list[Outcome]]) -> None:
+        """Replaces a future that is done by one that only has the outcomes. A future that is done still holds its
+        callbacks, and so the rollouts that it was made for, with their pictures."""
+        with self._lock:
+            if self._remembered.get(key) is finished and _has_value(finished):
+                self._remembered[key] = Future()
+                self._remembered[key].set_result(finished.result())
 
     def _queue_job(self, part: Part, items: Sequence[Rollout | Prompt]) -> Future[list[Outcome]]:
         reward = part.bound.reward

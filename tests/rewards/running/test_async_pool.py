@@ -1,5 +1,7 @@
 """Tests async rewards: they run concurrently, and an endpoint that does not answer delays only its own samples."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -32,10 +34,33 @@ def test_async_rewards_run_concurrently_in_one_process(runner: RewardRunner) -> 
     ],
 )
 def test_an_async_reward_that_fails_costs_only_its_own_sample(runner: RewardRunner, text: str, why: str) -> None:
-    others = [rollout("sleep 0.2", task="waits", truth=f"{text}{i}") for i in range(6)]
-    scored = runner.score([*others[:3], rollout(text, task="waits"), *others[3:]])
-    assert scored[3].invalid and why in scored[3].invalid
-    assert [(one.reward, one.invalid) for one in scored if one is not scored[3]] == [(0.25, None)] * 6
+    others = [rollout("sleep 0.2", task="waits", truth=f"{text}{i}") for i in range(4)]
+    scored = runner.score([*others[:2], rollout(text, task="waits"), *others[2:]])
+    assert scored[2].invalid and why in scored[2].invalid
+    assert [(one.reward, one.invalid) for one in scored if one is not scored[2]] == [(0.25, None)] * 4
+
+
+def test_thousands_of_rewards_that_return_at_once_are_scored(runner: RewardRunner) -> None:
+    with at_most(30):  # if both processes waited for each other to read, this would take for ever
+        scored = runner.score([rollout("now", task="waits", truth=str(i)) for i in range(4000)])
+    assert {one.reward for one in scored} == {0.25}
+
+
+def test_large_samples_reach_a_process_that_a_reward_blocks_and_cost_only_this_reward(runner: RewardRunner) -> None:
+    large = [rollout("x" * (4 << 20), task="waits", truth=f"large {i}") for i in range(3)]
+    blocked, *others = runner.score([rollout("block", task="waits", truth="large"), *large])
+    assert "it blocked the event loop" in str(blocked.invalid)
+    assert [one.reward for one in others] == [0.25] * 3
+
+
+def test_only_a_bounded_number_of_bytes_is_in_the_process(
+    runner: RewardRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_pool, "MOST_BYTES", 100_000)
+    texts = [f"sleep 0.3 {'x' * 60_000}{i}" for i in range(4)]
+    with at_most(20):
+        scored = runner.score([rollout(text, task="waits") for text in texts])
+    assert [one.invalid for one in scored] == [None] * 4
 
 
 def test_the_same_question_about_the_same_response_is_asked_once(runner: RewardRunner) -> None:
@@ -43,6 +68,17 @@ def test_the_same_question_about_the_same_response_is_asked_once(runner: RewardR
         for _ in range(5):
             scored = runner.score([rollout("sleep 0.8", task="waits", prompt=str(i)) for i in range(3)])
             assert [one.rollout.prompt.id for one in scored] == ["0", "1", "2"]
+
+
+def test_judgements_are_stored_without_their_rollouts(runner: RewardRunner) -> None:
+    rollouts = [rollout("sleep 0", task="waits", truth=f"stored {i}") for i in range(20)]
+    alive = [weakref.ref(one) for one in rollouts]
+    pids = {one.details["pid"] for one in runner.score(rollouts)}
+    rollouts.clear()
+    gc.collect()
+    assert [one() for one in alive] == [None] * 20
+    again = runner.score([rollout("sleep 0", task="waits", truth=f"stored {i}") for i in range(20)])
+    assert [one.reward for one in again] == [0.25] * 20 and {one.details["pid"] for one in again} == pids
 
 
 # Endpoints that do not answer
