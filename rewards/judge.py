@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, meta
+from jinja2 import TemplateError, meta
 from pydantic import BaseModel, ConfigDict, Field
 
 from rewards import Invalid, Score
 from rewards.endpoint import Endpoint, Refused, Unparsable, Unreachable, endpoint, waiting
 from rewards.registry import as_response
+from rl.templates import template_environment
 from rl.types import Picture, Prompt
 
 PROMPTS = Path(__file__).parent / "prompts"
@@ -122,9 +123,7 @@ class Judge(Generic[V]):
         """Loads the template. The template must use `rules` and all variables in `needed`. It may also use the
         variables in `optional`."""
         needed = needed | {"rules"}
-        environment = Environment(
-            loader=FileSystemLoader(self.path.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
+        environment = template_environment(self.path.parent)
         try:
             used = meta.find_undeclared_variables(environment.parse(self.path.read_text(encoding="utf-8")))
             self.template = environment.get_template(self.path.name)

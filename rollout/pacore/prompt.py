@@ -3,7 +3,7 @@ attempts.
 
 The prompts have the parts described in the PaCoRe paper (arXiv 2601.05593): an instruction, the problem, the numbered
 messages, and a closing request. The default wording is ours. If a policy was trained with another template, its model
-folder contains that template.
+folder contains that template. Templates run in a sandbox (rl/templates.py).
 """
 
 import random
@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, TemplateError, meta
+from jinja2 import TemplateError, meta
 
+from rl.templates import template_environment
 from rl.types import SYNTHESIS_TEMPLATE, PooledAnswers, Prompt
 
 TEMPLATE = Path(__file__).with_name("pacore.jinja")
@@ -39,7 +40,7 @@ class SynthesisPrompt:
 
     def __init__(self, template: Path | None = None) -> None:
         path = template or TEMPLATE
-        environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        environment = template_environment()
         try:
             source = path.read_text(encoding="utf-8")
             used = meta.find_undeclared_variables(environment.parse(source))

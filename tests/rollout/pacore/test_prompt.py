@@ -58,6 +58,14 @@ def test_an_invalid_template_is_refused(tmp_path: Path, text: str) -> None:
         SynthesisPrompt(tmp_path / "t.jinja")
 
 
+def test_a_template_that_runs_code_fails_and_its_row_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pacore.jinja").write_text("{{ problem.__class__.__mro__ }}{{ messages }}")
+    asks = SynthesisPrompt(synthesis_template(tmp_path, None))
+    asked = Prompt("row 7", "t", ({"role": "user", "content": "2 + 3?"},), shown=PooledAnswers(("5",)))
+    with pytest.raises(ValueError, match="row row 7: the template fails: access to attribute '__class__'"):
+        asks.chat(asked)
+
+
 def test_the_template_in_the_models_folder_is_used_unless_another_is_given(tmp_path: Path) -> None:
     named = tmp_path / "named.jinja"
     assert (synthesis_template(tmp_path, None), synthesis_template(tmp_path, named)) == (None, named)
