@@ -78,8 +78,9 @@ def interleaved(ours: Callable[[], float], other: Callable[[], float], repeats: 
 
 @contextmanager
 def busy_process() -> Iterator[None]:
-    """Runs another process that computes without pause on one core during the `with` block."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    """Runs another process that computes without pause on one core during the `with` block. The process also ends if
+    this process is killed."""
+    process = subprocess.Popen([sys.executable, "-c", f"import os\nwhile os.getppid() == {os.getpid()}: pass"])
     try:
         yield
     finally:

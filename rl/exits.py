@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rl.interrupt import Interrupts, also_stop_on
+from rl.interrupt import Interrupts, also_stopped_by
 from rl.stop import Stop, WorkerDied
 
 if TYPE_CHECKING:
@@ -68,11 +68,9 @@ def run_command(
         interrupted: message after Ctrl-C, SIGTERM, SIGHUP or `stop_signal`.
         stop_signal: one more signal that ends the command.
     """
-    if stop_signal:
-        also_stop_on(stop_signal)
     interrupts = Interrupts()
     try:
-        with interrupts.installed(), interrupts.waiting():
+        with also_stopped_by(stop_signal), interrupts.installed(), interrupts.waiting():
             return work()
     except input_errors as error:
         code, message = WRONG_INPUT, f"error: {error}"

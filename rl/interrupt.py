@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-"""The signals that end a command. `also_stop_on` adds a signal."""
+"""The signals that end a command."""
 KILLING = (signal.SIGINT, signal.SIGTERM)  # the second signal of the same kind ends the process without saving
 REPEAT_S = 1.0  # the program `timeout` sends SIGTERM twice; a repetition within this time counts as the same signal
 T = TypeVar("T")
@@ -27,10 +27,15 @@ class Interrupted(KeyboardInterrupt):
     """
 
 
-def also_stop_on(name: str) -> None:
-    """Adds a signal, for example "SIGUSR1", to the signals that end this command."""
-    if (number := signal.Signals[name]) not in SIGNALS:
-        SIGNALS.append(number)
+@contextmanager
+def also_stopped_by(name: str | None) -> Iterator[None]:
+    """A `with` block in which one more signal, for example "SIGUSR1", ends the command. None: no signal is added."""
+    added = [signal.Signals[name]] if name else []
+    SIGNALS.extend(added)
+    try:
+        yield
+    finally:
+        del SIGNALS[len(SIGNALS) - len(added) :]
 
 
 class Interrupts:

@@ -1,5 +1,5 @@
-"""Runs Jinja templates that come from model folders, recipes and plugins. They run in Jinja's immutable sandbox, because
-a template without a sandbox can run any code."""
+"""Runs Jinja templates that come from model folders, recipes and plugins. They run in Jinja's immutable sandbox,
+because a template without a sandbox can run any code."""
 
 from pathlib import Path
 

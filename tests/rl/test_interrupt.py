@@ -12,7 +12,7 @@ import pytest
 
 from rl import interrupt
 from rl.actors import signals_as_raised
-from rl.interrupt import Interrupted, Interrupts, run_async
+from rl.interrupt import Interrupted, Interrupts, also_stopped_by, run_async
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -77,8 +77,7 @@ def test_a_second_signal_of_the_same_kind_ends_the_process(name: str) -> None:
 def test_a_signal_of_another_kind_does_not_end_the_process_that_saves() -> None:
     done = ended(
         """
-        interrupt.also_stop_on("SIGUSR1")
-        with interrupt.Interrupts().installed() as saving:
+        with interrupt.also_stopped_by("SIGUSR1"), interrupt.Interrupts().installed() as saving:
             for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
                 os.kill(os.getpid(), number)
                 time.sleep(0.2)
@@ -147,8 +146,9 @@ def test_a_coroutine_without_a_signal_returns_its_result() -> None:
     assert run_async(work()) == 3
 
 
-def test_an_added_signal_ends_a_command_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interrupt, "SIGNALS", [*interrupt.SIGNALS])
-    interrupt.also_stop_on("SIGUSR1")
-    with Interrupts().installed() as interrupts, pytest.raises(Interrupted), interrupts.waiting():
+def test_an_added_signal_ends_a_command_as_well() -> None:
+    before = list(interrupt.SIGNALS)
+    added = also_stopped_by("SIGUSR1")
+    with added, Interrupts().installed() as interrupts, pytest.raises(Interrupted), interrupts.waiting():
         os.kill(os.getpid(), signal.SIGUSR1)
+    assert before == interrupt.SIGNALS
