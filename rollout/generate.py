@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from jinja2 import TemplateError
 from rl.config import Source
 from rl.exits import DONE, FAILED, add_stop_option, run_command
 from rl.interrupt import run_async
+from rl.record.disk import hold_file
 from rl.types import Prompt
 from rollout.data.rows import read
 from rollout.pacore.client import RequestRefused
@@ -169,6 +171,9 @@ def read_records(path: Path, data: bytes) -> Iterator[dict[str, Any]]:
         yield record
 
 
+OWN_LINE = re.compile(rb'\{"id": "(?:[^"\\]|\\.)*", "problem": "')  # the first characters of a record
+
+
 class AnswerFile:
     """Reads the results in an OUT file, and appends new results.
 
@@ -179,13 +184,19 @@ class AnswerFile:
         self.path, self._settings = path, settings.record
         self.records: dict[str, dict[str, Any]] = {}  # problem id -> record
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        file = path.open("a", encoding="utf-8")
+        self._file = hold_file(file, f"another command is writing to {path}; end it first, or give another OUT file")
+        try:
             self._read()
-        self._file = path.open("a", encoding="utf-8")
+        except ValueError:
+            self.close()
+            raise
 
     def _read(self) -> None:
         data = self.path.read_bytes()
         complete = data[: data.rfind(b"\n") + 1]  # a problem whose line is incomplete is answered again
+        if data and not complete and not OWN_LINE.match(data):
+            raise ValueError(f"the last line of {self.path} was not written by this command; give another OUT file")
         for record in read_records(self.path, complete):
             settings = record["settings"]
             if changed := [key for key, value in self._settings.items() if settings.get(key) != value]:

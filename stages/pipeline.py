@@ -12,7 +12,6 @@ A chain can be resumed after an interruption at any point. Finished steps are sk
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -137,13 +136,10 @@ def _locked(chain: Chain, *, new: bool) -> Iterator[None]:
         if new:
             make_run_folder(chain.folder)
         held = hold(chain.folder)
-    try:
+    with held:
         for name, text in saved_chain(chain).items():
             write_file(chain.folder / name, text.encode())
         yield
-    finally:
-        if held is not None:
-            os.close(held)
 
 
 def run(chain: Chain, *, new: bool, verbose: bool = False) -> bool:

@@ -9,11 +9,14 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import IO
+from typing import IO, AnyStr
 
 from rl.stop import GO_ON, Stop
+
+LOCK = ".lock"
 
 
 class NoRoom(OSError):
@@ -62,21 +65,33 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def hold(folder: Path) -> int | None:
-    """Locks a folder for this process. The lock ends when the returned file descriptor is closed, or when the process
-    ends.
+def hold(folder: Path) -> IO[bytes]:
+    """Locks a folder for this process, with a file LOCK in it. The lock ends when the returned file is closed, or when
+    the process ends.
 
-    Returns None if the file system has no locks. Raises ValueError if another process has the lock.
+    Raises ValueError if another process has the lock.
     """
-    held = os.open(folder, os.O_RDONLY)
+    file = (folder / LOCK).open("ab")  # NFS needs a file that is open for writing
+    return hold_file(file, f"another run is writing in {folder}; end that run first, or give another folder")
+
+
+def hold_file(file: IO[AnyStr], held: str) -> IO[AnyStr]:
+    """Locks a file that is open for writing, and returns it. If the file system has no locks, prints a warning.
+
+    Raises ValueError with the message `held`, and closes the file, if another process has the lock.
+    """
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        os.close(held)
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            return None
-        raise ValueError(f"another run is writing in {folder}; end that run first, or give another folder") from None
-    return held
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            file.close()
+            raise ValueError(held) from None
+        print(
+            f"warning: the file system of {file.name} has no locks ({error.strerror}), so make sure that no second "
+            "command writes there",
+            file=sys.stderr,
+        )
+    return file
 
 
 @contextlib.contextmanager

@@ -9,10 +9,9 @@ the file.
 
 import gzip
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import IO, Any, Literal, Self
 
 from rl.record import metrics as meaning
 from rl.record.disk import hold, replacing, to_disk, write_file, writing
@@ -33,7 +32,7 @@ class RunFolder:
         self.policy = self.path / "policy"
         self.timeline = self.path / "timeline.json"  # exists if log.timeline is true
         self.resumable = self.path  # argument of --resume; in a chain, this is the folder of the chain
-        self._lock: int | None = None  # file descriptor, while this process has the lock
+        self._lock: IO[bytes] | None = None  # while this process has the lock
         self._last = max((line["iteration"] for line in self.read_metrics()), default=-1)
 
     @classmethod
@@ -69,7 +68,7 @@ class RunFolder:
     def release(self) -> None:
         """Releases the lock."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
     def write_recipe(self, recipe: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from rl.config import Config
 from rl.exits import InputError, as_input_error
 from rl.recipe.resolve import differences, load
-from rl.record.disk import hold, write_file, writing
+from rl.record.disk import LOCK, hold, write_file, writing
 from rl.record.run_folder import image_part, messages_of
 from rl.types import Picture, Prompt
 from stages.curation.filters import CandidateRow, Decision
@@ -52,20 +52,18 @@ class CurationFolder:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; give a folder as --out")
         names = {entry.name.removesuffix(".partial") for entry in self.path.iterdir()} if self.path.exists() else set()
+        names.discard(LOCK)
         if names and RECIPE not in names:
             raise InputError(f"{self.path} is not empty and contains no curation; give another folder as --out")
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with as_input_error():
             held = hold(self.path)
-        try:
+        with held:
             self._check_same(config, digest)
             write_file(self.path / RECIPE, recipe.encode())
             write_file(self.path / STATE, json.dumps({"rows": digest}).encode())
             yield
-        finally:
-            if held is not None:
-                os.close(held)
 
     def _check_same(self, config: Config, digest: str) -> None:
         saved, state = self.path / RECIPE, self.path / STATE

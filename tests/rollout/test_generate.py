@@ -280,6 +280,23 @@ def test_a_file_that_another_program_wrote_is_not_changed(tmp_path: Path) -> Non
     assert path.read_text() == '{"text": "mine"}\n'
 
 
+@pytest.mark.parametrize("text", ['{"id": "a", "text": "mine"}', "notes", '{"id": "a", "problem": 3}', "\n{}"])
+def test_a_file_without_a_last_newline_that_another_program_wrote_is_not_changed(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="not written by this command; give another OUT file"):
+        AnswerFile(path, Settings("m", ()))
+    assert path.read_text() == text
+
+
+def test_two_commands_cannot_write_to_one_file(tmp_path: Path) -> None:
+    first = AnswerFile(tmp_path / "out.jsonl", Settings("m", ()))
+    with pytest.raises(ValueError, match="another command is writing to"):
+        AnswerFile(tmp_path / "out.jsonl", Settings("m", ()))
+    first.close()
+    AnswerFile(tmp_path / "out.jsonl", Settings("m", ())).close()
+
+
 @pytest.mark.parametrize(
     ("more", "why"),
     [

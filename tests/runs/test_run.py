@@ -46,6 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_a_run_leaves_the_documented_folder(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     assert sorted(p.name for p in folder.iterdir()) == [
+        ".lock",
         "checkpoints",
         "metrics.jsonl",
         "policy",

@@ -1,8 +1,10 @@
 """Tests the run folder: its files, the inputs that it refuses, and its content after a resume."""
 
+import errno
 import gzip
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -50,6 +52,17 @@ def test_a_folder_in_which_a_run_is_writing_is_refused_until_it_ends(tmp_path: P
     run.release()
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "mine\n"
     RunFolder.resume(run.path)  # this works, because the process that had the lock has ended
+
+
+def test_a_file_system_without_locks_gets_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    folder(tmp_path)
+    assert "warning: the file system of" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_a_run_is_refused_with_advice_to_resume(tmp_path: Path) -> None:
