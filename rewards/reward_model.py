@@ -46,16 +46,18 @@ class RewardModel:
 
         if not Path(self.path, "config.json").is_file():
             raise ValueError(f"reward_model: {self.path} is no model folder, because it has no config.json")
-        config = AutoConfig.from_pretrained(self.path)
+        config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         if config.num_labels != 1:
             raise ValueError(
                 f"reward_model: {self.path} has {config.num_labels} labels (num_labels); a reward model must have 1"
             )
-        tokenizer: Any = AutoTokenizer.from_pretrained(self.path)
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         self.tokenizer = tokenizer
         if not self.tokenizer.chat_template:
             raise ValueError(f"reward_model: the tokenizer of {self.path} has no chat template")
-        loaded: Any = AutoModelForSequenceClassification.from_pretrained(self.path, output_loading_info=True)
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            self.path, output_loading_info=True, trust_remote_code=False
+        )
         model, report = loaded
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:3])

@@ -29,7 +29,7 @@ class Chat:
     ) -> None:
         self.synthesis = synthesis or SynthesisPrompt()
         self.config = read_config(folder)
-        self.tokenizer = cast(Any, AutoTokenizer.from_pretrained(folder))
+        self.tokenizer = cast(Any, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
         if template is not None:
             self.tokenizer.chat_template = template.read_text()
         if not self.tokenizer.chat_template:

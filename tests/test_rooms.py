@@ -152,6 +152,13 @@ def test_every_import_points_inward_and_only_allowed_files_import_heavy_librarie
     assert [breach for file, source in SOURCES.items() for breach in breaches(file, source)] == []
 
 
+def test_no_model_folder_may_bring_code_of_its_own() -> None:
+    loads = re.compile(r"\b(?:Auto\w+\.from_pretrained|LLM)\(((?:[^()]|\([^()]*\))*)\)")
+    found = [(file, given) for file, source in SOURCES.items() for given in loads.findall(source)]
+    assert len(found) > 8
+    assert [(file, given) for file, given in found if "trust_remote_code=False" not in given] == []
+
+
 def test_every_exception_to_these_rules_is_needed() -> None:
     for library, files in ONE_DOOR.items():
         for file in files:

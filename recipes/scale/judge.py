@@ -227,7 +227,7 @@ def with_new_tokens(start: Path, words: Any) -> StepVL:
     """Loads the model in `start` for the tokenizer `words`. New tokens get random vectors; known tokens keep their
     vectors."""
     old: Any = hf_folder.load(start)
-    old_tokenizer: Any = AutoTokenizer.from_pretrained(start)
+    old_tokenizer: Any = AutoTokenizer.from_pretrained(start, trust_remote_code=False)
     before = old_tokenizer.get_vocab()
     torch.manual_seed(0)
     model = StepVL(warm_start.config(words))
@@ -323,7 +323,7 @@ def main() -> None:
     register()
     folder = given.out / "model"
     tokenizer.save(folder, vocabulary())
-    words: Any = AutoTokenizer.from_pretrained(folder)
+    words: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model = with_new_tokens(given.start, words)
     prompter = Prompter(words, model.config.image_token_len)
     things = (THINGS[0], given.most)

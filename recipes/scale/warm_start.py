@@ -162,7 +162,7 @@ class Trainer:
         self.folder, self.plan, self.step = folder, plan, 0
         register()  # AutoTokenizer reads config.json in the same folder
         tokenizer.save(folder / "model")
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder / "model")
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)
         self.model = new_model(self.tokenizer, plan.seed)
         self.head = practice.SightHead(self.model, self.tokenizer)  # for the first part only; not saved with the model
         self.prompter = Prompter(self.tokenizer, self.model.config.image_token_len)

@@ -53,7 +53,7 @@ def read_config(folder: str | Path, *, yarn: float | None = None) -> PretrainedC
     if not (Path(folder) / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     try:
-        return with_yarn(AutoConfig.from_pretrained(folder), yarn)
+        return with_yarn(AutoConfig.from_pretrained(folder, trust_remote_code=False), yarn)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
 
@@ -86,6 +86,7 @@ def check(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
     """
     folder = Path(folder)
     config = read_config(folder, yarn=yarn)
+    companions(folder)
     try:
         model = build(config)
     except ValueError as error:
@@ -221,10 +222,29 @@ def save(
         _copy_companions(Path(source), folder)
 
 
+def companions(source: Path) -> list[Path]:
+    """Returns the files of a model folder that belong to every model trained from it: tokenizer, templates, config and
+    generation config, but no weights.
+
+    Raises: CheckpointError if such a file is a link to a file outside of the folder, because whatever the link names
+        would be copied into the saved model. The links in a local copy of a hub model are allowed.
+    """
+    inside = [source.resolve()]
+    if source.parent.name == "snapshots":
+        inside.append(source.parent.parent.resolve() / "blobs")
+    found = [
+        f for f in sorted(source.iterdir()) if f.suffix in {".json", ".jinja", ".txt", ".model"} and f.name != INDEX
+    ]
+    for file in found:
+        if not any(file.resolve().is_relative_to(folder) for folder in inside):
+            raise CheckpointError(
+                f"{file} is a link to {file.resolve()}, outside of the model folder; replace it by a copy"
+            )
+    return found
+
+
 def _copy_companions(source: Path, folder: Path) -> None:
-    """Copies tokenizer, templates and generation config, but no weights. Does not replace files that `folder` already
-    has."""
-    for file in sorted(source.iterdir()):
-        companion = file.suffix in {".json", ".jinja", ".txt", ".model"} and file.name != INDEX
-        if companion and not (folder / file.name).exists():
+    """Copies the companions, but does not replace files that `folder` already has."""
+    for file in companions(source):
+        if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from rl.record.disk import write_file, writing
+
 Span = tuple[str, float, float]  # name, start and end in seconds since 1970
 
 
@@ -20,7 +22,8 @@ class SpanSource(Protocol):
 
 
 class Timeline:
-    """Appends events to one file. The file is valid JSON after every `write`.
+    """Appends events to one file. The file is valid JSON after every `write`. If a crash has cut the file, the complete
+    events in it are kept.
 
     Args:
         path: the file; events are appended if it exists.
@@ -29,6 +32,7 @@ class Timeline:
 
     def __init__(self, path: Path, sources: Mapping[str, SpanSource]) -> None:
         self._path, self._sources = path, dict(sources)
+        _repair(path)
         self._own: list[tuple[str, Span]] = []
         self._pending: dict[str, Any] = {}  # name -> future of spans that were not read yet
         self._named: set[str] = set()
@@ -69,13 +73,31 @@ def _event(kind: str, process: str, name: str, **more: Any) -> dict[str, Any]:
     return {"ph": kind, "pid": zlib.crc32(process.encode()) >> 1, "tid": 0, "name": name, **more}
 
 
+def _repair(path: Path) -> None:
+    """Replaces a file that is not valid JSON by a file with its complete events. Each event has a line of its own."""
+    text = path.read_text(errors="replace") if path.exists() else "[]"
+    try:
+        json.loads(text)
+    except ValueError:
+        lines = (line.removeprefix("[").removesuffix("]").removesuffix(",") for line in text.splitlines())
+        complete = ",\n".join(filter(_is_event, lines))
+        write_file(path, f"[{complete}]".encode())
+
+
+def _is_event(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
 def _append(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
     """Appends events to the JSON list in a file, without reading the file."""
     if not events:
         return
     if not path.exists():
-        path.write_text("[]")
-    with path.open("r+b") as file:
+        write_file(path, b"[]")
+    with writing(path), path.open("r+b") as file:
         file.seek(-1, 2)
         first = file.tell() == 1
         lines = ",\n".join(map(json.dumps, events))

@@ -80,7 +80,7 @@ class Engine:
 
         install()
         _prepare_device(device, threads)
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         self.max_sequence_length = max_sequence_length
         self.max_images_per_prompt = max_images_per_prompt
         self.stop_ids = stop_ids(model, config)
@@ -91,6 +91,7 @@ class Engine:
         self._broken: str | None = None  # the reason why the engine cannot be used any more
         self._llm: LLM = LLM(
             model,
+            trust_remote_code=False,
             dtype=dtype,
             seed=seed,
             max_model_len=max_sequence_length,
@@ -292,7 +293,7 @@ def stop_ids(model: str, config: "PretrainedConfig") -> tuple[int, ...]:
     from transformers import AutoTokenizer, GenerationConfig
 
     named = [getattr(part, "eos_token_id", None) for part in (config, config.get_text_config())]
-    named.append(getattr(AutoTokenizer.from_pretrained(model), "eos_token_id", None))
+    named.append(getattr(AutoTokenizer.from_pretrained(model, trust_remote_code=False), "eos_token_id", None))
     with suppress(OSError):  # a model may have no generation config
         named.append(GenerationConfig.from_pretrained(model).eos_token_id)
     ids = {i for ids in named if ids is not None for i in (ids if isinstance(ids, Iterable) else (ids,))}

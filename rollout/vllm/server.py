@@ -175,7 +175,9 @@ def _cpu_options(model: str, options: Mapping[str, str | int | float | bool]) ->
         from rl.model import config
 
         config.register()
-        max_length = AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings
+        max_length = (
+            AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().max_position_embeddings
+        )
     limits = whole_prompts(int(max_length))
     return {
         "enforce-eager": True,

@@ -12,6 +12,8 @@ from typing import Any
 
 from jinja2 import Environment
 
+from rewards.text import visible
+
 EXAMPLES = 3  # number of example rows for each reason
 BARS = 12  # number of equal-width bars in a histogram; the bars `none` and `all` are not counted
 WIDTH = 40  # length of a histogram's longest bar, in characters
@@ -73,7 +75,7 @@ class CurationReport:
         for reason in self.reasons:
             lines += ["", f"{reason.filter}: {reason.why} ({reason.count})"]
             lines += [f"  {row}: {' | '.join(filter(None, (detail, shown)))}" for row, detail, shown in reason.examples]
-        return "\n".join(lines)
+        return visible("\n".join(lines))  # a row can contain characters that control a terminal
 
     def html(self) -> str:
         """Returns the report as one HTML page. The page needs no other file."""

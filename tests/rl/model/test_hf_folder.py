@@ -51,3 +51,27 @@ def test_the_error_for_a_folder_without_weights_or_config_names_the_missing_file
     step_vl().config.save_pretrained(tmp_path)
     with pytest.raises(hf_folder.CheckpointError, match="only safetensors are read"):
         hf_folder.load(tmp_path)
+
+
+def test_a_link_to_a_file_outside_of_the_folder_is_refused_before_it_could_be_copied(tmp_path):
+    (tmp_path / "id_rsa").write_text("private")
+    hf_folder.save(text_model(), tmp_path / "model")
+    (tmp_path / "model/notes.txt").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(hf_folder.CheckpointError, match=r"model/notes\.txt is a link to .*/id_rsa"):
+        hf_folder.check(tmp_path / "model")
+    with pytest.raises(hf_folder.CheckpointError, match=r"notes\.txt is a link"):
+        hf_folder.save(text_model(), tmp_path / "saved", source=tmp_path / "model")
+    assert not (tmp_path / "saved/notes.txt").exists()
+
+
+def test_links_within_a_model_folder_and_to_the_blobs_of_a_hub_copy_are_followed(tmp_path):
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/1"
+    hf_folder.save(text_model(), snapshot)
+    blobs.mkdir()
+    (blobs / "1f").write_text("template")
+    (snapshot / "chat_template.jinja").symlink_to("../../blobs/1f")
+    (snapshot / "same.jinja").symlink_to("chat_template.jinja")
+    hf_folder.check(snapshot)
+    hf_folder.save(text_model(), tmp_path / "saved", source=snapshot)
+    for name in ("chat_template.jinja", "same.jinja"):
+        assert (tmp_path / "saved" / name).read_text() == "template" and not (tmp_path / "saved" / name).is_symlink()

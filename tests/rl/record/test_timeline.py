@@ -1,7 +1,10 @@
 """Tests that timeline.json is complete after every write, and that no write waits for a busy process."""
 
 import json
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from rl.record.timeline import Span, Timeline
 
@@ -52,3 +55,20 @@ def test_a_resumed_run_continues_the_file_under_the_same_process_ids(tmp_path):
         timeline.write()
     events = json.loads((tmp_path / "t.json").read_text())
     assert len(events) == 4 and len({event["pid"] for event in events}) == 1
+
+
+@pytest.mark.parametrize("kept", [0, 1, 40, -1, -20])
+def test_a_file_that_a_crash_has_cut_keeps_its_complete_events(tmp_path: Path, kept: int) -> None:
+    file = tmp_path / "t.json"
+    whole = Timeline(file, {})
+    for number in range(3):
+        whole.add("loop", "rollout", number, number + 1)
+    whole.write()
+    before = json.loads(file.read_text())
+    file.write_bytes(file.read_bytes()[:kept])
+    resumed = Timeline(file, {})
+    resumed.add("loop", "after", 5, 6)
+    resumed.write()
+    *old, _, new = json.loads(file.read_text())
+    assert old == before[: len(old)] and new["name"] == "after"
+    assert len(old) >= (len(before) - 1 if kept < 0 else 0)

@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +398,15 @@ def test_rows_decisions_and_report_have_the_result_of_every_row(tmp_path: Path) 
     assert sum(count for _, count in report.histograms[0].bars) == 5
     assert "leaked: the question of b | What is leaked?" in report.text()
     assert "<h1>2 of 7 rows are kept</h1>" in report.html()
+
+
+def test_a_report_for_a_terminal_has_no_control_characters(tmp_path: Path) -> None:
+    out = CurationFolder(tmp_path)
+    asked = prompt_with_text("What is \x1b[2J leaked?", "x\x07")
+    filters = {"decontamination": DecontaminationFilter(Benchmarks([replace(asked, id="b")], 64))}
+    run_blocks([[CandidateRow(asked, 0)]], filters, out, ["s"], lambda message: None)
+    text = make_report([out.decisions(0)], ["decontamination"], ["s"]).text()
+    assert "What is [2J leaked?" in text and not set("\x1b\x07") & set(text)
 
 
 def test_a_report_counts_each_source_separately(tmp_path: Path) -> None:
