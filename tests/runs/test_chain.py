@@ -39,10 +39,12 @@ def test_a_dry_run_can_begin_with_a_later_stage(tmp_path: Path, capsys: pytest.C
     assert "--- curate" in out and "stage      pacore, 100 iterations" in out and "--- rlhf" not in out
 
 
-def test_an_error_in_a_later_stage_is_reported_before_the_first_stage_starts(tmp_path: Path) -> None:
+def test_an_error_in_a_later_stage_is_reported_before_the_first_stage_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     longer = ("pacore.max_sequence_length=99999", "pacore.learner.token_budget=99999")
-    code, _, err = run(*SMALL, *longer, "--output", tmp_path / "run")
-    assert code == 2 and "is more than the 4096 positions" in err
+    assert main([str(given) for given in (*SMALL[1:], *longer, "--output", tmp_path / "run")]) == 2
+    assert "is more than the 4096 positions" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -86,8 +86,8 @@ def test_a_run_whose_judge_never_answers_again_saves_and_names_the_judge(tmp_pat
 
 def test_the_rlhf_recipe_trains_with_the_judge_that_it_serves(tmp_path: Path) -> None:
     code, _, err = run(
-        *("rl.run", ROOT / "recipes/rlhf.yaml", "--profile", "cpu", "--output", tmp_path / "run", "iterations=2"),
-        *("prompts_per_iteration=4", "rollouts_per_prompt=4", "data.eval_limit=8"),
+        *("rl.run", ROOT / "recipes/rlhf.yaml", "--profile", "cpu", "--output", tmp_path / "run", "iterations=1"),
+        *("prompts_per_iteration=4", "rollouts_per_prompt=4", "data.eval_limit=4"),
     )
     assert code == 0, err
     first, *lines = metrics(tmp_path / "run")

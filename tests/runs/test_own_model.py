@@ -51,14 +51,14 @@ def _row(identity: str, digit: str) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def their_run(theirs: Path) -> Path:
-    """The folder of a run with two engines and partial rollouts. The run gets SIGTERM in its second iteration, as the
+    """The folder of a run with partial rollouts. The run gets SIGTERM in its second iteration, as the
     program `timeout` sends it. Then it is resumed and ends after its third iteration."""
     folder = theirs / "my_run"
     command = Command(
         "rl.run", ROOT / "recipes/rlvr.yaml", "--profile", "cpu", "--output", "my_run",
         f"model.path={theirs}/model", f"data.train={theirs}/train.jsonl", f"data.eval={theirs}/heldout.jsonl",
         "rewards.echo={use: exact}", "iterations=2", "prompts_per_iteration=8", "rollouts_per_prompt=4",
-        "max_sequence_length=24", "checkpoint.every=1", "rollout.workers=2",
+        "max_sequence_length=24", "checkpoint.every=1",
         "rollout.partial={extra_prompts: 0.5, chunk_tokens: 2}", folder=theirs,
     )  # fmt: skip
     wait_for_iteration(folder, 1, command)

@@ -19,12 +19,13 @@ SMALL = (
         "synthesis.most_messages=5",
     ),
     "synthesis.online_length=128",
+    "rollout.workers=2",
 )
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run in which the policy itself generates the pooled answers."""
+    """The folder of a run in which the policy itself, in two engines, generates the pooled answers."""
     folder = tmp_path_factory.mktemp("runs") / "pacore"
     code, _, err = run(*SMALL, "--output", folder)
     assert code == 0, err

@@ -123,14 +123,14 @@ def test_the_shipped_judge_is_small_and_agrees_with_heldout_preferences_in_eithe
 
 def test_a_perfect_description_of_another_picture_does_not_win_with_the_shipped_judge(shipped) -> None:
     rng = np.random.default_rng(3)
-    crowds = [world.draw_crowd(rng, "heldout", world.OPEN_CROWD) for _ in range(24)]
+    crowds = [world.draw_crowd(rng, "heldout", world.OPEN_CROWD) for _ in range(16)]
     others = [", ".join(thing.described for thing in crowd.things) for crowd in crowds[1:] + crowds[:1]]
     pairs = [Pair(crowd, said, world.teachers_words(crowd, rng)) for crowd, said in zip(crowds, others, strict=True)]
     model, prompter = shipped
     first = judge.grades(model, prompter, pairs)
     second = judge.grades(model, prompter, [pair.swapped for pair in pairs])
     leads = [a[0] - a[1] + b[1] - b[0] for a, b in zip(first, second, strict=True) if a and b]
-    assert len(leads) >= 20 and np.mean([lead > 0 for lead in leads]) < 0.1
+    assert len(leads) >= 14 and np.mean([lead > 0 for lead in leads]) < 0.1
 
 
 def test_the_script_writes_a_judge_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
