@@ -35,7 +35,8 @@ def also_stopped_by(name: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        del SIGNALS[len(SIGNALS) - len(added) :]
+        for number in added:
+            SIGNALS.remove(number)
 
 
 class Interrupts:

@@ -1,4 +1,4 @@
-"""Writes messages to another process from a thread of its own.
+"""Writes messages to another process. A separate thread writes them, so that the caller never waits.
 
 If both processes wrote in the thread that also reads, both could wait for the other to read, for ever.
 

@@ -39,7 +39,11 @@ def test_an_expected_error_is_one_message_and_an_exit_code(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_command_with_one_message(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_ends_a_command_with_one_message(
+    number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rl.interrupt._leave_terminal", lambda: None)  # the output of this process stays visible
+
     def work() -> int:
         os.kill(os.getpid(), number)
         raise AssertionError("went on")

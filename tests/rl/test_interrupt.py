@@ -15,6 +15,12 @@ from rl.actors import signals_as_raised
 from rl.interrupt import Interrupted, Interrupts, also_stopped_by, run_async
 
 
+@pytest.fixture(autouse=True)
+def terminal_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After SIGHUP, the output of this process stays visible."""
+    monkeypatch.setattr(interrupt, "_leave_terminal", lambda: None)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_waiting_is_raised_at_once(number: int) -> None:
     with Interrupts().installed() as interrupts, pytest.raises(Interrupted), interrupts.waiting():

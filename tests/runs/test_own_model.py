@@ -51,8 +51,8 @@ def _row(identity: str, digit: str) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def their_run(theirs: Path) -> Path:
-    """The folder of a run with partial rollouts. The run gets SIGTERM in its second iteration, as the
-    program `timeout` sends it. Then it is resumed and ends after its third iteration."""
+    """The folder of a run with partial rollouts. The run gets SIGTERM twice in its second iteration, as from the
+    program `timeout`. Then it is resumed and ends after its third iteration."""
     folder = theirs / "my_run"
     command = Command(
         "rl.run", ROOT / "recipes/rlvr.yaml", "--profile", "cpu", "--output", "my_run",

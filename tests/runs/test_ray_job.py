@@ -65,16 +65,8 @@ def test_a_submitted_job_joins_the_cluster_trains_and_writes_to_the_given_folder
     cluster: tuple[str, Command], tmp_path: Path
 ) -> None:
     dashboard, head = cluster
-    recipe = [
-        "python",
-        "-m",
-        "rl.run",
-        "recipes/rlvr.yaml",
-        *map(str, SMALL_RUN[2:]),
-        "iterations=1",
-        "data.eval=[]",
-        PLUGIN,
-    ]
+    small = (*map(str, SMALL_RUN[2:]), "iterations=1", "data.eval=[]", PLUGIN)
+    recipe = ["python", "-m", "rl.run", "recipes/rlvr.yaml", *small]
     submit = ("ray.scripts.scripts", "job", "submit", "--address", dashboard, "--working-dir", ".", "--", *recipe)
     deadline = Deadline(PATIENCE)
     while True:

@@ -272,9 +272,7 @@ def test_unfinished_responses_survive_an_interruption_bit_for_bit(tmp_path: Path
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_the_final_policy_gives_the_same_logprobs_in_vllm_and_in_our_code(
-    finished: tuple[Path, str],
-) -> None:
+def test_the_final_policy_gives_the_same_logprobs_in_vllm_and_in_our_code(finished: tuple[Path, str]) -> None:
     from rl.learner.options import LearnerOptions
     from rl.learner.policy import Policy
     from rl.recipe.resolve import load
