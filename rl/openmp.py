@@ -9,7 +9,7 @@ after each parallel loop, and threads of Intel's library for 200 ms.
 from collections.abc import MutableMapping
 
 LIMITS = {
-    "GOMP_SPINCOUNT": "500",  # GNU's library (torch, vLLM): 500 iterations of an empty loop, about 20 microseconds
+    "GOMP_SPINCOUNT": "1000",  # GNU's library (torch, vLLM): 1000 iterations of an empty loop, about 40 microseconds
     "KMP_BLOCKTIME": "0",  # Intel's library, which a user can preload; the unit is milliseconds
 }
 CHOICES = {"OMP_WAIT_POLICY", *LIMITS}  # variables with which a user chooses how threads wait
