@@ -17,6 +17,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -43,6 +44,7 @@ class Target:
     endpoints: Mapping[str, EndpointSpec]
     task: str | None = None  # the task's name in a recipe
     row_judge: ScorerSpec | None = None
+    picture_folders: Sequence[str] = ()  # folders in which the samples' pictures may be
 
     @property
     def verifiable(self) -> dict[str, RewardSpec]:
@@ -59,6 +61,10 @@ def parser() -> argparse.ArgumentParser:
     trial.add_argument("target", help="registered name, pkg.module:Name, file.py:Name, or RECIPE:task")
     trial.add_argument("samples", help="JSONL of data rows with a `response`, such as a run's rollouts/000001.jsonl.gz")
     trial.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the reward")
+    trial.add_argument(
+        "--picture-folder", action="append", default=[], metavar="DIR",
+        help="one more folder in which pictures of the samples may be; a recipe's data folders are known",
+    )  # fmt: skip
     trial.add_argument("--json", action="store_true", help="print one JSON object per sample")
     trial.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="number of scoring processes")
     return p
@@ -126,7 +132,7 @@ def _try(args: argparse.Namespace) -> int:
     from rollout.data.rows import read_samples
 
     target = _target(args.target, args.param, args.samples)
-    samples = _of_task(read_samples(args.samples), target.task)
+    samples = _of_task(read_samples(args.samples, (*target.picture_folders, *args.picture_folder)), target.task)
     renamed = [replace(one, prompt=replace(one.prompt, task=TRIED)) for one in samples]
     with _runner(target, args.workers) as runner:
         scored = _score_rows(runner, renamed) if target.row_judge else runner.score(renamed)
@@ -161,15 +167,29 @@ def _of_recipe(file: str, task: str, samples: str) -> Target:
     from rl.recipe.resolve import load
     from stages.curation.judges import row_judges
 
-    config = load(find_recipe(file), overrides=[f"data.train={json.dumps(os.path.abspath(samples))}"]).config
+    own = find_recipe(file)
+    config = load(own, overrides=[f"data.train={json.dumps(os.path.abspath(samples))}"]).config
     endpoints = {name: EndpointSpec.of(name, one) for name, one in config.endpoints.items()}
-    judges = row_judges(config)
+    judges, folders = row_judges(config), _data_folders(own)
     if task in judges:
-        return Target((), endpoints, row_judge=judges[task])
+        return Target((), endpoints, row_judge=judges[task], picture_folders=folders)
     if task not in config.rewards:
         known = f"its tasks are {', '.join(config.rewards)}; its row judges are {', '.join(judges) or 'none'}"
         raise ValueError(f"{file} has no rewards.{task}; {known}")
-    return Target(config.rewards[task], endpoints, task)
+    return Target(config.rewards[task], endpoints, task, picture_folders=folders)
+
+
+def _data_folders(recipe: Path) -> list[str]:
+    """Returns the folders of a recipe's data and pictures. The rollouts of a run name pictures in these folders."""
+    from rl.recipe.errors import MissingOption
+    from rl.recipe.resolve import load
+
+    try:
+        data = load(recipe).config.data
+    except MissingOption:  # the recipe leaves it to the user to name the data
+        return []
+    files = [Path(source.path) for source in (*data.train, *data.eval)]
+    return [*data.picture_folders, *(str(file if file.is_dir() else file.parent) for file in files if file.exists())]
 
 
 def _of_task(samples: list[Rollout], task: str | None) -> list[Rollout]:

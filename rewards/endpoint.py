@@ -14,7 +14,7 @@ import os
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -166,6 +166,7 @@ class EndpointSpec:
         return cls(name=name, url=options.url or "", **options.model_dump(exclude={"url", "serve"}))
 
 
+_answered: set[str] = set()
 _specs: dict[str, EndpointSpec] = {}
 _endpoints: dict[str, "Endpoint"] = {}
 
@@ -175,6 +176,14 @@ def configure(specs: Mapping[str, EndpointSpec]) -> None:
     _specs.clear()
     _specs.update(specs)
     _endpoints.clear()
+    _answered.clear()
+
+
+def take_answered() -> list[str]:
+    """Returns the names of the endpoints that have answered a request since this function was last called."""
+    names = sorted(_answered)
+    _answered.clear()
+    return names
 
 
 def endpoint(name: str) -> "Endpoint":
@@ -213,18 +222,22 @@ class Endpoint:
 
     async def ask(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, Any]] | Callable[[], Sequence[Mapping[str, Any]]],
         *,
         answer: type[Answer],
         max_tokens: int,
         temperature: float,
         seed: int,
+        retries: int | None = None,
     ) -> tuple[Answer, str]:
         """Returns the model's reply as an `answer` object, and as text.
 
-        messages    a chat in OpenAI's format
+        messages    a chat in OpenAI's format, or a function that makes it. The function is called in a thread when the
+                    request is sent. Use a function for large chats, for example for chats with pictures, so that
+                    requests that wait for a free slot need no memory for them
         answer      the class of the returned object. The whole reply must be the JSON of one such object; a ```json
                     fence around this JSON is allowed
+        retries     maximum number of retries; by default the number of the recipe
 
         Raises Unparsable if the reply is anything else, Refused if the endpoint refuses this request, and
         Unreachable after the last retry. The sample's `clock` does not count the wait for a free slot, the wait before
@@ -232,7 +245,6 @@ class Endpoint:
         """
         request: dict[str, Any] = {
             "model": self.spec.model,
-            "messages": messages,
             "max_tokens": max_tokens,
             "temperature": temperature,
             "seed": seed,
@@ -240,21 +252,24 @@ class Endpoint:
         if self.spec.structured:
             schema = {"name": answer.__name__, "schema": answer.model_json_schema(), "strict": True}
             request["response_format"] = {"type": "json_schema", "json_schema": schema}
-        text = await self._retried(request)
+        most = self.spec.retries if retries is None else retries
+        text = await self._retried(messages if callable(messages) else lambda: messages, request, most)
         return parsed(text, answer), text
 
-    async def _retried(self, request: Mapping[str, Any]) -> str:
+    async def _retried(
+        self, messages: Callable[[], Sequence[Mapping[str, Any]]], request: Mapping[str, Any], retries: int
+    ) -> str:
         tries = 0
         while True:
             tries += 1
             async with self._slot():
                 started = running.elapsed if (running := clock.get()) else 0.0
-                reply = await self._once(request)
+                reply = await self._once({**request, "messages": await asyncio.to_thread(messages)})
             if isinstance(reply, str):
                 return reply
             if running:
                 running.give_back(running.elapsed - started)
-            if tries > self.spec.retries:
+            if tries > retries:
                 raise Unreachable(self.spec.name, f"{reply.why}, after {tries} tries", reply.status)
             with waiting():
                 await asyncio.sleep(_delay(tries, reply.retry_after_s))
@@ -289,6 +304,7 @@ class Endpoint:
             return _Failure(f"{self.spec.url} sent an answer that is no chat completion: {self._public(e)}")
         if not isinstance(completion, ChatCompletion) or not completion.choices:
             return _Failure(f"{self.spec.url} sent an answer that is no chat completion: {self._public(completion)}")
+        _answered.add(self.spec.name)
         choice = completion.choices[0]
         if choice.finish_reason == "content_filter" or choice.message.refusal:
             raise Refused(
@@ -303,6 +319,7 @@ class Endpoint:
         status = error.status_code
         message = self._public(error.message.removeprefix(f"Error code: {status} - "))
         if status in (400, 413, 422) or (status == 403 and _MODERATED.search(message)):
+            _answered.add(self.spec.name)
             raise Refused(f"HTTP {status}: {message}") from None
         if status in (408, 409, 429) or status >= 500:
             return _Failure(f"HTTP {status}: {message}", status, _retry_after(error.response.headers))

@@ -160,25 +160,41 @@ class Judge(Generic[V]):
                 why = str(e)
                 break  # another attempt would be refused too
             except Unreachable as e:
-                if e.status is None or e.status < 500:
+                if e.status is not None and e.status < 500:
                     raise
-                # Perhaps the server fails only on this text. Then, without this check, the sample would wait for the
-                # server forever.
+                # Perhaps the server fails, or is too slow, only on this text. Then, without this check, the sample
+                # would wait for the server forever.
                 await self._check(row, shown, texts, 0.0)
                 why = e.why
+                if e.status is None:
+                    break  # another attempt would wait for the full time of all retries again
         await self._check(row, shown, texts, CANARY_S)
         raise Unjudgeable(f"the judge gave no verdict on this text: {why}")
 
     async def _once(
-        self, row: Prompt, shown: Mapping[str, Any], written: Mapping[str, str], vote: int, attempt: int
+        self,
+        row: Prompt,
+        shown: Mapping[str, Any],
+        written: Mapping[str, str],
+        vote: int,
+        attempt: int,
+        retries: int | None = None,
     ) -> V:
         text = self.prompt(row, shown, written)
         seed = int(_digest(text, str(vote), str(attempt))[:8], 16) >> 1
-        pictures = await asyncio.to_thread(_data_urls, row.images) if self.endpoint.spec.images and row.images else ()
-        parts = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
-        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
+
+        def messages() -> list[dict[str, Any]]:
+            pictures = _data_urls(row.images) if self.endpoint.spec.images and row.images else ()
+            parts = [{"type": "image_url", "image_url": {"url": url}} for url in pictures]
+            return [{"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
+
         verdict, _ = await self.endpoint.ask(
-            messages, answer=self.verdict, max_tokens=self.max_tokens, temperature=self.temperature, seed=seed
+            messages,
+            answer=self.verdict,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            seed=seed,
+            retries=retries,
         )
         return verdict
 
@@ -222,11 +238,11 @@ class Judge(Generic[V]):
     async def _canary(
         self, row: Prompt, shown: Mapping[str, Any], harmless: Mapping[str, str]
     ) -> Invalid | Unreachable | None:
-        """Sends a canary. Returns None if the judge answers the canary, else the error to raise."""
+        """Sends a canary, without retries. Returns None if the judge answers the canary, else the error to raise."""
         why = ""
         for attempt in range(ATTEMPTS):
             try:
-                await self._once(row, shown, harmless, 0, attempt)
+                await self._once(row, shown, harmless, 0, attempt, retries=0)
                 return None
             except (Unparsable, Refused) as e:
                 why = str(e)

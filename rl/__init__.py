@@ -2,6 +2,8 @@
 
 import os
 
+from rl.cluster_token import set_token
 from rl.openmp import limit_spinning
 
 limit_spinning(os.environ)
+set_token(os.environ)

@@ -254,14 +254,16 @@ def place_team(
     gpus: float = 0,
     environment: dict[str, str] | None = None,
     patience: float | None = None,
+    start_s: float | None = None,
 ) -> Team[T]:
     """Starts `count` actors and calls `make(*args, rank, count, address)` in each actor. The actors form a process
     group at `address`.
 
-    Returns at once if `count` is 1. Otherwise waits until the process of the first actor runs.
+    Returns at once if `count` is 1. Otherwise waits until the process of the first actor runs. Raises WorkerDied if
+    this process does not run after `start_s` seconds, for example because other programs use all GPUs.
     """
     actors = [_actor(make, cpus, gpus, environment) for _ in range(count)]
-    address = _get(actors[0].free_address.remote()) if count > 1 else None
+    address = _get(actors[0].free_address.remote(), start_s) if count > 1 else None
     created = [RemoteFuture(a.make.remote(make, (*args, rank, count, address), {})) for rank, a in enumerate(actors)]
     name = _class_name(make)
     return Team([RemoteObject(*pair, name) for pair in zip(actors, created, strict=True)], patience)
@@ -371,9 +373,6 @@ def cluster(*, verbose: bool = False) -> Iterator[None]:
     if address:
         options["address"] = address
     else:
-        # By default Ray writes a token to the home folder, and all clusters that are started later require the token.
-        # Our cluster needs no token, because it listens on this machine only.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         options |= {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     try:
         with _signals_kept():
@@ -396,3 +395,8 @@ def is_local_cluster() -> bool:
 def gpus() -> int:
     """Returns the number of GPUs in the cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def free_gpus() -> int:
+    """Returns the number of GPUs in the cluster that no other program uses."""
+    return int(ray.available_resources().get("GPU", 0))

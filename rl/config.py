@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WrapSerializer, model_validator
 
+from rl.recipe.stored_secrets import secret_options
+
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -60,7 +62,6 @@ ONLY_BUILT: Mapping[str, tuple[Any, ...]] = {
     "ppo.kl": (0,),
 }
 ROUNDING = 1e-9  # tolerance: in floating point, weights of 0.7, 0.2 and 0.1 do not add up to exactly 1
-SECRETS = ("api_key", "access_token", "secret", "password")
 
 
 class OptionError(ValueError):
@@ -146,6 +147,9 @@ class Data(Options):
     evaluated. null: all rows."""
     columns: dict[str, str] = {}
     """Maps our column names to the column names in the data. The mapping applies to all sources without an adapter."""
+    picture_folders: tuple[str, ...] = ()
+    """Folders in which the pictures of rows may be, in addition to the folder of the data file. Rows that name other
+    pictures cannot be used. So a data file from somebody else cannot select private pictures."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What the run does with rows that cannot be used. stop: the run lists these rows and stops; skip: the run lists
     these rows and continues without them."""
@@ -680,24 +684,15 @@ def _contradictions(config: Config) -> Iterator[OptionError]:
 
 
 def _stored_secrets(config: Config) -> Iterator[OptionError]:
-    """Yields an error for each parameter that seems to be a secret. The file recipe.yaml stores all values. A parameter
-    may therefore contain the name of an environment variable, but not the secret itself."""
-    for task, rewards in config.rewards.items():
-        for scorer in (scorer for reward in rewards for scorer in (reward, *reward.penalties)):
-            for name in _names(scorer.params):
-                if name.lower().endswith(SECRETS):
-                    key = f"rewards.{task}.params.{name}"
-                    problem = (
-                        f"would be stored in recipe.yaml; use an environment variable, and put its name in {name}_env"
-                    )
-                    yield OptionError(key, problem)
-
-
-def _names(params: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in params.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _names(value, f"{prefix}{name}.")
+    """Yields an error for each value that seems to be a secret. The file recipe.yaml stores all values. A recipe may
+    therefore contain the name of an environment variable, but not the secret itself."""
+    for key, problem in secret_options(config.model_dump()):
+        advice = "put it into an environment variable, and give only the name of the variable"
+        if ".params." in key:
+            advice += f", for example in {key.rpartition('.')[2]}_env"
+        if ".serve." in key:
+            advice = "leave it out: the run makes a random key for the models that it serves"
+        yield OptionError(key, f"{problem}, and would be stored in recipe.yaml; {advice}")
 
 
 def _shown(value: Any) -> str:

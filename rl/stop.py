@@ -1,6 +1,10 @@
 """Defines the exceptions that end a run or restart it from its last checkpoint. Tested in tests/stages/test_ahead.py,
 tests/rollout/test_pool.py and tests/rl/record/test_checkpoints.py."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Self
+
 GO_ON = "continue with --resume (a curation continues with the same command)"  # advice at the end of a Stop's message
 
 
@@ -14,6 +18,10 @@ class Stop(RuntimeError):
     def __init__(self, message: str, *, saves: bool) -> None:
         super().__init__(message)
         self.saves = saves
+
+    def __reduce__(self) -> tuple[Callable[..., Self], tuple[Any, ...]]:
+        """Makes it possible to raise a Stop in one process and to catch it in another one."""
+        return partial(type(self), saves=self.saves), self.args
 
 
 class WorkerDied(RuntimeError):

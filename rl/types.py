@@ -8,13 +8,16 @@ process can import it. Batch and Targets are in rl/learner.
 import base64
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from rl.stop import Stop
 
 Finish = Literal["stop", "length"]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -22,6 +25,12 @@ SYNTHESIS_TEMPLATE = "pacore.jinja"
 """Name of a template file in a model folder. The template combines a problem and earlier answers into one prompt. The
 model was trained with prompts from this template."""
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+FORMATS = (*WEB_FORMATS, "BMP", "TIFF")
+"""The formats of pictures that are opened. Pillow knows more formats, but some of them start other programs."""
+MOST_PIXELS = 64_000_000
+"""Maximum number of pixels of a picture. A decoded picture takes three bytes per pixel."""
+MOST_PICTURE_BYTES = 512 << 20
+"""Maximum size of a picture's file in bytes."""
 
 
 def answer_of(text: str) -> str:
@@ -31,6 +40,14 @@ def answer_of(text: str) -> str:
     if THINK_CLOSE in text:
         return text.rpartition(THINK_CLOSE)[2].strip()
     return "" if THINK_OPEN in text else text.strip()
+
+
+class BadPicture(ValueError):
+    """A picture has an unknown format, is too large or is damaged."""
+
+
+class LostPicture(Stop):
+    """A picture that could be decoded when the rows were checked cannot be read any more."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +63,38 @@ class Picture:
 
     @classmethod
     def of(cls, source: str | Path | bytes) -> "Picture":
-        """Makes a Picture from a file or from encoded bytes. Raises FileNotFoundError if the file does not exist."""
+        """Makes a Picture from a file or from encoded bytes. Reads the header first, and then the whole file.
+
+        Raises: FileNotFoundError if the file does not exist; BadPicture if format or size are not allowed.
+        """
         if not isinstance(source, bytes):
             source = Path(source).resolve()
-        data = source if isinstance(source, bytes) else source.read_bytes()
+            if (size := source.stat().st_size) > MOST_PICTURE_BYTES:
+                raise BadPicture(f"it has {size:,} bytes, more than the maximum of {MOST_PICTURE_BYTES:,}")
+        with _opened(source):
+            data = source if isinstance(source, bytes) else source.read_bytes()
         return cls(source, hashlib.sha256(data).hexdigest())
 
+    def check(self) -> None:
+        """Decodes the picture and discards the pixels. Raises BadPicture if the picture cannot be decoded."""
+        with _opened(self.source) as image:
+            image.draft(None, (1, 1))  # decodes a JPEG at an eighth of its size, which is faster
+            image.load()
+
     def load(self) -> Image.Image:
-        """Returns the decoded picture in RGB."""
-        data = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
-        with Image.open(data) as image:
-            return image.convert("RGB")
+        """Returns the decoded picture in RGB. Raises LostPicture if the picture cannot be decoded."""
+        try:
+            with _opened(self.source) as image:
+                return image.convert("RGB")
+        except (BadPicture, OSError) as problem:
+            name = "bytes of a data row" if isinstance(self.source, bytes) else self.source
+            raise LostPicture(f"picture {self.digest[:12]} ({name}) cannot be read: {problem}", saves=False) from None
 
     @property
     def data_url(self) -> str:
         """The encoded picture as a `data:` URL. A picture is converted to PNG if its format is not in WEB_FORMATS."""
         data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
+        with _opened(data) as image:
             kind = image.format
         if kind not in WEB_FORMATS:
             png = io.BytesIO()
@@ -73,9 +105,27 @@ class Picture:
     @cached_property
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels, read from the header of the file."""
-        data = io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source
-        with Image.open(data) as image:
+        with _opened(self.source) as image:
             return image.size
+
+
+@contextmanager
+def _opened(source: Path | bytes) -> Iterator[Image.Image]:
+    """Opens a picture and checks its header. Every error in the `with` block becomes a BadPicture, except if the file
+    does not exist."""
+    data = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        with Image.open(data, formats=FORMATS) as image:
+            width, height = image.size
+            if not 0 < width * height <= MOST_PIXELS:
+                raise BadPicture(f"its size is {width} x {height}, but 1 to {MOST_PIXELS:,} pixels are allowed")
+            yield image
+    except (BadPicture, FileNotFoundError):
+        raise
+    except UnidentifiedImageError:
+        raise BadPicture(f"it is no picture in one of the formats {', '.join(FORMATS)}") from None
+    except Exception as problem:  # Pillow's decoders raise errors of many classes if a file is damaged
+        raise BadPicture(str(problem)) from problem
 
 
 @dataclass(frozen=True)

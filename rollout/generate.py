@@ -26,13 +26,12 @@ from rl.interrupt import run_async
 from rl.record.disk import hold_file
 from rl.types import Prompt
 from rollout.data.rows import read
-from rollout.pacore.client import RequestRefused
+from rollout.pacore.client import NoAnswer, RequestRefused
 from rollout.pacore.prompt import Chat, SynthesisPrompt
 from rollout.pacore.rounds import PacoreResult, PromptTooLong, Reply, Round, Sampler, parse_plan, run_rounds
 from rollout.pacore.target import ModelTarget, add_target_options, target_of
 
 REPORT_S = 10.0  # minimum seconds between two lines of progress
-BAD_REQUEST = 400
 
 
 @dataclass(frozen=True)
@@ -139,8 +138,10 @@ async def generate(
             )
         except PromptTooLong as error:
             return f"the problem leaves no room for a response: {error}"
+        except NoAnswer as error:
+            return str(error)
         except RequestRefused as error:
-            if error.status != BAD_REQUEST:
+            if not error.only_this:
                 raise
             return str(error)
 
@@ -260,10 +261,11 @@ def parse_record(record: Mapping[str, Any]) -> PacoreResult:
     )
 
 
-def read_problems(path: str, limit: int | None = None) -> list[Prompt]:
+def read_problems(path: str, limit: int | None = None, picture_folders: Sequence[str] = ()) -> list[Prompt]:
     """Reads the rows of IN. IN may be any source that data.train accepts, and its rows need no task. Raises RowError,
     ValueError."""
-    return list(read([Source(path=path, task="problem", limit=limit)]).checked().prompts)
+    source = Source(path=path, task="problem", limit=limit)
+    return list(read([source], picture_folders=picture_folders).checked().prompts)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -284,6 +286,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-tokens", type=int, help="maximum tokens of a reply; default: only the context limits a reply")
     p.add_argument("--limit", type=int, help="answer only the first LIMIT problems")
+    p.add_argument(
+        "--picture-folder", action="append", default=[], metavar="DIR",
+        help="one more folder in which pictures of IN may be; default: only the folder of IN",
+    )  # fmt: skip
     add_target_options(p)
     add_stop_option(p)
     return p
@@ -313,7 +319,7 @@ def _main(args: argparse.Namespace) -> int:
         seed=args.seed,
         max_tokens=args.max_tokens,
     )
-    problems = read_problems(args.problems, args.limit)
+    problems = read_problems(args.problems, args.limit, args.picture_folder)
     answers = AnswerFile(args.out, settings)
     try:
         run(problems, settings, target, synthesis, answers)

@@ -5,14 +5,20 @@
 Clients choose the mode with the model's name. `NAME:sere` samples one trajectory. `NAME:pacore` samples many
 trajectories and a synthesis. NAME without a mode uses the mode given by --mode. Everything else in a chat completion,
 including streaming, works in the same way as at the vLLM endpoint. `usage` counts the tokens of all trajectories.
+
+Clients cannot make the endpoint fetch anything: pictures must be in `data:` URLs. With --client-key-env, clients must
+send a key. An address other than loopback needs this option.
 """
 
 import argparse
 import asyncio
+import ipaddress
 import json
+import os
 import random
+import secrets
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -23,7 +29,13 @@ from jinja2 import TemplateError
 
 from rl.exits import DONE, run_command
 from rl.interrupt import Interrupts
-from rollout.pacore.client import FULL_DISTRIBUTION, EndpointClient, EndpointUnreachable, RequestRefused
+from rollout.pacore.client import (
+    FULL_DISTRIBUTION,
+    EndpointClient,
+    EndpointUnreachable,
+    NoAnswer,
+    RequestRefused,
+)
 from rollout.pacore.prompt import Chat, SynthesisPrompt
 from rollout.pacore.rounds import PromptTooLong, Reply, Round, draw_order, fit_messages, parse_plan, sample_trajectories
 from rollout.pacore.target import add_target_options, target_of
@@ -34,7 +46,16 @@ ANSWER_FIELDS = {"stream", "stream_options", "n", "model", "messages", "seed", "
 """Fields of the client's request that are not copied into the requests for trajectories."""
 UNSUPPORTED_FIELDS = ("tools", "tool_choice", "functions", "function_call")
 SHUTDOWN_S = 2.0
-BAD_REQUEST, NOT_FOUND, BAD_GATEWAY = 400, 404, 502
+NO_ENDPOINT = "the model does not answer at present"
+UPSTREAM_ERRORS = (
+    RequestRefused, NoAnswer, EndpointUnreachable, aiohttp.ClientError, OSError, ValueError
+)  # fmt: skip
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, BAD_GATEWAY, UNAVAILABLE = 400, 401, 404, 502, 503
+MOST_BYTES = 64 << 20  # maximum size of a request; pictures make requests large
+MOST_REPLIES = 64  # maximum `n` of a request
+MOST_REQUESTS = 256  # maximum number of requests that are answered at the same time
+PART_TYPES = ("text", "image_url")
 
 
 class InvalidRequest(Exception):
@@ -53,23 +74,45 @@ class PacoreProxy:
         name: the model's name for clients of the proxy.
         plan: the number of trajectories in each round before the synthesis.
         mode: the default mode, for requests whose model name contains no mode.
+        key: the key that clients must send, or None if they need no key.
     """
 
     def __init__(
-        self, client: EndpointClient, name: str, plan: Sequence[int], mode: str, synthesis: SynthesisPrompt
+        self,
+        client: EndpointClient,
+        name: str,
+        plan: Sequence[int],
+        mode: str,
+        synthesis: SynthesisPrompt,
+        key: str | None = None,
     ) -> None:
         self.client, self.name, self.plan, self.mode, self.synthesis = client, name, plan, mode, synthesis
         self.names = [name, *(f"{name}:{mode}" for mode in MODES)]
+        self._key, self._under_way = key, 0
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=2**30)  # requests with pictures may exceed aiohttp's default of 1 MiB
+        app = web.Application(client_max_size=MOST_BYTES, middlewares=[self._admit])
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._chat)
         return app
 
+    @web.middleware
+    async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Refuses requests without the right key, and requests beyond MOST_REQUESTS."""
+        sent = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if self._key and request.path != "/health" and not secrets.compare_digest(sent.encode(), self._key.encode()):
+            return _error(UNAUTHORIZED, "the key in the header Authorization is missing or wrong")
+        if self._under_way >= MOST_REQUESTS:
+            return _error(UNAVAILABLE, f"{MOST_REQUESTS} requests are under way; try again later")
+        self._under_way += 1
+        try:
+            return await handler(request)
+        finally:
+            self._under_way -= 1
+
     async def _health(self, request: web.Request) -> web.Response:
-        return web.Response()
+        return web.Response() if await self.client.works() else _error(UNAVAILABLE, NO_ENDPOINT)
 
     async def _models(self, request: web.Request) -> web.Response:
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "rollout.serve"} for name in self.names]
@@ -89,10 +132,10 @@ class PacoreProxy:
             return _error(BAD_REQUEST, str(error))
         except TemplateError as error:
             return _error(BAD_REQUEST, f"the synthesis template fails: {error}")
-        except RequestRefused as error:  # the client gets the endpoint's own error message
-            return web.Response(status=error.status, text=error.body, content_type="application/json")
-        except (EndpointUnreachable, aiohttp.ClientError, OSError, ValueError) as error:
-            return _error(BAD_GATEWAY, str(error))
+        except UPSTREAM_ERRORS as error:
+            if isinstance(error, RequestRefused) and error.only_this:  # the client gets the endpoint's error message
+                return web.Response(status=error.status, text=error.body, content_type="application/json")
+            return _error(BAD_GATEWAY, _public(error))
 
     def _mode(self, body: Mapping[str, Any]) -> str:
         """Returns the mode that the model's name selects. Raises InvalidRequest for an unknown model."""
@@ -111,7 +154,7 @@ class PacoreProxy:
                 await response.prepare(request)
                 async for piece in events.iter_any():
                     await response.write(piece)
-        except aiohttp.ClientError as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             await self._report_in_stream(response, error)
         await response.write_eof()
         return response
@@ -121,7 +164,8 @@ class PacoreProxy:
         the client gets an HTTP error status."""
         if not response.prepared:
             raise error
-        await response.write(_event({"error": {"message": str(error), "type": type(error).__name__}}))
+        shown = _public(error) if isinstance(error, UPSTREAM_ERRORS) else str(error)
+        await response.write(_event({"error": {"message": shown, "type": type(error).__name__}}))
 
     # PaCoRe
 
@@ -153,9 +197,7 @@ class PacoreProxy:
                 if not response.prepared:
                     await response.prepare(request)
                 await response.write(line)
-        except (
-            PromptTooLong, RequestRefused, EndpointUnreachable, TemplateError, aiohttp.ClientError, ValueError
-        ) as error:  # fmt: skip
+        except (PromptTooLong, TemplateError, *UPSTREAM_ERRORS) as error:
             await self._report_in_stream(response, error)
         finally:
             trajectories.cancel()  # the trajectories still run if the client has disconnected
@@ -204,13 +246,37 @@ class PacoreProxy:
 
 
 async def _parse_body(request: web.Request) -> dict[str, Any]:
+    """Returns the body of a request. Raises InvalidRequest if its form is wrong, if it is too large, or if it makes the
+    endpoint fetch something."""
     try:
-        body = await request.json()
-    except ValueError as error:
+        text = await request.text()
+        body = await asyncio.to_thread(json.loads, text)  # a large body would block all other requests
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the request is not JSON: {error}") from error
+    except web.HTTPRequestEntityTooLarge as error:
+        raise InvalidRequest(f"the request has more than {MOST_BYTES >> 20} MiB", error.status) from error
     if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
         raise InvalidRequest("messages must be a list that is not empty")
+    if isinstance(body.get("n"), int) and body["n"] > MOST_REPLIES:
+        raise InvalidRequest(f"n = {body['n']} is more than the maximum of {MOST_REPLIES}")
+    for message in body["messages"]:
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            _check_part(part)
     return body
+
+
+def _check_part(part: Any) -> None:
+    """Raises InvalidRequest if a part of a message is neither a text nor a picture in a `data:` URL. With other URLs, a
+    client could make the endpoint send requests to internal addresses."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in PART_TYPES:
+        raise InvalidRequest(f"a part of a message has the type {kind!r}; types are {', '.join(PART_TYPES)}")
+    if kind == "image_url":
+        picture = part.get("image_url")
+        url = picture.get("url") if isinstance(picture, dict) else picture
+        if not isinstance(url, str) or not url.lower().startswith("data:"):
+            raise InvalidRequest("a picture must be in a data: URL; other URLs are not fetched")
 
 
 def _check_pacore(body: Mapping[str, Any]) -> None:
@@ -260,6 +326,13 @@ def _event(value: Mapping[str, Any]) -> bytes:
     return b"data: " + json.dumps(value).encode() + b"\n\n"
 
 
+def _public(error: Exception) -> str:
+    """Prints an error of the endpoint for the operator, and returns the message for clients, which must not learn the
+    endpoint's address."""
+    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    return NO_ENDPOINT
+
+
 def _error(status: int, reason: str) -> web.Response:
     kind = "invalid_request_error" if status < BAD_GATEWAY else "upstream_error"
     return web.json_response({"error": {"message": reason, "type": kind, "code": status}}, status=status)
@@ -278,6 +351,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     p.add_argument("--port", type=int, default=9000)
+    p.add_argument(
+        "--client-key-env", metavar="NAME",
+        help="environment variable with the key that clients must send; needed if --host is not this machine only",
+    )  # fmt: skip
     add_target_options(p)
     return p
 
@@ -291,11 +368,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    _client_key(args)
     target, plan = target_of(args), parse_plan(args.trajectories)
     synthesis = SynthesisPrompt(target.synthesis_template(args.template))
     with target.serve() as url:
         asyncio.run(_serve(args, target.client(url, {}), plan, synthesis))
     return DONE
+
+
+def _client_key(args: argparse.Namespace) -> str | None:
+    """Returns the key that clients must send. Raises ValueError if the proxy needs a key and has none."""
+    if args.client_key_env:
+        if not (key := os.environ.get(args.client_key_env)):
+            raise ValueError(f"the environment variable {args.client_key_env} is not set; it must contain a key")
+        return key
+    if not _is_loopback(args.host):
+        raise ValueError(
+            f"other machines can reach {args.host}, so clients need a key: put a key into an environment variable and "
+            "give its name with --client-key-env"
+        )
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 async def _serve(
@@ -305,7 +404,7 @@ async def _serve(
     synthesis: SynthesisPrompt,
 ) -> None:
     async with connection as client:
-        proxy = PacoreProxy(client, args.name or args.model, plan, args.mode, synthesis)
+        proxy = PacoreProxy(client, args.name or args.model, plan, args.mode, synthesis, _client_key(args))
         stopped, loop = asyncio.Event(), asyncio.get_running_loop()
         interrupts = Interrupts(wake=lambda: loop.call_soon_threadsafe(stopped.set))
         # With handler_cancellation, the trajectories of a request end when its client disconnects or the server ends.

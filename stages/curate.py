@@ -4,7 +4,7 @@
         rows/00000.jsonl       kept rows in the training format, with pools; meta.curation has the results of filters
         fates/00000.jsonl      the decision about each row of the block: kept or dropped
         answers/00000-difficulty.jsonl   every answer of a model, in the order of arrival
-        pictures/              pictures that were bytes inside a data file
+        rows/pictures/         the pictures of the kept rows
         report.txt, report.html
 
 The rows are processed in blocks, and 00000 is the number of a block. stages/curation/run.py does the work. rl/exits.py

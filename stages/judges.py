@@ -11,7 +11,7 @@ from rewards.running.runner import RewardRunner
 from rl.actors import RemoteObject, is_local_cluster, place
 from rl.config import Config
 from rl.stop import GO_ON, Stop, WorkerDied
-from rollout.vllm.server import Server
+from rollout.vllm.server import KEY_ENV, Server, server_key
 from stages.plan import judge_gpus, served_here
 
 PATIENCE_S = 60.0
@@ -35,9 +35,9 @@ class Judges:
         """Waits until all servers answer, and then gives the addresses of the servers to the rewards."""
         urls = {}
         for name, judge in self._processes.items():
-            urls[name] = judge.start(Server.url).result()
+            urls[name] = judge.start(Server.url).result(self._config.max_start_s)
             self._serving.append(judge)
-        self._rewards.set_urls(urls)
+        self._rewards.set_urls(urls, KEY_ENV)
 
     def revive(self, name: str, count_restart: Callable[[str], None]) -> None:
         """Starts a judge again if its server has died. Does nothing if the run does not serve this judge.
@@ -98,4 +98,5 @@ class Judges:
             device=self._device,
             options=judge.serve,
             gpus=judge_gpus(judge) if self._device == "cuda" else 0,
+            environment={KEY_ENV: server_key()},
         )

@@ -17,7 +17,7 @@ from rl.learner.features import FeatureStore
 from rl.learner.targets import make_targets
 from rl.record.metrics import rollout_metrics
 from rl.stop import Stop
-from rl.types import Picture, Prompt, Rollout, RowScore, Scored
+from rl.types import LostPicture, Picture, Prompt, Rollout, RowScore, Scored
 from stages.ahead import Ahead
 from stages.base import Stage
 
@@ -149,7 +149,10 @@ def ppo_iteration(
     config = services.config
     stats: dict[str, float] = {}
     with services.interruptible():
-        samples = _samples(iteration, prompts, services, state, clock)
+        try:
+            samples = _samples(iteration, prompts, services, state, clock)
+        except LostPicture as lost:  # no weight has changed yet in this iteration
+            raise LostPicture(str(lost), saves=True) from lost
         if config.rollout.max_staleness:
             with clock("sync"):
                 stats |= catch_up(iteration - 1, prompts, services, state)

@@ -268,7 +268,14 @@ def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: Reward
             return str(error)
         return why or rewards.problem(prompt)
 
-    rows = read(sources, columns=data.columns, reserved=chat.reserved, tasks=config.rewards.keys(), problem=problem)
+    rows = read(
+        sources,
+        columns=data.columns,
+        reserved=chat.reserved,
+        tasks=config.rewards.keys(),
+        problem=problem,
+        picture_folders=data.picture_folders,
+    )
     return rows.checked(data.on_bad_row)
 
 

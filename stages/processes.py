@@ -1,12 +1,12 @@
 """The processes of a run: vLLM engines, policy, critic, and the judges that the run serves.
 
-Tested in tests/runs/test_run.py.
+Tested in tests/stages/test_processes.py and tests/runs/test_run.py.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from rl.actors import RemoteObject, Team, gpus, merge_streams, place, place_team
+from rl.actors import RemoteObject, Team, free_gpus, gpus, merge_streams, place, place_team
 from rl.learner.clients import CriticClient, LearnerClient, PolicyClient
 from rl.learner.critic import Critic
 from rl.learner.options import LearnerOptions
@@ -125,6 +125,11 @@ class Samplers:
                 f"the cluster has {gpus()} GPUs, but {sum(needed.values())} are needed ({listed}); lower "
                 "rollout.workers or learner.ranks, or add GPUs"
             )
+        if self._device == "cuda" and (free := free_gpus()) < sum(needed.values()):
+            self._restarts.say(
+                f"{sum(needed.values())} GPUs are needed, but other programs of the cluster use all except {free} of "
+                f"the {gpus()} GPUs; the run waits for them for up to {self._plan.config.max_start_s:g} s (max_start_s)"
+            )
 
     def _start_engine(self) -> RemoteObject[Engine]:
         config = self._plan.config
@@ -159,6 +164,7 @@ class Processes(Samplers):
             "count": config.learner.ranks,
             "environment": threads,
             "patience": config.learner.patience_s,
+            "start_s": config.max_start_s,
             **self._gpu_share,
         }
         policy: Team[Policy] = place_team(Policy.of_rank, *arguments, **options)

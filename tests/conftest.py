@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from rewards.running.runner import RewardRunner
@@ -13,6 +14,10 @@ from tests.support.command import end_all
 from tests.support.engine_process import RemoteEngine, engine
 from tests.support.judge_server import hurry
 from tests.support.reward_plugins import PLUGINS, ROW_JUDGES, TASKS
+
+# The same inputs in every run. There is no time limit for one input, because the machine may be busy.
+hypothesis.settings.register_profile("ours", derandomize=True, deadline=None, max_examples=150, database=None)
+hypothesis.settings.load_profile("ours")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,8 @@
 
 If a job blocks or kills the process, the jobs that were running start again, first in two halves, then in smaller
 groups, to find the job that is the cause. If an endpoint does not answer, the jobs that ask it wait. From time to time,
-one of these jobs is sent as a probe, until the endpoint answers or its `max_wait` is over.
+one of these jobs is sent as a probe, until the endpoint answers any job or its `max_wait` is over. If the endpoint
+answers other jobs but fails on one job again and again, this job is invalid.
 """
 
 import atexit
@@ -29,6 +30,7 @@ from rl.stop import Stop
 MOST_AT_ONCE = 1024  # maximum number of jobs in the process; each endpoint also has a limit, `concurrency`
 MOST_BYTES = 256 << 20  # if the jobs in the process have this size, pictures included, no job is added
 STALL_S = (2.0, 30.0)  # a process counts as blocked after this many seconds without a message: minimum, maximum
+MOST_UNANSWERED = 3  # a job is invalid if an endpoint failed on it this many times while it answered other jobs
 PROBE_S = (2.0, 60.0)  # seconds between probes of an endpoint that does not answer: first pause and longest pause
 
 
@@ -53,6 +55,15 @@ class Outage:
         if self.why is None:
             return f"endpoint {self.endpoint} is back after {self.seconds:.0f} s"
         return f"endpoint {self.endpoint} does not answer ({self.why})"
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A job that is in the process."""
+
+    job: Job
+    size: int  # bytes
+    at: float  # time.monotonic() when the job was sent
 
 
 @dataclass
@@ -86,12 +97,12 @@ class AsyncPool(RewardPool):
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._wake_reader, self._wake_writer = os.pipe()  # a byte in this pipe wakes the thread
         self._numbers = itertools.count()
-        self._running: dict[int, Job] = {}
-        self._sizes: dict[int, int] = {}  # the size of each running job in bytes
+        self._running: dict[int, _Sent] = {}
         # Groups of jobs that were running when the process ended. Each group is run again without other jobs.
         self._suspects: deque[list[Job]] = deque()
         self._on_trial = False  # True while a group of _suspects runs
         self._away: dict[str, _AwayEndpoint] = {}
+        self._answered: dict[str, float] = {}  # time when each endpoint last answered
         self._last_message = 0.0  # time when the process sent its last message
         self._process: AsyncProcess | None = None
         self._thread: threading.Thread | None = None
@@ -124,7 +135,8 @@ class AsyncPool(RewardPool):
 
     def _unfinished(self) -> list[Job]:
         held = [job for away in self._away.values() for job in (*away.held, away.probe) if job]
-        return [*self._running.values(), *chain.from_iterable(self._suspects), *held, *self._queued()]
+        running = (sent.job for sent in self._running.values())
+        return [*running, *chain.from_iterable(self._suspects), *held, *self._queued()]
 
     def _run(self, ready: Future[float]) -> None:
         start = time.monotonic()
@@ -195,9 +207,10 @@ class AsyncPool(RewardPool):
         if self._process.connection in ready:
             self._last_message = time.monotonic()
             reply = self._process.receive(0)
+            for endpoint in reply.get("answered", ()):
+                self._on_endpoint_answered(endpoint)
             if "number" in reply:
-                del self._sizes[reply["number"]]
-                self._on_answer(self._running.pop(reply["number"]), reply["outcomes"])
+                self._on_outcomes(self._running.pop(reply["number"]), reply["outcomes"])
         elif time.monotonic() - self._last_message > self._stall_s():
             raise ProcessDied(f"it blocked the event loop for {time.monotonic() - self._last_message:.0f} s")
 
@@ -211,7 +224,7 @@ class AsyncPool(RewardPool):
 
     def _stall_s(self) -> float:
         least, most = STALL_S
-        return min([most, *(max(least, job.timeout_s) for job in self._running.values())])
+        return min([most, *(max(least, sent.job.timeout_s) for sent in self._running.values())])
 
     def _send_jobs(self) -> None:
         if self._on_trial:
@@ -226,7 +239,7 @@ class AsyncPool(RewardPool):
 
     def _has_room(self) -> bool:
         """True if the process may get one more job."""
-        return len(self._running) < MOST_AT_ONCE and sum(self._sizes.values()) < MOST_BYTES
+        return len(self._running) < MOST_AT_ONCE and sum(sent.size for sent in self._running.values()) < MOST_BYTES
 
     def _queued(self) -> list[Job]:
         """Takes all jobs out of the queue."""
@@ -241,24 +254,42 @@ class AsyncPool(RewardPool):
         assert self._process
         number, items = next(self._numbers), list(job.items)
         message = pickle.dumps((number, job.scorer, items, job.timeout_s))
-        self._running[number], self._sizes[number] = job, len(message)
+        self._running[number] = _Sent(job, len(message), time.monotonic())
         self._process.send_job(message)
 
-    def _on_answer(self, job: Job, outcomes: list[Outcome]) -> None:
+    def _on_outcomes(self, sent: _Sent, outcomes: list[Outcome]) -> None:
         self._on_trial = self._on_trial and bool(self._running)
         if unreachable := next((outcome for outcome in outcomes if "away" in outcome), None):
-            self._hold(job, unreachable["away"], unreachable["why"])
+            self._on_unreachable(sent, unreachable)
             return
-        for endpoint in [name for name, away in self._away.items() if away.probe is job]:
-            self._on_endpoint_back(endpoint)
-        _resolve(job, outcomes)
+        for endpoint in [name for name, away in self._away.items() if away.probe is sent.job]:
+            self._on_endpoint_answered(endpoint)
+        _resolve(sent.job, outcomes)
+
+    def _on_unreachable(self, sent: _Sent, outcome: Outcome) -> None:
+        """Handles a job whose endpoint did not answer. If the endpoint has answered other jobs in the meantime, the job
+        is sent again at once, otherwise it waits until the endpoint answers."""
+        job, endpoint, why = sent.job, outcome["away"], outcome["why"]
+        answers_others = self._answered.get(endpoint, 0.0) > sent.at
+        # A job that has already failed alone may be the last one, so that no other job is answered any more.
+        if not answers_others and not (job.unanswered and endpoint not in self._away):
+            self._hold(job, endpoint, why)
+            return
+        status = outcome["status"]
+        if status is None or status >= 500:  # other statuses, such as 429, do not depend on the job's text
+            job.unanswered += 1
+        if job.unanswered < MOST_UNANSWERED:
+            self._jobs.put(job)
+        else:
+            problem = f"endpoint {endpoint} answers other samples, but not this: {why}"
+            _resolve(job, job.same_outcome("invalid", problem))
 
     def _on_process_lost(self, error: Exception) -> None:
         """Handles a process that has ended or cannot be set up. If the process cannot be set up, all jobs get invalid
         outcomes. If the process has ended, the jobs that were running are run again in two halves. If the process ends
         while a single job of such a group runs, this job is the cause."""
         self._terminate_process()
-        lost = list(self._running.values())
+        lost = [sent.job for sent in self._running.values()]
         if isinstance(error, SetupFailed):
             for job in (*lost, *chain.from_iterable(self._suspects), *self._queued()):
                 self._blame(job, "invalid", error)
@@ -269,7 +300,6 @@ class AsyncPool(RewardPool):
             middle = (len(lost) + 1) // 2
             self._suspects.extendleft(half for half in (lost[middle:], lost[:middle]) if half)
         self._running.clear()
-        self._sizes.clear()
         self._on_trial = False
 
     def _blame(self, job: Job, kind: str, error: Exception) -> None:
@@ -309,11 +339,14 @@ class AsyncPool(RewardPool):
                 away.probe = away.held.pop(0)
                 self._jobs.put(away.probe)
 
-    def _on_endpoint_back(self, endpoint: str) -> None:
-        away = self._away.pop(endpoint)
-        self.outages.put(Outage(endpoint, None, time.monotonic() - away.since))
-        for job in away.held:
-            self._jobs.put(job)
+    def _on_endpoint_answered(self, endpoint: str) -> None:
+        """Notes that an endpoint has answered a request of any job. If the endpoint was away, the outage ends and the
+        jobs that wait for it are sent again."""
+        self._answered[endpoint] = time.monotonic()
+        if away := self._away.pop(endpoint, None):
+            self.outages.put(Outage(endpoint, None, time.monotonic() - away.since))
+            for job in away.held:
+                self._jobs.put(job)
 
 
 def _resolve(job: Job, outcomes: list[Outcome]) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from rewards.endpoint import SampleClock, Unreachable, clock
+from rewards.endpoint import SampleClock, Unreachable, clock, take_answered
 from rewards.registry import BoundReward
 from rewards.running.worker import (
     RewardWorker,
@@ -48,7 +48,7 @@ class AsyncRewardWorker(RewardWorker):
             result = await sample_clock.limit(timeout_s, bound(list(items) if bound.reward.group else items[0]))
             return to_outcomes(bound, result, len(items))
         except Unreachable as e:
-            outcome = {"away": e.endpoint, "why": e.why}
+            outcome = {"away": e.endpoint, "why": e.why, "status": e.status}
         except TimeoutError as e:  # raised by the time limit, or by the reward itself
             late = sample_clock.elapsed >= timeout_s
             outcome = {"exhausted": f"took longer than {timeout_s:g} s"} if late else {"invalid": describe_error(e)}
@@ -81,7 +81,8 @@ async def serve(connection: Connection) -> None:
         writer.put(json.dumps(message).encode())
 
     async def answer(number: int, scorer: str, items: Sequence[Rollout | Prompt], timeout_s: float) -> None:
-        send({"number": number, "outcomes": await worker.answer(scorer, items, timeout_s)})
+        outcomes = await worker.answer(scorer, items, timeout_s)
+        send({"number": number, "outcomes": outcomes, "answered": take_answered()})
 
     def on_done(task: asyncio.Task[None]) -> None:
         running.discard(task)
@@ -108,7 +109,7 @@ async def serve(connection: Connection) -> None:
 
     asyncio.get_running_loop().add_reader(connection.fileno(), read)
     while not closed.is_set():
-        send({"pulse": True})
+        send({"pulse": True, "answered": take_answered()})
         try:
             await asyncio.wait_for(closed.wait(), PULSE_S)
         except TimeoutError:

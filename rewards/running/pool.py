@@ -22,7 +22,8 @@ from rl.types import Prompt, Rollout
 Outcome = Mapping[str, Any]
 """The result for one rollout or row. After success: {"value": number, "details": mapping}. If it is invalid:
 {"invalid": reason}. If time or memory ran out: {"exhausted": message}. If an endpoint does not answer: {"away": name of
-the endpoint, "why": error}. The key "seconds", if present, is the duration of scoring."""
+the endpoint, "why": error, "status": HTTP status or None}. The key "seconds", if present, is the duration of
+scoring."""
 
 SLOW_FACTOR = 3  # a job is slow if it takes more than SLOW_FACTOR times the usual duration of its scorer
 # No job is slow before LEAST_PATIENCE_S seconds. A scorer's first job is slow after FIRST_PATIENCE_S seconds.
@@ -31,12 +32,13 @@ HUNG_S = 1.0  # if a job takes longer than this, its process gets only idle core
 MOST_RESERVES = 8
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """The work of one call of a scorer (a reward, penalty or row judge): the rollouts or the data row to score.
 
     If `retry_on_death` is True, a job whose process dies is tried once more, because a single death may have another
     cause than the scored text. If the process dies again, the text is the likely cause, and the outcome is "exhausted".
+    `unanswered` counts how often an endpoint failed on this job while it answered other jobs.
     """
 
     scorer: str
@@ -44,6 +46,7 @@ class Job:
     timeout_s: float
     retry_on_death: bool
     outcomes: Future[list[Outcome]] = field(default_factory=Future)
+    unanswered: int = 0
 
     def same_outcome(self, kind: str, why: object) -> list[Outcome]:
         """Returns the same outcome for each item."""

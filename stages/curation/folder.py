@@ -6,7 +6,6 @@ Tested in tests/stages/curation/test_filters.py.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,16 +120,14 @@ class CurationFolder:
 
     def _picture_part(self, picture: Picture) -> dict[str, Any]:
         """Returns the part of a chat message that contains a picture, for example
-        `{"type": "image", "image": "../pictures/1f3a"}`. The path in this part is relative to rows/.
+        `{"type": "image", "image": "pictures/1f3a"}`. The path in this part is relative to rows/.
 
-        If the picture is given as bytes, these bytes are first written to a file.
+        The picture is first copied to this path. So the curated data can be moved, and its rows name no other files.
         """
-        if not isinstance(picture.source, bytes):
-            return {"type": "image", "image": os.path.relpath(picture.source, (self.path / "rows").resolve())}
-        path = self.path / "pictures" / picture.digest
+        path = self.path / "rows" / "pictures" / picture.digest
         if not path.is_file():
-            write_file(path, picture.source)
-        return {"type": "image", "image": f"../pictures/{picture.digest}"}
+            write_file(path, picture.source if isinstance(picture.source, bytes) else picture.source.read_bytes())
+        return {"type": "image", "image": f"pictures/{picture.digest}"}
 
 
 def row_record(row: CandidateRow, part_of: Callable[[Picture], dict[str, Any]] = image_part) -> dict[str, Any]:

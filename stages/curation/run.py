@@ -149,7 +149,7 @@ def _benchmarks(config: Config) -> Benchmarks:
     if not sources:
         raise InputError("the filter decontamination has no benchmark: set curate.decontamination.against or data.eval")
     with_task = [source.model_copy(update={"task": source.task or "benchmark"}) for source in sources]
-    rows = read(with_task, columns=config.data.columns, unique=False)
+    rows = read(with_task, columns=config.data.columns, unique=False, picture_folders=config.data.picture_folders)
     if rows.bad:
         raise InputError("\n".join(["benchmarks:", *map(str, rows.bad[:20])]))
     return Benchmarks(rows.prompts, config.curate.decontamination.ngram)

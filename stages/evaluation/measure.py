@@ -31,7 +31,7 @@ from rollout.generate import (
 from rollout.pacore.prompt import SynthesisPrompt
 from rollout.pacore.rounds import PacoreResult, Round, draw_order
 from rollout.pacore.target import ModelTarget
-from rollout.vllm.server import serving
+from rollout.vllm.server import KEY_ENV, serving
 from stages.evaluation.scores import EvaluatedRow, result_rows
 from stages.loop import require_valid
 from stages.pacore import is_accepted, synthesis_metrics
@@ -116,7 +116,7 @@ def _judges(config: Config, rewards: RewardRunner, device: str) -> Iterator[None
                 print(outage, file=sys.stderr)
 
         rewards.on_outage = on_outage
-        rewards.set_urls({name: server.url() for name, server in servers.items()})
+        rewards.set_urls({name: server.url() for name, server in servers.items()}, KEY_ENV)
         yield
 
 
@@ -125,7 +125,13 @@ def _rows(config: Config, limit: int | None) -> list[Prompt]:
     data = config.data
     if not data.eval:
         raise InputError("there are no rows to evaluate on; give a file with --data")
-    rows = read(data.eval, columns=data.columns, tasks=config.rewards.keys(), problem=reward_runner(config).problem)
+    rows = read(
+        data.eval,
+        columns=data.columns,
+        tasks=config.rewards.keys(),
+        problem=reward_runner(config).problem,
+        picture_folders=data.picture_folders,
+    )
     return limited(rows.checked(data.on_bad_row).prompts, limit or data.eval_limit)
 
 

@@ -3,6 +3,7 @@ tests the clock that limits the time of a sample."""
 
 import asyncio
 import email.utils
+import json
 import logging
 import os
 import socket
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from rewards.endpoint import (
@@ -175,6 +178,22 @@ def test_at_most_concurrency_requests_run_at_a_time() -> None:
     assert (len(server.requests), server.peak) == (12, 3)
 
 
+def test_a_chat_is_made_only_when_its_request_is_sent() -> None:
+    made: list[int] = []
+
+    def chat() -> list[dict[str, str]]:
+        made.append(len(server.requests))
+        return [{"role": "user", "content": "Which colour?"}]
+
+    async def many() -> None:
+        one = endpoint("judge")
+        await asyncio.gather(*(one.ask(chat, answer=Colour, max_tokens=9, temperature=0.5, seed=0) for _ in range(6)))
+
+    with judge([Reply(RED, after_s=0.05)], concurrency=1) as server:
+        asyncio.run(many())
+    assert made == [0, 1, 2, 3, 4, 5]  # number of requests that were sent before each chat was made
+
+
 # Answers
 
 
@@ -200,6 +219,12 @@ def test_an_answer_is_json_or_json_in_a_fence(text: str) -> None:
 )
 def test_text_around_or_instead_of_the_json_object_is_unparsable(text: str) -> None:
     with pytest.raises(Unparsable, match="Colour"):
+        parsed(text, Colour)
+
+
+@given(st.text() | st.recursive(st.text() | st.integers() | st.none(), st.lists).map(json.dumps))
+def test_any_other_text_is_unparsable(text: str) -> None:
+    with pytest.raises(Unparsable):
         parsed(text, Colour)
 
 

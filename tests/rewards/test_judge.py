@@ -130,6 +130,18 @@ def test_a_judge_that_fails_on_every_prompt_raises_unreachable() -> None:
         score("verifier", rollout("42"))
 
 
+def test_a_response_on_which_the_judge_is_too_slow_scores_lowest() -> None:
+    with judging(lambda request: Reply(RIGHT, after_s=20) if "poisonous" in text_of(request) else RIGHT, timeout_s=0.5):
+        scored = score("verifier", rollout("a poisonous 42"))
+    assert scored.value == 0.0
+    assert "no verdict on this text: no answer from" in scored.details["why"]
+
+
+def test_a_judge_that_is_too_slow_on_every_prompt_raises_unreachable() -> None:
+    with judging([Reply(RIGHT, after_s=20)], timeout_s=0.3), pytest.raises(Unreachable, match=r"within 0\.3 s"):
+        score("verifier", rollout("42"))
+
+
 def test_a_judge_without_verdict_is_asked_again_with_another_seed() -> None:
     with judging(["gladly!", "no", f"```json\n{json.dumps(RIGHT)}\n```"]) as server:
         assert score("verifier", rollout("42")).value == 1.0

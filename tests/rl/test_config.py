@@ -110,7 +110,7 @@ def test_a_rollout_correction_without_effect_is_refused():
 def test_a_parameter_may_name_the_variable_of_a_secret_but_not_hold_it():
     assert config(rewards__math__params={"api_key_env": "KEY", "max_tokens": 3})
     for params in ({"api_key": "s3cret"}, {"judge": {"password": "s3cret"}}):
-        with pytest.raises(ValidationError, match="use an environment variable"):
+        with pytest.raises(ValidationError, match="put it into an environment variable"):
             config(rewards__math__params=params)
 
 

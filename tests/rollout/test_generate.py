@@ -3,6 +3,7 @@ vLLM."""
 
 import asyncio
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from aiohttp import web
 from openai import AsyncOpenAI
 
 from rl import evaluate
-from rl.exits import WRONG_INPUT
+from rl.exits import FAILED, WRONG_INPUT
 from rollout import generate
 from rollout.generate import AnswerFile, Settings
 from rollout.pacore import client as client_module
@@ -20,6 +21,7 @@ from rollout.pacore.client import EndpointClient
 from rollout.pacore.prompt import SynthesisPrompt
 from rollout.pacore.target import ModelTarget
 from rollout.serve import PacoreProxy
+from rollout.vllm.server import KEY_ENV, server_key
 from tests.support.command import ROOT
 from tests.support.judge_server import Reply, judge_server, text_of
 
@@ -31,6 +33,7 @@ TEMPLATE = ROOT / "recipes/scale/pacore.jinja"
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """The URL of a server with the scale model. The commands also start their servers with ModelTarget."""
+    server_key()  # commands with --key-env find the server's key in the environment, also before the server starts
     with ModelTarget(str(MODEL), max_length=512).serve() as found:
         yield found
 
@@ -41,7 +44,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("problems")
     lines = ROWS.read_text().splitlines()
     folder.joinpath("rows.jsonl").write_text("\n".join(lines[i] for i in range(0, 1024, 128)) + "\n")
-    folder.joinpath("pictures").symlink_to(ROWS.parent / "pictures")
+    shutil.copytree(ROWS.parent / "pictures", folder / "pictures")
     return folder / "rows.jsonl"
 
 
@@ -55,7 +58,7 @@ def answered(url: str, problems: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def arguments(problems: Path, out: Path, url: str, *more: str) -> list[str]:
     return [
-        *("--model", str(MODEL), "--url", url, "--mode", "pacore", "--trajectories", "6"),
+        *("--model", str(MODEL), "--url", url, "--key-env", KEY_ENV, "--mode", "pacore", "--trajectories", "6"),
         *("--template", str(TEMPLATE), "--max-tokens", "60", *more, str(problems), str(out)),
     ]
 
@@ -104,12 +107,42 @@ def test_an_out_file_with_other_settings_is_refused(
     assert "was started with seed = 0, not 5; give another OUT file" in capsys.readouterr().err
 
 
+def test_a_problem_that_the_endpoint_never_answers_fails_alone(
+    problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(client_module, "RETRY_S", (0.01, 0.02))
+
+    def script(request: dict[str, Any]) -> Reply:
+        return Reply("broken", status=500) if "How many" in text_of(request) else Reply("4")
+
+    with judge_server(script) as server:
+        command = ["--model", "m", "--url", server.url, str(problems), str(tmp_path / "out.jsonl")]
+        assert generate.main(command) == FAILED
+    found = records(tmp_path / "out.jsonl")
+    failed = [one["error"] for one in found if "error" in one]
+    assert len(found) == 8 and len(failed) == 2
+    assert all("answers other requests, but not this one after 6 tries" in error for error in failed)
+    assert "2 problems have no answer" in capsys.readouterr().err
+
+
+def test_an_endpoint_that_answers_nothing_ends_the_command_and_no_problem_counts_as_answered(
+    problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(client_module, "RETRY_S", (0.01, 0.02))
+    with judge_server([Reply("down", status=503)]) as server:
+        command = ["--model", "m", "--url", server.url, str(problems), str(tmp_path / "out.jsonl")]
+        assert generate.main(command) == FAILED
+    assert records(tmp_path / "out.jsonl") == []
+    assert "does not answer after 6 tries" in capsys.readouterr().err
+
+
 def test_an_evaluation_measures_cached_trajectories(
     answered: Path, problems: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     code = evaluate.main(
         [
-            *("--model", str(MODEL), "--url", url, "--data", str(problems), "--recipe", "rlvr", "--profile", "cpu"),
+            *("--model", str(MODEL), "--url", url, "--key-env", KEY_ENV, "--data", str(problems)),
+            *("--recipe", "rlvr", "--profile", "cpu"),
             *("--trajectories", str(answered), "--syntheses", "2", "--cache", str(tmp_path / "cache.jsonl"), "--json"),
         ]
     )
@@ -173,8 +206,9 @@ def test_rows_without_an_answer_are_left_out_and_counted(
 def test_an_evaluation_serves_its_judge_and_a_policy_that_sees_another_picture_does_not_win(
     url: str, capsys: pytest.CaptureFixture
 ) -> None:
-    policy = ("--model", str(MODEL), "--url", url, "--modes", "sere", "--attempts", "2", "--limit", "16", "--blind")
-    assert evaluate.main(["--recipe", "rlhf", "--profile", "cpu", *policy, "--json", f"data.eval={OPEN}"]) == 0
+    policy = ("--model", str(MODEL), "--url", url, "--key-env", KEY_ENV)
+    modes = ("--modes", "sere", "--attempts", "2", "--limit", "16", "--blind")
+    assert evaluate.main(["--recipe", "rlhf", "--profile", "cpu", *policy, *modes, "--json", f"data.eval={OPEN}"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["blind"] and report["rows"] == 16 and report["preference"]["genrm/win_rate"] < 0.1
     assert report["preference"]["genrm/order_agreement"] > 0.5
@@ -187,7 +221,7 @@ def test_an_unknown_mode_is_refused(capsys: pytest.CaptureFixture) -> None:
 
 def test_openais_client_gets_a_stream_from_the_proxy_of_a_real_endpoint(url: str) -> None:
     async def scenario() -> tuple[str, int]:
-        async with EndpointClient(url, str(MODEL)) as asks:
+        async with EndpointClient(url, str(MODEL), key_env=KEY_ENV) as asks:
             runner = web.AppRunner(PacoreProxy(asks, "scale", (4,), "pacore", SynthesisPrompt(TEMPLATE)).app())
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -12,8 +12,16 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from openai import AsyncOpenAI, BadRequestError, InternalServerError, NotFoundError, OpenAI
+from openai import (
+    APIStatusError,
+    AsyncOpenAI,
+    BadRequestError,
+    InternalServerError,
+    NotFoundError,
+    OpenAI,
+)
 
+from rollout import serve
 from rollout.pacore import client as client_module
 from rollout.pacore.client import EndpointClient
 from rollout.pacore.prompt import SynthesisPrompt
@@ -32,6 +40,9 @@ class ScriptedEndpoint:
         self.bodies: list[dict[str, Any]] = []
         self.fail: Callable[[dict[str, Any]], web.Response | None] = lambda body: None
         self.under_way = 0
+
+    async def models(self, request: web.Request) -> web.Response:
+        return self.fail({}) or web.json_response({"data": []})
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -93,15 +104,16 @@ async def site(app: web.Application) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def served(
-    behind: ScriptedEndpoint, plan: tuple[int, ...] = (4,), retries: int = 0
+    behind: ScriptedEndpoint, plan: tuple[int, ...] = (4,), retries: int = 0, key: str | None = None
 ) -> AsyncIterator[AsyncOpenAI]:
     app = web.Application()
     app.router.add_post("/v1/chat/completions", behind.answer)
+    app.router.add_get("/v1/models", behind.models)
     async with (
         site(app) as url,
         EndpointClient(url, "behind", retries=retries) as asks,
-        site(PacoreProxy(asks, "step", plan, "pacore", SynthesisPrompt()).app()) as front,
-        AsyncOpenAI(base_url=front, api_key="none", max_retries=0) as client,
+        site(PacoreProxy(asks, "step", plan, "pacore", SynthesisPrompt(), key).app()) as front,
+        AsyncOpenAI(base_url=front, api_key=key or "none", max_retries=0) as client,
     ):
         yield client
 
@@ -285,6 +297,99 @@ def test_a_request_that_pacore_cannot_answer_is_refused(change: dict[str, Any], 
     run(scenario)
 
 
+URL = "http://169.254.169.254/latest"
+
+
+@pytest.mark.parametrize("mode", ["sere", "pacore"])
+@pytest.mark.parametrize(
+    ("part", "why"),
+    [
+        ({"type": "image_url", "image_url": {"url": URL}}, "must be in a data: URL"),
+        ({"type": "image_url", "image_url": URL}, "must be in a data: URL"),
+        ({"type": "image_url", "image_url": {"url": ["data:"]}}, "must be in a data: URL"),
+        ({"type": "video_url", "video_url": {"url": URL}}, "has the type 'video_url'"),
+        ({"type": "audio_url", "audio_url": {"url": URL}}, "has the type 'audio_url'"),
+        ({"image_url": {"url": URL}}, "has the type None"),
+        ({"type": ["text"]}, r"has the type \['text'\]"),
+        (URL, "has the type None"),
+    ],
+)
+def test_a_client_cannot_make_the_endpoint_fetch_an_address(mode: str, part: Any, why: str) -> None:
+    messages: Any = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}, *ASK]
+
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
+        with pytest.raises(BadRequestError, match=why):
+            await client.chat.completions.create(model=f"step:{mode}", messages=messages)
+        assert behind.bodies == []
+
+    run(scenario)
+
+
+def test_too_many_replies_requests_and_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "MOST_REQUESTS", 1)
+    monkeypatch.setattr(serve, "MOST_BYTES", 10_000)
+
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
+        with pytest.raises(BadRequestError, match="n = 65 is more than the maximum of 64"):
+            await client.chat.completions.create(model="step:sere", messages=ASK, n=65)
+        with pytest.raises(APIStatusError) as large:
+            await client.chat.completions.create(model="step", messages=[{"role": "user", "content": "x" * 10_000}])
+        assert large.value.status_code == 413
+        first = asyncio.create_task(
+            client.chat.completions.create(model="step:sere", messages=ASK, extra_body={"wait": 5})
+        )
+        while not behind.under_way:
+            await asyncio.sleep(0.01)
+        with pytest.raises(InternalServerError, match="1 requests are under way"):
+            await client.chat.completions.create(model="step:sere", messages=ASK)
+        first.cancel()
+
+    run(scenario)
+
+
+def test_clients_need_the_key_if_there_is_one() -> None:
+    async def scenario() -> None:
+        behind = ScriptedEndpoint()
+        async with served(behind, key="right") as client, aiohttp.ClientSession() as session:
+            await client.chat.completions.create(model="step:sere", messages=ASK)
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer r\u00efght"}):
+                async with session.get(f"{client.base_url}models", headers=headers) as answer:
+                    assert answer.status == 401
+                body = {"model": "step:sere", "messages": ASK}
+                async with session.post(f"{client.base_url}chat/completions", json=body, headers=headers) as answer:
+                    assert answer.status == 401
+        assert len(behind.bodies) == 1
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--host", "0.0.0.0"), "clients need a key"),
+        (("--host", "example.org"), "clients need a key"),
+        (("--client-key-env", "NOT_SET"), "environment variable NOT_SET is not set"),
+    ],
+)
+def test_the_command_refuses_to_serve_other_machines_without_a_key(
+    options: tuple[str, ...], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve.main(["--url", "http://127.0.0.1:9/v1", "--model", "m", *options]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_health_tells_whether_the_endpoint_works() -> None:
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
+        url = str(client.base_url).replace("/v1/", "/health")
+        async with aiohttp.ClientSession() as session:
+            for works, status in ((True, 200), (False, 503)):
+                behind.fail = lambda body, works=works: None if works else web.Response(status=500)  # type: ignore[misc]
+                async with session.get(url) as answer:
+                    assert answer.status == status
+
+    run(scenario)
+
+
 def test_an_error_of_the_endpoint_is_forwarded_with_its_text() -> None:
     async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
         behind.fail = lambda body: web.json_response({"error": {"message": "temperature is odd"}}, status=400)
@@ -306,8 +411,9 @@ def test_temporary_errors_are_retried_and_permanent_ones_reported(
             answer = await client.chat.completions.create(model="step", messages=ASK)
             assert answer.choices[0].message.content == "4"
             behind.fail = lambda body: web.Response(status=503)
-            with pytest.raises(InternalServerError, match="does not answer after 3 tries"):
+            with pytest.raises(InternalServerError, match="the model does not answer at present") as caught:
                 await client.chat.completions.create(model="step", messages=ASK)
+            assert "127.0.0.1" not in str(caught.value)  # clients learn nothing about the endpoint
 
     asyncio.run(scenario())
 

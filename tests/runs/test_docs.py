@@ -12,6 +12,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,8 +101,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_critic(folder / "rlvr/checkpoints/000600/critic")
     chats = rows("open-train.jsonl", "describing")
     for chat in chats:
-        picture = chat["messages"][0]["content"][0]
-        picture["image"] = str(SCALE / "data" / picture["image"])
+        picture = folder / chat["messages"][0]["content"][0]["image"]  # a path relative to the rows
+        picture.parent.mkdir(exist_ok=True)
+        shutil.copy(SCALE / "data" / picture.relative_to(folder), picture)
     sums = rows("train.jsonl", "arithmetic")
     pools = [{**row, "messages_pool": ["7"] * 24, "pool_accuracy": 0.5} for row in sums]
     samples = [{"id": "1", "ground_truth": "11", "response": "11"}]

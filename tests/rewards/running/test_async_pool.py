@@ -2,14 +2,17 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rewards.endpoint import EndpointSpec
 from rewards.running import async_pool
 from rewards.running.runner import RewardRunner
-from tests.support.judge_server import Reply, judge_server
+from tests.support.command import wait_until
+from tests.support.judge_server import Reply, judge_server, text_of
 from tests.support.patience import at_most
 from tests.support.reward_plugins import rollout, spec
 
@@ -114,6 +117,64 @@ def test_after_max_wait_the_samples_fail_with_the_endpoints_name(monkeypatch: py
         pytest.raises(async_pool.EndpointAway, match=r"endpoint 'judge' has not answered for \d+ s.*HTTP 503"),
     ):
         asks.score([rollout(str(i), task="t", truth=str(i)) for i in range(4)])
+
+
+PLAIN = """
+from pydantic import BaseModel
+from rewards import reward
+from rewards.endpoint import EndpointName, endpoint
+
+class Number(BaseModel):
+    value: float
+
+@reward("asks", timeout_s=None)
+class Asks:
+    def __init__(self, judge: EndpointName):
+        self.name = judge
+
+    def setup(self):
+        self.judge = endpoint(self.name)
+
+    async def __call__(self, rollout):
+        messages = [{"role": "user", "content": rollout.text}]
+        number, _ = await self.judge.ask(messages, answer=Number, max_tokens=8, temperature=0.0, seed=0)
+        return number.value
+"""
+
+
+def test_a_sample_on_which_an_endpoint_always_fails_is_invalid_while_the_endpoint_answers_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_pool, "PROBE_S", (0.1, 0.2))
+    (tmp_path / "plain.py").write_text(PLAIN)
+
+    def reply(request: dict[str, Any]) -> Reply:
+        if "poison" in text_of(request):
+            return Reply(status=500, after_s=0.1)
+        return Reply({"value": 0.5}, after_s=0.1)
+
+    texts = ["poison", *(f"good {i}" for i in range(100))]
+    with judge_server(reply) as server:
+        judge = EndpointSpec("judge", server.url, "m", retries=0, max_wait=30, concurrency=4)
+        asks = spec("plain.py:asks", {"judge": "judge"})
+        with RewardRunner({"t": [asks]}, tmp_path, endpoints={"judge": judge}) as runner:
+            poison, *good = runner.score([rollout(text, task="t") for text in texts])
+    assert [one.reward for one in good] == [0.5] * 100
+    assert poison.invalid and "endpoint judge answers other samples, but not this: HTTP 500" in poison.invalid
+
+
+def test_an_outage_ends_when_the_endpoint_answers_any_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_pool, "PROBE_S", (60.0, 60.0))  # no probe is sent during the test
+    told: list[async_pool.Outage] = []
+    right = {"reasoning": "equal", "verdict": "correct"}
+    with judge_server([Reply(status=503)] * 2 + [Reply(right, after_s=1)]) as server, asking(server.url, 50) as asks:
+        asks.on_outage = told.append
+        with ThreadPoolExecutor() as threads:
+            first = threads.submit(asks.score, [rollout("1", task="t", truth="1")])
+            wait_until(lambda: bool(told))
+            second = threads.submit(asks.score, [rollout("2", task="t", truth="2")])
+            assert [scores.result()[0].reward for scores in (first, second)] == [1.0, 1.0]
+    assert [outage.why is None for outage in told] == [False, True]
 
 
 def test_samples_that_wait_for_an_endpoint_go_on_after_a_probe_dies(

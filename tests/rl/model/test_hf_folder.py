@@ -1,12 +1,23 @@
 """Tests that a saved model folder loads as the same model. Also tests the errors for invalid folders."""
 
+import json
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from rl.model import hf_folder
 from tests.support.models import step_vl, text_model
 
+JSON = st.recursive(
+    st.none() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["weight_map", "lm_head.weight", "a"]), inner, max_size=3)
+    ),
+)
 FULL = (728, 504, 169, 81)
 
 
@@ -75,3 +86,29 @@ def test_links_within_a_model_folder_and_to_the_blobs_of_a_hub_copy_are_followed
     hf_folder.save(text_model(), tmp_path / "saved", source=snapshot)
     for name in ("chat_template.jinja", "same.jinja"):
         assert (tmp_path / "saved" / name).read_text() == "template" and not (tmp_path / "saved" / name).is_symlink()
+
+
+@given(content=JSON.map(json.dumps) | JSON.map(lambda value: json.dumps({"weight_map": value})) | st.text(max_size=20))
+def test_an_index_with_any_content_gives_an_error_that_names_it(content, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder / "model.safetensors.index.json").write_text(content)
+    try:
+        assert hf_folder.tensor_files(folder) == {}
+    except hf_folder.CheckpointError as error:
+        assert "model.safetensors.index.json" in str(error)
+
+
+@pytest.mark.parametrize("file", ["../other.safetensors", "/etc/passwd", "absent.safetensors", "model.bin"])
+def test_an_index_cannot_name_files_outside_of_the_folder_or_absent_ones(tmp_path, file):
+    hf_folder.save(text_model(), tmp_path / "model")
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(hf_folder.CheckpointError, match="which the folder does not have"):
+        hf_folder.check(tmp_path / "model")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", '{"model_type": 5}', '{"model_type": "step_vl", "text_config": 7}'])
+def test_a_config_that_is_no_config_is_named(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(hf_folder.CheckpointError, match=r"config\.json"):
+        hf_folder.check(tmp_path)

@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rl.record import checkpoints
 from rl.record.checkpoints import Checkpoints, damage
 from rl.stop import Stop
 from tests.support.small_disk import change, small_disk
 
+JSON = st.recursive(
+    st.none() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["files", "bytes", "sha256", "a", "../b", "x" * 300]), inner, max_size=3)
+    ),
+)
 Saver = Callable[[Path], tuple[Mapping[str, Any], Callable[[], None]]]
 
 
@@ -180,3 +189,11 @@ def test_publishing_replaces_the_folder_as_a_whole(tmp_path: Path) -> None:
     (tmp_path / "policy" / "old").write_text("")
     checkpoints.publish(tmp_path / "checkpoints/000001/policy", tmp_path / "policy")
     assert [p.name for p in (tmp_path / "policy").iterdir()] == ["weights"]
+
+
+@given(content=JSON.map(json.dumps) | st.text(max_size=20))
+def test_a_manifest_with_any_content_is_damage_or_fits(content: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    checkpoint = tmp_path_factory.mktemp("fuzz")
+    (checkpoint / checkpoints.MANIFEST).write_text(content)
+    fits = damage(checkpoint) is None
+    assert not fits or json.loads(content)["files"] == {}

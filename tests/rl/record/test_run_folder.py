@@ -17,6 +17,7 @@ from rl.record.disk import replacing
 from rl.record.run_folder import RunFolder, Save
 from rl.stop import Stop
 from rl.types import Picture, Prompt, Rollout, Scored
+from tests.support.data_rows import png
 from tests.support.small_disk import small_disk
 
 
@@ -139,9 +140,9 @@ def test_an_invalid_sample_has_a_reason_and_no_reward(tmp_path: Path) -> None:
 
 def test_pictures_are_named_by_path_or_by_digest(tmp_path: Path) -> None:
     path = tmp_path / "one.png"
-    path.write_bytes(b"any bytes")
+    path.write_bytes(png())
     places = [{"type": "image"}, {"type": "text", "text": "?"}, {"type": "image"}]
-    images = (Picture.of(path), Picture.of(b"x"))
+    images = (Picture.of(path), Picture.of(png(color="blue")))
     prompt = Prompt("p", "see", ({"role": "user", "content": places},), images, reference="a dog")
     run = folder(tmp_path)
     run.write_rollouts(1, [Scored(Rollout(prompt, "a cat"), 0.0)])

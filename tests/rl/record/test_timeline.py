@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rl.record.timeline import Span, Timeline
 
@@ -72,3 +74,13 @@ def test_a_file_that_a_crash_has_cut_keeps_its_complete_events(tmp_path: Path, k
     *old, _, new = json.loads(file.read_text())
     assert old == before[: len(old)] and new["name"] == "after"
     assert len(old) >= (len(before) - 1 if kept < 0 else 0)
+
+
+@given(content=st.binary(max_size=60) | st.text(alphabet='[]{}",:\n0e ', max_size=40).map(str.encode))
+def test_a_file_with_any_content_becomes_a_valid_timeline(content: bytes, tmp_path_factory) -> None:
+    file = tmp_path_factory.mktemp("fuzz") / "t.json"
+    file.write_bytes(content)
+    resumed = Timeline(file, {})
+    resumed.add("loop", "after", 5, 6)
+    resumed.write()
+    assert json.loads(file.read_text())[-1]["name"] == "after"

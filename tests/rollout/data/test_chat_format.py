@@ -1,10 +1,16 @@
 """Tests the different notations of messages and pictures in data rows."""
 
 import base64
+import io
+import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from rl.config import Source
+from rollout.data.errors import RowError
+from rollout.data.rows import read, read_samples
 from tests.support.data_rows import jsonl, only_prompt, parquet, png, read_rows, reasons, row, text, user
 
 
@@ -66,10 +72,81 @@ def test_pictures_both_in_messages_and_in_the_column_are_refused(tmp_path: Path)
     assert "both in messages and in the column" in reasons(jsonl(tmp_path, row(messages=chat, images=["ok.png"])))[0]
 
 
-def test_pictures_are_not_decoded_while_reading(tmp_path: Path) -> None:
-    whole = png((64, 64))
-    (tmp_path / "cut.png").write_bytes(whole[:60])  # the complete header (33 bytes), but not all pixels
-    prompt = read_rows(jsonl(tmp_path, row(messages=user({"type": "image", "image": "cut.png"}))))[0]
-    assert prompt.images[0].size == (64, 64)
-    with pytest.raises(OSError):
-        prompt.images[0].load()
+def shown(picture: object) -> dict[str, object]:
+    return row(messages=user({"type": "image", "image": picture}))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_picture_that_is_cut_off_is_a_bad_row(tmp_path: Path, kind: str) -> None:
+    noise = Image.effect_noise((200, 200), 90).convert("RGB")
+    for name, share in (("whole", 1.0), ("cut", 0.6)):
+        encoded = io.BytesIO()
+        noise.save(encoded, kind)
+        (tmp_path / name).write_bytes(encoded.getvalue()[: int(share * len(encoded.getvalue()))])
+    rows = read([Source(path=str(jsonl(tmp_path, shown("whole"), shown("cut") | {"id": "b"})))])
+    assert [prompt.images[0].size for prompt in rows.prompts] == [(200, 200)]
+    (bad,) = rows.bad
+    assert bad.line == 2 and re.search(rf"{tmp_path / 'cut'} cannot be (decoded|opened as a picture): ", bad.reason)
+
+
+def test_bad_rows_are_in_file_order_whatever_is_wrong_with_them(tmp_path: Path) -> None:
+    (tmp_path / "cut.png").write_bytes(png((64, 64))[:60])  # the complete header (33 bytes), but not all pixels
+    path = jsonl(tmp_path, shown("cut.png"), "{", shown("cut.png") | {"id": "b"})
+    assert [bad.line for bad in read([Source(path=str(path))]).bad] == [1, 2, 3]
+
+
+def test_a_picture_of_another_format_or_with_too_many_pixels_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    (tmp_path / "bomb.png").write_bytes(png((8001, 8000)))
+    (tmp_path / "empty.png").write_bytes(b"")
+    wrong, bomb, empty = reasons(
+        jsonl(tmp_path, *(shown(f"{name}.png") | {"id": name} for name in ("script", "bomb", "empty")))
+    )
+    assert "script.png cannot be opened as a picture: it is no picture in one of the formats PNG, JPEG," in wrong
+    assert "its size is 8001 x 8000, but 1 to 64,000,000 pixels are allowed" in bomb
+    assert "it is no picture" in empty
+
+
+def test_the_file_of_a_picture_is_not_read_whole_before_its_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "huge.png").open("wb") as huge:
+        huge.truncate(1 << 40)  # a file with a hole, which takes no space on the disk
+    (reason,) = reasons(jsonl(tmp_path, shown("huge.png")))
+    assert "it has 1,099,511,627,776 bytes, more than the maximum" in reason
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+    (reason,) = reasons(jsonl(tmp_path, shown("rows.jsonl")))
+    assert "it is no picture" in reason
+
+
+def test_rows_use_only_pictures_of_their_folder_and_of_the_folders_that_the_user_names(tmp_path: Path) -> None:
+    data, other = tmp_path / "data", tmp_path / "other"
+    data.mkdir()
+    other.mkdir()
+    (other / "private.png").write_bytes(png())
+    (data / "link.png").symlink_to(other / "private.png")
+    named = (str(other / "private.png"), "../other/private.png", "link.png", f"{data}/x/../../other/private.png")
+    path = jsonl(data, *(shown(name) | {"id": name} for name in named))
+    for reason in reasons(path):
+        assert reason == (
+            f"picture {other / 'private.png'} is outside of the data's folder; if the row may use it, add its folder "
+            "to data.picture_folders (or --picture-folder)"
+        )
+    assert len(reasons(path)) == 4
+    assert len(read_rows(path, picture_folders=[str(other)])) == 4
+
+
+@pytest.mark.parametrize("path", ["a\0b.png", "x" * 5000, "loop.png", "/dev/zero", "."])
+def test_a_path_that_no_picture_can_have_is_a_bad_row(tmp_path: Path, path: str) -> None:
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (reason,) = reasons(jsonl(tmp_path, shown(path)))
+    assert reason.startswith("picture ")
+
+
+@pytest.mark.parametrize("digest", ["../../x", "A" * 64, "", 7])
+def test_only_samples_may_have_a_digest_in_place_of_a_picture(tmp_path: Path, digest: object) -> None:
+    for value in (digest, "a" * 64):
+        (reason,) = reasons(jsonl(tmp_path, row(messages=user({"type": "image", "digest": value}))))
+        assert "a picture must be a path or bytes" in reason or "must be {type: text" in reason
+    with pytest.raises(RowError, match=r"digest of a picture must be 64|must be \{type: text"):
+        read_samples(jsonl(tmp_path, row(messages=user({"type": "image", "digest": digest}), response="4")))

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from rl.config import Source
+from rollout.data import data_files
 from rollout.data.rows import read
 from tests.support.data_rows import jsonl, parquet, png, read_rows, reasons, row
 
@@ -65,3 +66,27 @@ def test_a_json_file_that_is_not_an_array_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match=r"rows.json contains dict instead of an array"):
         read_rows(tmp_path / "rows.json")
+
+
+def test_rows_from_the_hub_contain_their_pictures_or_name_files_of_the_hubs_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for folder in (tmp_path, cache):
+        (folder / "a.png").write_bytes(png())
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    images = [{"bytes": png(), "path": "a.png"}, {"bytes": None, "path": str(cache / "a.png")}]
+    images += [{"bytes": None, "path": path} for path in (str(tmp_path / "a.png"), "a.png", "../a.png")]
+    stored = datasets.Dataset.from_list(
+        [row(id=f"r{n}", messages="<image>?", images=[one]) for n, one in enumerate(images)]
+    )
+    monkeypatch.setattr(data_files, "_load_dataset", lambda name, split, streaming: stored)
+    monkeypatch.chdir(tmp_path)
+    rows = read([Source(path="owner/name")])
+    assert [prompt.id for prompt in rows.prompts] == ["r0", "r1"]
+    outside, relative, above = (bad.reason for bad in rows.bad)
+    assert "is outside of the data's folder" in outside
+    assert "'a.png' is a path, but rows from the hub must contain their pictures" in relative and "../a.png" in above

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rl.config import Source
 from rl.recipe.resolve import load
 from rl.types import Prompt
 from rollout.data.errors import RowError
-from rollout.data.rows import read, read_samples
+from rollout.data.rows import COLUMNS, read, read_samples
 from tests.support.command import ROOT
 from tests.support.data_rows import CHAT, jsonl, only_prompt, parquet, png, read_rows, reasons, row, sums, text, user
 
@@ -163,12 +165,14 @@ def test_samples_are_rows_with_a_response_and_need_no_other_columns(tmp_path: Pa
         '{"response": "5", "ground_truth": 5}\n'
         '{"id": "a", "task": "sums", "messages": [{"role": "user", "content": "2 + 3?"}], "response": "", '
         '"finish": "length", "reward": 0.0}\n'
-        '{"id": "a", "messages": [{"role": "user", "content": [{"type": "image", "digest": "d1"}]}], "response": "x"}\n'
+        '{"id": "a", "messages": [{"role": "user", "content": [{"type": "image", "digest": "'
+        + "d1" * 32
+        + '"}]}], "response": "x"}\n'
     )
     bare, whole, seen = read_samples(file)
     assert (bare.prompt.id, bare.prompt.messages, bare.prompt.ground_truth, bare.text) == ("line 1", (), 5, "5")
     assert (whole.prompt.task, whole.finish, len(whole.prompt.messages)) == ("sums", "length", 1)
-    assert [picture.digest for picture in seen.prompt.images] == ["d1"]  # the sample has only the picture's digest
+    assert [picture.digest for picture in seen.prompt.images] == ["d1" * 32]  # the sample has only the picture's digest
 
 
 @pytest.mark.parametrize(
@@ -180,3 +184,27 @@ def test_a_sample_without_a_valid_response_is_reported_with_its_line(tmp_path: P
     file.write_text(f'{{"response": "fine"}}\n{line}\n')
     with pytest.raises(RowError, match=rf"samples.jsonl:2: {why}"):
         read_samples(file)
+
+
+WORDS = ("<image>", "user", "text", "image", "data:image/png;base64,AA", "data:,", "/dev/null", "")
+KEYS = ("", "type", "text", "image", "role", "content", "bytes", "path", "digest")
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
+    max_leaves=8,
+)
+CHANGED = st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=3).map(lambda changes: row(**changes))
+
+
+@given(rows=st.lists(CHANGED | VALUES | st.binary(max_size=20), min_size=1))
+def test_every_line_of_a_file_is_a_row_or_a_bad_row(rows: list[Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.mktemp("fuzz") / "rows.jsonl"
+    lines = [one.replace(b"\n", b"") if isinstance(one, bytes) else json.dumps(one).encode() for one in rows]
+    file.write_bytes(b"\n".join(lines) + b"\n")
+    expected = sum(bool(line.strip()) for line in lines)
+    if expected:
+        found = read([Source(path=str(file))])
+        assert len(found.prompts) + len(found.bad) == expected
+    else:
+        with pytest.raises(ValueError, match="has no rows"):
+            read([Source(path=str(file))])
