@@ -41,11 +41,12 @@ Result = TypeVar("Result")
 
 class Unreachable(Exception):
     """The endpoint does not answer after all retries, or refuses this run's key, model or address. A person can fix
-    this while the run waits. `status` is the HTTP status of the last answer, or None if there was no answer."""
+    this while the run waits. `status` is the HTTP status of the last answer, or None if there was no answer.
+    `answers_others` is True if the endpoint answered another sample during the last try."""
 
-    def __init__(self, endpoint: str, why: str, status: int | None = None):
+    def __init__(self, endpoint: str, why: str, status: int | None = None, *, answers_others: bool = False):
         super().__init__(f"endpoint {endpoint}: {why}")
-        self.endpoint, self.why, self.status = endpoint, why, status
+        self.endpoint, self.why, self.status, self.answers_others = endpoint, why, status, answers_others
 
 
 class Refused(Exception):
@@ -217,6 +218,9 @@ class Endpoint:
         self.spec = spec
         self._key = _key(spec)
         self._slots = asyncio.Semaphore(spec.concurrency)
+        # The samples that the endpoint answered last, with the time of the last answer. At most two are kept, because
+        # only the last answer to another sample matters.
+        self._last_answers: dict[SampleClock | None, float] = {}
         # The client must not retry, because its pauses before retries would count against the sample's time.
         self._client = AsyncOpenAI(base_url=spec.url, api_key=self._key, timeout=spec.timeout_s, max_retries=0)
 
@@ -263,16 +267,34 @@ class Endpoint:
         while True:
             tries += 1
             async with self._slot():
-                started = running.elapsed if (running := clock.get()) else 0.0
-                reply = await self._once({**request, "messages": await asyncio.to_thread(messages)})
+                started, began = running.elapsed if (running := clock.get()) else 0.0, time.monotonic()
+                try:
+                    reply = await self._once({**request, "messages": await asyncio.to_thread(messages)})
+                except Unreachable as e:
+                    e.answers_others = self._answers_others(began)
+                    raise
             if isinstance(reply, str):
                 return reply
             if running:
                 running.give_back(running.elapsed - started)
             if tries > retries:
-                raise Unreachable(self.spec.name, f"{reply.why}, after {tries} tries", reply.status)
+                why = f"{reply.why}, after {tries} tries"
+                raise Unreachable(self.spec.name, why, reply.status, answers_others=self._answers_others(began))
             with waiting():
                 await asyncio.sleep(_delay(tries, reply.retry_after_s))
+
+    def _note_answer(self) -> None:
+        """Notes that the endpoint has answered a request of the current sample."""
+        _answered.add(self.spec.name)
+        sample = clock.get()
+        self._last_answers.pop(sample, None)
+        self._last_answers[sample] = time.monotonic()
+        if len(self._last_answers) > 2:
+            del self._last_answers[next(iter(self._last_answers))]
+
+    def _answers_others(self, since: float) -> bool:
+        """True if the endpoint has answered another sample after `since`, a time of time.monotonic()."""
+        return any(at > since for sample, at in self._last_answers.items() if sample is not clock.get())
 
     @asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
@@ -304,7 +326,7 @@ class Endpoint:
             return _Failure(f"{self.spec.url} sent an answer that is no chat completion: {self._public(e)}")
         if not isinstance(completion, ChatCompletion) or not completion.choices:
             return _Failure(f"{self.spec.url} sent an answer that is no chat completion: {self._public(completion)}")
-        _answered.add(self.spec.name)
+        self._note_answer()
         choice = completion.choices[0]
         if choice.finish_reason == "content_filter" or choice.message.refusal:
             raise Refused(
@@ -319,7 +341,7 @@ class Endpoint:
         status = error.status_code
         message = self._public(error.message.removeprefix(f"Error code: {status} - "))
         if status in (400, 413, 422) or (status == 403 and _MODERATED.search(message)):
-            _answered.add(self.spec.name)
+            self._note_answer()
             raise Refused(f"HTTP {status}: {message}") from None
         if status in (408, 409, 429) or status >= 500:
             return _Failure(f"HTTP {status}: {message}", status, _retry_after(error.response.headers))

@@ -150,10 +150,10 @@ class Judge(Generic[V]):
         is the reason. Raises Unreachable if the endpoint does not answer.
         """
         texts = {key: cut(clean(text), self.max_chars) for key, text in written.items()}
-        why = ""
+        why, retries = "", None
         for attempt in range(ATTEMPTS):
             try:
-                return await self._once(row, shown, texts, vote, attempt)
+                return await self._once(row, shown, texts, vote, attempt, retries)
             except Unparsable as e:
                 why = str(e)
             except Refused as e:
@@ -166,8 +166,7 @@ class Judge(Generic[V]):
                 # would wait for the server forever.
                 await self._check(row, shown, texts, 0.0)
                 why = e.why
-                if e.status is None:
-                    break  # another attempt would wait for the full time of all retries again
+                retries = 0  # the judge may have come back just now, so each later attempt is a single try
         await self._check(row, shown, texts, CANARY_S)
         raise Unjudgeable(f"the judge gave no verdict on this text: {why}")
 

@@ -112,7 +112,7 @@ class Picture:
 @contextmanager
 def _opened(source: Path | bytes) -> Iterator[Image.Image]:
     """Opens a picture and checks its header. Every error in the `with` block becomes a BadPicture, except if the file
-    does not exist."""
+    does not exist or memory runs out."""
     data = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with Image.open(data, formats=FORMATS) as image:
@@ -120,7 +120,7 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
             if not 0 < width * height <= MOST_PIXELS:
                 raise BadPicture(f"its size is {width} x {height}, but 1 to {MOST_PIXELS:,} pixels are allowed")
             yield image
-    except (BadPicture, FileNotFoundError):
+    except (BadPicture, FileNotFoundError, MemoryError):
         raise
     except UnidentifiedImageError:
         raise BadPicture(f"it is no picture in one of the formats {', '.join(FORMATS)}") from None

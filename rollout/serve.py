@@ -103,6 +103,8 @@ class PacoreProxy:
         sent = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if self._key and request.path != "/health" and not secrets.compare_digest(sent.encode(), self._key.encode()):
             return _error(UNAUTHORIZED, "the key in the header Authorization is missing or wrong")
+        if request.path == "/health":  # is answered also while the proxy is busy
+            return await handler(request)
         if self._under_way >= MOST_REQUESTS:
             return _error(UNAVAILABLE, f"{MOST_REQUESTS} requests are under way; try again later")
         self._under_way += 1
@@ -257,8 +259,9 @@ async def _parse_body(request: web.Request) -> dict[str, Any]:
         raise InvalidRequest(f"the request has more than {MOST_BYTES >> 20} MiB", error.status) from error
     if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
         raise InvalidRequest("messages must be a list that is not empty")
-    if isinstance(body.get("n"), int) and body["n"] > MOST_REPLIES:
-        raise InvalidRequest(f"n = {body['n']} is more than the maximum of {MOST_REPLIES}")
+    replies = body.get("n")
+    if replies is not None and (type(replies) is not int or not 1 <= replies <= MOST_REPLIES):
+        raise InvalidRequest(f"n = {replies!r:.100} must be a whole number from 1 to {MOST_REPLIES}")
     for message in body["messages"]:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else ():
@@ -268,10 +271,13 @@ async def _parse_body(request: web.Request) -> dict[str, Any]:
 
 def _check_part(part: Any) -> None:
     """Raises InvalidRequest if a part of a message is neither a text nor a picture in a `data:` URL. With other URLs, a
-    client could make the endpoint send requests to internal addresses."""
+    client could make the endpoint send requests to internal addresses. vLLM reads some keys whatever the type is, so
+    other keys are refused too."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in PART_TYPES:
         raise InvalidRequest(f"a part of a message has the type {kind!r}; types are {', '.join(PART_TYPES)}")
+    if unknown := [key for key in part if key not in ("type", kind)]:
+        raise InvalidRequest(f"a part of a message has the key {unknown[0]!r}; keys are type and {kind}")
     if kind == "image_url":
         picture = part.get("image_url")
         url = picture.get("url") if isinstance(picture, dict) else picture

@@ -35,7 +35,7 @@ class Judges:
         """Waits until all servers answer, and then gives the addresses of the servers to the rewards."""
         urls = {}
         for name, judge in self._processes.items():
-            urls[name] = judge.start(Server.url).result(self._config.max_start_s)
+            urls[name] = self._wait_for_url(judge)
             self._serving.append(judge)
         self._rewards.set_urls(urls, KEY_ENV)
 
@@ -60,6 +60,12 @@ class Judges:
         for pending in [judge.start(Server.close) for judge in serving]:
             pending.result()
 
+    def _wait_for_url(self, judge: RemoteObject[Server]) -> str:
+        """Waits until a server answers, and returns its URL. The server's own time limit is shorter than the limit of
+        the call, so that the error has the end of the server's log."""
+        limit = self._config.max_start_s
+        return judge.start(Server.url, limit).result(limit + PATIENCE_S)
+
     def _is_dead(self, name: str) -> bool:
         if name not in self._processes:
             return False
@@ -82,7 +88,10 @@ class Judges:
         self._processes[name] = self._start(name)
         try:
             self._processes[name].ready(self._config.max_start_s)
-        except OSError as error:
+            self._wait_for_url(self._processes[name])
+        except WorkerDied:
+            raise
+        except (OSError, RuntimeError) as error:
             address = self._rewards.url(name)
             raise Stop(f"judge {name} cannot be served at {address} again: {error}; {GO_ON}", saves=True) from error
         self._serving.append(self._processes[name])

@@ -31,6 +31,7 @@ MOST_AT_ONCE = 1024  # maximum number of jobs in the process; each endpoint also
 MOST_BYTES = 256 << 20  # if the jobs in the process have this size, pictures included, no job is added
 STALL_S = (2.0, 30.0)  # a process counts as blocked after this many seconds without a message: minimum, maximum
 MOST_UNANSWERED = 3  # a job is invalid if an endpoint failed on it this many times while it answered other jobs
+BUSY = (408, 409, 429)  # statuses of an endpoint that is busy; they do not depend on the job
 PROBE_S = (2.0, 60.0)  # seconds between probes of an endpoint that does not answer: first pause and longest pause
 
 
@@ -63,7 +64,6 @@ class _Sent:
 
     job: Job
     size: int  # bytes
-    at: float  # time.monotonic() when the job was sent
 
 
 @dataclass
@@ -102,7 +102,6 @@ class AsyncPool(RewardPool):
         self._suspects: deque[list[Job]] = deque()
         self._on_trial = False  # True while a group of _suspects runs
         self._away: dict[str, _AwayEndpoint] = {}
-        self._answered: dict[str, float] = {}  # time when each endpoint last answered
         self._last_message = 0.0  # time when the process sent its last message
         self._process: AsyncProcess | None = None
         self._thread: threading.Thread | None = None
@@ -210,7 +209,7 @@ class AsyncPool(RewardPool):
             for endpoint in reply.get("answered", ()):
                 self._on_endpoint_answered(endpoint)
             if "number" in reply:
-                self._on_outcomes(self._running.pop(reply["number"]), reply["outcomes"])
+                self._on_outcomes(self._running.pop(reply["number"]).job, reply["outcomes"])
         elif time.monotonic() - self._last_message > self._stall_s():
             raise ProcessDied(f"it blocked the event loop for {time.monotonic() - self._last_message:.0f} s")
 
@@ -254,29 +253,28 @@ class AsyncPool(RewardPool):
         assert self._process
         number, items = next(self._numbers), list(job.items)
         message = pickle.dumps((number, job.scorer, items, job.timeout_s))
-        self._running[number] = _Sent(job, len(message), time.monotonic())
+        self._running[number] = _Sent(job, len(message))
         self._process.send_job(message)
 
-    def _on_outcomes(self, sent: _Sent, outcomes: list[Outcome]) -> None:
+    def _on_outcomes(self, job: Job, outcomes: list[Outcome]) -> None:
         self._on_trial = self._on_trial and bool(self._running)
         if unreachable := next((outcome for outcome in outcomes if "away" in outcome), None):
-            self._on_unreachable(sent, unreachable)
+            self._on_unreachable(job, unreachable)
             return
-        for endpoint in [name for name, away in self._away.items() if away.probe is sent.job]:
+        for endpoint in [name for name, away in self._away.items() if away.probe is job]:
             self._on_endpoint_answered(endpoint)
-        _resolve(sent.job, outcomes)
+        _resolve(job, outcomes)
 
-    def _on_unreachable(self, sent: _Sent, outcome: Outcome) -> None:
-        """Handles a job whose endpoint did not answer. If the endpoint has answered other jobs in the meantime, the job
-        is sent again at once, otherwise it waits until the endpoint answers."""
-        job, endpoint, why = sent.job, outcome["away"], outcome["why"]
-        answers_others = self._answered.get(endpoint, 0.0) > sent.at
-        # A job that has already failed alone may be the last one, so that no other job is answered any more.
-        if not answers_others and not (job.unanswered and endpoint not in self._away):
+    def _on_unreachable(self, job: Job, outcome: Outcome) -> None:
+        """Handles a job whose endpoint did not answer. If the endpoint answered other jobs at the same time, the job
+        is sent again, otherwise it waits until the endpoint answers."""
+        endpoint, why = outcome["away"], outcome["why"]
+        # If the endpoint failed on this job before, while it answered others, this may now be the only job left.
+        alone = job.unanswered > 0 and endpoint not in self._away
+        if not outcome["answers_others"] and not alone:
             self._hold(job, endpoint, why)
             return
-        status = outcome["status"]
-        if status is None or status >= 500:  # other statuses, such as 429, do not depend on the job's text
+        if outcome["status"] not in BUSY:
             job.unanswered += 1
         if job.unanswered < MOST_UNANSWERED:
             self._jobs.put(job)
@@ -340,9 +338,8 @@ class AsyncPool(RewardPool):
                 self._jobs.put(away.probe)
 
     def _on_endpoint_answered(self, endpoint: str) -> None:
-        """Notes that an endpoint has answered a request of any job. If the endpoint was away, the outage ends and the
+        """Handles an endpoint that has answered a request of any job. If the endpoint was away, the outage ends and the
         jobs that wait for it are sent again."""
-        self._answered[endpoint] = time.monotonic()
         if away := self._away.pop(endpoint, None):
             self.outages.put(Outage(endpoint, None, time.monotonic() - away.since))
             for job in away.held:

@@ -48,7 +48,7 @@ class AsyncRewardWorker(RewardWorker):
             result = await sample_clock.limit(timeout_s, bound(list(items) if bound.reward.group else items[0]))
             return to_outcomes(bound, result, len(items))
         except Unreachable as e:
-            outcome = {"away": e.endpoint, "why": e.why, "status": e.status}
+            outcome = {"away": e.endpoint, "why": e.why, "status": e.status, "answers_others": e.answers_others}
         except TimeoutError as e:  # raised by the time limit, or by the reward itself
             late = sample_clock.elapsed >= timeout_s
             outcome = {"exhausted": f"took longer than {timeout_s:g} s"} if late else {"invalid": describe_error(e)}

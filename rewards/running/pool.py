@@ -22,8 +22,8 @@ from rl.types import Prompt, Rollout
 Outcome = Mapping[str, Any]
 """The result for one rollout or row. After success: {"value": number, "details": mapping}. If it is invalid:
 {"invalid": reason}. If time or memory ran out: {"exhausted": message}. If an endpoint does not answer: {"away": name of
-the endpoint, "why": error, "status": HTTP status or None}. The key "seconds", if present, is the duration of
-scoring."""
+the endpoint, "why": error, "status": HTTP status or None, "answers_others": whether the endpoint answered other samples
+at the same time}. The key "seconds", if present, is the duration of scoring."""
 
 SLOW_FACTOR = 3  # a job is slow if it takes more than SLOW_FACTOR times the usual duration of its scorer
 # No job is slow before LEAST_PATIENCE_S seconds. A scorer's first job is slow after FIRST_PATIENCE_S seconds.

@@ -20,7 +20,7 @@ SECRET_VALUE = re.compile(
 tokens, and private keys."""
 USER_IN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#]*@")
 KEY_IN_URL = re.compile(r"://\S*[?&]([\w-]+)=[^\s&]")
-FROM_ENVIRONMENT = re.compile(r"oc\.env:\s*([A-Za-z_]\w*)")
+FROM_ENVIRONMENT = re.compile(r"oc\.env:[\s'\"]*([A-Za-z_]\w*)")
 
 
 def secret_options(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -50,7 +50,7 @@ def secret_variables(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from secret_variables(value, key)
     elif isinstance(values, str):
         for variable in FROM_ENVIRONMENT.findall(values):
-            if _is_secret_name(variable) or variable.lower().endswith(("_key", "_token")):
+            if _is_secret_name(variable) or variable.lower().endswith(("_key", "_token", "password")):
                 yield key, variable
 
 

@@ -79,12 +79,12 @@ def open_picture(source: Any, base: Path | None, folders: Sequence[Path], known:
     if base is None and not Path(source).is_absolute():
         raise InvalidRow(f"picture {shorten(source)} is a path, but rows from the hub must contain their pictures")
     path = _resolved((base or Path()) / source)
+    if not any(path.is_relative_to(_resolved(folder)) for folder in folders):
+        raise InvalidRow(
+            f"picture {path} is outside of the data's folder; if the row may use it, add its folder to "
+            "data.picture_folders (or --picture-folder)"
+        )
     if path not in known:
-        if not any(path.is_relative_to(_resolved(folder)) for folder in folders):
-            raise InvalidRow(
-                f"picture {path} is outside of the data's folder; if the row may use it, add its folder to "
-                "data.picture_folders (or --picture-folder)"
-            )
         if not os.path.isfile(path):  # Path.is_file() raises an error if the name is too long
             raise InvalidRow(f"picture {path} does not exist (paths are relative to the data file)")
         known[path] = _opened(path, str(path))

@@ -88,6 +88,8 @@ class Server:
             self.host,
             "--port",
             str(self.port),
+            "--middleware",
+            "rollout.vllm.key_guard.KeyGuard",
             "--disable-uvicorn-access-log",  # a run sends millions of requests
             *_arguments(model, device, options or {}),
         ]

@@ -137,6 +137,12 @@ def test_a_response_on_which_the_judge_is_too_slow_scores_lowest() -> None:
     assert "no verdict on this text: no answer from" in scored.details["why"]
 
 
+@pytest.mark.parametrize("failure", [Reply(closes=True), Reply(status=500)])
+def test_a_judge_that_comes_back_just_before_the_canary_is_asked_again(failure: Reply) -> None:
+    with judging([failure, RIGHT, RIGHT], retries=0):  # the first right answer is for the canary
+        assert score("verifier", rollout("42")).value == 1.0
+
+
 def test_a_judge_that_is_too_slow_on_every_prompt_raises_unreachable() -> None:
     with judging([Reply(RIGHT, after_s=20)], timeout_s=0.3), pytest.raises(Unreachable, match=r"within 0\.3 s"):
         score("verifier", rollout("42"))

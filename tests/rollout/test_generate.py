@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 from openai import AsyncOpenAI
@@ -65,6 +66,16 @@ def arguments(problems: Path, out: Path, url: str, *more: str) -> list[str]:
 
 def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/invocations", "/tokenize", "/metrics", "/v1/chat/completions"])
+def test_a_server_answers_nothing_without_its_key(url: str, path: str) -> None:
+    async def status(method: str) -> int:
+        address = url.removesuffix("/v1") + path
+        async with aiohttp.ClientSession() as session, session.request(method, address, json={}) as answer:
+            return answer.status
+
+    assert {asyncio.run(status(method)) for method in ("GET", "POST", "OPTIONS")} == {401}
 
 
 def test_each_line_has_trajectories_synthesis_and_tokens(answered: Path) -> None:

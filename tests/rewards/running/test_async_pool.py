@@ -163,6 +163,25 @@ def test_a_sample_on_which_an_endpoint_always_fails_is_invalid_while_the_endpoin
     assert poison.invalid and "endpoint judge answers other samples, but not this: HTTP 500" in poison.invalid
 
 
+def test_an_outage_in_the_middle_of_a_batch_makes_no_sample_invalid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_pool, "PROBE_S", (0.1, 0.2))
+    (tmp_path / "plain.py").write_text(PLAIN)
+    told: list[async_pool.Outage] = []
+    answers = [Reply({"value": 0.5}, after_s=0.05)] * 10
+    with judge_server([*answers, *[Reply(status=503)] * 50, answers[0]]) as server:
+        judge = EndpointSpec("judge", server.url, "m", retries=0, max_wait=60, concurrency=4)
+        asks = spec("plain.py:asks", {"judge": "judge"})
+        with RewardRunner({"t": [asks]}, tmp_path, endpoints={"judge": judge}) as runner:
+            runner.on_outage = told.append
+            scored = runner.score([rollout(f"good {i}", task="t") for i in range(40)])
+    assert [(one.reward, one.invalid) for one in scored] == [(0.5, None)] * 40
+    # Answers that were under way when the first request failed can end the first outage, and a second one begins.
+    ends = [outage.why is None for outage in told if not outage.again]
+    assert ends and ends == [False, True] * (len(ends) // 2)
+
+
 def test_an_outage_ends_when_the_endpoint_answers_any_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(async_pool, "PROBE_S", (60.0, 60.0))  # no probe is sent during the test
     told: list[async_pool.Outage] = []

@@ -67,6 +67,7 @@ def test_an_ordinary_value_is_no_secret(values: dict[str, Any]) -> None:
         ("endpoints.judge={model: m, serve: {api-key: abc}}", "endpoints.judge.serve.api-key seems to be a secret"),
         ("curate.checkability.params={api_key: abc}", "curate.checkability.params.api_key seems to be a secret"),
         ("rewards.arithmetic.params={auth: '${oc.env:JUDGE_TOKEN}'}", "takes its value from JUDGE_TOKEN"),
+        ("model.path=\"${oc.env:'MY_API_KEY'}/model\"", "model.path takes its value from MY_API_KEY"),
         ("model.path='${oc.env:MY_API_KEY}/model'", "model.path takes its value from MY_API_KEY"),
     ],
 )

@@ -136,6 +136,16 @@ def test_rows_use_only_pictures_of_their_folder_and_of_the_folders_that_the_user
     assert len(read_rows(path, picture_folders=[str(other)])) == 4
 
 
+def test_a_source_cannot_use_the_pictures_of_another_source(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    (first / "own.png").write_bytes(png())
+    sources = [jsonl(first, shown("own.png")), jsonl(second, shown("../first/own.png") | {"id": "b"})]
+    rows = read([Source(path=str(path)) for path in sources])
+    assert len(rows.prompts) == 1 and "is outside of the data's folder" in rows.bad[0].reason
+
+
 @pytest.mark.parametrize("path", ["a\0b.png", "x" * 5000, "loop.png", "/dev/zero", "."])
 def test_a_path_that_no_picture_can_have_is_a_bad_row(tmp_path: Path, path: str) -> None:
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
