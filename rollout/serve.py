@@ -166,7 +166,10 @@ class PacoreProxy:
         the client gets an HTTP error status."""
         if not response.prepared:
             raise error
-        shown = _public(error) if isinstance(error, UPSTREAM_ERRORS) else str(error)
+        if isinstance(error, RequestRefused) and error.only_this:  # the client gets the endpoint's error message
+            shown = error.body
+        else:
+            shown = _public(error) if isinstance(error, UPSTREAM_ERRORS) else str(error)
         await response.write(_event({"error": {"message": shown, "type": type(error).__name__}}))
 
     # PaCoRe

@@ -49,13 +49,20 @@ def raw_rows(source: str, *, streaming: bool = False) -> Iterator[RawRow]:
     return _dataset(source, streaming)
 
 
+def hub_blobs(path: Path) -> tuple[Path, ...]:
+    """Returns the folder of the files to which the links in a local copy of a hub data set point, or () if the path is
+    in no such copy. In a copy, all files are links from snapshots/REVISION/ to blobs/."""
+    copies = [parent.parent for parent in path.absolute().parents if parent.name == "snapshots"]
+    return tuple(copy / "blobs" for copy in copies[:1] if (copy / "blobs").is_dir())
+
+
 def _jsonl(path: Path) -> Iterator[RawRow]:
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     values, problem = _json_row(line)
-                    yield RawRow(str(path), number, path.parent, values, problem)
+                    yield RawRow(str(path), number, path.parent, values, problem, hub_blobs(path))
         except (EOFError, gzip.BadGzipFile) as problem:
             raise ValueError(f"{path} is a damaged gzip file: {problem}") from problem
 
@@ -91,7 +98,7 @@ def _json(path: Path) -> Iterator[RawRow]:
         if isinstance(row, list):
             row = {str(place): value for place, value in enumerate(row)}
         problem = "" if isinstance(row, dict) else f"a row must be a JSON object, but is {type(row).__name__}"
-        yield RawRow(str(path), number, path.parent, None if problem else row, problem)
+        yield RawRow(str(path), number, path.parent, None if problem else row, problem, hub_blobs(path))
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:
@@ -104,7 +111,7 @@ def _parquet(path: Path) -> Iterator[RawRow]:
             for batch in file.iter_batches(batch_size=256):
                 for values in batch.to_pylist():
                     number += 1
-                    yield RawRow(str(path), number, path.parent, values)
+                    yield RawRow(str(path), number, path.parent, values, folders=hub_blobs(path))
     except pyarrow.ArrowException as problem:
         raise ValueError(f"{path} is not a readable Parquet file: {problem}") from problem
 

@@ -210,6 +210,7 @@ class EndpointClient:
 
     async def _retry(self, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
         for number in itertools.count():
+            busy = False
             try:
                 return await attempt()
             except (aiohttp.ClientError, TimeoutError, ConnectionError, json.JSONDecodeError) as error:
@@ -217,12 +218,12 @@ class EndpointClient:
             except RequestRefused as refused:
                 if refused.status != 429 and refused.status < 500:
                     raise
-                reason = str(refused)
-            if number >= self.retries:
-                if await self._answers_others():
-                    raise NoAnswer(
-                        f"{self.url} answers other requests, but not this one after {number + 1} tries ({reason})"
-                    )
+                reason, busy = str(refused), refused.status == 429
+            if number > self.retries:  # the endpoint has answered another request since the last regular try
+                raise NoAnswer(
+                    f"{self.url} answers other requests, but not this one after {number + 1} tries ({reason})"
+                )
+            if number == self.retries and (busy or not await self._answers_others()):
                 raise EndpointUnreachable(f"{self.url} does not answer after {number + 1} tries ({reason})")
             await asyncio.sleep(min(RETRY_S[0] * 2**number, RETRY_S[1]) * random.uniform(0.75, 1.0))
         raise AssertionError

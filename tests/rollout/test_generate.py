@@ -132,8 +132,18 @@ def test_a_problem_that_the_endpoint_never_answers_fails_alone(
     found = records(tmp_path / "out.jsonl")
     failed = [one["error"] for one in found if "error" in one]
     assert len(found) == 8 and len(failed) == 2
-    assert all("answers other requests, but not this one after 6 tries" in error for error in failed)
+    assert all("answers other requests, but not this after 7 tries" in error for error in failed)
     assert "2 problems have no answer" in capsys.readouterr().err
+
+
+def test_an_endpoint_that_comes_back_late_answers_every_problem(
+    problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "RETRY_S", (0.01, 0.02))
+    command = ["--model", "m", str(problems), str(tmp_path / "out.jsonl"), "--limit", "1"]
+    with judge_server([*[Reply("starting", status=503)] * 6, Reply("4")]) as server:
+        assert generate.main([*command, "--url", server.url]) == generate.DONE
+    assert [one["answer"] for one in records(tmp_path / "out.jsonl")] == ["4"]
 
 
 def test_an_endpoint_that_answers_nothing_ends_the_command_and_no_problem_counts_as_answered(

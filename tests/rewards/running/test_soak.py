@@ -73,13 +73,15 @@ def samples(count: int) -> list[Rollout]:
 
 @contextmanager
 def killing(every_s: float) -> Iterator[list[int]]:
-    """Kills a random reward process every few seconds. Yields the ids of the killed processes."""
+    """Kills a random reward process soon, and then one every few seconds. Yields the ids of the killed processes."""
     killed: list[int] = []
     ended = threading.Event()
 
     def kill() -> None:
         choose = random.Random(0)
-        while not ended.wait(every_s):
+        pause = 0.1
+        while not ended.wait(pause):
+            pause = every_s * slowness()  # a process needs longer to start if the machine is slow
             children = psutil.Process().children(recursive=True)
             with suppress(psutil.Error, IndexError):
                 victim = choose.choice([c for c in children if "rewards.running" in str(c.cmdline())])

@@ -68,6 +68,17 @@ def test_a_json_file_that_is_not_an_array_is_refused(tmp_path: Path) -> None:
         read_rows(tmp_path / "rows.json")
 
 
+def test_rows_of_a_local_copy_of_a_hub_data_set_use_the_pictures_that_it_links(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "datasets--a--b/snapshots/1f", tmp_path / "datasets--a--b/blobs"
+    (snapshot / "images").mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "77").write_bytes(png())
+    (snapshot / "images/a.png").symlink_to("../../../blobs/77")
+    jsonl(blobs, row(messages="<image>?", images=["images/a.png"])).rename(blobs / "88")
+    (snapshot / "rows.jsonl").symlink_to("../../blobs/88")
+    assert [prompt.images[0].size for prompt in read_rows(snapshot / "rows.jsonl")] == [(3, 2)]
+
+
 def test_rows_from_the_hub_contain_their_pictures_or_name_files_of_the_hubs_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
