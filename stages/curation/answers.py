@@ -1,7 +1,7 @@
 """Stores every model answer on disk when it arrives. So a curation that is killed and continued asks no model the same
 question twice.
 
-Tested in tests/stages/curation/test_filters.py.
+Tested in tests/stages/curation/test_run.py.
 """
 
 import json

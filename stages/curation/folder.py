@@ -2,7 +2,7 @@
 
 Each file is written completely or not at all. The rows file of a block is written last.
 
-Tested in tests/stages/curation/test_filters.py.
+Tested in tests/stages/curation/test_run.py.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The report of a curation: row counts before and after each filter, acceptance rates, and reasons for dropped rows.
 
-Tested in tests/stages/curation/test_filters.py.
+Tested in tests/stages/curation/test_report.py.
 """
 
 import json

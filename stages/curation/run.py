@@ -2,7 +2,7 @@
 
 A block is finished when its file in rows/ exists. After an interruption, a curation continues in the same folder.
 
-Tested in tests/stages/curation/test_filters.py.
+Tested in tests/stages/curation/test_run.py.
 """
 
 import hashlib
