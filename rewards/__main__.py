@@ -63,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     trial.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the reward")
     trial.add_argument(
         "--picture-folder", action="append", default=[], metavar="DIR",
-        help="one more folder in which pictures of the samples may be; a recipe's data folders are known",
+        help="one more folder in which pictures of the samples may be; the data folders of TARGET's recipe, and of the "
+        "run whose rollouts are scored, are known",
     )  # fmt: skip
     trial.add_argument("--json", action="store_true", help="print one JSON object per sample")
     trial.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="number of scoring processes")
@@ -132,7 +133,10 @@ def _try(args: argparse.Namespace) -> int:
     from rollout.data.rows import read_samples
 
     target = _target(args.target, args.param, args.samples)
-    samples = _of_task(read_samples(args.samples, (*target.picture_folders, *args.picture_folder)), target.task)
+    run_recipe = Path(args.samples).absolute().parent.parent / "recipe.yaml"  # if the samples are rollouts of a run
+    of_run = _data_folders(run_recipe) if run_recipe.is_file() else []
+    folders = (*target.picture_folders, *of_run, *args.picture_folder)
+    samples = _of_task(read_samples(args.samples, folders), target.task)
     renamed = [replace(one, prompt=replace(one.prompt, task=TRIED)) for one in samples]
     with _runner(target, args.workers) as runner:
         scored = _score_rows(runner, renamed) if target.row_judge else runner.score(renamed)

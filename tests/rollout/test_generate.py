@@ -132,7 +132,7 @@ def test_a_problem_that_the_endpoint_never_answers_fails_alone(
     found = records(tmp_path / "out.jsonl")
     failed = [one["error"] for one in found if "error" in one]
     assert len(found) == 8 and len(failed) == 2
-    assert all("answers other requests, but not this after 7 tries" in error for error in failed)
+    assert all("answers other requests, but not this one after 7 tries" in error for error in failed)
     assert "2 problems have no answer" in capsys.readouterr().err
 
 
