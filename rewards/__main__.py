@@ -1,11 +1,15 @@
-"""Tools for authors of rewards: `python -m rewards list`, and `python -m rewards try TARGET SAMPLES.jsonl [--json]`.
+"""Tools for authors of rewards: `python -m rewards list`, `python -m rewards try TARGET SAMPLES.jsonl`, and `python -m
+rewards try --cases CASES.jsonl`.
 
 `try` scores samples as a run would, in processes that can be killed. It prints the score, the details and the time of
 each sample. If the reward compares responses with ground truths, `try` also scores each ground truth as a response, and
-checks that this response gets the highest value. The exit code is 0 for success. It is 2 for wrong input, and also if a
-ground truth does not get the highest value. It is 1 for any other error, such as an endpoint that does not answer.
-Tested in tests/runs/test_reward_guide.py.
-"""
+checks that this response gets the highest value. If samples have the column `expected`, a number or [lowest, highest],
+`try` lists the samples whose score differs. `--compare` does the same with the scores that a run has recorded. With
+`--cases`, each row names its reward in the columns `reward` and `params`.
+
+The exit code is 0 for success. It is 2 for wrong input, if a ground truth does not get the highest value, and if a
+score differs. It is 1 for any other error, such as an endpoint that does not answer. Tested in
+tests/runs/test_reward_guide.py."""
 
 import argparse
 import inspect
@@ -18,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 import yaml
 
@@ -31,8 +35,12 @@ from rl.exits import DONE, WRONG_INPUT, run_command
 from rl.recipe.layers import find_recipe, shipped_recipes
 from rl.types import Prompt, Rollout, Scored
 
+if TYPE_CHECKING:
+    from rollout.data.rows import Sample
+
 TRIED = "tried"  # in `try`, all samples have this task, and a row judge has this name
 SHOWN = 10  # maximum number of failing ground truths that are printed
+TOLERANCE = 1e-6  # scores that differ by less are equal
 MOST_WAIT_S = 60.0  # maximum wait for an endpoint that does not answer; shorter than in a run, because a person waits
 
 
@@ -58,8 +66,18 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="list every reward, penalty and row judge with its parameters")
     trial = commands.add_parser("try", help="score samples with a reward")
-    trial.add_argument("target", help="registered name, pkg.module:Name, file.py:Name, or RECIPE:task")
-    trial.add_argument("samples", help="JSONL of data rows with a `response`, such as a run's rollouts/000001.jsonl.gz")
+    trial.add_argument("target", nargs="?", help="registered name, pkg.module:Name, file.py:Name, or RECIPE:task")
+    trial.add_argument(
+        "samples", nargs="?", help="JSONL of data rows with a `response`, such as a run's rollouts/000001.jsonl.gz; a "
+        "column `expected` (a number, or [lowest, highest]) is compared with the score",
+    )  # fmt: skip
+    trial.add_argument(
+        "--cases", metavar="FILE", help="in place of TARGET and samples: JSONL of samples that have `reward`, `params` "
+        "and `expected`; lists the samples whose score differs",
+    )  # fmt: skip
+    trial.add_argument(
+        "--compare", action="store_true", help="list the samples whose score differs from the one that the run recorded"
+    )
     trial.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the reward")
     trial.add_argument(
         "--picture-folder", action="append", default=[], metavar="DIR",
@@ -130,6 +148,12 @@ def _bounds(mark: Any) -> Iterator[str]:
 
 
 def _try(args: argparse.Namespace) -> int:
+    if args.cases:
+        if args.target or args.samples or args.param or args.compare:
+            raise ValueError("--cases FILE replaces TARGET, SAMPLES, --param and --compare; leave them out")
+        return _try_cases(args)
+    if not args.target or not args.samples:
+        raise ValueError("give TARGET and SAMPLES, or --cases FILE")
     from rollout.data.rows import read_samples
 
     target = _target(args.target, args.param, args.samples)
@@ -137,12 +161,109 @@ def _try(args: argparse.Namespace) -> int:
     of_run = _data_folders(run_recipe) if run_recipe.is_file() else []
     folders = (*target.picture_folders, *of_run, *args.picture_folder)
     samples = _of_task(read_samples(args.samples, folders), target.task)
-    renamed = [replace(one, prompt=replace(one.prompt, task=TRIED)) for one in samples]
+    wanted = [_recorded(one) if args.compare else _expected(one) for one in samples]
+    if args.compare and not any(wanted):
+        raise ValueError(f"{args.samples} has no recorded scores (column `reward`); --compare needs rollouts of a run")
     with _runner(target, args.workers) as runner:
-        scored = _score_rows(runner, renamed) if target.row_judge else runner.score(renamed)
-        for line in _as_lines(samples, scored) if args.json else _as_table(samples, scored):
+        scored = _score(runner, target, samples)
+        rollouts = [one.rollout for one in samples]
+        for line in _as_lines(rollouts, scored) if args.json else _as_table(rollouts, scored):
             print(line)
-        return _check_truths(runner, target, [one.prompt for one in samples])
+        truths = _check_truths(runner, target, [one.prompt for one in rollouts])
+    differing = _report_differences([*_differences(samples, scored, wanted)], sum(one is not None for one in wanted))
+    return WRONG_INPUT if truths != DONE or differing else DONE
+
+
+def _score(runner: RewardRunner, target: Target, samples: "Sequence[Sample]") -> list[Scored]:
+    renamed = [replace(one.rollout, prompt=replace(one.rollout.prompt, task=TRIED)) for one in samples]
+    return _score_rows(runner, renamed) if target.row_judge else runner.score(renamed)
+
+
+def _try_cases(args: argparse.Namespace) -> int:
+    """Scores the samples of `--cases`, each with its own reward, and prints those whose score differs."""
+    from rollout.data.rows import read_samples
+
+    groups: dict[str, list[Sample]] = {}
+    for sample in read_samples(args.cases, args.picture_folder):
+        params = sample.row.get("params") or {}
+        if not isinstance(sample.row.get("reward"), str) or not isinstance(params, Mapping):
+            raise ValueError(
+                f"{sample.place}: a case needs `reward`, the name of a reward, and may have `params`, an object"
+            )
+        if _expected(sample) is None:
+            raise ValueError(f"{sample.place}: a case needs `expected`, a number or [lowest, highest]")
+        groups.setdefault(json.dumps([sample.row["reward"], params], sort_keys=True), []).append(sample)
+    differing: list[str] = []
+    for key, samples in groups.items():
+        name, params = json.loads(key)
+        target = _named_target(name, params)
+        with _runner(target, args.workers) as runner:
+            scored = _score(runner, target, samples)
+        lines = [*_differences(samples, scored, [_expected(one) for one in samples])]
+        shown = f" {json.dumps(params)}" if params else ""
+        print(f"{name}{shown}: {len(samples) - len(lines)} of {len(samples)} as expected")
+        differing += lines
+    return WRONG_INPUT if _report_differences(differing, sum(map(len, groups.values()))) else DONE
+
+
+Wanted = tuple[float, float] | str
+"""The lowest and the highest allowed score, or the word "invalid"."""
+
+
+def _expected(sample: "Sample") -> Wanted | None:
+    """Returns what the column `expected` of a sample allows, or None if there is no such column. Raises ValueError for
+    a column that cannot be read."""
+    value = sample.row.get("expected")
+    if value is None or value == "invalid":
+        return value
+    bounds = value if isinstance(value, list) else [value, value]
+    numbers = [one for one in bounds if isinstance(one, int | float) and not isinstance(one, bool)]
+    if len(bounds) != 2 or len(numbers) != 2 or not numbers[0] <= numbers[1]:
+        raise ValueError(f'{sample.place}: expected is {value!r}; it must be a number, [lowest, highest] or "invalid"')
+    return float(numbers[0]), float(numbers[1])
+
+
+def _recorded(sample: "Sample") -> Wanted | None:
+    """Returns the score that a run has recorded with a sample, or None if there is none."""
+    if sample.row.get("invalid") is not None:
+        return "invalid"
+    value = sample.row.get("reward")
+    return (float(value), float(value)) if isinstance(value, int | float) else None
+
+
+def _differences(
+    samples: "Sequence[Sample]", scored: Sequence[Scored], wanted: Sequence[Wanted | None]
+) -> Iterator[str]:
+    """Yields one line for each sample whose score is not as wanted."""
+    for sample, one, want in zip(samples, scored, wanted, strict=True):
+        if want is None:
+            continue
+        found = "invalid" if one.invalid is not None else f"{one.reward:.4g}"
+        if isinstance(want, str):
+            agrees, shown = found == want, want
+        else:
+            agrees = one.invalid is None and want[0] - TOLERANCE <= one.reward <= want[1] + TOLERANCE
+            shown = f"{want[0]:.4g}" if want[0] == want[1] else f"{want[0]:.4g} to {want[1]:.4g}"
+        if not agrees:
+            rollout = sample.rollout
+            truth = json.dumps(rollout.prompt.ground_truth, ensure_ascii=False)[:60]
+            why = f" ({one.invalid})" if one.invalid else ""
+            text = json.dumps(rollout.text[-80:], ensure_ascii=False)
+            yield f"  {rollout.prompt.id}: {found}, not {shown}{why}; ground truth {truth}, response {text}"
+
+
+def _report_differences(lines: Sequence[str], compared: int) -> bool:
+    """Prints the samples whose score differs, and their share. Returns True if there are any."""
+    if lines:
+        print(
+            f"{len(lines)} of {compared} scores differ ({len(lines) / compared:.1%}):",
+            *lines,
+            sep="\n",
+            file=sys.stderr,
+        )
+    elif compared:
+        print(f"all {compared} scores are as expected", file=sys.stderr)
+    return bool(lines)
 
 
 def _target(target: str, params: Sequence[str], samples: str) -> Target:
@@ -151,7 +272,11 @@ def _target(target: str, params: Sequence[str], samples: str) -> Target:
         if params:
             raise ValueError(f"{target} has its parameters in the recipe; leave out --param")
         return _of_recipe(file, task, samples)
-    values = dict(_assignment(text) for text in params)
+    return _named_target(target, dict(_assignment(text) for text in params))
+
+
+def _named_target(target: str, values: Mapping[str, Any]) -> Target:
+    values = dict(values)
     kind = get(target, values).reward.kind
     if kind == "row judge":
         return Target((), {}, row_judge=ScorerSpec(use=target, params=values))
@@ -196,9 +321,9 @@ def _data_folders(recipe: Path) -> list[str]:
     return [*data.picture_folders, *(str(file if file.is_dir() else file.parent) for file in files if file.exists())]
 
 
-def _of_task(samples: list[Rollout], task: str | None) -> list[Rollout]:
+def _of_task(samples: "list[Sample]", task: str | None) -> "list[Sample]":
     """Returns the samples of the recipe's task, or all samples if no sample has this task."""
-    matching = [one for one in samples if one.prompt.task == task]
+    matching = [one for one in samples if one.rollout.prompt.task == task]
     if matching and len(matching) < len(samples):
         print(f"{len(samples) - len(matching)} samples of other tasks are left out", file=sys.stderr)
     return matching or samples

@@ -22,10 +22,10 @@ class Calibration:
     max_chars   maximum number of characters of the answer that the judge sees; also the maximum for the reasoning. The
                 middle of a longer text is cut out: the judge sees a short start and a long end
 
-    An empty answer gets 0.0. If the judge gives no verdict on the policy's answer, the same prompt is sent with a
-    harmless answer. If the judge gives a verdict on the harmless answer, the policy's answer gets 1.0. In the STEP3-VL
-    report, the training suppresses "unjustified certainty". The report publishes no prompt and no magnitude. The prompt
-    is a reconstruction.
+    An empty answer gets 0.0. If the judge refuses the policy's answer or does not finish its reply, the same prompt is
+    sent with a harmless answer. If the judge gives a verdict on the harmless answer, the policy's answer gets 1.0. In
+    the STEP3-VL report, the training suppresses "unjustified certainty". The report publishes no prompt and no
+    magnitude. The prompt is a reconstruction.
     """
 
     def __init__(self, endpoint: EndpointName, max_tokens: MaxTokens = 2048, max_chars: MaxChars = 16_000):

@@ -28,6 +28,8 @@ _BARE = re.compile(
     rf"|cn|jp|ru)(?::\d{{1,5}})?/){_URL_CHARACTERS}*+",
     re.IGNORECASE,
 )
+# Names of software, such as ASP.NET/Blazor and Socket.io/WebSockets: capital letters and no usual domain of a site
+_SOFTWARE = re.compile(r"(?!www\.)(?=[^/]*[A-Z])[^/]*\.(?i:net|io|ai|dev)/", re.ASCII)
 _MARKDOWN = re.compile(
     r"\]\([ ]{0,3}<?((?:[a-z0-9-]{1,63}\.){1,6}[a-z]{2,24}(?:[/?:][^\s()<>]*+)?)[>)\s]", re.IGNORECASE
 )
@@ -62,6 +64,8 @@ _PUBLISHED = re.compile(
     re.IGNORECASE,
 )
 _MARK = re.compile(r"(?:(?<=[.,;)\]。，])|(?<=[\w.,;)\]。，] ))\[(\d{1,3})\](?=[\s.,;:)\[。，]|\Z)")
+_CODE_BLOCK = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)", re.DOTALL)
+_CODE_SPAN = re.compile(r"`([^`\n]{1,400}+)`")
 _CODE_AND_FORMULAS = re.compile(r"```.*?```|`[^`\n]{1,400}+`|\$\$[^$]{1,4000}+\$\$|\$[^$\n]{1,1000}+\$", re.DOTALL)
 _WORD = re.compile(r"\w+")
 
@@ -90,8 +94,9 @@ class Citation:
     authors and has a year. If an entry contains a link or identifier, only this link or identifier is checked. An entry
     without a link or identifier counts as fabricated if nothing confirms it. If the answer has a heading such as
     "References", a mark such as "[3]" after a word must refer to an entry with this number. Without such a heading,
-    "[3]" is not a reference, because it may be an index or a list. Links in program code and formulas count too. Books
-    and papers that are only mentioned in a sentence are not checked.
+    "[3]" is not a reference, because it may be an index or a list. Program code is not checked, because its links are
+    often examples: a code block, and a code span such as `curl https://...` with more than the link. Books and papers
+    that are only mentioned in a sentence are not checked, and neither are names of software such as ASP.NET/Blazor.
 
     A reference is confirmed if it appears in the prompt's messages (of any role), in the row's ground truth, or in the
     teacher's response. (A link that teacher and policy give independently is probably not invented.) The parameters
@@ -100,7 +105,7 @@ class Citation:
     version. URLs with a user name, invisible characters or a malformed host are never confirmed.
 
     allowed   a list of domains, URLs and DOI prefixes ("10.1038"). A domain ("wikipedia.org") includes its subdomains.
-              "doi.org" also allows all DOIs, and "arxiv.org" also allows all arXiv identifiers
+              "doi.org" also allows all DOIs, and "arxiv.org" also allows all arXiv identifiers. "localhost" is possible
     resolver  `pkg.module:function` or `file.py:function` (relative to the current folder). The function takes a
               normalised reference and returns True if the reference exists. References have the form
               "https://host/path", "doi:10.1000/182", "arxiv:1706.03762" or "text:<entry of a list>". They have at most
@@ -135,7 +140,7 @@ class Citation:
             self.resolver = _imported(self.resolver_name)
 
     def __call__(self, rollout: Rollout) -> Score:
-        answer = _plain(rollout.answer)
+        answer = _without_code(_plain(rollout.answer))
         found: dict[str, Reference] = {}
         for count, reference in enumerate(references(answer, rollout.answer)):
             if count == self.limit:
@@ -191,7 +196,8 @@ def references(text: str, original: str) -> Iterator[Reference]:
     `text` is `original` without invisible characters. A URL that has invisible characters in `original` counts as
     malformed: `text` contains the URL, but `original` does not.
     """
-    found = [m[0] for pattern in (_LINK, _BARE) for m in pattern.finditer(text)]
+    bare = [m[0] for m in _BARE.finditer(text) if not _SOFTWARE.match(m[0])]
+    found = [*(m[0] for m in _LINK.finditer(text)), *bare]
     for url in dict.fromkeys([*found, *(m[1] for m in _MARKDOWN.finditer(text))]):
         yield _url(url, original)
     yield from dict.fromkeys(_identifiers(text))
@@ -220,7 +226,7 @@ def _url(url: str, original: str) -> Reference:
         host, port = (parts.hostname or "").rstrip("."), parts.port
     except ValueError:  # a malformed address or port
         return malformed
-    if "@" in parts.netloc or "%" in parts.netloc or not re.fullmatch(r"[\w-]{1,63}(?:\.[\w-]{1,63})+", host):
+    if "@" in parts.netloc or "%" in parts.netloc or not re.fullmatch(r"localhost|[\w-]{1,63}(?:\.[\w-]{1,63})+", host):
         return malformed
     host = host.removeprefix("www.")
     path = unquote(parts.path).rstrip("/")
@@ -310,6 +316,12 @@ def _plain(text: str) -> str:
     also a full-width colon before "//"."""
     plain = visible(text).translate({0xFF0E: ".", 0xFF0F: "/"} | {0xFF21 + i: 0x41 + i for i in range(58)})
     return plain.replace("：//", "://")
+
+
+def _without_code(text: str) -> str:
+    """Removes code blocks, and code in a line. A code span that is only a link or a word stays."""
+    text = _CODE_BLOCK.sub(" ", text)
+    return _CODE_SPAN.sub(lambda span: " " if re.search(r"[\s\"'(){};=]", span[1]) else span[0], text)
 
 
 def _sources(rollout: Rollout) -> Iterator[str]:

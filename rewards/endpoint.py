@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from rewards.replies import Answer, Unfinished, parsed
 
 if TYPE_CHECKING:
     from openai import APIStatusError
@@ -33,9 +33,7 @@ quarter of the delay is subtracted at random."""
 MOST_RETRY_AFTER_S = 120.0
 """Maximum wait in seconds if a server sends a Retry-After header."""
 
-_FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL | re.IGNORECASE)
 _MODERATED = re.compile(r"moderation|flagged|content[ _-]?(?:filter|policy|management)", re.IGNORECASE)
-Answer = TypeVar("Answer", bound=BaseModel)
 Result = TypeVar("Result")
 
 
@@ -52,10 +50,6 @@ class Unreachable(Exception):
 class Refused(Exception):
     """The endpoint works but refuses this request: by HTTP status 400, 413 or 422, by a content filter, or because the
     context is too long."""
-
-
-class Unparsable(Exception):
-    """The model's reply is not exactly the JSON object that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +226,7 @@ class Endpoint:
         max_tokens: int,
         temperature: float,
         seed: int,
+        judged: Sequence[str] = (),
         retries: int | None = None,
     ) -> tuple[Answer, str]:
         """Returns the model's reply as an `answer` object, and as text.
@@ -239,11 +234,11 @@ class Endpoint:
         messages    a chat in OpenAI's format, or a function that makes it. The function is called in a thread when the
                     request is sent. Use a function for large chats, for example for chats with pictures, so that
                     requests that wait for a free slot need no memory for them
-        answer      the class of the returned object. The whole reply must be the JSON of one such object; a ```json
-                    fence around this JSON is allowed
+        answer      the class of the returned object. The reply must contain one such object (see rewards/replies.py)
+        judged      texts in the chat that the model judges; an object that stands in one of them is never the verdict
         retries     maximum number of retries; by default the number of the recipe
 
-        Raises Unparsable if the reply is anything else, Refused if the endpoint refuses this request, and
+        Raises Unparsable if the reply has no such object or several, Refused if the endpoint refuses this request, and
         Unreachable after the last retry. The sample's `clock` does not count the wait for a free slot, the wait before
         a retry, or the time of requests that failed because of the endpoint.
         """
@@ -258,7 +253,7 @@ class Endpoint:
             request["response_format"] = {"type": "json_schema", "json_schema": schema}
         most = self.spec.retries if retries is None else retries
         text = await self._retried(messages if callable(messages) else lambda: messages, request, most)
-        return parsed(text, answer), text
+        return parsed(text, answer, judged), text
 
     async def _retried(
         self, messages: Callable[[], Sequence[Mapping[str, Any]]], request: Mapping[str, Any], retries: int
@@ -333,7 +328,7 @@ class Endpoint:
                 f"the model withheld its reply: {self._public(choice.message.refusal or choice.finish_reason)}"
             )
         if choice.finish_reason == "length":
-            raise Unparsable(f"the model did not finish its reply within {request['max_tokens']} tokens")
+            raise Unfinished(f"the model did not finish its reply within {request['max_tokens']} tokens")
         return choice.message.content or ""
 
     def _on_status(self, error: "APIStatusError") -> _Failure:
@@ -380,16 +375,3 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, OverflowError):
         return None
-
-
-def parsed(text: str, answer: type[Answer]) -> Answer:
-    """Parses `text` as an `answer` object. The text must be the JSON of such an object; a ```json fence around this
-    JSON is allowed. Raises Unparsable for any other text."""
-    text = text.strip()
-    fenced = _FENCED.fullmatch(text)
-    try:
-        return answer.model_validate_json(fenced[1] if fenced else text, strict=True)
-    except ValidationError as e:
-        first = e.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise Unparsable(f"the reply is no {answer.__name__}: {place + ': ' if place else ''}{first['msg']}") from None

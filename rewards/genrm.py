@@ -60,12 +60,12 @@ class GenRM:
     length_control  if the answer is longer than the reference, length_control * log2(length of the answer / length of
                  the reference) is subtracted from s_answer. With 0, the length does not matter
 
-    An empty answer scores 0.0. If the judge gives no comparison for the policy's answer, the same prompt is sent with a
-    harmless answer. If the judge gives a comparison for the harmless answer, the policy's answer also scores 0.0. A row
-    without a reference is invalid. In the STEP3-VL report, a model compares the response with a teacher's response,
-    gives reasons and returns a fine-grained score. The grades, the criteria, the second comparison in the other order
-    and the scale are reconstructions. The formula bradley_terry (Bradley and Terry 1952) and the cost of length are
-    taken from the model Step 3.5 Flash.
+    An empty answer scores 0.0. If the judge refuses the policy's answer or does not finish its reply, the same prompt
+    is sent with a harmless answer. If the judge gives a comparison for the harmless answer, the policy's answer also
+    scores 0.0. A row without a reference is invalid. In the STEP3-VL report, a model compares the response with a
+    teacher's response, gives reasons and returns a fine-grained score. The grades, the criteria, the second comparison
+    in the other order and the scale are reconstructions. The formula bradley_terry (Bradley and Terry 1952) and the
+    cost of length are taken from the model Step 3.5 Flash.
     """
 
     def __init__(

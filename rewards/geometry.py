@@ -8,11 +8,13 @@ from typing import Any, Literal
 import numpy as np
 
 from rewards import Invalid, Rollout
-from rewards.text import last_boxed, marked_answer
+from rewards.answer import find
+from rewards.text import wide_folded
 
-Coordinates = Literal["unit", "thousand", "pixel"]
-"""unit: fractions of the picture's width and height, 0 to 1. thousand: the same fractions times 1000. pixel: pixels of
-the data row's picture."""
+Coordinates = Literal["unit", "percent", "thousand", "pixel"]
+"""unit: fractions of the picture's width and height, 0 to 1. percent, thousand: the same fractions times 100 or 1000.
+pixel: pixels of the data row's picture."""
+_SIDES = {"unit": 1.0, "percent": 100.0, "thousand": 1000.0}
 
 Shape = tuple[float, ...]
 """A box (x1, y1, x2, y2) or a point (x, y)."""
@@ -38,12 +40,21 @@ def _named(*keys: str) -> str:
     return r"(?<![a-z_])" + rf"{_BLANK},?{_BLANK}[\"']?".join(pairs)
 
 
+def _keyed(key: str, count: int) -> str:
+    """Returns a pattern for numbers without brackets after a name, such as `point:512,300`."""
+    return rf"(?<![a-z_]){key}[\"']?{_BLANK}[:=]{_BLANK}[\"']?" + rf"{_BLANK},{_BLANK}(?<![\d.])".join(
+        [_NUMBER] * count
+    )
+
+
 _NAMED_BOX = _named("x_?(?:1|min)", "y_?(?:1|min)", "x_?(?:2|max)", "y_?(?:2|max)")
 _NAMED_POINT = _named(r"x\d{0,3}+", r"y\d{0,3}+")
+_KEYED_BOX = _keyed(r"b?box(?:_2d)?", 4)
+_KEYED_POINT = _keyed(r"(?:start_|end_)?(?:point|coordinate)\d{0,2}", 2) + rf"(?!\d|\.\d|{_BLANK},{_BLANK}\d)"
 
-BOXES = re.compile(f"{_BOX}|{_NAMED_BOX}", re.IGNORECASE)
-POINTS = re.compile(f"{_POINT}|{_NAMED_POINT}", re.IGNORECASE)
-EITHER = re.compile(f"{_BOX}|{_NAMED_BOX}|{_POINT}|{_NAMED_POINT}", re.IGNORECASE)
+BOXES = re.compile(f"{_BOX}|{_NAMED_BOX}|{_KEYED_BOX}", re.IGNORECASE)
+POINTS = re.compile(f"{_POINT}|{_NAMED_POINT}|{_KEYED_POINT}", re.IGNORECASE)
+EITHER = re.compile(f"{_BOX}|{_NAMED_BOX}|{_KEYED_BOX}|{_POINT}|{_NAMED_POINT}|{_KEYED_POINT}", re.IGNORECASE)
 
 # The text allowed between two shapes of one list: punctuation, numbers, "and", quoted keys and labels, tags. The match
 # of a shape may contain the "<" of a tag "</box>". Then the text between the shapes begins with the rest, "/box>".
@@ -56,12 +67,13 @@ _GAP = 300  # maximum number of characters between two shapes of one list
 
 
 def answer_part(answer: str) -> str | None:
-    """Returns the part of an answer whose boxes and points count: the content of the last `\\boxed{...}`, else the text
-    after the last "Answer:", else the whole answer. The content of `\\boxed{...}` is put in brackets, because it may
-    consist of numbers without brackets. Returns None if the answer is longer than LONGEST and has no `\\boxed{...}` and
-    no "Answer:"."""
-    boxed = last_boxed(answer[-LONGEST:])
-    return marked_answer(answer, LONGEST) if boxed is None else f"[{boxed}]"
+    """Returns the part of an answer whose boxes and points count: the marked part (see rewards/answer.py), else the
+    whole answer. Full-width digits and signs become ASCII. The content of `\\boxed{...}` is put in brackets, because it
+    may consist of numbers without brackets. Returns None if the answer is longer than LONGEST and has no mark."""
+    found = find(wide_folded(answer[-LONGEST - 1 :]), LONGEST)
+    if found is None:
+        return None
+    return f"[{found.text}]" if found.mark == "box" else found.text
 
 
 def shapes(pattern: re.Pattern[str], answer: str, last_list: bool = False) -> list[Shape]:
@@ -69,8 +81,8 @@ def shapes(pattern: re.Pattern[str], answer: str, last_list: bool = False) -> li
     converted to fractions. If there are more than MOST shapes, returns the first MOST + 1.
 
     Finds `[x1, y1, x2, y2]` and `[x, y]` (alone, in lists, as values in JSON), the same shapes in round brackets, two
-    corners such as `(x1, y1), (x2, y2)`, numbers between tags such as `<box>` and `<point>`, and named numbers (see
-    `_named`).
+    corners such as `(x1, y1), (x2, y2)`, numbers between tags such as `<box>` and `<point>`, named numbers (see
+    `_named`), and numbers after a name, such as `point:512,300`.
 
     If `last_list` is True, returns only the last shape and the other shapes in the same list. A list ends at the first
     word that is not a label. Shapes before the last list are ignored, because they are earlier attempts.
@@ -125,8 +137,7 @@ def picture_size(rollout: Rollout, coordinates: Coordinates) -> tuple[float, flo
     Raises Invalid if the coordinates are pixels and the row has no picture.
     """
     if coordinates != "pixel":
-        side = 1.0 if coordinates == "unit" else 1000.0
-        return side, side
+        return _SIDES[coordinates], _SIDES[coordinates]
     if not rollout.prompt.images:
         raise Invalid(f"coordinates 'pixel' need a picture, but row {rollout.prompt.id} has none")
     width, height = rollout.prompt.images[0].size

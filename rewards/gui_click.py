@@ -22,15 +22,37 @@ from rewards.geometry import (
 HIT, NEAR, MISS, COMPLETED, STOPPED_EARLY = 1.0, 0.5, -1.0, 2.0, -0.5
 NEAR_IOU = 0.5
 
-_CLICK = ("click", "left_click", "tap", "press", "select")
-_DONE = ("done", "stop", "finish", "finished", "terminate", "complete", "completed")
-_OTHER = ("scroll", "swipe", "drag", "type", "write", "input", "wait", "back", "home", "hotkey", "long_press", "open")
-_VERB = "|".join(sorted((*_CLICK, *_DONE, *_OTHER), key=len, reverse=True))
+# The verbs of the action languages that are read: Qwen's computer_use and mobile_use, UI-TARS, GUI-R1, OS-Atlas,
+# AndroidWorld, AgentCPM-GUI, StepFun's GELab, pyautogui and OSWorld. Lower case, without underscores.
+_CLICK = frozenset({"click", "leftclick", "singleclick", "tap", "singletap", "点击", "单击"})
+_DONE = frozenset({"done", "stop", "finish", "finished", "terminate", "complete", "completed", "status"})
+_SUCCESS = frozenset(
+    {"success", "successful", "succeeded", "complete", "completed", "finish", "finished", "satisfied", "done"}
+)
+_KNOWN_CALLS = (
+    r"click|left_?click|tap|done|stop|finish(?:ed)?|terminate|completed?|scroll|swipe|drag|type|write|input|wait|back|home"
+    r"|hotkey|long_?press|open(?:_app)?|press(?:_\w+)?|move(?:_?to)?|mouse_move|double_?click|right_?click|left_double"
+    r"|right_single|select|enter|fail|abort|call_user"
+)
+# An action in JSON or after "Action:"; a call; a line that begins with a verb in capitals, as in OS-Atlas.
 _ACTION = re.compile(
-    rf"(?<![a-z])action(?:_type)?[\"']?\s{{0,8}}+[:=]\s{{0,8}}+[\"']?(?P<named>{_VERB})\b|\b(?P<called>{_VERB})\(",
+    r"(?<![a-z_])action(?:_type|s)?[\"']?\s{0,8}+[:=]\s{0,8}+[\"'\[(]{0,2}(?:[a-z]{1,20}\.)?"
+    r"(?P<named>[a-z][a-z_/]{0,30})"
+    rf"|\b(?:pyautogui|computer)\.(?P<library>[a-z_]{{1,30}})\(|\b(?P<called>{_KNOWN_CALLS})\("
+    r"|\b(?P<other>[a-z_]{1,30})\((?=\s?(?:x\s?=|start_box|point|coordinate|[\[(]?[.\d]))"
+    r"|^[ \t]{0,8}(?P<line>(?-i:CLICK|TAP|TYPE|SCROLL|SWIPE|DRAG|LONG_?PRESS|OPEN_APP|PRESS_[A-Z]+|ENTER|WAIT|COMPLETE"
+    r"|DONE|FAIL|SELECT))\b",
+    re.IGNORECASE | re.MULTILINE,
+)
+_STATUS = re.compile(r"status[\"']?\s{0,4}[:=]\s{0,4}[\"']?([a-z_]{1,20})", re.IGNORECASE)
+_AGENT_CPM = re.compile(r"[\"'](POINT|TYPE|PRESS|STATUS|to|duration|CLEAR)[\"']\s?:\s?[\"']?(\w{0,20})")
+_BARE_DONE = re.compile(r"\W{0,8}+(?:done|stop|finish(?:ed)?|terminate|completed?)\W{0,8}+", re.IGNORECASE)
+# Words directly before a point that name another action than a click.
+_NO_CLICK = re.compile(
+    r"(?:\b(?:mov(?:e|ing)|hover(?:ing)?|drag(?:ging)?|swip(?:e|ing)|scroll(?:ing)?|long[- ]press"
+    r"|double[- ](?:click|tap)|right[- ]click|type|typing)\b|双击|长按|滑动|拖动|拖拽|移动|输入|右击)[^.,;:\n]{0,25}$",
     re.IGNORECASE,
 )
-_BARE_DONE = re.compile(rf"\W{{0,8}}+(?:{'|'.join(_DONE)})\W{{0,8}}+", re.IGNORECASE)
 
 
 # The reward is not declared `verifiable`, because a right click gets 1, and the highest value is 2.
@@ -41,13 +63,15 @@ def gui_click(rollout: Rollout, coordinates: Coordinates = "unit") -> Score:
     If there is an element to click, the ground truth is {"box": [x1, y1, x2, y2]}. It may also have "elements", a list
     with the boxes of all elements on the screen. If nothing is left to do, the ground truth is {"done": true}.
 
-    The last action of the answer counts. A click is a point or a box, in any usual notation, such as `click(x, y)` or
-    {"action": "click", "point": [x, y]}. A box counts as a click on its middle. The task is declared done by `done()`,
-    `DONE`, {"action": "terminate"} and similar texts. A click is a hit if it is in the true box or on its edge. If a
-    click is no hit, the smallest element that contains the click is compared with the true box. The click is near if
-    the IoU of this element and the true box is above 0.5. If the row has no "elements", no click is near. (A box in the
-    answer that has an IoU above 0.5 with the true box is always a hit, because its middle is then in the true box.)
-    Anything else, such as unreadable text, is a miss.
+    The last action of the answer counts. These action languages are read by their verbs: Qwen's computer_use and
+    mobile_use, UI-TARS, GUI-R1, OS-Atlas, AndroidWorld, AgentCPM-GUI, StepFun's GELab and pyautogui. Only a single
+    click or tap is a click. Any other verb is none, for example a move, a double click, a long press or an unknown
+    verb. A point or a box without a verb is a click. A box counts as a click on its middle. The task is declared done
+    by `done()`, `DONE`, {"action": "terminate"} and similar texts, but not if the status in this text is a failure. A
+    click is a hit if it is in the true box or on its edge. If a click is no hit, the smallest element that contains the
+    click is compared with the true box. The click is near if the IoU of this element and the true box is above 0.5. If
+    the row has no "elements", no click is near. (A box in the answer that has an IoU above 0.5 with the true box is
+    always a hit, because its middle is then in the true box.) Anything else, such as unreadable text, is a miss.
 
     The values, the threshold, the definition of a near click and the rules for reading answers are reconstructions.
     """
@@ -94,15 +118,35 @@ def _action(answer: str) -> Shape | str | None:
         return None
     if _BARE_DONE.fullmatch(text):
         return "done"
-    verb = ""
+    verb, rest = "", text
     for match in _ACTION.finditer(text):
-        verb = (match["named"] or match["called"]).lower()
-    if verb in _DONE:
-        return "done"
-    if verb in _OTHER:
+        verb, rest = next(filter(None, match.groups())), text[match.end() :]
+    if not verb:
+        verb = _without_verb(text)
+    if verb.lower().replace("_", "") in _DONE:
+        status = _STATUS.search(rest)
+        return "done" if status is None or status[1].lower() in _SUCCESS else f"an end with the status {status[1]!r}"
+    if verb and verb.lower().replace("_", "") not in _CLICK:
         return verb
     found = shapes(EITHER, answer, last_list=True)
     return found[-1] if found else None
+
+
+def _without_verb(text: str) -> str:
+    """Returns the verb of an answer that names none: AgentCPM-GUI's keys stand for verbs, and the words before a point
+    may tell that it is no click. Returns "" for a plain point."""
+    keys = dict(_AGENT_CPM.findall(text))
+    if "POINT" in keys and keys.keys() & {"to", "duration"}:
+        return "swipe" if "to" in keys else "long_press"
+    if "POINT" not in keys and (key := next(iter(keys.keys() & {"TYPE", "PRESS", "CLEAR"}), "")):
+        return key.lower()
+    if "POINT" not in keys and keys.get("STATUS", "continue") != "continue":
+        return "status"
+    last = None
+    for last in EITHER.finditer(text):  # noqa: B007  # only the last match is used
+        pass
+    other = _NO_CLICK.search(text, max(0, last.start() - 60), last.start()) if last else None
+    return other[0][:20].strip() if other else ""
 
 
 def _area(box: Shape) -> float:

@@ -2,10 +2,11 @@
 
 The class Judge fills in a prompt template of rewards/prompts/ and asks for a verdict. The judge can distinguish the
 policy's text from instructions: the text stands between marks that the policy cannot predict, and chat tokens in the
-text are replaced. Also, the policy cannot write a text that makes its sample invalid. (An invalid sample is left out of
-the loss.) If the judge gives no verdict, the same prompt is sent again, with a harmless response instead of the
-policy's text. This second prompt is called a canary. If the judge answers the canary, the policy's text was the cause,
-and the sample gets its lowest value. If the judge does not answer the canary, the sample is invalid.
+text are replaced. If the judge refuses a text, does not finish its reply or is too slow, the same prompt is sent again,
+with a harmless response instead of the policy's text. This second prompt is called a canary. If the judge answers the
+canary, the policy's text was the cause, and the sample gets its lowest value. If the judge does not answer the canary,
+the sample is invalid. (An invalid sample is left out of the loss.) If the judge replies several times without a verdict
+that can be read (see replies.py), the sample is invalid too, because this is the judge's fault.
 """
 
 import asyncio
@@ -23,8 +24,9 @@ from jinja2 import TemplateError, meta
 from pydantic import BaseModel, ConfigDict, Field
 
 from rewards import Invalid, Score
-from rewards.endpoint import Endpoint, Refused, Unparsable, Unreachable, endpoint, waiting
+from rewards.endpoint import Endpoint, Refused, Unreachable, endpoint, waiting
 from rewards.registry import as_response
+from rewards.replies import Unfinished, Unparsable
 from rl.templates import template_environment
 from rl.types import Picture, Prompt
 
@@ -150,14 +152,14 @@ class Judge(Generic[V]):
         is the reason. Raises Unreachable if the endpoint does not answer.
         """
         texts = {key: cut(clean(text), self.max_chars) for key, text in written.items()}
-        why, retries = "", None
+        why, unreadable, retries = "", False, None
         for attempt in range(ATTEMPTS):
             try:
                 return await self._once(row, shown, texts, vote, attempt, retries)
             except Unparsable as e:
-                why = str(e)
+                why, unreadable = str(e), not isinstance(e, Unfinished)
             except Refused as e:
-                why = str(e)
+                why, unreadable = str(e), False
                 break  # another attempt would be refused too
             except Unreachable as e:
                 if e.status is not None and e.status < 500:
@@ -165,8 +167,10 @@ class Judge(Generic[V]):
                 # Perhaps the server fails, or is too slow, only on this text. Then, without this check, the sample
                 # would wait for the server forever.
                 await self._check(row, shown, texts, 0.0)
-                why = e.why
+                why, unreadable = e.why, False
                 retries = 0  # the judge may have come back just now, so each later attempt is a single try
+        if unreadable:  # the judge's own fault: it answered, but not in the form that was asked for
+            raise Invalid(f"endpoint {self.name}: no readable verdict on row {row.id}: {why}")
         await self._check(row, shown, texts, CANARY_S)
         raise Unjudgeable(f"the judge gave no verdict on this text: {why}")
 
@@ -193,6 +197,7 @@ class Judge(Generic[V]):
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             seed=seed,
+            judged=[*written.values(), *map(defused, written.values())],
             retries=retries,
         )
         return verdict

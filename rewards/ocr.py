@@ -1,13 +1,15 @@
 """Reward `ocr`: how close an answer's transcription is to the true text, by edit distance."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
 from rewards import Invalid, Rollout, Score, reward
+from rewards.answer import bare, bold, find, last_line
 from rewards.registry import as_response
-from rewards.text import folded, marked_answer
+from rewards.text import folded, plain_number, unescaped
 
 LONGEST_TRUTH = 20_000
 """Maximum number of characters of a true text. The time of a comparison grows with the product of the lengths of both
@@ -27,10 +29,11 @@ def _first(truth: Any) -> str:
 def ocr(rollout: Rollout, case_sensitive: bool = True) -> Score:
     """1 - (edit distance) / (length of the longer text), after normalising white space and Unicode forms.
 
-    The transcription is the answer's last `\\boxed{...}` if there is one, else the text after the last "Answer:", else
-    the whole answer. A code fence around the transcription is removed. If the true text itself contains `\\boxed{...}`
-    or "Answer:", the whole answer is the transcription. The ground truth is one text or a list of acceptable texts. If
-    there are several texts, the text that is nearest to the transcription counts.
+    The transcription is the marked part of the answer (see rewards/answer.py). If nothing is marked, it is the whole
+    answer, the last text in bold or the last line, whichever is nearest to the true text. If the true text itself
+    contains a mark, the whole answer is the transcription. A code fence, markdown and LaTeX around the transcription
+    are removed, and also the backslash before signs such as %. The ground truth is one text or a list of acceptable
+    texts. If there are several texts, the text that is nearest to the transcription counts.
 
     The STEP3-VL report describes no reward for reading text. Perception-R1, which the report cites, uses edit distance.
     The normalisation here is a reconstruction.
@@ -38,9 +41,9 @@ def ocr(rollout: Rollout, case_sensitive: bool = True) -> Score:
     best = 0.0
     for true in _true_texts(rollout):
         wanted, limit = _comparable(true, case_sensitive), LONGEST_TIMES * len(true) + LONGEST_PLUS
-        text = _transcription(rollout.answer, true, limit)
-        if len(text) <= limit and len(given := _comparable(text, case_sensitive)) <= limit:
-            best = max(best, Levenshtein.normalized_similarity(given, wanted))
+        for text in _transcriptions(rollout.answer, true, limit):
+            if len(text) <= limit and len(given := _comparable(text, case_sensitive)) <= limit:
+                best = max(best, Levenshtein.normalized_similarity(given, wanted))
     return Score(best) if best else Score(0.0, {"why": "the answer is not similar to the true text, or is much longer"})
 
 
@@ -54,17 +57,26 @@ def _true_texts(rollout: Rollout) -> list[str]:
             raise Invalid(f"the true text of row {row} has {len(str(text))} characters; the limit is {LONGEST_TRUTH}")
     if not texts:
         raise Invalid(f"ocr needs text or a list of texts as ground truth; row {row} has an empty list")
-    return [str(text) for text in texts]
+    return [plain_number(text) if isinstance(text, float) else str(text) for text in texts]
 
 
-def _transcription(answer: str, true: str, limit: int) -> str:
-    """Returns the part of the answer that is compared; "" if no part is marked and the answer is longer than
-    `limit`."""
-    marks_itself = marked_answer(true, len(true)) != true.strip()
-    text = answer if marks_itself else marked_answer(answer, limit) or ""
-    fenced = _FENCE.fullmatch(text) if len(text) <= limit else None
+def _transcriptions(answer: str, true: str, limit: int) -> Iterator[str]:
+    """Yields the parts of the answer that are compared. Yields none if nothing is marked and the answer is longer than
+    `limit`, except a short part at its end."""
+    own, marked = find(true, len(true)), find(answer, limit)
+    if marked and marked.mark and not (own and own.mark):
+        yield _unfenced(marked.text, limit)
+        return
+    yield _unfenced(answer, limit)
+    tail = answer[-limit:]
+    yield from (part for part in (bold(tail), last_line(tail)) if part and len(part) < len(tail.strip()))
+
+
+def _unfenced(text: str, limit: int) -> str:
+    fenced = _FENCE.fullmatch(text.strip()) if len(text) <= limit else None
     return fenced[1] if fenced else text
 
 
 def _comparable(text: str, case_sensitive: bool) -> str:
-    return folded(text) if case_sensitive else folded(text).casefold()
+    text = unescaped(bare(folded(text)))
+    return text if case_sensitive else text.casefold()

@@ -106,6 +106,20 @@ class BoundReward:
         return [value for value in values if isinstance(value, str)]
 
     @cached_property
+    def version(self) -> str:
+        """A digest of the reward's code and parameters, 16 hexadecimal digits. It changes if the score of a response
+        may have changed. The code of a reward in a file is this file. The code of a reward in a package is all files of
+        the package."""
+        file = Path(inspect.getfile(self.reward.target))
+        package = (sys.modules[self.reward.target.__module__].__package__ or "").partition(".")[0]
+        root = next((folder for folder in file.parents if folder.name == package), None)
+        files = sorted(one for one in root.rglob("*") if one.suffix in CODE) if root else [file]
+        digest = hashlib.sha256(json.dumps(self.params, sort_keys=True, default=repr).encode())
+        for one in files:
+            digest.update(hashlib.sha256(one.read_bytes()).digest())
+        return digest.hexdigest()[:16]
+
+    @cached_property
     def scorer(self) -> Callable[..., Any]:
         """The reward's function, or an instance of its class. The first access creates the instance and runs
         `setup()`."""
@@ -120,6 +134,9 @@ class BoundReward:
         scorer = self.scorer
         return scorer(rollouts) if inspect.isclass(self.reward.target) else scorer(rollouts, **self.params)
 
+
+CODE = (".py", ".jinja", ".yaml")
+"""The files of a package with these endings are the code of its rewards."""
 
 # A name maps to a list because two files outside the project may register the same name. This is an error only if a
 # recipe uses the name without a file.

@@ -1,48 +1,20 @@
-"""Finds the answer in a response, and normalises text. Rewards that compare text use these functions.
+"""Normalises text. Rewards that compare text use these functions.
 
 The time of each function is linear in the length of the text.
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-WINDOW = 4096
-"""By default, only this many characters at the end of an answer are searched."""
+import numpy as np
 
-_ANSWER = re.compile(r"\banswer[ \t*]{0,4}:[ \t*]{0,4}", re.IGNORECASE)
-_WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\{([^{}]*)\}")
-_BRACES = re.compile(r"\\boxed\s{0,8}+\{|\\.|[{}]", re.DOTALL)
+from rewards.answer import bare
 
-
-def last_boxed(text: str) -> str | None:
-    """Returns the content of the `\\boxed{...}` whose closing brace comes last, or None if there is no `\\boxed{...}`.
-    Escaped braces are ignored."""
-    opened: list[int | None] = []  # for each open brace: the start of its content if the brace opens a box, else None
-    span = None
-    for token in _BRACES.finditer(text):
-        if token[0] == "}":
-            start = opened.pop() if opened else None
-            span = (start, token.start()) if start is not None else span
-        elif token[0] == "{":
-            opened.append(None)
-        elif token[0].startswith("\\boxed"):
-            opened.append(token.end())
-    return text[slice(*span)].strip() if span else None
-
-
-def marked_answer(answer: str, window: int = WINDOW) -> str | None:
-    """Returns the marked part of an answer: the last `\\boxed{...}` if there is one, else the text after the last
-    "Answer:", else the whole answer. Searches only the last `window` characters. Returns None if the answer is longer
-    than `window` characters and its last `window` characters contain no `\\boxed{...}` and no "Answer:"."""
-    tail = answer[-window:]
-    if (boxed := last_boxed(tail)) is not None:
-        return boxed
-    marks = list(_ANSWER.finditer(tail))
-    if marks:
-        return tail[marks[-1].end() :].strip()
-    return tail.strip() if len(answer) <= window else None
+_WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20, 0x2212: 0x2D}
+_ESCAPED = re.compile(r"\\([%$#&_*])")
 
 
 def words_of(message: Mapping[str, Any]) -> str:
@@ -58,6 +30,11 @@ def visible(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
 
 
+def wide_folded(text: str) -> str:
+    """Replaces full-width letters, digits and signs by ASCII. The number of characters stays the same."""
+    return text.translate(_WIDE)
+
+
 def folded(text: str) -> str:
     """Converts `text` to Unicode form NFKC, removes invisible characters, and replaces each sequence of white space by
     one blank."""
@@ -66,9 +43,20 @@ def folded(text: str) -> str:
 
 
 def normalised(text: str) -> str:
-    """Applies `folded`, removes a final period and a `\\text{}` around the whole text, and makes all letters lower
-    case."""
-    text = folded(text)
-    if wrapped := _WRAPPED.fullmatch(text):
-        text = wrapped[1].strip()
-    return text.removesuffix(".").strip().casefold()
+    """Applies `folded`, and makes all letters lower case. Removes a final period, markdown and LaTeX around the whole
+    text, and the backslash before signs such as % and $."""
+    text = bare(folded(text))
+    for _ in range(2):  # the period may stand inside or outside of `**`
+        if text.endswith((".", "\u3002")) and not text.endswith(".."):
+            text = bare(text[:-1])
+    return unescaped(text).strip().casefold()
+
+
+def unescaped(text: str) -> str:
+    """Removes the backslash before the signs %, $, #, &, _ and *, as LaTeX and markdown need it."""
+    return _ESCAPED.sub(r"\1", text)
+
+
+def plain_number(value: float) -> str:
+    """Writes a number without an exponent and without a superfluous fraction: 5.0 as "5", 1e-05 as "0.00001"."""
+    return np.format_float_positional(value, trim="-") if math.isfinite(value) else str(value)

@@ -53,11 +53,11 @@ class Verifier:
     template     a Jinja file to use instead of rewards/prompts/verifier.jinja. verifier.jinja lists the variables. The
                  path is absolute, or relative to the folder in which the run is started
 
-    An empty answer scores 0.0. If the judge gives no verdict on the policy's answer, the same prompt is sent with a
-    harmless answer. If the judge gives a verdict on the harmless answer, the policy's answer also scores 0.0. The
-    STEP3-VL report says that its verifier ignores the form of an answer, accepts equal expressions, and checks the
-    consistency of the reasoning. The report publishes no prompt and no number of votes. The prompt and the number of
-    votes are reconstructions.
+    An empty answer scores 0.0. If the judge refuses the policy's answer or does not finish its reply, the same prompt
+    is sent with a harmless answer. If the judge gives a verdict on the harmless answer, the policy's answer also scores
+    0.0. The STEP3-VL report says that its verifier ignores the form of an answer, accepts equal expressions, and checks
+    the consistency of the reasoning. The report publishes no prompt and no number of votes. The prompt and the number
+    of votes are reconstructions.
     """
 
     def __init__(

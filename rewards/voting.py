@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from rewards.text import last_boxed
+from rewards.answer import last_boxed
 
 
 def vote(answer: str) -> str:

@@ -116,6 +116,9 @@ class Source(Options):
     """Number of rows that are read from this source. These are the first rows of the source. null: all rows."""
     streaming: bool = False
     """true: rows of a hub dataset are read without downloading the whole dataset first."""
+    as_stored: bool = False
+    """true: pictures are not turned as their EXIF data say. Use it if boxes and points were measured on the pictures as
+    they are stored. false: pictures are turned, so that the model sees them as people do."""
 
 
 def _sources_as_mappings(value: Any) -> Any:

@@ -169,7 +169,7 @@ def _run_chain(chain: Chain, args: argparse.Namespace) -> int:
     for step in chain.steps:
         check_hardware(step.resolved.config, dry_run=args.dry_run)
     with as_input_error():
-        lines = pipeline.check(chain)
+        lines = pipeline.check(chain, offer_truths=args.dry_run)
     if args.dry_run:
         values = [f"--- {step.name}\n{describe(step.resolved)}" for step in chain.steps]
         print(*values, *lines, sep="\n")
@@ -187,7 +187,7 @@ def _run_stage(resolved: Resolved, args: argparse.Namespace) -> int:
 
     check_hardware(resolved.config, dry_run=args.dry_run)
     with as_input_error():
-        plan = make_plan(resolved.config, begun=args.resume is not None)
+        plan = make_plan(resolved.config, begun=args.resume is not None, offer_truths=args.dry_run)
     if args.dry_run:
         print(describe(resolved, lambda section: section != "curate"), *plan.lines(), sep="\n")
         return DONE

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 
+from rl.pixels import as_seen, conversions, orientation, seen_size
 from rl.stop import Stop
 
 Finish = Literal["stop", "length"]
@@ -55,14 +56,16 @@ class Picture:
     """One picture of a prompt, stored as the path of a file or as encoded bytes.
 
     `digest` is the SHA-256 of the encoded bytes and identifies the picture. Two rows with the same picture share one
-    entry in the learner's feature cache.
+    entry in the learner's feature cache. If `upright` is False, the picture is not turned as its EXIF data say. If it
+    would have been turned, its digest is another one.
     """
 
     source: Path | bytes
     digest: str
+    upright: bool = True
 
     @classmethod
-    def of(cls, source: str | Path | bytes) -> "Picture":
+    def of(cls, source: str | Path | bytes, upright: bool = True) -> "Picture":
         """Makes a Picture from a file or from encoded bytes. Reads the header first, and then the whole file.
 
         Raises: FileNotFoundError if the file does not exist; BadPicture if format or size are not allowed.
@@ -71,32 +74,39 @@ class Picture:
             source = Path(source).resolve()
             if (size := source.stat().st_size) > MOST_PICTURE_BYTES:
                 raise BadPicture(f"it has {size:,} bytes, more than the maximum of {MOST_PICTURE_BYTES:,}")
-        with _opened(source):
+        with _opened(source) as image:
             data = source if isinstance(source, bytes) else source.read_bytes()
-        return cls(source, hashlib.sha256(data).hexdigest())
+            lying = b"not turned" if not upright and orientation(image) != 1 else b""
+        return cls(source, hashlib.sha256(data + lying).hexdigest(), upright)
 
-    def check(self) -> None:
-        """Decodes the picture and discards the pixels. Raises BadPicture if the picture cannot be decoded."""
+    def check(self) -> tuple[str, ...]:
+        """Decodes the picture and discards the pixels. Returns the conversions that `load` makes (see `conversions`).
+        Raises BadPicture if the picture cannot be decoded."""
         with _opened(self.source) as image:
             image.draft(None, (1, 1))  # decodes a JPEG at an eighth of its size, which is faster
+            made = conversions(image, self.upright)
             image.load()
+        return made
 
     def load(self) -> Image.Image:
-        """Returns the decoded picture in RGB. Raises LostPicture if the picture cannot be decoded."""
+        """Returns the decoded picture in RGB, as a person sees it (see `as_seen`). Raises LostPicture if the picture
+        cannot be decoded."""
         try:
             with _opened(self.source) as image:
-                return image.convert("RGB")
+                return as_seen(image, self.upright)
         except (BadPicture, OSError) as problem:
             name = "bytes of a data row" if isinstance(self.source, bytes) else self.source
             raise LostPicture(f"picture {self.digest[:12]} ({name}) cannot be read: {problem}", saves=False) from None
 
     @property
     def data_url(self) -> str:
-        """The encoded picture as a `data:` URL. A picture is converted to PNG if its format is not in WEB_FORMATS."""
+        """The encoded picture as a `data:` URL, which every program shows as `load` returns it. A picture is converted
+        to PNG if its format is not in WEB_FORMATS, or if `load` makes a conversion."""
         data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
         with _opened(data) as image:
             kind = image.format
-        if kind not in WEB_FORMATS:
+            converted = conversions(image, self.upright) or (not self.upright and orientation(image) != 1)
+        if kind not in WEB_FORMATS or converted:
             png = io.BytesIO()
             self.load().save(png, "PNG")
             kind, data = "PNG", png.getvalue()
@@ -104,9 +114,9 @@ class Picture:
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels, read from the header of the file."""
+        """(width, height) in pixels of the picture that `load` returns, read from the header of the file."""
         with _opened(self.source) as image:
-            return image.size
+            return seen_size(image, self.upright)
 
 
 @contextmanager

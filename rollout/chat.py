@@ -1,5 +1,6 @@
 """Converts prompts to token ids, with the model's chat template, and converts sampled token ids to text."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,8 @@ from rl.model.hf_folder import read_config
 from rl.model.registry import family
 from rl.types import THINK_CLOSE, THINK_OPEN, Prompt
 from rollout.pacore.prompt import SynthesisPrompt
+
+_BEGUN = re.compile(rf"{THINK_OPEN}\s*({THINK_CLOSE}\s*)?$")
 
 
 class Chat:
@@ -94,12 +97,14 @@ class Chat:
     def text(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
         """Returns the text of the sampled ids. Control tokens are removed, think tags are kept.
 
-        Some chat templates end the prompt with the opening think tag. In this case, the tag is put before the text.
-        Without the tag, unfinished thinking would look like a final answer.
+        Some chat templates end the prompt with the opening think tag, and some with an empty thought, if the model is
+        told not to think. In these cases, the tags are put before the text. Without the tags, unfinished thinking would
+        look like a final answer, and the tags of the response would look incomplete to rewards.
         """
         visible = [i for i in response_ids if i in self._think or i not in self._control]
-        opened = self.tokenizer.decode(prompt_ids[-4:]).rstrip().endswith(THINK_OPEN)
-        return (THINK_OPEN if opened else "") + self.tokenizer.decode(visible)
+        begun = _BEGUN.search(self.tokenizer.decode(prompt_ids[-32:]))
+        tags = (THINK_OPEN + (THINK_CLOSE if begun[1] else "")) if begun else ""
+        return tags + self.tokenizer.decode(visible)
 
     def _plain(self, message: Any) -> dict[str, Any]:
         """Replaces the image parts of a message with the image token, because some chat templates accept only text."""

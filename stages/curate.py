@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace) -> int:
     resolved = load(find_recipe(args.recipe), profile=args.profile, overrides=args.overrides)
     check_hardware(resolved.config, dry_run=args.dry_run)
-    curation = checked(resolved.config)
+    curation = checked(resolved.config, offer_truths=args.dry_run)
     if args.dry_run:
         print(describe(resolved, SECTIONS.__contains__), *curation.lines(), sep="\n")
         return DONE

@@ -72,17 +72,19 @@ def gather_metrics(chain: Chain) -> None:
     write_file(chain.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def check(chain: Chain) -> list[str]:
+def check(chain: Chain, *, offer_truths: bool = False) -> list[str]:
     """Checks everything that can be checked before the first step. Returns the lines that --dry-run prints: the plans
     of all steps.
 
-    A later step is checked with the first step's model, because the later step's own model does not exist yet.
+    A later step is checked with the first step's model, because the later step's own model does not exist yet. With
+    `offer_truths`, the rewards read the ground truth of every row (see `make_plan`).
     Raises: ValueError or a subclass if a check fails.
     """
     lines = []
     for step in chain.steps:
         config = _checkable(step, chain)
-        plan = checked_curation(config).lines() if step.curates else make_plan(config).lines()
+        check_step = checked_curation if step.curates else make_plan
+        plan = check_step(config, offer_truths=offer_truths).lines()
         replaced = _stage_lines(step, config) if _follows_curation(step, chain) else {}
         lines += [f"--- {step.name}", *(_linked(replaced.get(line, line), step, chain) for line in plan)]
     return lines

@@ -5,8 +5,10 @@ Tested in tests/runs/test_run.py.
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,6 +17,7 @@ from transformers import PretrainedConfig
 
 from rewards.endpoint import EndpointSpec
 from rewards.running.runner import RewardRunner
+from rewards.running.truths import refusals
 from rl.config import Config, EndpointOptions, ScorerSpec, Source
 from rl.model import hf_folder
 from rl.model.config import positions, trained_positions
@@ -49,6 +52,7 @@ class Plan:
     rewards: RewardRunner  # the processes of these rewards are not started yet
     checkpoint_bytes: int
     left_out: int = 0  # number of training rows that the stage does not select
+    conversions: Mapping[str, int] = field(default_factory=dict)  # how many pictures are converted, and how
 
     @property
     def stage(self) -> type[Stage]:
@@ -72,6 +76,7 @@ class Plan:
             f"updates    {c.ppo.minibatches} policy and {c.ppo.critic_minibatches} critic steps per iteration",
             f"train      {len(self.train)} rows, {pictures} with pictures; tasks {', '.join(tasks(self.train))}",
             *self._mix(),
+            *(f"pictures   {count} {name}" for name, count in sorted(self.conversions.items())),
             *(f"skipped    {line.strip()}" for line in skipped_lines(self.skipped)),
             *self.stage.plan_lines(c, self.left_out),
             f"held out   {len(self.held_out)} rows, evaluated {evals} times",
@@ -135,13 +140,19 @@ def saves(config: Config, iteration: int) -> bool:
 
 
 def make_plan(
-    config: Config, row_judges: Mapping[str, ScorerSpec] = MappingProxyType({}), *, begun: bool = False
+    config: Config,
+    row_judges: Mapping[str, ScorerSpec] = MappingProxyType({}),
+    *,
+    begun: bool = False,
+    offer_truths: bool = False,
 ) -> Plan:
     """Checks model, data, rewards and trackers, and returns the plan.
 
     Args:
         row_judges: the judges of data rows (only for a curation): name -> judge.
         begun: True if the run continues from a checkpoint. The critic of the checkpoint then replaces `model.critic`.
+        offer_truths: if True, the reward of every row reads the row's ground truth. Rows whose ground truth is refused
+            cannot be used. This starts the reward's processes and takes a while, so only a dry run does it.
     Raises: ValueError or a subclass if a check fails. The message says what is wrong and where.
     """
     check_trackers(config.log.trackers)
@@ -160,8 +171,10 @@ def make_plan(
         folder, config.model.chat_template, SynthesisPrompt(synthesis_template(folder, config.synthesis.template))
     )
     check_accept(config)
-    train, left_out = _selected(config, _rows(config, config.data.train, chat, rewards, trains=True))
-    held_out = _rows(config, config.data.eval, chat, rewards, trains=False)
+    train, left_out = _selected(
+        config, _rows(config, config.data.train, chat, rewards, trains=True, offer=offer_truths)
+    )
+    held_out = _rows(config, config.data.eval, chat, rewards, trains=False, offer=offer_truths)
     return Plan(
         config,
         folder,
@@ -174,6 +187,7 @@ def make_plan(
         rewards,
         checkpoint_bytes(config, folder),
         left_out,
+        Counter(train.conversions) + Counter(held_out.conversions),
     )
 
 
@@ -182,10 +196,15 @@ def reward_runner(config: Config, row_judges: Mapping[str, ScorerSpec] = Mapping
     used."""
     return RewardRunner(
         config.rewards,
-        workers=config.reward_workers or min(MOST_REWARD_WORKERS, os.cpu_count() or 1),
+        workers=workers(config),
         endpoints={name: EndpointSpec.of(name, options) for name, options in config.endpoints.items()},
         row_judges=row_judges,
     )
+
+
+def workers(config: Config) -> int:
+    """Returns the number of processes that score samples."""
+    return config.reward_workers or min(MOST_REWARD_WORKERS, os.cpu_count() or 1)
 
 
 def _check_positions(config: Config, model: PretrainedConfig) -> None:
@@ -250,7 +269,9 @@ def judge_gpus(judge: EndpointOptions) -> int:
     return int(judge.serve.get("tensor-parallel-size", 1)) * int(judge.serve.get("pipeline-parallel-size", 1))
 
 
-def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: RewardRunner, *, trains: bool) -> Rows:
+def _rows(
+    config: Config, sources: Sequence[Source], chat: Chat, rewards: RewardRunner, *, trains: bool, offer: bool
+) -> Rows:
     """Reads and checks data rows.
 
     Raises RowError if there are unusable rows. If the recipe says to skip them (`data.on_bad_row`), RowError is
@@ -258,6 +279,7 @@ def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: Reward
 
     Args:
         trains: True for training rows, False for held-out rows.
+        offer: True if rewards have to read the ground truths.
     """
     stage, data = stage_class(config.stage), config.data
 
@@ -274,6 +296,9 @@ def _rows(config: Config, sources: Sequence[Source], chat: Chat, rewards: Reward
         reserved=chat.reserved,
         tasks=config.rewards.keys(),
         problem=problem,
+        problems=partial(refusals, config.rewards, workers=workers(config))
+        if offer
+        else lambda prompts: [None] * len(prompts),
         picture_folders=data.picture_folders,
     )
     return rows.checked(data.on_bad_row)

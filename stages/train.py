@@ -104,6 +104,10 @@ class _Run:
         self.start = self.checkpoints.newest(display.message)
         self.resumed_after = checkpoints.counters(self.start)["iteration"] if self.start else -1  # -1: a new run
         folder.truncate_after(self.resumed_after)
+        if folder.write_rewards(max(self.resumed_after, 0) + 1, plan.rewards.versions()):
+            display.message(
+                f"the code or the parameters of rewards have changed since the last start; see {folder.rewards}"
+            )
         first_step = self.resumed_after + 1
         self.trackers = Trackers(self.config.log.trackers, folder.path, recipe=recipe, first_step=first_step)
         self.done: int | None = None  # number of finished iterations; None until the run is ready

@@ -98,6 +98,10 @@ class RewardRunner:
         """Returns the names of the endpoints that the rewards and row judges ask."""
         return {name for part in self._parts for name in part.bound.endpoints}
 
+    def versions(self) -> dict[str, dict[str, str]]:
+        """Returns task -> reward or penalty -> a digest of its code and parameters."""
+        return {task: {part.name: part.bound.version for part in one.parts} for task, one in self._tasks.items()}
+
     def penalties(self) -> frozenset[str]:
         """Returns the names of all penalties. These names are keys of `Scored.parts`."""
         return frozenset(part.name for part in self._parts if part.bound.reward.kind == "penalty")

@@ -26,6 +26,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.recipe = self.path / "recipe.yaml"
+        self.rewards = self.path / "rewards.json"
         self.metrics = self.path / "metrics.jsonl"
         self.rollouts = self.path / "rollouts"
         self.checkpoints = self.path / "checkpoints"
@@ -75,6 +76,17 @@ class RunFolder:
         """Replaces recipe.yaml. `recipe` is the resolved recipe. It has no secrets, only the names of their environment
         variables."""
         write_file(self.recipe, recipe.encode())
+
+    def write_rewards(self, first: int, versions: Mapping[str, Mapping[str, str]]) -> bool:
+        """Records the versions of the rewards in rewards.json, with the first iteration that they score. Returns True
+        if they differ from the versions of the iterations before."""
+        entries = json.loads(self.rewards.read_bytes()) if self.rewards.exists() else []
+        entries = [entry for entry in entries if entry["first_iteration"] < first]
+        changed = bool(entries) and entries[-1]["rewards"] != versions
+        if changed or not entries:
+            entries.append({"first_iteration": first, "rewards": versions})
+        write_file(self.rewards, json.dumps(entries, indent=1).encode() + b"\n")
+        return changed
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Appends one iteration's line and waits until it is on disk.

@@ -5,18 +5,31 @@ Only the header of a picture is checked here. rows.py checks whether the pixels 
 
 import base64
 import binascii
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from rl.types import BadPicture, Picture
 from rollout.data.errors import InvalidRow, describe, shorten
 
 MARK = "<image>"
 ROLES = ("system", "user", "assistant", "tool")
-BASE64_PICTURE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # the first characters of PNG, JPEG, GIF and WebP in base64
+BASE64_PICTURE = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0AKg")
+"""The first characters of pictures in base64: PNG, JPEG, GIF, WebP, BMP, and both kinds of TIFF."""
+LONGEST_PATH = 4096  # maximum number of characters of a path on Linux
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
 DIGEST = re.compile("[0-9a-f]{64}")
 SHORTEST_PICTURE = 64  # minimum length of a picture in base64; every shorter text is a path
 
@@ -37,7 +50,7 @@ def parse_chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[Me
         column = [column]
     if not isinstance(column, list):
         raise InvalidRow(f"images must be a list, but is {describe(column)}")
-    messages = row.get("messages")
+    messages = _as_turns(row.get("messages"))
     if isinstance(messages, str) and messages.strip():  # a question; if it has no marks, its pictures come first
         marks = MARK * len(column) if MARK not in messages else ""
         messages = [{"role": "user", "content": marks + messages}]
@@ -54,7 +67,61 @@ def parse_chat(row: Mapping[str, Any], reserved: Sequence[str]) -> tuple[list[Me
     return [_message(m["role"], content) for m, content in zip(messages, contents, strict=True)], sources
 
 
-def open_picture(source: Any, base: Path | None, folders: Sequence[Path], known: dict[Path, Picture]) -> Picture:
+def _as_turns(messages: Any) -> Any:
+    """Converts a chat that is stored as JSON text to a list, and ShareGPT's turns {from, value} to {role, content}.
+    Other values stay unchanged. The last answer of a ShareGPT chat is left out, because the policy has to write it."""
+    if isinstance(messages, str) and messages.lstrip().startswith("[") and messages.rstrip().endswith("]"):
+        try:
+            parsed = json.loads(messages)
+        except (ValueError, RecursionError):
+            return messages
+        is_chat = (
+            isinstance(parsed, list)
+            and parsed
+            and all(isinstance(one, dict) and one.keys() & {"role", "from"} for one in parsed)
+        )
+        messages = parsed if is_chat else messages
+    if not isinstance(messages, list) or not messages:
+        return messages
+    if not all(isinstance(one, dict) and one.keys() >= {"from", "value"} and "role" not in one for one in messages):
+        return messages
+    turns = []
+    for number, one in enumerate(messages):
+        if one["from"] not in SHAREGPT_ROLES:
+            raise InvalidRow(
+                f"message {number} is from {one['from']!r}; ShareGPT's names are {', '.join(SHAREGPT_ROLES)}"
+            )
+        turns.append({"role": SHAREGPT_ROLES[one["from"]], "content": one["value"]})
+    return turns[:-1] if turns[-1]["role"] == "assistant" and len(turns) > 1 else turns
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raises InvalidRow if a text in a column contains half of a surrogate pair, which is no character and cannot be
+    written to a file."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as problem:
+            raise InvalidRow(
+                f"{name} contains {value[problem.start : problem.start + 1]!a} at position {problem.start}, half of a "
+                "character (a lone surrogate); remove it"
+            ) from None
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_text(name, key)
+            check_text(name, inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            check_text(name, inner)
+
+
+def open_picture(
+    source: Any,
+    base: Path | None,
+    folders: Sequence[Path],
+    known: dict[tuple[Path, bool], Picture],
+    upright: bool = True,
+) -> Picture:
     """Opens the picture of a source and checks the picture's header.
 
     Args:
@@ -62,18 +129,21 @@ def open_picture(source: Any, base: Path | None, folders: Sequence[Path], known:
             column.
         base: the folder that relative paths start from. None: relative paths are refused.
         folders: the folders in which pictures may be. Links are followed before a path is compared.
-        known: path -> picture, for pictures that were opened before. If this function opens a path, it adds
-            the path and the picture to `known`.
+        known: (path, upright) -> picture, for pictures that were opened before. If this function opens a path, it
+            adds the picture to `known`.
+        upright: False if the picture must not be turned as its EXIF data say.
     Raises: InvalidRow.
     """
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, bytes):
-        return _opened(source, "the picture's bytes")
+        return _opened(source, "the picture's bytes", upright)
     if not isinstance(source, str) or not source:
         raise InvalidRow(f"a picture must be a path or bytes, but is {describe(source)}")
     if source.startswith("data:") or (source.startswith(BASE64_PICTURE) and len(source) >= SHORTEST_PICTURE):
-        return _opened(_decode_base64(source), "the picture in base64")
+        return _opened(_decode_base64(source), "the picture in base64", upright)
+    if source.startswith("file://"):
+        source = _path_of_url(source)
     if "://" in source:
         raise InvalidRow(f"picture {source[:80]!r} is a URL; save the picture and give the path of its file")
     if base is None and not Path(source).is_absolute():
@@ -84,11 +154,13 @@ def open_picture(source: Any, base: Path | None, folders: Sequence[Path], known:
             f"picture {path} is outside of the data's folder; if the row may use it, add its folder to "
             "data.picture_folders (or --picture-folder)"
         )
-    if path not in known:
+    if len(source) > LONGEST_PATH:
+        raise InvalidRow(f"picture {shorten(source)} is a text of {len(source)} characters, and no path or base64")
+    if (path, upright) not in known:
         if not os.path.isfile(path):  # Path.is_file() raises an error if the name is too long
             raise InvalidRow(f"picture {path} does not exist (paths are relative to the data file)")
-        known[path] = _opened(path, str(path))
-    return known[path]
+        known[path, upright] = _opened(path, str(path), upright)
+    return known[path, upright]
 
 
 def sampled_picture(source: Any) -> Picture | None:
@@ -148,9 +220,13 @@ def _parse_part(number: int, part: Any) -> list[Part]:
     match keys:
         case {"type": "image", **rest} if rest.keys() <= {"image"}:
             return [keys]
+        case {"type": "image_url" | "input_image", "image_url": str(url), **rest} if rest.keys() <= {"detail"}:
+            return [{"type": "image", "image": url}]
+        case {"type": "image_url", "image_url": {"url": str(url)}, **rest} if not rest:  # as in OpenAI's chats
+            return [{"type": "image", "image": url}]
         case {"type": "image", "digest": str(digest), **rest} if not rest:  # samples store a digest instead of bytes
             return [{"type": "image", "image": {"digest": digest}}]
-        case {"type": "text", "text": str(text), **rest} if not rest:
+        case {"type": "text" | "input_text", "text": str(text), **rest} if not rest:
             return _split_at_marks(text)
     raise InvalidRow(
         f"message {number}: the part {shorten(keys)} must be {{type: text, text}} or {{type: image, image}}"
@@ -175,9 +251,17 @@ def _decode_base64(source: str) -> bytes:
         raise InvalidRow(f"picture {source[:40]!r} is not base64: {problem}") from problem
 
 
-def _opened(source: Path | bytes, name: str) -> Picture:
+def _path_of_url(url: str) -> str:
+    """Returns the path in a `file://` URL."""
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise InvalidRow(f"picture {shorten(url)} is a file on the machine {parts.netloc!r}, which cannot be read")
+    return unquote(parts.path)
+
+
+def _opened(source: Path | bytes, name: str, upright: bool) -> Picture:
     try:
-        return Picture.of(source)
+        return Picture.of(source, upright)
     except (BadPicture, OSError) as problem:
         raise InvalidRow(f"{name} cannot be opened as a picture: {problem}") from problem
 

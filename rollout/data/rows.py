@@ -7,9 +7,7 @@ problems are reported together.
 
 import difflib
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -17,11 +15,12 @@ from typing import Any, Literal, Self
 
 from rl.config import Source
 from rl.record.metrics import task_name_problem
-from rl.types import BadPicture, Picture, Prompt, Rollout
+from rl.types import Picture, Prompt, Rollout
 from rollout.data.adapters import Adapter, get_adapter
-from rollout.data.chat_format import Message, open_picture, parse_chat, sampled_picture
+from rollout.data.chat_format import Message, check_text, open_picture, parse_chat, sampled_picture
 from rollout.data.data_files import RawRow, raw_rows
 from rollout.data.errors import BadRow, InvalidRow, RowError, describe
+from rollout.data.pictures import decode_all
 
 COLUMNS = (
     "id", "task", "messages", "images", "ground_truth", "reference", "meta", "messages_pool", "pool_accuracy",
@@ -36,6 +35,7 @@ class Rows:
     prompts: tuple[Prompt, ...]
     sources: tuple[int, ...]  # for each prompt, the index of its source
     bad: tuple[BadRow, ...]
+    conversions: Mapping[str, int] = field(default_factory=dict)  # how many pictures are converted, and how
 
     def checked(self, on_bad_row: Literal["stop", "skip"] = "stop") -> Self:
         """Returns this object. Raises RowError in two cases: all rows are bad, or there are bad rows and `on_bad_row`
@@ -56,9 +56,12 @@ class _Reader:
     columns: Mapping[str, str] = field(default_factory=dict)  # belongs to the current source, like the next 3 fields
     adapter: Adapter | None = None
     task: str | None = None  # the task that rows without a task get
+    upright: bool = True  # True: pictures are turned as their EXIF data say
     name: str = ""  # rows without an id get an id that begins with this name
     seen: dict[str, str] = field(default_factory=dict)  # id -> FILE:LINE of the first row with this id
-    pictures: dict[Path, Picture] = field(default_factory=dict)  # a picture used by many rows is hashed only once
+    pictures: dict[tuple[Path, bool], Picture] = field(
+        default_factory=dict
+    )  # a picture used by many rows is hashed only once
 
 
 def read(
@@ -68,12 +71,13 @@ def read(
     reserved: Sequence[str] = (),
     tasks: Collection[str] | None = None,
     problem: Callable[[Prompt], str | None] = lambda prompt: None,
+    problems: Callable[[Sequence[Prompt]], Sequence[str | None]] = lambda prompts: [None] * len(prompts),
     unique: bool = True,
     picture_folders: Iterable[str | Path] = (),
 ) -> Rows:
     """Reads all rows of the sources, in file order. Each row becomes a Prompt or a BadRow.
 
-    Decodes every picture once, with all CPU cores, to find damaged pictures. The pixels are not kept.
+    Decodes every picture that was not decoded before (see pictures.py).
 
     Args:
         columns: {our column name: column name in the data}, for sources without an adapter. A dotted name selects a
@@ -83,6 +87,7 @@ def read(
             because the tokenizer would not treat this token as text.
         tasks: the tasks that have a reward. None means that any task is accepted.
         problem: an additional check, which returns the reason why a prompt cannot be used, or None.
+        problems: another check, for all prompts together that have passed the other checks.
         unique: if True, every row needs an id that no other row has.
         picture_folders: folders in which pictures may be, in addition to the folder of the data.
     Returns:
@@ -100,7 +105,7 @@ def read(
             )
         reader.adapter = get_adapter(source.adapter) if source.adapter else None
         reader.columns = {} if source.adapter else _checked_columns({**(columns or {}), **source.columns})
-        reader.task = source.task
+        reader.task, reader.upright = source.task, not source.as_stored
         base = Path(source.path).name
         same_name = sum(Path(other.path).name == base for other in sources[:number])
         reader.name = f"{base}#{same_name + 1}" if same_name else base
@@ -114,49 +119,45 @@ def read(
                 found.append((number, place, str(invalid)))
         if len(found) == rows_before:
             raise ValueError(f"{source.path} has no rows")
-    return _without_damaged_pictures(found)
+    return _usable(found, problems)
 
 
-def _without_damaged_pictures(found: Sequence[tuple[int, RawRow, Prompt | str]]) -> Rows:
-    """Returns the rows of `found`. Rows whose pictures cannot be decoded become bad rows."""
-    damaged = _damaged(picture for _, _, prompt in found if isinstance(prompt, Prompt) for picture in prompt.images)
-    prompts: list[Prompt] = []
-    sources: list[int] = []
+def _usable(
+    found: Sequence[tuple[int, RawRow, Prompt | str]], problems: Callable[[Sequence[Prompt]], Sequence[str | None]]
+) -> Rows:
+    """Returns the rows of `found`. Rows whose pictures cannot be decoded, and rows with one of `problems`, become bad
+    rows."""
+    prompts = [prompt for _, _, prompt in found if isinstance(prompt, Prompt)]
+    pictures = decode_all(picture for prompt in prompts for picture in prompt.images)
+    damaged = [
+        next((pictures.damaged[p.digest] for p in one.images if p.digest in pictures.damaged), None) for one in prompts
+    ]
+    sound = [prompt for prompt, why in zip(prompts, damaged, strict=True) if why is None]
+    asked = iter(problems(sound))
+    reasons = iter([why if why is not None else next(asked) for why in damaged])
+    good: list[tuple[Prompt, int]] = []
     bad: list[BadRow] = []
     for number, raw, prompt in found:
-        if isinstance(prompt, Prompt):
-            reason = next((damaged[one.digest] for one in prompt.images if one.digest in damaged), None)
-        else:
-            reason = prompt
+        reason = next(reasons) if isinstance(prompt, Prompt) else prompt
         if reason is not None:
             bad.append(BadRow(raw.file, raw.line, reason))
         elif isinstance(prompt, Prompt):
-            prompts.append(prompt)
-            sources.append(number)
-    return Rows(tuple(prompts), tuple(sources), tuple(bad))
+            good.append((prompt, number))
+    return Rows(
+        tuple(prompt for prompt, _ in good), tuple(number for _, number in good), tuple(bad), pictures.conversions
+    )
 
 
-def _damaged(pictures: Iterable[Picture]) -> dict[str, str]:
-    """Returns {digest: problem} for the pictures that cannot be decoded."""
-    distinct = {picture.digest: picture for picture in pictures}
-    threads = ThreadPoolExecutor(os.cpu_count())
-    try:
-        problems = threads.map(_decoding_problem, distinct.values())
-        return {digest: why for digest, why in zip(distinct, problems, strict=True) if why is not None}
-    finally:
-        threads.shutdown(cancel_futures=True)  # after Ctrl-C, the other pictures are not decoded
+@dataclass(frozen=True)
+class Sample:
+    """A response and the row of the file that it comes from, with all of its columns."""
+
+    rollout: Rollout
+    row: Mapping[str, Any]
+    place: str  # FILE:LINE
 
 
-def _decoding_problem(picture: Picture) -> str | None:
-    name = "one of its pictures" if isinstance(picture.source, bytes) else f"picture {picture.source}"
-    try:
-        picture.check()
-    except (BadPicture, OSError) as problem:
-        return f"{name} cannot be decoded: {problem}"
-    return None
-
-
-def read_samples(source: str | Path, picture_folders: Iterable[str | Path] = ()) -> list[Rollout]:
+def read_samples(source: str | Path, picture_folders: Iterable[str | Path] = ()) -> list[Sample]:
     """Reads samples, which are rows with a response, in file order. For example, a run's rollouts/ files contain
     samples.
 
@@ -168,11 +169,11 @@ def read_samples(source: str | Path, picture_folders: Iterable[str | Path] = ())
     Raises: a RowError that lists the samples that cannot be used; ValueError for the same reasons as `read`.
     """
     reader = _Reader((), None, picture_folders=[Path(folder) for folder in picture_folders])
-    samples: list[Rollout] = []
+    samples: list[Sample] = []
     bad: list[BadRow] = []
     for raw in raw_rows(str(source)):
         try:
-            samples.append(_read_sample(raw, reader))
+            samples.append(Sample(_read_sample(raw, reader), raw.values or {}, f"{raw.file}:{raw.line}"))
         except InvalidRow as invalid:
             bad.append(BadRow(raw.file, raw.line, str(invalid)))
     if bad:
@@ -196,6 +197,8 @@ def _read_prompt(raw: RawRow, reader: _Reader) -> Prompt:
     if raw.values is None:
         raise InvalidRow(raw.problem)
     row = _our_columns(raw.values, raw, reader)
+    for name, value in row.items():
+        check_text(name, value)
     row_id = _row_id(row)
     if row_id in reader.seen and reader.unique:
         raise InvalidRow(f"id {row_id!r} was used before, at {reader.seen[row_id]}")
@@ -223,7 +226,7 @@ def _read_sample(raw: RawRow, reader: _Reader) -> Rollout:
 
 def _open_picture(source: Any, raw: RawRow, reader: _Reader) -> Picture:
     own = raw.folders if raw.base is None else (raw.base, *raw.folders)
-    return open_picture(source, raw.base, (*own, *reader.picture_folders), reader.pictures)
+    return open_picture(source, raw.base, (*own, *reader.picture_folders), reader.pictures, reader.upright)
 
 
 def _make_prompt(
@@ -259,6 +262,8 @@ def _our_columns(values: Mapping[str, Any], raw: RawRow, reader: _Reader) -> dic
             raise InvalidRow(f"does not fit the adapter {reader.adapter.__name__}: {reason}") from problem
     else:
         row = _rename_columns(values, reader.columns)
+        if "messages" not in row and values.get("conversations") is not None:  # ShareGPT's name of the column
+            row["messages"] = values["conversations"]
     foreign = reader.adapter or (reader.columns and "id" not in reader.columns)
     if "id" not in row and (foreign or not reader.unique):
         row["id"] = f"{reader.name}:{raw.line}"

@@ -105,11 +105,12 @@ class Curation:
             _say(f"rows: {path / 'rows'}, report: {path / 'report.html'}")
 
 
-def checked(config: Config) -> Curation:
-    """Checks a recipe and returns its curation. Raises InputError if the curation cannot be run."""
+def checked(config: Config, *, offer_truths: bool = False) -> Curation:
+    """Checks a recipe and returns its curation. With `offer_truths`, the rewards read the ground truth of every row
+    (see `make_plan`). Raises InputError if the curation cannot be run."""
     with as_input_error():
         _check_judges(config)
-        plan = make_plan(config, row_judges(config))
+        plan = make_plan(config, row_judges(config), offer_truths=offer_truths)
         _check_thresholds(plan)
         return Curation(plan, _benchmarks(config) if "decontamination" in config.curate.filters else None)
 

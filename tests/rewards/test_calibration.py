@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from rewards.judge import HARMLESS
-from tests.support.judge_server import text_of
+from tests.support.judge_server import Reply, text_of
 from tests.support.judging import blocks, judging, rollout, score
 
 pytestmark = pytest.mark.usefixtures("hurried")
@@ -25,7 +25,9 @@ def test_the_offence_is_the_judges_finding_and_the_judge_sees_the_reasoning() ->
 
 def test_an_empty_answer_does_not_offend_but_an_answer_that_prevents_a_verdict_does() -> None:
     fine = {"reasoning": "", "overconfident": False}
-    with judging(lambda request: fine if HARMLESS in text_of(request) else "gladly!") as server:
+    with judging(
+        lambda request: fine if HARMLESS in text_of(request) else Reply("", finish="content_filter")
+    ) as server:
         assert score("calibration", rollout("<think>hm</think>")).value == 0.0
         assert server.requests == []
         silenced = score("calibration", rollout("a spell"))

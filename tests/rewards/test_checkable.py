@@ -52,5 +52,5 @@ def test_pictures_are_shown_where_the_endpoint_takes_them(images: bool) -> None:
 def test_a_row_without_ground_truth_and_a_judge_without_verdict_are_invalid() -> None:
     with judging([]), pytest.raises(Invalid, match="row row-1 has no ground truth for the judge"):
         score("checkable", rollout("", truth=None).prompt)
-    with judging([Reply("no verdict")]), pytest.raises(Invalid, match="no verdict on row row-1"):
+    with judging([Reply("no verdict")]), pytest.raises(Invalid, match="no readable verdict on row row-1"):
         score("checkable", ROW)

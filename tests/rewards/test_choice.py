@@ -89,7 +89,7 @@ def test_the_words_a_and_i_are_no_letters() -> None:
 
 @pytest.mark.parametrize(
     ("truth", "options"),
-    [(None, None), ("K", None), ("Paris", None), ("E", OPTIONS), ("London", OPTIONS), (1, OPTIONS), ("A", "AB")],
+    [(None, None), ("K", OPTIONS), ("Paris", None), ("E", OPTIONS), ("London", OPTIONS), (1, OPTIONS), ("A", "AB")],
 )
 def test_a_malformed_ground_truth_or_options_make_the_row_invalid(truth: Any, options: Any) -> None:
     with pytest.raises(Invalid, match=r"row-1"):

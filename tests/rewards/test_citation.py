@@ -32,7 +32,7 @@ FABRICATED = {
     "markdown link without scheme": "See [the paper](made-up.io).",
     "picture": "![plot](plot.png)",
     "link in Chinese text": "参见https://made-up.com/论文。",
-    "link in code": "```\ncurl https://made-up.com\n```",
+    "link as a code span": "See `https://made-up.com/paper`.",
     "full-width link": "See ｈｔｔｐｓ：／／made-up.com now",
     "link with hidden characters": "See ht\u200btps://made-up.com",
     "malformed link": "See http://[::1",
@@ -274,3 +274,21 @@ def test_hostile_text_is_scored_in_bounded_time(kind: str) -> None:
         score = offence(HOSTILE[kind])
     assert score.value in (0.0, 1.0)
     assert len(str(score.details)) < 3000
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "```\ncurl https://made-up.com/a\n```",
+        '```html\n<a href="https://made-up.com">\n',
+        "Run `curl https://made-up.com/a` first.",
+        "Node.js/Express serve pages; Socket.io/WebSockets push events; ASP.NET/Blazor too.",
+    ],
+)
+def test_links_in_code_and_names_of_software_are_no_references(answer: str) -> None:
+    assert offence(answer).value == 0.0
+
+
+def test_a_local_address_counts_unless_it_is_allowed() -> None:
+    answer = "Open http://localhost:5000/start in a browser."
+    assert (offence(answer).value, offence(answer, allowed=["localhost"]).value) == (1.0, 0.0)

@@ -3,7 +3,6 @@ tests the clock that limits the time of a sample."""
 
 import asyncio
 import email.utils
-import json
 import logging
 import os
 import socket
@@ -15,8 +14,6 @@ from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from rewards.endpoint import (
@@ -24,14 +21,13 @@ from rewards.endpoint import (
     EndpointSpec,
     Refused,
     SampleClock,
-    Unparsable,
     Unreachable,
     clock,
     configure,
     endpoint,
     is_endpoint_name,
-    parsed,
 )
+from rewards.replies import Unparsable
 from tests.support.judge_server import JudgeServer, Reply, hurry, judge_server
 
 KEY = "sk-very-secret"
@@ -195,37 +191,6 @@ def test_a_chat_is_made_only_when_its_request_is_sent() -> None:
 
 
 # Answers
-
-
-@pytest.mark.parametrize("text", ['{"colour": "red"}', ' {"colour":"red"}\n', '```json\n{"colour": "red"}\n```'])
-def test_an_answer_is_json_or_json_in_a_fence(text: str) -> None:
-    assert parsed(text, Colour) == Colour(colour="red")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "red",
-        '{"colour": "red"',
-        '{"colour": "green"}',
-        '{"colour": ["red"]}',
-        'It is {"colour": "red"}',
-        '{"colour": "red"} {"colour": "blue"}',
-        '```json\n{"colour": "red"}\n```\nor so',
-        'Text\n```json\n{"colour": "red"}\n```',
-        "[" * 100_000,
-    ],
-)
-def test_text_around_or_instead_of_the_json_object_is_unparsable(text: str) -> None:
-    with pytest.raises(Unparsable, match="Colour"):
-        parsed(text, Colour)
-
-
-@given(st.text() | st.recursive(st.text() | st.integers() | st.none(), st.lists).map(json.dumps))
-def test_any_other_text_is_unparsable(text: str) -> None:
-    with pytest.raises(Unparsable):
-        parsed(text, Colour)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_a_row_without_reference_is_invalid() -> None:
             score("genrm", rollout("42", reference=reference))
 
 
-@pytest.mark.parametrize("grade", [11, -1, "9", float("nan")])
+@pytest.mark.parametrize("grade", [11, -1, "9 of 10", float("nan")])
 def test_grades_outside_of_the_scale_are_no_verdict(grade: Any) -> None:
     with judging([{"reasoning": "", "grade_a": grade, "grade_b": 5}]), pytest.raises(Invalid, match="no Comparison"):
         score("genrm", rollout("42"))

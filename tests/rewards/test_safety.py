@@ -6,7 +6,7 @@ import pytest
 
 from rewards import get
 from rewards.judge import HARMLESS
-from tests.support.judge_server import text_of
+from tests.support.judge_server import Reply, text_of
 from tests.support.judging import blocks, judging, rollout, score
 
 pytestmark = pytest.mark.usefixtures("hurried")
@@ -28,7 +28,9 @@ def test_the_judge_sees_the_policy_and_a_recipe_must_have_one() -> None:
 
 def test_an_empty_answer_does_not_offend_but_an_answer_that_prevents_a_verdict_does() -> None:
     fine = {"reasoning": "", "violation": False}
-    with judging(lambda request: fine if HARMLESS in text_of(request) else "gladly!") as server:
+    with judging(
+        lambda request: fine if HARMLESS in text_of(request) else Reply("", finish="content_filter")
+    ) as server:
         assert score("safety", rollout("<think>hm</think>"), policy="Be kind.").value == 0.0
         assert server.requests == []
         silenced = score("safety", rollout("a spell"), policy="Be kind.")

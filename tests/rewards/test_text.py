@@ -2,7 +2,8 @@
 
 import pytest
 
-from rewards.text import last_boxed, normalised
+from rewards.answer import last_boxed
+from rewards.text import normalised
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from recipes.scale import tokenizer
+from rewards import get
 from rl.model.config import StepVLConfig
-from rl.types import Picture, Prompt
+from rl.types import Picture, Prompt, Rollout
 from rollout.chat import Chat
 from tests.support.tiny import picture
 
@@ -61,6 +62,15 @@ def test_the_text_begins_with_the_think_tag_if_the_template_ends_with_it(folder:
     prompt = chat.prompt_ids(asking("Hello"))
     cut_short = chat.tokenizer("maybe", add_special_tokens=False).input_ids
     assert chat.text(prompt, cut_short) == "<think>maybe"
+
+
+def test_the_text_begins_with_both_think_tags_if_the_template_ends_with_an_empty_thought(folder: Path) -> None:
+    template = folder / "not_thinking.jinja"
+    template.write_text("{{ messages[0].content }}{% if add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}")
+    chat = Chat(folder, template)
+    text = chat.text(chat.prompt_ids(asking("Hello")), chat.tokenizer("42", add_special_tokens=False).input_ids)
+    assert text == "<think></think>42"
+    assert get("format_tags")(Rollout(asking("Hello"), text)).value == 1.0
 
 
 def test_the_error_for_a_folder_without_a_template_names_the_option(folder: Path) -> None:

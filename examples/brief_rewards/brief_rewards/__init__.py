@@ -12,7 +12,8 @@ from typing import Annotated
 from pydantic import Field
 
 from rewards import Invalid, Rollout, Score, penalty, reward
-from rewards.text import marked_answer, normalised
+from rewards.answer import marked_answer
+from rewards.text import normalised
 
 Share = Annotated[float, Field(gt=0, le=1)]
 

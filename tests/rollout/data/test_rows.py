@@ -66,7 +66,7 @@ def test_columns_can_have_other_names(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": " "}]}, "message 0 is empty"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "key 'name'"),
         ({"messages": [*CHAT, {"role": "assistant", "content": "2"}]}, "last message is from 'assistant'"),
-        ({"messages": user({"type": "image_url", "image_url": "x"})}, "must be {type: text"),
+        ({"messages": user({"type": "video", "video": "x"})}, "must be {type: text"),
         ({"messages": user(text("<im_patch>"))}, "contains '<im_patch>', a control token of the model"),
         ({"messages": user(text("<image>?"))}, "messages has 1 mark(s) <image>, but images has 0 picture(s)"),
         (
@@ -169,7 +169,7 @@ def test_samples_are_rows_with_a_response_and_need_no_other_columns(tmp_path: Pa
         + "d1" * 32
         + '"}]}], "response": "x"}\n'
     )
-    bare, whole, seen = read_samples(file)
+    bare, whole, seen = (sample.rollout for sample in read_samples(file))
     assert (bare.prompt.id, bare.prompt.messages, bare.prompt.ground_truth, bare.text) == ("line 1", (), 5, "5")
     assert (whole.prompt.task, whole.finish, len(whole.prompt.messages)) == ("sums", "length", 1)
     assert [picture.digest for picture in seen.prompt.images] == ["d1" * 32]  # the sample has only the picture's digest
