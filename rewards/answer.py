@@ -24,6 +24,7 @@ from typing import Literal
 
 WINDOW = 4096
 """By default, only this many characters at the end of an answer are searched."""
+BEGINNING = 40  # a phrase that starts after fewer characters begins a text
 DEEPEST = 4  # maximum number of marks inside each other that are opened
 
 Mark = Literal["box", "tag", "hashes", "label", "phrase"]
@@ -46,23 +47,27 @@ _LABEL_WORDS = (
     rf"(?:\b(?:answers?|ans)\b\.?|\b(?:final|correct|right|best)[ \t]{{1,3}}(?:result|option|choice|solution)"
     rf"|(?:^|\n)[ \t>#*_-]{{0,12}}(?:result|option|choice)|{_HAN}|\b(?:{_EUROPEAN}))"
 )
-_LABEL = re.compile(rf"{_LABEL_WORDS}{_COLON}[ \t*_]{{0,6}}", re.IGNORECASE)
+_LABEL = re.compile(
+    rf"(?:{_LABEL_WORDS}{_COLON}|[【\[](?:{_HAN})[】\]][:：]?)[ \t]{{0,6}}(?:\*\*|__|\*(?=\s))?[ \t]{{0,4}}",
+    re.IGNORECASE,
+)
 _HEADING = re.compile(
     rf"^[ \t>#*_]{{0,12}}(?:{_QUALITY}(?:answers?|result)|{_HAN}|{_EUROPEAN})[ \t*_]{{0,8}}\n", re.IGNORECASE | re.M
 )
 _PHRASE = re.compile(
-    rf"\b(?:answer|(?:correct|right|best|final|true)[ \t]{{1,3}}(?:option|choice|result|value|number|count))(?:s|[ \t]"
-    rf"{{1,3}}choice)?(?:[ \t]{{1,3}}(?:here|therefore|thus|then))?[ \t]{{1,3}}"
-    rf"(?:is|are|was|equals|must be|should be|would be|will be|has to be)\b(?![ \t]{{1,3}}not\b){_BLANK}{{0,6}}[:：]?"
+    r"(?:\b(?:answer|(?:correct|right|best|final|true)[ \t]{1,3}(?:option|choice|result|value|number|count))"
+    r"(?:s|[ \t]{1,3}choice)?(?:[ \t]{1,3}(?:here|therefore|thus|then))?[ \t]{1,3}"
+    r"(?:is|are|was|equals|must be|should be|would be|will be|has to be)\b(?![ \t]{1,3}not\b)"
     r"|\b(?:option|choice)[ \t]{1,3}(?:is|was|must be|should be|would be)\b(?![ \t]{1,3}not\b)"
-    rf"{_BLANK}{{0,6}}[:：]?"
-    rf"|(?:最终|最后|最後|正确|正確)?的?(?:答案|结果|結果|选项)(?:应该|应当|应|就|便)?(?:是|为|為|等于|選|选)[:：]?"
-    rf"|(?<![a-z])(?:故|应|應|所以|因此|综上|答案|则)?(?:应|該|该)?[选選](?:择|擇)?[:：]?(?={_BLANK}{{0,4}}[(（\[【]?[A-ZＡ-Ｚ](?![a-z]))"
-    rf"|(?:答え|正解|解答|答案|結果)[はが]|(?:정답|답|결과)[은는이가]"
-    rf"|\bantwort (?:ist|lautet|wäre)\b(?! nicht)|\bergebnis (?:ist|lautet|beträgt)\b(?! nicht)"
-    rf"|\b(?:réponse|résultat)(?: finale?| correcte?)? est\b(?! pas)"
-    rf"|\b(?:respuesta|resultado)(?: final| correct[ao])? es\b"
-    rf"|\b(?:resposta|resultado)(?: final| corret[ao])? é(?!\w)|\brisposta(?: finale| corretta)? è(?!\w)",
+    r"|(?:最终|最后|最後|正确|正確)?的?(?:答案|结果|結果|选项)(?:应该|应当|应|就|便)?(?:是|为|為|等于|選|选)"
+    rf"|(?<![a-z])(?:故|应|應|所以|因此|综上|答案|则)?(?:应|該|该)?[选選](?:择|擇)?(?=[:：]?{_BLANK}{{0,4}}[(（\[【]?"
+    r"(?-i:[A-ZＡ-Ｚ](?![a-z])))"
+    r"|(?:答え|正解|解答|答案|結果)[はが]|(?:정답|답|결과)[은는이가]"
+    r"|\b(?:antwort|lösung|ergebnis) (?:ist|lautet|wäre|beträgt)\b(?! nicht)"
+    r"|\b(?:réponse|résultat)(?: finale?| correcte?)? est\b(?! pas)"
+    r"|(?<!no )\b(?:respuesta|resultado)(?: final| correct[ao])? es\b"
+    r"|\b(?:resposta|resultado)(?: final| corret[ao])? é(?!\w)|\brisposta(?: finale| corretta)? è(?!\w)"
+    rf"){_BLANK}{{0,4}}[:：、,]?",
     re.IGNORECASE,
 )
 # a number, a formula or a capital letter that is no word: what may follow a phrase after another mark
@@ -70,11 +75,19 @@ _COMMITTED = re.compile(
     rf"(?:{_BLANK}|[\"'“‘(（\[【])*(?:[-+−–]?[$€£¥]?[.]?\d|[\\$]"
     r"|[A-ZＡ-Ｚ](?![A-Za-zＡ-Ｚ'’])(?![ ]{1,3}(?!or\b|and\b)[a-z]))"
 )
+# words before a phrase which tell that another answer than the writer's own is meant
+_NOT_OURS = re.compile(
+    r"(?:\b(?:wrong|incorrect|false|tempting|attractive|other|another|second|third|previous|earlier|first|initial|original"
+    r"|old|common|popular|likely|plausible|possible|alternative|falsche|mauvaise|incorrecta|no|not)\b[ \t]{1,3}"
+    r"(?:best[ \t]{1,3})?(?:\w{1,12}[ \t]{1,3})?"
+    r"|n['’]t[ \t]{1,3}|(?:错误的?|不应?该?|不能|误|誤|若|如果|假如|别|未)[^，。,.\n]{0,2})$",
+    re.IGNORECASE,
+)
 _TAG = re.compile(r"<(/?)answer\s{0,8}>", re.IGNORECASE)
 _HASHES = re.compile(r"^####(?!#)[ \t]{0,8}(\S[^\n]*)$", re.MULTILINE)
-_NUMBER_ALONE = re.compile(r"[-+−]?[$€£¥]?(?:\d[\d,./:]*+|\\\S+)\s?\S{0,12}\s*")
+_NUMBER_ALONE = re.compile(r"[-+−]?[$€£¥]?(?:\d[\d,./:]*+|\\\S+|[A-Z]$)\s?\S{0,12}\s*")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,8}+\{|\\.|[{}]", re.DOTALL)
-_BOLD = re.compile(r"\*\*([^*\n]{1,400}?)\*\*(?!\*)(?!\s{0,3}[:：])|(?<!\w)__([^_\n]{1,400}?)__(?!\w)(?!\s{0,3}[:：])")
+_BOLD = re.compile(r"\*\*([^*\n]{1,400}?)\*\*(?!\*)|(?<!\w)__([^_\n]{1,400}?)__(?!\w)")
 _COPULA = re.compile(r"(?:입니다|이에요|예요|이다|です|でした|である|だ)[.。．!！]?$")
 _PAIRS = (("**", "**"), ("__", "__"), ("$$", "$$"), (r"\(", r"\)"), (r"\[", r"\]"), ("`", "`"), ("$", "$"), ("*", "*"))
 _WRAPPER = re.compile(
@@ -97,7 +110,7 @@ def find(response: str, window: int = WINDOW) -> Answer | None:
     `window` characters. Returns None if the response is longer and its last `window` characters have no mark."""
     text, mark = response[-window:], None
     for _ in range(DEEPEST):
-        found = _last_mark(text)
+        found = _last_mark(text, inside=mark is not None)
         if found is None:
             break
         text, mark = found
@@ -112,6 +125,13 @@ def marked_answer(response: str, window: int = WINDOW) -> str | None:
     return found.text if found else None
 
 
+def outermost(response: str, window: int = WINDOW) -> str | None:
+    """Returns the content of the last `<answer>` tag or box, without a search for marks inside, or None."""
+    text = response[-window:]
+    found = max(filter(None, (_tag(text), _box(text))), default=None)
+    return found[1].strip() if found else None
+
+
 def last_boxed(text: str) -> str | None:
     """Returns the content of the `\\boxed{...}` or `\\fbox{...}` whose closing brace comes last, or None. Escaped
     braces are ignored."""
@@ -122,8 +142,11 @@ def last_boxed(text: str) -> str | None:
 def bold(text: str) -> str | None:
     """Returns the last text in bold, for responses without a mark. A bold label before a colon does not count."""
     last = None
-    for last in _BOLD.finditer(text):  # noqa: B007  # only the last match is used
-        pass
+    for match in _BOLD.finditer(text):
+        is_label = (match[1] or match[2]).rstrip().endswith((":", "：")) or text[match.end() : match.end() + 4].lstrip(
+            " "
+        )[:1] in (":", "：")
+        last = last if is_label else match
     return bare(last[1] or last[2]) if last else None
 
 
@@ -137,12 +160,13 @@ def bare(text: str) -> str:
     pair of `**` at one end."""
     for _ in range(8):
         before = text = text.strip()
-        if text.count("**") % 2:
-            text = text.removesuffix("**") if text.endswith("**") else text.removeprefix("**")
+        if text.count("**") % 2:  # half of a pair: the other half stood before the mark
+            text = text.removeprefix("**") if text.startswith("**") else "".join(text.rsplit("**", 1))
         for opening, closing in _PAIRS:
             inside = text[len(opening) : -len(closing)]
             around = len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing)
-            if around and opening not in inside and closing not in inside and not inside.endswith("\\"):
+            unescaped = inside.replace("\\$", "")
+            if around and opening not in unescaped and closing not in unescaped and not inside.endswith("\\"):
                 text = inside
         if (opened := _WRAPPER.match(text)) and text.endswith("}") and _closes_at_end(text, opened.end()):
             text = text[opened.end() : -1]
@@ -161,19 +185,25 @@ def _closes_at_end(text: str, start: int) -> bool:
     return False
 
 
-def _last_mark(text: str) -> tuple[str, Mark] | None:
-    """Returns the content and the kind of the last mark, or None."""
-    strong = [mark for mark in (_box(text), _tag(text), _hashes(text), _label(text)) if mark]
+def _last_mark(text: str, inside: bool) -> tuple[str, Mark] | None:
+    """Returns the content and the kind of the last mark, or None. `inside` is True for text inside a mark. There, a
+    phrase without a number, formula or letter counts only if it begins the text."""
+    strong = [mark for mark in (_box(text), _tag(text), _label(text)) if mark]
+    if (line := _hashes(text)) and ((not strong and not inside) or _NUMBER_ALONE.fullmatch(line[1])):
+        strong.append(line)
     end, content, kind = max(strong, default=(-1, "", None))
-    phrase = None
-    for phrase in _PHRASE.finditer(text, max(end, 0)):  # noqa: B007  # only the last match is used
-        pass
-    if phrase:
+    said = None
+    for phrase in _PHRASE.finditer(text, max(end, 0)):
         rest = text[phrase.end() :].strip()
-        line = rest.partition("\n")[0].rstrip()
-        rest = rest if _open_brackets(line) else line
-        if rest and (kind is None or _COMMITTED.match(rest)):
-            return _COPULA.sub("", rest), "phrase"
+        line_end = rest.partition("\n")[0].rstrip()
+        if not line_end or _NOT_OURS.search(text, max(0, phrase.start() - 40), phrase.start()):
+            continue
+        committed = phrase[0].endswith((":", "：")) or _COMMITTED.match(rest) is not None
+        begins = not inside or (phrase.start() < BEGINNING and "\n" not in text[: phrase.start()].lstrip())
+        if committed or (kind is None and begins and not (said and said[1])):
+            said = (rest if _open_brackets(line_end) else line_end), committed
+    if said:
+        return _COPULA.sub("", said[0]).removesuffix("。").replace("**.", "**"), "phrase"
     return (content, kind) if kind else None
 
 

@@ -1,5 +1,7 @@
 """Reads boxes and points from answers and data rows. The perception rewards use this module."""
 
+# ruff: noqa: RUF001, RUF003  # punctuation and words of several scripts
+
 import math
 import re
 from collections.abc import Sequence
@@ -25,7 +27,7 @@ LONGEST = 1 << 16
 """Only this many characters at the end of an answer are searched for boxes and points."""
 
 # Quantifiers are possessive and white space is bounded, so that no text makes these patterns backtrack.
-_NUMBER = r"([-+]?(?:\d++(?:\.\d*+)?|\.\d++|nan|inf(?:inity)?)(?:e[-+]?\d{1,6}+)?)"
+_NUMBER = r"([-+]?(?:\d++(?:\.\d*+)?|\.\d++|nan|inf(?:inity)?)(?:e[-+]?\d{1,6}+)?)(?:\s?\\?%)?"
 _BLANK = r"\s{0,16}+"
 _NEXT = rf"{_BLANK}[\])]?{_BLANK},?{_BLANK}[\[(]?{_BLANK}(?<![\d.])"
 _OPEN, _CLOSE = rf"[\[(>]{_BLANK}", rf"{_BLANK}[\])<]"
@@ -42,19 +44,28 @@ def _named(*keys: str) -> str:
 
 def _keyed(key: str, count: int) -> str:
     """Returns a pattern for numbers without brackets after a name, such as `point:512,300`."""
-    return rf"(?<![a-z_]){key}[\"']?{_BLANK}[:=]{_BLANK}[\"']?" + rf"{_BLANK},{_BLANK}(?<![\d.])".join(
-        [_NUMBER] * count
-    )
+    between = rf"(?:{_BLANK},|\s){_BLANK}(?<![\d.])"
+    return rf"(?<![a-z_]){key}[\"']?{_BLANK}[:=]{_BLANK}[\"']?" + between.join([_NUMBER] * count)
 
 
 _NAMED_BOX = _named("x_?(?:1|min)", "y_?(?:1|min)", "x_?(?:2|max)", "y_?(?:2|max)")
-_NAMED_POINT = _named(r"x\d{0,3}+", r"y\d{0,3}+")
-_KEYED_BOX = _keyed(r"b?box(?:_2d)?", 4)
-_KEYED_POINT = _keyed(r"(?:start_|end_)?(?:point|coordinate)\d{0,2}", 2) + rf"(?!\d|\.\d|{_BLANK},{_BLANK}\d)"
+_NAMED_POINT = _named(r"x(?:\d{0,3}+|坐标)", r"y(?:\d{0,3}+|坐标)")
+_KEYED_BOX = _keyed(r"(?:b?box(?:_2d)?|coordinates?|坐标|位置)", 4)
+_KEYED_POINT = (
+    _keyed(r"(?:start_|end_)?(?:point|coordinates?|position|坐标|位置)\d{0,2}", 2) + rf"(?!\d|\.\d|{_BLANK},{_BLANK}\d)"
+)
+# two corners with words between them: "from (1, 2) to (3, 4)", "左上角（1，2），右下角（3，4）"
+_CORNERS = (
+    rf"{_POINT}{_BLANK}(?:,|;|to|and|和|至|到)?{_BLANK}(?:and|to)?{_BLANK}"
+    rf"(?:右下角?|(?:the\s)?bottom[- ]right(?:\scorner)?)?"
+    rf"{_BLANK}(?:at|:)?{_BLANK}{_POINT}"
+)
 
-BOXES = re.compile(f"{_BOX}|{_NAMED_BOX}|{_KEYED_BOX}", re.IGNORECASE)
+BOXES = re.compile(f"{_BOX}|{_CORNERS}|{_NAMED_BOX}|{_KEYED_BOX}", re.IGNORECASE)
 POINTS = re.compile(f"{_POINT}|{_NAMED_POINT}|{_KEYED_POINT}", re.IGNORECASE)
-EITHER = re.compile(f"{_BOX}|{_NAMED_BOX}|{_KEYED_BOX}|{_POINT}|{_NAMED_POINT}|{_KEYED_POINT}", re.IGNORECASE)
+EITHER = re.compile(
+    f"{_BOX}|{_CORNERS}|{_NAMED_BOX}|{_KEYED_BOX}|{_POINT}|{_NAMED_POINT}|{_KEYED_POINT}", re.IGNORECASE
+)
 
 # The text allowed between two shapes of one list: punctuation, numbers, "and", quoted keys and labels, tags. The match
 # of a shape may contain the "<" of a tag "</box>". Then the text between the shapes begins with the rest, "/box>".
@@ -63,17 +74,22 @@ _GLUE = re.compile(
     r"|\A/\w{1,20}+>|<\w{1,20}+\s?\Z|[\"']\Z"  # part of a tag or key: "/box>", "<box" or a quotation mark
     r"|<[^<>\n]{1,100}+>|>[^<>\n]{0,100}+</\w{1,20}+>|/?>)*+"
 )
+_BRACKETS = str.maketrans("【】〔〕〈〉、", "[][][],")
+_BARE_NUMBERS = re.compile(r"[\s\d.,%+-]{3,200}")  # a whole answer such as "100, 200, 300, 400"
 _GAP = 300  # maximum number of characters between two shapes of one list
 
 
 def answer_part(answer: str) -> str | None:
     """Returns the part of an answer whose boxes and points count: the marked part (see rewards/answer.py), else the
-    whole answer. Full-width digits and signs become ASCII. The content of `\\boxed{...}` is put in brackets, because it
-    may consist of numbers without brackets. Returns None if the answer is longer than LONGEST and has no mark."""
+    whole answer. Full-width digits and signs become ASCII. The content of `\\boxed{...}`, and a marked text or a
+    list with commas that has only numbers, is put in brackets. Returns None if the answer is longer than LONGEST and
+    has no mark."""
     found = find(wide_folded(answer[-LONGEST - 1 :]), LONGEST)
     if found is None:
         return None
-    return f"[{found.text}]" if found.mark == "box" else found.text
+    text = found.text.translate(_BRACKETS).replace("\\left", "").replace("\\right", "")
+    only_numbers = _BARE_NUMBERS.fullmatch(text) is not None and (found.mark is not None or "," in text)
+    return f"[{text}]" if found.mark == "box" or only_numbers else text
 
 
 def shapes(pattern: re.Pattern[str], answer: str, last_list: bool = False) -> list[Shape]:

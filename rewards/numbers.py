@@ -13,11 +13,20 @@ _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ni
 _UNITS = {word: n for n, word in enumerate(_SMALL)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "dozen": 12}
 _WORD = "|".join(sorted([*_UNITS, *_SCALES], key=len, reverse=True))
+MOST = 10**15  # larger numbers are not read
+_BEFORE_ONE = (
+    r"(?<!which )(?<!any )(?<!the )(?<!this )(?<!that )(?<!each )(?<!every )(?<!another )(?<!other )(?<!no )(?<!not )"
+)
 ENGLISH = re.compile(
-    rf"\b(?:an?\s{{1,3}}(?=hundred|thousand|million|dozen))?(?:{_WORD})(?:(?:[\s-]{{1,3}}|\s{{1,3}}and\s{{1,3}})(?:{_WORD}))*\b",
+    rf"\b(?:(?:half )?an?\s{{1,3}}(?=hundred|thousand|million|dozen))?"
+    rf"(?:(?!one)|{_BEFORE_ONE})(?:{_WORD})(?:(?:,?[\s-]{{1,3}}|\s{{1,3}}and\s{{1,3}})(?:{_WORD})){{0,20}}\b",
     re.I,
 )
-HAN = re.compile(r"[零〇一二三四五六七八九十百千万萬两兩廿]{1,15}")
+# 一 in words such as 一些, 一起 and 第一 is no number; 十几 is no certain number
+HAN = re.compile(
+    r"(?<![第统唯万])(?![一两](?:[些样起下般定共切直旦边面致半]))[零〇一二三四五六七八九十百千万萬两兩廿]{1,15}"
+    r"(?![几多余零〇一二三四五六七八九十百千万萬两兩廿])"
+)
 
 
 def words(text: str) -> list[tuple[int, int, int]]:
@@ -33,6 +42,8 @@ def english(text: str) -> int | None:
     for word in re.findall(_WORD, text.lower()):
         if word in _SCALES:
             scale = _SCALES[word]
+            if max(current, 1) * scale > MOST or total > MOST:
+                return None
             current = max(current, 1) * scale
             if scale >= 1000:
                 total, current = total + current, 0
@@ -42,7 +53,7 @@ def english(text: str) -> int | None:
         if last is not None and not (last >= 20 and last % 10 == 0 and 0 < number < 10):
             return None
         current, last = current + number, number
-    return total + current
+    return (total + current) // (2 if text.lower().startswith("half ") else 1)
 
 
 def han(text: str) -> int | None:
@@ -64,4 +75,6 @@ def han(text: str) -> int | None:
             section, digit = section + 20, 0
         else:
             section, digit = section + max(digit, 1) * value, 0
+    if digit and len(values) > 1 and 100 <= values[-2] <= 10_000:  # 一百二 is short for 一百二十
+        digit *= values[-2] // 10
     return total + section + digit

@@ -7,7 +7,7 @@ from typing import Any
 from rapidfuzz.distance import Levenshtein
 
 from rewards import Invalid, Rollout, Score, reward
-from rewards.answer import bare, bold, find, last_line
+from rewards.answer import bare, bold, find, last_line, outermost
 from rewards.registry import as_response
 from rewards.text import folded, plain_number, unescaped
 
@@ -68,6 +68,8 @@ def _transcriptions(answer: str, true: str, limit: int) -> Iterator[str]:
         yield _unfenced(marked.text, limit)
         return
     yield _unfenced(answer, limit)
+    if outer := outermost(answer, limit):  # the true text contains a mark, and the answer has one around it
+        yield _unfenced(outer, limit)
     tail = answer[-limit:]
     yield from (part for part in (bold(tail), last_line(tail)) if part and len(part) < len(tail.strip()))
 

@@ -14,7 +14,7 @@ import numpy as np
 from rewards.answer import bare
 
 _WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: 0x20, 0x2212: 0x2D}
-_ESCAPED = re.compile(r"\\([%$#&_*])")
+_ESCAPED = re.compile(r"\\([%$#&_*{} ])|(?<=\S)~(?=\S)|\{(,)\}")
 
 
 def words_of(message: Mapping[str, Any]) -> str:
@@ -38,7 +38,7 @@ def wide_folded(text: str) -> str:
 def folded(text: str) -> str:
     """Converts `text` to Unicode form NFKC, removes invisible characters, and replaces each sequence of white space by
     one blank."""
-    text = unicodedata.normalize("NFKC", text)
+    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-")
     return " ".join("".join(c for c in text if unicodedata.category(c) != "Cf").split())
 
 
@@ -53,8 +53,9 @@ def normalised(text: str) -> str:
 
 
 def unescaped(text: str) -> str:
-    """Removes the backslash before the signs %, $, #, &, _ and *, as LaTeX and markdown need it."""
-    return _ESCAPED.sub(r"\1", text)
+    """Removes the backslash before signs such as %, as LaTeX and markdown need it, and reads `~` between two words as a
+    blank and `{,}` as a comma."""
+    return _ESCAPED.sub(lambda sign: sign[1] or sign[2] or " ", text)
 
 
 def plain_number(value: float) -> str:
