@@ -224,6 +224,7 @@ def test_rows_without_an_answer_are_left_out_and_counted(
     assert (report["rows"], report["left_out"]) == (6, 2)
 
 
+@pytest.mark.slow
 def test_an_evaluation_serves_its_judge_and_a_policy_that_sees_another_picture_does_not_win(
     url: str, capsys: pytest.CaptureFixture
 ) -> None:

@@ -59,6 +59,7 @@ def judged(folder: Path, away_s: float, max_wait: float) -> tuple[int, str, str]
         )
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_a_judge_that_stops_answering_and_loses_nothing(tmp_path: Path) -> None:
     code, out, err = judged(tmp_path, away_s=5, max_wait=120)
     assert code == 0, err

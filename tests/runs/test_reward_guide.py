@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rewards.__main__ import main as rewards_command
 from tests.support.command import NOTHING, ROOT, metrics, run
 from tests.support.judge_server import judge_server, text_of
 
@@ -118,7 +119,7 @@ def scores(target: str, *arguments: object, folder: Path, environment: Mapping[s
 
 
 def test_a_reward_in_a_file_is_tried_and_named_by_a_recipe_as_the_guide_says(folder: Path) -> None:
-    assert len(steps()) == 4
+    assert len(steps()) == 5
     for step in steps():
         follow(step, folder)
 
@@ -135,6 +136,46 @@ def test_a_run_trains_with_the_guides_reward_and_its_rollouts_can_be_scored_agai
     with gzip.open(folder / "runs/first/rollouts/000001.jsonl.gz", "rt") as file:
         stored = [json.loads(line) for line in file]
     assert tried and tried == [sample["reward"] for sample in stored if sample["task"] == "arithmetic"]
+    _compared_after_a_change(folder)
+
+
+def _compared_after_a_change(folder: Path) -> None:
+    """The scores of the run in `folder` are compared with those of the same reward, and of a changed reward."""
+    again = ("rewards", "try", "my_recipe.yaml:arithmetic", "runs/first/rollouts/000001.jsonl.gz", "--compare")
+    code, _, err = run(*again, folder=folder)
+    assert code == 0 and "scores are as expected" in err
+    recorded = json.loads((folder / "runs/first/rewards.json").read_text())
+    assert [entry["first_iteration"] for entry in recorded] == [1]
+    assert "right_and_short" in recorded[0]["rewards"]["arithmetic"]
+    file = folder / "my_reward.py"
+    file.write_text(file.read_text().replace("return 0.0", "return 0.25"))
+    code, _, err = run(*again, folder=folder)
+    assert code == 2 and "0.25, not 0" in err
+
+
+WRONG_CASES = {
+    '{"reward": "exact", "ground_truth": "a", "response": "b", "expected": 1}': "1 of 1 scores differ (100.0%)",
+    '{"reward": "exact", "ground_truth": "a", "response": "b"}': "a case needs `expected`",
+    '{"reward": "exact", "ground_truth": "a", "response": "b", "expected": [1, 0]}': "expected is [1, 0]",
+    '{"ground_truth": "a", "response": "b", "expected": 1}': "a case needs `reward`",
+    '{"reward": "exat", "ground_truth": "a", "response": "b", "expected": 1}': "no reward is called 'exat'",
+}
+
+
+@pytest.mark.parametrize(("line", "said"), WRONG_CASES.items())
+def test_a_case_with_another_score_and_a_case_that_cannot_be_read_end_with_code_2(
+    line: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "cases.jsonl"
+    file.write_text(line + "\n")
+    assert rewards_command(["try", "--cases", str(file)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_invalid_can_be_expected(tmp_path: Path) -> None:
+    file = tmp_path / "cases.jsonl"
+    file.write_text('{"reward": "iou", "ground_truth": "x", "response": "b", "expected": "invalid"}\n')
+    assert rewards_command(["try", "--cases", str(file)]) == 0
 
 
 def test_a_judge_is_asked_as_the_guide_says(folder: Path) -> None:

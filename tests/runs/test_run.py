@@ -51,6 +51,7 @@ def test_a_run_leaves_the_documented_folder(finished: tuple[Path, str]) -> None:
         "metrics.jsonl",
         "policy",
         "recipe.yaml",
+        "rewards.json",
         "rollouts",
         "tracking",
     ]

@@ -111,6 +111,7 @@ def shipped() -> tuple[Any, Prompter]:
     return model, Prompter(AutoTokenizer.from_pretrained(SHIPPED), model.config.image_token_len)
 
 
+@pytest.mark.slow
 def test_the_shipped_judge_is_small_and_agrees_with_heldout_preferences_in_either_order(shipped) -> None:
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 10 * MEGABYTE
     report = json.loads((SHIPPED.parent / "judge_report.json").read_text())
@@ -121,6 +122,7 @@ def test_the_shipped_judge_is_small_and_agrees_with_heldout_preferences_in_eithe
     assert seen["no verdict"] <= 0.05
 
 
+@pytest.mark.slow
 def test_a_perfect_description_of_another_picture_does_not_win_with_the_shipped_judge(shipped) -> None:
     rng = np.random.default_rng(3)
     crowds = [world.draw_crowd(rng, "heldout", world.OPEN_CROWD) for _ in range(16)]
