@@ -161,7 +161,7 @@ def bare(text: str) -> str:
     for _ in range(8):
         before = text = text.strip()
         if text.count("**") % 2:  # half of a pair: the other half stood before the mark
-            text = text.removeprefix("**") if text.startswith("**") else "".join(text.rsplit("**", 1))
+            text = text.removesuffix("**") if text.endswith("**") else text.removeprefix("**")
         for opening, closing in _PAIRS:
             inside = text[len(opening) : -len(closing)]
             around = len(text) > len(opening) + len(closing) and text.startswith(opening) and text.endswith(closing)

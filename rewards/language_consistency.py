@@ -35,7 +35,9 @@ class LanguageConsistency:
     in another script than Latin, Latin names and terms of up to three words are ignored too. If a code fence
     or delimiter is never closed, the text after it counts as prose. An answer that has only code or quotations is not
     judged, and the details say so. To distinguish languages of the same script, the text is split into pieces of forty
-    letters. So a switch from English to Spanish for one word is not noticed.
+    letters. So a switch from English to Spanish for one word is not noticed. An answer that only repeats a text from a
+    picture, without quotation marks and in another language than the question, counts as an answer in that language,
+    because the reward does not see the picture.
 
     languages  ISO 639-1 codes of two or more languages to distinguish. Text in any other language is treated as text
                in the most similar of these languages

@@ -33,6 +33,7 @@ _MIXED = re.compile(r"(-?\d{1,9}) +(\d{1,9})/(\d{1,9})")
 _REPEATING = re.compile(r"(?<![\d.])(\d{1,18})\.(\d{0,18})\\overline\{(\d{1,18})\}")
 _ROOT = re.compile(r"√ ?(\d{1,99}|[a-z]|\([^()]{1,99}\))")
 _EXPONENT = re.compile(r"(?<![\w.])(\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})[eE]([-+]?\d{1,5})(?![\w.])")
+_PYTHON_POWER = re.compile(r"(?<=[\w)])\*\*(?=[\w(-])")
 _UPRIGHT = re.compile(r"\\(?:mathrm|text|textrm|operatorname|rm)\s?\{\s?([edij])\s?\}")
 _NOON = re.compile(r"(?<=:\d\d)[ ~\\]{0,2}(?:\\text\{ ?)?([ap])\.? ?m\b\.?\}?", re.IGNORECASE)  # 6:30 p.m.
 _PERCENT = re.compile(r"(?:\\?%|\\text\{ ?percent\}|\bpercent)$")
@@ -69,6 +70,7 @@ def plain(result: str) -> str:
     digits, 6.02e23, √, ² and an upright e."""
     text = _SUPERSCRIPT.sub(lambda power: f"^{{{power[0].translate(_SUPERSCRIPTS)}}}", result)
     text = _SUBSCRIPT.sub(lambda index: f"_{{{index[0].translate(_SUBSCRIPTS)}}}", text)
+    text = _PYTHON_POWER.sub("^", text)
     text = unicodedata.normalize("NFKC", text).replace(r"\$", "").strip("$ \n\t")
     for _ in range(4):
         before = text

@@ -84,6 +84,8 @@ def numbers_equal(true: Any, given: Any, significant: int) -> bool | None:
     if not (_is_number(true) and _is_number(given)):
         return None
     true, given = _evaluated(true), _evaluated(given)
+    if true.is_finite is not True or given.is_finite is not True:  # infinite, or no number at all such as 0/0
+        return bool(true == given and true.is_infinite)
     decimals = [_decimal(one) for one in (true, given)]
     if true == given:
         return True

@@ -1,6 +1,8 @@
 """Reward `math_verify`: 1.0 if the answer's last result equals the ground truth, according to the library
 Math-Verify and the rules of this module."""
 
+# ruff: noqa: RUF001  # punctuation of several scripts
+
 import logging
 import re
 from collections.abc import Sequence
@@ -102,38 +104,37 @@ class MathVerify:
             raise Invalid(f"math_verify needs LaTeX or a number as ground truth; row {row} has {ground_truth!r}")
         truth = self._truth(_text_of(ground_truth), row)
         results, prose = self._results(rollout.answer)
-        details = {"answer": (results or prose)[0][:200]} if results or prose else {}
+        details = {"answer": (results[0] if results else prose or "")[:200]}
         if any(len(result) > LONGEST_BOX for result in results):
             return Score(0.0, {"why": f"a result of more than {LONGEST_BOX} characters"})
         try:
             right = any(self._result_equals(truth, part) for one in results for part in approximations(one))
-            right = right or any(self._prose_equals(truth, text) for text in prose)
+            right = right or (prose is not None and self._prose_equals(truth, prose))
         except TooMuch as e:
             return Score(0.0, {"why": f"the answer leads to {e}", **details})
         except RecursionError:
             return Score(0.0, {"why": "the answer has too many nested levels", **details})
         return Score(float(right), details)
 
-    def _results(self, answer: str) -> tuple[list[str], list[str]]:
-        """Returns the results of an answer, and the texts in which the library searches for more results."""
+    def _results(self, answer: str) -> tuple[list[str], str | None]:
+        """Returns the results of an answer, and the text in which the library searches for one more result."""
         found = find(answer, WINDOW)
         if found and found.mark == "box":
-            return [found.text], []
-        text = found.text if found and found.mark else answer[-LONGEST_PROSE:]
-        if len(text) > LONGEST_PROSE or (not (found and found.mark) and len(text) < len(answer)):
+            return [found.text], None
+        marked = found is not None and found.mark is not None
+        text = found.text.partition("\n\n")[0] if found and marked else answer  # an explanation may follow
+        if len(text) > LONGEST_PROSE:
             text = text[-LONGEST_PROSE:]
             # the text must start at a new line, because a cut inside a formula would leave a single dollar sign
             text = text.partition("\n")[2] or text
         if ending := _ENDING.search(text):
-            return [(ending[1] or ending[2]).strip()], [text]
-        short = text.strip("*$ \n") if found else ""
-        if found and found.mark and "\n" in short and not short.startswith("\\begin"):
-            short = short.partition("\n")[0].strip("*$ \n")
-        results = [short] if short and len(short) <= LONGEST_BARE and "$" not in short.replace(r"\$", "") else []
-        results = [one for one in results if "\n" not in one]
-        if not (found and found.mark) and (emphasised := bold(text)):
-            results.append(emphasised)
-        return results, [text]
+            return [(ending[1] or ending[2]).strip()], text
+        line = text.strip("*$ \n") if found else ""
+        if marked and not line.startswith("\\begin"):
+            line = line.partition("\n")[0].strip("*$ \n")
+        usable = line and len(line) <= LONGEST_BARE and "\n" not in line and "$" not in line.replace(r"\$", "")
+        emphasised = None if marked else bold(text)
+        return [*([line] if usable else []), *([emphasised] if emphasised else [])], text
 
     def _read_truth(self, given: str, row: str) -> Truth:
         """Prepares a ground truth. Raises Invalid if no answer can be compared with this ground truth."""
@@ -186,6 +187,8 @@ class MathVerify:
             return True
         if truth.words and normalised(text) == truth.words:
             return True
+        if (ours := chemical(truth.text, expected=True)) and ours == chemical(text, expected=True):
+            return True
         special = chemical(text, expected=True) if truth.form and truth.form.kind == "chemical" else form(text)
         if truth.form or special:
             equal = self._forms_equal(truth, special, text)
@@ -204,8 +207,11 @@ class MathVerify:
         found = self._parse(spaced(text))
         if not found or not truth.values:
             return False
-        if isinstance(found[-1], str) and (form(plain(found[-1])) or truth.form):
-            return self._result_equals(truth, found[-1])
+        if isinstance(found[-1], str):
+            start = text.rfind(found[-1])
+            measured = _measured_there(text[start:], len(found[-1])) if truth.unit and start >= 0 else None
+            if measured or truth.form or form(plain(found[-1])):
+                return self._result_equals(truth, measured or found[-1])
         return any(self._equal(truth, true, found) for true in truth.values)
 
     def _forms_equal(self, truth: Truth, special: Form | None, text: str) -> bool | None:
@@ -250,11 +256,17 @@ class MathVerify:
             return self._verify(true, found)
         _ = digits(theirs)
         left, right = _right_side(ours), _right_side(theirs)
-        if not (_is_equation(ours) and _is_equation(theirs)):
-            equal = numbers_equal(left, right, self.significant)
-            if equal is not None:
-                return equal
-        return containers_equal(ours, theirs, self.significant) or self._verify([exact(ours)], [exact(theirs)])
+        try:
+            if not (_is_equation(ours) and _is_equation(theirs)):
+                equal = numbers_equal(left, right, self.significant)
+                if equal is not None:
+                    return equal
+            if containers_equal(ours, theirs, self.significant):
+                return True
+            ours, theirs = exact(ours), exact(theirs)
+        except (TypeError, ValueError, ArithmeticError, AttributeError):
+            pass  # sympy fails on some expressions without a value; the library, which expects this, compares them
+        return self._verify([ours], [theirs])
 
     def _parse(self, text: str) -> list[Any]:
         """Returns the sympy expressions in `text`, then the text of the first expression; [] if `text` has no
@@ -267,6 +279,14 @@ class MathVerify:
         from math_verify import verify
 
         return verify(truth, found, numeric_precision=50, allow_set_relation_comp=True, timeout_seconds=0)
+
+
+def _measured_there(text: str, length: int) -> str | None:
+    """Returns the number of `length` characters at the beginning of a text together with the unit after it, or None if
+    no unit follows."""
+    ends = re.search(r"[.,;:!?。，；]?(?=\s|$)|[。，；]", text[length + 2 : length + 40])
+    candidates = [text[: length + 2 + ends.start()]] if ends else []
+    return next((one for one in candidates if units.split(one)), None)
 
 
 def _right_side(expression: Any) -> Any:

@@ -112,7 +112,7 @@ class BoundReward:
         the package."""
         file = Path(inspect.getfile(self.reward.target))
         package = (sys.modules[self.reward.target.__module__].__package__ or "").partition(".")[0]
-        root = next((folder for folder in file.parents if folder.name == package), None)
+        root = next((folder for folder in file.parents if package and folder.name == package), None)
         files = sorted(one for one in root.rglob("*") if one.suffix in CODE) if root else [file]
         digest = hashlib.sha256(json.dumps(self.params, sort_keys=True, default=repr).encode())
         for one in files:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rewards import get
 from rewards.answer import bare, bold, find, last_boxed, last_line, marked_answer
@@ -157,3 +159,61 @@ def test_answers_as_models_write_them_score_as_a_person_would(reward: str, rows:
         if not low - 1e-6 <= value <= high + 1e-6:
             wrong.append((row["id"], row["response"], row["expected"], value))
     assert not wrong
+
+
+PIECES = st.sampled_from(
+    [
+        *(
+            "\\boxed{",
+            "\\fbox{",
+            "\\text{",
+            "\\frac{",
+            "}",
+            "<answer>",
+            "</answer>",
+            "#### ",
+            "**",
+            "$",
+            "\n",
+            "Answer: ",
+        ),
+        *(
+            "答案：",
+            "The answer is ",
+            "故选",
+            "A",
+            "B",
+            "I",
+            "(",
+            ")",
+            "[",
+            "]",
+            "5",
+            "0.5",
+            "1e-19",
+            "10-15",
+            "，",
+            "个",
+        ),
+        *("cm", "m/s^2", "%", "≈", "\\ldots", ",", " and ", " or ", "twenty", "五", "in total ", "click(", "action: "),
+        *("point:1,2", "\\", "{", "^", "_", "=", "-"),
+    ]
+)
+TRUTHS: dict[str, Any] = {
+    "choice": "B",
+    "count": 5,
+    "exact": "Paris",
+    "ocr": "Exit 5",
+    "iou": [0.1, 0.1, 0.5, 0.5],
+    "point_distance": [0.5, 0.5],
+    "gui_click": {"box": [0.1, 0.1, 0.5, 0.5]},
+    "math_verify": "5 cm",
+}
+
+
+@pytest.mark.parametrize(("reward", "truth"), TRUTHS.items(), ids=TRUTHS.keys())
+@given(st.lists(PIECES | st.text(max_size=5), max_size=12).map("".join))
+def test_no_answer_makes_a_reward_fail(reward: str, truth: Any, text: str) -> None:
+    bound = get(reward)
+    value = bound(Rollout(Prompt("row-1", "t", (), ground_truth=truth), text)).value
+    assert bound.reward.lowest <= value <= bound.reward.highest

@@ -216,7 +216,7 @@ def test_an_answer_that_takes_too_long_scores_zero_and_such_a_ground_truth_makes
     tower = "9^{9^{9^9}}"
     of_the_text, of_the_row = runner.score([rollout(f"\\boxed{{{tower}}}", "5"), rollout(r"\boxed{5}", tower)])
     assert (of_the_text.reward, of_the_text.invalid) == (0.0, None)
-    assert of_the_text.details["why"] == "took longer than 3 s"
+    assert "the answer leads to a number of more than" in of_the_text.details["why"]
     assert "ground truth of row row-7 leads to a number of more than" in (of_the_row.invalid or "")
 
 

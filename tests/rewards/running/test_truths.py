@@ -1,8 +1,19 @@
 """Tests that the ground truths of rows are offered to their rewards."""
 
+from pathlib import Path
+
+import pytest
+
+from rewards.running import truths
 from rewards.running.truths import offered, refusals
 from rl.config import PenaltySpec, RewardSpec
 from rl.types import Prompt
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
 
 TASKS = {
     "math": [RewardSpec(use="math_verify", penalties=(PenaltySpec(use="citation"),))],
@@ -40,3 +51,13 @@ def test_the_ground_truths_that_a_reward_refuses_are_found_with_the_reason() -> 
 
 def test_no_process_is_started_if_there_is_nothing_to_offer() -> None:
     assert refusals(TASKS, [row("judged", 5)]) == [None]
+
+
+def test_accepted_ground_truths_are_offered_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row("math", "5"), row("math", r"\frac{1}{")]
+    assert [why is not None for why in refusals(TASKS, rows)] == [False, True]
+    monkeypatch.setattr(truths, "RewardRunner", None)  # no process can be started any more
+    assert refusals(TASKS, rows[:1]) == [None]
+    changed = {"math": [RewardSpec(use="math_verify", params={"significant": 4})]}
+    with pytest.raises(TypeError):  # other parameters: the ground truth is offered again
+        refusals(changed, rows[:1])

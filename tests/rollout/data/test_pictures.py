@@ -7,15 +7,14 @@ import pytest
 from rl.pixels import TURNED
 from rl.types import Picture
 from rollout.data import pictures
-from rollout.data.pictures import decode_all, remembered_file
+from rollout.data.pictures import decode_all
 from tests.support.photos import stored
 from tests.support.reward_samples import picture
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return remembered_file()
 
 
 def damaged(tmp_path: Path) -> Picture:
@@ -41,16 +40,3 @@ def test_a_picture_is_decoded_only_at_the_first_start(tmp_path: Path, monkeypatc
     again = decode_all(rows)
     assert (again.conversions, list(again.damaged)) == (first.conversions, list(first.damaged))
     assert seen == rows[2:]  # a damaged picture is tried again, because it may have been replaced
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"no line end", b"a\tb\tc\n\n\t\n", b"x" * 64 + b"\n"])
-def test_a_damaged_file_of_remembered_pictures_counts_as_empty(content: bytes, cache: Path) -> None:
-    cache.parent.mkdir(parents=True)
-    cache.write_bytes(content)
-    assert decode_all([Picture.of(stored(6))]).conversions == {TURNED: 1}
-
-
-def test_a_cache_folder_that_cannot_be_written_is_no_error(cache: Path) -> None:
-    cache.parent.parent.mkdir()
-    cache.parent.write_text("a file in place of the folder")
-    assert decode_all([Picture.of(stored(6))]).conversions == {TURNED: 1}
