@@ -18,6 +18,7 @@ import os
 import random
 import secrets
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
@@ -55,7 +56,21 @@ BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, BAD_GATEWAY, UNAVAILABLE = 400, 401, 404, 
 MOST_BYTES = 64 << 20  # maximum size of a request; pictures make requests large
 MOST_REPLIES = 64  # maximum `n` of a request
 MOST_REQUESTS = 256  # maximum number of requests that are answered at the same time
+MOST_BYTES_IN_ALL = 1 << 30  # maximum size of all requests that are answered at the same time
+HEALTH_S = 1.0  # for this number of seconds, `/health` repeats its last answer, so that it cannot flood the endpoint
 PART_TYPES = ("text", "image_url")
+FIELDS = frozenset(
+    {
+        *("model", "messages", "n", "seed", "user", "stream", "stream_options", "max_tokens", "max_completion_tokens"),
+        *("temperature", "top_p", "top_k", "min_p", "min_tokens", "stop", "stop_token_ids", "bad_words", "logit_bias"),
+        *("presence_penalty", "frequency_penalty", "repetition_penalty", "length_penalty", "ignore_eos", "logprobs"),
+        *("top_logprobs", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"),
+        *("response_format", "structured_outputs", "reasoning_effort", "include_reasoning", "parallel_tool_calls"),
+        *("add_generation_prompt", "continue_final_message", "chat_template_kwargs", *UNSUPPORTED_FIELDS),
+    }
+)
+"""The fields that a request may have. vLLM has more, and some of them control the endpoint itself, such as
+`kv_transfer_params`."""
 
 
 class InvalidRequest(Exception):
@@ -88,7 +103,8 @@ class PacoreProxy:
     ) -> None:
         self.client, self.name, self.plan, self.mode, self.synthesis = client, name, plan, mode, synthesis
         self.names = [name, *(f"{name}:{mode}" for mode in MODES)]
-        self._key, self._under_way = key, 0
+        self._key, self._under_way, self._bytes = key, 0, 0
+        self._works, self._asked = False, float("-inf")  # the last answer of /health, and when it was found
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=MOST_BYTES, middlewares=[self._admit])
@@ -107,14 +123,20 @@ class PacoreProxy:
             return await handler(request)
         if self._under_way >= MOST_REQUESTS:
             return _error(UNAVAILABLE, f"{MOST_REQUESTS} requests are under way; try again later")
-        self._under_way += 1
+        size = min(MOST_BYTES, request.content_length or MOST_BYTES)  # a request without a length may be as large
+        if self._bytes + size > MOST_BYTES_IN_ALL and self._under_way:
+            return _error(UNAVAILABLE, f"requests with {MOST_BYTES_IN_ALL >> 20} MiB are under way; try again later")
+        self._under_way, self._bytes = self._under_way + 1, self._bytes + size
         try:
             return await handler(request)
         finally:
-            self._under_way -= 1
+            self._under_way, self._bytes = self._under_way - 1, self._bytes - size
 
     async def _health(self, request: web.Request) -> web.Response:
-        return web.Response() if await self.client.works() else _error(UNAVAILABLE, NO_ENDPOINT)
+        if time.monotonic() - self._asked > HEALTH_S:
+            self._asked = time.monotonic()
+            self._works = await self.client.works()
+        return web.Response() if self._works else _error(UNAVAILABLE, NO_ENDPOINT)
 
     async def _models(self, request: web.Request) -> web.Response:
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "rollout.serve"} for name in self.names]
@@ -262,6 +284,8 @@ async def _parse_body(request: web.Request) -> dict[str, Any]:
         raise InvalidRequest(f"the request has more than {MOST_BYTES >> 20} MiB", error.status) from error
     if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
         raise InvalidRequest("messages must be a list that is not empty")
+    if unknown := sorted(body.keys() - FIELDS):
+        raise InvalidRequest(f"the field {unknown[0]!r:.100} is not supported; fields are {', '.join(sorted(FIELDS))}")
     replies = body.get("n")
     if replies is not None and (type(replies) is not int or not 1 <= replies <= MOST_REPLIES):
         raise InvalidRequest(f"n = {replies!r:.100} must be a whole number from 1 to {MOST_REPLIES}")

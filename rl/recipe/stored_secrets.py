@@ -6,13 +6,19 @@ from collections.abc import Iterator
 from typing import Any
 
 SECRET_NAME = re.compile(
-    r"^token$|(^|_)(api|access|auth|bearer|hf|hub|refresh|session|id|bot|personal|github|gitlab|wandb)_token$|"
     r"(^|_)(api_?keys?|(access|private|secret|signing|client|auth|session)_?keys?|secrets?|passwords?|passwd|"
     r"passphrase|pwd|credentials?|authorization|bearer)$"
 )
 """Names of values that are secrets. The names are in lower case, with _ in place of - and of changes of case."""
+TOKEN_NAME = re.compile(r"(^|_)token$")
+"""Names such as judge_token. The value is a secret, unless it is a token of a tokenizer (see TOKENIZER_TOKEN)."""
+TOKENIZER_TOKEN = re.compile(r"<.*>|\[.*\]|.{0,3}|\d+", re.DOTALL)
+KEY_NAME = re.compile(r"(^|_)(key|pass)$")
+"""Names such as judge_key, which may also be the name of a column. The value is a secret if it looks random."""
+RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w.~+=-]{12,}")
 SECRET_VALUE = re.compile(
-    r"\bsk-[A-Za-z0-9_-]{16,}|\bhf_[A-Za-z0-9]{20,}|\bgh[opsur]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|"
+    r"(?<![\w/.-])sk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{16,}|\bgsk_[A-Za-z0-9]{20,}|"
+    r"\bhf_[A-Za-z0-9]{20,}|\bgh[opsur]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|"
     r"\bglpat-[\w-]{16,}|\bAKIA[0-9A-Z]{16}\b|\bxox[abprs]-[\w-]{10,}|\bAIza[\w-]{30,}|\bnvapi-[\w-]{20,}|"
     r"\bBearer\s+[\w.~+/-]{16,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
@@ -54,16 +60,30 @@ def secret_variables(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
                 yield key, variable
 
 
-def _is_secret_name(name: str) -> bool:
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).replace("-", "_").lower()
+def _is_secret(name: str, value: str) -> bool:
+    """True if a value with this name is a secret."""
+    words = _words(name)
+    if TOKEN_NAME.search(words):
+        return TOKENIZER_TOKEN.fullmatch(value) is None
+    if KEY_NAME.search(words) and RANDOM.fullmatch(value):
+        return True
     return SECRET_NAME.search(words) is not None
+
+
+def _is_secret_name(name: str) -> bool:
+    words = _words(name)
+    return SECRET_NAME.search(words) is not None or TOKEN_NAME.search(words) is not None
+
+
+def _words(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).replace("-", "_").lower()
 
 
 def _problem(name: str, given: Any) -> str | None:
     if given is None or isinstance(given, bool) or name.endswith("_env"):  # *_env: the name of an environment variable
         return None
     value = str(given)
-    if value and _is_secret_name(name):
+    if value and _is_secret(name, value):
         return "seems to be a secret"
     if SECRET_VALUE.search(value):
         return "contains a key or a token"

@@ -33,8 +33,14 @@ ASK: list[Any] = [{"role": "user", "content": "What is 2 + 2?"}]
 LONG = "This model's maximum context length is 10 tokens. However, you requested more"
 
 
+@pytest.fixture(autouse=True)
+def allow_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the proxy forward the field `wait`, the number of seconds that the scripted endpoint takes."""
+    monkeypatch.setattr(serve, "FIELDS", serve.FIELDS | {"wait"})
+
+
 class ScriptedEndpoint:
-    """A scripted vLLM endpoint."""
+    """A scripted vLLM endpoint. It waits for `wait` seconds before it answers."""
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
@@ -318,6 +324,34 @@ def test_a_client_cannot_make_the_endpoint_fetch_an_address(mode: str, part: Any
     run(scenario)
 
 
+@pytest.mark.parametrize(
+    "field", ["kv_transfer_params", "vllm_xargs", "mm_processor_kwargs", "chat_template", "x" * 500]
+)
+def test_fields_that_control_the_endpoint_are_refused(field: str) -> None:
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
+        with pytest.raises(BadRequestError, match="is not supported; fields are"):
+            await client.chat.completions.create(model="step:sere", messages=ASK, extra_body={field: {}})
+        assert behind.bodies == []
+
+    run(scenario)
+
+
+def test_requests_that_are_too_large_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "MOST_BYTES_IN_ALL", 1000)
+    large: Any = [{"role": "user", "content": "x" * 900}]
+
+    async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
+        waits = client.chat.completions.create(model="step:sere", messages=large, extra_body={"wait": 5})
+        first = asyncio.create_task(waits)
+        while not behind.under_way:
+            await asyncio.sleep(0.01)
+        with pytest.raises(InternalServerError, match="MiB are under way"):
+            await client.chat.completions.create(model="step:sere", messages=large)
+        first.cancel()
+
+    run(scenario)
+
+
 def test_too_many_replies_requests_and_bytes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "MOST_REQUESTS", 1)
     monkeypatch.setattr(serve, "MOST_BYTES", 10_000)
@@ -375,7 +409,9 @@ def test_the_command_refuses_to_serve_other_machines_without_a_key(
     assert why in capsys.readouterr().err
 
 
-def test_health_tells_whether_the_endpoint_works() -> None:
+def test_health_tells_whether_the_endpoint_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "HEALTH_S", 0.0)
+
     async def scenario(client: AsyncOpenAI, behind: ScriptedEndpoint) -> None:
         url = str(client.base_url).replace("/v1/", "/health")
         async with aiohttp.ClientSession() as session:
@@ -383,6 +419,10 @@ def test_health_tells_whether_the_endpoint_works() -> None:
                 behind.fail = lambda body, works=works: None if works else web.Response(status=500)  # type: ignore[misc]
                 async with session.get(url) as answer:
                     assert answer.status == status
+            behind.fail = lambda body: None
+            monkeypatch.setattr(serve, "HEALTH_S", 60.0)
+            async with session.get(url) as answer:
+                assert answer.status == 503  # the endpoint is not asked again so soon
 
     run(scenario)
 

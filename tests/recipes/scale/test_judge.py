@@ -135,6 +135,7 @@ def test_a_perfect_description_of_another_picture_does_not_win_with_the_shipped_
     assert len(leads) >= 14 and np.mean([lead > 0 for lead in leads]) < 0.1
 
 
+@pytest.mark.slow
 def test_the_script_writes_a_judge_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["judge", "--out", str(tmp_path), "--steps", "2", "--every", "2", "--heldout", "2"]
     monkeypatch.setattr("sys.argv", given)

@@ -126,6 +126,7 @@ def test_a_warm_start_with_other_options_is_not_continued(tmp_path: Path) -> Non
         warm_start.Trainer(tmp_path, replace(STEPS, seed=1))
 
 
+@pytest.mark.slow
 def test_the_script_runs_and_writes_a_model_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(practice, "LONGEST", 8)  # tokens; an untrained model does not end its responses
     run(

@@ -19,12 +19,16 @@ JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTYifQ.SflKxwRJSMeKKF2QT4fwpM"
 @pytest.mark.parametrize(
     "values",
     [
+        {"judge_token": "open-sesame"},
+        {"judge_key": "a1b2c3d4e5f6a7b8"},
+        {"pass": "correct-horse-7-battery"},
+        {"note": "gsk_0123456789abcdefghijABCD"},
         {"api_key": "x"},
         {"apiKey": "x"},
         {"serve": {"api-key": "x"}},
         {"openai_api_key": "x"},
-        {"token": "x"},
-        {"hf-token": "x"},
+        {"token": "open-sesame"},
+        {"hf-token": "open-sesame"},
         {"db": [{"password": 1234}]},
         {"AWS_SECRET_ACCESS_KEY": "x"},
         {"headers": {"Authorization": "x"}},
@@ -53,6 +57,8 @@ def test_a_value_that_seems_to_be_a_secret_is_found(values: dict[str, Any]) -> N
         {"api_key": "", "token": None, "password": False},
         {"url": "http://host:8000/v1", "other": "http://host/v1?a=1&keyword=b", "mail": "me@host", "at": "a @ b"},
         {"path": "/data/secret/train.jsonl", "model": "org/skeleton-sk-small", "key": "id", "sort_key": "name"},
+        {"token": "<answer>", "eos_token": "<|im_end|>", "mask_token": "[MASK]", "judge_key": "question"},
+        {"path": "/data/disk-skeleton/sk-abcdefghijklmnopqrst/rows.jsonl", "by": "sk-learn-and-more-things"},
         {"secretary": "x", "tokenizer": "x", "passwordless": "x"},
     ],
 )
