@@ -9,9 +9,10 @@ A mark is a notation by which a writer says "this is my answer". These are marks
             a heading; the answer is the text after it
     phrase  "the answer is ...", "正确答案是", "故选", "Die Antwort ist" and similar
 
-The mark that ends last counts, whatever its kind. There is one exception: a phrase counts after another mark only if a
-number, a formula or a capital letter follows it, because a sentence such as "The answer is consistent with this" is no
-answer. If the marked text contains marks itself, the last of these counts, and so on.
+The mark that ends last counts, whatever its kind. There are two exceptions. A phrase counts after another mark only if
+a number, a formula or a capital letter follows it, because a sentence such as "The answer is consistent with this" is
+no answer. A phrase does not count if the words before it speak of another answer, as in "a wrong answer is 5". If the
+marked text contains marks itself, the last of these counts, and so on.
 
 The time of each function is linear in the length of the text.
 """

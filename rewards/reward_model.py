@@ -1,7 +1,6 @@
 """Reward `reward_model`: the score that a local reward model (a Hugging Face classifier with one label) gives."""
 
 import math
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -44,8 +43,9 @@ class RewardModel:
     def setup(self) -> None:
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-        if not Path(self.path, "config.json").is_file():
-            raise ValueError(f"reward_model: {self.path} is no model folder, because it has no config.json")
+        from rl.model import config_file
+
+        config_file.read(self.path)
         config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         if config.num_labels != 1:
             raise ValueError(

@@ -17,19 +17,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
-from rl.model import attention
+from rl.model import attention, config_file
 from rl.model.architecture import Architecture
 from rl.model.config import register, with_yarn
-from rl.model.registry import family
+from rl.model.config_file import CheckpointError
+from rl.model.registry import FAMILIES, family
 from rl.model.text import check_packable
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 VALUE_HEAD = "value_head.weight"
-
-
-class CheckpointError(ValueError):
-    """Raised if a model folder cannot be used. The error message gives the folder and the reason."""
 
 
 def local_folder(path: str | Path) -> Path:
@@ -51,10 +48,14 @@ def read_config(folder: str | Path, *, yarn: float | None = None) -> PretrainedC
     Raises: CheckpointError with the folder's name if config.json is missing or cannot be used.
     """
     register()
-    if not (Path(folder) / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+    raw = config_file.read(folder)
+    kind = raw.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise CheckpointError(
+            f"{folder}/config.json: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}"
+        )
     try:
-        return with_yarn(AutoConfig.from_pretrained(folder, trust_remote_code=False), yarn)
+        return with_yarn(AutoConfig.for_model(kind, **raw), yarn)
     except Exception as error:  # transformers raises errors of many classes for a damaged config
         raise CheckpointError(f"{folder}/config.json: {error or type(error).__name__}") from error
 
@@ -103,8 +104,8 @@ def check(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
     companions(folder)
     try:
         model = build(config)
-    except ValueError as error:
-        raise CheckpointError(f"{folder}/config.json: {error}") from error
+    except Exception as error:  # sizes that do not fit together raise errors of many classes
+        raise CheckpointError(f"{folder}/config.json: {type(error).__name__}: {error}") from error
     files = tensor_files(folder)
     expected = state(model)
     missing, extra = (

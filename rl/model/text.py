@@ -21,10 +21,6 @@ class TextModel(Architecture):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
-        if config.model_type not in FAMILIES:
-            raise ValueError(
-                f"model_type {config.model_type!r} is not supported; supported text models: {', '.join(FAMILIES)}"
-            )
         self.model = AutoModel.from_config(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:

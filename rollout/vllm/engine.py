@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rl.types import Completion, Picture, Request
-from rollout.vllm.plugin import register
+from rollout.vllm.plugin import CONFIG_FORMAT, register
 from rollout.weights.base import BACKEND, make_sender
 
 if TYPE_CHECKING:
@@ -75,15 +75,15 @@ class Engine:
         _set_environment(environment(model, device, threads, kv_cache_gib, verbose))
         _require_plugin()
         register()
-        from transformers import AutoConfig
         from vllm import LLM
 
+        from rl.model.hf_folder import local_folder, read_config
         from rl.model.registry import family
         from rollout.vllm.sampler import install
 
         install()
         _prepare_device(device, threads)
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = read_config(local_folder(model))
         self.max_sequence_length = max_sequence_length
         self.max_images_per_prompt = max_images_per_prompt
         self.stop_ids = stop_ids(model, config)
@@ -95,6 +95,7 @@ class Engine:
         self._llm: LLM = LLM(
             model,
             trust_remote_code=False,
+            config_format=CONFIG_FORMAT,
             dtype=dtype,
             seed=seed,
             max_model_len=max_sequence_length,
@@ -401,9 +402,7 @@ def _overridden(config: "PretrainedConfig", yarn: float | None) -> "PretrainedCo
 
     config.tie_word_embeddings = False
     config.get_text_config().tie_word_embeddings = False
-    # vLLM also calls this function with an empty config.
-    is_complete = hasattr(config.get_text_config(), "rope_parameters")
-    return with_yarn(config, yarn) if is_complete else config
+    return with_yarn(config, yarn)
 
 
 def _picture_tokens(llm: "LLM") -> Any:

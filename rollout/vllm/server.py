@@ -201,11 +201,13 @@ def _cpu_options(model: str, options: Mapping[str, str | int | float | bool]) ->
     if max_length is None:
         from transformers import AutoConfig
 
-        from rl.model import config
+        from rl.model import config, config_file, hf_folder
 
         config.register()
+        folder = hf_folder.local_folder(model)
+        config_file.read(folder)
         max_length = (
-            AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config().max_position_embeddings
+            AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config().max_position_embeddings
         )
     limits = whole_prompts(int(max_length))
     return {

@@ -78,7 +78,7 @@ def test_a_folder_that_is_no_reward_model_is_refused_with_the_reason(folder: Pat
         with pytest.raises(ValueError, match=why):
             _ = get("reward_model", {"path": str(path)}).scorer
 
-    refused(tmp_path / "absent", "no model folder")
+    refused(tmp_path / "absent", "not a Hugging Face model folder")
     plain = tmp_path / "plain"
     make_text_model(plain, tied=True)
     refused(plain, "has 2 labels")
