@@ -33,7 +33,7 @@ from rewards.running.runner import Outage, RewardRunner
 from rl.config import PenaltySpec, RewardSpec, ScorerSpec
 from rl.exits import DONE, WRONG_INPUT, run_command
 from rl.recipe.layers import find_recipe, shipped_recipes
-from rl.types import Prompt, Rollout, Scored
+from rl.types import Prompt, Resize, Rollout, Scored
 
 if TYPE_CHECKING:
     from rollout.data.rows import Sample
@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
         help="one more folder in which pictures of the samples may be; the data folders of TARGET's recipe, and of the "
         "run whose rollouts are scored, are known",
     )  # fmt: skip
+    trial.add_argument("--model", metavar="FOLDER", help="the model's folder, for rewards with `coordinates: shown`")
     trial.add_argument("--json", action="store_true", help="print one JSON object per sample")
     trial.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="number of scoring processes")
     return p
@@ -160,7 +161,7 @@ def _try(args: argparse.Namespace) -> int:
     run_recipe = Path(args.samples).absolute().parent.parent / "recipe.yaml"  # if the samples are rollouts of a run
     of_run = _data_folders(run_recipe) if run_recipe.is_file() else []
     folders = (*target.picture_folders, *of_run, *args.picture_folder)
-    samples = _of_task(read_samples(args.samples, folders), target.task)
+    samples = _of_task(read_samples(args.samples, folders, _shown(args.model)), target.task)
     wanted = [_recorded(one) if args.compare else _expected(one) for one in samples]
     if args.compare and not any(wanted):
         raise ValueError(f"{args.samples} has no recorded scores (column `reward`); --compare needs rollouts of a run")
@@ -174,6 +175,14 @@ def _try(args: argparse.Namespace) -> int:
     return WRONG_INPUT if truths != DONE or differing else DONE
 
 
+def _shown(model: str | None) -> Resize | None:
+    if model is None:
+        return None
+    from rl.model import hf_folder
+
+    return hf_folder.shown_size(model)
+
+
 def _score(runner: RewardRunner, target: Target, samples: "Sequence[Sample]") -> list[Scored]:
     renamed = [replace(one.rollout, prompt=replace(one.rollout.prompt, task=TRIED)) for one in samples]
     return _score_rows(runner, renamed) if target.row_judge else runner.score(renamed)
@@ -184,7 +193,7 @@ def _try_cases(args: argparse.Namespace) -> int:
     from rollout.data.rows import read_samples
 
     groups: dict[str, list[Sample]] = {}
-    for sample in read_samples(args.cases, args.picture_folder):
+    for sample in read_samples(args.cases, args.picture_folder, _shown(args.model)):
         params = sample.row.get("params") or {}
         if not isinstance(sample.row.get("reward"), str) or not isinstance(params, Mapping):
             raise ValueError(

@@ -5,7 +5,7 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -13,9 +13,9 @@ from rewards import Invalid, Rollout
 from rewards.answer import find
 from rewards.text import wide_folded
 
-Coordinates = Literal["unit", "percent", "thousand", "pixel"]
+Coordinates = Literal["unit", "percent", "thousand", "pixel", "shown"]
 """unit: fractions of the picture's width and height, 0 to 1. percent, thousand: the same fractions times 100 or 1000.
-pixel: pixels of the data row's picture."""
+pixel: pixels of the data row's picture. shown: pixels of this picture after the model's own padding and scaling."""
 _SIDES = {"unit": 1.0, "percent": 100.0, "thousand": 1000.0}
 
 Shape = tuple[float, ...]
@@ -150,14 +150,17 @@ def for_details(found: Sequence[Shape]) -> list[list[str]]:
 def picture_size(rollout: Rollout, coordinates: Coordinates) -> tuple[float, float]:
     """Returns the picture's width and height in the given coordinates.
 
-    Raises Invalid if the coordinates are pixels and the row has no picture.
+    Raises Invalid if the coordinates are pixels and the row has no picture, or the model is not known.
     """
-    if coordinates != "pixel":
+    if coordinates in _SIDES:
         return _SIDES[coordinates], _SIDES[coordinates]
     if not rollout.prompt.images:
-        raise Invalid(f"coordinates 'pixel' need a picture, but row {rollout.prompt.id} has none")
-    width, height = rollout.prompt.images[0].size
-    return float(width), float(height)
+        raise Invalid(f"coordinates '{coordinates}' need a picture, but row {rollout.prompt.id} has none")
+    picture = rollout.prompt.images[0]
+    size = picture.size if coordinates == "pixel" else picture.shown
+    if size is None:
+        raise Invalid("coordinates 'shown' need the folder of the model; `rewards try` takes it from --model FOLDER")
+    return float(size[0]), float(size[1])
 
 
 def true_shape(rollout: Rollout, value: Any, coordinates: Coordinates, lengths: Sequence[int], want: str) -> Shape:
@@ -174,7 +177,7 @@ def true_shape(rollout: Rollout, value: Any, coordinates: Coordinates, lengths: 
     if not all(0 <= c <= 1 for c in fractions):
         raise Invalid(
             f"the ground truth of row {row}, {value!r}, lies outside its picture if coordinates are "
-            f"'{coordinates}'; set the reward's parameter coordinates to unit, thousand or pixel"
+            f"'{coordinates}'; set the reward's parameter coordinates to {', '.join(get_args(Coordinates))}"
         )
     if len(fractions) == 4 and not _is_box(fractions):
         raise Invalid(f"the ground truth of row {row}, {value!r}, is no box: x1 < x2 and y1 < y2 are needed")

@@ -153,6 +153,10 @@ class Data(Options):
     picture_folders: tuple[str, ...] = ()
     """Folders in which the pictures of rows may be, in addition to the folder of the data file. Rows that name other
     pictures cannot be used. So a data file from somebody else cannot select private pictures."""
+    check_pictures: Count | None = None
+    """Number of pictures that are decoded before a run starts, for training rows and held-out rows each. null: all
+    pictures. The result is remembered, so that only the first start takes long. A picture that cannot be read when it
+    is needed makes the samples of its row invalid, and the run goes on."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """What the run does with rows that cannot be used. stop: the run lists these rows and stops; skip: the run lists
     these rows and continues without them."""

@@ -8,7 +8,7 @@ process can import it. Batch and Targets are in rl/learner.
 import base64
 import hashlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +21,8 @@ from rl.pixels import as_seen, conversions, orientation, seen_size
 from rl.stop import Stop
 
 Finish = Literal["stop", "length"]
+Resize = Callable[[tuple[int, int]], tuple[int, int]]
+"""(width, height) of a picture in pixels -> another (width, height)."""
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 SYNTHESIS_TEMPLATE = "pacore.jinja"
 """Name of a template file in a model folder. The template combines a problem and earlier answers into one prompt. The
@@ -57,16 +59,19 @@ class Picture:
 
     `digest` is the SHA-256 of the encoded bytes and identifies the picture. Two rows with the same picture share one
     entry in the learner's feature cache. If `upright` is False, the picture is not turned as its EXIF data say. If it
-    would have been turned, its digest is another one.
+    would have been turned, its digest is another one. `shown` is (width, height) in pixels of the picture after the
+    model's own padding and scaling, or None if no model is known.
     """
 
     source: Path | bytes
     digest: str
     upright: bool = True
+    shown: tuple[int, int] | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, source: str | Path | bytes, upright: bool = True) -> "Picture":
-        """Makes a Picture from a file or from encoded bytes. Reads the header first, and then the whole file.
+    def of(cls, source: str | Path | bytes, upright: bool = True, shown: Resize | None = None) -> "Picture":
+        """Makes a Picture from a file or from encoded bytes. Reads the header first, and then the whole file. The
+        function `shown` computes the picture's `shown` from its size.
 
         Raises: FileNotFoundError if the file does not exist; BadPicture if format or size are not allowed.
         """
@@ -77,7 +82,8 @@ class Picture:
         with _opened(source) as image:
             data = source if isinstance(source, bytes) else source.read_bytes()
             lying = b"not turned" if not upright and orientation(image) != 1 else b""
-        return cls(source, hashlib.sha256(data + lying).hexdigest(), upright)
+            size = seen_size(image, upright)
+        return cls(source, hashlib.sha256(data + lying).hexdigest(), upright, shown(size) if shown else None)
 
     def check(self) -> tuple[str, ...]:
         """Decodes the picture and discards the pixels. Returns the conversions that `load` makes (see `conversions`).

@@ -5,7 +5,7 @@ prompts -> rollouts -> scores -> values -> targets -> critic and policy updates 
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -18,6 +18,7 @@ from rl.learner.targets import make_targets
 from rl.record.metrics import rollout_metrics
 from rl.stop import Stop
 from rl.types import LostPicture, Picture, Prompt, Rollout, RowScore, Scored
+from rollout.data.pictures import PictureWatch
 from stages.ahead import Ahead
 from stages.base import Stage
 
@@ -64,6 +65,7 @@ class Services:
     updates_in_parallel: bool = False  # True if policy and critic do not share a processor
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext  # a run may be interrupted in this context
     while_waiting: Callable[[], None] = lambda: None  # called repeatedly while another thread samples
+    pictures: PictureWatch = field(default_factory=PictureWatch)
 
 
 @dataclass(frozen=True)
@@ -206,17 +208,29 @@ def _samples(iteration: int, prompts: Sequence[Prompt], services: Services, stat
 
 
 def collect(iteration: int, prompts: Sequence[Prompt], services: Services, state: LoopState, clock: Clock) -> Samples:
-    """Samples the rollouts of an iteration, and scores each rollout when it arrives."""
+    """Samples the rollouts of an iteration, and scores each rollout when it arrives. Rows whose pictures cannot be read
+    any more get invalid samples without text."""
     config = services.config
     scoring = services.scorer.begin(config.rollouts_per_prompt)
     with clock("rollout"):
-        stage_prompts = services.stage.prompts_for_iteration(prompts, iteration)
+        lost = services.pictures.unreadable(prompts)
+        stage_prompts = services.stage.prompts_for_iteration(_without(prompts, lost), iteration)
         for index, rollout in services.sampler.sample(stage_prompts, config.rollouts_per_prompt, iteration):
             state.ahead.check()
             scoring.add(index, rollout)
     with clock("reward"):
-        scored = require_valid(scoring.results(), config.max_invalid_fraction)
+        found = scoring.results() + _invalid(prompts, lost, config.rollouts_per_prompt)
+        scored = require_valid(found, config.max_invalid_fraction)
     return Samples(scored, clock.seconds["rollout"])
+
+
+def _without(prompts: Sequence[Prompt], lost: Mapping[int, str]) -> list[Prompt]:
+    return [prompt for number, prompt in enumerate(prompts) if number not in lost]
+
+
+def _invalid(prompts: Sequence[Prompt], lost: Mapping[int, str], per_prompt: int) -> list[Scored]:
+    """Returns `per_prompt` invalid samples without text for each prompt in `lost` (index -> reason)."""
+    return [Scored(Rollout(prompts[n], ""), 0.0, why) for n, why in lost.items() for _ in range(per_prompt)]
 
 
 def learn(iteration: int, samples: Samples, services: Services, clock: Clock) -> dict[str, float]:
@@ -224,7 +238,7 @@ def learn(iteration: int, samples: Samples, services: Services, clock: Clock) ->
     share a processor."""
     config, policy, critic = services.config, services.policy, services.critic
     batch = collate(samples.scored)
-    features = services.features.of(pictures(s.rollout for s in samples.scored))
+    features = services.features.of(pictures(s.rollout for s in samples.scored if s.rollout.response_ids))
     with clock("critic"):
         values, final = critic.values(batch, features)
         targets = make_targets(batch, values, final, config.ppo)
@@ -279,7 +293,8 @@ def sync(iteration: int, prompts: Sequence[Prompt], services: Services, state: L
     """
     options = services.config.rollout
     services.sampler.load(services.policy.weights(), iteration)
-    rollouts = services.sampler.check(prompts[: options.logprob_check], iteration)
+    readable = _without(prompts, services.pictures.unreadable(prompts))
+    rollouts = services.sampler.check(readable[: options.logprob_check], iteration)
     gap = services.policy.logprob_gap(rollouts, services.features.of(pictures(rollouts)))
     services.features.trim()
     if not gap <= options.logprob_gap_limit:
@@ -303,10 +318,11 @@ def evaluate(prompts: Sequence[Prompt], services: Services) -> dict[str, float]:
     scored: list[Scored] = []
     size, limit = services.config.eval.batch, services.config.max_invalid_fraction
     for start in range(0, len(prompts), size):
-        scoring = services.scorer.begin(1)
-        for index, rollout in services.sampler.greedy(services.stage.held_out(prompts[start : start + size])):
+        scoring, part = services.scorer.begin(1), prompts[start : start + size]
+        lost = services.pictures.unreadable(part)
+        for index, rollout in services.sampler.greedy(services.stage.held_out(_without(part, lost))):
             scoring.add(index, rollout)
-        scored += require_valid(scoring.results(), limit)
+        scored += require_valid(scoring.results() + _invalid(part, lost, 1), limit)
     for s in scored:
         if s.invalid is None:
             rewards.setdefault(s.rollout.prompt.task, []).append(s.reward)

@@ -76,7 +76,7 @@ class Plan:
             f"updates    {c.ppo.minibatches} policy and {c.ppo.critic_minibatches} critic steps per iteration",
             f"train      {len(self.train)} rows, {pictures} with pictures; tasks {', '.join(tasks(self.train))}",
             *self._mix(),
-            *(f"pictures   {count} {name}" for name, count in sorted(self.conversions.items())),
+            *self._pictures(),
             *(f"skipped    {line.strip()}" for line in skipped_lines(self.skipped)),
             *self.stage.plan_lines(c, self.left_out),
             f"held out   {len(self.held_out)} rows, evaluated {evals} times",
@@ -87,6 +87,13 @@ class Plan:
             f"on {device(c)}",
             f"disk       {self._disk()}",
         ]
+
+    def _pictures(self) -> list[str]:
+        """Returns one line for each conversion of pictures, and one line if not all pictures were decoded."""
+        most = self.config.data.check_pictures
+        lines = [f"pictures   {count} {name}" for name, count in sorted(self.conversions.items())]
+        note = f"pictures   only {most} pictures were decoded for these checks (data.check_pictures)"
+        return lines + ([note] if most and self.most_images else [])
 
     def _mix(self) -> list[str]:
         """Returns one line for each source if the sources have weights. The line gives the share of prompts from this
@@ -300,6 +307,8 @@ def _rows(
         if offer
         else lambda prompts: [None] * len(prompts),
         picture_folders=data.picture_folders,
+        check_pictures=data.check_pictures,
+        shown=chat.image.shown if chat.image else None,
     )
     return rows.checked(data.on_bad_row)
 

@@ -25,6 +25,7 @@ from rl.record.timeline import Timeline
 from rl.record.tracking import Trackers
 from rl.stop import Stop, WorkerDied
 from rl.types import Prompt, Scored
+from rollout.data.pictures import PictureWatch
 from rollout.partial import PartialRollouts
 from rollout.pool import EnginePool
 from rollout.vllm.client import EngineClient
@@ -155,6 +156,7 @@ class _Run:
             or 2 * config.learner.ranks * (config.learner.threads or cores) <= cores,
             interruptible=self.interrupts.waiting,
             while_waiting=self._handle_outages,
+            pictures=PictureWatch(decodes=config.data.check_pictures is not None),
         )
         sync(done, self._prompts(done + 1), self.services, self.state)
         # The pictures that the engines have encoded up to now are not reported. The pictures that the learner has

@@ -23,6 +23,7 @@ from rl.model.config import register, with_yarn
 from rl.model.config_file import CheckpointError
 from rl.model.registry import FAMILIES, family
 from rl.model.text import check_packable
+from rl.types import Resize
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -58,6 +59,14 @@ def read_config(folder: str | Path, *, yarn: float | None = None) -> PretrainedC
         return with_yarn(AutoConfig.for_model(kind, **raw), yarn)
     except Exception as error:  # transformers raises errors of many classes for a damaged config
         raise CheckpointError(f"{folder}/config.json: {error or type(error).__name__}") from error
+
+
+def shown_size(folder: str | Path) -> Resize | None:
+    """Returns the function that computes the size in which the folder's model is shown a picture, or None if the model
+    accepts no pictures."""
+    config = read_config(folder)
+    token = family(config).image_token(config)
+    return token.shown if token else None
 
 
 def build(config: PretrainedConfig, *, device: str = "meta") -> Architecture:

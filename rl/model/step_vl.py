@@ -15,7 +15,7 @@ from transformers import Qwen3Model
 
 from rl.model.architecture import Architecture, ImageToken
 from rl.model.config import StepVLConfig, StepVLVisionConfig
-from rl.model.layout import Size, picture_tokens
+from rl.model.layout import Size, picture_tokens, resized, squared
 from rl.model.pictures import Views, views
 
 ROPE_THETA = 1e4
@@ -179,7 +179,10 @@ class StepVL(Architecture):
             sizes = config.global_size, config.crop_size, config.image_token_len, config.patch_token_len
             return picture_tokens(size, *sizes)
 
-        return ImageToken("<im_patch>", config.image_token_id, expansion)
+        def shown(size: Size) -> Size:
+            return resized(squared(size), config.global_size)
+
+        return ImageToken("<im_patch>", config.image_token_id, expansion, shown)
 
     def views(self, picture: Image.Image) -> Views:
         """Returns the global view and the crops of a picture."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from rl.types import BadPicture, Picture
+from rl.types import BadPicture, Picture, Resize
 from rollout.data.errors import InvalidRow, describe, shorten
 
 MARK = "<image>"
@@ -121,6 +121,7 @@ def open_picture(
     folders: Sequence[Path],
     known: dict[tuple[Path, bool], Picture],
     upright: bool = True,
+    shown: Resize | None = None,
 ) -> Picture:
     """Opens the picture of a source and checks the picture's header.
 
@@ -132,16 +133,17 @@ def open_picture(
         known: (path, upright) -> picture, for pictures that were opened before. If this function opens a path, it
             adds the picture to `known`.
         upright: False if the picture must not be turned as its EXIF data say.
+        shown: computes the size in which the model is shown a picture.
     Raises: InvalidRow.
     """
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, bytes):
-        return _opened(source, "the picture's bytes", upright)
+        return _opened(source, "the picture's bytes", upright, shown)
     if not isinstance(source, str) or not source:
         raise InvalidRow(f"a picture must be a path or bytes, but is {describe(source)}")
     if source.startswith("data:") or (source.startswith(BASE64_PICTURE) and len(source) >= SHORTEST_PICTURE):
-        return _opened(_decode_base64(source), "the picture in base64", upright)
+        return _opened(_decode_base64(source), "the picture in base64", upright, shown)
     if source.startswith("file://"):
         source = _path_of_url(source)
     if "://" in source:
@@ -159,7 +161,7 @@ def open_picture(
     if (path, upright) not in known:
         if not os.path.isfile(path):  # Path.is_file() raises an error if the name is too long
             raise InvalidRow(f"picture {path} does not exist (paths are relative to the data file)")
-        known[path, upright] = _opened(path, str(path), upright)
+        known[path, upright] = _opened(path, str(path), upright, shown)
     return known[path, upright]
 
 
@@ -259,9 +261,9 @@ def _path_of_url(url: str) -> str:
     return unquote(parts.path)
 
 
-def _opened(source: Path | bytes, name: str, upright: bool) -> Picture:
+def _opened(source: Path | bytes, name: str, upright: bool, shown: Resize | None) -> Picture:
     try:
-        return Picture.of(source, upright)
+        return Picture.of(source, upright, shown)
     except (BadPicture, OSError) as problem:
         raise InvalidRow(f"{name} cannot be opened as a picture: {problem}") from problem
 

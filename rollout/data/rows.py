@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 from rl.config import Source
 from rl.record.metrics import task_name_problem
-from rl.types import Picture, Prompt, Rollout
+from rl.types import Picture, Prompt, Resize, Rollout
 from rollout.data.adapters import Adapter, get_adapter
 from rollout.data.chat_format import Message, check_text, open_picture, parse_chat, sampled_picture
 from rollout.data.data_files import RawRow, raw_rows
@@ -53,6 +53,7 @@ class _Reader:
     tasks: Collection[str] | None
     unique: bool = True
     picture_folders: Sequence[Path] = ()
+    shown: Resize | None = None
     columns: Mapping[str, str] = field(default_factory=dict)  # belongs to the current source, like the next 3 fields
     adapter: Adapter | None = None
     task: str | None = None  # the task that rows without a task get
@@ -74,10 +75,12 @@ def read(
     problems: Callable[[Sequence[Prompt]], Sequence[str | None]] = lambda prompts: [None] * len(prompts),
     unique: bool = True,
     picture_folders: Iterable[str | Path] = (),
+    shown: Resize | None = None,
+    check_pictures: int | None = None,
 ) -> Rows:
     """Reads all rows of the sources, in file order. Each row becomes a Prompt or a BadRow.
 
-    Decodes every picture that was not decoded before (see pictures.py).
+    Decodes every picture that was not decoded before (see pictures.py), or a sample of the pictures.
 
     Args:
         columns: {our column name: column name in the data}, for sources without an adapter. A dotted name selects a
@@ -90,13 +93,15 @@ def read(
         problems: another check, for all prompts together that have passed the other checks.
         unique: if True, every row needs an id that no other row has.
         picture_folders: folders in which pictures may be, in addition to the folder of the data.
+        shown: computes the size in which the model is shown a picture. Needed for rewards with `coordinates: shown`.
+        check_pictures: number of pictures that are decoded. None means all pictures.
     Returns:
         The rows. The `messages` of a prompt contain text and one placeholder `{"type": "image"}` for each picture. The
         pictures are not in the placeholders, but in `images`, in the same order. Content without a picture is always
         one str, because text-only chat templates need a str.
     Raises: ValueError if a source does not exist, has an unknown type, cannot be read at all, or has no rows.
     """
-    reader = _Reader(tuple(reserved), tasks, unique, picture_folders=[Path(folder) for folder in picture_folders])
+    reader = _Reader(tuple(reserved), tasks, unique, [Path(folder) for folder in picture_folders], shown)
     found: list[tuple[int, RawRow, Prompt | str]] = []  # index of the source, row, and the prompt or a problem
     for number, source in enumerate(sources):
         if source.adapter and source.columns:
@@ -119,16 +124,18 @@ def read(
                 found.append((number, place, str(invalid)))
         if len(found) == rows_before:
             raise ValueError(f"{source.path} has no rows")
-    return _usable(found, problems)
+    return _usable(found, problems, check_pictures)
 
 
 def _usable(
-    found: Sequence[tuple[int, RawRow, Prompt | str]], problems: Callable[[Sequence[Prompt]], Sequence[str | None]]
+    found: Sequence[tuple[int, RawRow, Prompt | str]],
+    problems: Callable[[Sequence[Prompt]], Sequence[str | None]],
+    check_pictures: int | None,
 ) -> Rows:
     """Returns the rows of `found`. Rows whose pictures cannot be decoded, and rows with one of `problems`, become bad
     rows."""
     prompts = [prompt for _, _, prompt in found if isinstance(prompt, Prompt)]
-    pictures = decode_all(picture for prompt in prompts for picture in prompt.images)
+    pictures = decode_all((picture for prompt in prompts for picture in prompt.images), check_pictures)
     damaged = [
         next((pictures.damaged[p.digest] for p in one.images if p.digest in pictures.damaged), None) for one in prompts
     ]
@@ -157,7 +164,9 @@ class Sample:
     place: str  # FILE:LINE
 
 
-def read_samples(source: str | Path, picture_folders: Iterable[str | Path] = ()) -> list[Sample]:
+def read_samples(
+    source: str | Path, picture_folders: Iterable[str | Path] = (), shown: Resize | None = None
+) -> list[Sample]:
     """Reads samples, which are rows with a response, in file order. For example, a run's rollouts/ files contain
     samples.
 
@@ -166,9 +175,10 @@ def read_samples(source: str | Path, picture_folders: Iterable[str | Path] = ())
 
     Args:
         picture_folders: folders in which pictures may be, in addition to the folder of the file.
+        shown: computes the size in which the model is shown a picture.
     Raises: a RowError that lists the samples that cannot be used; ValueError for the same reasons as `read`.
     """
-    reader = _Reader((), None, picture_folders=[Path(folder) for folder in picture_folders])
+    reader = _Reader((), None, picture_folders=[Path(folder) for folder in picture_folders], shown=shown)
     samples: list[Sample] = []
     bad: list[BadRow] = []
     for raw in raw_rows(str(source)):
@@ -226,7 +236,9 @@ def _read_sample(raw: RawRow, reader: _Reader) -> Rollout:
 
 def _open_picture(source: Any, raw: RawRow, reader: _Reader) -> Picture:
     own = raw.folders if raw.base is None else (raw.base, *raw.folders)
-    return open_picture(source, raw.base, (*own, *reader.picture_folders), reader.pictures, reader.upright)
+    return open_picture(
+        source, raw.base, (*own, *reader.picture_folders), reader.pictures, reader.upright, reader.shown
+    )
 
 
 def _make_prompt(

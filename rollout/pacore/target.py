@@ -12,6 +12,7 @@ from typing import Any
 
 from rl.model import hf_folder
 from rl.model.config import overrides, positions
+from rl.types import Resize
 from rollout.pacore.client import EndpointClient
 from rollout.pacore.prompt import synthesis_template
 from rollout.vllm.server import KEY_ENV, serving
@@ -45,6 +46,11 @@ class ModelTarget:
         """Returns `template` if it is given, else the template in the model's folder. With an endpoint, the model's
         folder is unknown, so `template` is returned even if it is None."""
         return template if self.url else synthesis_template(hf_folder.local_folder(self.model), template)
+
+    def shown_size(self) -> Resize | None:
+        """Returns the function that computes the size in which the model is shown a picture. With an endpoint, the
+        model's folder is unknown, so the result is None."""
+        return None if self.url else hf_folder.shown_size(hf_folder.local_folder(self.model))
 
     @contextmanager
     def serve(self) -> Iterator[str]:

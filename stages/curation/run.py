@@ -150,7 +150,13 @@ def _benchmarks(config: Config) -> Benchmarks:
     if not sources:
         raise InputError("the filter decontamination has no benchmark: set curate.decontamination.against or data.eval")
     with_task = [source.model_copy(update={"task": source.task or "benchmark"}) for source in sources]
-    rows = read(with_task, columns=config.data.columns, unique=False, picture_folders=config.data.picture_folders)
+    rows = read(
+        with_task,
+        columns=config.data.columns,
+        unique=False,
+        picture_folders=config.data.picture_folders,
+        check_pictures=config.data.check_pictures,
+    )
     if rows.bad:
         raise InputError("\n".join(["benchmarks:", *map(str, rows.bad[:20])]))
     return Benchmarks(rows.prompts, config.curate.decontamination.ngram)

@@ -65,7 +65,9 @@ def measure(config: Config, target: ModelTarget, questions: Questions) -> "Evalu
         also raised.
     """
     check_accept(config)
-    prompts = [p for p in _rows(config, questions.limit) if questions.tasks is None or p.task in questions.tasks]
+    prompts = [
+        p for p in _rows(config, target, questions.limit) if questions.tasks is None or p.task in questions.tasks
+    ]
     tasks = {prompt.task for prompt in prompts}  # judges that only other tasks use are not started
     rewards = reward_runner(config.model_copy(update={"rewards": {task: config.rewards[task] for task in tasks}}))
     check_judges(config, rewards)
@@ -120,7 +122,7 @@ def _judges(config: Config, rewards: RewardRunner, device: str) -> Iterator[None
         yield
 
 
-def _rows(config: Config, limit: int | None) -> list[Prompt]:
+def _rows(config: Config, target: ModelTarget, limit: int | None) -> list[Prompt]:
     """Returns the held-out rows. Raises RowError if some rows cannot be used."""
     data = config.data
     if not data.eval:
@@ -131,6 +133,8 @@ def _rows(config: Config, limit: int | None) -> list[Prompt]:
         tasks=config.rewards.keys(),
         problem=reward_runner(config).problem,
         picture_folders=data.picture_folders,
+        check_pictures=data.check_pictures,
+        shown=target.shown_size(),
     )
     return limited(rows.checked(data.on_bad_row).prompts, limit or data.eval_limit)
 

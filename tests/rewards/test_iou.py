@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,16 @@ def test_coordinates_may_be_thousandths_or_pixels() -> None:
         get("iou", {"coordinates": "pixel"})(rollout("", [0, 0, 41, 30], (picture(40, 30),)))
     with pytest.raises(Invalid, match="row row-1 has none"):
         score("iou", "[0, 0, 1, 1]", [0, 0, 1, 1], coordinates="pixel")
+
+
+def test_coordinates_may_be_pixels_of_the_picture_as_the_model_is_shown_it() -> None:
+    seen = replace(picture(40, 30), shown=(20, 60))
+    row = rollout("[0, 0, 10, 60]", [0, 0, 20, 60], (seen,))
+    assert get("iou", {"coordinates": "shown", "power": 1})(row).value == 0.5
+    with pytest.raises(Invalid, match="outside its picture if coordinates are 'shown'"):
+        get("iou", {"coordinates": "shown"})(rollout("", [0, 0, 21, 60], (seen,)))
+    with pytest.raises(Invalid, match=r"need the folder of the model; .* --model FOLDER"):
+        get("iou", {"coordinates": "shown"})(rollout("", [0, 0, 1, 1], (picture(40, 30),)))
 
 
 def test_several_boxes_score_the_sum_of_iou_powers_over_the_larger_count() -> None:

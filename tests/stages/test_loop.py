@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from rl.config import Config
-from rl.types import Rollout, Scored
+from rl.types import Picture, Rollout, Scored
 from stages.loop import Clock, Diverged, LoopState, Services, evaluate, ppo_iteration, sync
+from tests.support import tiny
 from tests.support.loop import BAD, GOOD, PROMPTS, Scores, Scripted, policy_of, scripted_services
 
 
@@ -92,3 +93,21 @@ def test_an_iteration_with_too_many_invalid_samples_stops_before_it_learns_from_
     with pytest.raises(RuntimeError, match=r"12 of 12 samples are invalid(.|\n)*3 x judge 0 away"):
         ppo_iteration(1, PROMPTS, PROMPTS, replace(services, scorer=scorer), LoopState(), Clock())
     assert likelihood(services, GOOD) == before
+
+
+def test_a_row_whose_picture_cannot_be_read_any_more_gets_invalid_samples_and_the_run_goes_on(
+    services: Services, tmp_path: Path
+) -> None:
+    file = tmp_path / "one.png"
+    tiny.image((8, 8)).save(file)
+    shown = replace(PROMPTS[0], id="shown", images=(Picture.of(file),))
+    services = with_options(services, max_invalid_fraction=0.25)
+    assert services.pictures.unreadable([shown]) == {}
+    file.unlink()
+    metrics, scored = ppo_iteration(1, [shown, *PROMPTS[1:]], PROMPTS, services, LoopState(), Clock())
+    assert metrics["reward/invalid_fraction"] == 0.25 and services.sampler.policy_step == 1
+    lost = [s for s in scored if s.invalid]
+    assert [s.rollout.prompt.id for s in lost] == ["shown"] * 3 and "one.png cannot be read" in str(lost[0].invalid)
+    assert evaluate([shown, *PROMPTS[1:]], services) == {"eval/t": 1.0}
+    with pytest.raises(RuntimeError, match=r"1 of 1 samples are invalid(.|\n)*one\.png cannot be read"):
+        evaluate([shown], services)

@@ -23,6 +23,7 @@ def test_only_families_that_accept_pictures_have_an_image_token():
     assert token is not None
     assert (token.text, token.id) == ("<im_patch>", 151679)
     assert token.expansion((224, 224)) == 171  # 169 tokens of the global view, a start token, an end token
+    assert token.shown((1456, 364)) == (1456, 364) and token.shown((6048, 3024)) == (3024, 1512)
     assert family(Qwen3Config()).image_token(Qwen3Config()) is None
 
 

@@ -34,6 +34,16 @@ def test_fields_that_arrow_fills_with_nulls_are_absent(tmp_path: Path) -> None:
     assert (prompt.ground_truth, prompt.reference) == (None, "a dog")
 
 
+def test_a_picture_knows_the_size_in_which_the_model_is_shown_it(tmp_path: Path) -> None:
+    (tmp_path / "one.png").write_bytes(png())
+    path = jsonl(tmp_path, row(messages=user({"type": "image", "image": "one.png"})))
+    (plain,) = read([Source(path=str(path))]).prompts
+    (shown,) = read([Source(path=str(path))], shown=lambda size: (2 * size[0], size[1])).prompts
+    width, height = plain.images[0].size
+    assert plain.images[0].shown is None and shown.images[0].shown == (2 * width, height)
+    assert plain == shown  # the same row, with or without a model
+
+
 def test_several_sources_are_read_in_order_and_must_not_have_the_same_ids(tmp_path: Path) -> None:
     first = jsonl(tmp_path, row(id=1), row(id=2))
     second = tmp_path / "more.jsonl.gz"
