@@ -3,6 +3,7 @@
 prompts -> rollouts -> scores -> values -> targets -> critic and policy updates -> new weights in the engines
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -306,6 +307,46 @@ def sync(iteration: int, prompts: Sequence[Prompt], services: Services, state: L
         )
     state.gap = gap
     state.encodings = Encodings(services.features.forwards, services.sampler.encodings())
+
+
+def check_rows(rows: Sequence[Prompt], services: Services) -> dict[str, float]:
+    """Compares engines and learner on rows with pictures, before any update. Returns the metric
+    rollout/logprob_gap_rows, or {} if no row has a picture.
+
+    `sync` uses the first rows of an iteration. This function uses the rows with the fewest and the most pixels and rows
+    in between, because a difference in the treatment of pictures may depend on their size.
+    Raises: Stop if the mean difference of the logprobs is above `rollout.logprob_gap_limit`.
+    """
+    options = services.config.rollout
+    readable = _without(rows, services.pictures.unreadable(rows))
+    shown = _spread(sorted((row for row in readable if row.images), key=_pixels), options.logprob_check)
+    if not shown:
+        return {}
+    rollouts = services.sampler.check(shown, 0)
+    features = services.features.of(pictures(rollouts))
+    gap = services.policy.logprob_gap(rollouts, features)
+    if not gap <= options.logprob_gap_limit:
+        gaps = {one.prompt.id: services.policy.logprob_gap([one], features) for one in rollouts}
+        worst = max(gaps, key=lambda row: gaps[row])
+        raise Stop(
+            f"on {len(shown)} rows with pictures, engine and learner differ by {gap:.4f} nats per token "
+            f"(rollout.logprob_gap_limit is {options.logprob_gap_limit}), most on row {worst} ({gaps[worst]:.4f}). "
+            "They do not treat its pictures alike. PPO would learn from wrong ratios, so the run stops here.",
+            saves=False,
+        )
+    services.features.trim()
+    return {"rollout/logprob_gap_rows": gap}
+
+
+def _spread(rows: Sequence[Prompt], most: int) -> list[Prompt]:
+    """Returns at most `most` rows: the first, the last, and rows at equal distances in between."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[round(n * (len(rows) - 1) / max(1, most - 1))] for n in range(most)]
+
+
+def _pixels(row: Prompt) -> int:
+    return sum(math.prod(picture.size) for picture in row.images)
 
 
 def evaluate(prompts: Sequence[Prompt], services: Services) -> dict[str, float]:

@@ -30,7 +30,18 @@ from rollout.partial import PartialRollouts
 from rollout.pool import EnginePool
 from rollout.vllm.client import EngineClient
 from stages.base import Stage, StageTools
-from stages.loop import Clock, Diverged, LoopState, Services, catch_up, evaluate, ppo_iteration, require_valid, sync
+from stages.loop import (
+    Clock,
+    Diverged,
+    LoopState,
+    Services,
+    catch_up,
+    check_rows,
+    evaluate,
+    ppo_iteration,
+    require_valid,
+    sync,
+)
 from stages.plan import Plan, device, evaluates, saves, skipped_lines
 from stages.processes import Processes, Restarts
 
@@ -269,7 +280,8 @@ class _Run:
         """Runs all iterations after the iteration `done`. Then publishes the final policy and shows the table of
         results."""
         if self.done is None:
-            self._record({"iteration": 0, "stage": self.config.stage, **self._evaluation()})
+            gap = check_rows(self.plan.held_out or self.plan.train, self.services)
+            self._record({"iteration": 0, "stage": self.config.stage, **gap, **self._evaluation()})
             self.done = 0
         for iteration in range(done + 1, self.config.iterations + 1):
             self._iterate(iteration)

@@ -21,7 +21,12 @@ MAY_IMPORT = {
     "benchmarks": ROOMS,
     "tools": set(),
 }
-COMMANDS = {"rl/run.py", "rl/evaluate.py", "rewards/__main__.py"}  # these files may import every folder
+COMMANDS = {
+    "rl/run.py",
+    "rl/evaluate.py",
+    "rl/model/compare.py",
+    "rewards/__main__.py",
+}  # these files may import every folder
 ONE_DOOR = {  # library -> the files that may import it; error messages name the first of these files
     "ray": ["rl/actors.py"],
     "vllm": [

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from rl.algorithm.losses import explained_variance, value_loss
@@ -20,6 +19,7 @@ from rl.learner.sharded import Sharded
 from rl.learner.targets import Targets
 from rl.model.hf_folder import VALUE_HEAD
 from rl.model.packed import hidden_states
+from rl.model.weight_files import save_tensors
 
 
 class ValueModel(nn.Module):
@@ -162,5 +162,4 @@ class Critic(Sharded):
 
     def write_model(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
         """Writes only the weights, because a critic has no config and no tokenizer of its own."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict(dict(tensors), folder, max_shard_size="4GB")
+        save_tensors(tensors, folder)

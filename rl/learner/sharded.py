@@ -17,6 +17,7 @@ from rl.learner.options import LearnerOptions
 from rl.learner.packing import PackedRow, rows_of_rank
 from rl.model import hf_folder
 from rl.model.packed import pairs_per_token, recompute_layers
+from rl.model.weight_files import read_tensors
 
 
 class Sharded:
@@ -76,7 +77,7 @@ class Sharded:
         these tensors."""
         missing = dict(self.optimizer.parameters)
         with torch.no_grad():
-            for name, tensor in hf_folder.read_tensors(folder):
+            for name, tensor in read_tensors(folder):
                 if (parameter := missing.pop(name, None)) is not None:
                     parameter.copy_(self.ranks.local_shard(tensor, parameter))
         if missing:

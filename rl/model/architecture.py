@@ -2,8 +2,8 @@
 learner needs from a vision-language model.
 
 The attributes of a model have the same names as its tensors on disk. rl/model/packed.py runs the decoder trunk (the
-decoder without its head) on packed rows. There are two families: StepVL (rl/model/step_vl.py) and text-only Hugging
-Face decoders (rl/model/text.py).
+decoder without its head) on packed rows. There are two kinds of families: StepVL (rl/model/step_vl.py) and text-only
+Hugging Face decoders (rl/model/text.py).
 
 Tested in tests/rl/model/test_step_vl.py and tests/rl/model/test_text.py.
 """

@@ -10,6 +10,9 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig, Qwen3Config
 
+from rl.model.config_file import with_booleans
+from rl.model.rope import transformers_temperature
+
 ARCHITECTURE = "StepVLForConditionalGeneration"
 DOWNSAMPLING = 4  # two stride-2 convolutions make each side 4 times smaller
 
@@ -39,14 +42,15 @@ class StepVLVisionConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
         for name, built in {
             "use_cls_token": False,
+            "ues_cls_token": False,  # the spelling in published configs
             "use_abs_posemb": True,
             "use_rope2d": True,
             "hidden_act": "quick_gelu",
             "pool_type": "none",
         }.items():
-            if getattr(self, name) != built:
+            if (value := with_booleans(getattr(self, name, built))) != built:
                 raise ValueError(
-                    f"vision_config.{name} is {getattr(self, name)!r}; only {built!r} is supported, "
+                    f"vision_config.{name} is {value!r}; only {built!r} is supported, "
                     "which is the value of STEP3-VL's encoder"
                 )
 
@@ -70,6 +74,7 @@ class StepVLConfig(PretrainedConfig):
         tie_word_embeddings: bool = False,
         **kwargs: Any,
     ) -> None:
+        projector_bias, tie_word_embeddings = with_booleans(projector_bias), with_booleans(tie_word_embeddings)
         if not isinstance(vision_config, StepVLVisionConfig):
             vision_config = StepVLVisionConfig(**(vision_config or {}))
         if not isinstance(text_config, Qwen3Config):
@@ -84,9 +89,12 @@ class StepVLConfig(PretrainedConfig):
         self.understand_projector_stride = understand_projector_stride
         self.projector_bias = projector_bias
         self.vision_select_layer = vision_select_layer
-        kwargs.setdefault("architectures", [ARCHITECTURE])
         self.tie_word_embeddings = tie_word_embeddings
-        super().__init__(**kwargs)
+        # Folders that the public remote class has saved repeat the decoder's hidden_size here, and name that class.
+        hidden = kwargs.pop("hidden_size", None)
+        if hidden not in (None, self.hidden_size):
+            raise ValueError(f"hidden_size is {hidden}, but text_config.hidden_size is {self.hidden_size}")
+        super().__init__(**kwargs | {"architectures": [ARCHITECTURE]})
         if self.global_size != vision_config.image_size:
             raise ValueError(
                 f"image_token_len {image_token_len} means a global view of {self.global_size} pixels (with "
@@ -148,7 +156,7 @@ def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfi
     2.0. The factor multiplies the number of positions that the model was trained with, even if the config already uses
     YaRN. If `factor` is None, the config is not changed.
 
-    Raises: ValueError if the config extends its positions by another method.
+    Raises: ValueError if the config extends its positions by another method, or by YaRN with another temperature.
     """
     if factor is None:
         return config
@@ -156,6 +164,11 @@ def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfi
     rope = dict(text.rope_parameters)
     if (kind := rope.get("rope_type", "default")) not in ("default", "yarn"):
         raise ValueError(f"the positions are already extended by {kind}; YaRN cannot extend them again")
+    if kind == "yarn" and (found := transformers_temperature(rope)) != 1.0:
+        raise ValueError(
+            f"the model was trained with YaRN and an attention temperature of {found:g}, but model.yarn uses 1; "
+            "leave out model.yarn, or extend a model without YaRN"
+        )
     trained = trained_positions(config)
     text.rope_parameters = {
         "rope_theta": rope["rope_theta"],

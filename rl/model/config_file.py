@@ -1,13 +1,19 @@
-"""Reads the config.json of a model folder, before any library builds a config or a model from it.
+"""Reads and writes the config.json of a model folder.
 
 A model folder may come from a stranger, so nothing in its config may crash, fill the memory or run code. transformers
-makes lists with one entry per layer and per label while it reads a config, so these numbers are checked first.
+makes lists with one entry per layer and per label while it reads a config, so these numbers are checked before any
+library gets the config.
 """
 
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import dtype as Dtype
+    from transformers import PretrainedConfig
 
 CONFIG, QUANTIZATION = "config.json", "hf_quant_config.json"
 MOST_BYTES = 16 << 20
@@ -15,6 +21,7 @@ MOST_LAYERS = 4096  # the largest public decoders have fewer than 200 layers
 LARGEST = 2**53  # the largest integer that every reader of JSON can represent
 COUNTS = ("layers", "num_labels", "depth")  # keys that end with one of these words count layers or labels
 BOOLEANS = {"true": True, "false": False}
+UNQUANTIZED = "training needs weights in bfloat16, float16 or float32. Use the unquantized release of the model"
 
 
 class CheckpointError(ValueError):
@@ -37,13 +44,33 @@ def read(folder: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it is not a JSON object")
-        config = _with_booleans(config)
+        config = with_booleans(config)
         for name, value in _entries(config):
             _check_number(name, value)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {str(error) or type(error).__name__}") from error
     _check_not_quantized(Path(folder), config)
     return config
+
+
+def write(config: "PretrainedConfig", folder: Path, dtype: "Dtype") -> None:
+    """Writes a config.json that transformers 4 and 5 and vLLM read in the same way. `dtype` is the dtype of the saved
+    tensors.
+
+    transformers 5 stores the rotary positions as `rope_parameters`. transformers 4 does not know this key, and would
+    use a base of 10,000 without a warning. It reads `rope_theta` and `rope_scaling`, which are written too.
+    """
+    config = deepcopy(config)
+    for part in (config, config.get_text_config()):
+        part.dtype = dtype
+    config.save_pretrained(folder)
+    values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    for part in (values, values.get("text_config")):
+        if isinstance(part, dict) and isinstance(rope := part.get("rope_parameters"), dict):
+            scaling = {k: v for k, v in rope.items() if k != "rope_theta" and (k, v) != ("partial_rotary_factor", 1.0)}
+            part["rope_theta"] = rope.get("rope_theta")
+            part["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
+    (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _entries(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -67,11 +94,12 @@ def _check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value}; it must be from 0 to {MOST_LAYERS:,}")
 
 
-def _with_booleans(value: Any) -> Any:
+def with_booleans(value: Any) -> Any:
+    """Returns a copy of a JSON value in which booleans replace the strings "true" and "false"."""
     if isinstance(value, dict):
-        return {key: _with_booleans(inner) for key, inner in value.items()}
+        return {key: with_booleans(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_with_booleans(inner) for inner in value]
+        return [with_booleans(inner) for inner in value]
     return BOOLEANS.get(value.lower(), value) if isinstance(value, str) else value
 
 
@@ -83,7 +111,4 @@ def _check_not_quantized(folder: Path, config: dict[str, Any]) -> None:
     if not found and not (folder / QUANTIZATION).is_file():
         return
     method = found.get("quant_method", "unknown method") if isinstance(found, dict) else "unknown method"
-    raise CheckpointError(
-        f"{folder} contains a quantized model ({method}); training needs weights in bfloat16, float16 or float32. "
-        "Use the unquantized release of the model"
-    )
+    raise CheckpointError(f"{folder} contains a quantized model ({method}); {UNQUANTIZED}")

@@ -3,30 +3,27 @@
 The parameters of a model have the same names as its tensors on disk.
 """
 
-import json
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
-from safetensors import safe_open
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from rl.model import attention, config_file
-from rl.model.architecture import Architecture
+from rl.model.architecture import Architecture, ImageToken
 from rl.model.config import register, with_yarn
 from rl.model.config_file import CheckpointError
 from rl.model.registry import FAMILIES, family
-from rl.model.text import check_packable
+from rl.model.text import FAMILIES as CAUSAL_CLASSES
+from rl.model.text import check_decoder
+from rl.model.weight_files import INDEX, Stored, check_downloaded, read_tensors, save_tensors, stored_tensors
 from rl.types import Resize
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 VALUE_HEAD = "value_head.weight"
 
 
@@ -55,52 +52,34 @@ def read_config(folder: str | Path, *, yarn: float | None = None) -> PretrainedC
         raise CheckpointError(
             f"{folder}/config.json: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}"
         )
+    if kind in CAUSAL_CLASSES:  # some folders name another class, or none
+        raw["architectures"] = [CAUSAL_CLASSES[kind]]
     try:
         return with_yarn(AutoConfig.for_model(kind, **raw), yarn)
     except Exception as error:  # transformers raises errors of many classes for a damaged config
         raise CheckpointError(f"{folder}/config.json: {error or type(error).__name__}") from error
 
 
+def image_token(config: PretrainedConfig) -> ImageToken | None:
+    """Returns the image token of models with this config, or None if these models accept no pictures."""
+    return family(config).image_token(config)
+
+
 def shown_size(folder: str | Path) -> Resize | None:
     """Returns the function that computes the size in which the folder's model is shown a picture, or None if the model
     accepts no pictures."""
-    config = read_config(folder)
-    token = family(config).image_token(config)
+    token = image_token(read_config(folder))
     return token.shown if token else None
 
 
 def build(config: PretrainedConfig, *, device: str = "meta") -> Architecture:
     """Builds the model of a config, with attention over packed rows. Its weights are random. On the device "meta" the
     weights take no memory."""
-    check_packable(getattr(config, "text_config", config))
+    check_decoder(getattr(config, "text_config", config))
     with torch.device(device):
         model = family(config)(config)
     model.model.set_attn_implementation(attention.NAME)
     return model
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Returns {tensor name: safetensors file that contains the tensor}."""
-    if (index := folder / INDEX).is_file():
-        return {name: folder / file for name, file in _weight_map(index).items()}
-    if not (folder / WEIGHTS).is_file():
-        raise CheckpointError(f"{folder} has no {WEIGHTS} and no {INDEX}; only safetensors are read")
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        return {name: folder / WEIGHTS for name in file.keys()}  # noqa: SIM118 (not a dict)
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Returns {tensor name: name of the file} from an index file. Raises CheckpointError if the index is damaged, or if
-    a file is missing or outside of the folder."""
-    try:
-        names = json.loads(index.read_text())["weight_map"]
-        files = {str(name): str(file) for name, file in names.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is no index of tensors ({type(error).__name__}: {error})") from error
-    for file in sorted(set(files.values())):
-        if not re.fullmatch(r"[\w.-]+\.safetensors", file) or not (index.parent / file).is_file():
-            raise CheckpointError(f"{index} names the file {file[:100]!r}, which the folder does not have")
-    return files
 
 
 def check(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
@@ -115,15 +94,7 @@ def check(folder: str | Path, *, yarn: float | None = None) -> PretrainedConfig:
         model = build(config)
     except Exception as error:  # sizes that do not fit together raise errors of many classes
         raise CheckpointError(f"{folder}/config.json: {type(error).__name__}: {error}") from error
-    files = tensor_files(folder)
-    expected = state(model)
-    missing, extra = (
-        sorted(expected.keys() - files.keys()),
-        sorted(files.keys() - state(model, tied=True).keys()),
-    )
-    if missing or extra:
-        raise CheckpointError(f"{folder}: {_listed('missing', missing)}{_listed('unknown', extra)}")
-    _check_shapes(files, expected)
+    _check_tensors(folder, stored_tensors(folder), state(model), state(model, tied=True), "does not fit its config")
     return config
 
 
@@ -189,29 +160,26 @@ def check_critic(folder: str | Path, config: PretrainedConfig) -> None:
     expected = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
     hidden = getattr(config, "text_config", config).hidden_size
     expected[VALUE_HEAD] = torch.empty((1, hidden), device="meta")
-    files = tensor_files(folder)
-    missing, extra = sorted(expected.keys() - files.keys()), sorted(files.keys() - expected.keys())
+    _check_tensors(folder, stored_tensors(folder), expected, expected, "is no critic of this model")
+
+
+def _check_tensors(
+    folder: Path,
+    stored: Mapping[str, Stored],
+    needed: Mapping[str, Tensor],
+    allowed: Mapping[str, Tensor],
+    problem: str,
+) -> None:
+    """Raises CheckpointError if tensors are missing, are not in `allowed`, or have another shape. The message begins
+    with the folder and `problem`."""
+    missing, extra = sorted(needed.keys() - stored.keys()), sorted(stored.keys() - allowed.keys())
     if missing or extra:
-        differences = _listed("missing", missing) + _listed("unknown", extra)
-        raise CheckpointError(f"{folder} is no critic of this model: {differences}")
-    _check_shapes(files, expected)
-
-
-def _check_shapes(files: Mapping[str, Path], expected: Mapping[str, Tensor]) -> None:
-    for file in sorted(set(files.values())):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                wanted = tuple(expected[name].shape) if name in expected else None
-                if wanted is not None and (got := tuple(opened.get_slice(name).get_shape())) != wanted:
-                    raise CheckpointError(f"{file}: {name} has shape {got}, but the config needs {wanted}")
-
-
-def read_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of each tensor in the folder."""
-    for file in sorted(set(tensor_files(Path(folder)).values())):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                yield name, opened.get_tensor(name)
+        raise CheckpointError(f"{folder} {problem}: {_listed('missing', missing)}{_listed('unknown', extra)}")
+    for name, wanted in needed.items():
+        if (got := stored[name].shape) != tuple(wanted.shape):
+            raise CheckpointError(
+                f"{stored[name].file}: {name} has shape {got}, but the config needs {tuple(wanted.shape)}"
+            )
 
 
 def materialize(trunk: Any, device: str = "cpu") -> None:
@@ -236,10 +204,9 @@ def save(
         tensors: the tensors to write. None means the result of `state(model)`.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = state(model) if tensors is None else tensors
-    save_torch_state_dict({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder, max_shard_size="4GB")
-    model.config.save_pretrained(folder)
+    save_tensors(tensors, folder)
+    config_file.write(model.config, folder, next(iter(tensors.values())).dtype)
     for name, text in templates.items():
         (folder / name).write_text(text, encoding="utf-8")
     if source is not None:
@@ -247,23 +214,28 @@ def save(
 
 
 def companions(source: Path) -> list[Path]:
-    """Returns the files of a model folder that belong to every model trained from it: tokenizer, templates, config and
-    generation config, but no weights.
+    """Returns the files of a model folder that belong to every model trained from it: tokenizer, templates, config,
+    generation config and the model's own Python files, but no weights. The Python files are only copied, never run;
+    other programs need them to load the model.
 
-    Raises: CheckpointError if such a file is a link to a file outside of the folder, because whatever the link names
-        would be copied into the saved model. The links in a local copy of a hub model are allowed.
+    Raises: CheckpointError if such a file is only a pointer of Git LFS, or a link to a file outside of the folder,
+        because whatever the link names would be copied into the saved model. The links in a local copy of a hub model
+        are allowed.
     """
     inside = [source.resolve()]
     if source.parent.name == "snapshots":
         inside.append(source.parent.parent.resolve() / "blobs")
     found = [
-        f for f in sorted(source.iterdir()) if f.suffix in {".json", ".jinja", ".txt", ".model"} and f.name != INDEX
+        f
+        for f in sorted(source.iterdir())
+        if f.suffix in {".json", ".jinja", ".txt", ".model", ".py"} and f.name != INDEX and f.is_file()
     ]
     for file in found:
         if not any(file.resolve().is_relative_to(folder) for folder in inside):
             raise CheckpointError(
                 f"{file} is a link to {file.resolve()}, outside of the model folder; replace it by a copy"
             )
+        check_downloaded(file)
     return found
 
 

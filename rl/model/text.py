@@ -9,8 +9,17 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
 from rl.model.architecture import Architecture
+from rl.model.rope import check_rope
 
-FAMILIES = ("qwen3", "qwen2", "llama")
+FAMILIES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
+"""model_type in config.json -> name of the class in transformers and vLLM."""
+DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop")
 
 
 class TextModel(Architecture):
@@ -37,12 +46,21 @@ class TextModel(Architecture):
         return []
 
 
-def check_packable(config: PretrainedConfig) -> None:
-    """Raises ValueError if the decoder's attention cannot be computed on packed rows."""
+def check_decoder(config: PretrainedConfig) -> None:
+    """Raises ValueError if attention cannot be computed on packed rows, or if vLLM would compute another decoder."""
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layers != {"full_attention"}:
         raise ValueError(
             f"layer types {sorted(layers)} are not supported: packed groups need full attention in every layer"
         )
-    if dropout := getattr(config, "attention_dropout", 0.0):
-        raise ValueError(f"attention_dropout is {dropout}; set it to 0, because PPO needs deterministic logprobs")
+    if window := getattr(config, "sliding_window", None):
+        raise ValueError(
+            f"sliding_window is {window}, but packed groups need full attention; if no sequence is longer than "
+            "the window, set it to null in config.json"
+        )
+    for name in DROPOUTS:
+        if dropout := getattr(config, name, 0.0):
+            raise ValueError(f"{name} is {dropout}; set it to 0, because PPO needs deterministic logprobs")
+    if config.model_type == "qwen3" and config.attention_bias:
+        raise ValueError("attention_bias is true, but vLLM's Qwen3 has no bias in its output projection (o_proj)")
+    check_rope(config.rope_parameters or {})

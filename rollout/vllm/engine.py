@@ -96,6 +96,7 @@ class Engine:
             model,
             trust_remote_code=False,
             config_format=CONFIG_FORMAT,
+            tokenizer_mode="hf",  # the tokenizer that the learner's side uses, for Mistral's models too
             dtype=dtype,
             seed=seed,
             max_model_len=max_sequence_length,
@@ -386,13 +387,10 @@ def _prepare_device(device: str, threads: int) -> None:
 
 def _embedding(model: str) -> "Tensor":
     """Returns the embedding tensor of a model folder or hub id."""
-    from safetensors import safe_open
+    from rl.model.hf_folder import local_folder
+    from rl.model.weight_files import read_tensor
 
-    from rl.model import hf_folder
-
-    folder = hf_folder.local_folder(model)
-    with safe_open(hf_folder.tensor_files(folder)[EMBEDDING], "pt") as opened:
-        return opened.get_tensor(EMBEDDING)
+    return read_tensor(local_folder(model), EMBEDDING)
 
 
 def _overridden(config: "PretrainedConfig", yarn: float | None) -> "PretrainedConfig":

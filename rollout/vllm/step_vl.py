@@ -1,9 +1,11 @@
-"""vLLM's STEP3-VL model with two fixes, which PatchedStepVL describes.
+"""vLLM's STEP3-VL model with three changes, which PatchedStepVL describes.
 
 rollout/vllm/plugin.py registers PatchedStepVL under the name of STEP3-VL's architecture, so vLLM uses it for all
 STEP3-VL models. With the sizes of STEP3-VL-10B, PatchedStepVL computes exactly the same results as vLLM's own class.
 Tested in tests/rollout/vllm/test_engine.py and tests/rollout/vllm/test_parity.py.
 """
+
+from collections.abc import Iterable
 
 from torch import Tensor
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
@@ -23,6 +25,7 @@ from vllm.transformers_utils.processors.step3_vl import (
 )
 
 from rl.model.config import StepVLConfig
+from rl.model.weight_files import UNNEEDED, published_name
 
 PUBLISHED_GLOBAL_SIZE = 728  # vLLM's MAX_IMAGE_SIZE is for a global view with sides of this many pixels
 
@@ -99,11 +102,12 @@ class ScaledProcessingInfo(Step3VLProcessingInfo):
     Step3VLMultiModalProcessor, info=ScaledProcessingInfo, dummy_inputs=Step3VLDummyInputsBuilder
 )
 class PatchedStepVL(StepVLForConditionalGeneration):
-    """vLLM's STEP3-VL model with two fixes. Weights, tensor names and results are the same as in vLLM's class.
+    """vLLM's STEP3-VL model with three changes. Results are the same as in vLLM's class.
 
     1. Picture sizes and token counts come from the config. vLLM's class only has the values of the 10B model.
     2. A batch with one picture does not crash on CPU. vLLM's class crashes, for a reason that `_process_image_features`
        explains.
+    3. Tensors may have all names that rl/model/weight_files.py knows, and tensors that are not needed are left out.
     """
 
     pictures_encoded = 0  # number of pictures that the vision tower of this process has encoded
@@ -113,6 +117,11 @@ class PatchedStepVL(StepVLForConditionalGeneration):
         features = super().embed_multimodal(**kwargs)
         self.pictures_encoded += len(features)
         return features
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Loads weights, like vLLM's method, but under any known names."""
+        needed = ((published_name(name), tensor) for name, tensor in weights if not name.endswith(UNNEEDED))
+        return super().load_weights(needed)
 
     @property
     def patch_output_tokens(self) -> int:
