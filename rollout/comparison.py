@@ -1,9 +1,10 @@
 """Compares model folders: the tensors of two folders, and the logprobs that several programs compute from a folder.
 
-The programs are our learner, vLLM, and transformers' own class. Each of them runs in a process of its own, because vLLM
-changes torch for the whole process.
+The programs are our learner, vLLM, and transformers' own class. vLLM runs in a process of its own, because it changes
+torch for the whole process.
 """
 
+import io
 import math
 import multiprocessing
 from collections.abc import Sequence
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
+from transformers import AutoTokenizer
 
 from rl.config import Source
 from rl.model import hf_folder
+from rl.model.architecture import ImageToken
 from rl.model.weight_files import Stored, open_tensors, stored_tensors
 from rl.types import Picture, Prompt
 from rollout.chat import Chat
@@ -23,16 +27,18 @@ from rollout.data.rows import read
 
 Program = Literal["learner", "vllm", "transformers"]
 PROGRAMS: tuple[Program, ...] = ("learner", "vllm", "transformers")
+PICTURES = ((224, 224), (1600, 900), (300, 1500))  # (width, height) in pixels of random pictures
 CONTINUATION = 32  # number of random tokens that continue a prompt without a known response
 
 
 @dataclass(frozen=True)
 class Question:
-    """A sequence whose logprobs are compared. `prompt_ids` has one image token per picture. Only the logprobs of
-    `response_ids` are compared."""
+    """A sequence whose logprobs are compared. `prompt_ids` has one image token per picture, `expanded_ids` has all
+    tokens of each picture. Only the logprobs of `response_ids` are compared."""
 
     name: str
     prompt_ids: tuple[int, ...]
+    expanded_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     pictures: tuple[Picture, ...] = ()
 
@@ -68,41 +74,60 @@ def _question_of(chat: Chat, prompt: Prompt, rng: np.random.Generator) -> Questi
     text = prompt.reference or (prompt.ground_truth if isinstance(prompt.ground_truth, str) else "")
     ids = tuple(chat.tokenizer.encode(text, add_special_tokens=False)) if text else ()
     response = ids or _random_ids(len(chat.tokenizer), set(chat.tokenizer.all_special_ids), CONTINUATION, rng)
-    return Question(prompt.id, chat.prompt_ids(prompt), response, prompt.images)
+    return question(prompt.id, chat.prompt_ids(prompt), response, prompt.images, chat.image, chat.tokenizer)
+
+
+def question(
+    name: str,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    pictures: Sequence[Picture] = (),
+    image: ImageToken | None = None,
+    tokenizer: Any = None,
+) -> Question:
+    """Makes a Question. `image` and `tokenizer` are needed if the prompt shows pictures."""
+    following, expanded = iter(pictures), list[int]()
+    for token in prompt_ids:
+        if image and token == image.id:
+            expanded += tokenizer.convert_tokens_to_ids(image.words(next(following).size))
+        else:
+            expanded.append(token)
+    return Question(name, tuple(prompt_ids), tuple(expanded), tuple(response_ids), tuple(pictures))
 
 
 def _random_questions(folder: Path, rng: np.random.Generator) -> list[Question]:
-    """Returns sequences of random tokens, for folders whose tokenizer may be missing."""
+    """Returns sequences of random tokens. Only a model that accepts pictures needs a tokenizer."""
     config = hf_folder.read_config(folder)
-    text = config.get_text_config()
+    image, text = hf_folder.image_token(config), config.get_text_config()
     known = [getattr(part, name, None) for part in (config, text) for name in ("eos_token_id", "bos_token_id")]
     special = {i for ids in known if ids is not None for i in (ids if isinstance(ids, list) else [ids])}
-    image = hf_folder.image_token(config)
+    if image is None:
+        prompt, response = (_random_ids(text.vocab_size, special, CONTINUATION, rng) for _ in range(2))
+        return [question("random tokens", prompt, response)]
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    special |= set(tokenizer.all_special_ids)
 
-    def words(count: int) -> tuple[int, ...]:
-        return _random_ids(text.vocab_size, special | ({image.id} if image else set()), count, rng)
+    def words() -> tuple[int, ...]:
+        return _random_ids(min(text.vocab_size, len(tokenizer)), special, CONTINUATION, rng)
 
-    asked = [Question("random tokens", words(CONTINUATION), words(CONTINUATION))]
-    for width, height in [(224, 224), (1600, 900), (300, 1500)] if image else []:
-        noise = Picture.of(_png(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)))
-        prompt = (*words(4), image.id, *words(4)) if image else ()
-        asked.append(Question(f"picture {width} x {height}", prompt, words(CONTINUATION), (noise,)))
+    asked = [question("random tokens", words(), words())]
+    for width, height in PICTURES:
+        noise = picture_of(Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)))
+        name = f"picture of {width} x {height}"
+        asked.append(question(name, (*words(), image.id, *words()), words(), [noise], image, tokenizer))
     return asked
+
+
+def picture_of(image: Image.Image) -> Picture:
+    """Returns an image as the picture of a row."""
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    return Picture.of(encoded.getvalue())
 
 
 def _random_ids(vocabulary: int, special: set[int], count: int, rng: np.random.Generator) -> tuple[int, ...]:
     usable = np.setdiff1d(np.arange(vocabulary), list(special))
     return tuple(rng.choice(usable, count).tolist())
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    import io
-
-    from PIL import Image
-
-    encoded = io.BytesIO()
-    Image.fromarray(pixels).save(encoded, "PNG")
-    return encoded.getvalue()
 
 
 # Tensors
@@ -166,12 +191,16 @@ class LogprobDifference:
 
 
 def logprobs(program: Program, folder: Path, asked: Sequence[Question], setting: Setting) -> list[list[float]]:
-    """Returns the logprob in nats of each response token, one list per question. The program runs in a new process.
+    """Returns the logprob in nats of each response token, one list per question.
 
     Raises: ValueError if the program cannot load the folder.
     """
+    if program == "learner":
+        return by_learner(folder, asked, setting)
+    if program == "transformers":
+        return by_transformers(folder, asked, setting)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(_SCORERS[program], folder, asked, setting).result()
+        return process.submit(by_vllm, folder, asked, setting).result()
 
 
 def difference(
@@ -190,7 +219,8 @@ def difference(
     )
 
 
-def _by_learner(folder: Path, asked: Sequence[Question], setting: Setting) -> list[list[float]]:
+def by_learner(folder: Path, asked: Sequence[Question], setting: Setting) -> list[list[float]]:
+    """The result of `logprobs` for our learner, computed in this process."""
     import torch
 
     from rl.learner.batch import Group
@@ -200,12 +230,8 @@ def _by_learner(folder: Path, asked: Sequence[Question], setting: Setting) -> li
     model = hf_folder.load(folder, dtype=getattr(torch, setting.dtype), device=setting.device)
     result = []
     for question in asked:
-        group = Group(
-            _expanded(model.image_token(model.config), question),
-            tuple(picture.digest for picture in question.pictures),
-            (question.response_ids,),
-            (0,),
-        )
+        digests = tuple(picture.digest for picture in question.pictures)
+        group = Group(question.expanded_ids, digests, (question.response_ids,), (0,))
         (row,) = pack([group], group.tokens, model.image_token_id)
         with torch.no_grad():
             features = {one.digest: model.features([one.load()])[0] for one in question.pictures}
@@ -214,21 +240,13 @@ def _by_learner(folder: Path, asked: Sequence[Question], setting: Setting) -> li
     return result
 
 
-def _expanded(image: Any, question: Question) -> tuple[int, ...]:
-    """Returns the prompt ids with all image tokens of each picture."""
-    pictures, ids = iter(question.pictures), list[int]()
-    for token in question.prompt_ids:
-        ids += [token] * (image.expansion(next(pictures).size) if image and token == image.id else 1)
-    return tuple(ids)
-
-
-def _by_vllm(folder: Path, asked: Sequence[Question], setting: Setting) -> list[list[float]]:
+def by_vllm(folder: Path, asked: Sequence[Question], setting: Setting) -> list[list[float]]:
+    """The result of `logprobs` for vLLM. This process must not have started vLLM before."""
     from rollout.vllm.engine import Engine
 
-    image = hf_folder.image_token(hf_folder.read_config(folder))
     engine: Any = Engine(
         str(folder),
-        max_sequence_length=max(len(_expanded(image, one)) + len(one.response_ids) for one in asked) + 1,
+        max_sequence_length=max(len(one.expanded_ids) + len(one.response_ids) for one in asked) + 1,
         dtype=setting.dtype,  # pyrefly: ignore[bad-argument-type]
         device=setting.device,  # pyrefly: ignore[bad-argument-type]
         max_images_per_prompt=max(1, *(len(one.pictures) for one in asked)),
@@ -238,7 +256,8 @@ def _by_vllm(folder: Path, asked: Sequence[Question], setting: Setting) -> list[
     return [found[-len(one.response_ids) :] for found, one in zip(scored, asked, strict=True)]
 
 
-def _by_transformers(folder: Path, asked: Sequence[Question], setting: Setting) -> list[list[float]]:
+def by_transformers(folder: Path, asked: Sequence[Question], setting: Setting) -> list[list[float]]:
+    """The result of `logprobs` for transformers' own class, computed in this process."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -254,9 +273,6 @@ def _by_transformers(folder: Path, asked: Sequence[Question], setting: Setting) 
         found = table.gather(1, ids[0, 1:, None])[:, 0]
         result.append(found[-len(one.response_ids) :].tolist())
     return result
-
-
-_SCORERS = {"learner": _by_learner, "vllm": _by_vllm, "transformers": _by_transformers}
 
 
 def programs_for(folder: Path) -> tuple[Program, ...]:

@@ -25,6 +25,7 @@ class ImageToken:
     text: str  # the token's text in the tokenizer
     id: int
     expansion: Callable[[Size], int]  # (width, height) of a picture in pixels -> number of prompt tokens of the picture
+    words: Callable[[Size], list[str]]  # (width, height) -> the words of the tokenizer that stand for the picture
     shown: Callable[[Size], Size]  # (width, height) of a picture -> size after the model's own padding and scaling
 
 

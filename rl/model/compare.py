@@ -97,7 +97,7 @@ def _table(found: Sequence[LogprobDifference], limit: float) -> Table:
     for name in ("first", "second", "tokens", "mean", "largest", "largest on", ""):
         table.add_column(name, justify="right" if name in ("tokens", "mean", "largest") else "left")
     for one in found:
-        verdict = "equal" if one.mean <= limit else "DIFFERENT"
+        verdict = "agree" if one.mean <= limit else "DIFFER"
         table.add_row(
             one.first, one.second, str(one.tokens), f"{one.mean:.2g}", f"{one.largest:.2g}", one.question, verdict
         )

@@ -95,3 +95,14 @@ def picture_tokens(size: Size, global_size: int, crop_size: int, global_tokens: 
     """
     grid = crop_grid(resized(squared(size), global_size), global_size, crop_size)
     return grid.count * (crop_tokens + 2) + global_tokens + 2 + max(0, grid.rows - 1)
+
+
+def picture_words(size: Size, global_size: int, crop_size: int, global_tokens: int, crop_tokens: int) -> list[str]:
+    """Returns the words in the tokenizer that stand for a picture in a prompt, `picture_tokens` in number: first the
+    crops, row by row, then the global view. Their order is taken from the published serving code."""
+    grid = crop_grid(resized(squared(size), global_size), global_size, crop_size)
+    crop = ["<patch_start>", *["<im_patch>"] * crop_tokens, "<patch_end>"]
+    words = list[str]()
+    for row in range(grid.rows):
+        words += crop * grid.columns + (["<patch_newline>"] if row < grid.rows - 1 else [])
+    return [*words, "<im_start>", *["<im_patch>"] * global_tokens, "<im_end>"]

@@ -15,7 +15,7 @@ from transformers import Qwen3Model
 
 from rl.model.architecture import Architecture, ImageToken
 from rl.model.config import StepVLConfig, StepVLVisionConfig
-from rl.model.layout import Size, picture_tokens, resized, squared
+from rl.model.layout import Size, picture_tokens, picture_words, resized, squared
 from rl.model.pictures import Views, views
 
 ROPE_THETA = 1e4
@@ -175,14 +175,18 @@ class StepVL(Architecture):
 
     @classmethod
     def image_token(cls, config: Any) -> ImageToken:
+        sizes = config.global_size, config.crop_size, config.image_token_len, config.patch_token_len
+
         def expansion(size: Size) -> int:
-            sizes = config.global_size, config.crop_size, config.image_token_len, config.patch_token_len
             return picture_tokens(size, *sizes)
+
+        def words(size: Size) -> list[str]:
+            return picture_words(size, *sizes)
 
         def shown(size: Size) -> Size:
             return resized(squared(size), config.global_size)
 
-        return ImageToken("<im_patch>", config.image_token_id, expansion, shown)
+        return ImageToken("<im_patch>", config.image_token_id, expansion, words, shown)
 
     def views(self, picture: Image.Image) -> Views:
         """Returns the global view and the crops of a picture."""

@@ -2,6 +2,7 @@
 become more likely."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from rl.config import Config
-from rl.types import Picture, Rollout, Scored
-from stages.loop import Clock, Diverged, LoopState, Services, evaluate, ppo_iteration, sync
+from rl.types import Picture, Prompt, Rollout, Scored
+from stages.loop import Clock, Diverged, LoopState, Services, check_rows, evaluate, ppo_iteration, sync
 from tests.support import tiny
 from tests.support.loop import BAD, GOOD, PROMPTS, Scores, Scripted, policy_of, scripted_services
 
@@ -111,3 +112,33 @@ def test_a_row_whose_picture_cannot_be_read_any_more_gets_invalid_samples_and_th
     assert evaluate([shown, *PROMPTS[1:]], services) == {"eval/t": 1.0}
     with pytest.raises(RuntimeError, match=r"1 of 1 samples are invalid(.|\n)*one\.png cannot be read"):
         evaluate([shown], services)
+
+
+def test_the_first_check_compares_the_smallest_the_largest_and_other_rows_with_pictures(services: Services) -> None:
+    rows = [replace(PROMPTS[0], id=f"row {n}", images=(tiny.picture((8 + n, 8)),)) for n in range(20)]
+    asked: list[str] = []
+
+    class Recording(Scripted):
+        def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]:
+            asked.extend(prompt.id for prompt in prompts)
+            return super().check([replace(prompt, images=()) for prompt in prompts], iteration)
+
+    services = replace(services, sampler=Recording(policy_of(services)))
+    assert check_rows(PROMPTS, services) == {} and asked == []
+    few = services.config.rollout.model_copy(update={"logprob_check": 3})
+    services = with_options(services, rollout=few)
+    metrics = check_rows([*PROMPTS, *reversed(rows)], services)
+    assert metrics["rollout/logprob_gap_rows"] == pytest.approx(0, abs=1e-4)
+    assert asked == ["row 0", "row 10", "row 19"]
+
+
+def test_a_difference_on_rows_with_pictures_stops_the_run_and_names_a_row(services: Services) -> None:
+    class Lying(Scripted):
+        def check(self, prompts: Sequence[Prompt], iteration: int) -> list[Rollout]:
+            return super().check([replace(prompt, images=()) for prompt in prompts], iteration)
+
+    row = replace(PROMPTS[0], id="shown", images=(tiny.picture((8, 8)),))
+    with pytest.raises(
+        RuntimeError, match=r"on 1 rows with pictures.* differ by 0\.3000 nats .*most on row shown \(0\.3000\)"
+    ):
+        check_rows([row], replace(services, sampler=Lying(policy_of(services), lie=0.3)))

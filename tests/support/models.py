@@ -52,3 +52,10 @@ def randomized(model: M, seed: int) -> M:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.1 * noise if parameter.dim() == 1 else noise * parameter.shape[-1] ** -0.5)
     return model.eval()
+
+
+def transformers_name(name: str) -> str:
+    """Returns the name that transformers gives to a tensor of a vision-language model."""
+    if name.startswith("lm_head"):
+        return name
+    return "model.language_" + name if name.startswith("model.") else f"model.{name}"

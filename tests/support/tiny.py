@@ -48,10 +48,10 @@ def picture(size: tuple[int, int], seed: int = 0) -> Picture:
 def make_text_model(folder: Path, *, tied: bool, seed: int = 0) -> Qwen3ForCausalLM:
     """Saves and returns a float32 Qwen3 model. The generation config in the folder makes sampling nearly greedy, so
     that tests notice if an engine uses this config."""
-    model = Qwen3ForCausalLM(Qwen3Config(**_decoder(), tie_word_embeddings=tied)).float().eval()
+    model = Qwen3ForCausalLM(Qwen3Config(**decoder(), tie_word_embeddings=tied)).float().eval()
     randomize(model, seed)
     model.save_pretrained(folder)
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
     return model
 
 
@@ -66,7 +66,7 @@ def make_step_vl(folder: Path, seed: int = 0) -> StepVL:
             "heads": 2,
             "mlp_ratio": 2.0,
         },
-        text_config=_decoder() | {"eos_token_id": [EOS, IMAGE]},
+        text_config=decoder() | {"eos_token_id": [EOS, IMAGE]},
         image_token_id=IMAGE,
         image_token_len=36,
         patch_token_len=25,
@@ -75,7 +75,7 @@ def make_step_vl(folder: Path, seed: int = 0) -> StepVL:
     assert isinstance(model, StepVL)
     randomize(model, seed)
     hf_folder.save(model, folder)
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
     return model
 
 
@@ -92,7 +92,8 @@ def randomize(module: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(0.1 * noise + (not name.endswith("bias")))
 
 
-def _decoder() -> dict[str, Any]:
+def decoder() -> dict[str, Any]:
+    """Returns the options of a decoder's config."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -107,7 +108,8 @@ def _decoder() -> dict[str, Any]:
     }
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
+    """Saves a tokenizer with one token per word, and a generation config."""
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

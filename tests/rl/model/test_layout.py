@@ -2,7 +2,7 @@
 
 import pytest
 
-from rl.model.layout import crop_grid, picture_tokens, resized, squared
+from rl.model.layout import crop_grid, picture_tokens, picture_words, resized, squared
 
 FULL = (728, 504, 169, 81)
 
@@ -20,6 +20,15 @@ FULL = (728, 504, 169, 81)
 )
 def test_pictures_take_as_many_tokens_as_the_published_code_says(size, tokens):
     assert picture_tokens(size, *FULL) == tokens
+
+
+@pytest.mark.parametrize("size", [(224, 224), (1600, 900), (300, 1500), (4096, 2160), (31, 200)])
+def test_the_words_of_a_picture_are_as_many_as_its_tokens(size):
+    words = picture_words(size, *FULL)
+    assert len(words) == picture_tokens(size, *FULL)
+    views = "".join({"<patch_start>": "c", "<im_start>": "g", "<patch_newline>": "n"}.get(word, "") for word in words)
+    grid = crop_grid(resized(squared(size), 728), 728, 504)
+    assert views == "n".join("c" * grid.columns for _ in range(grid.rows)) + "g"
 
 
 def test_thin_strips_become_squares_and_huge_pictures_shrink():

@@ -22,7 +22,7 @@ from rl.model.weight_files import (
     save_tensors,
     stored_tensors,
 )
-from tests.support.models import step_vl, text_model
+from tests.support.models import step_vl, text_model, transformers_name
 
 JSON = st.recursive(
     st.none() | st.integers() | st.text(max_size=5),
@@ -53,13 +53,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def renamed(name: str) -> str:
-    """Returns the name that transformers gives to a tensor."""
-    if name.startswith("lm_head"):
-        return name
-    return "model.language_" + name if name.startswith("model.") else f"model.{name}"
-
-
 @pytest.mark.parametrize(
     ("name", "published"),
     [
@@ -83,7 +76,7 @@ def test_every_form_of_folder_has_the_same_tensors(folder: Path, form: str) -> N
     if form.startswith("shards"):
         shards(folder, 3, index=form == "shards")
     if form == "names of transformers":
-        save_file({renamed(name): tensor for name, tensor in expected.items()}, folder / WEIGHTS)
+        save_file({transformers_name(name): tensor for name, tensor in expected.items()}, folder / WEIGHTS)
     if form == "extras":
         save_file(expected | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / WEIGHTS)
     found = dict(read_tensors(folder))

@@ -1,0 +1,147 @@
+"""Tests that learner, vLLM and transformers compute the same logprobs from folders of all supported families and forms,
+and that differences between folders are found."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from rl.model.hf_folder import image_token, read_config
+from rl.model.weight_files import WEIGHTS
+from rollout.comparison import (
+    Question,
+    Setting,
+    by_learner,
+    by_transformers,
+    by_vllm,
+    compare_tensors,
+    difference,
+    programs_for,
+    question,
+    questions,
+)
+from tests.support import tiny
+from tests.support.data_rows import jsonl
+from tests.support.engine_process import vllm_process
+from tests.support.models import transformers_name
+
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "phi3": (Phi3Config, Phi3ForCausalLM),
+}
+SIZES = tiny.decoder() | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+SIZES |= {"sliding_window": None, "pad_token_id": 0, "tie_word_embeddings": False}
+PARITY = 1e-4
+
+
+def largest(one: list[list[float]], two: list[list[float]], asked: list[Question]) -> float:
+    return difference(("one", one), ("two", two), asked).largest
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_learner_engine_and_transformers_agree_on_every_text_family(family: str, tmp_path: Path) -> None:
+    config, cls = FAMILIES[family]
+    model = cls(config(**{**SIZES, "architectures": None})).float().eval()
+    tiny.randomize(model, 3)
+    model.save_pretrained(tmp_path)
+    tiny.save_tokenizer(tmp_path)
+    asked = questions(tmp_path, None, 1)
+    assert programs_for(tmp_path) == ("learner", "vllm", "transformers")
+    ours, theirs = (score(tmp_path, asked, Setting()) for score in (by_learner, by_transformers))
+    with vllm_process() as process:
+        engines = process.run(by_vllm, tmp_path, asked, Setting())
+    assert largest(ours, theirs, asked) < PARITY and largest(ours, engines, asked) < PARITY
+
+
+def test_learner_and_engine_agree_on_a_folder_in_the_form_of_transformers(tmp_path: Path) -> None:
+    """The folder has everything in which such folders differ from the published one."""
+    tiny.make_step_vl(tmp_path / "published", seed=5)
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    for file in (tmp_path / "published").iterdir():
+        (odd / file.name).write_bytes(file.read_bytes())
+    config = json.loads((odd / "config.json").read_text())
+    config |= {"hidden_size": config["text_config"]["hidden_size"], "architectures": ["Step3VL10BForCausalLM"]}
+    config |= {"projector_bias": "false", "auto_map": {"AutoConfig": "configuration_step_vl.StepVLConfig"}}
+    (odd / "config.json").write_text(json.dumps(config))
+    (odd / "configuration_step_vl.py").write_text("raise SystemExit('this code was run')")
+    tensors = {transformers_name(name): tensor for name, tensor in load_file(odd / WEIGHTS).items()}
+    (odd / WEIGHTS).unlink()
+    names = sorted(tensors)
+    half = len(names) // 2
+    save_file({name: tensors[name] for name in names[:half]}, odd / "model-00001-of-00002.safetensors")
+    extra = {"model.language_model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+    save_file({name: tensors[name] for name in names[half:]} | extra, odd / "model-00002-of-00002.safetensors")
+    assert compare_tensors(tmp_path / "published", odd).fit
+    image = image_token(read_config(odd))
+    tokenizer = AutoTokenizer.from_pretrained(odd)
+    shown = [tiny.picture(tiny.NO_CROP), tiny.picture(tiny.FOUR_CROPS, 1)]
+    prompt = (*tiny.word_ids(3), tiny.IMAGE, *tiny.word_ids(2), tiny.IMAGE)
+    asked = [
+        question("words", tiny.word_ids(8), tiny.word_ids(12, 1)),
+        question("pictures", prompt, tiny.word_ids(12, 2), shown, image, tokenizer),
+    ]
+    ours, plain = (by_learner(folder, asked, Setting()) for folder in (odd, tmp_path / "published"))
+    with vllm_process() as process:
+        engines = process.run(by_vllm, odd, asked, Setting())
+    assert ours == plain and largest(ours, engines, asked) < PARITY
+
+
+def test_tensors_of_two_folders_are_compared(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        tiny.make_text_model(tmp_path / name, tied=False)
+    assert compare_tensors(tmp_path / "a", tmp_path / "b").values == {}
+    tensors = load_file(tmp_path / "b" / WEIGHTS)
+    tensors["model.norm.weight"] += 0.5
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.bfloat16)
+    tensors["stray"] = tensors.pop("model.layers.0.self_attn.q_norm.weight")
+    tensors["model.layers.1.self_attn.q_norm.weight"] = torch.ones(3)
+    save_file(tensors, tmp_path / "b" / WEIGHTS)
+    found = compare_tensors(tmp_path / "a", tmp_path / "b")
+    assert not found.fit
+    assert (found.only_a, found.only_b) == (("model.layers.0.self_attn.q_norm.weight",), ("stray",))
+    assert found.shapes == (("model.layers.1.self_attn.q_norm.weight", (32,), (3,)),)
+    assert found.dtypes == (("lm_head.weight", "F32", "BF16"),)
+    assert found.values["model.norm.weight"] == pytest.approx(0.5) and 0 < found.values["lm_head.weight"] < 0.01
+
+
+def test_rows_become_sequences_that_continue_with_the_truth_or_with_random_tokens(tmp_path: Path) -> None:
+    tiny.make_text_model(tmp_path, tied=False)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    rows = jsonl(
+        tmp_path,
+        {"id": "1", "task": "t", "messages": "w1 w2", "ground_truth": "w3 w4"},
+        {"id": "2", "task": "t", "messages": "w1", "ground_truth": 7},
+    )
+    known, unknown = questions(tmp_path, str(rows), 2)
+    assert (len(known.prompt_ids), len(known.response_ids)) == (2, 2)
+    assert len(unknown.response_ids) == 32
+    assert len(questions(tmp_path, str(rows), 1)) == 1
+
+
+def test_a_difference_that_is_no_number_is_not_hidden() -> None:
+    asked = [question("a", (1,), (2, 3)), question("b", (1,), (2,))]
+    found = difference(("x", [[-1.0, -2.0], [-1.0]]), ("y", [[-1.5, -2.0], [-1.0]]), asked)
+    assert (found.tokens, found.mean, found.largest, found.question) == (3, pytest.approx(0.5 / 3), 0.5, "a")
+    broken = difference(("x", [[-1.0, -2.0], [math.nan]]), ("y", [[-1.5, -2.0], [-1.0]]), asked)
+    assert math.isnan(broken.largest) and math.isnan(broken.mean) and broken.question == "b"
