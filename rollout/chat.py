@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
@@ -23,8 +23,8 @@ class Chat:
         folder: a local Hugging Face folder.
         template: Jinja file that replaces the folder's chat template.
         synthesis: the template for prompts that contain answers of earlier attempts. None means the default template.
-    Raises: ValueError if there is no chat template, or if the tokenizer and the config give different ids to the image
-        token.
+    Raises: ValueError if there is no tokenizer or no chat template, or if the tokenizer and the config give different
+        ids to the image token.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Chat:
     ) -> None:
         self.synthesis = synthesis or SynthesisPrompt()
         self.config = read_config(folder)
-        self.tokenizer = cast(Any, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        self.tokenizer = _tokenizer(folder)
         if template is not None:
             self.tokenizer.chat_template = template.read_text()
         if not self.tokenizer.chat_template:
@@ -113,3 +113,11 @@ class Chat:
             image = self.image.text if self.image else ""
             content = "".join(image if p["type"] == "image" else p["text"] for p in content)
         return {**message, "content": content}
+
+
+def _tokenizer(folder: str | Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises errors of many classes, most of them without the folder's name
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder} has no tokenizer that can be loaded, such as tokenizer.json: {reason}") from error

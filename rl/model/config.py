@@ -156,11 +156,14 @@ def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfi
     2.0. The factor multiplies the number of positions that the model was trained with, even if the config already uses
     YaRN. If `factor` is None, the config is not changed.
 
-    Raises: ValueError if the config extends its positions by another method, or by YaRN with another temperature.
+    Raises: ValueError if the config extends its positions by another method, or by YaRN with another temperature, or
+        if the model is a Phi-3, whose class in transformers accepts no YaRN.
     """
     if factor is None:
         return config
     text = getattr(config, "text_config", config)
+    if text.model_type == "phi3":
+        raise ValueError("model.yarn cannot extend a Phi-3 model, because transformers' Phi-3 accepts no YaRN")
     rope = dict(text.rope_parameters)
     if (kind := rope.get("rope_type", "default")) not in ("default", "yarn"):
         raise ValueError(f"the positions are already extended by {kind}; YaRN cannot extend them again")

@@ -67,7 +67,13 @@ def resized(size: Size, global_size: int) -> Size:
 
 
 def crop_grid(size: Size, global_size: int, crop_size: int) -> CropGrid:
-    """Returns the grid of crops of a picture. A small picture that is nearly square has no crops."""
+    """Returns the grid of crops of a picture. A small picture that is nearly square has no crops.
+
+    Public implementations differ for a picture whose long side has exactly `global_size` (728) pixels. This function
+    follows vLLM 0.28, where such a picture is not small: 728 x 728 pixels have four crops and 504 tokens. In the code
+    of early vLLM, SGLang and transformers 5.23, the picture has no crops and 171 tokens. Rollouts come from vLLM here,
+    so learner and engine must follow its rule.
+    """
     long, short = max(size), min(size)
     if long < global_size:
         window = short if long / short > 1.5 else 0

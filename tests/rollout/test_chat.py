@@ -114,3 +114,10 @@ def test_a_prompt_is_rendered_once_for_all_its_responses(folder: Path, monkeypat
     assert chat.prompt_ids(other) != ids[0][0] and len(rendered) == 2
     same = replace(one)  # an equal prompt, but another object
     assert (chat.prompt_ids(same), chat.length(same)) == ids[0] == (Chat(folder).prompt_ids(one), chat.length(one))
+
+
+def test_a_folder_without_a_tokenizer_is_named(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=rf"{folder} has no tokenizer that can be loaded"):
+        Chat(folder)

@@ -23,6 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from rl.model import hf_folder
 from rl.model.hf_folder import image_token, read_config
 from rl.model.weight_files import WEIGHTS
 from rollout.comparison import (
@@ -37,7 +38,7 @@ from rollout.comparison import (
     question,
     questions,
 )
-from tests.support import tiny
+from tests.support import tiny, transformers_4
 from tests.support.data_rows import jsonl
 from tests.support.engine_process import vllm_process
 from tests.support.models import transformers_name
@@ -58,13 +59,17 @@ def largest(one: list[list[float]], two: list[list[float]], asked: list[Question
     return difference(("one", one), ("two", two), asked).largest
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_learner_engine_and_transformers_agree_on_every_text_family(family: str, tmp_path: Path) -> None:
+def make_text_folder(family: str, folder: Path) -> None:
     config, cls = FAMILIES[family]
     model = cls(config(**{**SIZES, "architectures": None})).float().eval()
     tiny.randomize(model, 3)
-    model.save_pretrained(tmp_path)
-    tiny.save_tokenizer(tmp_path)
+    model.save_pretrained(folder)
+    tiny.save_tokenizer(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_learner_engine_and_transformers_agree_on_every_text_family(family: str, tmp_path: Path) -> None:
+    make_text_folder(family, tmp_path)
     asked = questions(tmp_path, None, 1)
     assert programs_for(tmp_path) == ("learner", "vllm", "transformers")
     ours, theirs = (score(tmp_path, asked, Setting()) for score in (by_learner, by_transformers))
@@ -105,6 +110,35 @@ def test_learner_and_engine_agree_on_a_folder_in_the_form_of_transformers(tmp_pa
     with vllm_process() as process:
         engines = process.run(by_vllm, odd, asked, Setting())
     assert ours == plain and largest(ours, engines, asked) < PARITY
+
+
+@pytest.fixture(scope="module")
+def transformers_4_57(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("transformers")
+    transformers_4.install(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("yarn", [None, 2.0])
+@pytest.mark.parametrize("family", [*FAMILIES, "step_vl"])
+def test_saved_folders_have_the_same_logprobs_in_transformers_4(
+    family: str, yarn: float | None, transformers_4_57: Path, tmp_path: Path
+) -> None:
+    """Positions with a base of 1,000,000 show whether transformers 4 reads them. It would use 10,000 by default."""
+    if family == "phi3" and yarn:
+        pytest.skip("Phi-3 has no YaRN; tests/rl/model/test_rope.py checks the message")
+    source = tmp_path / "source"
+    tiny.make_step_vl(source) if family == "step_vl" else make_text_folder(family, source)
+    config = json.loads((source / "config.json").read_text())
+    config.get("text_config", config)["rope_parameters"]["rope_theta"] = 1e6
+    config.get("text_config", config).pop("rope_theta", None)
+    (source / "config.json").write_text(json.dumps(config))
+    hf_folder.save(hf_folder.load(source, yarn=yarn), tmp_path / "saved", source=source)
+    ids = tiny.word_ids(300, 4)
+    (ours,) = by_learner(tmp_path / "saved", [question("words", ids[:1], ids[1:])], Setting())
+    theirs = transformers_4.logprobs_of(transformers_4_57, tmp_path / "saved", list(ids), decoder=family == "step_vl")
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < PARITY
 
 
 def test_tensors_of_two_folders_are_compared(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ DRY_RUNS = ("rl.run", "stages.curate")
 ELSEWHERE = {  # first words of a command -> test files that run this command with all its options
     "ray": ["tests/runs/test_ray_job.py"],
     "python -m benchmarks": ["tests/benchmarks/test_harness.py"],
+    "python -m rl.model.compare": ["tests/rl/model/test_compare.py"],
     "python -m rl.evaluate": ["tests/rollout/test_generate.py", "tests/stages/evaluation/test_scores.py"],
     "python -m rollout.generate": ["tests/rollout/test_generate.py"],
     "python -m rollout.serve": ["tests/rollout/test_serve.py"],

@@ -1,9 +1,10 @@
 """Tests that positions which transformers and vLLM compute differently are refused."""
 
 import math
+from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Phi3Config, Qwen3Config
 
 from rl.model import hf_folder
 from rl.model.config import with_yarn
@@ -53,3 +54,9 @@ def test_yarn_cannot_replace_yarn_of_another_temperature() -> None:
         with_yarn(Qwen3Config(**TEXT, rope_parameters=YARN), 2.0)
     again = with_yarn(with_yarn(Qwen3Config(**TEXT), 2.0), 4.0)
     assert again.max_position_embeddings == 4 * TEXT["max_position_embeddings"]
+
+
+def test_yarn_is_refused_for_phi_3() -> None:
+    sizes: dict[str, Any] = TEXT | {"pad_token_id": 0}
+    with pytest.raises(ValueError, match=r"model\.yarn cannot extend a Phi-3 model"):
+        with_yarn(Phi3Config(**sizes), 2.0)
