@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from rl.interrupt import SIGNALS, Interrupted
-from rl.stop import SourceDied, WorkerDied
+from rl.stop import SourceDied, Stop, WorkerDied
 
 ROOT = Path(__file__).parent.parent
 SILENT = "a worker process of the run gave no sign of life for {:g} s"
@@ -129,6 +129,8 @@ def _get(reference: Any, patience: float | None = None) -> Any:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, RayError):
             raise SourceDied(f"a process of the run died while another process waited for it: {error.cause}") from error
+        if isinstance(error.cause, Stop):  # its message is for the user and needs no traceback of the other process
+            raise error.cause from None
         raise error.as_instanceof_cause() from None
     except ray.exceptions.GetTimeoutError:
         raise WorkerDied(SILENT.format(patience)) from None

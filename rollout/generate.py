@@ -24,7 +24,7 @@ from rl.config import Source
 from rl.exits import DONE, FAILED, add_stop_option, run_command
 from rl.interrupt import run_async
 from rl.record.disk import hold_file
-from rl.types import Prompt
+from rl.types import BadPicture, LostPicture, Prompt
 from rollout.data.rows import read
 from rollout.pacore.client import NoAnswer, RequestRefused
 from rollout.pacore.prompt import Chat, SynthesisPrompt
@@ -127,8 +127,12 @@ async def generate(
 
     async def result(problem: Prompt) -> PacoreResult | str:
         try:
+            chat = openai_chat(problem)
+        except (BadPicture, LostPicture, OSError) as error:
+            return f"a picture cannot be read: {error}"
+        try:
             return await run_rounds(
-                openai_chat(problem),
+                chat,
                 settings.trajectories,
                 sample,
                 synthesis,

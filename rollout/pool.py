@@ -195,12 +195,13 @@ class EnginePool:
         """Converts a completion into a Rollout. The completion must have been sampled with the current weights."""
         return Rollout(
             prompt=prompt,
-            text=self.chat.text(completion.prompt_ids, completion.response_ids),
+            text="" if completion.lost else self.chat.text(completion.prompt_ids, completion.response_ids),
             finish=completion.finish,
             prompt_ids=completion.prompt_ids,
             response_ids=completion.response_ids,
             rollout_logprobs=completion.logprobs,
             policy_step=self.policy_step,
+            lost=completion.lost,
         )
 
     def _rollouts(

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from rl.config import Config
@@ -18,7 +18,7 @@ from rl.learner.features import FeatureStore
 from rl.learner.targets import make_targets
 from rl.record.metrics import rollout_metrics
 from rl.stop import Stop
-from rl.types import LostPicture, Picture, Prompt, Rollout, RowScore, Scored
+from rl.types import Picture, Prompt, Rollout, RowScore, Scored
 from rollout.data.pictures import PictureWatch
 from stages.ahead import Ahead
 from stages.base import Stage
@@ -152,10 +152,7 @@ def ppo_iteration(
     config = services.config
     stats: dict[str, float] = {}
     with services.interruptible():
-        try:
-            samples = _samples(iteration, prompts, services, state, clock)
-        except LostPicture as lost:  # no weight has changed yet in this iteration
-            raise LostPicture(str(lost), saves=True) from lost
+        samples = _still_shown(_samples(iteration, prompts, services, state, clock), services)
         if config.rollout.max_staleness:
             with clock("sync"):
                 stats |= catch_up(iteration - 1, prompts, services, state)
@@ -234,12 +231,23 @@ def _invalid(prompts: Sequence[Prompt], lost: Mapping[int, str], per_prompt: int
     return [Scored(Rollout(prompts[n], ""), 0.0, why) for n, why in lost.items() for _ in range(per_prompt)]
 
 
+def _still_shown(samples: Samples, services: Services) -> Samples:
+    """Returns the samples. Samples whose pictures cannot be read any more become invalid, because the learner could not
+    encode these pictures. Raises Stop if too many samples are invalid."""
+    prompts = list({id(s.rollout.prompt): s.rollout.prompt for s in samples.scored if s.invalid is None}.values())
+    lost = {id(prompts[n]): why for n, why in services.pictures.unreadable(prompts).items()}
+    if not lost:
+        return samples
+    marked = [replace(s, invalid=s.invalid or lost.get(id(s.rollout.prompt))) for s in samples.scored]
+    return replace(samples, scored=require_valid(marked, services.config.max_invalid_fraction))
+
+
 def learn(iteration: int, samples: Samples, services: Services, clock: Clock) -> dict[str, float]:
     """Computes values and targets, and updates critic and policy. Both updates run in parallel if the two models do not
     share a processor."""
     config, policy, critic = services.config, services.policy, services.critic
     batch = collate(samples.scored)
-    features = services.features.of(pictures(s.rollout for s in samples.scored if s.rollout.response_ids))
+    features = services.features.of(pictures(s.rollout for s in samples.scored if s.invalid is None))
     with clock("critic"):
         values, final = critic.values(batch, features)
         targets = make_targets(batch, values, final, config.ppo)

@@ -158,8 +158,16 @@ class RewardRunner:
     def submit_group(self, rollouts: Sequence[Rollout]) -> list[Future[Scored]]:
         """Scores all rollouts of one prompt. Group rewards score them together, other rewards score them one by one.
 
-        Returns the futures in the order of the rollouts.
+        Returns the futures in the order of the rollouts. A rollout whose picture was lost during sampling is invalid,
+        and with a group reward the whole group.
         """
+        if why := next((rollout.lost for rollout in rollouts if rollout.lost), ""):
+            if self.is_group(rollouts[0].prompt.task):
+                return [_done(Scored(rollout, 0.0, why)) for rollout in rollouts]
+            return [
+                _done(Scored(rollout, 0.0, rollout.lost)) if rollout.lost else self.submit(rollout)
+                for rollout in rollouts
+            ]
         task = self._task(rollouts[0].prompt.task)
         pending = [PendingScore(task, rollout) for rollout in rollouts]
         for index, part in enumerate(task.parts):
@@ -309,6 +317,12 @@ class Scoring:
                 f"{len(self._incomplete)} prompts do not have all of their {self._per_prompt} rollouts yet"
             )
         return self._runner.results([self._futures[place] for place in sorted(self._futures)])
+
+
+def _done(score: Scored) -> Future[Scored]:
+    future: Future[Scored] = Future()
+    future.set_result(score)
+    return future
 
 
 def _has_value(finished: Future[list[Outcome]]) -> bool:

@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rl.types import Completion, Picture, Request
+from rl.types import Completion, LostPicture, Picture, Request
 from rollout.vllm.plugin import CONFIG_FORMAT, register
 from rollout.weights.base import BACKEND, make_sender
 
@@ -132,7 +132,8 @@ class Engine:
             step. As long as no response is finished, an empty list is yielded every few seconds, to show that the
             engine is alive. A response has the prompt ids with all image tokens of each picture. Its response ids
             include the stop token if this token was sampled. The logprobs are in nats, under the distribution that the
-            tokens were sampled from. At temperature 0, the logprobs are under the model's own distribution.
+            tokens were sampled from. At temperature 0, the logprobs are under the model's own distribution. If a
+            picture of a request cannot be read any more, the response is empty, and its `lost` gives the reason.
         Raises: ValueError, with index and reason, for a request that cannot be served; RuntimeError if vLLM aborts a
             request, or if an earlier `load` failed.
         """
@@ -163,6 +164,8 @@ class Engine:
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
         steps = self._run([request], [params])
         ((_, output),) = [pair for finished in steps for pair in finished]
+        if isinstance(output, LostPicture):
+            raise output
         ids, logprobs = output.prompt_token_ids, output.prompt_logprobs
         if ids is None or logprobs is None or len(ids) != length:
             raise RuntimeError(f"vLLM should score a prompt of {length} tokens, but returned the token ids {ids}")
@@ -206,22 +209,30 @@ class Engine:
 
     def _run(
         self, requests: Sequence[Request], params: "list[SamplingParams]"
-    ) -> "Iterator[list[tuple[int, RequestOutput]]]":
+    ) -> "Iterator[list[tuple[int, RequestOutput | LostPicture]]]":
         """Yields lists of (index of the request, output). A list has the outputs that were completed in one engine
-        step."""
+        step. The output is a LostPicture if a picture of the request cannot be read."""
         from vllm.exceptions import VLLMClientError
 
         self._reset_caches()
         engine = self._llm.llm_engine
         ids: list[str] = []
+        indices: list[int] = []  # for each of `ids`: the index of the request
         last_yield = time.monotonic()
         try:
-            for prompts in _prompts(requests):
-                ids += self._llm.enqueue(prompts, params[len(ids) : len(ids) + len(prompts)], use_tqdm=False)
-            first = int(ids[0].partition("-")[0])  # vLLM's request id: a number and random characters
+            for batch in _prompts(requests):
+                lost: list[Any] = [(index, prompt) for index, prompt in batch if isinstance(prompt, LostPicture)]
+                if lost:
+                    yield lost
+                readable = [(index, prompt) for index, prompt in batch if not isinstance(prompt, LostPicture)]
+                if readable:
+                    chosen = [params[index] for index, _ in readable]
+                    ids += self._llm.enqueue([prompt for _, prompt in readable], chosen, use_tqdm=False)
+                    indices += [index for index, _ in readable]
+            first = int(ids[0].partition("-")[0]) if ids else 0  # vLLM's request id: a number and random characters
             while engine.has_unfinished_requests():
                 outputs: list[Any] = engine.step()
-                finished = [(int(output.request_id) - first, output) for output in outputs if output.finished]
+                finished = [(indices[_number(output) - first], output) for output in outputs if output.finished]
                 if finished or time.monotonic() - last_yield > HEARTBEAT_S:
                     last_yield = time.monotonic()
                     yield finished
@@ -411,25 +422,32 @@ def _picture_tokens(llm: "LLM") -> Any:
     return info.get_image_processor()
 
 
-def _prompts(requests: Sequence[Request]) -> Iterator[list[Any]]:
-    """Yields the prompts of all requests, in order and in vLLM's format.
+def _number(output: "RequestOutput") -> int:
+    """Returns the number at the beginning of a request's id in vLLM."""
+    return int(output.request_id.partition("-")[0])
+
+
+def _prompts(requests: Sequence[Request]) -> Iterator[list[tuple[int, Any]]]:
+    """Yields lists of (index of the request, prompt in vLLM's format) for all requests, in order. A prompt is a
+    LostPicture if one of its pictures cannot be read.
 
     A list ends when its decoded pictures have MOST_DECODED bytes. Each distinct picture of a list is decoded once. The
     digest of a picture is its id in vLLM.
     """
     images: dict[str, Any] = {}
-    prompts: list[Any] = []
+    prompts: list[tuple[int, Any]] = []
     decoded = 0
-    for request in requests:
+    for index, request in enumerate(requests):
         for picture in request.images:
             if picture.digest not in images:
-                images[picture.digest] = picture.load()
-                decoded += BYTES_PER_PIXEL * math.prod(picture.size)
+                images[picture.digest] = image = _loaded(picture)
+                decoded += 0 if isinstance(image, LostPicture) else BYTES_PER_PIXEL * math.prod(image.size)
+        shown = [images[picture.digest] for picture in request.images]
         prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_ids)}
-        if request.images:
-            prompt["multi_modal_data"] = {"image": [images[p.digest] for p in request.images]}
+        if shown:
+            prompt["multi_modal_data"] = {"image": shown}
             prompt["multi_modal_uuids"] = {"image": [p.digest for p in request.images]}
-        prompts.append(prompt)
+        prompts.append((index, next((one for one in shown if isinstance(one, LostPicture)), prompt)))
         if decoded >= MOST_DECODED:
             yield prompts
             images, prompts, decoded = {}, [], 0
@@ -437,7 +455,16 @@ def _prompts(requests: Sequence[Request]) -> Iterator[list[Any]]:
         yield prompts
 
 
-def _completion(output: "RequestOutput", prompt_length: int) -> Completion:
+def _loaded(picture: Picture) -> Any:
+    try:
+        return picture.load()
+    except LostPicture as lost:
+        return lost
+
+
+def _completion(output: "RequestOutput | LostPicture", prompt_length: int) -> Completion:
+    if isinstance(output, LostPicture):
+        return Completion((), (), (), "stop", str(output))
     (sampled,) = output.outputs
     if sampled.finish_reason not in ("stop", "length"):
         raise RuntimeError(f"vLLM ended request {output.request_id} with the finish reason {sampled.finish_reason!r}")

@@ -76,7 +76,7 @@ class PolicySampler:
         kind, scores = f"{filter_name} said", RolloutScores(self.scorer, answers, filter_name)
         for prompt in prompts:
             self._score(prompt, range(count), count, kind, answers, scores)
-        missing = [[n for n in range(count) if answers.get(kind, p.id, n) is None] for p in prompts]
+        missing = [[n for n in range(count) if not _is_response(answers.get(kind, p.id, n))] for p in prompts]
         requests = [
             self.requests(filter_name, prompt, numbers, longest) if numbers else []
             for prompt, numbers in zip(prompts, missing, strict=True)
@@ -86,6 +86,7 @@ class PolicySampler:
             prompt, n = places[index]
             text = self.chat.text(completion.prompt_ids, completion.response_ids)
             record = {"text": text, "finish": completion.finish, "tokens": len(completion.response_ids)}
+            record |= {"lost": completion.lost} if completion.lost else {}
             answers.put(kind, prompt.id, n, record)
             self._score(prompt, [n], count, kind, answers, scores)
         found = scores.wait(self.limit)
@@ -194,7 +195,13 @@ class RowScores(Scores[Prompt, RowScore]):
 
 
 def _rollout(prompt: Prompt, record: Record) -> Rollout:
-    return Rollout(prompt, record["text"], record["finish"])
+    return Rollout(prompt, record["text"], record["finish"], lost=record.get("lost", ""))
+
+
+def _is_response(record: Record | None) -> bool:
+    """False if nothing is stored, or if there was no response because a picture could not be read. The engine is then
+    asked again."""
+    return record is not None and "lost" not in record
 
 
 def _json_value(value: Any) -> Any:

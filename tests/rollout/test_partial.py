@@ -142,3 +142,13 @@ def test_the_first_iteration_starts_the_extra_prompts_and_no_prompt_is_skipped(s
     made["rollout"]["partial"] = None if share is None else {"extra_prompts": share}
     asked = Config.model_validate(made)
     assert [asked.prompt_range(i) for i in (1, 2, 3)] == expected
+
+
+def test_a_group_whose_picture_was_lost_is_complete_and_says_why() -> None:
+    sampler, engine = partial([3, 9], wanted=1, chunk=4)
+    answer = engine._answer
+    engine._answer = lambda request: (  # pyrefly: ignore[bad-assignment]
+        Completion((), (), (), "stop", "picture lost") if request.prompt_ids[0] == 1 else answer(request)
+    )
+    (rollout,) = in_order(sampler.sample(PROMPTS[1:2], 1, 1))
+    assert (rollout.lost, rollout.response_ids, rollout.finish) == ("picture lost", (), "stop")

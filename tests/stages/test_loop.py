@@ -2,7 +2,7 @@
 become more likely."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,3 +142,23 @@ def test_a_difference_on_rows_with_pictures_stops_the_run_and_names_a_row(servic
         RuntimeError, match=r"on 1 rows with pictures.* differ by 0\.3000 nats .*most on row shown \(0\.3000\)"
     ):
         check_rows([row], replace(services, sampler=Lying(policy_of(services), lie=0.3)))
+
+
+def test_a_picture_that_vanishes_during_sampling_makes_the_samples_of_its_row_invalid(
+    services: Services, tmp_path: Path
+) -> None:
+    file = tmp_path / "one.png"
+    tiny.image((8, 8)).save(file)
+    shown = replace(PROMPTS[0], id="shown", images=(Picture.of(file),))
+
+    class Removing(Scripted):
+        def sample(self, prompts: Sequence[Prompt], per_prompt: int, iteration: int) -> Iterator[tuple[int, Rollout]]:
+            plain = {prompt.id: replace(prompt, images=()) for prompt in prompts}
+            for index, rollout in super().sample(list(plain.values()), per_prompt, iteration):
+                yield index, replace(rollout, prompt=shown if rollout.prompt.id == "shown" else rollout.prompt)
+            file.unlink()
+
+    services = with_options(replace(services, sampler=Removing(policy_of(services))), max_invalid_fraction=0.25)
+    metrics, scored = ppo_iteration(1, [shown, *PROMPTS[1:]], PROMPTS, services, LoopState(), Clock())
+    assert metrics["reward/invalid_fraction"] == 0.25
+    assert {s.rollout.prompt.id for s in scored if s.invalid} == {"shown"}

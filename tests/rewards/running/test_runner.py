@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -115,6 +116,14 @@ def test_a_truncated_member_of_a_group_gets_the_lowest_value(runner: RewardRunne
 def test_a_group_that_cannot_be_scored_is_invalid_as_a_whole(runner: RewardRunner, text: str, why: str) -> None:
     scored = runner.score([rollout(text, task="rank"), rollout(text, task="rank")])
     assert all(s.invalid and why in s.invalid for s in scored)
+
+
+@pytest.mark.parametrize("task", ["rank", "obey"])
+def test_a_rollout_whose_picture_was_lost_is_invalid_without_being_scored(runner: RewardRunner, task: str) -> None:
+    lost = replace(rollout("", task=task), lost="picture 12 cannot be read")
+    scored = runner.score([lost, rollout("x", task=task)])
+    assert scored[0].invalid == "picture 12 cannot be read"
+    assert (scored[1].invalid is None) == (task == "obey")  # a group is scored as a whole
 
 
 def test_a_group_reward_cannot_be_submitted_one_by_one(runner: RewardRunner) -> None:

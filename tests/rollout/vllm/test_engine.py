@@ -5,7 +5,7 @@ import copy
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from transformers import Qwen3ForCausalLM
 
 from benchmarks.harness import busy_process
 from rl.model.config import StepVLConfig
-from rl.types import Completion, Request
+from rl.types import Completion, Picture, Request
 from rollout.vllm.engine import Engine
 from tests.conftest import Served
 from tests.support import tiny
@@ -191,7 +191,7 @@ def _reuse(engine: Engine, batch: list[Request]) -> tuple[int, int]:
         )
 
         def noting(*given: Any) -> Iterator[list[tuple[int, Any]]]:
-            for finished in run(*given):
+            for finished in cast(Any, run)(*given):
                 cached.extend(output.num_cached_tokens for _, output in finished)
                 yield finished
 
@@ -220,6 +220,24 @@ def test_each_request_keeps_its_own_seed(step_vl: Served) -> None:
     assert one == again
     # With the `top_k: 1` of the folder's generation config, both responses would be equal. So this config is not used.
     assert one != two
+
+
+def test_a_picture_that_cannot_be_read_any_more_costs_only_its_own_requests(step_vl: Served, tmp_path: Path) -> None:
+    file = tmp_path / "gone.png"
+    tiny.image(tiny.ONE_CROP).save(file)
+    gone = Picture.of(file)
+    assert gone.size == tiny.ONE_CROP  # the size is known before the file is removed, as in a run
+    ask = [
+        Request((tiny.IMAGE, *tiny.word_ids(9)), (picture,), 8, seed=1) for picture in (gone, tiny.picture((60, 50)))
+    ]
+    whole = step_vl.engine.generate(ask[1:])
+    file.unlink()
+    lost, answered, again = step_vl.engine.generate([ask[0], ask[1], ask[0]])
+    assert [answered] == whole
+    for one in (lost, again):
+        assert one.response_ids == () and "gone.png) cannot be read" in one.lost
+    (only,) = step_vl.engine.generate(ask[:1])
+    assert only.lost == lost.lost
 
 
 def test_greedy_and_sampled_requests_in_one_call_are_refused(step_vl: Served) -> None:
