@@ -3,6 +3,7 @@ and that differences between folders are found."""
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from rollout.comparison import (
     question,
     questions,
 )
-from tests.support import tiny, transformers_4
+from tests.support import stock_vllm, tiny, transformers_4
 from tests.support.data_rows import jsonl
 from tests.support.engine_process import vllm_process
 from tests.support.models import transformers_name
@@ -59,9 +60,20 @@ def largest(one: list[list[float]], two: list[list[float]], asked: list[Question
     return difference(("one", one), ("two", two), asked).largest
 
 
-def make_text_folder(family: str, folder: Path) -> None:
+ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 128, "factor": 4.0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "tied": {"tie_word_embeddings": True},
+    "linear": {"rope_parameters": ROPE | {"rope_type": "linear"}},
+    "llama3": {"rope_parameters": ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    "yarn": {"rope_parameters": ROPE | {"rope_type": "yarn"}},
+    "odd vocabulary": {"vocab_size": tiny.VOCABULARY + 1},
+    "one key-value head for all": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 1},
+}
+
+
+def make_text_folder(family: str, folder: Path, **options: Any) -> None:
     config, cls = FAMILIES[family]
-    model = cls(config(**{**SIZES, "architectures": None})).float().eval()
+    model = cls(config(**{**SIZES, "architectures": None, **options})).float().eval()
     tiny.randomize(model, 3)
     model.save_pretrained(folder)
     tiny.save_tokenizer(folder)
@@ -69,7 +81,22 @@ def make_text_folder(family: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_learner_engine_and_transformers_agree_on_every_text_family(family: str, tmp_path: Path) -> None:
-    make_text_folder(family, tmp_path)
+    assert_programs_agree(family, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_learner_engine_and_transformers_agree_on_variants_of_every_text_family(
+    family: str, variant: str, tmp_path: Path
+) -> None:
+    if family == "phi3" and "rope_parameters" in VARIANTS[variant]:
+        pytest.skip("transformers' Phi-3 accepts only longrope, which this project does not support")
+    assert_programs_agree(family, tmp_path, **VARIANTS[variant])
+
+
+def assert_programs_agree(family: str, tmp_path: Path, **options: Any) -> None:
+    make_text_folder(family, tmp_path, **options)
     asked = questions(tmp_path, None, 1)
     assert programs_for(tmp_path) == ("learner", "vllm", "transformers")
     ours, theirs = (score(tmp_path, asked, Setting()) for score in (by_learner, by_transformers))
@@ -139,6 +166,38 @@ def test_saved_folders_have_the_same_logprobs_in_transformers_4(
     (ours,) = by_learner(tmp_path / "saved", [question("words", ids[:1], ids[1:])], Setting())
     theirs = transformers_4.logprobs_of(transformers_4_57, tmp_path / "saved", list(ids), decoder=family == "step_vl")
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < PARITY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*FAMILIES, "step_vl"])
+def test_saved_folders_have_the_same_logprobs_in_stock_vllm(family: str, tmp_path: Path) -> None:
+    """vLLM without our plugin. Its STEP3-VL needs the Python file of the published folder, so this file is kept."""
+    source, saved = tmp_path / "source", tmp_path / "saved"
+    if family == "step_vl":
+        published_size(source)
+        stock_vllm.add_remote_config(source)
+    else:
+        make_text_folder(family, source)
+    hf_folder.save(hf_folder.load(source), saved, source=source)
+    ids = tiny.word_ids(60, 4)
+    (ours,) = by_learner(saved, [question("words", ids[:1], ids[1:])], Setting())
+    theirs = stock_vllm.logprobs_of(saved, list(ids))
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < PARITY
+
+
+def published_size(folder: Path) -> None:
+    """Makes a STEP3-VL folder with the published sizes of views, because stock vLLM has no others."""
+    tiny.make_step_vl(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"image_token_len": 169, "patch_token_len": 81}
+    config["vision_config"] |= {"image_size": 728, "patch_size": 14}
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    model = hf_folder.build(hf_folder.read_config(folder), device="cpu").float()
+    tiny.randomize(model, 5)
+    hf_folder.save(model, folder)
+    tiny.save_tokenizer(folder)
 
 
 def test_tensors_of_two_folders_are_compared(tmp_path: Path) -> None:
