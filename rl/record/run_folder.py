@@ -209,7 +209,12 @@ def image_part(picture: Picture) -> dict[str, Any]:
     if the picture is stored as bytes."""
     if isinstance(picture.source, bytes):
         return {"type": "image", "digest": picture.digest}
-    return {"type": "image", "image": str(picture.source)}
+    return {"type": "image", "image": str(picture.source)} | as_stored(picture)
+
+
+def as_stored(picture: Picture) -> dict[str, bool]:
+    """Returns the key of an image part that says that the picture must not be turned, or {}."""
+    return {} if picture.upright else {"as_stored": True}
 
 
 def messages_of(prompt: Prompt, part_of: Callable[[Picture], dict[str, Any]] = image_part) -> list[dict[str, Any]]:

@@ -127,7 +127,7 @@ def open_picture(
 
     Args:
         source: a path, encoded bytes, base64 (alone or in a data: URL), or the {bytes, path} of a Hugging Face Image
-            column.
+            column. In {as_stored: source}, the picture is not turned.
         base: the folder that relative paths start from. None: relative paths are refused.
         folders: the folders in which pictures may be. Links are followed before a path is compared.
         known: (path, upright) -> picture, for pictures that were opened before. If this function opens a path, it
@@ -136,6 +136,8 @@ def open_picture(
         shown: computes the size in which the model is shown a picture.
     Raises: InvalidRow.
     """
+    if isinstance(source, dict) and "as_stored" in source:
+        source, upright = source["as_stored"], False
     if isinstance(source, dict):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, bytes):
@@ -222,6 +224,8 @@ def _parse_part(number: int, part: Any) -> list[Part]:
     match keys:
         case {"type": "image", **rest} if rest.keys() <= {"image"}:
             return [keys]
+        case {"type": "image", "image": source, "as_stored": bool(as_stored), **rest} if not rest:
+            return [{"type": "image", "image": {"as_stored": source} if as_stored else source}]
         case {"type": "image_url" | "input_image", "image_url": str(url), **rest} if rest.keys() <= {"detail"}:
             return [{"type": "image", "image": url}]
         case {"type": "image_url", "image_url": {"url": str(url)}, **rest} if not rest:  # as in OpenAI's chats

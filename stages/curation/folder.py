@@ -16,7 +16,7 @@ from rl.config import Config
 from rl.exits import InputError, as_input_error
 from rl.recipe.resolve import differences, load
 from rl.record.disk import LOCK, hold, write_file, writing
-from rl.record.run_folder import image_part, messages_of
+from rl.record.run_folder import as_stored, image_part, messages_of
 from rl.types import Picture, Prompt
 from stages.curation.filters import CandidateRow, Decision
 
@@ -127,7 +127,7 @@ class CurationFolder:
         path = self.path / "rows" / "pictures" / picture.digest
         if not path.is_file():
             write_file(path, picture.source if isinstance(picture.source, bytes) else picture.source.read_bytes())
-        return {"type": "image", "image": f"pictures/{picture.digest}"}
+        return {"type": "image", "image": f"pictures/{picture.digest}"} | as_stored(picture)
 
 
 def row_record(row: CandidateRow, part_of: Callable[[Picture], dict[str, Any]] = image_part) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from rl.config import Source
+from rl.record.run_folder import messages_of
 from rollout.data.errors import RowError
 from rollout.data.rows import read, read_samples
 from tests.support.data_rows import jsonl, only_prompt, parquet, png, read_rows, reasons, row, text, user
+from tests.support.photos import stored
 
 
 def test_content_without_a_picture_becomes_one_text(tmp_path: Path) -> None:
@@ -160,3 +162,15 @@ def test_only_samples_may_have_a_digest_in_place_of_a_picture(tmp_path: Path, di
         assert "a picture must be a path or bytes" in reason or "must be {type: text" in reason
     with pytest.raises(RowError, match=r"digest of a picture must be 64|must be \{type: text"):
         read_samples(jsonl(tmp_path, row(messages=user({"type": "image", "digest": digest}), response="4")))
+
+
+def test_a_part_can_say_that_its_picture_must_not_be_turned(tmp_path: Path) -> None:
+    (tmp_path / "one.jpg").write_bytes(stored(6))
+    turned, lying = ({"type": "image", "image": "one.jpg"} | more for more in ({}, {"as_stored": True}))
+    prompt = only_prompt(jsonl(tmp_path, row(messages=user(turned, lying))))
+    first, second = prompt.images
+    assert first.size == second.size[::-1] and first.digest != second.digest
+    written = messages_of(prompt)[0]["content"]
+    assert [part.get("as_stored", False) for part in written] == [False, True]
+    again = only_prompt(jsonl(tmp_path, row(messages=[{"role": "user", "content": written}])))
+    assert again.images == prompt.images
