@@ -280,7 +280,10 @@ class _Run:
         """Runs all iterations after the iteration `done`. Then publishes the final policy and shows the table of
         results."""
         if self.done is None:
+            encoded = self.services.features.forwards
             gap = check_rows(self.plan.held_out or self.plan.train, self.services)
+            encoded = self.services.features.forwards - encoded  # not part of an iteration, so not reported
+            self.state.reported = replace(self.state.reported, learner=self.state.reported.learner + encoded)
             self._record({"iteration": 0, "stage": self.config.stage, **gap, **self._evaluation()})
             self.done = 0
         for iteration in range(done + 1, self.config.iterations + 1):
