@@ -24,6 +24,8 @@ Finish = Literal["stop", "length"]
 Resize = Callable[[tuple[int, int]], tuple[int, int]]
 """(width, height) of a picture in pixels -> another (width, height)."""
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+NEVER_BIAS = -100.0
+"""Added to the logits of tokens that a model must never sample. It is the lowest bias that vLLM accepts."""
 SYNTHESIS_TEMPLATE = "pacore.jinja"
 """Name of a template file in a model folder. The template combines a problem and earlier answers into one prompt. The
 model was trained with prompts from this template."""

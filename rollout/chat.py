@@ -38,9 +38,9 @@ class Chat:
         if not self.tokenizer.chat_template:
             raise ValueError(f"{folder} has no chat template; set model.chat_template of the recipe to a Jinja file")
         self.image = family(self.config).image_token(self.config)
-        if self.image and self.tokenizer.convert_tokens_to_ids(self.image.text) != self.image.id:
+        if self.image and self.tokenizer.convert_tokens_to_ids(self.image.token) != self.image.id:
             raise ValueError(
-                f"{folder}: the tokenizer's id of {self.image.text} is not the config's image_token_id {self.image.id}"
+                f"{folder}: the tokenizer's id of {self.image.token} is not the config's image_token_id {self.image.id}"
             )
 
         self._control = frozenset(self.tokenizer.all_special_ids)

@@ -10,6 +10,7 @@ import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -231,8 +232,9 @@ def by_learner(folder: Path, asked: Sequence[Question], setting: Setting) -> lis
     result = []
     for question in asked:
         digests = tuple(picture.digest for picture in question.pictures)
-        group = Group(question.expanded_ids, digests, (question.response_ids,), (0,))
-        (row,) = pack([group], group.tokens, model.image_token_id)
+        sizes = tuple(picture.size for picture in question.pictures)
+        group = Group(question.expanded_ids, digests, (question.response_ids,), (0,), sizes)
+        (row,) = pack([group], group.tokens, model.image_token_id, partial(model.positions, model.config))
         with torch.no_grad():
             features = {one.digest: model.features([one.load()])[0] for one in question.pictures}
             found, _ = PolicyModel(model.model, model.lm_head)(row, features, 1.0)

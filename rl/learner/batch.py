@@ -24,6 +24,7 @@ class Group:
     images: tuple[str, ...]  # digests of the pictures, in prompt order
     responses: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of the pictures, in pixels
 
     @property
     def tokens(self) -> int:
@@ -95,6 +96,7 @@ def _groups(valid: Sequence[Scored]) -> list[Group]:
             tuple(p.digest for p in valid[rows[0]].rollout.prompt.images),
             tuple(valid[row].rollout.response_ids for row in rows),
             tuple(rows),
+            tuple(p.size for p in valid[rows[0]].rollout.prompt.images),
         )
         for (_, prompt_ids), rows in members.items()
     ]

@@ -5,7 +5,7 @@ positions of its prompt.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +25,7 @@ class PackedRow:
     """
 
     token_ids: Tensor  # [T] int64
-    position_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [1, T] int64, or [3, T] for models with three positions per token
     image_slots: Tensor  # [T] bool; True on the prompt tokens that stand for a picture
     images: tuple[str, ...]  # digests of the pictures, in the order of their slots
     layout: Layout
@@ -52,7 +52,19 @@ class PackedRow:
         return batch_tensor[self.batch_rows, : int(self.column.max()) + 1]
 
 
-def pack(groups: Sequence[Group], token_budget: int, image_token_id: int | None) -> list[PackedRow]:
+Positions = Callable[[Sequence[int], Sequence[tuple[int, int]]], tuple[Tensor, int]]
+"""(prompt ids, sizes of the pictures) -> the positions of the prompt [1 or 3, P], and the first position after it. See
+`Architecture.positions`."""
+
+
+def text_positions(prompt_ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
+    """Returns the positions 0, 1, 2, ... of a prompt."""
+    return torch.arange(len(prompt_ids))[None], len(prompt_ids)
+
+
+def pack(
+    groups: Sequence[Group], token_budget: int, image_token_id: int | None, positions: Positions = text_positions
+) -> list[PackedRow]:
     """Packs groups into packed rows of at most `token_budget` tokens, by first-fit decreasing. The result is always the
     same for the same groups.
 
@@ -60,13 +72,15 @@ def pack(groups: Sequence[Group], token_budget: int, image_token_id: int | None)
 
     Raises: ValueError if a prompt with one response is larger than the budget.
     """
-    return [_packed_row(row, image_token_id) for row in _first_fit(_split(groups, token_budget), token_budget)]
+    rows = _first_fit(_split(groups, token_budget), token_budget)
+    return [_packed_row(row, image_token_id, positions) for row in rows]
 
 
 def rows_of_rank(
     groups: Sequence[Group],
     token_budget: int,
     image_token_id: int | None,
+    positions: Positions = text_positions,
     *,
     rank: int,
     ranks: int,
@@ -82,8 +96,8 @@ def rows_of_rank(
     rows = [_first_fit([parts[i] for i in share], token_budget) for share in shares]
     smallest = min((row for share in rows for row in share), key=lambda row: sum(part.tokens for part in row))
     missing = max(map(len, rows)) - len(rows[rank])
-    filler = [replace(_packed_row(smallest, image_token_id), counts=False)] * missing
-    return [_packed_row(row, image_token_id) for row in rows[rank]] + filler
+    filler = [replace(_packed_row(smallest, image_token_id, positions), counts=False)] * missing
+    return [_packed_row(row, image_token_id, positions) for row in rows[rank]] + filler
 
 
 def balanced(work: Sequence[float], parts: int) -> list[list[int]]:
@@ -144,9 +158,9 @@ def _split_group(group: Group, token_budget: int) -> list[Group]:
     return [group.only(part) for part in parts if part]
 
 
-def _packed_row(groups: Sequence[Group], image_token_id: int | None) -> PackedRow:
+def _packed_row(groups: Sequence[Group], image_token_id: int | None, positions: Positions) -> PackedRow:
     ids: list[int] = []
-    positions: list[int] = []
+    places: list[Tensor] = []
     slots: list[bool] = []
     spans: list[Span] = []
     before: list[int] = []
@@ -157,7 +171,8 @@ def _packed_row(groups: Sequence[Group], image_token_id: int | None) -> PackedRo
         start, prompt = len(ids), len(group.prompt_ids)
         spans.append(Span(prompt, tuple(map(len, group.responses))))
         ids += group.prompt_ids
-        positions += range(prompt)
+        of_prompt, following = positions(group.prompt_ids, group.sizes)
+        places.append(of_prompt)
         slots += [token == image_token_id for token in group.prompt_ids]
         for response in group.responses:
             first = len(ids)
@@ -165,13 +180,13 @@ def _packed_row(groups: Sequence[Group], image_token_id: int | None) -> PackedRo
             responses += [len(last)] * len(response)
             columns += range(len(response))
             ids += response
-            positions += range(prompt, prompt + len(response))
+            places.append(torch.arange(following, following + len(response)).expand(len(of_prompt), -1))
             slots += [False] * len(response)
             last.append(len(ids) - 1)
     targets = [t for group in groups for response in group.responses for t in response]
     return PackedRow(
         token_ids=torch.tensor(ids),
-        position_ids=torch.tensor(positions),
+        position_ids=torch.cat(places, -1),
         image_slots=torch.tensor(slots),
         images=tuple(digest for group in groups for digest in group.images),
         layout=Layout(tuple(spans)),

@@ -76,7 +76,7 @@ class Policy(Sharded):
 
     def prepare(self, base: Any) -> None:
         """Splits the decoder over the ranks, and freezes the parts in `options.model.freeze`."""
-        self.model, self.decoder = base, PolicyModel(base.model, base.lm_head)
+        self.model, self.decoder = base, PolicyModel(base.model, base.lm_head, base.never_sampled(base.config))
         self.ranks.shard(self.decoder, base.model.layers, self.dtype)
         frozen = tuple(p for name in self.options.model.freeze for p in base.frozen_prefixes[name])
         for name, parameter in base.named_parameters():
@@ -106,7 +106,8 @@ class Policy(Sharded):
         tensors = self.ranks.gather(self.trained, self.dtype)
         if tensors and getattr(self.model.config, "tie_word_embeddings", False):
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-        return {n: t.numpy() if t.dtype == torch.float32 else t for n, t in tensors.items()}
+        named = {self.model.disk_name(name): tensor for name, tensor in tensors.items()}
+        return {n: t.numpy() if t.dtype == torch.float32 else t for n, t in named.items()}
 
     def _forward(self, row: PackedRow, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Returns the logprobs and the entropies of the responses in a packed row. Both are [k, longest]."""

@@ -3,6 +3,7 @@ reads and writes checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,6 +39,7 @@ class Sharded:
             yarn=options.model.yarn,
         )
         self.image_token_id, self._decoder = base.image_token_id, base.model
+        self.positions = partial(type(base).positions, base.config)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: list[Any] = []
         if options.learner.activation_checkpointing:
@@ -130,6 +132,7 @@ class Sharded:
             groups,
             self.options.learner.token_budget,
             self.image_token_id,
+            self.positions,
             rank=self.ranks.rank,
             ranks=self.ranks.count,
             pairs_per_token=pairs_per_token(self._decoder.config),

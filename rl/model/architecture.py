@@ -1,9 +1,9 @@
 """Defines Architecture, the base class of all model families. The class declares all methods and attributes that the
 learner needs from a vision-language model.
 
-The attributes of a model have the same names as its tensors on disk. rl/model/packed.py runs the decoder trunk (the
-decoder without its head) on packed rows. There are two kinds of families: StepVL (rl/model/step_vl.py) and text-only
-Hugging Face decoders (rl/model/text.py).
+The attributes of a model have the published names of its tensors (see `disk_name` for exceptions). rl/model/packed.py
+runs the decoder trunk (the decoder without its head) on packed rows. The families are in rl/model/step_vl.py,
+rl/model/qwen_vl.py and rl/model/text.py.
 
 Tested in tests/rl/model/test_step_vl.py and tests/rl/model/test_text.py.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,7 +23,8 @@ from rl.model.layout import Size
 class ImageToken:
     """The token that stands for a picture in the prompts of a model."""
 
-    text: str  # the token's text in the tokenizer
+    text: str  # the text that stands for a picture in a chat; its tokens include the image token once
+    token: str  # the token's text in the tokenizer
     id: int
     expansion: Callable[[Size], int]  # (width, height) of a picture in pixels -> number of prompt tokens of the picture
     words: Callable[[Size], list[str]]  # (width, height) -> the words of the tokenizer that stand for the picture
@@ -33,8 +35,9 @@ class Architecture(nn.Module):
     """A model of one family, built from a config."""
 
     frozen_prefixes: ClassVar[dict[str, tuple[str, ...]]]  # name in model.freeze -> prefixes of the frozen tensors
+    disk_prefixes: ClassVar[tuple[tuple[str, str], ...]] = ()  # (prefix here, prefix on disk), if they differ
     config: Any
-    model: Any  # decoder trunk: inputs_embeds [1, T, hidden], position_ids [1, T] -> last_hidden_state
+    model: Any  # decoder trunk: inputs_embeds [1, T, hidden], position_ids [1, T] or [3, 1, T] -> last_hidden_state
     lm_head: nn.Linear
 
     def __init__(self, config: Any) -> None:
@@ -45,6 +48,35 @@ class Architecture(nn.Module):
     def image_token(cls, config: Any) -> ImageToken | None:
         """Returns the image token of models with this config, or None if these models accept no pictures."""
         raise NotImplementedError
+
+    @classmethod
+    def never_sampled(cls, config: Any) -> tuple[int, ...]:
+        """Returns the ids that engine and learner leave out of the softmax, because a response must not have them."""
+        return ()
+
+    @classmethod
+    def positions(cls, config: Any, prompt_ids: Sequence[int], sizes: Sequence[Size]) -> tuple[Tensor, int]:
+        """Returns the positions of a prompt's tokens, [1 or 3, P] int64, and the position of the first response token.
+
+        Args:
+            prompt_ids: [P], with all tokens of each picture.
+            sizes: (width, height) in pixels of each picture.
+        """
+        return torch.arange(len(prompt_ids))[None], len(prompt_ids)
+
+    @classmethod
+    def disk_name(cls, name: str) -> str:
+        """Returns the name on disk of the tensor `name` of this class."""
+        for here, on_disk in cls.disk_prefixes:
+            if name.startswith(here):
+                return on_disk + name.removeprefix(here)
+        return name
+
+    def materialize(self, device: str) -> None:
+        """Computes the tables of rotary positions. They are not stored on disk, and they are empty in a model that was
+        built on the device "meta"."""
+        trunk = self.model
+        trunk.rotary_emb = type(trunk.rotary_emb)(config=trunk.config, device=device)
 
     @property
     def image_token_id(self) -> int | None:

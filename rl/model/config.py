@@ -164,6 +164,8 @@ def with_yarn(config: PretrainedConfig, factor: float | None) -> PretrainedConfi
     text = getattr(config, "text_config", config)
     if text.model_type == "phi3":
         raise ValueError("model.yarn cannot extend a Phi-3 model, because transformers' Phi-3 accepts no YaRN")
+    if "mrope_section" in text.rope_parameters:
+        raise ValueError(f"model.yarn is not supported for {config.model_type}, which has three positions per token")
     rope = dict(text.rope_parameters)
     if (kind := rope.get("rope_type", "default")) not in ("default", "yarn"):
         raise ValueError(f"the positions are already extended by {kind}; YaRN cannot extend them again")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CONFIG, QUANTIZATION = "config.json", "hf_quant_config.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 MOST_BYTES = 16 << 20
 MOST_LAYERS = 4096  # the largest public decoders have fewer than 200 layers
 LARGEST = 2**53  # the largest integer that every reader of JSON can represent
@@ -53,6 +54,20 @@ def read(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def preprocessor(folder: Path) -> dict[str, Any]:
+    """Returns the options of a folder's image processor. Raises CheckpointError if they are missing."""
+    for name, key in ((PREPROCESSOR, None), (PROCESSOR, "image_processor")):
+        if (folder / name).is_file():
+            try:
+                found = json.loads((folder / name).read_text(encoding="utf-8"))
+                found = found if key is None else found[key]
+                if isinstance(found, dict):
+                    return found
+            except (ValueError, KeyError, TypeError, RecursionError):
+                pass
+    raise CheckpointError(f"{folder} has no {PREPROCESSOR} with the options of its image processor")
+
+
 def write(config: "PretrainedConfig", folder: Path, dtype: "Dtype") -> None:
     """Writes a config.json that transformers 4 and 5 and vLLM read in the same way. `dtype` is the dtype of the saved
     tensors.
@@ -61,6 +76,7 @@ def write(config: "PretrainedConfig", folder: Path, dtype: "Dtype") -> None:
     use a base of 10,000 without a warning. It reads `rope_theta` and `rope_scaling`, which are written too.
     """
     config = deepcopy(config)
+    config.__dict__.pop("preprocessor", None)  # it has a file of its own
     for part in (config, config.get_text_config()):
         part.dtype = dtype
     config.save_pretrained(folder)

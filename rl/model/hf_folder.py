@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -18,6 +17,7 @@ from rl.model import attention, config_file
 from rl.model.architecture import Architecture, ImageToken
 from rl.model.config import register, with_yarn
 from rl.model.config_file import CheckpointError
+from rl.model.qwen_vl import FAMILIES as QWEN_VL
 from rl.model.registry import FAMILIES, family
 from rl.model.text import FAMILIES as CAUSAL_CLASSES
 from rl.model.text import check_decoder
@@ -55,7 +55,12 @@ def read_config(folder: str | Path, *, yarn: float | None = None) -> PretrainedC
     if kind in CAUSAL_CLASSES:  # some folders name another class, or none
         raw["architectures"] = [CAUSAL_CLASSES[kind]]
     try:
-        return with_yarn(AutoConfig.for_model(kind, **raw), yarn)
+        config = AutoConfig.for_model(kind, **raw)
+        if kind in QWEN_VL:
+            config.preprocessor = config_file.preprocessor(Path(folder))
+        return with_yarn(config, yarn)
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises errors of many classes for a damaged config
         raise CheckpointError(f"{folder}/config.json: {error or type(error).__name__}") from error
 
@@ -146,7 +151,7 @@ def load(
     if getattr(model.config, "tie_word_embeddings", False):
         # Because of assign=True, the head and the embedding are now two parameters. Here they become one again.
         model.lm_head.weight = model.model.embed_tokens.weight
-    materialize(model.model, device)
+    model.materialize(device)
     return model.eval()
 
 
@@ -182,12 +187,6 @@ def _check_tensors(
             )
 
 
-def materialize(trunk: Any, device: str = "cpu") -> None:
-    """Computes the tables of rotary positions. They are not stored on disk, and they are empty in a model that was
-    built on the device "meta"."""
-    trunk.rotary_emb = type(trunk.rotary_emb)(config=trunk.config, device=device)
-
-
 def save(
     model: Architecture,
     folder: str | Path,
@@ -205,7 +204,7 @@ def save(
     """
     folder = Path(folder)
     tensors = state(model) if tensors is None else tensors
-    save_tensors(tensors, folder)
+    save_tensors({model.disk_name(name): tensor for name, tensor in tensors.items()}, folder)
     config_file.write(model.config, folder, next(iter(tensors.values())).dtype)
     for name, text in templates.items():
         (folder / name).write_text(text, encoding="utf-8")

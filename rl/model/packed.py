@@ -36,14 +36,18 @@ def hidden_states(trunk: Any, row: PackedRow, features: Mapping[str, Tensor]) ->
     """Returns the last hidden states of the decoder trunk for one packed row, [T, hidden]."""
     words = trunk.get_input_embeddings()
     device = words.weight.device
-    inputs = embed(
-        words,
-        row.token_ids.to(device),
-        row.image_slots.to(device),
-        [features[digest].to(device) for digest in row.images],
-    )
-    positions = row.position_ids.to(device)[None]
-    out = trunk(inputs_embeds=inputs[None], position_ids=positions, use_cache=False, layout=row.layout)
+    slots = row.image_slots.to(device)
+    shown = [features[digest].to(device) for digest in row.images]
+    width = words.embedding_dim
+    inputs = embed(words, row.token_ids.to(device), slots, [one[:, :width] for one in shown])
+    more: dict[str, Any] = {}
+    if shown and shown[0].shape[1] > width:  # the features of deepstack layers lie behind the features of the picture
+        levels = torch.cat(shown)[:, width:].to(inputs.dtype).split(width, -1)
+        more = {"visual_pos_masks": slots[None], "deepstack_visual_embeds": list(levels)}
+    positions = row.position_ids.to(device)
+    if len(positions) > 1:
+        positions = positions[:, None]
+    out = trunk(inputs_embeds=inputs[None], position_ids=positions, use_cache=False, layout=row.layout, **more)
     return out.last_hidden_state[0]
 
 
@@ -70,12 +74,14 @@ class PolicyModel(nn.Module):
     """The trained part of a model: its decoder trunk and its head. Parameters have the same names as the tensors on
     disk."""
 
-    def __init__(self, trunk: Any, head: nn.Linear) -> None:
+    def __init__(self, trunk: Any, head: nn.Linear, never: Sequence[int] = ()) -> None:
         super().__init__()
         self.model = trunk
         self.lm_head = head
+        self.never = tuple(never)  # ids of tokens that are never sampled
 
     def forward(self, row: PackedRow, features: Mapping[str, Tensor], temperature: float) -> tuple[Tensor, Tensor]:
         """Returns the logprobs and the entropies of the response tokens of a packed row. Both are [n], float32 nats."""
         hidden = hidden_states(self.model, row, features)
-        return token_logprobs(hidden[row.before.to(hidden.device)], self.lm_head.weight, row.targets, temperature)
+        before = hidden[row.before.to(hidden.device)]
+        return token_logprobs(before, self.lm_head.weight, row.targets, temperature, self.never)

@@ -186,7 +186,7 @@ class StepVL(Architecture):
         def shown(size: Size) -> Size:
             return resized(squared(size), config.global_size)
 
-        return ImageToken("<im_patch>", config.image_token_id, expansion, words, shown)
+        return ImageToken("<im_patch>", "<im_patch>", config.image_token_id, expansion, words, shown)
 
     def views(self, picture: Image.Image) -> Views:
         """Returns the global view and the crops of a picture."""

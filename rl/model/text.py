@@ -61,6 +61,6 @@ def check_decoder(config: PretrainedConfig) -> None:
     for name in DROPOUTS:
         if dropout := getattr(config, name, 0.0):
             raise ValueError(f"{name} is {dropout}; set it to 0, because PPO needs deterministic logprobs")
-    if config.model_type == "qwen3" and config.attention_bias:
+    if config.model_type in ("qwen3", "qwen3_vl_text") and config.attention_bias:
         raise ValueError("attention_bias is true, but vLLM's Qwen3 has no bias in its output projection (o_proj)")
     check_rope(config.rope_parameters or {})

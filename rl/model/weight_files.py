@@ -24,6 +24,7 @@ GIT_LFS = b"version https://git-lfs"
 PREFIXES = (
     ("model.language_model.", "model."),
     ("model.vision_model.", "vision_model."),
+    ("model.visual.", "visual."),
     ("model.vit_large_projector.", "vit_large_projector."),
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),

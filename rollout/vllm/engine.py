@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rl.types import Completion, LostPicture, Picture, Request
+from rl.types import NEVER_BIAS, Completion, LostPicture, Picture, Request
 from rollout.vllm.plugin import CONFIG_FORMAT, register
 from rollout.weights.base import BACKEND, make_sender
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
     from transformers import PretrainedConfig
-    from vllm import LLM, RequestOutput, SamplingParams
+    from vllm import RequestOutput, SamplingParams
     from vllm.logprobs import Logprob
 
 PLUGIN_GROUP, PLUGIN = "vllm.general_plugins", "step3_vl_rl"
@@ -88,8 +88,11 @@ class Engine:
         self.max_images_per_prompt = max_images_per_prompt
         self.stop_ids = stop_ids(model, config)
         self.policy_step = 0
-        image = family(config).image_token(config)
-        self._image_token_id = image.id if image else None
+        architecture = family(config)
+        self._image = architecture.image_token(config)
+        self._image_token_id = self._image.id if self._image else None
+        self._never_sampled = dict.fromkeys(architecture.never_sampled(config), NEVER_BIAS)
+        self._embedding, self._head = architecture.disk_name(EMBEDDING), architecture.disk_name(HEAD)
         self._tied = bool(config.tie_word_embeddings)
         self._broken: str | None = None  # the reason why the engine cannot be used any more
         self._llm: LLM = LLM(
@@ -106,19 +109,18 @@ class Engine:
             hf_overrides=partial(_overridden, yarn=yarn),
             generation_config="vllm",  # ignores the sampling defaults of the model's folder
             logprobs_mode="processed_logprobs",  # logprobs of the sampled distribution, after temperature
-            limit_mm_per_prompt={"image": max_images_per_prompt} if self._image_token_id is not None else {},
+            limit_mm_per_prompt=_limits(config, max_images_per_prompt) if self._image else {},
             weight_transfer_config={"backend": BACKEND},
             use_tqdm_on_load=verbose,
             **(whole_prompts(max_sequence_length) if device == "cpu" else {}),
         )
-        self._picture_tokens = _picture_tokens(self._llm) if self._image_token_id is not None else None
         self._sender = make_sender()
         self._llm.init_weight_transfer_engine({"init_info": self._sender.init_info()})
         if self._tied:
             # vLLM on CPU cannot reload a head that is tied to the embedding. So the engine has a separate head, which
             # is still empty here.
             embedding = _embedding(model)
-            self.load({EMBEDDING: embedding, HEAD: embedding}, 0)
+            self.load({self._embedding: embedding, self._head: embedding}, 0)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Returns one response per request, in order. The docstring of `stream` describes the responses."""
@@ -185,8 +187,8 @@ class Engine:
         """
         if self._broken:
             raise RuntimeError(self._broken)
-        if self._tied and not {EMBEDDING, HEAD} <= weights.keys():
-            raise ValueError(f"this model's embeddings are tied: send both {EMBEDDING} and {HEAD}")
+        if self._tied and not {self._embedding, self._head} <= weights.keys():
+            raise ValueError(f"this model's embeddings are tied: send both {self._embedding} and {self._head}")
         self._broken = "a load() failed, so some weights are old and some are new: restart the engine"
         self._llm.start_weight_update()
         self._sender.send(weights, lambda update_info: self._llm.update_weights({"update_info": update_info}))
@@ -269,8 +271,8 @@ class Engine:
                 f"request {index} has {pictures} pictures; max_images_per_prompt is {self.max_images_per_prompt}"
             )
         length = len(request.prompt_ids) - pictures
-        if self._picture_tokens is not None:
-            length += sum(self._picture_tokens.get_num_image_tokens(*p.size) for p in request.images)
+        if self._image:
+            length += sum(self._image.expansion(picture.size) for picture in request.images)
         if not 0 < length < self.max_sequence_length:
             raise ValueError(
                 f"request {index}: its prompt has {length} tokens with images, but max_sequence_length "
@@ -293,6 +295,7 @@ class Engine:
             logprobs=0,  # returns only the logprob of the sampled token
             ignore_eos=True,  # stop_token_ids contains all end-of-sequence ids
             stop_token_ids=list(self.stop_ids),
+            logit_bias=self._never_sampled or None,
             detokenize=False,
         )
 
@@ -410,16 +413,15 @@ def _overridden(config: "PretrainedConfig", yarn: float | None) -> "PretrainedCo
     from rl.model.config import with_yarn
 
     config.tie_word_embeddings = False
-    config.get_text_config().tie_word_embeddings = False
+    text = config.get_text_config()
+    text.tie_word_embeddings = False
+    text.architectures = text.architectures or config.architectures  # vLLM on CPU fails if Qwen3-VL's has none
     return with_yarn(config, yarn)
 
 
-def _picture_tokens(llm: "LLM") -> Any:
-    """Returns vLLM's picture processor, which computes how many tokens a picture takes."""
-    from vllm.multimodal import MULTIMODAL_REGISTRY
-
-    info: Any = MULTIMODAL_REGISTRY.get_processing_info(llm.model_config)
-    return info.get_image_processor()
+def _limits(config: "PretrainedConfig", images: int) -> dict[str, int]:
+    """Returns the maximum number of pictures and videos in a request, in vLLM's format."""
+    return {"image": images} | ({"video": 0} if hasattr(config, "video_token_id") else {})
 
 
 def _number(output: "RequestOutput") -> int:

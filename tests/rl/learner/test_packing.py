@@ -14,7 +14,7 @@ from tests.support.models import IMAGE_TOKEN, step_vl
 def test_a_packed_row_has_the_prompt_once_and_responses_continue_its_positions():
     (row,) = pack([group(3, 2, 1)], 100, None)
     assert row.token_ids.tolist() == [10, 11, 12, 20, 21, 21]
-    assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 3]
+    assert row.position_ids.tolist() == [[0, 1, 2, 3, 4, 3]]
     # The prompt's last token predicts the first token of each response. Each later token of a response is predicted by
     # the previous token of this response.
     assert row.before.tolist() == [2, 3, 2]
