@@ -185,7 +185,7 @@ class Rollout:
     rollout_logprobs: tuple[float, ...] = ()  # [R] in nats, from the engine that sampled the response
     policy_step: int = 0  # number of policy updates before sampling of the response began
     pieces: tuple[tuple[int, int], ...] = ()  # the pairs of `steps`; () if there is only one piece
-    lost: str = ""  # why a picture of the prompt could not be read when the response should have been sampled
+    unusable: str = ""  # why the response cannot be used: its picture could not be read, or it has a forbidden token
 
     @property
     def steps(self) -> tuple[tuple[int, int], ...]:
@@ -260,4 +260,4 @@ class Completion:
     response_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: Finish
-    lost: str = ""  # why a picture of the prompt could not be read; the response is then empty
+    unusable: str = ""  # why a picture of the prompt could not be read; the response is then empty

@@ -43,6 +43,7 @@ class Chat:
                 f"{folder}: the tokenizer's id of {self.image.token} is not the config's image_token_id {self.image.id}"
             )
 
+        self.never_sampled = frozenset(family(self.config).never_sampled(self.config))
         self._control = frozenset(self.tokenizer.all_special_ids)
         self._think = frozenset(self.tokenizer.convert_tokens_to_ids([THINK_OPEN, THINK_CLOSE]))
         self._last: tuple[Prompt, tuple[int, ...]] | None = None  # the last tokenized prompt, and its ids

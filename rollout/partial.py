@@ -24,7 +24,7 @@ class Draft:
     pieces: tuple[tuple[int, int], ...] = ()  # (policy_step, number of tokens) of each piece, in order
     prompt_ids: tuple[int, ...] = ()  # with all image tokens of each picture; empty before the first piece
     finish: Finish | None = None  # None: unfinished
-    lost: str = ""  # see Completion
+    unusable: str = ""  # see Completion
 
     def extended(self, completion: Completion, policy_step: int, room: int) -> Self:
         """Returns the draft with the completion's tokens added. `room` is the maximum number of tokens of the whole
@@ -38,7 +38,7 @@ class Draft:
             pieces=_with_piece(self.pieces, (policy_step, len(completion.response_ids))),
             prompt_ids=self.prompt_ids or completion.prompt_ids,
             finish=completion.finish if ended else None,
-            lost=completion.lost,
+            unusable=completion.unusable,
         )
 
 
@@ -157,7 +157,7 @@ class PartialRollouts:
 
 def _rollout(prompt: Prompt, draft: Draft, pool: EnginePool) -> Rollout:
     assert draft.finish is not None
-    completion = Completion(draft.prompt_ids, draft.response_ids, draft.logprobs, draft.finish, draft.lost)
+    completion = Completion(draft.prompt_ids, draft.response_ids, draft.logprobs, draft.finish, draft.unusable)
     return replace(pool.rollout(prompt, completion), policy_step=draft.pieces[0][0], pieces=draft.pieces)
 
 
@@ -171,4 +171,4 @@ def _with_piece(pieces: tuple[tuple[int, int], ...], new: tuple[int, int]) -> tu
 def _draft(record: Mapping[str, Any]) -> Draft:
     steps = tuple((step, tokens) for step, tokens in record["pieces"])
     lists = {name: tuple(record[name]) for name in ("response_ids", "logprobs", "prompt_ids")}
-    return Draft(**lists, pieces=steps, finish=record["finish"], lost=record.get("lost", ""))
+    return Draft(**lists, pieces=steps, finish=record["finish"], unusable=record.get("unusable", ""))

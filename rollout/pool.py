@@ -195,14 +195,19 @@ class EnginePool:
         """Converts a completion into a Rollout. The completion must have been sampled with the current weights."""
         return Rollout(
             prompt=prompt,
-            text="" if completion.lost else self.chat.text(completion.prompt_ids, completion.response_ids),
+            text="" if completion.unusable else self.chat.text(completion.prompt_ids, completion.response_ids),
             finish=completion.finish,
             prompt_ids=completion.prompt_ids,
             response_ids=completion.response_ids,
             rollout_logprobs=completion.logprobs,
             policy_step=self.policy_step,
-            lost=completion.lost,
+            unusable=completion.unusable or self._forbidden(completion),
         )
+
+    def _forbidden(self, completion: Completion) -> str:
+        """Returns why a response cannot be used if it has a token that this project's engines never sample, or ""."""
+        found = set(completion.response_ids) & self.chat.never_sampled
+        return f"the engine sampled the tokens {sorted(found)}, which stand for pictures or videos" if found else ""
 
     def _rollouts(
         self, requests: Sequence[Sequence[Request]], prompts: Sequence[Prompt]

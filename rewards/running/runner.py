@@ -158,14 +158,14 @@ class RewardRunner:
     def submit_group(self, rollouts: Sequence[Rollout]) -> list[Future[Scored]]:
         """Scores all rollouts of one prompt. Group rewards score them together, other rewards score them one by one.
 
-        Returns the futures in the order of the rollouts. A rollout whose picture was lost during sampling is invalid,
-        and with a group reward the whole group.
+        Returns the futures in the order of the rollouts. A rollout that is unusable is invalid, and with a group reward
+        the whole group.
         """
-        if why := next((rollout.lost for rollout in rollouts if rollout.lost), ""):
+        if why := next((rollout.unusable for rollout in rollouts if rollout.unusable), ""):
             if self.is_group(rollouts[0].prompt.task):
                 return [_done(Scored(rollout, 0.0, why)) for rollout in rollouts]
             return [
-                _done(Scored(rollout, 0.0, rollout.lost)) if rollout.lost else self.submit(rollout)
+                _done(Scored(rollout, 0.0, rollout.unusable)) if rollout.unusable else self.submit(rollout)
                 for rollout in rollouts
             ]
         task = self._task(rollouts[0].prompt.task)

@@ -86,7 +86,7 @@ class PolicySampler:
             prompt, n = places[index]
             text = self.chat.text(completion.prompt_ids, completion.response_ids)
             record = {"text": text, "finish": completion.finish, "tokens": len(completion.response_ids)}
-            record |= {"lost": completion.lost} if completion.lost else {}
+            record |= {"unusable": completion.unusable} if completion.unusable else {}
             answers.put(kind, prompt.id, n, record)
             self._score(prompt, [n], count, kind, answers, scores)
         found = scores.wait(self.limit)
@@ -195,13 +195,13 @@ class RowScores(Scores[Prompt, RowScore]):
 
 
 def _rollout(prompt: Prompt, record: Record) -> Rollout:
-    return Rollout(prompt, record["text"], record["finish"], lost=record.get("lost", ""))
+    return Rollout(prompt, record["text"], record["finish"], unusable=record.get("unusable", ""))
 
 
 def _is_response(record: Record | None) -> bool:
     """False if nothing is stored, or if there was no response because a picture could not be read. The engine is then
     asked again."""
-    return record is not None and "lost" not in record
+    return record is not None and "unusable" not in record
 
 
 def _json_value(value: Any) -> Any:

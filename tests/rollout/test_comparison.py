@@ -4,6 +4,7 @@ and that differences between folders are found."""
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from rl.learner.batch import Group
+from rl.learner.packing import pack
 from rl.model import hf_folder
 from rl.model.hf_folder import image_token, read_config
+from rl.model.packed import PolicyModel
+from rl.model.qwen_vl import image_processor
 from rl.model.weight_files import WEIGHTS
+from rl.types import Completion, Request
 from rollout.comparison import (
     Question,
     Setting,
@@ -39,7 +45,8 @@ from rollout.comparison import (
     question,
     questions,
 )
-from tests.support import stock_vllm, tiny, transformers_4
+from rollout.vllm.engine import Engine
+from tests.support import qwen_vl, stock_vllm, tiny, transformers_4
 from tests.support.data_rows import jsonl
 from tests.support.engine_process import vllm_process
 from tests.support.models import transformers_name
@@ -198,6 +205,75 @@ def published_size(folder: Path) -> None:
     tiny.randomize(model, 5)
     hf_folder.save(model, folder)
     tiny.save_tokenizer(folder)
+
+
+SHOWN = {
+    "one picture": [(120, 90)],
+    "several pictures": [(120, 90), (300, 60), (120, 90)],
+    "a tall strip": [(40, 900)],
+    "a wide strip": [(1200, 30)],
+    "one pixel": [(1, 1)],
+    "a large picture": [(2000, 1500)],
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", qwen_vl.FAMILIES)
+def test_learner_engine_and_transformers_agree_on_qwens_vision_language_models(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
+    model = qwen_vl.make(family, tmp_path, seed=2, tied=tied)
+    asked = [question("words", qwen_vl.words(8), qwen_vl.words(12, 1))]
+    config = read_config(tmp_path)
+    image, tokenizer = image_token(config), AutoTokenizer.from_pretrained(tmp_path)
+    for number, (name, sizes) in enumerate(SHOWN.items()):
+        prompt = [*qwen_vl.words(3, number)]
+        for _ in sizes:
+            prompt += [qwen_vl.START, qwen_vl.IMAGE, qwen_vl.END]
+        shown = [tiny.picture(size, number + k) for k, size in enumerate(sizes)]
+        asked.append(question(name, prompt, qwen_vl.words(12, number), shown, image, tokenizer))
+    ours = by_learner(tmp_path, asked, Setting())
+    assert largest(ours, [own_logprobs(model, one, config) for one in asked], asked) < PARITY
+    with vllm_process() as process:
+        engines = process.run(by_vllm, tmp_path, asked, Setting())
+    assert largest(ours, engines, asked) < PARITY
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_placeholders_are_never_sampled_and_logprobs_are_those_without_them(temperature: float, tmp_path: Path) -> None:
+    """The head prefers the image token, so an engine without the bias would sample it all the time."""
+    model = qwen_vl.make("qwen3_vl", tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight[qwen_vl.IMAGE] = 30 * model.lm_head.weight.mean(0)
+    model.save_pretrained(tmp_path)
+    ask = [Request(qwen_vl.words(6, n), (), 16, seed=n, temperature=temperature) for n in range(4)]
+    with vllm_process() as process:
+        answers = process.run(sampled_by_vllm, tmp_path, ask)
+    ours = hf_folder.load(tmp_path)
+    decoder = PolicyModel(ours.model, ours.lm_head, ours.never_sampled(ours.config))
+    for answer in answers:
+        assert not {qwen_vl.IMAGE, qwen_vl.VIDEO} & set(answer.response_ids)
+        group = Group(answer.prompt_ids, (), (answer.response_ids,), (0,))
+        (row,) = pack([group], 512, ours.image_token_id, partial(ours.positions, ours.config))
+        with torch.no_grad():
+            expected, _ = decoder(row, {}, 1.0)
+        torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=PARITY, rtol=0)
+
+
+def sampled_by_vllm(folder: Path, ask: list[Request]) -> list[Completion]:
+    return Engine(str(folder), dtype="float32", max_sequence_length=512).generate(ask)
+
+
+def own_logprobs(model: Any, one: Question, config: Any) -> list[float]:
+    """The logprobs of the response, computed by transformers' own class."""
+    ids = torch.tensor([[*one.expanded_ids, *one.response_ids]])
+    shown: dict[str, Any] = {}
+    if one.pictures:
+        inputs: Any = image_processor(config)(images=[p.load() for p in one.pictures], return_tensors="pt")
+        shown = {"mm_token_type_ids": (ids == qwen_vl.IMAGE).int(), **inputs}
+    with torch.no_grad():
+        table = model(input_ids=ids, **shown).logits[0, :-1].log_softmax(-1)
+    return table.gather(1, ids[0, 1:, None])[-len(one.response_ids) :, 0].tolist()
 
 
 def test_tensors_of_two_folders_are_compared(tmp_path: Path) -> None:

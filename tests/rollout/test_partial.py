@@ -151,4 +151,4 @@ def test_a_group_whose_picture_was_lost_is_complete_and_says_why() -> None:
         Completion((), (), (), "stop", "picture lost") if request.prompt_ids[0] == 1 else answer(request)
     )
     (rollout,) = in_order(sampler.sample(PROMPTS[1:2], 1, 1))
-    assert (rollout.lost, rollout.response_ids, rollout.finish) == ("picture lost", (), "stop")
+    assert (rollout.unusable, rollout.response_ids, rollout.finish) == ("picture lost", (), "stop")

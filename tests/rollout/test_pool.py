@@ -7,7 +7,7 @@ import pytest
 
 from rl.remote import Ready
 from rl.stop import SourceDied, WorkerDied
-from rl.types import Request
+from rl.types import Completion, Request
 from rollout.pool import EnginePool, in_order, seed_of
 from tests.support.engines import PROMPTS, Echo, Letters, in_turns, pool
 
@@ -151,3 +151,11 @@ def test_without_a_replacement_a_dead_engine_ends_the_run() -> None:
 def test_seeds_are_the_same_on_every_machine() -> None:
     assert seed_of(0, 1, 2, 3) == seed_of(0, 1, 2, 3) < 2**31
     assert seed_of(0, 1, 23) != seed_of(0, 12, 3)
+
+
+def test_a_response_with_a_token_for_pictures_is_unusable() -> None:
+    sampler, _ = pool(1)
+    sampler.chat.never_sampled = frozenset({7})
+    good, bad = (Completion((1,), ids, (-0.5, -0.5), "stop") for ids in ((5, 6), (5, 7)))
+    assert sampler.rollout(PROMPTS[0], good).unusable == ""
+    assert sampler.rollout(PROMPTS[0], bad).unusable.startswith("the engine sampled the tokens [7]")

@@ -32,6 +32,8 @@ class Echo:
 class Letters:
     """A chat that converts each prompt into one token: the id of the row."""
 
+    never_sampled = frozenset[int]()
+
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         return (int(prompt.id),)
 

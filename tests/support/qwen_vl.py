@@ -24,7 +24,8 @@ EOS, START, END, IMAGE, VIDEO = (SPECIAL.index(f"<|{name}|>") for name in (
 ))  # fmt: skip
 WORDS = ("<think>", "</think>", *tiny.WORDS)
 VOCABULARY = 64
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+MODELS: dict[str, Any] = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
+FAMILIES = tuple(MODELS)
 LEAST_PIXELS, MOST_PIXELS = 56 * 56, 196 * 196  # so that a picture takes few tokens
 TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m.content }} <|im_end|> {% endfor %}"
@@ -47,20 +48,19 @@ def make(family: str, folder: Path, seed: int = 0, *, tied: bool = False) -> Any
         config: Any = Qwen2_5_VLConfig(
             text_config=decoder | {"rope_parameters": rope}, vision_config=tower, tie_word_embeddings=tied, **ids
         )
-        model: Any = Qwen2_5_VLForConditionalGeneration(config)
     else:
         tower |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64, "patch_size": 16}
         text = decoder | {"head_dim": 32, "rope_parameters": rope | {"mrope_interleaved": True}}
         config = Qwen3VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=tied, **ids)
-        model = Qwen3VLForConditionalGeneration(config)
-    model = model.float().eval()
+    model = MODELS[family](config).float().eval()
     tiny.randomize(model, seed)
     model.save_pretrained(folder)
-    _save_processor(folder, family, tower["patch_size"])
+    _save_processor(folder, family)
     return model
 
 
-def _save_processor(folder: Path, family: str, patch: int) -> None:
+def _save_processor(folder: Path, family: str) -> None:
+    patch = 14 if family == "qwen2_5_vl" else 16
     vocabulary = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -81,3 +81,9 @@ def _save_processor(folder: Path, family: str, patch: int) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(options))
     video = {**options, "video_processor_type": "Qwen2VLVideoProcessor" if patch == 14 else "Qwen3VLVideoProcessor"}
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
+
+
+def words(count: int, seed: int = 0) -> tuple[int, ...]:
+    """Returns the ids of random words. Special tokens and think tags are not used."""
+    first = len(SPECIAL) + 2
+    return tuple(first + (i - len(tiny.SPECIAL)) for i in tiny.word_ids(count, seed))

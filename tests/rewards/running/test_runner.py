@@ -120,7 +120,7 @@ def test_a_group_that_cannot_be_scored_is_invalid_as_a_whole(runner: RewardRunne
 
 @pytest.mark.parametrize("task", ["rank", "obey"])
 def test_a_rollout_whose_picture_was_lost_is_invalid_without_being_scored(runner: RewardRunner, task: str) -> None:
-    lost = replace(rollout("", task=task), lost="picture 12 cannot be read")
+    lost = replace(rollout("", task=task), unusable="picture 12 cannot be read")
     scored = runner.score([lost, rollout("x", task=task)])
     assert scored[0].invalid == "picture 12 cannot be read"
     assert (scored[1].invalid is None) == (task == "obey")  # a group is scored as a whole

@@ -235,9 +235,9 @@ def test_a_picture_that_cannot_be_read_any_more_costs_only_its_own_requests(step
     lost, answered, again = step_vl.engine.generate([ask[0], ask[1], ask[0]])
     assert [answered] == whole
     for one in (lost, again):
-        assert one.response_ids == () and "gone.png) cannot be read" in one.lost
+        assert one.response_ids == () and "gone.png) cannot be read" in one.unusable
     (only,) = step_vl.engine.generate(ask[:1])
-    assert only.lost == lost.lost
+    assert only.unusable == lost.unusable
 
 
 def test_greedy_and_sampled_requests_in_one_call_are_refused(step_vl: Served) -> None:
