@@ -10,6 +10,7 @@ Tested in tests/rl/model/test_step_vl.py and tests/rl/model/test_text.py.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +44,11 @@ class Architecture(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+
+    @classmethod
+    def complete(cls, config: Any, folder: Path) -> None:
+        """Adds to a config what the family needs from other files of the folder. Raises CheckpointError if such a file
+        is missing."""
 
     @classmethod
     def image_token(cls, config: Any) -> ImageToken | None:

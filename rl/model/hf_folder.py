@@ -17,7 +17,6 @@ from rl.model import attention, config_file
 from rl.model.architecture import Architecture, ImageToken
 from rl.model.config import register, with_yarn
 from rl.model.config_file import CheckpointError
-from rl.model.qwen_vl import FAMILIES as QWEN_VL
 from rl.model.registry import FAMILIES, family
 from rl.model.text import FAMILIES as CAUSAL_CLASSES
 from rl.model.text import check_decoder
@@ -56,8 +55,7 @@ def read_config(folder: str | Path, *, yarn: float | None = None) -> PretrainedC
         raw["architectures"] = [CAUSAL_CLASSES[kind]]
     try:
         config = AutoConfig.for_model(kind, **raw)
-        if kind in QWEN_VL:
-            config.preprocessor = config_file.preprocessor(Path(folder))
+        FAMILIES[kind].complete(config, Path(folder))
         return with_yarn(config, yarn)
     except CheckpointError:
         raise

@@ -9,6 +9,7 @@ position before it. Qwen3-VL also adds features of several layers of its tower t
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor, smart_resize
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel, Qwen3VLVisionModel
 
+from rl.model import config_file
 from rl.model.architecture import Architecture, ImageToken
 from rl.model.layout import Size
 
@@ -46,6 +48,10 @@ class QwenVL(Architecture):
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @classmethod
+    def complete(cls, config: Any, folder: Path) -> None:
+        config.preprocessor = config_file.preprocessor(folder)
 
     @classmethod
     def image_token(cls, config: Any) -> ImageToken:
@@ -114,7 +120,7 @@ FAMILIES: dict[str, type[QwenVL]] = {Qwen2_5_VLConfig.model_type: Qwen25VL, Qwen
 
 def image_processor(config: Any) -> Any:
     """Returns transformers' image processor with the options of the folder's preprocessor_config.json, which
-    `hf_folder.read_config` adds to the config."""
+    `complete` has added to the config."""
     return _image_processor(json.dumps(config.preprocessor, sort_keys=True))
 
 

@@ -15,6 +15,7 @@ from rl.model.config import overrides, positions
 from rl.types import Resize
 from rollout.pacore.client import EndpointClient
 from rollout.pacore.prompt import synthesis_template
+from rollout.vllm.plugin import CONFIG_FORMAT
 from rollout.vllm.server import KEY_ENV, serving
 
 
@@ -95,7 +96,9 @@ def serve_options(
             f"--max-length {max_length} is more than the {trained} positions of {folder}; extend the positions with "
             f"--yarn {-(-max_length * (yarn or 1) // trained):g}"
         )
-    options: dict[str, str | int | float | bool] = {"max-model-len": max_length or trained, "generation-config": "vllm"}
+    options: dict[str, str | int | float | bool] = {
+        "max-model-len": max_length or trained, "generation-config": "vllm", "config-format": CONFIG_FORMAT,
+    }  # fmt: skip
     if (dtype := getattr(getattr(config, "text_config", config), "dtype", None)) is not None:
         options["dtype"] = str(dtype).removeprefix("torch.")  # by default, vLLM converts float32 to a 16-bit dtype
     if yarn:

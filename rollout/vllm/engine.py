@@ -413,9 +413,7 @@ def _overridden(config: "PretrainedConfig", yarn: float | None) -> "PretrainedCo
     from rl.model.config import with_yarn
 
     config.tie_word_embeddings = False
-    text = config.get_text_config()
-    text.tie_word_embeddings = False
-    text.architectures = text.architectures or config.architectures  # vLLM on CPU fails if Qwen3-VL's has none
+    config.get_text_config().tie_word_embeddings = False
     return with_yarn(config, yarn)
 
 

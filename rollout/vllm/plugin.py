@@ -49,6 +49,9 @@ def _register_reader() -> None:
             from rl.model import config_file, hf_folder
 
             folder = hf_folder.local_folder(model)
-            return config_file.read(folder), hf_folder.read_config(folder)
+            config = hf_folder.read_config(folder)
+            text: Any = config.get_text_config()
+            text.architectures = text.architectures or config.architectures  # vLLM on CPU needs it for Qwen3-VL
+            return config_file.read(folder), config
 
     register_config_parser(CONFIG_FORMAT)(Reader)
