@@ -7,6 +7,7 @@ row is made of its file name and line.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -111,6 +112,55 @@ def vision_arena_battle(row: Row) -> dict[str, Any]:
     return _arena(row, "conversation_a", ("question_id", "language", "categories", "winner", "model_a", "model_b"))
 
 
+def geometry3k(row: Row) -> dict[str, Any]:
+    """Converts a row of hiyouga/geometry3k.
+
+    A row has `images` (one picture), `problem` (a text with the mark `<image>`) and `answer` (a number or a LaTeX
+    expression).
+    """
+    return {"messages": row["problem"], "images": row["images"], "ground_truth": row["answer"]}
+
+
+def clevr_count(row: Row) -> dict[str, Any]:
+    """Converts a row of the CLEVR data sets of R1-V, such as leonardPKU/clevr_cogen_a_train.
+
+    A row has `image`, `problem` (a question with a number as its answer) and `solution`, such as
+    `<answer> 3 </answer>`.
+    """
+    return {"messages": row["problem"], "images": [row["image"]], "ground_truth": _in_answer_tag(row["solution"])}
+
+
+def refcoco(row: Row) -> dict[str, Any]:
+    """Converts a row of lmms-lab/RefCOCO, RefCOCO+ or RefCOCOg.
+
+    A row has `image`, `answer` (a list of phrases that name one object) and `bbox` (the object's box: x, y, width and
+    height in pixels). The prompt uses the first phrase. The box becomes [x1, y1, x2, y2] in pixels, so the reward needs
+    `coordinates: pixel`. The wording of the question is ours.
+    """
+    phrases = [phrase for phrase in row["answer"] if phrase.strip()]
+    if not phrases:
+        raise ValueError("its column answer has no phrase")
+    x, y, width, height = _numbers(row["bbox"], 4)
+    question = (
+        f"Where is this in the picture: {phrases[0]}? Answer with its bounding box as [x1, y1, x2, y2], in pixels."
+    )
+    return {
+        "messages": question,
+        "images": [row["image"]],
+        "ground_truth": [x, y, x + width, y + height],
+        "meta": {"phrases": phrases},
+    }
+
+
+def multimodal_open_r1(row: Row) -> dict[str, Any]:
+    """Converts a row of lmms-lab/multimodal-open-r1-8k-verified.
+
+    A row has `image`, `problem` and `solution`, which contains `<think>...</think> <answer>...</answer>`. The columns
+    `original_question` and `original_answer` are not used.
+    """
+    return {"messages": row["problem"], "images": [row["image"]], "ground_truth": _in_answer_tag(row["solution"])}
+
+
 ADAPTERS: Mapping[str, Adapter] = {
     function.__name__: function
     for function in (
@@ -120,8 +170,20 @@ ADAPTERS: Mapping[str, Adapter] = {
         pacore_train,
         vision_arena_chat,
         vision_arena_battle,
+        geometry3k,
+        clevr_count,
+        refcoco,
+        multimodal_open_r1,
     )
 }
+
+
+def _in_answer_tag(solution: Any) -> str:
+    """Returns the text between `<answer>` and `</answer>` of a solution."""
+    found = re.findall(r"<answer>(.*?)</answer>", solution, re.DOTALL)
+    if len(found) != 1 or not found[0].strip():
+        raise ValueError(f"its column solution has {len(found)} parts <answer>...</answer>; it must have one with text")
+    return found[0].strip()
 
 
 def _arena(row: Row, conversation: str, meta: Sequence[str]) -> dict[str, Any]:

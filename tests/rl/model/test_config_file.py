@@ -65,7 +65,11 @@ def test_any_value_of_any_key_is_read_or_refused_by_the_name_of_the_file(folder,
         (("text_config", "hidden_size"), 10**30, r"hidden_size is 1e\+30, which is larger than any size"),
         (("quantization_config",), {"quant_method": "fp8"}, r"a quantized model \(fp8\).*Use the unquantized release"),
         (("text_config", "quantization_config"), {"quant_method": "bitsandbytes"}, r"quantized model \(bitsandbytes\)"),
-        (("model_type",), "qwen9", "'qwen9' is not supported; supported are step_robotics, qwen3"),
+        (
+            ("model_type",),
+            "qwen9",
+            "'qwen9' is not supported; supported are step_robotics, qwen2_5_vl, qwen3_vl, qwen3",
+        ),
     ],
 )
 def test_what_no_model_here_can_have_is_refused_by_name(tmp_path, key, value, message):

@@ -84,6 +84,37 @@ def test_vision_arena_battle_keeps_the_winner(tmp_path: Path) -> None:
     assert prompt.meta == {"language": "English", "winner": "model_b", "model_a": "x", "model_b": "y"}
 
 
+def pictured(**columns: Any) -> dict[str, Any]:
+    return {"image": {"bytes": png(), "path": None}, **columns}
+
+
+def test_geometry3k_shows_its_picture_at_the_mark(tmp_path: Path) -> None:
+    stored = {"images": [{"bytes": png(), "path": None}], "problem": "<image>Find x.", "answer": r"\\frac{1}{2}"}
+    prompt = only_prompt(parquet(tmp_path, stored), adapter="geometry3k", task="geometry")
+    assert prompt.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "Find x."}]
+    assert prompt.ground_truth == stored["answer"] and len(prompt.images) == 1
+
+
+def test_clevr_count_takes_the_number_from_the_answer_tag(tmp_path: Path) -> None:
+    stored = pictured(problem="How many items are there?", solution="<answer> 3 </answer>")
+    prompt = only_prompt(parquet(tmp_path, stored), adapter="clevr_count", task="counting")
+    assert prompt.ground_truth == "3" and prompt.messages[0]["content"][0] == {"type": "image"}
+
+
+def test_refcoco_boxes_become_corners_in_pixels(tmp_path: Path) -> None:
+    stored = pictured(question="?", answer=["the left cup", "cup"], bbox=[10.5, 20.0, 30.0, 40.0], file_name="a.jpg")
+    prompt = only_prompt(parquet(tmp_path, stored), adapter="refcoco", task="grounding")
+    assert prompt.ground_truth == [10.5, 20.0, 40.5, 60.0]
+    assert "the left cup" in prompt.messages[0]["content"][1]["text"]
+    assert prompt.meta == {"phrases": ["the left cup", "cup"]}
+
+
+def test_multimodal_open_r1_takes_the_answer_after_the_thinking(tmp_path: Path) -> None:
+    stored = pictured(problem="Which is it?", solution="<think>It is 2.</think>\n\n<answer> B </answer>")
+    prompt = only_prompt(parquet(tmp_path, stored), adapter="multimodal_open_r1", task="visual")
+    assert prompt.ground_truth == "B"
+
+
 @pytest.mark.parametrize(
     ("adapter", "stored", "why"),
     [
@@ -94,6 +125,10 @@ def test_vision_arena_battle_keeps_the_winner(tmp_path: Path) -> None:
             {"image": "a", "problem": "x", "solution": [0, 0, 5000, 1]},
             "must be between 0 and 1000",
         ),
+        ("clevr_count", {"image": "a", "problem": "x", "solution": "3"}, "has 0 parts <answer>...</answer>"),
+        ("refcoco", {"image": "a", "answer": [" "], "bbox": [0, 0, 1, 1]}, "its column answer has no phrase"),
+        ("refcoco", {"image": "a", "answer": ["cup"], "bbox": [0, 0, 1]}, "is not a list of 4 numbers"),
+        ("geometry3k", {"images": ["a"], "problem": "x"}, "it has no 'answer'"),
         (
             "pacore_train",
             {"conversation": "?", "responses": [], "ground_truth": {"tests": []}},
