@@ -53,7 +53,8 @@ def check_decoder(config: PretrainedConfig) -> None:
         raise ValueError(
             f"layer types {sorted(layers)} are not supported: packed groups need full attention in every layer"
         )
-    if window := getattr(config, "sliding_window", None):
+    window = getattr(config, "sliding_window", None)
+    if window and window < config.max_position_embeddings:
         raise ValueError(
             f"sliding_window is {window}, but packed groups need full attention; if no sequence is longer than "
             "the window, set it to null in config.json"

@@ -119,7 +119,14 @@ def _files(folder: Path) -> list[Path]:
         return sorted({folder / file for file in _weight_map(index).values()})
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    shards = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
+    files = [file for file in shards if file.name.startswith("model")] or [
+        file for file in shards if not file.name.startswith("adapter")
+    ]
+    if shards and not files:
+        raise CheckpointError(
+            f"{folder} contains only an adapter ({shards[0].name}); merge it into its base model first"
+        )
     if not files:
         raise CheckpointError(f"{folder} has no {WEIGHTS}, no {INDEX} and no shards; only safetensors are read")
     _check_complete(folder, [file.name for file in files])

@@ -43,6 +43,11 @@ def test_folders_saved_by_transformers_load_with_the_same_logits(tmp_path):
         torch.testing.assert_close(got, theirs(ids[None]).logits[0], atol=1e-4, rtol=1e-4)
 
 
+def test_a_window_that_no_sequence_can_exceed_is_allowed():
+    sizes: dict[str, Any] = TEXT | {"sliding_window": TEXT["max_position_embeddings"]}
+    hf_folder.build(MistralConfig(**sizes))
+
+
 def test_a_text_model_refuses_pictures():
     model = text_model()
     assert model.features([]) == [] and model.image_token_id is None

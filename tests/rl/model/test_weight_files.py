@@ -133,6 +133,22 @@ def test_a_tensor_that_two_files_have_is_refused(folder: Path) -> None:
         hf_folder.check(folder)
 
 
+def test_an_adapter_beside_the_model_is_ignored_and_an_adapter_alone_is_named(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder / "weights.safetensors")
+    save_file({"lora": torch.ones(1)}, folder / "adapter_model.safetensors")
+    hf_folder.check(folder)
+    (folder / "weights.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"only an adapter \(adapter_model\.safetensors\); merge it"):
+        hf_folder.check(folder)
+
+
+def test_a_folder_in_place_of_the_weights_is_no_file(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).mkdir()
+    with pytest.raises(CheckpointError, match="only safetensors are read"):
+        hf_folder.check(folder)
+
+
 def test_saved_files_have_the_usual_access_rights(tmp_path: Path) -> None:
     save_tensors({"a": torch.ones(1)}, tmp_path)
     (tmp_path / "usual").touch()
