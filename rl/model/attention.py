@@ -185,6 +185,8 @@ def packed_groups(
         key, value: [1, kv_heads, T, D].
     Returns: the outputs [1, T, heads, D], and None in place of attention weights.
     """
+    # Under autocast, the rotary positions make queries and keys float32, but values stay bfloat16.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     if query.device.type != "cpu":
         return flex_groups(query, key, value, layout, scaling).transpose(1, 2), None
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from rl.model.packed import embed, pairs_per_token
+from rl.learner.batch import Group
+from rl.learner.packing import pack
+from rl.model.packed import PolicyModel, embed, pairs_per_token
 from tests.support.models import text_model
 
 
@@ -27,3 +29,16 @@ def test_the_cost_of_attention_by_hand():
     # 32 * (32 + 32 + 16 + 16) = 3,072 weights, and the MLP has 3 * 32 * 48 = 4,608 weights. The sum is 7,680 weights. A
     # (query, key) pair costs as much as 2 weights per query channel: 2 * 32 = 64 weights.
     assert pairs_per_token(text_model().config) == 7680 / 64
+
+
+def test_a_model_runs_under_autocast_with_results_near_those_in_float32():
+    model = text_model()
+    (row,) = pack([Group((1, 2, 3), (), ((4, 5), (6,)), (0, 1))], 50, None)
+    decoder = PolicyModel(model.model, model.lm_head)
+    expected, _ = decoder(row, {}, 1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, _ = decoder(row, {}, 1.0)
+    logprobs.sum().backward()
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs, expected, atol=0.1, rtol=0)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
