@@ -45,7 +45,7 @@ def folder_of(family: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("family", "ranks"), [("qwen2_5_vl", 1), ("qwen3_vl", 2)])
+@pytest.mark.parametrize(("family", "ranks"), [pytest.param("qwen2_5_vl", 1, marks=pytest.mark.slow), ("qwen3_vl", 2)])
 def test_a_run_trains_the_decoder_and_a_critic_and_leaves_the_tower_as_it_was(
     family: str, ranks: int, tmp_path: Path
 ) -> None:
