@@ -114,6 +114,7 @@ class Engine:
             use_tqdm_on_load=verbose,
             **(whole_prompts(max_sequence_length) if device == "cpu" else {}),
         )
+        self._llm.apply_model(_count_pictures)
         self._sender = make_sender()
         self._llm.init_weight_transfer_engine({"init_info": self._sender.init_info()})
         if self._tied:
@@ -298,6 +299,20 @@ class Engine:
             logit_bias=self._never_sampled or None,
             detokenize=False,
         )
+
+
+def _count_pictures(model: Any) -> None:
+    """Makes a model of vLLM count the pictures that its vision tower encodes, if it does not count them itself."""
+    if hasattr(model, "pictures_encoded") or not hasattr(model, "embed_multimodal"):
+        return
+    encode, model.pictures_encoded = model.embed_multimodal, 0
+
+    def counting(**inputs: Any) -> Any:
+        features = encode(**inputs)
+        model.pictures_encoded += len(features)
+        return features
+
+    model.embed_multimodal = counting
 
 
 def _pictures_encoded(model: Any) -> int:

@@ -54,6 +54,7 @@ def test_a_run_trains_the_decoder_and_a_critic_and_leaves_the_tower_as_it_was(
     assert [line["iteration"] for line in lines] == [0, 1, 2]
     assert lines[0]["rollout/logprob_gap_rows"] < 1e-4
     assert max(line.get("rollout/logprob_gap", 0) for line in lines) < 1e-4
+    assert lines[1]["time/engine_encodings"] > 0
     assert all("value/loss" in line and line["reward/invalid_fraction"] == 0 for line in lines[1:])
     before, after = (dict(read_tensors(folder)) for folder in (tmp_path / "model", whole / "policy"))
     assert before.keys() == after.keys()
